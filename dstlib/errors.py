@@ -1,0 +1,51 @@
+"""The exceptions of dstlib, and the one function that words them.
+
+Every error that a user can cause is a :class:`DstlibError`, hence a ``ValueError``. A failed ``assert`` is
+our own bug.
+"""
+
+from collections.abc import Collection
+from difflib import get_close_matches
+
+
+class DstlibError(ValueError):
+    """Something given to dstlib cannot be used; the message says what, where, and what to do."""
+
+
+class SettingError(DstlibError):
+    """A setting lies outside what is allowed."""
+
+
+class SelectionError(DstlibError):
+    """The weights that were asked for cannot be made sparse, or do not exist."""
+
+
+class ScoreError(DstlibError):
+    """A criterion returned scores that cannot be ranked."""
+
+
+class StateError(DstlibError):
+    """A saved state is damaged, or belongs to something else."""
+
+
+class DataError(DstlibError):
+    """A data set, an image or a label cannot be used."""
+
+
+def explain(what: str, where: str, *, allowed: str, given: object, remedy: str) -> str:
+    """Words every message of dstlib alike.
+
+    >>> explain("sparsity", "sparsify()", allowed="a number in [0, 1)", given=1.5, remedy="Pass 0.9, say.")
+    'sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9, say.'
+    """
+    return f"{what} of {where}: expected {allowed}, got {given}. {remedy}"
+
+
+def similar(name: str, known: Collection[str]) -> str:
+    """The names that ``name`` may have meant, or else the first few known ones, as text.
+
+    >>> similar("rigle", ["set", "rigl"])
+    "'rigl'"
+    """
+    names = get_close_matches(name, known, n=3, cutoff=0.5) or list(known)[:5]
+    return ", ".join(repr(n) for n in names) if names else "none"
