@@ -1,0 +1,44 @@
+"""dstlib: dynamic sparse training for any PyTorch model.
+
+    sparsifier = dstlib.sparsify(model, sparsity=0.9)
+
+The training loop stays as it is. See :func:`sparsify`, :mod:`dstlib.methods` and :func:`profile`.
+"""
+
+from dstlib.door import sparsify
+from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, SettingError, StateError
+from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
+from dstlib.masking.update import MaskUpdate
+from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC, Method
+from dstlib.sparsifier import Sparsifier
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DSFF",
+    "GMP",
+    "METHODS",
+    "NM",
+    "RIGL",
+    "SET",
+    "STATIC",
+    "Block",
+    "Channel",
+    "DataError",
+    "DstlibError",
+    "Element",
+    "FanIn",
+    "Kernel",
+    "MaskUpdate",
+    "Method",
+    "ScoreError",
+    "SelectionError",
+    "SettingError",
+    "Site",
+    "Sparsifier",
+    "StateError",
+    "er",
+    "erk",
+    "sparsify",
+    "uniform",
+]

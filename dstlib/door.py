@@ -1,0 +1,107 @@
+"""The door: one line makes a model sparse."""
+
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dstlib.errors import SelectionError, SettingError, explain
+from dstlib.methods import Method, find_method
+from dstlib.optimizer_state import parameter_ids, refuse_unsupported
+from dstlib.plan import Plan, make_plan
+from dstlib.sparsifier import Sparsifier
+from dstlib.targets import unwrap
+
+# A sparsifier whose return value nobody keeps lives as long as any module whose weights it masks.
+_KEPT: WeakKeyDictionary[nn.Module, Sparsifier] = WeakKeyDictionary()
+
+
+def sparsify(
+    model: nn.Module,
+    *optimizers: Optimizer,
+    sparsity: float,
+    method: str | Method = "rigl",
+    total_steps: int | None = None,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Sparsifier:
+    """Makes a model sparse now, and keeps it sparse under any torch optimizer that steps on its weights.
+
+    The training loop stays as it is; so do the model's type, forward and state-dict keys. ``sparsity`` is
+    the share of inactive entries over the selected weights, ``total_steps`` the number of optimizer steps of
+    the run. ``include`` and ``exclude`` are globs over qualified names ("fusion.*"); ``overrides`` maps such
+    globs to sparsities of their own, outside the budget of the others; of several that match, the last wins.
+    Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
+
+    Errors: SettingError for a setting out of range, SelectionError for weights that do not exist, cannot be
+    sparse or are sparse already.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    >>> sparsifier = sparsify(model, sparsity=0.9, method="static")
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> model(torch.randn(8, 64)).sum().backward(); optimizer.step()
+    >>> int((model[0].weight != 0).sum() + (model[2].weight != 0).sum())  # a tenth of 64·32 + 32·10
+    237
+    """
+    _check_optimizers(optimizers, model)
+    plan = make_plan(
+        model,
+        find_method(method),
+        sparsity=sparsity,
+        total_steps=total_steps,
+        include=(include,) if isinstance(include, str) else tuple(include),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        overrides=overrides or {},
+        seed=seed,
+    )
+    owners = _owners(unwrap(model), plan)
+    sparsifier = Sparsifier(plan, optimizers)
+    _KEPT.update(dict.fromkeys(owners, sparsifier))
+    return sparsifier
+
+
+def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    ours = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise SettingError(
+                explain(
+                    "argument after the model",
+                    "sparsify()",
+                    allowed="torch optimizers",
+                    given=repr(optimizer),
+                    remedy="Pass everything else by name: sparsify(model, optimizer, sparsity=0.9).",
+                )
+            )
+        refuse_unsupported(optimizer)
+        if not ours & parameter_ids(optimizer):
+            raise SelectionError(
+                explain(
+                    "optimizer",
+                    type(optimizer).__name__,
+                    allowed="one that steps on parameters of the model",
+                    given="none of them",
+                    remedy="Was the model moved or wrapped after the optimizer was made?",
+                )
+            )
+
+
+def _owners(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """The modules that hold the sparse weights; a SelectionError if one is masked already."""
+    sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
+    owners = [m for m in model.modules() if any(id(p) in sparse for p in m._parameters.values())]
+    if any(module in _KEPT and _KEPT[module].is_attached for module in owners):
+        raise SelectionError(
+            explain(
+                "model",
+                "sparsify()",
+                allowed="one whose weights are not masked yet",
+                given="weights of another sparsifier",
+                remedy="Call detach() on the other one first.",
+            )
+        )
+    return owners

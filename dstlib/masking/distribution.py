@@ -1,0 +1,87 @@
+"""How a density over a whole model becomes a density per weight.
+
+A distribution is any function (shapes, density) → densities, over names in the model's order. Those that
+shift density between weights are solved in whole weights: the returned densities are k/n with integers k
+that add up exactly, and rounding n·(k/n) gives k back.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+Distribution = Callable[[Mapping[str, Sequence[int]], float], dict[str, float]]
+
+
+def uniform(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """The same density everywhere.
+
+    >>> uniform({"a": (8, 4), "b": (2, 8)}, 0.5)
+    {'a': 0.5, 'b': 0.5}
+    """
+    return dict.fromkeys(shapes, density)
+
+
+def uniform_dense_first(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """The same density everywhere but in the first weight, which stays dense and is not made up for.
+
+    Reference: Evci et al. 2020 (RigL), "Uniform".
+    """
+    return {name: 1.0 if i == 0 else density for i, name in enumerate(shapes)}
+
+
+def er(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """Erdős-Rényi: density ∝ (out + in) / (out · in).
+
+    Reference: Mocanu et al. 2018 (SET).
+    """
+    return _proportional(shapes, density, {n: sum(s[:2]) / math.prod(s[:2]) for n, s in shapes.items()})
+
+
+def erk(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """Erdős-Rényi-Kernel: density ∝ sum of all extents / their product, so kernel taps count too.
+
+    Weights that would exceed density 1 stay dense, and the rest is solved again. Over n weights the active
+    ones number n - floor((1 - density)·n), and at least one in each.
+
+    Reference: Evci et al. 2020 (RigL), section 3.
+
+    >>> densities = erk({"wide": (512, 512, 3, 3), "first": (64, 3, 3, 3)}, 0.1)
+    >>> {name: round(d, 4) for name, d in densities.items()}
+    {'wide': 0.0993, 'first': 1.0}
+    """
+    return _proportional(shapes, density, {n: sum(s) / math.prod(s) for n, s in shapes.items()})
+
+
+def _proportional(
+    shapes: Mapping[str, Sequence[int]], density: float, propensity: Mapping[str, float]
+) -> dict[str, float]:
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    num_all = sum(sizes.values())
+    # the factor: (1 - 0.9) · 10 must round down to 1, not to 0 (see update.py)
+    num_active = max(num_all - math.floor((1 - density) * num_all * (1 + 1e-12)), len(sizes))
+    ideal = _saturate(sizes, num_active, propensity)
+    return {name: num / sizes[name] for name, num in _whole(ideal, sizes, num_active).items()}
+
+
+def _saturate(sizes: Mapping[str, int], num_active: int, propensity: Mapping[str, float]) -> dict[str, float]:
+    """Real numbers of active weights, proportional to size · propensity but never above the size."""
+    dense: set[str] = set()
+    while True:
+        free = [name for name in sizes if name not in dense]
+        budget = num_active - sum(sizes[name] for name in dense)
+        scale = budget / sum(sizes[n] * propensity[n] for n in free) if free else 0.0
+        full = {name for name in free if scale * propensity[name] >= 1}
+        if not full:
+            return {n: float(sizes[n]) if n in dense else scale * propensity[n] * sizes[n] for n in sizes}
+        highest = max(propensity[name] for name in full)
+        dense |= {name for name in full if propensity[name] == highest}
+
+
+def _whole(ideal: Mapping[str, float], sizes: Mapping[str, int], num_active: int) -> dict[str, int]:
+    """Whole numbers in [1, size] that add up to ``num_active``, by largest remainders of the ideal ones."""
+    num = {name: min(max(math.floor(x), 1), sizes[name]) for name, x in ideal.items()}
+    missing = num_active - sum(num.values())
+    step = 1 if missing > 0 else -1
+    for _ in range(abs(missing)):
+        movable = [n for n in num if 1 <= num[n] + step <= sizes[n]]
+        num[max(movable, key=lambda n: step * (ideal[n] - num[n]))] += step
+    return num

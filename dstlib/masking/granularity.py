@@ -1,0 +1,162 @@
+"""What is kept or dropped as one: a granularity folds a weight into groups × units × elements.
+
+Shapes: O out, I in, K all kernel taps (any number of axes, also none); G groups, U units per group, E
+elements per unit. Units compete within their group; the elements of a unit share its fate. Everything else
+in this package sees (G, U, E) only, so every method works at every granularity.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dstlib.errors import SettingError, explain
+
+
+@runtime_checkable
+class Granularity(Protocol):
+    """Two exact inverses. ``fold`` raises a SettingError where the shape does not divide."""
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """(O, I, *K) → (G, U, E)."""
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """(G, U, E) → (O, I, *K), ``shape`` being the latter."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """Each weight for itself, all competing: unstructured sparsity.
+
+    >>> tuple(Element().fold(torch.zeros(4, 3, 5, 5)).shape)
+    (1, 300, 1)
+    """
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """(O, I, *K) → (1, O·I·K, 1)."""
+        return rearrange(x_OIK, "o i ... -> 1 (o i ...) 1")
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of ``fold``."""
+        return x_GUE.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One connection between an input and an output channel, with all its taps.
+
+    Reference: Wu et al. 2024 (E2ENet), DSFF.
+
+    >>> tuple(Kernel().fold(torch.zeros(4, 3, 5, 5)).shape)
+    (1, 12, 25)
+    """
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """(O, I, *K) → (1, O·I, K)."""
+        return rearrange(x_OIK, "o i ... -> 1 (o i) (...)")
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of ``fold``."""
+        return x_GUE.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A whole output channel (a row of a linear layer).
+
+    >>> tuple(Channel().fold(torch.zeros(4, 3, 5, 5)).shape)
+    (1, 4, 75)
+    """
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """(O, I, *K) → (1, O, I·K)."""
+        return rearrange(x_OIK, "o i ... -> 1 o (i ...)")
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of ``fold``."""
+        return x_GUE.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of ``out`` output channels × ``into`` input channels, with all taps.
+
+    >>> tuple(Block(2, 4).fold(torch.zeros(6, 8, 3)).shape)
+    (1, 6, 24)
+    """
+
+    out: int
+    into: int
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """(O, I, *K) → (1, O/out · I/into, out·into·K)."""
+        _check_divides(x_OIK.shape[0], self.out, f"output channels for {self}")
+        _check_divides(x_OIK.shape[1], self.into, f"input channels for {self}")
+        return rearrange(x_OIK, "(o p) (i q) ... -> 1 (o i) (p q ...)", p=self.out, q=self.into)
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of ``fold``."""
+        x = rearrange(x_GUE, "1 (o i) (p q k) -> (o p) (i q) k", o=shape[0] // self.out, p=self.out, q=self.into)
+        return x.reshape(shape)
+
+
+@dataclass(frozen=True)
+class FanIn:
+    """Weights of one output compete among themselves: each output keeps the same number of inputs.
+
+    Reference: Lasby et al. 2024 (SRigL), constant fan-in.
+
+    >>> tuple(FanIn().fold(torch.zeros(4, 3, 5, 5)).shape)
+    (4, 75, 1)
+    """
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """(O, I, *K) → (O, I·K, 1)."""
+        return rearrange(x_OIK, "o i ... -> o (i ...) 1")
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of ``fold``."""
+        return x_GUE.reshape(shape)
+
+
+@dataclass(frozen=True)
+class NM:
+    """``n`` of every ``m`` consecutive inputs stay active (2:4 on recent GPUs); the sparsity is 1 - n/m.
+
+    >>> tuple(NM(2, 4).fold(torch.zeros(6, 8, 3, 3)).shape)
+    (108, 4, 1)
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise SettingError(
+                explain("n and m", "NM", allowed="1 ≤ n ≤ m", given=(self.n, self.m), remedy="Pass NM(2, 4), say.")
+            )
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """(O, I, *K) → (O · I/m · K, m, 1)."""
+        _check_divides(x_OIK.shape[1], self.m, f"input channels for {self}")
+        return rearrange(x_OIK, "o (i m) ... -> (o i ...) m 1", m=self.m)
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of ``fold``."""
+        x = rearrange(x_GUE, "(o i k) m 1 -> o (i m) k", o=shape[0], i=shape[1] // self.m)
+        return x.reshape(shape)
+
+
+def _check_divides(size: int, divisor: int, what: str) -> None:
+    if divisor < 1 or size % divisor:
+        raise SettingError(
+            explain(
+                f"number of {what}",
+                f"a weight with {size} of them",
+                allowed=f"a multiple of {divisor}",
+                given=size,
+                remedy="Choose another granularity, or leave this weight out by exclude=.",
+            )
+        )

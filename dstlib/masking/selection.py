@@ -1,0 +1,39 @@
+"""Exact, deterministic top-k per group: the one place where ranks become masks.
+
+Shapes: G groups, U units.
+"""
+
+import torch
+from torch import Tensor
+
+
+def select_top(score_GU: Tensor, num_G: Tensor, *, among_GU: Tensor) -> Tensor:
+    """Marks, in each group g, the ``num_G[g]`` highest-scoring units of ``among_GU``; exactly that many.
+
+    Ties go to the lower index. Quotas may differ between groups; none may exceed the group's candidates.
+    A threshold alone would select too many or too few under ties, so the units that tie with it are counted
+    out one by one (tests/test_selection.py).
+
+    >>> score = torch.tensor([[3.0, 1.0, 3.0, 3.0]])
+    >>> select_top(score, torch.tensor([2]), among_GU=torch.tensor([[True, True, True, True]]))
+    tensor([[ True, False,  True, False]])
+    """
+    assert bool((num_G <= among_GU.sum(dim=1)).all()), "more units asked for than there are candidates"
+    threshold_G1 = _threshold(score_GU, num_G, among_GU)[:, None]
+    above_GU = among_GU & (score_GU > threshold_G1)
+    tied_GU = among_GU & (score_GU == threshold_G1)
+    num_missing_G1 = (num_G - above_GU.sum(dim=1))[:, None]
+    return above_GU | (tied_GU & (tied_GU.cumsum(dim=1) <= num_missing_G1))
+
+
+def _threshold(score_GU: Tensor, num_G: Tensor, among_GU: Tensor) -> Tensor:
+    """The score of the last unit selected in each group; +inf where none is."""
+    if score_GU.shape[0] == 1:
+        num = int(num_G)
+        candidates = score_GU[among_GU]  # a linear-time selection; sorting millions takes seconds
+        if num == 0:
+            return torch.full_like(num_G, torch.inf, dtype=score_GU.dtype)
+        return candidates.kthvalue(len(candidates) - num + 1).values[None]
+    ranked_GU = score_GU.masked_fill(~among_GU, -torch.inf).sort(dim=1, descending=True).values
+    last_G1 = (num_G - 1).clamp(min=0)[:, None]
+    return ranked_GU.gather(1, last_G1)[:, 0].masked_fill(num_G == 0, torch.inf)

@@ -1,0 +1,47 @@
+"""One sparse weight at one moment, as a criterion sees it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A sparse weight, its dense gradient, and what else a criterion may look at.
+
+    Tensors are (O, I, *K): outputs, inputs, kernel taps; transposed convolutions are turned that way round,
+    and each of the three matrices of an attention's in_proj is a site of its own. ``grad`` is the full
+    gradient of the step, reduced over ranks, accumulated and unscaled; None at initialisation.
+    ``momentum`` is the optimizer's first moment, None where it keeps none. ``step`` is the optimizer step,
+    from 1; 0 at initialisation. ``generator`` depends on the seed, the step and the name alone, so ranks,
+    devices and resumed runs draw alike.
+    """
+
+    name: str
+    weight: Tensor
+    mask: Tensor
+    grad: Tensor | None
+    momentum: Tensor | None
+    step: int
+    generator: torch.Generator
+
+    def rand(self) -> Tensor:
+        """Uniform numbers in [0, 1) of the weight's shape, drawn on the CPU whatever the device."""
+        return torch.rand(self.weight.shape, generator=self.generator).to(self.weight.device)
+
+
+Criterion = Callable[[Site], Tensor]
+
+
+def site_generator(seed: int, step: int, name: str) -> torch.Generator:
+    """A CPU generator that is a function of (seed, step, name).
+
+    >>> draws = [torch.rand(3, generator=site_generator(0, 7, "fc")) for _ in range(2)]
+    >>> torch.equal(*draws)
+    True
+    """
+    digest = hashlib.blake2b(f"{seed}:{step}:{name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -1,0 +1,163 @@
+"""From settings to a plan: which weights are sparse, and how dense each is to become. Changes nothing."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dstlib.errors import SelectionError, SettingError, explain
+from dstlib.masking import NM
+from dstlib.methods import Method
+from dstlib.schedules import Clock, Constant, Every
+from dstlib.targets import Weight, check_matches, select, unwrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that the controller needs to know beforehand.
+
+    ``weights`` holds a verdict on every parameter with two axes or more, ``num_dense`` counts the entries
+    of all others; ``densities`` are the final ones, by slot name.
+    """
+
+    method: Method
+    clock: Clock
+    weights: tuple[Weight, ...]
+    densities: Mapping[str, float]
+    num_dense: int
+    seed: int
+
+
+def make_plan(
+    model: nn.Module,
+    method: Method,
+    *,
+    sparsity: float,
+    total_steps: int | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    overrides: Mapping[str, float],
+    seed: int,
+) -> Plan:
+    """Checks every setting and resolves it against the model.
+
+    Errors: SettingError for a number out of range or settings that contradict each other; SelectionError
+    for names that match nothing.
+    """
+    model = unwrap(model)
+    weights = select(model, include=include, exclude=exclude)
+    if any(weight.parameter.is_meta for weight in weights if not weight.reason):
+        raise SelectionError("weights of the model: expected data, got the meta device. Materialise it first.")
+    for where, value in {
+        "sparsify()": sparsity,
+        **{f"override {k!r}": v for k, v in overrides.items()},
+    }.items():
+        _check_sparsity(value, where)
+    return Plan(
+        method=method,
+        clock=_make_clock(method, total_steps),
+        weights=weights,
+        densities=_densities(weights, method, 1 - sparsity, overrides),
+        num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
+        seed=seed,
+    )
+
+
+def _densities(
+    weights: Sequence[Weight], method: Method, density: float, overrides: Mapping[str, float]
+) -> dict[str, float]:
+    """Overridden weights get theirs; the distribution spreads ``density`` over the others."""
+    sparse = [weight for weight in weights if not weight.reason]
+    for pattern in overrides:
+        check_matches(pattern, sparse, "the sparse weights, as an override")
+    own: dict[str, float] = {}
+    shared: dict[str, tuple[int, ...]] = {}
+    for weight in sparse:
+        matching = [value for pattern, value in overrides.items() if weight.matches(pattern)]
+        for slot in weight.slots:
+            if matching:
+                own[slot.name] = 1 - matching[-1]
+            else:
+                shared[slot.name] = tuple(slot.view(weight.parameter).shape)
+    spread = method.distribution(shared, density) if shared else {}
+    densities = {s.name: {**spread, **own}.get(s.name) for w in sparse for s in w.slots}
+    return {name: _checked_density(name, d, method) for name, d in densities.items()}
+
+
+def _checked_density(name: str, density: float | None, method: Method) -> float:
+    if density is None or not 0 <= density <= 1:
+        raise SettingError(
+            explain(
+                "density",
+                f"{name}, by the distribution of method {method.name}",
+                allowed="a number in [0, 1]",
+                given=density,
+                remedy="A distribution returns a density for every name it is given.",
+            )
+        )
+    grain = method.granularity
+    # 1e-9: the sparsity was subtracted from 1, which moves the density by 1e-16 at most
+    if isinstance(grain, NM) and density < 1 and abs(density - grain.n / grain.m) > 1e-9:
+        raise SettingError(
+            explain(
+                "sparsity",
+                name,
+                allowed=f"{1 - grain.n / grain.m:g}, as {grain.n} of every {grain.m} stay active",
+                given=f"{1 - density:g}",
+                remedy="Pass that sparsity and distribution=uniform with an N:M granularity.",
+            )
+        )
+    return density
+
+
+def _make_clock(method: Method, total_steps: int | None) -> Clock:
+    clock = method.clock(total_steps)
+    if not isinstance(clock, Every):
+        return clock
+    if clock.stop is None:
+        _without_end(method)
+    elif clock.last == clock.start:
+        raise SettingError(
+            explain(
+                "total_steps",
+                "sparsify()",
+                allowed=f"enough for one update each {method.interval} steps in the first {method.stop:.0%}",
+                given=total_steps,
+                remedy="Lengthen the run, shorten the interval by replace(method, interval=...), or choose "
+                'method="static".',
+            )
+        )
+    return clock
+
+
+def _without_end(method: Method) -> None:
+    if not isinstance(method.ramp, Constant):
+        raise SettingError(
+            explain(
+                "total_steps",
+                f"sparsify() with method {method.name}",
+                allowed="the number of optimizer steps of the run, which its density follows",
+                given=None,
+                remedy="Pass total_steps=.",
+            )
+        )
+    warnings.warn(
+        f"Without total_steps, {method.name} changes masks each {method.interval} steps for ever, at a constant "
+        f"drop fraction of {method.drop_fraction(0.0):g}; its paper ends at {method.stop:.0%} of the run. "
+        "Pass total_steps= for the full method.",
+        stacklevel=4,
+    )
+
+
+def _check_sparsity(sparsity: float, where: str) -> None:
+    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise SettingError(
+            explain(
+                "sparsity",
+                where,
+                allowed="a number in [0, 1)",
+                given=sparsity,
+                remedy="0.9 leaves a tenth of the weights active; 0 leaves all of them.",
+            )
+        )

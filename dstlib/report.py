@@ -1,0 +1,86 @@
+"""Tables of what is sparse. Plain rows in, text out; knows no controller."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One weight of a summary; ``reason`` says why it is dense and is empty where it is sparse."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    num_active: int
+    num_total: int
+    reason: str = ""
+
+    @property
+    def density(self) -> float:
+        """Active entries over all entries."""
+        return self.num_active / self.num_total
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every weight with two axes or more, sparse or dense and why; ``num_other`` counts all other entries."""
+
+    rows: tuple[Row, ...]
+    num_other: int
+    title: str
+
+    @property
+    def num_active(self) -> int:
+        """Active entries of the sparse weights."""
+        return sum(row.num_active for row in self.rows if not row.reason)
+
+    @property
+    def num_sparse(self) -> int:
+        """All entries of the sparse weights."""
+        return sum(row.num_total for row in self.rows if not row.reason)
+
+    @property
+    def density(self) -> float:
+        """Active entries over all entries, of the sparse weights."""
+        return self.num_active / self.num_sparse
+
+    @property
+    def params(self) -> int:
+        """Active entries of the whole model: what there is to train and to store."""
+        return sum(row.num_active for row in self.rows) + self.num_other
+
+    def __str__(self) -> str:
+        cells = [("weight", "layer", "shape", "active", "density", "")]
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape))
+            verdict = f"dense: {row.reason}" if row.reason else "sparse"
+            cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", verdict))
+        num_sparse_rows = sum(not row.reason for row in self.rows)
+        num_all = sum(row.num_total for row in self.rows) + self.num_other
+        return "\n".join(
+            [
+                self.title,
+                *align(cells, left=(0, 1, 2, 5)),
+                f"{num_sparse_rows} sparse weights: {self.num_active:,} of {self.num_sparse:,} entries active "
+                f"(density {self.density:.4f}, sparsity {1 - self.density:.4f})",
+                f"whole model: {self.params:,} of {num_all:,} parameters, {self.num_other:,} of them biases, "
+                "norms and other vectors (dense)",
+            ]
+        )
+
+
+def align(cells: Sequence[tuple[str, ...]], *, left: Sequence[int]) -> list[str]:
+    """Rows of text as lines with aligned columns; the first row is the heading, ``left`` flush left.
+
+    >>> print("\\n".join(align([("organ", "Dice"), ("liver", "0.9")], left=(0,))))
+    organ  Dice
+    -----------
+    liver   0.9
+    """
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    lines = [line.rstrip() for line in lines]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

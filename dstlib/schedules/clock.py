@@ -1,0 +1,75 @@
+"""When: from an optimizer step to "is an update due?" and "how far along are we?"."""
+
+from dataclasses import dataclass
+
+from dstlib.errors import SettingError, explain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """Updates after each ``interval`` optimizer steps, later than ``start`` and no later than ``stop``.
+
+    Steps count from 1. Without a ``stop`` the updates never end and the progress stays 0, since an end is
+    what it would be measured against. T_end of the literature, the last step with an update, is ``last``:
+    curves end there, whether or not ``interval`` divides the range.
+
+    >>> clock = Every(interval=100, stop=250)
+    >>> [step for step in range(1, 400) if clock.due(step)], clock.progress(100)
+    ([100, 200], 0.5)
+    """
+
+    interval: int
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise SettingError(
+                explain(
+                    "interval",
+                    "the mask updates",
+                    allowed="a whole number of optimizer steps, at least 1",
+                    given=self.interval,
+                    remedy="Pass 100, say, or None for a fixed topology.",
+                )
+            )
+
+    @property
+    def last(self) -> int | None:
+        """The last step with an update; ``start`` where there is none at all; None where they never end."""
+        if self.stop is None:
+            return None
+        return self.start + max(self.stop - self.start, 0) // self.interval * self.interval
+
+    def due(self, step: int) -> bool:
+        """Whether the masks change at this step."""
+        elapsed = step - self.start
+        return elapsed > 0 and elapsed % self.interval == 0 and (self.stop is None or step <= self.stop)
+
+    def progress(self, step: int) -> float:
+        """Share of the way from ``start`` to the last update, in [0, 1]."""
+        if self.last is None:
+            return 0.0
+        if self.last == self.start:
+            return 1.0 if step > self.start else 0.0
+        return min(max((step - self.start) / (self.last - self.start), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Never:
+    """No update ever: a fixed topology.
+
+    >>> Never().due(100)
+    False
+    """
+
+    def due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def progress(self, step: int) -> float:
+        """Always at the end: the target density holds from the first step on."""
+        return 1.0
+
+
+Clock = Every | Never

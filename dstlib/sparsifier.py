@@ -1,0 +1,289 @@
+"""The controller: the only file that changes a model or an optimizer.
+
+Hooks around the steps of all torch optimizers do the work (hooks.py). Before a step they change the masks,
+if an update is due, and mask the gradients; after it they mask the weights and the optimizer's state.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dstlib.distributed import check_equal_masks
+from dstlib.errors import ScoreError
+from dstlib.hooks import forget, listen
+from dstlib.masking import MaskUpdate, Site, initial_mask, num_units, site_generator, update_mask
+from dstlib.masking.apply import zero_outside_
+from dstlib.optimizer_state import (
+    all_finite,
+    momentum_of,
+    overflowed,
+    parameter_ids,
+    refuse_unsupported,
+    same_shape_state,
+    unscaled,
+)
+from dstlib.plan import Plan
+from dstlib.report import Row, Summary
+from dstlib.saved import SavedWeight, check_saved
+from dstlib.targets import Slot, Weight
+
+Observer = Callable[[Site, MaskUpdate], None]
+
+
+@dataclass(eq=False)
+class _Masked:
+    """A sparse weight in training. ``step`` counts the steps that its optimizer took."""
+
+    weight: Weight
+    mask: Tensor
+    step: int = 0
+    updated_at: int = 0
+    is_stepping: bool = False
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.weight.parameter
+
+
+class Sparsifier:
+    """Keeps weights sparse and changes their masks as a method says; made by :func:`dstlib.sparsify`.
+
+    ``observers`` are called with (site, update) after each mask update of each weight; append yours.
+    The masks live here, the zeros in the weights; the model itself knows nothing.
+    """
+
+    def __init__(self, plan: Plan, optimizers: Sequence[Optimizer] = ()) -> None:
+        self.plan = plan
+        self.observers: list[Observer] = []
+        self.frozen = False
+        self._attached = True
+        self._optimizers = WeakSet(optimizers)
+        self._masked = [
+            _Masked(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
+            for w in plan.weights
+            if not w.reason
+        ]
+        with torch.no_grad():
+            for masked in self._masked:
+                for slot in masked.weight.slots:
+                    self._choose_first(masked, slot)
+        self.apply_masks()
+        listen(self)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The live masks by parameter name, True = active, in the shapes of the parameters. Not to be edited."""
+        return {m.weight.name: m.mask for m in self._masked}
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it listens to optimizers: until ``detach``."""
+        return self._attached
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, of the weight that has seen the most."""
+        return max(m.step for m in self._masked)
+
+    @property
+    def density(self) -> float:
+        """Active entries over all entries, of the sparse weights."""
+        return self.summary().density
+
+    def summary(self) -> Summary:
+        """Each weight: sparse or dense, why, shape, density; printable."""
+        active = {name: int(mask.sum()) for name, mask in self.masks.items()}
+        rows = tuple(
+            Row(
+                name=w.name,
+                kind=w.kind,
+                shape=tuple(w.parameter.shape),
+                num_active=active.get(w.name, w.parameter.numel()),
+                num_total=w.parameter.numel(),
+                reason=w.reason,
+            )
+            for w in self.plan.weights
+        )
+        return Summary(rows, self.plan.num_dense, f"{self.plan.method.name} at step {self.step}")
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Changes the masks if an update is due, then masks the gradients; a second call changes nothing.
+
+        The hooks call this by themselves. Call it before ``clip_grad_norm_``, which would otherwise see the
+        norm of the dense gradients, and after ``scaler.unscale_``. Under an AMP overflow it does nothing.
+        An engine without torch optimizers calls it, and then ``after_step``, around its own step.
+        """
+        known = (p.grad for o in self._optimizers for g in o.param_groups for p in g["params"])
+        grads = [grad for grad in (*known, *(m.parameter.grad for m in self._masked)) if grad is not None]
+        if any(self._is_due(m) for m in self._masked) and not all_finite(grads):
+            return
+        self._prepare(self._masked, None)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Masks the weights and the optimizers' state, and counts the step that ``before_step`` began."""
+        self._finish(self._masked, self._optimizers)
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Sets the weights and optimizer state to zero outside the masks, as after loading other weights."""
+        for m in self._masked:
+            _clear(m, self._optimizers)
+
+    def steps_with(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer holds any of the sparse weights."""
+        return bool(self._held_by(optimizer))
+
+    @torch.no_grad()
+    def before_optimizer(self, optimizer: Optimizer) -> None:
+        """``before_step`` for the weights of one optimizer, called by its hook."""
+        refuse_unsupported(optimizer)
+        self._optimizers.add(optimizer)
+        weights = self._held_by(optimizer)
+        if overflowed(optimizer):
+            for m in weights:
+                m.is_stepping = False
+        else:
+            self._prepare(weights, optimizer)
+
+    @torch.no_grad()
+    def after_optimizer(self, optimizer: Optimizer) -> None:
+        """``after_step`` for the weights of one optimizer, called by its hook."""
+        self._finish(self._held_by(optimizer), (optimizer,))
+
+    def freeze(self) -> None:
+        """Fixes the topology from now on: zeros hold, masks no longer change."""
+        self.frozen = True
+
+    def detach(self) -> None:
+        """Stops listening to optimizers, for good. The weights keep the zeros they have at this moment."""
+        self._attached = False
+        forget(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, steps and whether frozen: with the model's and the optimizer's, all that a resumption needs."""
+        weights = {m.weight.name: SavedWeight(m.mask.clone(), m.step, m.updated_at) for m in self._masked}
+        return {"version": 1, "frozen": self.frozen, "weights": {n: w._asdict() for n, w in weights.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes masks and steps from ``state_dict`` of a sparsifier of the same settings, and applies them.
+
+        Errors: StateError, before anything is changed, for a damaged state or one of another model,
+        granularity or sparsity.
+        """
+        saved = check_saved(state, self.masks, self.plan)
+        with torch.no_grad():
+            for m in self._masked:
+                m.mask.copy_(saved[m.weight.name].mask)
+                m.step, m.updated_at = saved[m.weight.name].step, saved[m.weight.name].updated_at
+                m.is_stepping = False
+        self.frozen = bool(state["frozen"])
+        self.apply_masks()
+
+    def __repr__(self) -> str:
+        s = self.summary()
+        return (
+            f"Sparsifier({self.plan.method.name}, {len(self._masked)} weights, {s.num_active:,} of "
+            f"{s.num_sparse:,} active, step {self.step}{', frozen' if self.frozen else ''})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the optimizers, which are met again when they step: copies follow the copied weights."""
+        return {key: value for key, value in self.__dict__.items() if key != "_optimizers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _optimizers=WeakSet())
+        if self._attached:
+            listen(self)
+
+    def _choose_first(self, masked: _Masked, slot: Slot) -> None:
+        method = self.plan.method
+        site = self._site(masked, slot, grad=None, momentum=None, step=0)
+        mask = initial_mask(method.init(site), granularity=method.granularity, num_target=self._num_target(site, 0))
+        site.mask.copy_(mask)
+
+    def _site(self, m: _Masked, slot: Slot, *, grad: Tensor | None, momentum: Tensor | None, step: int) -> Site:
+        return Site(
+            name=slot.name,
+            weight=slot.view(m.parameter.detach()),
+            mask=slot.view(m.mask),
+            grad=None if grad is None else slot.view(grad),
+            momentum=None if momentum is None else slot.view(momentum),
+            step=step,
+            generator=site_generator(self.plan.seed, step, slot.name),
+        )
+
+    def _num_target(self, site: Site, step: int) -> int:
+        """Active units per group that the plan asks for at a step."""
+        density = self.plan.method.density(self.plan.densities[site.name], self.plan.clock.progress(step))
+        return num_units(self.plan.method.granularity.fold(site.mask).shape[1], density)
+
+    def _held_by(self, optimizer: Optimizer) -> list[_Masked]:
+        held = parameter_ids(optimizer)
+        return [m for m in self._masked if id(m.parameter) in held]
+
+    def _is_due(self, m: _Masked) -> bool:
+        return not self.frozen and m.updated_at <= m.step and self.plan.clock.due(m.step + 1)
+
+    def _prepare(self, weights: Iterable[_Masked], optimizer: Optimizer | None) -> None:
+        due = {}
+        for m in weights:
+            m.is_stepping = True
+            m.mask = m.mask.to(m.parameter.device)
+            if self._is_due(m):
+                due[m.weight.name] = m
+                self._update(m, optimizer)
+            if m.parameter.grad is not None:
+                zero_outside_(m.parameter.grad, m.mask)
+        if due:
+            check_equal_masks({name: m.mask for name, m in due.items()}, self.step + 1)
+
+    def _update(self, m: _Masked, optimizer: Optimizer | None) -> None:
+        step = m.updated_at = m.step + 1
+        if m.parameter.grad is None:
+            warnings.warn(f"{m.weight.name} has no gradient at step {step}: its mask stays", stacklevel=2)
+            return
+        holders = [o for o in self._optimizers if id(m.parameter) in parameter_ids(o)]
+        momentum = next((v for o in holders if (v := momentum_of(o, m.parameter)) is not None), None)
+        grad = unscaled(m.parameter.grad, optimizer)
+        for slot in m.weight.slots:
+            self._update_site(self._site(m, slot, grad=grad, momentum=momentum, step=step))
+        _clear(m, holders)
+
+    def _update_site(self, site: Site) -> None:
+        method, progress = self.plan.method, self.plan.clock.progress(site.step)
+        try:
+            update = update_mask(
+                site.mask,
+                method.drop(site),
+                method.grow(site),
+                granularity=method.granularity,
+                num_target=self._num_target(site, site.step),
+                drop_fraction=method.drop_fraction(progress),
+            )
+        except ScoreError as error:
+            raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
+        site.weight.copy_(torch.where(update.grown, method.grown_init(site), site.weight))
+        site.mask.copy_(update.mask)
+        for observe in self.observers:
+            observe(site, update)
+
+    def _finish(self, weights: Iterable[_Masked], optimizers: Iterable[Optimizer]) -> None:
+        for m in weights:
+            _clear(m, optimizers)
+            m.step += m.is_stepping
+            m.is_stepping = False
+
+
+def _clear(m: _Masked, optimizers: Iterable[Optimizer]) -> None:
+    zero_outside_(m.parameter, m.mask)
+    for optimizer in optimizers:
+        for state in same_shape_state(optimizer, m.parameter):
+            zero_outside_(state, m.mask)
