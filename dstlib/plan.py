@@ -69,6 +69,8 @@ def _densities(
 ) -> dict[str, float]:
     """Overridden weights get theirs; the distribution spreads ``density`` over the others."""
     sparse = [weight for weight in weights if not weight.reason]
+    for weight in sparse:
+        _check_folds(weight, method)
     for pattern in overrides:
         check_matches(pattern, sparse, "the sparse weights, as an override")
     own: dict[str, float] = {}
@@ -83,6 +85,15 @@ def _densities(
     spread = method.distribution(shared, density) if shared else {}
     densities = {s.name: {**spread, **own}.get(s.name) for w in sparse for s in w.slots}
     return {name: _checked_density(name, d, method) for name, d in densities.items()}
+
+
+def _check_folds(weight: Weight, method: Method) -> None:
+    for slot in weight.slots:
+        matrix = slot.view(weight.parameter.detach())
+        try:
+            method.granularity.fold(matrix)
+        except SettingError as error:
+            raise SettingError(f"{slot.name}, {tuple(matrix.shape)} as outputs, inputs, taps: {error}") from error
 
 
 def _checked_density(name: str, density: float | None, method: Method) -> float:

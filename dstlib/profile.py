@@ -71,10 +71,10 @@ class Profile:
         """The table: a row per module, the totals, and what is not counted.
 
         >>> print(profile(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), (1, 4)))
-        layer    type       output  params  density  FLOPs
-        0        Linear     1x2         10     1.00     18
-        1        LayerNorm  1x2          4     1.00      -
-        total                           14              18
+        layer  type       output  params  density  FLOPs
+        0      Linear     1x2         10     1.00     18
+        1      LayerNorm  1x2          4        -      -
+        total                         14              18
         FLOPs by the exact convention, without those of: LayerNorm.
         """
         rows = [("layer", "type", "output", "params", "density", "FLOPs")]
@@ -101,17 +101,18 @@ def profile(
 ) -> Profile:
     """Counts the parameters of a model and the FLOPs of one forward pass on an input of this shape.
 
-    A copy of the model without storage runs once, in eval mode and without gradients; the model itself is
-    not touched, and no activation is allocated. ``input_shape`` includes the batch dimension, as in
-    (1, 1, 128, 128, 128), and FLOPs grow with it; for a model of several inputs it is a tuple of such shapes.
-    The inputs have the type of the model's first floating parameter.
+    A copy of the model without storage runs once, in eval mode and without gradients; no activation is
+    allocated, and the model itself is not touched (its own forward hooks do run, on the copy).
+    ``input_shape`` includes the batch dimension, as in (1, 1, 128, 128, 128), and FLOPs grow with it; for a
+    model of several inputs it is a tuple of such shapes. The inputs have the type of the model's first
+    floating parameter.
 
     Params are the active weights and all parameters without a mask. A parameter under two names counts once;
     a module called twice costs FLOPs twice. With A active of the weights of a layer:
 
-    - "exact": two FLOPs for each multiplication and addition that is done, and one per output for a bias:
-      2·A per position. The positions are those of the output; of a transposed convolution those of the
-      input, each of which scatters A products. Multiplying by zero padding counts as done.
+    - "exact": two FLOPs for each multiply-add that is done, 2·A per position, and one per output for a bias.
+      The positions are those of the output, but for a transposed convolution those of the input, each of
+      which scatters A products. Multiplying by padding, or into what is cropped, counts as done.
     - "paper": the same, but a transposed convolution costs 2·A per position of its *output*: too much by the
       product of its strides. These are the published numbers of E2ENet.
 

@@ -79,7 +79,7 @@ def select(model: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequen
     cannot be sparse, and where nothing is left to be sparse.
     """
     weights = list(_verdicts(model))
-    for pattern in (*include, *exclude):
+    for pattern in (*include, *exclude) if weights else ():
         check_matches(pattern, weights, "the model")
     chosen = tuple(_choose(weight, include, exclude) for weight in weights)
     if all(weight.reason for weight in chosen):

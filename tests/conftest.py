@@ -1,0 +1,33 @@
+"""What all tests share: one thread per process, Hypothesis without deadlines, and where the real scans lie."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # pytest runs several processes, and results must not depend on the number of cores
+settings.register_profile("dstlib", deadline=None, print_blob=True)  # a shared machine makes deadlines flaky
+settings.load_profile("dstlib")
+
+# torchvision's binary may not match the torch build, and `import timm` then fails for want of these operators.
+# Declaring them lets the timm tests really run; the library itself never does this.
+_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+for schema in (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+):
+    with contextlib.suppress(RuntimeError):  # declared already, by a torchvision that matches
+        _TORCHVISION.define(schema)
+
+
+@pytest.fixture(scope="session")
+def hippocampus() -> Path:
+    """The folder of real scans, from DSTLIB_DATA or beside the repository; the test skips without it."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("DSTLIB_DATA", beside)) / "Task04_Hippocampus"
+    if not folder.is_dir():
+        pytest.skip(f"the real scans are not here: no folder {folder.name} in $DSTLIB_DATA or ../shared/data")
+    return folder

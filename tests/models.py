@@ -1,0 +1,83 @@
+"""Small models and loops that the controller's tests share."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Small(nn.Module):
+    """A convolution, a transposed one, a norm and a linear layer: (B, 2, 6, 6) → (B, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.up = nn.ConvTranspose2d(4, 6, 2, bias=False)
+        self.norm = nn.GroupNorm(2, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.up(self.conv(x).relu()).relu()).mean(dim=(2, 3)))
+
+
+def small(seed: int = 0) -> Small:
+    torch.manual_seed(seed)
+    return Small()
+
+
+def batch(step: int, size: int = 4) -> tuple[Tensor, Tensor]:
+    """The batch of a step: a function of the step alone."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(size, 2, 6, 6, generator=generator)
+    return x, torch.randint(0, 3, (size,), generator=generator)
+
+
+def backward(model: nn.Module, step: int, size: int = 4, scale: float = 1.0) -> float:
+    x, y = batch(step, size)
+    loss = nn.functional.cross_entropy(model(x), y) * scale
+    loss.backward()
+    return float(loss.detach())
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int, start: int = 0) -> list[float]:
+    losses = []
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        losses.append(backward(model, step))
+        optimizer.step()
+    return losses
+
+
+def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[Tensor]:
+    """Same-shape tensors of an optimizer, found without the library's help."""
+    for value in optimizer.state[parameter].values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            yield value
+
+
+def assert_zero_outside(model: nn.Module, masks: dict[str, Tensor], *optimizers: Optimizer) -> None:
+    """Weights, gradients and optimizer state are exactly zero wherever a mask is False."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        tensors = [parameter.detach()]
+        for optimizer in optimizers:
+            tensors += state_of(optimizer, parameter)
+        for tensor in tensors:
+            if not torch.equal(tensor[~mask], torch.zeros_like(tensor[~mask])):
+                raise AssertionError(f"{name}: nonzero outside the mask")
+
+
+def assert_same(first: dict, second: dict, where: str = "") -> None:
+    """Two nested states are equal bit for bit; raises with the path of the first difference."""
+    assert first.keys() == second.keys(), f"{where}: {first.keys()} != {second.keys()}"
+    for key, a in first.items():
+        b, path = second[key], f"{where}.{key}"
+        if isinstance(a, dict):
+            assert_same(a, b, path)
+        elif isinstance(a, Tensor):
+            assert a.dtype == b.dtype, f"{path}: {a.dtype} != {b.dtype}"
+            assert torch.equal(a, b), f"{path} differs"
+        else:
+            assert a == b, f"{path}: {a} != {b}"

@@ -1,0 +1,98 @@
+"""Two ranks hold equal masks, and equal one process with the doubled batch (METHODS.md, trap 4)."""
+
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import batch, small
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dstlib
+from dstlib import RIGL, StateError
+
+STEPS = 9
+METHOD = replace(RIGL, interval=2)
+
+
+def loss(model, x, y):
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def one_process():
+    model = small().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=METHOD, total_steps=STEPS)
+    for step in range(STEPS):
+        x, y = batch(step, 8)
+        optimizer.zero_grad()
+        loss(model, x.double(), y).backward()
+        optimizer.step()
+    return model, sparsifier
+
+
+def train_rank(rank, port, wrap_first, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = small(seed=rank if wrap_first else 0).double()
+    replica = DistributedDataParallel(model) if wrap_first else model  # takes the weights of rank 0
+    if wrap_first:
+        model.load_state_dict(small().double().state_dict())
+    sparsifier = dstlib.sparsify(replica, sparsity=0.7, method=METHOD, total_steps=STEPS)
+    replica = replica if wrap_first else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        x, y = batch(step, 8)
+        half = slice(0, 4) if rank == 0 else slice(4, 8)
+        optimizer.zero_grad()
+        loss(replica, x[half].double(), y[half]).backward()
+        optimizer.step()
+    torch.save((model.state_dict(), sparsifier.state_dict()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def diverge(rank, port, folder):
+    """Gradients that nobody reduces: the ranks must not part in silence."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = small()
+    dstlib.sparsify(model, sparsity=0.7, method=replace(RIGL, interval=1), total_steps=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = batch(rank)
+    loss(model, x, y).backward()
+    try:
+        optimizer.step()
+        message = "no error"
+    except StateError as error:
+        message = str(error)
+    torch.save(message, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(target, tmp_path, *args):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(target, args=(port, *args, str(tmp_path)), nprocs=2)
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("wrap_first", [True, False], ids=["wrapped before", "wrapped after"])
+def test_two_ranks_equal_one_process_with_the_doubled_batch(wrap_first, tmp_path):
+    (weights, masks), (other_weights, other_masks) = run(train_rank, tmp_path, wrap_first)
+    model, sparsifier = one_process()
+    for name, saved in sparsifier.state_dict()["weights"].items():
+        assert torch.equal(masks["weights"][name]["mask"], other_masks["weights"][name]["mask"])
+        assert torch.equal(masks["weights"][name]["mask"], saved["mask"])
+        assert masks["weights"][name]["step"] == STEPS
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weights[name], other_weights[name])
+        # the mean of two half-batch gradients is summed in another order; double precision, 9 steps
+        torch.testing.assert_close(weights[name], weight, rtol=1e-12, atol=1e-14)
+
+
+def test_ranks_that_part_say_so(tmp_path):
+    for message in run(diverge, tmp_path):
+        assert "conv.weight" in message
+        assert "step 1: expected the same on all 2 ranks" in message

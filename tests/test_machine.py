@@ -1,0 +1,141 @@
+"""A state machine: step, accumulate, overflow, clip, save and load, freeze, detach, copy, in any order."""
+
+import copy
+from dataclasses import replace
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from models import assert_same, assert_zero_outside, backward, small
+
+import dstlib
+from dstlib.masking import NM, Channel, Element, FanIn, Kernel, uniform
+
+TOTAL_STEPS = 24
+GRAINS = {
+    "element": (Element(), 0.8),
+    "kernel": (Kernel(), 0.6),
+    "channel": (Channel(), 0.5),
+    "fan-in": (FanIn(), 0.7),
+    "1:2": (NM(1, 2), 0.5),
+}
+OPTIMIZERS = {
+    "sgd": lambda p, fused: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3, fused=fused),
+    "adamw": lambda p, fused: torch.optim.AdamW(p, lr=0.01, fused=fused),
+}
+
+
+class Training(RuleBasedStateMachine):
+    @initialize(
+        method=st.sampled_from(["static", "set", "rigl", "dsff"]),
+        grain=st.sampled_from(sorted(GRAINS)),
+        optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+        fused=st.booleans(),
+        interval=st.integers(1, 4),
+    )
+    def start(self, method, grain, optimizer, fused, interval):
+        granularity, sparsity = GRAINS[grain]
+        interval = None if method == "static" else interval
+        method = replace(dstlib.METHODS[method], granularity=granularity, distribution=uniform, interval=interval)
+
+        def build():
+            model = small()
+            opt = OPTIMIZERS[optimizer](model.parameters(), fused)
+            return model, opt, dstlib.sparsify(model, opt, sparsity=sparsity, method=method, total_steps=TOTAL_STEPS)
+
+        self.build, self.fused = build, fused
+        self.model, self.optimizer, self.sparsifier = build()
+        self.counts = self.group_counts()
+        self.num_batches = self.num_steps = 0
+        self.frozen_at = self.detached_at = None
+        self.started = True
+
+    def group_counts(self):
+        """Active units per group, from the masks alone."""
+        fold = self.sparsifier.plan.method.granularity.fold
+        counts = {}
+        for weight in self.sparsifier.plan.weights:
+            for slot in weight.slots:
+                folded = fold(slot.view(self.sparsifier.masks[weight.name]))
+                assert (folded == folded[..., :1]).all(), "a unit is all on or all off"
+                counts[slot.name] = folded[..., 0].sum(dim=1).tolist()
+        return counts
+
+    @rule()
+    def accumulate(self):
+        backward(self.model, self.num_batches, scale=0.5)
+        self.num_batches += 1
+
+    @rule(clip=st.booleans())
+    def step(self, clip):
+        backward(self.model, self.num_batches)
+        self.num_batches += 1
+        if clip and self.detached_at is None:
+            self.sparsifier.before_step()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.detached_at is None:
+            self.num_steps += 1
+
+    @rule(early=st.booleans())
+    def overflow(self, early):
+        weights = {k: v.clone() for k, v in self.model.state_dict().items()}
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.zeros(()))
+        backward(self.model, self.num_batches, scale=1024.0)
+        self.model.conv.weight.grad.view(-1)[0] = torch.inf
+        if early:
+            scaler.unscale_(self.optimizer)
+            self.sparsifier.before_step()
+        saved = self.sparsifier.state_dict()
+        scaler.step(self.optimizer)
+        self.optimizer.zero_grad()
+        assert_same(saved, self.sparsifier.state_dict())
+        assert_same(weights, self.model.state_dict())
+
+    @rule()
+    def save_and_load(self):
+        states = [copy.deepcopy(part.state_dict()) for part in (self.model, self.optimizer, self.sparsifier)]
+        gradients = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        detached = self.detached_at is not None
+        self.model, self.optimizer, self.sparsifier = self.build()
+        for part, state in zip((self.model, self.optimizer, self.sparsifier), states, strict=True):
+            part.load_state_dict(state)
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        if detached:
+            self.model.load_state_dict(states[0])
+            self.sparsifier.detach()
+
+    @rule()
+    def copy_all(self):
+        self.model, self.optimizer, self.sparsifier = copy.deepcopy((self.model, self.optimizer, self.sparsifier))
+
+    @rule()
+    def freeze(self):
+        self.sparsifier.freeze()
+        self.frozen_at = {n: m.clone() for n, m in self.sparsifier.masks.items()}
+
+    @precondition(lambda self: self.num_steps > 2)
+    @rule()
+    def detach(self):
+        self.sparsifier.detach()
+        self.detached_at = {n: m.clone() for n, m in self.sparsifier.masks.items()}
+
+    @precondition(lambda self: getattr(self, "started", False))
+    @invariant()
+    def holds(self):
+        assert self.sparsifier.step == self.num_steps
+        assert self.group_counts() == self.counts, "the number of active units never changes, in any group"
+        if self.frozen_at is not None:
+            assert_same(self.frozen_at, self.sparsifier.masks)
+        if self.detached_at is not None:
+            assert_same(self.detached_at, self.sparsifier.masks)
+        else:
+            assert_zero_outside(self.model, self.sparsifier.masks, self.optimizer)
+
+
+Training.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestTraining = Training.TestCase

@@ -1,0 +1,260 @@
+"""Which weights are selected, why the others are not, and how each is turned."""
+
+import re
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import dstlib
+from dstlib import NM, RIGL, Block, FanIn, Kernel, SelectionError, SettingError, uniform
+from dstlib.targets import plain_name, select
+
+
+def verdicts(model, **kwargs):
+    return {w.name: w.reason for w in select(model, **kwargs)}
+
+
+class Zoo(nn.Module):
+    """One of each kind of weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.position = nn.Parameter(torch.zeros(1, 4, 8))
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+        self.conv = nn.Conv1d(8, 8, 3)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.depthwise = nn.Conv2d(8, 16, 3, groups=8)
+        self.up = nn.ConvTranspose3d(8, 4, 2)
+        self.up_grouped = nn.ConvTranspose2d(8, 8, 2, groups=2)
+        self.norm = nn.LayerNorm(8)
+        self.rnn = nn.LSTM(8, 4)
+        self.bilinear = nn.Bilinear(3, 4, 5)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.head = nn.Linear(8, 10)
+
+
+def test_every_matrix_gets_a_verdict():
+    assert verdicts(Zoo()) == {
+        "position": "position of Zoo: not a weight of a layer type made sparse",
+        "embed.weight": "weight of Embedding: not a weight of a layer type made sparse",
+        "attention.in_proj_weight": "",
+        "attention.out_proj.weight": "",
+        "cross.q_proj_weight": "",
+        "cross.k_proj_weight": "",
+        "cross.v_proj_weight": "",
+        "cross.out_proj.weight": "",
+        "conv.weight": "",
+        "grouped.weight": "",
+        "depthwise.weight": "depthwise: sparse only if included by name",
+        "up.weight": "",
+        "up_grouped.weight": "grouped transposed convolution",
+        "rnn.weight_ih_l0": "recurrent: sparse only if included by name",
+        "rnn.weight_hh_l0": "recurrent: sparse only if included by name",
+        "bilinear.weight": "weight of Bilinear: not a weight of a layer type made sparse",
+        "frozen.weight": "frozen (requires_grad is False)",
+        "head.weight": "",
+    }
+
+
+def test_summary_shows_each_weight_the_reason_and_the_totals():
+    sparsifier = dstlib.sparsify(Zoo(), sparsity=0.5, method="static", exclude="head")
+    text = str(sparsifier.summary())
+    assert re.search(r"embed\.weight +Embedding +10×8 +80 +1\.0000  dense: weight of Embedding", text)
+    assert re.search(r"conv\.weight +Conv1d +8×8×3 +\d+ +0\.\d{4}  sparse", text)
+    assert "dense: excluded" in text
+    assert "dense: depthwise" in text
+    rows = {row.name: row for row in sparsifier.summary().rows}
+    assert rows["head.weight"].density == 1
+    assert rows["up.weight"].shape == (8, 4, 2, 2, 2)
+    summary = sparsifier.summary()
+    assert summary.num_sparse == sum(m.numel() for m in sparsifier.masks.values())
+    assert summary.num_active == sum(int(m.sum()) for m in sparsifier.masks.values())
+    total = sum(p.numel() for p in Zoo().parameters())
+    assert summary.params == total - summary.num_sparse + summary.num_active
+
+
+def test_include_and_exclude_are_globs_over_weights_and_modules():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
+    assert verdicts(model, include=("body.*",)) == {
+        "body.0.weight": "",
+        "body.1.weight": "",
+        "head.weight": "not included",
+    }
+    assert verdicts(model, include=("head",))["head.weight"] == ""
+    assert verdicts(model, exclude=("*.1", "head"))["body.0.weight"] == ""
+    assert verdicts(model, exclude=("*.1", "head"))["body.1.weight"] == "excluded"
+
+
+def test_a_glob_that_matches_nothing_is_an_error_that_suggests():
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
+    with pytest.raises(SelectionError, match=r"glob 'encode': expected|glob 'encode' of the model.*'encode\.\*'"):
+        select(model, include=("encode",))
+    with pytest.raises(SelectionError, match="similar names: 'head'"):
+        select(model, exclude=("heads",))
+    with pytest.raises(SelectionError, match="as an override"):
+        dstlib.sparsify(model, sparsity=0.5, method="static", exclude="head", overrides={"head": 0.3})
+
+
+def test_dense_by_default_becomes_sparse_when_asked_for_by_name_and_the_impossible_raises():
+    assert verdicts(Zoo(), include=("*", "depthwise", "rnn"))["depthwise.weight"] == ""
+    assert verdicts(Zoo(), include=("*", "depthwise", "rnn"))["rnn.weight_hh_l0"] == ""
+    assert verdicts(Zoo(), include=("*", "depthwise.weight"))["rnn.weight_hh_l0"] != ""
+    with pytest.raises(SelectionError, match=r"embed.weight.*masked in place.*Embedding"):
+        select(Zoo(), include=("embed",))
+
+
+def test_a_model_without_candidates_says_why():
+    with pytest.raises(SelectionError, match=r"none \(weight: weight of Embedding"):
+        dstlib.sparsify(nn.Embedding(4, 4), sparsity=0.5)
+    with pytest.raises(SelectionError, match="no parameter has two axes"):
+        dstlib.sparsify(nn.BatchNorm1d(4), sparsity=0.5)
+    with pytest.raises(SelectionError, match="lazy"):
+        dstlib.sparsify(nn.Sequential(nn.LazyLinear(3)), sparsity=0.5)
+    with pytest.raises(SelectionError, match="meta"):
+        dstlib.sparsify(nn.Linear(4, 4, device="meta"), sparsity=0.5, method="static")
+
+
+def test_tied_weights_count_once_and_stay_dense_with_an_embedding():
+    tied = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+    tied["b"].weight = tied["a"].weight
+    sparsifier = dstlib.sparsify(tied, sparsity=0.5, method="static")
+    assert list(sparsifier.masks) == ["a.weight"]
+    assert sparsifier.summary().num_sparse == 36
+    assert verdicts(tied, include=("b",))["a.weight"] == "", "either name will do"
+
+    language = nn.ModuleDict({"head": nn.Linear(4, 10), "embed": nn.Embedding(10, 4), "mlp": nn.Linear(4, 4)})
+    language["head"].weight = language["embed"].weight
+    assert verdicts(language)["head.weight"].startswith("tied to embed.weight")
+
+
+def test_transposed_convolutions_are_turned_and_in_proj_is_three_matrices():
+    model = Zoo()
+    method = replace(dstlib.STATIC, granularity=FanIn(), distribution=uniform)
+    sparsifier = dstlib.sparsify(model, sparsity=0.5, method=method)
+    per_output = sparsifier.masks["up.weight"].sum(dim=(0, 2, 3, 4))
+    assert per_output.tolist() == [32] * 4, "each of 4 outputs keeps half of its 8·2·2·2 inputs"
+    in_proj = sparsifier.masks["attention.in_proj_weight"]
+    assert in_proj.view(3, 8, 8).sum(dim=(1, 2)).tolist() == [32] * 3
+
+    unequal = nn.MultiheadAttention(8, 2)
+    with torch.no_grad():
+        unequal.in_proj_weight[:8] *= 0.01
+    by_size = replace(method, granularity=dstlib.Element(), init=dstlib.masking.magnitude)
+    masks = dstlib.sparsify(unequal, sparsity=0.5, method=by_size).masks
+    assert masks["in_proj_weight"].view(3, 64).sum(dim=1).tolist() == [32] * 3, "small queries are not starved"
+
+
+def test_overrides_take_weights_out_of_the_budget():
+    model = nn.ModuleDict({"a": nn.Linear(10, 10), "b": nn.Linear(10, 10), "head": nn.Linear(10, 10)})
+    sparsifier = dstlib.sparsify(model, sparsity=0.8, method="static", overrides={"*": 0.5, "head": 0.0})
+    assert [row.density for row in sparsifier.summary().rows] == [0.5, 0.5, 1.0]
+    sparsifier.detach()
+    sparsifier = dstlib.sparsify(model, sparsity=0.8, method="static", overrides={"head": 0.0})
+    assert [row.density for row in sparsifier.summary().rows] == [0.2, 0.2, 1.0]
+
+
+def test_weight_standardisation_and_parametrisations_are_left_dense():
+    class StdConv(nn.Conv2d):
+        def forward(self, x):
+            w = self.weight
+            w = (w - w.mean(dim=(1, 2, 3), keepdim=True)) / w.std(dim=(1, 2, 3), keepdim=True)
+            return self._conv_forward(x, w, self.bias)
+
+    class SamePadding(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+    model = nn.ModuleDict(
+        {
+            "std": StdConv(4, 4, 3),
+            "same": SamePadding(4, 4, 3),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "spectral": nn.utils.spectral_norm(nn.Linear(4, 4)),
+        }
+    )
+    found = verdicts(model)
+    assert "standardises" in found["std.weight"]
+    assert found["same.weight"] == ""
+    assert "ParametrizationList" in found["normed.parametrizations.weight.original1"]
+    assert found["spectral.weight_orig"] != ""
+    with pytest.raises(SelectionError, match="standardises"):
+        select(model, include=("std",))
+
+
+def test_names_are_those_of_the_user_under_compile_and_data_parallel():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    assert set(verdicts(torch.compile(model))) == {"0.weight", "1.weight"}
+    assert plain_name("block._checkpoint_wrapped_module.fc.weight") == "block.fc.weight"
+    assert list(dstlib.sparsify(nn.DataParallel(model), sparsity=0.5, method="static").masks) == [
+        "0.weight",
+        "1.weight",
+    ]
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), True])
+def test_sparsity_outside_its_range(sparsity):
+    with pytest.raises(SettingError, match=r"sparsity of sparsify\(\): expected a number in \[0, 1\), got"):
+        dstlib.sparsify(nn.Linear(4, 4), sparsity=sparsity)
+
+
+def test_settings_that_cannot_work_are_refused_with_a_remedy():
+    model, linear = Zoo(), nn.Linear(10, 10)
+    with pytest.raises(SettingError, match="Did you mean 'rigl'"):
+        dstlib.sparsify(model, sparsity=0.5, method="rig")
+    with pytest.raises(SettingError, match=r"total_steps.*gmp.*Pass total_steps="):
+        dstlib.sparsify(model, sparsity=0.5, method="gmp")
+    with pytest.raises(SettingError, match=r"total_steps.*first 75%, got 120"):
+        dstlib.sparsify(model, sparsity=0.5, method="rigl", total_steps=120)
+    method = replace(dstlib.STATIC, granularity=NM(2, 4), distribution=uniform)
+    with pytest.raises(SettingError, match=r"sparsity of weight: expected 0.5, as 2 of every 4"):
+        dstlib.sparsify(nn.Linear(8, 8), sparsity=0.75, method=method)
+    with pytest.raises(SelectionError, match="none of them"):
+        dstlib.sparsify(linear, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.5, method="static")
+    with pytest.raises(SettingError, match=r"torch optimizers, got 0\.9"):
+        dstlib.sparsify(linear, 0.9, sparsity=0.5)
+    with pytest.raises(SettingError, match="density of weight, by the distribution of method static"):
+        dstlib.sparsify(linear, sparsity=0.5, method=replace(dstlib.STATIC, distribution=lambda shapes, d: {}))
+    with pytest.raises(SettingError, match="stop of method rigl"):
+        replace(RIGL, stop=1.5)
+
+
+def test_a_granularity_that_does_not_divide_names_the_weight_and_its_shape():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3)})
+    with pytest.raises(SettingError, match=r"stem\.weight.*\(8, 3, 3, 3\)"):
+        dstlib.sparsify(model, sparsity=0.5, method=replace(dstlib.STATIC, granularity=Block(4, 4)))
+
+
+def test_a_masked_model_is_not_masked_twice():
+    model = nn.Linear(10, 10)
+    first = dstlib.sparsify(model, sparsity=0.5, method="static")
+    with pytest.raises(SelectionError, match="another sparsifier"):
+        dstlib.sparsify(model, sparsity=0.5, method="static")
+    first.detach()
+    dstlib.sparsify(model, sparsity=0.5, method="static")
+
+
+def test_a_forgotten_model_is_freed():
+    import gc
+    import weakref
+
+    model = nn.Linear(10, 10)
+    dstlib.sparsify(model, sparsity=0.5, method="static")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 10)).sum().backward()
+    optimizer.step()
+    alive = weakref.ref(model.weight)
+    del model, optimizer
+    gc.collect()
+    assert alive() is None
+
+
+def test_kernel_granularity_on_a_linear_layer_is_unstructured():
+    method = replace(dstlib.STATIC, granularity=Kernel())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dstlib.sparsify(nn.Linear(10, 10), sparsity=0.8, method=method).density == 0.2
