@@ -10,6 +10,7 @@ from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, Se
 from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
 from dstlib.masking.update import MaskUpdate
 from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC, Method
+from dstlib.profile import Profile, profile
 from dstlib.sparsifier import Sparsifier
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "Kernel",
     "MaskUpdate",
     "Method",
+    "Profile",
     "ScoreError",
     "SelectionError",
     "SettingError",
@@ -39,6 +41,7 @@ __all__ = [
     "StateError",
     "er",
     "erk",
+    "profile",
     "sparsify",
     "uniform",
 ]

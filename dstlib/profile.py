@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.errors import DataError, SelectionError, SettingError, explain, similar
+from dstlib.report import align
 from dstlib.targets import plain_name, unwrap
 
 Convention = Literal["exact", "paper"]
@@ -72,6 +73,7 @@ class Profile:
 
         >>> print(profile(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), (1, 4)))
         layer  type       output  params  density  FLOPs
+        ------------------------------------------------
         0      Linear     1x2         10     1.00     18
         1      LayerNorm  1x2          4        -      -
         total                         14              18
@@ -84,12 +86,8 @@ class Profile:
             output = "x".join(map(str, layer.output_shape))
             rows.append((layer.name or "(model)", layer.type, output, f"{layer.params:,}", density, flops))
         rows.append(("total", "", "", f"{self.params:,}", "", f"{self.flops:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        signs = "<<<>>>"  # words to the left, numbers to the right
-        form = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
-        lines = [form.format(*row) for row in rows]
         missing = f", without those of: {', '.join(self.uncounted)}" if self.uncounted else ""
-        return "\n".join([*lines, f"FLOPs by the {self.convention} convention{missing}."])
+        return "\n".join([*align(rows, left=(0, 1, 2)), f"FLOPs by the {self.convention} convention{missing}."])
 
 
 def profile(

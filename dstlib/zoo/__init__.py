@@ -1,0 +1,1 @@
+"""Networks and recipes built with dstlib; the core never imports them."""

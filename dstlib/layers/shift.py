@@ -1,0 +1,76 @@
+"""The restricted shift: groups of channels move along one axis, so that a flat kernel sees its neighbours.
+
+Shapes: B batch, C channels, D, H, W depth, height, width in voxels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from dstlib.errors import SettingError, explain
+
+
+def shift(x: Tensor, sizes: Sequence[int], *, axis: int) -> Tensor:
+    """Moves each group of channels by its own number of voxels along ``axis``; zeros flow in, nothing wraps.
+
+    The C channels are cut into ``len(sizes)`` contiguous groups of ceil(C / len(sizes)); the last groups are
+    smaller, or empty, where that does not divide C. Group g moves by ``sizes[g]`` voxels **towards higher
+    indices**: ``out[:, c, i] = x[:, c, i - sizes[g]]`` along the axis, and 0 where ``i - sizes[g]`` lies
+    outside. So a size of 1 lets voxel i see voxel i - 1. What leaves at one end is lost; a group that moves
+    by the extent or more is all zeros.
+
+    Shapes: x (B, C, \\*spatial), the result the same. ``axis`` counts the axes of x: 2 is the depth of a
+    (B, C, D, H, W) tensor, -1 its width.
+
+    Raises:
+        SettingError: ``sizes`` is empty, or ``axis`` is not a spatial axis of x.
+
+    Reference: Wu et al., *E2ENet* (NeurIPS 2024), restricted depth-shift: group g of n moves by g - n // 2,
+    which is (-1, 0, 1) for n = 3. Here the sizes are given, so the paper's multiples of it are values too.
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0]).expand(1, 3, 3)
+    >>> shift(x, (-1, 0, 1), axis=2)
+    tensor([[[2., 3., 0.],
+             [1., 2., 3.],
+             [0., 1., 2.]]])
+    """
+    if not len(sizes):
+        remedy = "Pass (0,) to move nothing."
+        raise SettingError(explain("sizes", "shift()", allowed="at least one", given=sizes, remedy=remedy))
+    if axis not in (*range(2, x.ndim), *range(2 - x.ndim, 0)):
+        allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
+        remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
+        raise SettingError(explain("axis", "shift()", allowed=allowed, given=axis, remedy=remedy))
+    groups = x.split(-(-x.shape[1] // len(sizes)), dim=1)
+    # zip stops at the shorter: ceil may leave no channels for the last sizes
+    moved = [_move(group, size, axis % x.ndim) for group, size in zip(groups, sizes, strict=False)]
+    return torch.cat(moved, dim=1)
+
+
+def _move(x: Tensor, size: int, axis: int) -> Tensor:
+    """Pads, then cuts: unlike a negative padding this also holds for sizes beyond the extent."""
+    if size == 0:
+        return x
+    padding = [0, 0] * (x.ndim - 1 - axis) + [max(size, 0), max(-size, 0)]
+    return pad(x, padding).narrow(axis, max(-size, 0), x.shape[axis])
+
+
+class Shift(nn.Module):
+    """:func:`shift` as a module, for tensors (B, C, \\*spatial).
+
+    >>> Shift((-1, 0, 1), axis=2)
+    Shift(sizes=(-1, 0, 1), axis=2)
+    """
+
+    def __init__(self, sizes: Sequence[int], *, axis: int) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shift(x, self.sizes, axis=self.axis)
+
+    def extra_repr(self) -> str:
+        return f"sizes={self.sizes}, axis={self.axis}"

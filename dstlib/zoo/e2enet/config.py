@@ -1,0 +1,116 @@
+"""What an E2ENet is made of, as one value.
+
+Triples are (depth, height, width).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal, get_args
+
+from dstlib.errors import SettingError, explain
+from dstlib.layers.blocks import Triple
+
+Axis = Literal["depth", "height", "width"]
+AXES = get_args(Axis)
+
+_WORDS = {  # what each setting may be, and the advice to who gave something else
+    "in_channels": ("a whole number from 1 up", "Count the modalities of an image."),
+    "num_classes": ("a whole number from 1 up", "Count the channels of a head."),
+    "channels": ("two or more whole numbers from 1 up", "Give the width of each level, finest first."),
+    "strides": (
+        "one triple of whole numbers from 1 up for each of channels but the first",
+        "Give the stride from each level to the next.",
+    ),
+    "kernel_size": ("three odd numbers from 1 up", "Flat across depth is (1, 3, 3)."),
+    "outer_kernel_size": ("None, or three odd numbers from 1 up", "The paper's variant has (3, 3, 3)."),
+    "shift": ("None, or at least one whole number of voxels", "The paper's is (-1, 0, 1)."),
+    "shift_axis": (" or ".join(AXES), "Name the axis to shift along."),
+    "heads": (
+        "a whole number from 1 up, less than the number of channels",
+        "The coarsest level has no head.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class E2ENetConfig:
+    """The shape of an E2ENet; the defaults are the paper's network for AMOS.
+
+    - ``num_classes``: the channels of each head. The published counts take the foreground classes only (15
+      for AMOS); training takes them and the background, one more.
+    - ``channels``: one number per level, finest first. L levels make L · (L - 1) / 2 fusion nodes.
+    - ``strides``: from each level to the next coarser one, so L - 1 of them.
+    - ``kernel_size``: of every convolution before which the channels are shifted.
+    - ``outer_kernel_size``: if given, the kernel of the encoder and of the last diagonal of fusion nodes,
+      which are then not shifted: the paper's variant with 3×3×3 kernels there.
+    - ``shift``: how far each group of channels moves along ``shift_axis`` before a convolution, in voxels;
+      None for no shift. See :func:`dstlib.layers.shift.shift`.
+    - ``heads``: how many of the finest levels have a head; at most L - 1.
+
+    Raises:
+        SettingError: a setting is out of range, or does not fit the number of levels.
+
+    Reference: Wu et al., *E2ENet* (NeurIPS 2024, arXiv:2312.04727). Its text starts with stride (1, 2, 2);
+    all its published counts belong to (2, 2, 2) throughout, the default here.
+
+    >>> E2ENetConfig(channels=(16, 32, 64), strides=((1, 2, 2), (2, 2, 2)), heads=2).divisor
+    (2, 4, 4)
+    >>> E2ENetConfig(channels=(16, 32), strides=((2, 2, 2),), heads=4)
+    Traceback (most recent call last):
+        ...
+    dstlib.errors.SettingError: heads of E2ENetConfig: expected a whole number from 1 up, less than the \
+number of channels, got 4. The coarsest level has no head.
+    """
+
+    in_channels: int = 1
+    num_classes: int = 15
+    channels: tuple[int, ...] = (48, 96, 192, 320, 320, 320)
+    strides: tuple[Triple, ...] = ((2, 2, 2),) * 5
+    kernel_size: Triple = (1, 3, 3)
+    outer_kernel_size: Triple | None = None
+    shift: tuple[int, ...] | None = (-1, 0, 1)
+    shift_axis: Axis = "depth"
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        edges, outer, shift = len(self.channels) - 1, self.outer_kernel_size, self.shift
+        holds = {
+            "in_channels": _counts([self.in_channels]),
+            "num_classes": _counts([self.num_classes]),
+            "channels": edges >= 1 and _counts(self.channels),
+            "strides": len(self.strides) == edges and all(map(_is_triple, self.strides)),
+            "kernel_size": _is_kernel(self.kernel_size),
+            "outer_kernel_size": outer is None or _is_kernel(outer),
+            "shift": shift is None or (len(shift) > 0 and all(type(size) is int for size in shift)),
+            "shift_axis": self.shift_axis in AXES,
+            "heads": _counts([self.heads]) and self.heads <= edges,
+        }
+        for name, ok in holds.items():
+            if not ok:
+                allowed, remedy = _WORDS[name]
+                given = getattr(self, name)
+                raise SettingError(explain(name, "E2ENetConfig", allowed=allowed, given=given, remedy=remedy))
+
+    @property
+    def divisor(self) -> Triple:
+        """What depth, height and width of the input must be multiples of: the product of the strides."""
+        depth, height, width = (prod(steps) for steps in zip(*self.strides, strict=True))
+        return depth, height, width
+
+
+def _counts(numbers: Sequence[int]) -> bool:
+    return all(type(number) is int and number >= 1 for number in numbers)
+
+
+def _is_triple(numbers: object) -> bool:
+    return isinstance(numbers, Sequence) and len(numbers) == 3 and _counts(numbers)
+
+
+def _is_kernel(size: Sequence[int]) -> bool:
+    return _is_triple(size) and all(extent % 2 == 1 for extent in size)
+
+
+AMOS = E2ENetConfig()
+BRATS = replace(AMOS, in_channels=4, num_classes=3)
+BTCV = replace(AMOS, num_classes=13)

@@ -1,0 +1,150 @@
+"""The E2ENet network.
+
+Shapes: B batch, C channels, K classes, D, H, W depth, height, width in voxels.
+"""
+
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from dstlib.errors import DataError, explain
+from dstlib.layers.blocks import Triple, Unit
+from dstlib.layers.fusion import FusionNode
+from dstlib.layers.shift import Shift
+from dstlib.zoo.e2enet.config import AXES, E2ENetConfig
+
+
+class E2ENet(nn.Module):
+    """A pyramid of features that meet their neighbours again and again, and as many heads as asked for.
+
+    The encoder makes x[0, 1..L]; fusion stage j makes x[j, 1..L-j] from the stage before; the heads read the
+    last diagonal j + l = L. With L = 4 and 3 heads::
+
+        level 1   x01 ── x11 ── x21 ── x31 ─ head     → forward: the same level
+                   │  ╳      ╳      ╱                 ↗ upward: transposed convolution of the coarser level
+        level 2   x02 ── x12 ── x22 ─ head            ↘ downward: max-pooling of the finer level
+                   │  ╳      ╱
+        level 3   x03 ── x13 ─ head
+                   │  ╱
+        level 4   x04
+
+    Shapes: (B, in_channels, D, H, W) → with ``deep_supervision`` a tuple of logits, finest first: the head of
+    level l has (B, K, D, H, W) over the strides down to l. Without, the first of them alone.
+
+    The weights that DSFF trains sparse are the (transposed) convolutions under the glob :attr:`FUSION`; the
+    encoder and the heads stay dense. Node (j, l) is ``fusion.stage{j}_level{l}``, level l of the encoder
+    ``encoder.{l - 1}``.
+
+    Raises:
+        DataError: the input has other channels than the config says, or a size the strides do not divide.
+
+    Reference: Wu et al., *E2ENet* (NeurIPS 2024, arXiv:2312.04727). Each convolution starts from Kaiming's
+    normal distribution with a = 0.01 and zero bias, as in the published code.
+
+    >>> import torch
+    >>> config = E2ENetConfig(channels=(8, 16, 32), strides=((2, 2, 2),) * 2, heads=2, num_classes=3)
+    >>> network = E2ENet(config)
+    >>> [tuple(logits.shape) for logits in network(torch.rand(1, 1, 8, 8, 8))]
+    [(1, 3, 8, 8, 8), (1, 3, 4, 4, 4)]
+    >>> network.deep_supervision = False
+    >>> network(torch.rand(1, 1, 8, 8, 8)).shape
+    torch.Size([1, 3, 8, 8, 8])
+    """
+
+    FUSION: ClassVar[str] = "fusion.*"
+
+    def __init__(self, config: E2ENetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.deep_supervision = True
+        levels = len(config.channels)
+        self.encoder = nn.ModuleList(_encoder_level(config, level) for level in range(1, levels + 1))
+        self.fusion = nn.ModuleDict(
+            {
+                _key(stage, level): _fusion_node(config, stage, level)
+                for stage in range(1, levels)
+                for level in range(1, levels - stage + 1)
+            }
+        )
+        widths = config.channels[: config.heads]
+        self.heads = nn.ModuleList(nn.Conv3d(width, config.num_classes, 1, bias=False) for width in widths)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        self._check(x)
+        maps = []
+        for units in self.encoder:
+            x = units(x)
+            maps.append(x)
+        diagonal = []  # the coarsest map of each stage
+        for stage in range(1, len(self.encoder)):
+            finer = [None, *maps]
+            maps = [
+                self.fusion[_key(stage, i + 1)](same, coarser, finer[i])
+                for i, (same, coarser) in enumerate(pairwise(maps))
+            ]
+            diagonal.append(maps[-1])
+        finest_first = diagonal[::-1]
+        if not self.deep_supervision:
+            prediction: Tensor = self.heads[0](finest_first[0])
+            return prediction
+        return tuple(head(x) for head, x in zip(self.heads, finest_first, strict=False))
+
+    def _check(self, x: Tensor) -> None:
+        where, given = "input of E2ENet", tuple(x.shape)
+        channels, divisor = self.config.in_channels, self.config.divisor
+        if x.ndim != 5 or x.shape[1] != channels:
+            allowed = f"(B, {channels}, D, H, W)"
+            remedy = "The config's in_channels says how many channels come in."
+            raise DataError(explain("shape", where, allowed=allowed, given=given, remedy=remedy))
+        if any(extent % step for extent, step in zip(given[2:], divisor, strict=True)) or given[2:] == divisor:
+            # a single voxel at the coarsest level would have no variance to normalise by
+            allowed = f"D, H, W in multiples of {divisor}, and more than that"
+            remedy = "Pad or crop the image, or choose other strides."
+            raise DataError(explain("size", where, allowed=allowed, given=given[2:], remedy=remedy))
+
+
+def _key(stage: int, level: int) -> str:
+    return f"stage{stage}_level{level}"
+
+
+def _shift(config: E2ENetConfig, *, outer: bool) -> Shift | None:
+    if config.shift is None or (outer and config.outer_kernel_size):
+        return None
+    return Shift(config.shift, axis=2 + AXES.index(config.shift_axis))
+
+
+def _kernel(config: E2ENetConfig, *, outer: bool) -> Triple:
+    return (outer and config.outer_kernel_size) or config.kernel_size
+
+
+def _encoder_level(config: E2ENetConfig, level: int) -> nn.Sequential:
+    """Two Units; the first comes down from the level above with that stride."""
+    width, kernel, shift = config.channels[level - 1], _kernel(config, outer=True), _shift(config, outer=True)
+    above = config.in_channels if level == 1 else config.channels[level - 2]
+    stride = (1, 1, 1) if level == 1 else config.strides[level - 2]
+    return nn.Sequential(
+        Unit(above, width, kernel_size=kernel, stride=stride, shift=shift),
+        Unit(width, width, kernel_size=kernel, shift=shift),
+    )
+
+
+def _fusion_node(config: E2ENetConfig, stage: int, level: int) -> FusionNode:
+    channels, strides = config.channels, config.strides
+    last = stage + level == len(channels)
+    return FusionNode(
+        channels[level - 1],
+        coarser=(channels[level], strides[level - 1]),
+        finer=(channels[level - 2], strides[level - 2]) if level > 1 else None,
+        kernel_size=_kernel(config, outer=last),
+        shift=_shift(config, outer=last),
+        num_units=2 if last else 1,
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, a=0.01)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
