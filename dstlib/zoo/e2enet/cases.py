@@ -1,0 +1,129 @@
+"""What every reader returns and every recipe takes: cases in memory, and their cross-validation folds.
+
+Shapes: C channels, D depth (slices), H height, W width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dstlib.errors import DataError, SettingError, explain
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One labelled volume: image (C, D, H, W), label (D, H, W), spacing in mm along (D, H, W).
+
+    Two cases are equal only if they are the same object, as arrays have no single truth value.
+
+    Raises:
+        DataError: The arrays have another type or do not fit each other.
+
+    >>> image, label = np.zeros((1, 2, 3, 4), np.float32), np.zeros((2, 3, 4), np.uint8)
+    >>> Case("a", image, label, spacing=(5.0, 0.8, 0.8)).label.shape
+    (2, 3, 4)
+    """
+
+    name: str
+    image: NDArray[np.float32]
+    label: NDArray[np.uint8]
+    spacing: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        fits = self.image.ndim == 4 and self.image.shape[1:] == self.label.shape
+        if not fits or self.image.dtype != np.float32 or self.label.dtype != np.uint8:
+            given = f"{self.image.dtype} {self.image.shape} with {self.label.dtype} {self.label.shape}"
+            raise DataError(
+                explain(
+                    "image and label",
+                    f"case {self.name!r}",
+                    allowed="a float32 image (C, D, H, W) with a uint8 label (D, H, W)",
+                    given=given,
+                    remedy="Convert with astype(), and give an image of one channel a leading axis.",
+                )
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """A data set: its cases, what its channels show, and its foreground classes (class i has label i + 1).
+
+    Raises:
+        DataError: Two cases share a name, or a case has another number of channels than the set.
+    """
+
+    name: str
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+    def __post_init__(self) -> None:
+        names = [case.name for case in self.cases]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(
+                explain(
+                    "case names",
+                    f"data set {self.name!r}",
+                    allowed="one case per name",
+                    given=f"{', '.join(repeated)} more than once",
+                    remedy="Rename or remove the copies: folds are drawn over names.",
+                )
+            )
+        if odd := [c for c in self.cases if len(c.image) != len(self.channels)]:
+            raise DataError(
+                explain(
+                    "channels",
+                    f"data set {self.name!r}",
+                    allowed=f"{len(self.channels)} per case ({', '.join(self.channels)})",
+                    given=", ".join(f"{len(c.image)} in {c.name}" for c in odd),
+                    remedy="Give every case the same channels in the same order.",
+                )
+            )
+
+
+def split(
+    names: Sequence[str], *, fold: int = 0, num_folds: int = 5, seed: int = 12345
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names to train on and the held-out names of one fold of a shuffled cross-validation.
+
+    The names are sorted first, so their order does not matter, and both answers are sorted. Every name is
+    held out in exactly one fold; the first ``len(names) % num_folds`` folds hold out one name more.
+
+    Raises:
+        SettingError: There is no such fold, or there are fewer names than folds.
+
+    Reference: the five folds of nnU-Net, which E2ENet trains on: scikit-learn's
+    ``KFold(5, shuffle=True, random_state=12345)`` over the sorted ids, reproduced without scikit-learn.
+
+    >>> split(["e", "d", "c", "b", "a"], fold=0)
+    (('b', 'c', 'd', 'e'), ('a',))
+    """
+    if not 2 <= num_folds <= len(names):
+        raise SettingError(
+            explain(
+                "num_folds",
+                "split()",
+                allowed=f"2 to {len(names)}, the number of names",
+                given=num_folds,
+                remedy="Choose fewer folds, or pass more names.",
+            )
+        )
+    if not 0 <= fold < num_folds:
+        raise SettingError(
+            explain(
+                "fold",
+                "split()",
+                allowed=f"0 to {num_folds - 1}",
+                given=fold,
+                remedy="Folds count from 0.",
+            )
+        )
+    ordered = sorted(names)
+    # The legacy generator on purpose: only its shuffle draws the published folds.
+    order = np.arange(len(ordered))
+    np.random.RandomState(seed).shuffle(order)
+    held_out = set(np.array_split(order, num_folds)[fold].tolist())
+    train = tuple(name for i, name in enumerate(ordered) if i not in held_out)
+    return train, tuple(name for i, name in enumerate(ordered) if i in held_out)
