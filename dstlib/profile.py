@@ -74,8 +74,8 @@ class Profile:
         >>> print(profile(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), (1, 4)))
         layer  type       output  params  density  FLOPs
         ------------------------------------------------
-        0      Linear     1x2         10     1.00     18
-        1      LayerNorm  1x2          4        -      -
+        0      Linear     1×2         10     1.00     18
+        1      LayerNorm  1×2          4        -      -
         total                         14              18
         FLOPs by the exact convention, without those of: LayerNorm.
         """
@@ -83,7 +83,7 @@ class Profile:
         for layer in self.layers:
             density = f"{layer.active / layer.weights:.2f}" if layer.weights else "-"
             flops = "-" if layer.flops is None else f"{layer.flops:,}"
-            output = "x".join(map(str, layer.output_shape))
+            output = "×".join(map(str, layer.output_shape))
             rows.append((layer.name or "(model)", layer.type, output, f"{layer.params:,}", density, flops))
         rows.append(("total", "", "", f"{self.params:,}", "", f"{self.flops:,}"))
         missing = f", without those of: {', '.join(self.uncounted)}" if self.uncounted else ""

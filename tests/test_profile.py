@@ -115,8 +115,9 @@ def test_table_names_every_layer() -> None:
     halved = Masks({"0.weight": mask((50, 40), 1000)})
     assert str(profile(model, (1, 40), sparsifier=halved)).splitlines() == [
         "layer  type         output  params  density  FLOPs",
-        "0      Linear       1x50     1,050     0.50  2,050",
-        "1      BatchNorm1d  1x50       100        -      -",
+        "-" * 50,
+        "0      Linear       1×50     1,050     0.50  2,050",
+        "1      BatchNorm1d  1×50       100        -      -",
         "total                        1,150           2,050",
         "FLOPs by the exact convention, without those of: BatchNorm1d.",
     ]
