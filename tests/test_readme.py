@@ -1,0 +1,39 @@
+"""The README's Python runs, block after block, and prints what it says it prints."""
+
+import contextlib
+import io
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_blocks_run_and_print_what_they_show():
+    blocks = re.findall(r"```(python|text)\n(.*?)```", README, flags=re.DOTALL)
+    assert [kind for kind, _ in blocks].count("python") >= 5
+    namespace, printed = {}, ""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for kind, text in blocks:
+            if kind == "text":
+                assert printed.strip() == text.strip()
+                continue
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(text, "README.md", "exec"), namespace)
+            printed = out.getvalue()
+
+
+def test_every_command_of_the_makefile_that_is_named_exists():
+    targets = set(re.findall(r"^(\w+):", (Path(__file__).parents[1] / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+    assert named == {"demo", "test"}
+    assert named <= targets
+
+
+def test_files_that_are_linked_or_run_exist():
+    for path in re.findall(r"\]\(([\w/.]+)\)|python (examples/\w+\.py)", README):
+        assert (Path(__file__).parents[1] / (path[0] or path[1])).is_file(), path
