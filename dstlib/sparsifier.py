@@ -31,7 +31,7 @@ from dstlib.optimizer_state import (
 from dstlib.plan import Plan
 from dstlib.report import Row, Summary
 from dstlib.saved import SavedWeight, check_saved
-from dstlib.targets import Slot, Weight
+from dstlib.targets import Slot, Weight, find_weights
 
 Observer = Callable[[Site, MaskUpdate], None]
 
@@ -136,6 +136,17 @@ class Sparsifier:
         """Sets the weights and optimizer state to zero outside the masks, as after loading other weights."""
         for m in self._masked:
             _clear(m, self._optimizers)
+
+    @torch.no_grad()
+    def mask_model(self, model: nn.Module) -> None:
+        """Masks another model with the same names, such as a moving average (EMA, SWA) before it is read.
+
+        An average of weights under moving masks is denser than any of them.
+
+        Errors: StateError where a weight is missing or of another shape.
+        """
+        for name, parameter in find_weights(model, {n: m.shape for n, m in self.masks.items()}).items():
+            zero_outside_(parameter, self.masks[name])
 
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds any of the sparse weights."""

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, explain, similar
 
@@ -63,10 +64,10 @@ def plain_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel or DataParallel."""
-    inner = getattr(model, "module", None)
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    return inner if wrapped and isinstance(inner, nn.Module) else model
+    """The user's own module inside DistributedDataParallel, DataParallel or an AveragedModel."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
+        model = model.module
+    return model
 
 
 def select(model: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> tuple[Weight, ...]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from models import assert_same, assert_zero_outside, backward, batch, small, state_of, train
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dstlib
-from dstlib import RIGL, SettingError
+from dstlib import RIGL, SettingError, StateError
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -278,6 +279,25 @@ def test_kept_weights_and_state_keep_their_bits_and_the_others_become_zero():
     momentum = optimizer.state[parameter]["momentum_buffer"]
     assert (momentum[kept] != 0).any()
     assert (momentum[~kept] == 0).all()
+
+
+def test_an_averaged_model_is_masked_when_it_is_read():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.8, method=replace(RIGL, interval=2), total_steps=40)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(10):
+        train(model, optimizer, 1, start=step)
+        average.update_parameters(model)
+    density = sum(int((average.module.get_parameter(n) != 0).sum()) for n in sparsifier.masks)
+    active = sum(int(m.sum()) for m in sparsifier.masks.values())
+    assert density > active, "the trap: an average under moving masks is denser than the model"
+    inside = average.module.up.weight[sparsifier.masks["up.weight"]].clone()
+    sparsifier.mask_model(average)
+    assert_zero_outside(average.module, sparsifier.masks)
+    assert torch.equal(inside, average.module.up.weight[sparsifier.masks["up.weight"]])
+    with pytest.raises(StateError, match=r"model of mask_model\(\): expected a weight conv\.weight of shape"):
+        sparsifier.mask_model(nn.Linear(2, 2))
 
 
 def test_gmp_reaches_its_sparsity_exactly_and_only_shrinks():
