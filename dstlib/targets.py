@@ -6,7 +6,7 @@ silence.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from dstlib.errors import SelectionError, explain, similar
+from dstlib.errors import SelectionError, StateError, explain, similar
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -68,6 +68,23 @@ def unwrap(model: nn.Module) -> nn.Module:
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
         model = model.module
     return model
+
+
+def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.Parameter]:
+    """The parameters of a model under these names; a StateError if one is missing or of another shape."""
+    named = {plain_name(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
+    for name, shape in shapes.items():
+        if name not in named or named[name].shape != shape:
+            raise StateError(
+                explain(
+                    "model",
+                    "mask_model()",
+                    allowed=f"a weight {name} of shape {tuple(shape)}",
+                    given=tuple(named[name].shape) if name in named else "none of that name",
+                    remedy="Pass a copy of the model that was sparsified.",
+                )
+            )
+    return {name: named[name] for name in shapes}
 
 
 def select(model: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> tuple[Weight, ...]:
