@@ -19,6 +19,7 @@ from dstlib.masking import (
     erk,
     magnitude,
     random,
+    round_down,
     sign_balanced,
     uniform,
     uniform_fan_out,
@@ -68,12 +69,13 @@ class Method:
         """When this method updates in a run of ``total_steps`` optimizer steps (None: of unknown length)."""
         if self.interval is None:
             return Never()
-        stop = None if total_steps is None else int(self.stop * total_steps)
+        stop = None if total_steps is None else round_down(self.stop * total_steps)
         return Every(interval=self.interval, stop=stop)
 
     def density(self, target: float, progress: float) -> float:
         """The density of a weight on its way from dense to ``target``."""
-        return 1 - self.ramp(progress) * (1 - target)
+        way = self.ramp(progress)
+        return (1 - way) + way * target
 
 
 STATIC = Method(

@@ -1,12 +1,13 @@
 """Which units: pure functions of tensors. Knows no module, no optimizer, no process group."""
 
+from dstlib.masking.counts import num_units, round_down
 from dstlib.masking.criteria import gradient, magnitude, magnitude_l2, momentum, random, sign_balanced
 from dstlib.masking.distribution import Distribution, er, erk, uniform, uniform_dense_first
 from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granularity, Kernel
 from dstlib.masking.grown import GrownInit, uniform_fan_out, zeros
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
-from dstlib.masking.update import MaskUpdate, initial_mask, num_units, unit_mask, update_mask
+from dstlib.masking.update import MaskUpdate, initial_mask, unit_mask, update_mask
 
 __all__ = [
     "NM",
@@ -30,6 +31,7 @@ __all__ = [
     "momentum",
     "num_units",
     "random",
+    "round_down",
     "select_top",
     "sign_balanced",
     "site_generator",

@@ -54,11 +54,11 @@ def sign_balanced(site: Site) -> Tensor:
     Deviates in that the shares are of one common count, floor(ζ·A), and so may differ by one weight.
     """
     w = site.weight.flatten()
-    score = torch.zeros_like(w)
+    score = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
     for of_sign in ((w > 0), (w < 0)):
         index = (of_sign & site.mask.flatten()).nonzero()[:, 0]
         best_first = index[w[index].abs().argsort(descending=True, stable=True)]
-        place = torch.arange(len(index), device=w.device, dtype=w.dtype)
+        place = torch.arange(len(index), device=w.device, dtype=score.dtype)
         score[best_first] = 1 - place / max(len(index), 1)
     return score.view(site.weight.shape)
 

@@ -8,6 +8,8 @@ that add up exactly, and rounding n·(k/n) gives k back.
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from dstlib.masking.counts import round_down
+
 Distribution = Callable[[Mapping[str, Sequence[int]], float], dict[str, float]]
 
 
@@ -56,8 +58,7 @@ def _proportional(
 ) -> dict[str, float]:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     num_all = sum(sizes.values())
-    # the factor: (1 - 0.9) · 10 must round down to 1, not to 0 (see update.py)
-    num_active = max(num_all - math.floor((1 - density) * num_all * (1 + 1e-12)), len(sizes))
+    num_active = max(num_all - round_down((1 - density) * num_all), len(sizes))
     ideal = _saturate(sizes, num_active, propensity)
     return {name: num / sizes[name] for name, num in _whole(ideal, sizes, num_active).items()}
 

@@ -1,25 +1,19 @@
 """Drop then grow: from an old mask and two scores to a new mask with an exact number of active units.
 
-This is the whole of dynamic sparse training; methods differ only in the data they pass. It is also the only
-place where densities and fractions become counts.
+This is the whole of dynamic sparse training; methods differ only in the data they pass.
 
 Shapes: O out, I in, K kernel taps; G groups, U units per group, E elements per unit.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dstlib.errors import ScoreError, SettingError, explain
+from dstlib.masking.counts import NUDGE
 from dstlib.masking.granularity import Granularity
 from dstlib.masking.selection import select_top
-
-# A decimal such as 0.29 lies a hair below itself in binary, and 0.29 · 100 must still be 29: products are
-# nudged up by this factor before rounding down. It is far above the rounding error of a float (1e-16) and
-# moves no count unless the product comes within a millionth of a millionth of the next integer.
-_NUDGE = 1 + 1e-12
 
 
 @dataclass(frozen=True)
@@ -32,15 +26,6 @@ class MaskUpdate:
     mask: Tensor
     dropped: Tensor
     grown: Tensor
-
-
-def num_units(num_total: int, density: float) -> int:
-    """The number of active units out of ``num_total``: the nearest integer, halves up, and at least one.
-
-    >>> num_units(4608, 0.1), num_units(10, 0.25), num_units(10, 0.0)
-    (461, 3, 1)
-    """
-    return min(max(math.floor(num_total * density * _NUDGE + 0.5), 1), num_total)
 
 
 def update_mask(
@@ -80,7 +65,7 @@ def update_mask(
     active_GU = granularity.fold(mask)[..., 0]
     num_active_G = active_GU.sum(dim=1)
     num_target_G = torch.as_tensor(num_target, device=mask.device).expand_as(num_active_G)
-    num_dropped_G = (num_active_G.double() * (drop_fraction * _NUDGE)).floor().long()
+    num_dropped_G = (num_active_G.double() * (drop_fraction * NUDGE)).floor().long()
     num_kept_G = torch.minimum(num_active_G - num_dropped_G, num_target_G)
 
     kept_GU = select_top(_unit_score(drop_score, mask, granularity), num_kept_G, among_GU=active_GU)
@@ -99,7 +84,7 @@ def initial_mask(score: Tensor, *, granularity: Granularity, num_target: int | T
 def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
     """Spreads a decision per unit over the unit's elements: (G, U) → (O, I, *K)."""
     num_elements = shape.numel() // active_GU.numel()
-    return granularity.unfold(active_GU[..., None].expand(-1, -1, num_elements), shape)
+    return granularity.unfold(active_GU[..., None].repeat(1, 1, num_elements), shape)
 
 
 def _unit_score(score: Tensor, mask: Tensor, granularity: Granularity) -> Tensor:
@@ -116,15 +101,16 @@ def _unit_score(score: Tensor, mask: Tensor, granularity: Granularity) -> Tensor
         )
     if score.dtype not in (torch.float32, torch.float64):
         score = score.float()
-    if not bool(score.isfinite().all()):
+    score_GUE = granularity.fold(score)
+    unit_score = score_GUE[..., 0] if score_GUE.shape[-1] == 1 else score_GUE.mean(dim=-1)
+    if not bool(unit_score.isfinite().all()):
         raise ScoreError(
             explain(
                 "scores",
                 "a mask update",
                 allowed="finite numbers",
-                given=f"{int((~score.isfinite()).sum())} that are NaN or infinite",
+                given=f"{int((~unit_score.isfinite()).sum())} that are NaN or infinite",
                 remedy="Look at the criterion, and at whether the loss has diverged.",
             )
         )
-    score_GUE = granularity.fold(score)
-    return score_GUE[..., 0] if score_GUE.shape[-1] == 1 else score_GUE.mean(dim=-1)
+    return unit_score
