@@ -139,7 +139,7 @@ def find_method(method: str | Method) -> Method:
                 "sparsify()",
                 allowed=f"one of {', '.join(METHODS)}, or a dstlib.Method",
                 given=repr(method),
-                remedy=f"Did you mean {similar(method, METHODS)}?",
+                remedy=f"Did you mean {similar(str(method), METHODS)}?",
             )
         )
     return METHODS[method]

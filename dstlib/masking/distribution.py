@@ -73,8 +73,7 @@ def _saturate(sizes: Mapping[str, int], num_active: int, propensity: Mapping[str
         full = {name for name in free if scale * propensity[name] >= 1}
         if not full:
             return {n: float(sizes[n]) if n in dense else scale * propensity[n] * sizes[n] for n in sizes}
-        highest = max(propensity[name] for name in full)
-        dense |= {name for name in full if propensity[name] == highest}
+        dense |= full  # for good: what they leave to the others only raises the scale
 
 
 def _whole(ideal: Mapping[str, float], sizes: Mapping[str, int], num_active: int) -> dict[str, int]:

@@ -27,13 +27,11 @@ def select_top(score_GU: Tensor, num_G: Tensor, *, among_GU: Tensor) -> Tensor:
 
 
 def _threshold(score_GU: Tensor, num_G: Tensor, among_GU: Tensor) -> Tensor:
-    """The score of the last unit selected in each group; +inf where none is."""
-    if score_GU.shape[0] == 1:
-        num = int(num_G)
+    """The score of the last unit to select in each group."""
+    if len(score_GU) == 1 and among_GU.any():
         candidates = score_GU[among_GU]  # a linear-time selection; sorting millions takes seconds
-        if num == 0:
-            return torch.full_like(num_G, torch.inf, dtype=score_GU.dtype)
-        return candidates.kthvalue(len(candidates) - num + 1).values[None]
+        return candidates.kthvalue(len(candidates) - max(int(num_G), 1) + 1).values[None]
     ranked_GU = score_GU.masked_fill(~among_GU, -torch.inf).sort(dim=1, descending=True).values
+    # where nothing is to be selected this is the best score: none lies above it, and no tie is counted in
     last_G1 = (num_G - 1).clamp(min=0)[:, None]
-    return ranked_GU.gather(1, last_G1)[:, 0].masked_fill(num_G == 0, torch.inf)
+    return ranked_GU.gather(1, last_G1)[:, 0]

@@ -1,0 +1,197 @@
+"""The pictures of a run: how it learned, what it predicts, and where the connections of the fusion went.
+
+Shapes: K foreground classes, D, H, W depth, height, width in voxels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dstlib.layers.fusion import FusionNode
+from dstlib.zoo.e2enet.cases import Case
+from dstlib.zoo.e2enet.network import E2ENet
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "text.color": "#222222",
+    "axes.labelcolor": "#222222",
+    "legend.frameon": False,
+}
+INK, ACCENT, FAINT = "#0b4f6c", "#d1495b", "#d9d9d9"
+FLOWS = {"forward": "#0b4f6c", "upward": "#edae49", "downward": "#66a182"}
+ON_FLOW = {"forward": "white", "upward": "#222222", "downward": "#222222"}  # readable on each
+PARTS = {  # of a fusion node, and how the density of each is shown
+    "upward": ("up-convolution", "#b8b8b8"),
+    "units.0.conv": ("first convolution", "#7d7d7d"),
+    "units.1.conv": ("second convolution", "#444444"),
+}
+
+
+def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: Sequence[Mapping[str, int]]) -> None:
+    """The loss of each epoch, a line at each mask update, and the share of connections that it replaced."""
+    with _figure(path, size=(7.5, 5.0 if updates else 3.4)) as figure:
+        panels = figure.subplots(2 if updates else 1, 1, sharex=True, squeeze=False)[:, 0]
+        losses = [m["loss"] for m in metrics]
+        _draw_line(panels[0], [m["iteration"] for m in metrics], losses, colour=INK)
+        panels[0].set_title("Training loss, mean of each epoch")
+        panels[0].set_ylabel("Dice + cross-entropy")
+        panels[-1].set_xlabel("iteration")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        if not updates:
+            return
+        marks = [u["iteration"] for u in updates]
+        for panel in panels:
+            panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
+        _draw_line(panels[1], marks, [100 * u["replaced"] / u["active"] for u in updates], colour=ACCENT)
+        panels[1].set_title("Active connections replaced at each mask update (grey lines)")
+        panels[1].set_ylabel("percent")
+
+
+def _draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], *, colour: str) -> None:
+    axes.plot(x, y, "o-", color=colour, markersize=3.5)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.08 * max(y) or 1)
+
+
+def slice_comparison(
+    path: Path, case: Case, prediction: NDArray[np.uint8], classes: Sequence[str], *, dice: NDArray[np.float64]
+) -> None:
+    """The slice with the most classes: the image, the label on it, the prediction on it.
+
+    Shapes: prediction (D, H, W); dice (K,), of the whole volume, goes into the legend.
+    """
+    depth = busiest_slice(case.label)
+    _, height, width = case.spacing
+    picture = case.image[0, depth]
+    low, high = np.percentile(picture, (1, 99))
+    aspect = height / width
+    colours = class_colours(len(classes))
+    tall = 10.5 / 3 * aspect * picture.shape[0] / picture.shape[1]
+    with _figure(path, size=(10.5, tall + 0.9 + 0.22 * -(-len(classes) // 5))) as figure:
+        volumes = {"Image": None, "Label": case.label[depth], "Prediction": prediction[depth]}
+        for panel, (title, volume) in zip(figure.subplots(1, 3), volumes.items(), strict=True):
+            panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
+            if volume is not None:
+                shown = np.ma.masked_equal(volume, 0)
+                last = len(classes) + 0.5
+                panel.imshow(
+                    shown, cmap=colours, vmin=0.5, vmax=last, alpha=0.75, interpolation="nearest", aspect=aspect
+                )
+            panel.set_title(title)
+            panel.set_axis_off()
+        handles = [
+            Patch(color=colours(i), label=f"{name} {value:.2f}" if np.isfinite(value) else f"{name} (absent)")
+            for i, (name, value) in enumerate(zip(classes, dice, strict=True))
+        ]
+        title = f"{case.name}, slice {depth} of {len(case.label)}; with the Dice of the whole volume"
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, title=title, fontsize=9)
+
+
+def class_colours(num_classes: int) -> ListedColormap:
+    """One colour per class, far apart for neighbours: hues a golden section apart, and three shades in turn."""
+    hues = (0.618034 * np.arange(num_classes)) % 1
+    shades = [((0.85, 0.95), (0.5, 1.0), (0.9, 0.65))[i % 3] for i in range(num_classes)]
+    return ListedColormap([hsv_to_rgb((hue, *shade)) for hue, shade in zip(hues, shades, strict=True)])
+
+
+def busiest_slice(label: NDArray[np.uint8]) -> int:
+    """The depth with the most classes, and among those the most foreground.
+
+    >>> busiest_slice(np.array([[[1, 1]], [[1, 2]], [[0, 0]]], np.uint8))
+    1
+    """
+    return max(range(len(label)), key=lambda d: (len(np.unique(label[d])), np.count_nonzero(label[d])))
+
+
+def flow_shares(model: E2ENet, masks: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Per fusion node, which share of its active connections comes from which flow.
+
+    A model without masks has the shares of its channels, as has a random mask on average.
+
+    Reference: Wu et al., *E2ENet* (NeurIPS 2024), Figure 6.
+    """
+    shares = {}
+    for name, node in _nodes(model).items():
+        weight = node.get_parameter("units.0.conv.weight")
+        mask = masks.get(f"fusion.{name}.units.0.conv.weight", torch.ones_like(weight)).float()
+        shares[name] = {flow: float(mask[:, at].sum() / mask.sum()) for flow, at in node.flows.items()}
+    return shares
+
+
+def _nodes(model: E2ENet) -> dict[str, FusionNode]:
+    return {name: node for name, node in model.fusion.items() if isinstance(node, FusionNode)}
+
+
+def flow_figure(path: Path, model: E2ENet, masks: Mapping[str, Tensor]) -> None:
+    """Left the density of every fusion weight, right the share of each flow per fusion node."""
+    nodes = list(_nodes(model))
+    with _figure(path, size=(10.5, 1.8 + 0.36 * len(nodes))) as figure:
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(0.6, 1.6))
+        _draw_densities(left, model, masks)
+        shares, at_random = flow_shares(model, masks), flow_shares(model, {})
+        for row, node in enumerate(nodes):
+            _draw_flows(right, row, shares[node], at_random[node])
+        right.set_title("Share of each flow in the active connections of the first convolution")
+        right.set_xlim(0, 1)
+        right.xaxis.set_major_formatter(PercentFormatter(1))
+        left.set_yticks(range(len(nodes)), [n.replace("stage", "stage ").replace("_level", ", level ") for n in nodes])
+        left.invert_yaxis()
+        handles: list[Artist] = [Patch(color=colour, label=title) for title, colour in PARTS.values()]
+        handles += [Patch(color=colour, label=flow) for flow, colour in FLOWS.items()]
+        handles.append(Line2D([], [], color="black", linewidth=1.2, label="expected at random"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=9, handlelength=1.2)
+
+
+def _draw_densities(axes: Axes, model: E2ENet, masks: Mapping[str, Tensor]) -> None:
+    """A bar per weight; one without a mask is dense."""
+    for row, (name, node) in enumerate(_nodes(model).items()):
+        parts = [(part, colour) for part, (_, colour) in PARTS.items() if f"{part}.weight" in node.state_dict()]
+        for i, (part, colour) in enumerate(parts):
+            mask = masks.get(f"fusion.{name}.{part}.weight")
+            density = 1.0 if mask is None else float(mask.float().mean())
+            axes.barh(row + 0.22 * (i - (len(parts) - 1) / 2), density, height=0.2, color=colour)
+    axes.set_title("Density")
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _draw_flows(axes: Axes, row: int, shares: Mapping[str, float], at_random: Mapping[str, float]) -> None:
+    start = expected = 0.0
+    for flow, share in shares.items():
+        axes.barh(row, share, left=start, height=0.66, color=FLOWS[flow])
+        middle = start + share / 2
+        axes.text(middle, row, f"{share:.0%}", ha="center", va="center", fontsize=9, color=ON_FLOW[flow])
+        start += share
+        expected += at_random[flow]
+        if flow != list(shares)[-1]:
+            axes.plot([expected] * 2, [row - 0.42, row + 0.42], color="black", linewidth=1.2)
+
+
+@contextmanager
+def _figure(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure that is saved when the block ends; drawn without pyplot, so it needs no display."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.savefig(path, dpi=150)

@@ -1,0 +1,93 @@
+"""Curves: the published values, exact ends, nothing outside them."""
+
+import math
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dstlib.schedules import Constant, Cosine, Cubic, Curve, InversePower, Linear
+
+values = st.floats(0.0, 1.0)
+progress = st.floats(0.0, 1.0)
+between = st.builds(Linear, values, values) | st.builds(Cosine, values, values) | st.builds(Cubic, values, values)
+powers = st.builds(InversePower, values, st.floats(0.5, 5.0))
+# values lie in [0, 1] and each curve takes at most four roundings, of 1.1e-16 each
+ROUNDING = 5e-16
+
+
+@pytest.mark.parametrize(
+    ("curve", "at", "value"),
+    [
+        (Constant(0.3), (0.0, 0.5, 1.0), (0.3, 0.3, 0.3)),
+        (Linear(0.4), (0.0, 0.25, 0.75, 1.0), (0.4, 0.3, 0.1, 0.0)),
+        (Linear(0.2, 1.0), (0.0, 0.5, 1.0), (0.2, 0.6, 1.0)),
+        # RigL, eq. 1 with α = 0.3: cos 60° = 1/2, cos 90° = 0, cos 120° = -1/2
+        (Cosine(0.3), (0.0, 1 / 3, 0.5, 2 / 3, 1.0), (0.3, 0.225, 0.15, 0.075, 0.0)),
+        # E2ENet's floor: halfway lies (0.5 + 0.001) / 2
+        (Cosine(0.5, end=0.001), (0.0, 0.5, 1.0), (0.5, 0.2505, 0.001)),
+        # Zhu & Gupta, eq. 1, from 0 to 0.8 in 4 steps: 0.8 · (1 - (1 - k/4)³)
+        (Cubic(0.0, 0.8), (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.4625, 0.7, 0.7875, 0.8)),
+        # and from s_i = 0.5: s_f + (s_i - s_f) / 8
+        (Cubic(0.5, 0.9), (0.0, 0.5, 1.0), (0.5, 0.85, 0.9)),
+        (InversePower(0.4), (0.0, 0.5, 1.0), (0.4, 0.2, 0.0)),
+        (InversePower(0.4, power=3), (0.0, 0.5, 1.0), (0.4, 0.05, 0.0)),
+    ],
+    ids=repr,
+)
+def test_published_values(curve: Curve, at: tuple[float, ...], value: tuple[float, ...]) -> None:
+    assert [curve(p) for p in at] == pytest.approx(value, rel=0, abs=ROUNDING)
+
+
+@given(between)
+def test_ends_are_exact(curve: Linear | Cosine | Cubic) -> None:
+    assert curve(0.0) == curve.start
+    assert curve(1.0) == curve.end
+
+
+@given(powers)
+def test_the_inverse_power_falls_from_its_start_to_exactly_zero(curve: InversePower) -> None:
+    assert curve(0.0) == curve.start
+    assert curve(1.0) == 0.0
+
+
+@given(between | powers, progress, progress)
+def test_monotone(curve: Linear | Cosine | Cubic | InversePower, p: float, q: float) -> None:
+    early, late = min(p, q), max(p, q)
+    direction = math.copysign(1.0, curve(1.0) - curve(0.0))
+    assert direction * (curve(late) - curve(early)) >= -ROUNDING
+
+
+@given(between | powers, progress)
+def test_values_lie_between_the_ends(curve: Linear | Cosine | Cubic | InversePower, p: float) -> None:
+    low, high = sorted((curve(0.0), curve(1.0)))
+    assert low - ROUNDING <= curve(p) <= high + ROUNDING
+
+
+@given(st.builds(Constant, values) | between | powers, st.floats(-1e9, 0.0), st.floats(1.0, 1e9))
+def test_progress_is_clamped(curve: Curve, before: float, after: float) -> None:
+    assert curve(before) == curve(0.0)
+    assert curve(after) == curve(1.0)
+
+
+@given(values, progress)
+def test_the_plain_inverse_power_is_the_line_to_zero(start: float, p: float) -> None:
+    assert InversePower(start)(p) == pytest.approx(Linear(start)(p), rel=0, abs=ROUNDING)
+
+
+@given(values, progress)
+def test_cosine_and_its_mirror_image_add_up(start: float, p: float) -> None:
+    assert Cosine(start)(p) + Cosine(start)(1 - p) == pytest.approx(start, rel=0, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("curve", [Constant(0.3), Linear(0.4), Cosine(0.3), Cubic(0.0, 1.0), InversePower(0.4)])
+def test_a_curve_is_a_value(curve: Constant | Linear | Cosine | Cubic | InversePower) -> None:
+    copy = pickle.loads(pickle.dumps(curve))
+    assert copy == curve
+    assert hash(copy) == hash(curve)
+    field = "value" if isinstance(curve, Constant) else "start"
+    assert replace(curve, **{field: 0.7}) != curve
+    with pytest.raises(FrozenInstanceError):
+        setattr(curve, field, 0.7)
