@@ -26,7 +26,7 @@ from dstlib.zoo.e2enet.train import Training, start, train
 HELP = {
     "epochs": "how often the learning rate falls and a checkpoint is written",
     "iterations": "optimizer steps per epoch",
-    "learning_rate": "of SGD at the start; the paper's is 0.01, for a run 400 times as long",
+    "learning_rate": "of SGD at the start; the paper's is 0.01, for a far longer run",
     "momentum": "of SGD, with Nesterov; the paper's is 0.99",
     "weight_decay": "of SGD, on all weights",
     "clip": "largest norm of the gradient",

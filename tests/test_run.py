@@ -1,0 +1,163 @@
+"""The run directory: nothing is overwritten, nothing half-written is ever read, one process at a time."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from dstlib.errors import StateError
+from dstlib.zoo.e2enet.run import open_run, write_whole
+
+CONFIG = {"training": {"seed": 0, "learning_rate": 0.05}, "patch": (4, 8, 8)}
+STATE = {"weight": torch.arange(3.0), "iteration": 7, "metrics": [{"loss": 0.5}]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with one checkpoint."""
+    with open_run(tmp_path / "run", CONFIG) as run:
+        run.save_checkpoint(STATE)
+    return tmp_path / "run"
+
+
+def test_the_configuration_is_there_before_anything_else(tmp_path):
+    with open_run(tmp_path / "a" / "run", CONFIG) as run:
+        saved = json.loads((run.path / "config.json").read_text())
+    assert saved == {"training": {"seed": 0, "learning_rate": 0.05}, "patch": [4, 8, 8]}
+
+
+def test_a_checkpoint_comes_back_as_it_was(folder):
+    with open_run(folder, CONFIG, resume=True) as run:
+        state = run.load_checkpoint()
+    assert torch.equal(state["weight"], STATE["weight"])
+    assert (state["iteration"], state["metrics"]) == (7, [{"loss": 0.5}])
+
+
+def test_metrics_are_a_table_and_are_replaced_whole(folder):
+    with open_run(folder, CONFIG, resume=True) as run:
+        run.write_metrics([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+        run.write_metrics([{"epoch": 1, "loss": 0.5}])
+        assert run.metrics.read_text() == "epoch,loss\n1,0.5\n"
+
+
+def test_a_run_is_not_overwritten(folder):
+    with pytest.raises(StateError, match=r"config\.json and checkpoint\.pt\. Pass --resume"), open_run(folder, CONFIG):
+        pass
+
+
+def test_there_is_nothing_to_resume_in_an_empty_or_missing_folder(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(StateError, match="resume"), open_run(path, CONFIG, resume=True):
+            pass
+    assert not (tmp_path / "missing").exists()
+
+
+def test_another_configuration_is_refused_by_naming_what_differs(folder):
+    other = {"training": {"seed": 1, "learning_rate": 0.05}, "patch": (4, 8, 8), "extra": "x" * 100}
+    with pytest.raises(StateError) as caught, open_run(folder, other, resume=True):
+        pass
+    message = str(caught.value)
+    assert "expected training.seed 0, extra nothing, got training.seed 1, extra xxx" in message
+    assert "learning_rate" not in message
+    assert "x" * 60 not in message
+
+
+def test_a_damaged_configuration_is_refused(folder):
+    (folder / "config.json").write_text('{"training": ')
+    with pytest.raises(StateError, match=r"config\.json"), open_run(folder, CONFIG, resume=True):
+        pass
+
+
+def damage_truncated(file):
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def damage_empty(file):
+    file.write_bytes(b"")
+
+
+def damage_text(file):
+    file.write_text("this is no checkpoint")
+
+
+def damage_foreign(file):
+    torch.save({"state_dict": {}}, file)
+
+
+def damage_code(file):
+    torch.save(torch.nn.Linear(1, 1), file)  # a whole module: loading it would run code
+
+
+def damage_missing(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncated, damage_empty, damage_text, damage_foreign, damage_code, damage_missing],
+    ids=lambda damage: damage.__name__,
+)
+def test_a_checkpoint_that_cannot_be_used_is_one_error_with_the_file_and_the_remedy(folder, damage):
+    damage(folder / "checkpoint.pt")
+    with (
+        open_run(folder, CONFIG, resume=True) as run,
+        pytest.raises(StateError, match=rf"checkpoint\.pt of run {folder}.*Delete"),
+    ):
+        run.load_checkpoint()
+
+
+def test_a_checkpoint_copied_from_another_run_is_refused(folder, tmp_path):
+    with open_run(tmp_path / "other", {"training": {"seed": 5}}) as other:
+        other.save_checkpoint(STATE)
+    (tmp_path / "other" / "checkpoint.pt").replace(folder / "checkpoint.pt")
+    with (
+        open_run(folder, CONFIG, resume=True) as run,
+        pytest.raises(StateError, match=r"checkpoint\.pt: expected training.seed 5"),
+    ):
+        run.load_checkpoint()
+
+
+def test_a_folder_in_use_is_refused_and_freed_again(folder):
+    with (
+        open_run(folder, CONFIG, resume=True),
+        pytest.raises(StateError, match="in use by another process"),
+        open_run(folder, CONFIG, resume=True),
+    ):
+        pass
+    with open_run(folder, CONFIG, resume=True) as run:
+        assert run.load_checkpoint()["iteration"] == 7
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="Pass a folder you may write to"), open_run(tmp_path / "file", CONFIG):
+        pass
+
+
+def test_on_a_full_disk_the_previous_checkpoint_stays(folder, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = (folder / "checkpoint.pt").read_bytes()
+    with open_run(folder, CONFIG, resume=True) as run:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StateError, match=r"checkpoint\.pt.*No space left on device.*make room"):
+            run.save_checkpoint({"iteration": 8})
+        monkeypatch.undo()
+        assert run.load_checkpoint()["iteration"] == 7
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert list(folder.glob("*.tmp")) == []
+
+
+def test_an_interruption_while_writing_leaves_the_previous_file(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    write_whole(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

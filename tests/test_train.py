@@ -1,0 +1,241 @@
+"""The training loop: the same bits whether or not it was interrupted, and the arithmetic of the recipe."""
+
+import math
+import signal
+
+import pytest
+import torch
+from monai.losses import DiceCELoss
+from torch import nn
+
+from dstlib.errors import DstlibError, SettingError, StateError
+from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
+from dstlib.zoo.e2enet import train as module
+from dstlib.zoo.e2enet.interrupt import interruptible
+from dstlib.zoo.e2enet.patches import PatchSettings
+from dstlib.zoo.e2enet.phantom import phantoms
+from dstlib.zoo.e2enet.run import open_run
+from dstlib.zoo.e2enet.settings import TrainSettings, kernel_method
+from dstlib.zoo.e2enet.train import deep_supervision_loss, start, train
+
+CASES = phantoms(2, shape=(32, 40, 40)).cases
+PATCHES = PatchSettings(patch_size=(8, 16, 16), mirror=())
+NETWORK = E2ENetConfig(channels=(4, 6, 8), strides=((1, 2, 2),) * 2, heads=2, num_classes=16)
+SETTINGS = {
+    "dsff": TrainSettings(epochs=2, iterations=3, interval=2, momentum=0.9),
+    "rigl": TrainSettings(epochs=2, iterations=3, interval=2, momentum=0.9, method="rigl"),
+    "static": TrainSettings(epochs=2, iterations=3, momentum=0.9, method="static"),
+    "dense": TrainSettings(epochs=2, iterations=3, momentum=0.9, sparsity=0.0),
+}
+
+
+@pytest.fixture
+def begin():
+    """Starts trainings, and ends what they listen to."""
+    started = []
+
+    def begin(settings, network=NETWORK):
+        torch.manual_seed(settings.seed)
+        started.append(start(E2ENet(network), settings))
+        return started[-1]
+
+    yield begin
+    for training in started:
+        if training.sparsifier:
+            training.sparsifier.detach()
+
+
+def go(training, settings, **options):
+    return train(training, CASES, settings=settings, patches=PATCHES, **options)
+
+
+def assert_same(a, b, where="state"):
+    """Raises unless two nested states are equal in every bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("stop", [2, 3, 4], ids=["in an epoch, at an update", "between epochs", "in an epoch"])
+def test_resumed_equals_uninterrupted_bit_for_bit(begin, tmp_path, method, stop):
+    settings = SETTINGS[method]
+    whole = begin(settings)
+    assert go(whole, settings)
+
+    first = begin(settings)
+    with open_run(tmp_path / "run", {}) as run:
+        stopped = go(
+            first,
+            settings,
+            save=lambda t: run.save_checkpoint(t.state_dict()),
+            should_stop=lambda: first.iteration == stop,
+        )
+    assert not stopped
+    assert first.iteration == stop
+
+    second = begin(settings)
+    with open_run(tmp_path / "run", {}, resume=True) as run:
+        second.load_state_dict(run.load_checkpoint())
+    assert go(second, settings)
+    assert_same(second.state_dict(), whole.state_dict())
+
+
+def test_a_signal_in_the_middle_of_an_epoch_finishes_the_iteration_and_saves(begin, monkeypatch):
+    settings = SETTINGS["dsff"]
+    training, saved, draw = begin(settings), [], module.draw_batch
+
+    def draw_and_interrupt(*arguments, iteration, **options):
+        if iteration == 4:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, iteration=iteration, **options)
+
+    monkeypatch.setattr(module, "draw_batch", draw_and_interrupt)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with interruptible() as should_stop:
+        finished = go(training, settings, save=lambda t: saved.append(t.iteration), should_stop=should_stop)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second Ctrl-C ends the process
+    assert not finished
+    assert saved == [3, 5]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_another_seed_trains_another_network(begin):
+    losses = []
+    for seed in (0, 0, 1):
+        settings = TrainSettings(epochs=1, iterations=2, momentum=0.9, method="static", seed=seed)
+        training = begin(settings)
+        go(training, settings)
+        losses.append(training.metrics[-1]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_one_row_per_epoch_and_the_learning_rate_of_the_recipe(begin):
+    settings = SETTINGS["dense"]
+    training = begin(settings)
+    go(training, settings)
+    assert [row["epoch"] for row in training.metrics] == [1, 2]
+    assert [row["iteration"] for row in training.metrics] == [3, 6]
+    assert [row["learning_rate"] for row in training.metrics] == [0.01, 0.01 * 0.5**0.9]
+    assert training.optimizer.param_groups[0]["lr"] == 0.01 * 0.5**0.9
+
+
+def test_zeros_stay_zero_and_every_update_is_booked(begin):
+    settings = SETTINGS["dsff"]
+    training = begin(settings)
+    first = {name: mask.clone() for name, mask in training.sparsifier.masks.items()}
+    go(training, settings)
+    weights = dict(training.model.named_parameters())
+    for name, mask in training.sparsifier.masks.items():
+        assert name.startswith("fusion.")
+        assert not weights[name][~mask].any()
+        assert mask.sum() == first[name].sum()
+    assert [row["iteration"] for row in training.updates] == [2, 4, 6]
+    active = sum(int(mask.sum()) for mask in first.values())
+    assert all(row["active"] == active for row in training.updates)
+    assert training.updates[0]["replaced"] > 0
+
+
+def test_the_norm_that_is_clipped_is_of_the_active_weights(begin, monkeypatch):
+    settings = SETTINGS["static"]
+    training, seen = begin(settings), []
+
+    def look(parameters, max_norm):
+        seen.append(max_norm)
+        weights = dict(training.model.named_parameters())
+        assert all(not weights[n].grad[~mask].any() for n, mask in training.sparsifier.masks.items())
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", look)
+    go(training, settings)
+    assert seen == [12.0] * 6
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_saves_nothing_more(begin, monkeypatch):
+    settings = SETTINGS["dsff"]
+    training, saved, draw = begin(settings), [], module.draw_batch
+
+    def draw_nan(*arguments, iteration, **options):
+        images, labels = draw(*arguments, iteration=iteration, **options)
+        return images * (math.nan if iteration == 4 else 1), labels
+
+    monkeypatch.setattr(module, "draw_batch", draw_nan)
+    with pytest.raises(DstlibError, match=r"loss of iteration 5: expected a finite number, got nan"):
+        go(training, settings, save=lambda t: saved.append(t.iteration))
+    assert saved == [3]
+    assert all(p.isfinite().all() for p in training.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        E2ENetConfig(channels=(4, 8, 8), strides=((1, 2, 2),) * 2, heads=2, num_classes=16),
+        E2ENetConfig(channels=(4, 6), strides=((1, 2, 2),), heads=1, num_classes=16),
+    ],
+    ids=["wider", "fewer levels"],
+)
+def test_the_state_of_another_network_is_refused(begin, network):
+    state = begin(SETTINGS["dsff"]).state_dict()
+    with pytest.raises(StateError, match="the same network"):
+        begin(SETTINGS["dsff"], network).load_state_dict(state)
+
+
+def test_the_state_of_a_dense_training_is_refused_by_a_sparse_one(begin):
+    state = begin(SETTINGS["dense"]).state_dict()
+    with pytest.raises(StateError):
+        begin(SETTINGS["dsff"]).load_state_dict(state)
+
+
+def test_the_loss_is_dice_and_cross_entropy_at_each_head_on_every_second_voxel():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (2, 1, 4, 8, 8), generator=generator)
+    fine = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    coarse = torch.randn(2, 3, 2, 4, 4, generator=generator)
+    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    expected = 2 / 3 * loss(fine, labels) + 1 / 3 * loss(coarse, labels[:, :, ::2, ::2, ::2])
+    torch.testing.assert_close(deep_supervision_loss((fine, coarse), labels), expected)  # one order of sums
+
+
+def test_dice_and_cross_entropy_by_hand():
+    # one voxel of class 1 with probability 3/4: Dice 2·(3/4) / (1 + 3/4), cross-entropy -log(3/4)
+    logits = torch.tensor([0.0, math.log(3)]).view(1, 2, 1, 1, 1)
+    loss = deep_supervision_loss((logits,), torch.ones(1, 1, 1, 1, 1, dtype=torch.long))
+    # 1e-5: the smoothing of Dice moves it by that order
+    assert float(loss) == pytest.approx(1 - 1.5 / 1.75 - math.log(0.75), abs=1e-5)
+
+
+def test_methods_differ_in_their_rule_alone():
+    dsff, static = kernel_method("dsff", 50), kernel_method("static", 50)
+    assert (dsff.interval, static.interval) == (50, None)
+    assert (dsff.granularity, dsff.distribution) == (static.granularity, static.distribution)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"iterations": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+        {"clip": 0.0},
+        {"sparsity": 1.0},
+        {"sparsity": -0.1},
+        {"method": "rigle"},
+        {"interval": 0},
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named(wrong):
+    with pytest.raises(SettingError, match=f"{next(iter(wrong))} of TrainSettings"):
+        TrainSettings(**wrong)
