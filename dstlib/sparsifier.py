@@ -30,7 +30,7 @@ from dstlib.optimizer_state import (
 )
 from dstlib.plan import Plan
 from dstlib.report import Row, Summary
-from dstlib.saved import SavedWeight, check_saved
+from dstlib.saved import VERSION, SavedWeight, check_saved
 from dstlib.targets import Slot, Weight, find_weights
 
 Observer = Callable[[Site, MaskUpdate], None]
@@ -181,7 +181,7 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """Masks, steps and whether frozen: with the model's and the optimizer's, all that a resumption needs."""
         weights = {m.weight.name: SavedWeight(m.mask.clone(), m.step, m.updated_at) for m in self._masked}
-        return {"version": 1, "frozen": self.frozen, "weights": {n: w._asdict() for n, w in weights.items()}}
+        return {"version": VERSION, "frozen": self.frozen, "weights": {n: w._asdict() for n, w in weights.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes masks and steps from ``state_dict`` of a sparsifier of the same settings, and applies them.
@@ -257,15 +257,17 @@ class Sparsifier:
             check_equal_masks({name: m.mask for name, m in due.items()}, self.step + 1)
 
     def _update(self, m: _Masked, optimizer: Optimizer | None) -> None:
-        step = m.updated_at = m.step + 1
+        step = m.step + 1
         if m.parameter.grad is None:
             warnings.warn(f"{m.weight.name} has no gradient at step {step}: its mask stays", stacklevel=2)
+            m.updated_at = step
             return
         holders = [o for o in self._optimizers if id(m.parameter) in parameter_ids(o)]
         momentum = next((v for o in holders if (v := momentum_of(o, m.parameter)) is not None), None)
         grad = unscaled(m.parameter.grad, optimizer)
         for slot in m.weight.slots:
             self._update_site(self._site(m, slot, grad=grad, momentum=momentum, step=step))
+        m.updated_at = step
         _clear(m, holders)
 
     def _update_site(self, site: Site) -> None:

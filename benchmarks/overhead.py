@@ -1,0 +1,162 @@
+"""What sparse training costs per step: time and memory of the controller on a ResNet-50, side by side.
+
+    python benchmarks/overhead.py [--threads 2] [--repeats 7]
+
+Prints, as medians over interleaved repeats: the bare optimizer step and the same step under the controller;
+an update of all masks; one forward and backward pass dense, masked in place (ours) and masked by
+torch.nn.utils.parametrize; and the memory that masks and updates take.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import dstlib
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 with a residual, as in He et al. 2016."""
+
+    def __init__(self, into: int, width: int, stride: int) -> None:
+        super().__init__()
+        sizes = [(into, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
+        layers: list[nn.Module] = []
+        for i, o, k, s in sizes:
+            layers += [nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or into != 4 * width:
+            self.skip = nn.Sequential(nn.Conv2d(into, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def resnet50() -> nn.Sequential:
+    """ResNet-50: 25,502,912 weights in 54 tensors."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    into = 64
+    for width, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for i in range(depth):
+            layers.append(Bottleneck(into, width, stride if i == 0 else 1))
+            into = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(into, 1000))
+
+
+class Masked(nn.Module):
+    """Masking as torch.nn.utils.parametrize does it: weight = original · mask at each forward."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """The most bytes of tensors that the action holds at once, beyond those that were there."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        action()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes), default=0)
+
+
+def interleaved(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each action; one of each in turn, so that a drifting machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for action in actions.values():
+        action()
+    for _ in range(repeats):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def fill_gradients(model: nn.Module) -> None:
+    """Gradients as a dense backward pass leaves them."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def step_costs(repeats: int) -> None:
+    """The bare optimizer step, the same step under the controller, and an update of every mask."""
+    bare, sparse = resnet50(), resnet50()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4) for m in (bare, sparse)]
+    method = replace(dstlib.RIGL, interval=1)
+    sparsifier = dstlib.sparsify(sparse, optimizers[1], sparsity=0.9, method=method, total_steps=10_000)
+    for model in (bare, sparse):
+        fill_gradients(model)
+    num_weights = sum(mask.numel() for mask in sparsifier.masks.values())
+    mask_bytes = sum(mask.numel() * mask.element_size() for mask in sparsifier.masks.values())
+    largest = max(mask.numel() for mask in sparsifier.masks.values())
+
+    optimizers[1].step()
+    update_peak = peak_bytes(optimizers[1].step)
+    fill_gradients(sparse)
+    update = interleaved({"update": lambda: (fill_gradients(sparse), optimizers[1].step())}, 3)["update"]
+    update -= interleaved({"fill": lambda: fill_gradients(sparse)}, 3)["fill"]
+    sparsifier.freeze()
+    step_peak = peak_bytes(optimizers[1].step)
+    times = interleaved({"bare": optimizers[0].step, "sparse": optimizers[1].step}, repeats)
+    extra = times["sparse"] - times["bare"]
+    print(f"{num_weights:,} sparse weights, sparsity 0.9, SGD with momentum and weight decay")
+    print(f"bare optimizer step        {1e3 * times['bare']:8.1f} ms")
+    print(f"step under the controller  {1e3 * times['sparse']:8.1f} ms")
+    print(f"  of it the controller     {1e3 * extra:8.1f} ms   {extra / times['bare']:.2f} × the bare step")
+    print(f"step with a mask update    {1e3 * update:8.1f} ms   RigL, all {len(sparsifier.masks)} tensors")
+    print(
+        f"masks                      {mask_bytes / 1e6:8.1f} MB   {mask_bytes / num_weights:.2f} bytes per sparse weight"
+    )
+    print(f"transient, ordinary step   {step_peak / 1e6:8.1f} MB")
+    print(
+        f"transient, update          {update_peak / 1e6:8.1f} MB   {update_peak / largest:.0f} bytes per weight of the largest tensor"
+    )
+    sparsifier.detach()
+
+
+def pass_costs(repeats: int) -> None:
+    """Forward and backward: dense, masked in place, masked by a parametrization."""
+    dense, in_place, parametrized = (resnet50() for _ in range(3))
+    masks = dstlib.sparsify(in_place, sparsity=0.9, method="static").masks
+    for name, mask in masks.items():
+        owner, _, key = name.rpartition(".")
+        parametrize.register_parametrization(parametrized.get_submodule(owner), key, Masked(mask))
+    x = torch.randn(8, 3, 96, 96)
+    models = {"dense": dense, "masked in place (ours)": in_place, "torch parametrize": parametrized}
+    times = interleaved({name: lambda m=m: m(x).sum().backward() for name, m in models.items()}, repeats)
+    print("forward and backward, batch 8 of 96²")
+    for name, seconds in times.items():
+        print(f"  {name:24} {1e3 * seconds:8.1f} ms   {seconds / times['dense']:.2f} × dense")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each action, median taken (default 7)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.repeats}")
+    step_costs(args.repeats)
+    pass_costs(args.repeats)
+
+
+if __name__ == "__main__":
+    main()
