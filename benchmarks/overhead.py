@@ -121,13 +121,13 @@ def step_costs(repeats: int) -> None:
     print(f"step under the controller  {1e3 * times['sparse']:8.1f} ms")
     print(f"  of it the controller     {1e3 * extra:8.1f} ms   {extra / times['bare']:.2f} × the bare step")
     print(f"step with a mask update    {1e3 * update:8.1f} ms   RigL, all {len(sparsifier.masks)} tensors")
-    print(
-        f"masks                      {mask_bytes / 1e6:8.1f} MB   {mask_bytes / num_weights:.2f} bytes per sparse weight"
-    )
-    print(f"transient, ordinary step   {step_peak / 1e6:8.1f} MB")
-    print(
-        f"transient, update          {update_peak / 1e6:8.1f} MB   {update_peak / largest:.0f} bytes per weight of the largest tensor"
-    )
+    sizes = {
+        "masks": (mask_bytes, f"{mask_bytes / num_weights:.2f} bytes per sparse weight"),
+        "transient, ordinary step": (step_peak, "one copy of the largest tensor is SGD's own"),
+        "transient, update": (update_peak, f"{update_peak / largest:.0f} bytes per weight of the largest tensor"),
+    }
+    for what, (size, remark) in sizes.items():
+        print(f"{what:26} {size / 1e6:8.1f} MB   {remark}")
     sparsifier.detach()
 
 

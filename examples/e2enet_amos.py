@@ -9,10 +9,9 @@ The scans are procedural phantoms: they show that everything works, not how well
 """
 
 import sys
-from dataclasses import replace
 
 from dstlib.zoo.e2enet import E2ENetConfig
-from dstlib.zoo.e2enet.cases import split
+from dstlib.zoo.e2enet.cases import divide
 from dstlib.zoo.e2enet.patches import PatchSettings, normalize_ct
 from dstlib.zoo.e2enet.phantom import phantoms
 from dstlib.zoo.e2enet.recipe import Recipe, follow, parser, run_command
@@ -32,20 +31,21 @@ RECIPE = Recipe(
 def main() -> None:
     command_line = parser(__doc__, RECIPE)
     command_line.add_argument(
-        "--scans", type=int, default=30, help="how many to draw, at least 5 (default: %(default)s)"
+        "--scans",
+        type=int,
+        default=30,
+        help="how many to draw, at least 5 (default: %(default)s)",
     )
     options = command_line.parse_args()
 
-    scans = phantoms(options.scans, seed=0)
-    train_names, held_out_names = split([scan.name for scan in scans.cases])
+    train_on, held_out = divide(phantoms(options.scans, seed=0))
     # A CT is normalised by the intensities of the training set, as Hounsfield units mean the same in every scan.
-    normalize = normalize_ct([scan for scan in scans.cases if scan.name in train_names])
-    normalized = {scan.name: normalize(scan) for scan in scans.cases}
+    normalize = normalize_ct(train_on.cases)
     follow(
         RECIPE,
         options,
-        train_on=replace(scans, cases=tuple(normalized[name] for name in train_names)),
-        held_out=replace(scans, cases=tuple(normalized[name] for name in held_out_names)),
+        train_on=train_on.map(normalize),
+        held_out=held_out.map(normalize),
     )
 
 

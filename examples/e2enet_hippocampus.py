@@ -9,10 +9,9 @@ Each takes about ten minutes on two idle CPU cores, and ends with the Dice of th
 """
 
 import sys
-from dataclasses import replace
 
 from dstlib.zoo.e2enet import E2ENetConfig
-from dstlib.zoo.e2enet.cases import split
+from dstlib.zoo.e2enet.cases import divide
 from dstlib.zoo.e2enet.decathlon import read_decathlon
 from dstlib.zoo.e2enet.patches import PatchSettings, normalize_mri
 from dstlib.zoo.e2enet.recipe import Recipe, follow, parser, run_command
@@ -31,18 +30,16 @@ RECIPE = Recipe(
 def main() -> None:
     command_line = parser(__doc__, RECIPE)
     command_line.add_argument("--data", required=True, metavar="DIR", help="the folder of Task04_Hippocampus")
-    command_line.add_argument("--fold", type=int, default=0, help="which fifth to hold out, 0 to 4 (default: 0)")
+    command_line.add_argument(
+        "--fold",
+        type=int,
+        default=0,
+        help="which fifth to hold out, 0 to 4 (default: 0)",
+    )
     options = command_line.parse_args()
 
-    scans = read_decathlon(options.data)
-    train_names, held_out_names = split([scan.name for scan in scans.cases], fold=options.fold)
-    normalized = {scan.name: normalize_mri(scan) for scan in scans.cases}
-    follow(
-        RECIPE,
-        options,
-        train_on=replace(scans, cases=tuple(normalized[name] for name in train_names)),
-        held_out=replace(scans, cases=tuple(normalized[name] for name in held_out_names)),
-    )
+    train_on, held_out = divide(read_decathlon(options.data).map(normalize_mri), fold=options.fold)
+    follow(RECIPE, options, train_on=train_on, held_out=held_out)
 
 
 if __name__ == "__main__":
