@@ -23,7 +23,7 @@ RECIPE = Recipe(
     network=E2ENetConfig(channels=(16, 32, 64, 96), strides=((2, 2, 2),) * 3, heads=3),
     # One patch holds a whole scan. No mirroring: front and back of the hippocampus are the classes.
     patches=PatchSettings(patch_size=(40, 56, 40), mirror=()),
-    training=TrainSettings(epochs=40, iterations=25, learning_rate=0.05, momentum=0.9, interval=50),
+    training=TrainSettings(epochs=32, iterations=25, learning_rate=0.05, momentum=0.9, interval=50),
 )
 
 
