@@ -1,5 +1,6 @@
 """The door: one line makes a model sparse."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -47,6 +48,7 @@ def sparsify(
     >>> int((model[0].weight != 0).sum() + (model[2].weight != 0).sum())  # a tenth of 64·32 + 32·10
     237
     """
+    _check_types(model, include=include, exclude=exclude, overrides=overrides or {}, seed=seed)
     _check_optimizers(optimizers, model)
     plan = make_plan(
         model,
@@ -60,8 +62,42 @@ def sparsify(
     )
     owners = _owners(unwrap(model), plan)
     sparsifier = Sparsifier(plan, optimizers)
+    if optimizers:
+        _warn_of_unheld(plan, optimizers)
     _KEPT.update(dict.fromkeys(owners, sparsifier))
     return sparsifier
+
+
+def _check_types(model: object, *, include: object, exclude: object, overrides: object, seed: object) -> None:
+    """One message for what would else fail far from the call."""
+
+    def are_globs(value: object) -> bool:
+        return isinstance(value, str) or (
+            isinstance(value, Sequence) and all(isinstance(pattern, str) for pattern in value)
+        )
+
+    by_glob = isinstance(overrides, Mapping) and are_globs(list(overrides))
+    checks = (
+        ("model", isinstance(model, nn.Module), "an nn.Module", model, "Pass the module itself."),
+        ("include", are_globs(include), "a glob or several", include, 'Pass "encoder.*", say; "*" is all.'),
+        ("exclude", are_globs(exclude), "a glob or several", exclude, 'Pass "head", say; () is none.'),
+        ("overrides", by_glob, "globs with their sparsities", overrides, 'Pass {"head": 0.0}, say.'),
+        ("seed", type(seed) is int, "a whole number", seed, "The same seed gives the same masks; pass 0, say."),
+    )
+    for what, holds, allowed, given, remedy in checks:
+        if not holds:
+            shown = given if isinstance(given, str | int | float | None) else type(given).__name__
+            raise SettingError(explain(what, "sparsify()", allowed=allowed, given=repr(shown), remedy=remedy))
+
+
+def _warn_of_unheld(plan: Plan, optimizers: Sequence[Optimizer]) -> None:
+    held = set().union(*(parameter_ids(optimizer) for optimizer in optimizers))
+    unheld = [w.name for w in plan.weights if not w.reason and id(w.parameter) not in held]
+    if unheld:
+        warnings.warn(
+            f"{', '.join(unheld[:5])}: sparse, but in none of the optimizers given, so neither trained nor updated",
+            stacklevel=3,
+        )
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
@@ -73,7 +109,7 @@ def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None
                     "argument after the model",
                     "sparsify()",
                     allowed="torch optimizers",
-                    given=repr(optimizer),
+                    given=type(optimizer).__name__ if isinstance(optimizer, Sequence) else repr(optimizer),
                     remedy="Pass everything else by name: sparsify(model, optimizer, sparsity=0.9).",
                 )
             )

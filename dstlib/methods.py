@@ -54,16 +54,27 @@ class Method:
     grown_init: GrownInit = zeros
 
     def __post_init__(self) -> None:
-        if not 0 < self.stop <= 1:
-            raise SettingError(
-                explain(
-                    "stop",
-                    f"method {self.name}",
-                    allowed="a share of the run in (0, 1]",
-                    given=self.stop,
-                    remedy="Pass 0.75, say; for a fixed topology pass interval=None.",
-                )
-            )
+        functions = ("drop", "grow", "distribution", "drop_fraction", "ramp", "init", "grown_init")
+        folds = isinstance(self.granularity, Granularity) and not isinstance(self.granularity, type)
+        is_interval = self.interval is None or (type(self.interval) is int and self.interval >= 1)
+        checks = [
+            *(
+                (f, callable(getattr(self, f)), "a function", "dstlib.masking has some, as has .schedules.")
+                for f in functions
+            ),
+            ("granularity", folds, "a value that folds and unfolds", "Pass dstlib.Element(), say."),
+            ("interval", is_interval, "a whole number of steps from 1 up, or None", "None fixes the topology."),
+            (
+                "stop",
+                0 < self.stop <= 1,
+                "a share of the run in (0, 1]",
+                "Pass 0.75; interval=None fixes the topology.",
+            ),
+        ]
+        for name, holds, allowed, remedy in checks:
+            if not holds:
+                given = repr(getattr(self, name))
+                raise SettingError(explain(name, f"method {self.name}", allowed=allowed, given=given, remedy=remedy))
 
     def clock(self, total_steps: int | None) -> Clock:
         """When this method updates in a run of ``total_steps`` optimizer steps (None: of unknown length)."""
@@ -75,6 +86,11 @@ class Method:
     def density(self, target: float, progress: float) -> float:
         """The density of a weight on its way from dense to ``target``."""
         way = self.ramp(progress)
+        if not 0 <= way <= 1:
+            remedy = "0 is dense, 1 the target density."
+            raise SettingError(
+                explain("ramp", f"method {self.name}", allowed="values in [0, 1]", given=way, remedy=remedy)
+            )
         return (1 - way) + way * target
 
 
@@ -132,14 +148,14 @@ def find_method(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise SettingError(
             explain(
                 "method",
                 "sparsify()",
                 allowed=f"one of {', '.join(METHODS)}, or a dstlib.Method",
                 given=repr(method),
-                remedy=f"Did you mean {similar(str(method), METHODS)}?",
+                remedy=f"Similar: {similar(str(method), METHODS)}.",
             )
         )
     return METHODS[method]

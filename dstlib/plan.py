@@ -1,8 +1,10 @@
 """From settings to a plan: which weights are sparse, and how dense each is to become. Changes nothing."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import nn
 
@@ -48,7 +50,9 @@ def make_plan(
     model = unwrap(model)
     weights = select(model, include=include, exclude=exclude)
     if any(weight.parameter.is_meta for weight in weights if not weight.reason):
-        raise SelectionError("weights of the model: expected data, got the meta device. Materialise it first.")
+        raise SelectionError(
+            "weights of the model: expected data, got the meta device. Call to_empty(device=...) and initialise it first."
+        )
     for where, value in {
         "sparsify()": sparsity,
         **{f"override {k!r}": v for k, v in overrides.items()},
@@ -115,14 +119,20 @@ def _checked_density(name: str, density: float | None, method: Method) -> float:
                 "sparsity",
                 name,
                 allowed=f"{1 - grain.n / grain.m:g}, as {grain.n} of every {grain.m} stay active",
-                given=f"{1 - density:g}",
-                remedy="Pass that sparsity and distribution=uniform with an N:M granularity.",
+                given=f"{1 - density:g} from the distribution of method {method.name}",
+                remedy="Pass that sparsity, and replace(method, distribution=dstlib.uniform).",
             )
         )
     return density
 
 
 def _make_clock(method: Method, total_steps: int | None) -> Clock:
+    if total_steps is not None and type(total_steps) is not int:
+        remedy = "Count the optimizer steps of the whole run."
+        allowed = "a whole number or None"
+        raise SettingError(
+            explain("total_steps", "sparsify()", allowed=allowed, given=repr(total_steps), remedy=remedy)
+        )
     clock = method.clock(total_steps)
     if not isinstance(clock, Every):
         return clock
@@ -133,7 +143,8 @@ def _make_clock(method: Method, total_steps: int | None) -> Clock:
             explain(
                 "total_steps",
                 "sparsify()",
-                allowed=f"enough for one update each {method.interval} steps in the first {method.stop:.0%}",
+                allowed=f"enough for an update each {method.interval} steps within the first {method.stop:.0%} of the "
+                f"run, {math.ceil(clock.interval / method.stop)} or so",
                 given=total_steps,
                 remedy="Lengthen the run, shorten the interval by replace(method, interval=...), or choose "
                 'method="static".',
@@ -162,13 +173,13 @@ def _without_end(method: Method) -> None:
 
 
 def _check_sparsity(sparsity: float, where: str) -> None:
-    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise SettingError(
             explain(
                 "sparsity",
                 where,
                 allowed="a number in [0, 1)",
-                given=sparsity,
+                given=repr(sparsity),
                 remedy="0.9 leaves a tenth of the weights active; 0 leaves all of them.",
             )
         )

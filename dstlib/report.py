@@ -53,20 +53,21 @@ class Summary:
         cells = [("weight", "layer", "shape", "active", "density", "")]
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
-            verdict = f"dense: {row.reason}" if row.reason else "sparse"
+            full = " (full)" if row.num_active == row.num_total else ""
+            verdict = f"dense: {row.reason}" if row.reason else f"sparse{full}"
             cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", verdict))
         num_sparse_rows = sum(not row.reason for row in self.rows)
-        num_all = sum(row.num_total for row in self.rows) + self.num_other
-        return "\n".join(
-            [
-                self.title,
-                *align(cells, left=(0, 1, 2, 5)),
-                f"{num_sparse_rows} sparse weights: {self.num_active:,} of {self.num_sparse:,} entries active "
-                f"(density {self.density:.4f}, sparsity {1 - self.density:.4f})",
-                f"whole model: {self.params:,} of {num_all:,} parameters, {self.num_other:,} of them biases, "
-                "norms and other vectors (dense)",
-            ]
+        num_dense = sum(row.num_total for row in self.rows if row.reason)
+        num_all = self.num_sparse + num_dense + self.num_other
+        sparse = (
+            f"{num_sparse_rows} sparse weight{'s' * (num_sparse_rows != 1)}: {self.num_active:,} of "
+            f"{self.num_sparse:,} entries active (density {self.density:.4f}, sparsity {1 - self.density:.4f})"
         )
+        whole = (
+            f"whole model: {self.params:,} of {num_all:,} parameters: {self.num_active:,} in sparse weights, "
+            f"{num_dense:,} in dense ones, {self.num_other:,} in biases, norms and other vectors"
+        )
+        return "\n".join([self.title, *align(cells, left=(0, 1, 2, 5)), sparse, whole])
 
 
 def align(cells: Sequence[tuple[str, ...]], *, left: Sequence[int]) -> list[str]:

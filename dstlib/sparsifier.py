@@ -186,6 +186,9 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes masks and steps from ``state_dict`` of a sparsifier of the same settings, and applies them.
 
+        Method, total_steps and seed are not in the state: give ``sparsify`` the same ones, and the run goes on
+        as if it had never stopped.
+
         Errors: StateError, before anything is changed, for a damaged state or one of another model,
         granularity or sparsity.
         """

@@ -124,9 +124,15 @@ def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
                 where,
                 allowed="a match with the name of a weight or of its module",
                 given="no match",
-                remedy=f"A prefix needs a star ({pattern + '.*'!r}); similar names: {similar(pattern, known)}.",
+                remedy=_hint(pattern, known),
             )
         )
+
+
+def _hint(pattern: str, known: Sequence[str]) -> str:
+    if any(name.startswith(f"{pattern}.") for name in known):
+        return f"Globs match whole names: write {pattern + '.*'!r} for all below it."
+    return f"Names here: {similar(pattern, known)}."
 
 
 def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> Weight:
@@ -195,7 +201,7 @@ def _judge(module: nn.Module, key: str, name: str) -> tuple[tuple[Slot, ...], st
     if isinstance(module, _RECURRENT) and key.startswith("weight_"):
         return whole, "recurrent: sparse only if included by name", True
     if key != "weight" or not isinstance(module, (nn.Linear, *_CONVS, *_TRANSPOSED)):
-        return whole, f"{key} of {type(module).__name__}: not a weight of a layer type made sparse", False
+        return whole, f"{key} of {type(module).__name__}: no weight of Linear, Conv or attention", False
     if _standardizes_weight(module):
         return whole, "its forward standardises the weight, which would undo the zeros", False
     if isinstance(module, _TRANSPOSED):

@@ -90,6 +90,13 @@ class Block:
     out: int
     into: int
 
+    def __post_init__(self) -> None:
+        if min(self.out, self.into) < 1:
+            given = (self.out, self.into)
+            raise SettingError(
+                explain("out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4), say.")
+            )
+
     def fold(self, x_OIK: Tensor) -> Tensor:
         """(O, I, *K) → (1, O/out · I/into, out·into·K)."""
         _check_divides(x_OIK.shape[0], self.out, f"output channels for {self}")
@@ -150,7 +157,7 @@ class NM:
 
 
 def _check_divides(size: int, divisor: int, what: str) -> None:
-    if divisor < 1 or size % divisor:
+    if size % divisor:
         raise SettingError(
             explain(
                 f"number of {what}",

@@ -28,6 +28,9 @@ class Site:
     step: int
     generator: torch.Generator
 
+    def __repr__(self) -> str:
+        return f"Site({self.name!r}, step {self.step}, shape {tuple(self.weight.shape)})"
+
     def rand(self) -> Tensor:
         """Uniform numbers in [0, 1) of the weight's shape, drawn on the CPU whatever the device."""
         return torch.rand(self.weight.shape, generator=self.generator).to(self.weight.device)

@@ -27,6 +27,10 @@ class MaskUpdate:
     dropped: Tensor
     grown: Tensor
 
+    def __repr__(self) -> str:
+        active, dropped, grown = (int(x.sum()) for x in (self.mask, self.dropped, self.grown))
+        return f"MaskUpdate({active} of {self.mask.numel()} active, {dropped} dropped, {grown} grown)"
+
 
 def update_mask(
     mask: Tensor,
@@ -89,13 +93,13 @@ def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) ->
 
 def _unit_score(score: Tensor, mask: Tensor, granularity: Granularity) -> Tensor:
     """(O, I, *K) → (G, U): the mean over each unit, in single precision at least."""
-    if score.shape != mask.shape:
+    if not isinstance(score, Tensor) or score.shape != mask.shape:
         raise ScoreError(
             explain(
-                "shape of the scores",
+                "scores",
                 "a mask update",
-                allowed=str(tuple(mask.shape)),
-                given=tuple(score.shape),
+                allowed=f"a tensor of shape {tuple(mask.shape)}",
+                given=f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__,
                 remedy="A criterion returns one score per weight; the granularity does the averaging.",
             )
         )
