@@ -2,20 +2,17 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dstlib.errors import SelectionError, SettingError, explain
+from dstlib.hooks import keep, listeners
 from dstlib.methods import Method, find_method
 from dstlib.optimizer_state import parameter_ids, refuse_unsupported
 from dstlib.plan import Plan, make_plan
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import unwrap
-
-# A sparsifier whose return value nobody keeps lives as long as any module whose weights it masks.
-_KEPT: WeakKeyDictionary[nn.Module, Sparsifier] = WeakKeyDictionary()
 
 
 def sparsify(
@@ -60,11 +57,13 @@ def sparsify(
         overrides=overrides or {},
         seed=seed,
     )
-    owners = _owners(unwrap(model), plan)
-    sparsifier = Sparsifier(plan, optimizers)
+    sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
+    _check_unmasked(sparse)
+    owners = [m for m in unwrap(model).modules() if any(id(p) in sparse for p in m._parameters.values())]
+    sparsifier = Sparsifier(plan, optimizers, owners)
+    keep(sparsifier, owners)
     if optimizers:
         _warn_of_unheld(plan, optimizers)
-    _KEPT.update(dict.fromkeys(owners, sparsifier))
     return sparsifier
 
 
@@ -126,18 +125,16 @@ def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None
             )
 
 
-def _owners(model: nn.Module, plan: Plan) -> list[nn.Module]:
-    """The modules that hold the sparse weights; a SelectionError if one is masked already."""
-    sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
-    owners = [m for m in model.modules() if any(id(p) in sparse for p in m._parameters.values())]
-    if any(module in _KEPT and _KEPT[module].is_attached for module in owners):
+def _check_unmasked(sparse: set[int]) -> None:
+    """By the identity of the parameters: they may be shared by several models, or copied with a sparsifier."""
+    taken = [w.name for s in listeners() if isinstance(s, Sparsifier) for w in s.weights if id(w.parameter) in sparse]
+    if taken:
         raise SelectionError(
             explain(
                 "model",
                 "sparsify()",
                 allowed="one whose weights are not masked yet",
-                given="weights of another sparsifier",
+                given=f"weights of another sparsifier ({', '.join(taken[:3])})",
                 remedy="Call detach() on the other one first.",
             )
         )
-    return owners

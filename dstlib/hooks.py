@@ -4,10 +4,11 @@ Hooks on all optimizers rather than on one: a copied, replaced or second optimiz
 to life. Listeners are held weakly; the two hooks are registered once and cost nothing without a listener.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -25,7 +26,10 @@ class Listener(Protocol):
         """Called when the step has been taken."""
 
 
-_LISTENERS: WeakSet[Listener] = WeakSet()
+# In the order of listening, not of addresses as a WeakSet: ranks compare masks one listener after the other.
+_LISTENERS: WeakKeyDictionary[Listener, None] = WeakKeyDictionary()
+# A listener whose return value nobody keeps lives as long as any module whose weights it masks.
+_KEPT: WeakKeyDictionary[nn.Module, Listener] = WeakKeyDictionary()
 _HOOKS: list[Any] = []
 
 
@@ -34,43 +38,55 @@ def listen(listener: Listener) -> None:
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(_before))
         _HOOKS.append(register_optimizer_step_post_hook(_after))
-    _LISTENERS.add(listener)
+    _LISTENERS[listener] = None
 
 
 def forget(listener: Listener) -> None:
-    """Tells the listener no more."""
-    _LISTENERS.discard(listener)
+    """Tells the listener no more, and keeps it no longer."""
+    _LISTENERS.pop(listener, None)
+    for module in [module for module, kept in _KEPT.items() if kept is listener]:
+        del _KEPT[module]
+
+
+def keep(listener: Listener, modules: Iterable[nn.Module]) -> None:
+    """Keeps the listener alive as long as any of these modules."""
+    _KEPT.update(dict.fromkeys(modules, listener))
+
+
+def listeners() -> list[Listener]:
+    """All that listen, in the order in which they began to."""
+    return list(_LISTENERS)
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    listeners = [listener for listener in list(_LISTENERS) if listener.steps_with(optimizer)]
+    concerned = [listener for listener in listeners() if listener.steps_with(optimizer)]
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if not listeners:
+    if not concerned:
         return args, kwargs
-    if closure is None:
-        _tell(listeners, optimizer)
+    if not callable(closure):  # some optimizers' step takes something else
+        _tell(concerned, optimizer)
         return args, kwargs
-    told = _told_after(closure, listeners, optimizer)
+    told = _told_after(closure, concerned, optimizer)
     return ((args[0], told, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": told})
 
 
-def _told_after(closure: Callable[[], Any], listeners: list[Listener], optimizer: Optimizer) -> Any:
+def _told_after(closure: Callable[[], Any], concerned: list[Listener], optimizer: Optimizer) -> Any:
     """The closure, then the news: with a closure the gradients exist only once it has run."""
 
     def evaluate() -> Any:
         loss = closure()
-        _tell(listeners, optimizer)
+        _tell(concerned, optimizer)
         return loss
 
     return evaluate
 
 
-def _tell(listeners: list[Listener], optimizer: Optimizer) -> None:
-    for listener in listeners:
+def _tell(concerned: list[Listener], optimizer: Optimizer) -> None:
+    for listener in concerned:
         listener.before_optimizer(optimizer)
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for listener in list(_LISTENERS):
+    for listener in listeners():
         if listener.steps_with(optimizer):
             listener.after_optimizer(optimizer)

@@ -9,7 +9,7 @@ from numbers import Real
 from torch import nn
 
 from dstlib.errors import SelectionError, SettingError, explain
-from dstlib.masking import NM
+from dstlib.masking import NM, momentum, num_units
 from dstlib.methods import Method
 from dstlib.schedules import Clock, Constant, Every
 from dstlib.targets import Weight, check_matches, select, unwrap
@@ -30,6 +30,10 @@ class Plan:
     num_dense: int
     seed: int
 
+    def num_target(self, name: str, num_total: int, step: int) -> int:
+        """Active units per group of ``num_total`` that slot ``name`` has after an update at ``step``."""
+        return num_units(num_total, self.method.density(self.densities[name], self.clock.progress(step)))
+
 
 def make_plan(
     model: nn.Module,
@@ -47,11 +51,17 @@ def make_plan(
     Errors: SettingError for a number out of range or settings that contradict each other; SelectionError
     for names that match nothing.
     """
+    if method.grow is momentum:
+        remedy = "The optimizer's state is masked like the weight, so it cannot tell what to grow; use gradient."
+        raise SettingError(
+            explain("grow", f"method {method.name}", allowed="another criterion", given="momentum", remedy=remedy)
+        )
     model = unwrap(model)
     weights = select(model, include=include, exclude=exclude)
-    if any(weight.parameter.is_meta for weight in weights if not weight.reason):
+    if meta := [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]:
+        remedy = "Call model.to_empty(device=...) and initialise it first."
         raise SelectionError(
-            "weights of the model: expected data, got the meta device. Call to_empty(device=...) and initialise it first."
+            explain("weights", "the model", allowed="ones with data", given=f"{meta[0]} on meta", remedy=remedy)
         )
     for where, value in {
         "sparsify()": sparsity,
@@ -168,7 +178,7 @@ def _without_end(method: Method) -> None:
         f"Without total_steps, {method.name} changes masks each {method.interval} steps for ever, at a constant "
         f"drop fraction of {method.drop_fraction(0.0):g}; its paper ends at {method.stop:.0%} of the run. "
         "Pass total_steps= for the full method.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

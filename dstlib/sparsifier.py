@@ -4,11 +4,10 @@ Hooks around the steps of all torch optimizers do the work (hooks.py). Before a 
 if an update is due, and mask the gradients; after it they mask the weights and the optimizer's state.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from torch.optim import Optimizer
 from dstlib.distributed import check_equal_masks
 from dstlib.errors import ScoreError
 from dstlib.hooks import forget, listen
-from dstlib.masking import MaskUpdate, Site, initial_mask, num_units, site_generator, update_mask
+from dstlib.masked import Masked, places
+from dstlib.masking import MaskUpdate, Site, initial_mask, site_generator, update_mask
 from dstlib.masking.apply import zero_outside_
 from dstlib.optimizer_state import (
     all_finite,
@@ -25,7 +25,6 @@ from dstlib.optimizer_state import (
     overflowed,
     parameter_ids,
     refuse_unsupported,
-    same_shape_state,
     unscaled,
 )
 from dstlib.plan import Plan
@@ -36,21 +35,6 @@ from dstlib.targets import Slot, Weight, find_weights
 Observer = Callable[[Site, MaskUpdate], None]
 
 
-@dataclass(eq=False)
-class _Masked:
-    """A sparse weight in training. ``step`` counts the steps that its optimizer took."""
-
-    weight: Weight
-    mask: Tensor
-    step: int = 0
-    updated_at: int = 0
-    is_stepping: bool = False
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.weight.parameter
-
-
 class Sparsifier:
     """Keeps weights sparse and changes their masks as a method says; made by :func:`dstlib.sparsify`.
 
@@ -58,14 +42,14 @@ class Sparsifier:
     The masks live here, the zeros in the weights; the model itself knows nothing.
     """
 
-    def __init__(self, plan: Plan, optimizers: Sequence[Optimizer] = ()) -> None:
+    def __init__(self, plan: Plan, optimizers: Sequence[Optimizer], owners: Iterable[nn.Module]) -> None:
         self.plan = plan
         self.observers: list[Observer] = []
         self.frozen = False
         self._attached = True
-        self._optimizers = WeakSet(optimizers)
+        self._optimizers = WeakKeyDictionary(dict.fromkeys(optimizers))  # the one that stepped last comes last
         self._masked = [
-            _Masked(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
+            Masked(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
             for w in plan.weights
             if not w.reason
         ]
@@ -73,6 +57,7 @@ class Sparsifier:
             for masked in self._masked:
                 for slot in masked.weight.slots:
                     self._choose_first(masked, slot)
+        self._places = places(owners, self._masked)
         self.apply_masks()
         listen(self)
 
@@ -82,9 +67,9 @@ class Sparsifier:
         return {m.weight.name: m.mask for m in self._masked}
 
     @property
-    def is_attached(self) -> bool:
-        """Whether it listens to optimizers: until ``detach``."""
-        return self._attached
+    def weights(self) -> tuple[Weight, ...]:
+        """The sparse weights."""
+        return tuple(m.weight for m in self._masked)
 
     @property
     def step(self) -> int:
@@ -113,18 +98,23 @@ class Sparsifier:
         return Summary(rows, self.plan.num_dense, f"{self.plan.method.name} at step {self.step}")
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_step(self, *optimizers: Optimizer) -> None:
         """Changes the masks if an update is due, then masks the gradients; a second call changes nothing.
 
         The hooks call this by themselves. Call it before ``clip_grad_norm_``, which would otherwise see the
-        norm of the dense gradients, and after ``scaler.unscale_``. Under an AMP overflow it does nothing.
-        An engine without torch optimizers calls it, and then ``after_step``, around its own step.
+        norm of the dense gradients, and after ``scaler.unscale_``; where an update is due, an overflow makes it
+        do nothing. Of several optimizers that step apart, name the ones that are about to: the gradients that
+        the others will step with are not there yet. An engine without torch optimizers calls it, and then
+        ``after_step``, around its own step.
+
+        Errors: ScoreError for scores that cannot be ranked; StateError where ranks hold different masks.
         """
-        known = (p.grad for o in self._optimizers for g in o.param_groups for p in g["params"])
-        grads = [grad for grad in (*known, *(m.parameter.grad for m in self._masked)) if grad is not None]
-        if any(self._is_due(m) for m in self._masked) and not all_finite(grads):
+        weights = [m for m in self._masked if not optimizers or any(m.held_by(o) for o in optimizers)]
+        known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
+        grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
+        if any(self._is_due(m) for m in weights) and not all_finite(grads):
             return
-        self._prepare(self._masked, None)
+        self._prepare(weights, None)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -135,7 +125,7 @@ class Sparsifier:
     def apply_masks(self) -> None:
         """Sets the weights and optimizer state to zero outside the masks, as after loading other weights."""
         for m in self._masked:
-            _clear(m, self._optimizers)
+            m.clear(self._optimizers)
 
     @torch.no_grad()
     def mask_model(self, model: nn.Module) -> None:
@@ -149,14 +139,18 @@ class Sparsifier:
             zero_outside_(parameter, self.masks[name])
 
     def steps_with(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer holds any of the sparse weights."""
-        return bool(self._held_by(optimizer))
+        """Whether the optimizer holds any of the sparse weights, or what has taken the place of one."""
+        return bool(self._held_by(optimizer)) or any(place.is_lost_to(optimizer) for place in self._places)
 
     @torch.no_grad()
     def before_optimizer(self, optimizer: Optimizer) -> None:
         """``before_step`` for the weights of one optimizer, called by its hook."""
         refuse_unsupported(optimizer)
-        self._optimizers.add(optimizer)
+        for place in self._places:
+            if place.is_lost_to(optimizer):
+                place.complain()
+        self._optimizers.pop(optimizer, None)
+        self._optimizers[optimizer] = None
         weights = self._held_by(optimizer)
         if overflowed(optimizer):
             for m in weights:
@@ -210,20 +204,22 @@ class Sparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the optimizers, which are met again when they step: copies follow the copied weights."""
-        return {key: value for key, value in self.__dict__.items() if key != "_optimizers"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_optimizers", "_places")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _optimizers=WeakSet())
+        self.__dict__.update(state, _optimizers=WeakKeyDictionary(), _places=[])
         if self._attached:
             listen(self)
 
-    def _choose_first(self, masked: _Masked, slot: Slot) -> None:
+    def _choose_first(self, masked: Masked, slot: Slot) -> None:
         method = self.plan.method
         site = self._site(masked, slot, grad=None, momentum=None, step=0)
-        mask = initial_mask(method.init(site), granularity=method.granularity, num_target=self._num_target(site, 0))
+        target = self._num_target(site)
+        with _naming(site):
+            mask = initial_mask(method.init(site), granularity=method.granularity, num_target=target)
         site.mask.copy_(mask)
 
-    def _site(self, m: _Masked, slot: Slot, *, grad: Tensor | None, momentum: Tensor | None, step: int) -> Site:
+    def _site(self, m: Masked, slot: Slot, *, grad: Tensor | None, momentum: Tensor | None, step: int) -> Site:
         return Site(
             name=slot.name,
             weight=slot.view(m.parameter.detach()),
@@ -234,72 +230,73 @@ class Sparsifier:
             generator=site_generator(self.plan.seed, step, slot.name),
         )
 
-    def _num_target(self, site: Site, step: int) -> int:
-        """Active units per group that the plan asks for at a step."""
-        density = self.plan.method.density(self.plan.densities[site.name], self.plan.clock.progress(step))
-        return num_units(self.plan.method.granularity.fold(site.mask).shape[1], density)
+    def _num_target(self, site: Site) -> int:
+        return self.plan.num_target(site.name, self.plan.method.granularity.fold(site.mask).shape[1], site.step)
 
-    def _held_by(self, optimizer: Optimizer) -> list[_Masked]:
+    def _held_by(self, optimizer: Optimizer) -> list[Masked]:
         held = parameter_ids(optimizer)
         return [m for m in self._masked if id(m.parameter) in held]
 
-    def _is_due(self, m: _Masked) -> bool:
-        return not self.frozen and m.updated_at <= m.step and self.plan.clock.due(m.step + 1)
+    def _is_due(self, m: Masked) -> bool:
+        """Whether an update is due, or overdue for want of a gradient."""
+        return not self.frozen and self.plan.clock.latest(m.step + 1) > m.updated_at
 
-    def _prepare(self, weights: Iterable[_Masked], optimizer: Optimizer | None) -> None:
-        due = {}
+    def _prepare(self, weights: Iterable[Masked], optimizer: Optimizer | None) -> None:
+        changed = {}  # also at the first step: the first masks differ between ranks of other seeds or weights
         for m in weights:
+            if m.step == 0 and not m.is_stepping:
+                changed[m.weight.name] = m
             m.is_stepping = True
             m.mask = m.mask.to(m.parameter.device)
+            if m.parameter.grad is None:
+                continue  # an update that is due waits for the next step at which the weight has a gradient
             if self._is_due(m):
-                due[m.weight.name] = m
-                self._update(m, optimizer)
-            if m.parameter.grad is not None:
-                zero_outside_(m.parameter.grad, m.mask)
-        if due:
-            check_equal_masks({name: m.mask for name, m in due.items()}, self.step + 1)
+                changed[m.weight.name] = m
+                self._update(m, m.parameter.grad, optimizer)
+            zero_outside_(m.parameter.grad, m.mask)
+        if changed:
+            step = max(m.step for m in changed.values()) + 1
+            check_equal_masks({name: m.mask for name, m in changed.items()}, step)
 
-    def _update(self, m: _Masked, optimizer: Optimizer | None) -> None:
+    def _update(self, m: Masked, grad: Tensor, optimizer: Optimizer | None) -> None:
         step = m.step + 1
-        if m.parameter.grad is None:
-            warnings.warn(f"{m.weight.name} has no gradient at step {step}: its mask stays", stacklevel=2)
-            m.updated_at = step
-            return
-        holders = [o for o in self._optimizers if id(m.parameter) in parameter_ids(o)]
+        holders = [o for o in reversed(list(self._optimizers)) if m.held_by(o)]
         momentum = next((v for o in holders if (v := momentum_of(o, m.parameter)) is not None), None)
-        grad = unscaled(m.parameter.grad, optimizer)
-        for slot in m.weight.slots:
-            self._update_site(self._site(m, slot, grad=grad, momentum=momentum, step=step))
-        m.updated_at = step
-        _clear(m, holders)
+        grad = unscaled(grad, optimizer)
+        try:
+            for slot in m.weight.slots:
+                self._update_site(self._site(m, slot, grad=grad, momentum=momentum, step=step))
+            m.updated_at = step
+        finally:  # also where a criterion or an observer raised: the zeros hold
+            m.clear(holders)
 
     def _update_site(self, site: Site) -> None:
         method, progress = self.plan.method, self.plan.clock.progress(site.step)
-        try:
+        with _naming(site):
             update = update_mask(
                 site.mask,
                 method.drop(site),
                 method.grow(site),
                 granularity=method.granularity,
-                num_target=self._num_target(site, site.step),
+                num_target=self._num_target(site),
                 drop_fraction=method.drop_fraction(progress),
             )
-        except ScoreError as error:
-            raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
         site.weight.copy_(torch.where(update.grown, method.grown_init(site), site.weight))
         site.mask.copy_(update.mask)
         for observe in self.observers:
             observe(site, update)
 
-    def _finish(self, weights: Iterable[_Masked], optimizers: Iterable[Optimizer]) -> None:
+    def _finish(self, weights: Iterable[Masked], optimizers: Iterable[Optimizer]) -> None:
         for m in weights:
-            _clear(m, optimizers)
+            m.clear(optimizers)
             m.step += m.is_stepping
             m.is_stepping = False
 
 
-def _clear(m: _Masked, optimizers: Iterable[Optimizer]) -> None:
-    zero_outside_(m.parameter, m.mask)
-    for optimizer in optimizers:
-        for state in same_shape_state(optimizer, m.parameter):
-            zero_outside_(state, m.mask)
+@contextmanager
+def _naming(site: Site) -> Iterator[None]:
+    """Says of which weight a criterion's scores cannot be ranked."""
+    try:
+        yield
+    except ScoreError as error:
+        raise ScoreError(f"{site.name} at step {site.step}: {error}") from error

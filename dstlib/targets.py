@@ -19,8 +19,10 @@ from dstlib.errors import SelectionError, StateError, explain, similar
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_RECURRENT_REASON = "recurrent: sparse only if included by name"
+_GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}  # stacked in one parameter
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_STATISTICS = {"batch_norm", "var_mean", "std_mean", "var", "std", "weight_standardization"}
+_STATISTICS = {"batch_norm", "mean", "var_mean", "std_mean", "var", "std", "weight_standardization"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,15 @@ def plain_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel, DataParallel or an AveragedModel."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
-        model = model.module
-    return model
+    """The user's own module inside DistributedDataParallel, DataParallel, AveragedModel and torch.compile."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.Parameter]:
@@ -99,6 +106,8 @@ def select(model: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequen
     weights = list(_verdicts(model))
     for pattern in (*include, *exclude) if weights else ():
         check_matches(pattern, weights, "the model")
+    for pattern in include:
+        _check_possible(pattern, weights)
     chosen = tuple(_choose(weight, include, exclude) for weight in weights)
     if all(weight.reason for weight in chosen):
         reasons = "; ".join(f"{w.name}: {w.reason}" for w in chosen[:8]) or "no parameter has two axes"
@@ -135,18 +144,23 @@ def _hint(pattern: str, known: Sequence[str]) -> str:
     return f"Names here: {similar(pattern, known)}."
 
 
-def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> Weight:
-    asked_for = any(pattern in weight.aliases for pattern in include)
-    if asked_for and weight.reason and not weight.on_request:
+def _check_possible(name: str, weights: Iterable[Weight]) -> None:
+    """A SelectionError if all weights of exactly this name, or of the module of this name, must stay dense."""
+    named = [weight for weight in weights if name in weight.aliases]
+    if named and all(weight.reason and not weight.on_request for weight in named):
         raise SelectionError(
             explain(
                 "weight",
-                weight.name,
+                named[0].name,
                 allowed="one that can be masked in place",
-                given=weight.reason,
+                given=named[0].reason,
                 remedy="Take its name out of include=.",
             )
         )
+
+
+def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> Weight:
+    asked_for = any(pattern in weight.aliases for pattern in include)
     reason = weight.reason if not (weight.on_request and asked_for) else ""
     if not any(weight.matches(pattern) for pattern in include):
         reason = "not included"
@@ -163,8 +177,9 @@ def _verdicts(model: nn.Module) -> Iterator[Weight]:
             if parameter is None:
                 continue
             if isinstance(parameter, nn.parameter.UninitializedParameter):
+                remedy = "Run one forward pass first."
                 raise SelectionError(
-                    f"weight of {module_name}: expected known shapes, got a lazy module. Run one forward first."
+                    explain("weight", module_name, allowed="a known shape", given="a lazy module", remedy=remedy)
                 )
             if parameter.ndim >= 2:
                 owners.setdefault(id(parameter), []).append(_verdict(module_name, module, key, parameter))
@@ -183,6 +198,8 @@ def _verdict(module_name: str, module: nn.Module, key: str, parameter: nn.Parame
         reason, on_request = f"{parameter.dtype}, {parameter.layout}: not a plain float tensor", False
     elif type(parameter.data).__name__ == "DTensor":
         reason, on_request = "sharded (DTensor): not supported yet", False
+    elif not parameter.numel():
+        reason, on_request = "empty", False
     elif not parameter.requires_grad:
         reason, on_request = "frozen (requires_grad is False)", False
     aliases = frozenset({name, module_name} - {""})
@@ -193,13 +210,12 @@ def _judge(module: nn.Module, key: str, name: str) -> tuple[tuple[Slot, ...], st
     """(slots, why dense or "", whether asking for it by name helps), from the module alone."""
     whole = (Slot(name),)
     if isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
-        embed = module.embed_dim
-        rows = [(i * embed, (i + 1) * embed) for i in range(3)]
-        return tuple(Slot(f"{name}.{part}", r) for part, r in zip("qkv", rows, strict=True)), "", False
+        return _chunks(name, "qkv", module.in_proj_weight), "", False
     if isinstance(module, nn.MultiheadAttention) and re.fullmatch("[qkv]_proj_weight", key):
         return whole, "", False
     if isinstance(module, _RECURRENT) and key.startswith("weight_"):
-        return whole, "recurrent: sparse only if included by name", True
+        num_gates = 1 if key.startswith("weight_hr") else _GATES.get(type(module).__name__, 1)
+        return _chunks(name, map(str, range(num_gates)), module._parameters[key]), _RECURRENT_REASON, True
     if key != "weight" or not isinstance(module, (nn.Linear, *_CONVS, *_TRANSPOSED)):
         return whole, f"{key} of {type(module).__name__}: no weight of Linear, Conv or attention", False
     if _standardizes_weight(module):
@@ -210,6 +226,14 @@ def _judge(module: nn.Module, key: str, name: str) -> tuple[tuple[Slot, ...], st
     if isinstance(module, _CONVS) and module.groups > 1 and module.weight.shape[1] == 1:
         return whole, "depthwise: sparse only if included by name", True
     return whole, "", False
+
+
+def _chunks(name: str, parts: Iterable[str], parameter: Tensor | None) -> tuple[Slot, ...]:
+    """Matrices of equal height, stacked in one parameter: each competes for itself, so that none is starved."""
+    assert parameter is not None
+    names = [f"{name}.{part}" for part in parts]
+    height = len(parameter) // len(names)
+    return tuple(Slot(n, (i * height, (i + 1) * height)) for i, n in enumerate(names))
 
 
 def _standardizes_weight(module: nn.Module) -> bool:

@@ -57,7 +57,7 @@ def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[Tensor]:
 
 
 def assert_zero_outside(model: nn.Module, masks: dict[str, Tensor], *optimizers: Optimizer) -> None:
-    """Weights, gradients and optimizer state are exactly zero wherever a mask is False."""
+    """Weights and optimizer state are exactly zero wherever a mask is False."""
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         parameter = parameters[name]

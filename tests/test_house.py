@@ -38,6 +38,7 @@ LEVELS = {
     "report": 5,
     "plan": 6,
     "saved": 7,
+    "masked": 7,
     "sparsifier": 8,
     "profile": 9,
     "door": 9,

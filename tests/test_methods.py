@@ -166,7 +166,7 @@ def test_methods_are_found_by_name_and_by_themselves(method: Method) -> None:
 
 @pytest.mark.parametrize(("wrong", "meant"), [("rigle", "rigl"), ("dsf", "dsff"), ("statik", "static"), ("gpm", "gmp")])
 def test_a_wrong_name_is_answered_with_the_right_one(wrong: str, meant: str) -> None:
-    with pytest.raises(SettingError, match=f"one of static, set, rigl, gmp, dsff.*'{wrong}'.*Did you mean '{meant}'"):
+    with pytest.raises(SettingError, match=f"one of static, set, rigl, gmp, dsff.*'{wrong}'.*Similar: '{meant}'"):
         find_method(wrong)
 
 

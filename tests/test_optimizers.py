@@ -226,16 +226,54 @@ def test_an_engine_without_torch_optimizers_calls_before_and_after():
     assert not torch.equal(first, sparsifier.masks["conv.weight"])
 
 
-def test_weights_without_a_gradient_keep_their_mask_with_a_warning():
+def test_an_update_waits_for_the_next_step_at_which_the_weight_has_a_gradient():
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=replace(RIGL, interval=1), total_steps=10)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=replace(RIGL, interval=2), total_steps=20)
+    train(model, optimizer, 1)
+    optimizer.zero_grad()
     before = sparsifier.masks["head.weight"].clone()
+    updates = []
+    sparsifier.observers.append(lambda site, update: updates.append((site.name, site.step)))
     model.conv(torch.randn(1, 2, 6, 6)).sum().backward()
-    with pytest.warns(UserWarning, match="head.weight has no gradient at step 1"):
-        optimizer.step()
+    optimizer.step()
     assert torch.equal(before, sparsifier.masks["head.weight"])
     assert_zero_outside(model, sparsifier.masks, optimizer)
+    train(model, optimizer, 3, start=1)
+    assert [step for name, step in updates if name == "conv.weight"] == [2, 4]
+    assert [step for name, step in updates if name == "head.weight"] == [3, 4], "3 makes up for 2"
+    assert sparsifier.step == 4
+
+
+def test_a_replaced_parameter_is_noticed():
+    model = small()
+    dstlib.sparsify(model, sparsity=0.7, method="static")
+    model.load_state_dict(small(1).state_dict(), assign=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(model, 0)
+    with pytest.raises(StateError, match=r"parameter of conv\.weight: expected the one that was made sparse"):
+        optimizer.step()
+
+
+def test_momentum_cannot_tell_what_to_grow():
+    with pytest.raises(SettingError, match=r"grow of method rigl.*got momentum"):
+        dstlib.sparsify(small(), sparsity=0.7, method=replace(RIGL, grow=dstlib.masking.momentum), total_steps=1000)
+
+
+def test_a_sparse_weight_that_no_given_optimizer_holds_is_named():
+    model = small()
+    with pytest.warns(UserWarning, match=r"up\.weight, head\.weight: sparse, but in none of the optimizers given"):
+        dstlib.sparsify(model, torch.optim.SGD(model.conv.parameters(), lr=0.1), sparsity=0.7, method="static")
+
+
+def test_masked_gradients_are_zero_outside():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=replace(RIGL, interval=2), total_steps=20)
+    for step in range(6):
+        train(model, optimizer, 1, start=step)
+        for name, mask in sparsifier.masks.items():
+            assert (model.get_parameter(name).grad[~mask] == 0).all()
 
 
 def test_the_one_line_survives_a_discarded_return_value_and_says_what_is_missing():

@@ -143,7 +143,7 @@ def test_zeros_stay_zero_and_every_update_is_booked(begin):
     assert [row["iteration"] for row in training.updates] == [2, 4, 6]
     active = sum(int(mask.sum()) for mask in first.values())
     assert all(row["active"] == active for row in training.updates)
-    assert training.updates[0]["replaced"] > 0
+    assert training.updates[0]["grown"] > 0
 
 
 def test_the_norm_that_is_clipped_is_of_the_active_weights(begin, monkeypatch):

@@ -32,8 +32,10 @@ class Site:
         return f"Site({self.name!r}, step {self.step}, shape {tuple(self.weight.shape)})"
 
     def rand(self) -> Tensor:
-        """Uniform numbers in [0, 1) of the weight's shape, drawn on the CPU whatever the device."""
-        return torch.rand(self.weight.shape, generator=self.generator).to(self.weight.device)
+        """Uniform numbers in [0, 1) of the weight's shape, drawn on the CPU in float32 whatever the defaults."""
+        return torch.rand(self.weight.shape, generator=self.generator, dtype=torch.float32, device="cpu").to(
+            self.weight.device
+        )
 
 
 Criterion = Callable[[Site], Tensor]
@@ -47,4 +49,4 @@ def site_generator(seed: int, step: int, name: str) -> torch.Generator:
     True
     """
     digest = hashlib.blake2b(f"{seed}:{step}:{name}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))

@@ -41,10 +41,15 @@ class Every:
             return None
         return self.start + max(self.stop - self.start, 0) // self.interval * self.interval
 
+    def latest(self, step: int) -> int:
+        """The last step with an update up to this one, itself included; 0 if there is none."""
+        until = step if self.last is None else min(step, self.last)
+        elapsed = until - self.start
+        return until - elapsed % self.interval if elapsed >= self.interval else 0
+
     def due(self, step: int) -> bool:
         """Whether the masks change at this step."""
-        elapsed = step - self.start
-        return elapsed > 0 and elapsed % self.interval == 0 and (self.stop is None or step <= self.stop)
+        return 0 < step == self.latest(step)
 
     def progress(self, step: int) -> float:
         """Share of the way from ``start`` to the last update, in [0, 1]."""
@@ -62,6 +67,10 @@ class Never:
     >>> Never().due(100)
     False
     """
+
+    def latest(self, step: int) -> int:
+        """There is none: 0."""
+        return 0
 
     def due(self, step: int) -> bool:
         """Never."""

@@ -16,6 +16,8 @@ from dstlib.errors import DataError, SettingError, explain
 class Case:
     """One labelled volume: image (C, D, H, W), label (D, H, W), spacing in mm along (D, H, W).
 
+    ``orientation`` names where D, H and W lead in the patient: S(uperior) or I, P(osterior) or A, L(eft) or R.
+
     Two cases are equal only if they are the same object, as arrays have no single truth value.
 
     Raises:
@@ -30,6 +32,7 @@ class Case:
     image: NDArray[np.float32]
     label: NDArray[np.uint8]
     spacing: tuple[float, float, float]
+    orientation: str = "SPL"
 
     def __post_init__(self) -> None:
         fits = self.image.ndim == 4 and self.image.shape[1:] == self.label.shape

@@ -4,6 +4,7 @@ A folder holds dataset.json (modality, labels, training list) and the NIfTI file
 files are opened, so whatever else lies there (macOS "._" files, say) does no harm.
 """
 
+import gzip
 import json
 import zlib
 from collections import Counter
@@ -109,7 +110,7 @@ def _read_manifest(folder: Path) -> Manifest:
                 "data set",
                 str(folder),
                 allowed="a folder with a dataset.json",
-                given="no dataset.json in it" if folder.is_dir() else "no folder of this name",
+                given="no dataset.json in it" if folder.is_dir() else "a file" if folder.exists() else "no such folder",
                 remedy="Pass the folder that holds dataset.json, imagesTr and labelsTr.",
             )
         )
@@ -178,6 +179,7 @@ def _read_case(name: str, image: Path, label: Path, manifest: Manifest) -> tuple
         image=np.ascontiguousarray(voxels.T, dtype=np.float32),
         label=np.ascontiguousarray(mask.voxels.T.astype(np.uint8)),
         spacing=(float(sizes[2]), float(sizes[1]), float(sizes[0])),
+        orientation="".join(nibabel.aff2axcodes(picture.affine))[::-1],
     )
     return case, []
 
@@ -185,6 +187,10 @@ def _read_case(name: str, image: Path, label: Path, manifest: Manifest) -> tuple
 def _read_volume(file: Path) -> Volume | str:
     """The volume, or else why there is none."""
     try:
+        if file.suffix == ".gz":
+            with gzip.open(file) as stream:  # to the very end, where the checksum is: nibabel stops short of it
+                while stream.read(1 << 20):
+                    pass
         nifti = nibabel.load(file)
         voxels = np.asanyarray(nifti.dataobj)
     except FileNotFoundError:

@@ -3,8 +3,9 @@
 Shapes: K foreground classes, D, H, W depth, height, width in voxels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from dstlib.layers.fusion import FusionNode
 from dstlib.zoo.e2enet.cases import Case
 from dstlib.zoo.e2enet.network import E2ENet
+from dstlib.zoo.e2enet.run import write_whole
 
 STYLE = {
     "font.size": 10,
@@ -49,7 +51,7 @@ PARTS = {  # of a fusion node, and how the density of each is shown
 
 
 def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: Sequence[Mapping[str, int]]) -> None:
-    """The loss of each epoch, a line at each mask update, and the share of connections that it replaced."""
+    """The loss of each epoch, a line at each mask update, and the share of connections that grew at it."""
     with _figure(path, size=(7.5, 5.0 if updates else 3.4)) as figure:
         panels = figure.subplots(2 if updates else 1, 1, sharex=True, squeeze=False)[:, 0]
         losses = [m["loss"] for m in metrics]
@@ -63,8 +65,8 @@ def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: 
         marks = [u["iteration"] for u in updates]
         for panel in panels:
             panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
-        _draw_line(panels[1], marks, [100 * u["replaced"] / u["active"] for u in updates], colour=ACCENT)
-        panels[1].set_title("Active connections replaced at each mask update (grey lines)")
+        _draw_line(panels[1], marks, [100 * u["grown"] / u["active"] for u in updates], colour=ACCENT)
+        panels[1].set_title("Share of the active connections that grew at each mask update (grey lines)")
         panels[1].set_ylabel("percent")
 
 
@@ -83,20 +85,21 @@ def slice_comparison(
     """
     depth = busiest_slice(case.label)
     _, height, width = case.spacing
-    picture = case.image[0, depth]
+    upright = _upright(case.orientation)
+    picture = upright(case.image[0, depth])
     low, high = np.percentile(picture, (1, 99))
     aspect = height / width
     colours = class_colours(len(classes))
     tall = 10.5 / 3 * aspect * picture.shape[0] / picture.shape[1]
     with _figure(path, size=(10.5, tall + 0.9 + 0.22 * -(-len(classes) // 5))) as figure:
-        volumes = {"Image": None, "Label": case.label[depth], "Prediction": prediction[depth]}
+        volumes = {"Image": None, "Label": upright(case.label[depth]), "Prediction": upright(prediction[depth])}
         for panel, (title, volume) in zip(figure.subplots(1, 3), volumes.items(), strict=True):
             panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if volume is not None:
                 shown = np.ma.masked_equal(volume, 0)
                 last = len(classes) + 0.5
                 panel.imshow(
-                    shown, cmap=colours, vmin=0.5, vmax=last, alpha=0.75, interpolation="nearest", aspect=aspect
+                    shown, cmap=colours, vmin=0.5, vmax=last, alpha=0.5, interpolation="nearest", aspect=aspect
                 )
             panel.set_title(title)
             panel.set_axis_off()
@@ -104,8 +107,15 @@ def slice_comparison(
             Patch(color=colours(i), label=f"{name} {value:.2f}" if np.isfinite(value) else f"{name} (absent)")
             for i, (name, value) in enumerate(zip(classes, dice, strict=True))
         ]
-        title = f"{case.name}, slice {depth} of {len(case.label)}; with the Dice of the whole volume"
+        title = f"{case.name}, slice {depth + 1} of {len(case.label)}; with the Dice of the whole volume"
         figure.legend(handles=handles, loc="outside lower center", ncols=5, title=title, fontsize=9)
+
+
+def _upright(orientation: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Turns an axial slice (H, W) as radiologists look at it: front above, the patient's right on the left."""
+    rows = slice(None, None, -1) if orientation[1] == "A" else slice(None)
+    columns = slice(None, None, -1) if orientation[2] == "R" else slice(None)
+    return lambda plane: plane[rows, columns]
 
 
 def class_colours(num_classes: int) -> ListedColormap:
@@ -194,4 +204,6 @@ def _figure(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        figure.savefig(path, dpi=150)
+        buffer = BytesIO()
+        figure.savefig(buffer, dpi=150)
+        write_whole(path, buffer.getbuffer())

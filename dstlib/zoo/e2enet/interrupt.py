@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE = b"\nStopping after this iteration, to save a checkpoint. Once more to stop at once.\n"
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGINT (Ctrl-C) or SIGTERM only asks to stop; the second one ends the process at once.
+    """Within the block, SIGINT (Ctrl-C), SIGTERM or SIGHUP only asks to stop; the second one ends the process at once.
 
     Yields the question whether one came. To be entered in the main thread, as only that may handle signals.
 
@@ -27,10 +27,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: FrameType | None) -> None:
         came.append(number)
         os.write(2, NOTICE)  # unlike print, it may come in the middle of another print
-        for each in SIGNALS:
+        for each in heard:
             signal.signal(each, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield lambda: bool(came)
     finally:

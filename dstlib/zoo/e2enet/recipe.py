@@ -24,12 +24,12 @@ from dstlib.zoo.e2enet.settings import TrainSettings
 from dstlib.zoo.e2enet.train import Training, start, train
 
 HELP = {
-    "epochs": "how often the learning rate falls and a checkpoint is written",
+    "epochs": "number of epochs; after each the learning rate falls and a checkpoint is written",
     "iterations": "optimizer steps per epoch",
     "learning_rate": "of SGD at the start; the paper's is 0.01, for a far longer run",
     "momentum": "of SGD, with Nesterov; the paper's is 0.99",
     "weight_decay": "of SGD, on all weights",
-    "clip": "largest norm of the gradient",
+    "clip": "gradients of a larger norm are scaled down to this one",
     "poly_exponent": "the learning rate falls by epoch as (1 - epoch / epochs) to this power",
     "sparsity": "share of the fusion's connections that stay off, in [0, 1); 0 trains a dense network",
     "method": "how the sparse connections are chosen; 'dense' is the same as --sparsity 0",
@@ -79,6 +79,9 @@ def follow(recipe: Recipe, options: argparse.Namespace, *, train_on: Cases, held
         KeyboardInterrupt: The training was asked to stop, and its checkpoint is written.
         DstlibError: See :func:`open_run` and :func:`train`.
     """
+    if options.run == Path():
+        remedy = "Leave --run out for a folder named by the date."
+        raise SettingError(explain("--run", "the command line", allowed="a folder", given="''", remedy=remedy))
     if options.resume and options.run is None:
         remedy = "Pass the folder that the run was started in."
         raise SettingError(
@@ -97,13 +100,18 @@ def follow(recipe: Recipe, options: argparse.Namespace, *, train_on: Cases, held
         "held_out": [case.name for case in held_out.cases],
     }
     with open_run(path, {**asdict(recipe), "data": data}, resume=options.resume) as run:
-        if options.resume:
+        # A run that was stopped before its first checkpoint starts again: its batches are the same.
+        if options.resume and (run.checkpoint.exists() or run.metrics.exists()):
             training.load_state_dict(run.load_checkpoint())
+        print(f"{train_on.name}: {len(train_on.cases)} cases to train on, {len(held_out.cases)} held out; in {path}")
         if training.sparsifier:
             print(*str(training.sparsifier.summary()).splitlines()[-2:], sep="\n")
         _train(training, train_on, recipe, run)
-        scores = evaluate(training.model, held_out, patch_size=recipe.patches.patch_size)
-        write_report(run, training, scores, held_out, patch_size=recipe.patches.patch_size)
+        try:
+            scores = evaluate(training.model, held_out, patch_size=recipe.patches.patch_size)
+            write_report(run, training, scores, held_out, patch_size=recipe.patches.patch_size)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_stopped("The training is finished and saved", path)) from None
         if training.sparsifier:
             training.sparsifier.detach()
         return scores
@@ -120,7 +128,7 @@ def run_command(main: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(interruption if interruption.args else "Interrupted.", file=sys.stderr)
+        print(f"\n{interruption if interruption.args else 'Interrupted.'}", file=sys.stderr)
         return 130
     return 0
 
@@ -129,6 +137,12 @@ def _chosen(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     """The recipe with the training settings of the command line."""
     values = {name: getattr(options, name) for name in asdict(recipe.training)}
     if values["method"] == "dense":
+        if values["sparsity"] not in (0.0, recipe.training.sparsity):
+            given = f"--method dense with --sparsity {values['sparsity']}"
+            remedy = "Leave one of them out."
+            raise SettingError(
+                explain("--method", "the command line", allowed="no sparsity with dense", given=given, remedy=remedy)
+            )
         values |= {"method": recipe.training.method, "sparsity": 0.0}
     return replace(recipe, training=TrainSettings(**values))
 
@@ -160,13 +174,13 @@ def _train(training: Training, train_on: Cases, recipe: Recipe, run: Run) -> Non
             should_stop=should_stop,
         )
     if not finished:
-        done = f"Stopped after iteration {training.iteration} of {recipe.training.num_iterations}"
-        raise KeyboardInterrupt(f"{done}; nothing is lost. Continue with:\n  {_resumption(run.path)}")
+        done = f"Stopped after iteration {training.iteration} of {recipe.training.num_iterations}; nothing is lost"
+        raise KeyboardInterrupt(_stopped(done, run.path))
 
 
-def _resumption(path: Path) -> str:
-    """The command that continues this one."""
+def _stopped(done: str, path: Path) -> str:
+    """What was done, and the command that continues this one."""
     arguments = [a for a in sys.argv if a != "--resume"]
     if not any(a == "--run" or a.startswith("--run=") for a in arguments):
         arguments += ["--run", str(path)]
-    return shlex.join(["python", *arguments, "--resume"])
+    return f"{done}. Continue with:\n  {shlex.join([sys.executable, *arguments, '--resume'])}"

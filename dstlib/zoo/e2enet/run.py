@@ -14,6 +14,7 @@ import fcntl
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,14 +68,15 @@ class Run:
         """
         refuse = f"Delete {self.path} and start afresh, or restore the file."
         try:
+            _refuse_flipped_bits(self.checkpoint)
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise StateError(_unreadable(self.checkpoint, "no such file", refuse)) from error
         # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
         except Exception as error:
-            reason = f"one that torch cannot load ({type(error).__name__})"
+            reason = f"a damaged file ({type(error).__name__})"
             raise StateError(_unreadable(self.checkpoint, reason, refuse)) from error
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
             raise StateError(_unreadable(self.checkpoint, "a file of something else", refuse))
         _refuse_other_settings(saved["config"], self.config, self.checkpoint)
         state: dict[str, Any] = saved["state"]
@@ -140,13 +142,20 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
     except OSError as error:
         _remove(temporary)
-        remedy = "What was there before is whole; make room or choose another folder, then --resume."
+        remedy = "What was saved before is whole. Make room, then continue with --resume."
         raise StateError(
             explain(path.name, f"run {path.parent}", allowed="a disk to write to", given=error, remedy=remedy)
         ) from error
     except BaseException:
         _remove(temporary)
         raise
+
+
+def _refuse_flipped_bits(checkpoint: Path) -> None:
+    """torch reads past a wrong checksum."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(damaged)
 
 
 def _remove(path: Path) -> None:
@@ -162,9 +171,10 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
             path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "w")  # noqa: SIM115 - closed below, after the yield
     except OSError as error:
-        remedy = "Name an existing run to resume it." if not create else "Pass a folder you may write to."
-        allowed = "a folder of a run" if not create else "a folder to write to"
-        raise StateError(explain("directory", f"run {path}", allowed=allowed, given=error, remedy=remedy)) from error
+        remedy = "Pass a folder you may write to." if create else "Name the folder of an existing run to resume it."
+        allowed = "a folder to write to" if create else "the folder of a run"
+        given = "a file of that name" if path.is_file() else error.strerror
+        raise StateError(explain("directory", f"run {path}", allowed=allowed, given=given, remedy=remedy)) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,7 +207,7 @@ def _read_config(path: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        remedy = "Leave out --resume to start a run here, or name the folder of an existing one."
+        remedy = "Restore the file, or name another folder by --run."
         raise StateError(_unreadable(file, error, remedy)) from error
 
 

@@ -1,5 +1,6 @@
 """How a network of the E2ENet recipes is trained, as one value."""
 
+import math
 from dataclasses import dataclass, replace
 
 from dstlib.errors import SettingError, explain, similar
@@ -34,7 +35,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         count, share = "a whole number from 1 up", "a number in [0, 1)"
+        floats = ("learning_rate", "momentum", "weight_decay", "clip", "poly_exponent", "sparsity")
         checks: list[tuple[str, bool, str, str]] = [
+            *((f, math.isfinite(getattr(self, f)), "a finite number", "For no clipping pass 1e9.") for f in floats),
+            ("poly_exponent", self.poly_exponent >= 0, "a number from 0 up", "The paper's is 0.9."),
+            ("seed", 0 <= self.seed < 2**63, "a whole number from 0 up to 2^63", "Pass 0, say."),
             ("epochs", self.epochs >= 1, count, "Pass 20, say."),
             (
                 "iterations",
@@ -56,7 +61,7 @@ class TrainSettings:
                 "method",
                 self.method in METHODS,
                 f"one of {', '.join(METHODS)}",
-                f"Did you mean {similar(self.method, METHODS)}?",
+                f"Similar: {similar(self.method, METHODS)}.",
             ),
             ("interval", self.interval >= 1, count, "The paper's is 1200, of 250,000 iterations."),
         ]

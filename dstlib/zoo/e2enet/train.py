@@ -15,7 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dstlib.door import sparsify
-from dstlib.errors import DstlibError, StateError, explain
+from dstlib.errors import DstlibError, SettingError, StateError, explain
 from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
 from dstlib.sparsifier import Sparsifier
@@ -33,7 +33,7 @@ class Training:
     """All that a training changes, hence all that a checkpoint holds.
 
     ``metrics`` has one row per finished epoch. ``updates`` has one row per mask update: the iteration, and
-    over all sparse weights how many were active and how many of them were replaced.
+    over all sparse weights how many were active and how many of them had just grown.
     """
 
     model: E2ENet
@@ -80,9 +80,9 @@ class Training:
     def observe(self, site: Site, update: MaskUpdate) -> None:
         """Books one weight's share of a mask update."""
         if not self.updates or self.updates[-1]["iteration"] != site.step:
-            self.updates.append({"iteration": site.step, "active": 0, "replaced": 0})
+            self.updates.append({"iteration": site.step, "active": 0, "grown": 0})
         self.updates[-1]["active"] += int(update.mask.sum())
-        self.updates[-1]["replaced"] += int(update.dropped.sum())
+        self.updates[-1]["grown"] += int(update.grown.sum())
 
 
 def start(model: E2ENet, settings: TrainSettings) -> Training:
@@ -98,6 +98,7 @@ def start(model: E2ENet, settings: TrainSettings) -> Training:
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     sparsifier = None
     if settings.sparsity > 0:
+        _refuse_late_updates(settings)
         sparsifier = sparsify(
             model,
             optimizer,
@@ -113,6 +114,18 @@ def start(model: E2ENet, settings: TrainSettings) -> Training:
     return training
 
 
+def _refuse_late_updates(settings: TrainSettings) -> None:
+    """In the words of the command line; sparsify() would say the same of its own arguments."""
+    method = kernel_method(settings.method, settings.interval)
+    last = int(method.stop * settings.num_iterations)
+    if method.interval is not None and method.interval > last:
+        given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
+        remedy = "Lower --interval, or raise --epochs or --iterations."
+        raise SettingError(
+            explain("interval", f"method {method.name}", allowed=f"at most {last}", given=given, remedy=remedy)
+        )
+
+
 def train(
     training: Training,
     cases: Sequence[Case],
@@ -122,7 +135,7 @@ def train(
     save: Callable[[Training], None] = lambda training: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Trains to the end and says so; or, once ``should_stop()``, no further than the iteration under way.
+    """Trains to the end and returns True; once ``should_stop()``, only to the end of the iteration under way.
 
     ``save`` is called after each epoch, and before stopping. Batch ``i`` is a function of the seed and ``i``
     alone, so a training that is continued meets the same batches.
@@ -141,7 +154,7 @@ def train(
             if training.iteration % settings.iterations == 0:
                 _end_epoch(training, settings)
                 save(training)
-            if should_stop() and training.iteration < total:
+            if should_stop():
                 save(training)
                 return False
     return True
