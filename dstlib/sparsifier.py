@@ -4,8 +4,7 @@ Hooks around the steps of all torch optimizers do the work (hooks.py). Before a 
 if an update is due, and mask the gradients; after it they mask the weights and the optimizer's state.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from dstlib.distributed import check_equal_masks
 from dstlib.errors import ScoreError
 from dstlib.hooks import forget, listen
 from dstlib.masked import Masked, places
-from dstlib.masking import MaskUpdate, Site, initial_mask, site_generator, update_mask
+from dstlib.masking import MaskUpdate, Site, site_generator, update_mask
 from dstlib.masking.apply import zero_outside_
 from dstlib.optimizer_state import (
     all_finite,
@@ -211,13 +210,11 @@ class Sparsifier:
         if self._attached:
             listen(self)
 
-    def _choose_first(self, masked: Masked, slot: Slot) -> None:
-        method = self.plan.method
-        site = self._site(masked, slot, grad=None, momentum=None, step=0)
-        target = self._num_target(site)
-        with _naming(site):
-            mask = initial_mask(method.init(site), granularity=method.granularity, num_target=target)
-        site.mask.copy_(mask)
+    def _choose_first(self, m: Masked, slot: Slot) -> None:
+        """The first mask is an update that starts from nothing."""
+        site = self._site(m, slot, grad=None, momentum=None, step=0)
+        score = self.plan.method.init(site)
+        self._change(site, torch.zeros_like(site.mask), score, score, drop_fraction=0.0)
 
     def _site(self, m: Masked, slot: Slot, *, grad: Tensor | None, momentum: Tensor | None, step: int) -> Site:
         return Site(
@@ -229,9 +226,6 @@ class Sparsifier:
             step=step,
             generator=site_generator(self.plan.seed, step, slot.name),
         )
-
-    def _num_target(self, site: Site) -> int:
-        return self.plan.num_target(site.name, self.plan.method.granularity.fold(site.mask).shape[1], site.step)
 
     def _held_by(self, optimizer: Optimizer) -> list[Masked]:
         held = parameter_ids(optimizer)
@@ -271,32 +265,26 @@ class Sparsifier:
             m.clear(holders)
 
     def _update_site(self, site: Site) -> None:
-        method, progress = self.plan.method, self.plan.clock.progress(site.step)
-        with _naming(site):
-            update = update_mask(
-                site.mask,
-                method.drop(site),
-                method.grow(site),
-                granularity=method.granularity,
-                num_target=self._num_target(site),
-                drop_fraction=method.drop_fraction(progress),
-            )
+        method = self.plan.method
+        drop_fraction = method.drop_fraction(self.plan.clock.progress(site.step))
+        update = self._change(site, site.mask, method.drop(site), method.grow(site), drop_fraction=drop_fraction)
         site.weight.copy_(torch.where(update.grown, method.grown_init(site), site.weight))
-        site.mask.copy_(update.mask)
         for observe in self.observers:
             observe(site, update)
+
+    def _change(self, site: Site, old: Tensor, drop: Tensor, grow: Tensor, *, drop_fraction: float) -> MaskUpdate:
+        """Updates the mask of a site; says which weight it was whose scores cannot be ranked."""
+        grain = self.plan.method.granularity
+        num_target = self.plan.num_target(site.name, grain.fold(site.mask).shape[1], site.step)
+        try:
+            update = update_mask(old, drop, grow, granularity=grain, num_target=num_target, drop_fraction=drop_fraction)
+        except ScoreError as error:
+            raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
+        site.mask.copy_(update.mask)
+        return update
 
     def _finish(self, weights: Iterable[Masked], optimizers: Iterable[Optimizer]) -> None:
         for m in weights:
             m.clear(optimizers)
             m.step += m.is_stepping
             m.is_stepping = False
-
-
-@contextmanager
-def _naming(site: Site) -> Iterator[None]:
-    """Says of which weight a criterion's scores cannot be ranked."""
-    try:
-        yield
-    except ScoreError as error:
-        raise ScoreError(f"{site.name} at step {site.step}: {error}") from error

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dstlib.masking import NM, Block, Channel, Element, FanIn, Granularity, Kernel, unit_mask
+from dstlib.masking import NM, Block, Channel, Element, FanIn, Granularity, Kernel, unit_mask, update_mask
 
 seeds = st.integers(0, 2**32 - 1)
 percents = st.sampled_from([0, 1, 10, 29, 30, 50, 57, 58, 99, 100]) | st.integers(0, 100)
@@ -80,3 +80,9 @@ def units(granularity: Granularity, mask: Tensor) -> Tensor:
 def exact(decimal: float) -> Fraction:
     """The number that the digits say: 0.29 is 29/100, not the nearest binary fraction."""
     return Fraction(repr(decimal))
+
+
+def initial_mask(score: Tensor, *, granularity: Granularity, num_target: int | Tensor) -> Tensor:
+    """The highest-scoring units per group: an update that starts from nothing."""
+    nothing = torch.zeros_like(score, dtype=torch.bool)
+    return update_mask(nothing, score, score, granularity=granularity, num_target=num_target, drop_fraction=0.0).mask

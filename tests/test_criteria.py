@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import drawn, folds, generator, grid, seeds
+from strategies import drawn, folds, generator, grid, initial_mask, seeds
 from torch import Tensor
 
 from dstlib import ScoreError, Site
@@ -16,7 +16,6 @@ from dstlib.masking import (
     Granularity,
     Kernel,
     gradient,
-    initial_mask,
     magnitude,
     magnitude_l2,
     momentum,

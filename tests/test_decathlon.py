@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import os
 from itertools import pairwise
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -16,15 +14,6 @@ from dstlib.zoo.e2enet.decathlon import read_decathlon
 
 SHAPE = (5, 6, 7)  # x, y, z
 AFFINE = np.diag([0.5, 0.75, 3.0, 1.0])
-
-
-def real_data():
-    """The folder of real scans."""
-    root = Path(os.environ.get("DSTLIB_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    folder = root / "Task04_Hippocampus"
-    if not folder.is_dir():
-        pytest.skip(f"no hippocampus scans at {folder}; set DSTLIB_DATA to the folder that holds them")
-    return folder
 
 
 def save(file, voxels, affine=AFFINE):
@@ -135,7 +124,7 @@ def test_progress_goes_to_stderr(folder, capsys):
 
 
 def test_no_folder_and_no_manifest(tmp_path):
-    assert "got no folder of this name" in refusal(tmp_path / "absent")
+    assert "got no such folder" in refusal(tmp_path / "absent")
     assert "got no dataset.json in it" in refusal(tmp_path)
 
 
@@ -203,6 +192,15 @@ def break_damaged(folder):
     content[20:40] = bytes(20)
     file.write_bytes(content)
     return "labelsTr/b.nii.gz cannot be read"
+
+
+def break_checksum(folder):
+    """One bit of the content is another one: only the checksum at the very end can tell."""
+    file = folder / "imagesTr/b.nii.gz"
+    content = bytearray(gzip.compress(gzip.decompress(file.read_bytes()), compresslevel=0))
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "imagesTr/b.nii.gz cannot be read: CRC"
 
 
 def break_foreign(folder):
@@ -328,8 +326,8 @@ def test_all_defects_are_reported_together(folder):
 
 
 @pytest.mark.data
-def test_the_real_hippocampus_scans():
-    cases = read_decathlon(real_data(), progress=False)
+def test_the_real_hippocampus_scans(hippocampus):
+    cases = read_decathlon(hippocampus, progress=False)
     assert len(cases.cases) == 208
     assert cases.channels == ("MRI",)
     assert cases.classes == ("Anterior", "Posterior")
@@ -345,12 +343,12 @@ def test_the_real_hippocampus_scans():
 
 
 @pytest.mark.data
-def test_the_real_scans_are_the_training_part_of_the_published_fold():
+def test_the_real_scans_are_the_training_part_of_the_published_fold(hippocampus):
     """The 52 cases that are not here were held out by nnU-Net's fold 0 of the 260: our split must agree.
 
     Their ids are unknown, but each must fit into the gap between the two neighbours that are here.
     """
-    cases = read_decathlon(real_data(), progress=False).cases
+    cases = read_decathlon(hippocampus, progress=False).cases
     here = sorted(int(case.name.removeprefix("hippocampus_")) for case in cases)
     places = [int(place) for place in split([f"{i:03d}" for i in range(260)], fold=0)[0]]
     for (a, b), (p, q) in zip(pairwise(here), pairwise(places), strict=True):

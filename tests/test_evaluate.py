@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from dstlib.zoo.e2enet.cases import Case, Cases
 from dstlib.zoo.e2enet.evaluate import Evaluation, dice_per_class, evaluate, predict
+from dstlib.zoo.e2enet.figures import _upright
 
 
 class ReadsTheImage(nn.Module):
@@ -105,3 +106,9 @@ def test_a_perfect_network_scores_one():
     scores = evaluate(ReadsTheImage(3), cases, patch_size=(4, 4, 4))
     assert scores.cases == ("case0", "case1")
     np.testing.assert_array_equal(scores.dice, np.ones((2, 2)))
+
+
+def test_slices_are_shown_upright():
+    plane = np.arange(6).reshape(2, 3)  # (H, W)
+    assert np.array_equal(_upright("SPL")(plane), plane)
+    assert np.array_equal(_upright("SAR")(plane), plane[::-1, ::-1]), "RAS, as most NIfTI files"

@@ -113,6 +113,31 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(tmp_path, example, monkeyp
         assert torch.equal(weight, saved[1]["model"][name]), name
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, example, monkeypatch):
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "draw_batch", fail)
+        assert example(AMOS, "--run", tmp_path / "run", *TINY)[0] == 130
+    assert left_by(tmp_path / "run") == {"config.json", "figures"}
+    assert example(AMOS, "--run", tmp_path / "run", *TINY, "--resume")[0] == 0
+
+
+def test_ctrl_c_in_the_last_iteration_is_heard(tmp_path, example, monkeypatch):
+    draw = train_module.draw_batch
+
+    def draw_and_interrupt(*arguments, iteration, **options):
+        if iteration == 3:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, iteration=iteration, **options)
+
+    monkeypatch.setattr(train_module, "draw_batch", draw_and_interrupt)
+    code, _, errors = example(AMOS, "--run", tmp_path / "run", *TINY)
+    assert code == 130
+    assert "Stopped after iteration 4 of 4" in errors
+
+
 def test_hippocampus_takes_the_decathlons_layout_dense_and_sparse(tmp_path, scans, example):
     for name, flags in {"dsff": (), "static": ("--method", "static"), "dense": ("--sparsity", "0")}.items():
         run = tmp_path / name
@@ -178,3 +203,17 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, 
     assert "training.seed 3" in refused(example, AMOS, "--run", run, *TINY, "--seed", 3, "--resume")
     assert "figures" in left_by(run)
     assert "no-such-run" in refused(example, AMOS, "--run", tmp_path / "no-such-run", *TINY, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--interval", 5, "--epochs", 1, "--iterations", 2), "Lower --interval"),
+        (("--method", "dense", "--sparsity", 0.9), "Leave one of them out"),
+        (("--run", ""), "Leave --run out"),
+        (("--seed", -1), "seed of TrainSettings"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_settings_that_cannot_be_used_are_one_line(example, arguments, message):
+    assert message in refused(example, AMOS, "--scans", 5, *arguments)

@@ -86,6 +86,16 @@ def damage_foreign(file):
     torch.save({"state_dict": {}}, file)
 
 
+def damage_bit(file):
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.arange(3.0).numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+
+
+def damage_keys(file):
+    torch.save({"format": "dstlib.e2enet.run/1"}, file)
+
+
 def damage_code(file):
     torch.save(torch.nn.Linear(1, 1), file)  # a whole module: loading it would run code
 
@@ -96,7 +106,7 @@ def damage_missing(file):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_truncated, damage_empty, damage_text, damage_foreign, damage_code, damage_missing],
+    [value for name, value in list(globals().items()) if name.startswith("damage_")],
     ids=lambda damage: damage.__name__,
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_error_with_the_file_and_the_remedy(folder, damage):
@@ -143,7 +153,7 @@ def test_on_a_full_disk_the_previous_checkpoint_stays(folder, monkeypatch):
     before = (folder / "checkpoint.pt").read_bytes()
     with open_run(folder, CONFIG, resume=True) as run:
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(StateError, match=r"checkpoint\.pt.*No space left on device.*make room"):
+        with pytest.raises(StateError, match=r"checkpoint\.pt.*No space left on device.*Make room"):
             run.save_checkpoint({"iteration": 8})
         monkeypatch.undo()
         assert run.load_checkpoint()["iteration"] == 7

@@ -260,3 +260,66 @@ def test_kernel_granularity_on_a_linear_layer_is_unstructured():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dstlib.sparsify(nn.Linear(10, 10), sparsity=0.8, method=method).density == 0.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": "0.9"}, r"sparsity of sparsify\(\): expected a number in \[0, 1\), got '0.9'"),
+        ({"include": None}, "include of sparsify"),
+        ({"exclude": [1]}, "exclude of sparsify"),
+        ({"overrides": ["0"]}, "overrides of sparsify"),
+        ({"seed": None}, "seed of sparsify"),
+        ({"method": ["rigl"]}, "method of sparsify"),
+        ({"method": "rigl", "total_steps": "1000"}, "total_steps of sparsify"),
+        ({"method": "rigl", "total_steps": 1e4}, "total_steps of sparsify"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_one_message(settings, message):
+    with pytest.raises(SettingError, match=message):
+        dstlib.sparsify(nn.Linear(10, 10), **{"sparsity": 0.5, "method": "static", **settings})
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(SettingError, match="model of sparsify"):
+        dstlib.sparsify(nn.Linear(4, 4).state_dict(), sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"drop": "magnitude"},
+        {"drop_fraction": 0.3},
+        {"granularity": Kernel},
+        {"granularity": "channel"},
+        {"distribution": "erk"},
+        {"interval": 2.5},
+        {"interval": 0},
+    ],
+    ids=str,
+)
+def test_a_method_of_wrong_parts_is_refused_when_it_is_made(fields):
+    with pytest.raises(SettingError, match=f"{next(iter(fields))} of method rigl"):
+        replace(RIGL, **fields)
+
+
+def test_a_ramp_beyond_its_ends_is_refused():
+    method = replace(dstlib.GMP, ramp=lambda progress: 2.0)
+    with pytest.raises(SettingError, match="ramp of method gmp"):
+        dstlib.sparsify(nn.Linear(10, 10), sparsity=0.5, method=method, total_steps=1000)
+
+
+def test_a_criterion_that_returns_no_tensor_is_named():
+    method = replace(dstlib.STATIC, init=lambda site: None)
+    with pytest.raises(dstlib.ScoreError, match=r"weight at step 0: scores .*tensor of shape \(10, 10\), got NoneType"):
+        dstlib.sparsify(nn.Linear(10, 10), sparsity=0.5, method=method)
+
+
+def test_gates_and_attention_parts_compete_for_themselves():
+    method = replace(dstlib.STATIC, init=dstlib.masking.magnitude, distribution=uniform)
+    lstm = nn.LSTM(6, 5)
+    with torch.no_grad():
+        lstm.weight_ih_l0[:5] *= 0.01
+    masks = dstlib.sparsify(lstm, sparsity=0.5, method=method, include="weight_ih_l0").masks
+    assert masks["weight_ih_l0"].view(4, 30).sum(dim=1).tolist() == [15] * 4

@@ -233,6 +233,10 @@ def test_methods_differ_in_their_rule_alone():
         {"sparsity": -0.1},
         {"method": "rigle"},
         {"interval": 0},
+        {"seed": -1},
+        {"clip": math.inf},
+        {"poly_exponent": math.nan},
+        {"poly_exponent": -1.0},
     ],
     ids=str,
 )

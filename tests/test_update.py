@@ -18,6 +18,7 @@ from strategies import (
     folds,
     generator,
     grid,
+    initial_mask,
     percents,
     random_mask,
     seeds,
@@ -36,7 +37,6 @@ from dstlib.masking import (
     Granularity,
     Kernel,
     MaskUpdate,
-    initial_mask,
     num_units,
     update_mask,
 )
@@ -508,7 +508,7 @@ def test_scores_that_are_not_finite_are_refused(which: str, bad: float) -> None:
 @pytest.mark.parametrize("which", ["drop_score", "grow_score"])
 @pytest.mark.parametrize("shape", [(2,), (4, 2), (2, 4, 1), (1, 4)])
 def test_scores_of_another_shape_are_refused(which: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ScoreError, match=r"expected \(2, 4\), got"):
+    with pytest.raises(ScoreError, match=r"expected a tensor of shape \(2, 4\), got"):
         _update(**{which: torch.ones(shape)})
 
 

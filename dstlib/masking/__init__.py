@@ -7,7 +7,7 @@ from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granu
 from dstlib.masking.grown import GrownInit, uniform_fan_out, zeros
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
-from dstlib.masking.update import MaskUpdate, initial_mask, unit_mask, update_mask
+from dstlib.masking.update import MaskUpdate, unit_mask, update_mask
 
 __all__ = [
     "NM",
@@ -25,7 +25,6 @@ __all__ = [
     "er",
     "erk",
     "gradient",
-    "initial_mask",
     "magnitude",
     "magnitude_l2",
     "momentum",

@@ -68,7 +68,7 @@ def _present(value: Tensor | None, what: str, site: Site) -> Tensor:
         raise ScoreError(
             explain(
                 what,
-                "the site",
+                f"{site.name} at step {site.step}",
                 allowed="a tensor",
                 given=None,
                 remedy="Use a criterion that does without it, such as magnitude or random.",

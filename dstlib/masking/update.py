@@ -79,12 +79,6 @@ def update_mask(
     return MaskUpdate(mask=new, dropped=mask & ~new, grown=new & ~mask)
 
 
-def initial_mask(score: Tensor, *, granularity: Granularity, num_target: int | Tensor) -> Tensor:
-    """The mask of the ``num_target`` highest-scoring units per group: an update that starts from nothing."""
-    nothing = torch.zeros_like(score, dtype=torch.bool)
-    return update_mask(nothing, score, score, granularity=granularity, num_target=num_target, drop_fraction=0.0).mask
-
-
 def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
     """Spreads a decision per unit over the unit's elements: (G, U) → (O, I, *K)."""
     num_elements = shape.numel() // active_GU.numel()

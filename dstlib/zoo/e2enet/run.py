@@ -206,6 +206,9 @@ def _read_config(path: Path) -> Any:
     file = path / "config.json"
     try:
         return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        remedy = "Leave out --resume to start a run here, or name the folder of an existing one."
+        raise StateError(_unreadable(file, "none", remedy)) from error
     except (OSError, ValueError) as error:
         remedy = "Restore the file, or name another folder by --run."
         raise StateError(_unreadable(file, error, remedy)) from error
