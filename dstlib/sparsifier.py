@@ -1,4 +1,4 @@
-"""The controller: the only file that changes a model or an optimizer.
+"""The controller: with masked.py the only code that changes a model or an optimizer.
 
 Hooks around the steps of all torch optimizers do the work (hooks.py). Before a step they change the masks,
 if an update is due, and mask the gradients; after it they mask the weights and the optimizer's state.

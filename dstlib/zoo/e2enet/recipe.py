@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dstlib.errors import DstlibError, SettingError, explain
@@ -104,6 +105,8 @@ def follow(recipe: Recipe, options: argparse.Namespace, *, train_on: Cases, held
         if options.resume and (run.checkpoint.exists() or run.metrics.exists()):
             training.load_state_dict(run.load_checkpoint())
         print(f"{train_on.name}: {len(train_on.cases)} cases to train on, {len(held_out.cases)} held out; in {path}")
+        if absent := _absent(train_on):
+            print(f"Note: no case to train on has {', '.join(absent)}.")
         if training.sparsifier:
             print(*str(training.sparsifier.summary()).splitlines()[-2:], sep="\n")
         _train(training, train_on, recipe, run)
@@ -145,6 +148,12 @@ def _chosen(recipe: Recipe, options: argparse.Namespace) -> Recipe:
             )
         values |= {"method": recipe.training.method, "sparsity": 0.0}
     return replace(recipe, training=TrainSettings(**values))
+
+
+def _absent(cases: Cases) -> list[str]:
+    """The classes that no case has."""
+    present = set().union(*(set(np.unique(case.label).tolist()) for case in cases.cases))
+    return [name for label, name in enumerate(cases.classes, start=1) if label not in present]
 
 
 def _usable(device: str) -> torch.device:

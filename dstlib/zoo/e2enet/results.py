@@ -5,10 +5,9 @@ Shapes: K foreground classes.
 
 import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dstlib.profile import Convention, profile
 from dstlib.report import align
@@ -36,11 +35,12 @@ def write_report(
             "flows": flow_shares(training.model, masks),
             "final_loss": training.metrics[-1]["loss"],
             "mask_updates": training.updates,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("dstlib", "torch", "monai")}},
         }
     )
     learning_curve(run.figures / "learning_curve.png", training.metrics, training.updates)
-    flow_figure(run.figures / "flows.png", training.model, masks)
+    if masks:
+        flow_figure(run.figures / "flows.png", training.model, masks)
     _draw_median_case(run.figures / "slice.png", training, scores, held_out, patch_size)
     print(f"\nEverything is in {run.path}: config, metrics, checkpoint, result and figures.")
 
