@@ -111,7 +111,6 @@ def test_memory_layout_does_not_matter(case: tuple[Granularity, torch.Size]) -> 
     [
         (Block(4, 2), (6, 8), r"output channels for Block\(out=4, into=2\) .* multiple of 4, got 6"),
         (Block(2, 3), (6, 8, 3, 3), r"input channels for Block\(out=2, into=3\) .* multiple of 3, got 8"),
-        (Block(0, 2), (6, 8), r"output channels for Block\(out=0, into=2\)"),
         (NM(2, 4), (6, 10), r"input channels for NM\(n=2, m=4\) .* multiple of 4, got 10"),
         (NM(2, 4), (8, 3, 4), r"input channels for NM\(n=2, m=4\) .* multiple of 4, got 3"),  # taps do not count
     ],
@@ -119,6 +118,12 @@ def test_memory_layout_does_not_matter(case: tuple[Granularity, torch.Size]) -> 
 def test_shapes_that_do_not_divide_are_named(granularity: Granularity, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         granularity.fold(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("out", "into"), [(0, 2), (2, 0), (-1, 1)])
+def test_blocks_have_a_size(out: int, into: int) -> None:
+    with pytest.raises(SettingError, match=rf"out and into of Block: expected 1 or more, got \({out}, {into}\)"):
+        Block(out, into)
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 4), (-1, 4), (1, 0)])
