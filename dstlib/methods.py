@@ -38,6 +38,13 @@ class Method:
     (``ramp`` = 0) to its final value (``ramp`` = 1). ``interval`` counts optimizer steps between updates;
     None means that the topology never changes. ``stop`` is the share of the run after which it is fixed.
     ``init`` chooses the first mask; ``grown_init`` gives grown weights their values.
+
+    Errors: SettingError for a part that is not of its kind, or out of range.
+
+    >>> from dataclasses import replace
+    >>> long = replace(RIGL, name="itop", interval=1500, drop_fraction=Constant(0.5), stop=1.0)
+    >>> long.clock(total_steps=4000).due(3000), long.density(0.1, progress=0.5)
+    (True, 0.1)
     """
 
     name: str

@@ -2,6 +2,15 @@
 
 A criterion never knows the granularity: scores are averaged over each unit afterwards, so ``magnitude`` is
 the L1 norm of a kernel and ``magnitude_l2`` orders kernels by their L2 norm.
+
+>>> from dstlib.masking import site_generator
+>>> weight, grad = torch.tensor([[3.0, -4.0, 1.0]]), torch.tensor([[0.0, -2.0, 5.0]])
+>>> site = Site(name="fc", weight=weight, mask=weight != 0, grad=grad, momentum=None, step=100,
+...             generator=site_generator(0, 100, "fc"))
+>>> magnitude(site), magnitude_l2(site), gradient(site)
+(tensor([[3., 4., 1.]]), tensor([[ 9., 16.,  1.]]), tensor([[0., 2., 5.]]))
+>>> sign_balanced(site)
+tensor([[1.0000, 1.0000, 0.5000]])
 """
 
 import torch
@@ -24,6 +33,8 @@ def magnitude_l2(site: Site) -> Tensor:
 def gradient(site: Site) -> Tensor:
     """|g|, of active and inactive weights alike.
 
+    Errors: ScoreError where the site has no gradient, as at initialisation.
+
     Reference: Evci et al. 2020 (RigL), Algorithm 1.
     """
     return _present(site.grad, "gradient", site).abs()
@@ -32,7 +43,9 @@ def gradient(site: Site) -> Tensor:
 def momentum(site: Site) -> Tensor:
     """|m|, the optimizer's first moment (SGD's buffer, Adam's exp_avg).
 
-    The moment is masked like the weight, so inactive weights score 0 unless the optimizer keeps its own.
+    The moment is masked like the weight, so it can tell what to drop, not what to grow.
+
+    Errors: ScoreError where the optimizer keeps no moment.
 
     Reference: Dettmers & Zettlemoyer 2019 (SNFS).
     """

@@ -26,6 +26,9 @@ def uniform_dense_first(shapes: Mapping[str, Sequence[int]], density: float) -> 
     """The same density everywhere but in the first weight, which stays dense and is not made up for.
 
     Reference: Evci et al. 2020 (RigL), "Uniform".
+
+    >>> uniform_dense_first({"stem": (8, 4), "body": (2, 8)}, 0.5)
+    {'stem': 1.0, 'body': 0.5}
     """
     return {name: 1.0 if i == 0 else density for i, name in enumerate(shapes)}
 
@@ -33,7 +36,10 @@ def uniform_dense_first(shapes: Mapping[str, Sequence[int]], density: float) -> 
 def er(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
     """Erdős-Rényi: density ∝ (out + in) / (out · in).
 
-    Reference: Mocanu et al. 2018 (SET).
+    Reference: Mocanu et al. 2018 (SET). Kernel taps do not count, unlike in :func:`erk`.
+
+    >>> er({"square": (16, 16), "flat": (4, 64)}, 0.25)
+    {'square': 0.16015625, 'flat': 0.33984375}
     """
     return _proportional(shapes, density, {n: sum(s[:2]) / math.prod(s[:2]) for n, s in shapes.items()})
 

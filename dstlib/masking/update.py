@@ -80,7 +80,13 @@ def update_mask(
 
 
 def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
-    """Spreads a decision per unit over the unit's elements: (G, U) → (O, I, *K)."""
+    """Spreads a decision per unit over the unit's elements: (G, U) → (O, I, *K).
+
+    >>> from dstlib.masking import Channel
+    >>> unit_mask(torch.tensor([[True, False]]), Channel(), torch.Size((2, 3)))
+    tensor([[ True,  True,  True],
+            [False, False, False]])
+    """
     num_elements = shape.numel() // active_GU.numel()
     return granularity.unfold(active_GU[..., None].repeat(1, 1, num_elements), shape)
 
