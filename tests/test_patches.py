@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
@@ -136,6 +136,7 @@ def test_small_cases_are_padded_in_the_middle():
 
 
 @settings(deadline=None, max_examples=60)
+@example(shape=(1, 1, 2), size=(1, 1, 1), channels=1, augment=True, iteration=0)  # gamma of a single voxel
 @given(
     shape=st.tuples(*[st.integers(1, 14)] * 3),
     size=st.tuples(*[st.integers(1, 12)] * 3),

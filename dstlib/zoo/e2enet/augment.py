@@ -81,7 +81,8 @@ def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.15:
         channels = [ScaleIntensityFixedMean(rng.uniform(-0.25, 0.25), preserve_range=True)(c) for c in channels]
     for probability, inverted in ((0.1, True), (0.3, False)):
-        if rng.random() < probability:
+        # a single voxel has no spread that a change of gamma could keep: MONAI's would be NaN
+        if rng.random() < probability and image[0].numel() > 1:
             gammas = rng.uniform(0.7, 1.5, len(channels)).tolist()
             channels = [
                 AdjustContrast(gamma, invert_image=inverted, retain_stats=True)(c)
