@@ -108,7 +108,7 @@ class Sparsifier:
 
         Errors: ScoreError for scores that cannot be ranked; StateError where ranks hold different masks.
         """
-        weights = [m for m in self._masked if not optimizers or any(m.held_by(o) for o in optimizers)]
+        weights = self._held_by(*optimizers) if optimizers else self._masked
         known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
         grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
         if any(self._is_due(m) for m in weights) and not all_finite(grads):
@@ -227,8 +227,8 @@ class Sparsifier:
             generator=site_generator(self.plan.seed, step, slot.name),
         )
 
-    def _held_by(self, optimizer: Optimizer) -> list[Masked]:
-        held = parameter_ids(optimizer)
+    def _held_by(self, *optimizers: Optimizer) -> list[Masked]:
+        held = set().union(*map(parameter_ids, optimizers))
         return [m for m in self._masked if id(m.parameter) in held]
 
     def _is_due(self, m: Masked) -> bool:

@@ -18,6 +18,7 @@ from dstlib.door import sparsify
 from dstlib.errors import DstlibError, SettingError, StateError, explain
 from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
+from dstlib.schedules import Every
 from dstlib.sparsifier import Sparsifier
 from dstlib.zoo.e2enet.cases import Case
 from dstlib.zoo.e2enet.network import E2ENet
@@ -117,12 +118,12 @@ def start(model: E2ENet, settings: TrainSettings) -> Training:
 def _refuse_late_updates(settings: TrainSettings) -> None:
     """In the words of the command line; sparsify() would say the same of its own arguments."""
     method = kernel_method(settings.method, settings.interval)
-    last = int(method.stop * settings.num_iterations)
-    if method.interval is not None and method.interval > last:
+    clock = method.clock(settings.num_iterations)
+    if isinstance(clock, Every) and clock.last == clock.start:
         given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
         remedy = "Lower --interval, or raise --epochs or --iterations."
         raise SettingError(
-            explain("interval", f"method {method.name}", allowed=f"at most {last}", given=given, remedy=remedy)
+            explain("interval", f"method {method.name}", allowed=f"at most {clock.stop}", given=given, remedy=remedy)
         )
 
 
