@@ -11,11 +11,12 @@ The scans are procedural phantoms: they show that everything works, not how well
 import sys
 
 from dstlib.zoo.e2enet import E2ENetConfig
-from dstlib.zoo.e2enet.cases import divide
-from dstlib.zoo.e2enet.patches import PatchSettings, normalize_ct
-from dstlib.zoo.e2enet.phantom import phantoms
+from dstlib.zoo.e2enet.data.cases import divide
+from dstlib.zoo.e2enet.data.normalization import normalize_ct
+from dstlib.zoo.e2enet.data.patches import PatchSettings
+from dstlib.zoo.e2enet.data.phantom import phantoms
 from dstlib.zoo.e2enet.recipe import Recipe, follow, parser, run_command
-from dstlib.zoo.e2enet.settings import TrainSettings
+from dstlib.zoo.e2enet.training.settings import TrainSettings
 
 RECIPE = Recipe(
     name="e2enet_amos",

@@ -11,11 +11,12 @@ Each takes about ten minutes on two idle CPU cores, and ends with the Dice of th
 import sys
 
 from dstlib.zoo.e2enet import E2ENetConfig
-from dstlib.zoo.e2enet.cases import divide
-from dstlib.zoo.e2enet.decathlon import read_decathlon
-from dstlib.zoo.e2enet.patches import PatchSettings, normalize_mri
+from dstlib.zoo.e2enet.data.cases import divide
+from dstlib.zoo.e2enet.data.decathlon import read_decathlon
+from dstlib.zoo.e2enet.data.normalization import normalize_mri
+from dstlib.zoo.e2enet.data.patches import PatchSettings
 from dstlib.zoo.e2enet.recipe import Recipe, follow, parser, run_command
-from dstlib.zoo.e2enet.settings import TrainSettings
+from dstlib.zoo.e2enet.training.settings import TrainSettings
 
 RECIPE = Recipe(
     name="e2enet_hippocampus",

@@ -13,16 +13,16 @@ import torch
 
 from dstlib.errors import DstlibError, SettingError, explain
 from dstlib.methods import METHODS
-from dstlib.zoo.e2enet.cases import Cases
 from dstlib.zoo.e2enet.config import E2ENetConfig
-from dstlib.zoo.e2enet.evaluate import Evaluation, evaluate
-from dstlib.zoo.e2enet.interrupt import interruptible
+from dstlib.zoo.e2enet.data.cases import Cases
+from dstlib.zoo.e2enet.data.patches import PatchSettings
+from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate
+from dstlib.zoo.e2enet.evaluation.results import write_report
 from dstlib.zoo.e2enet.network import E2ENet
-from dstlib.zoo.e2enet.patches import PatchSettings
-from dstlib.zoo.e2enet.results import write_report
-from dstlib.zoo.e2enet.run import Run, open_run
-from dstlib.zoo.e2enet.settings import TrainSettings
-from dstlib.zoo.e2enet.train import Training, start, train
+from dstlib.zoo.e2enet.training.interrupt import interruptible
+from dstlib.zoo.e2enet.training.run import Run, open_run
+from dstlib.zoo.e2enet.training.settings import TrainSettings
+from dstlib.zoo.e2enet.training.train import Training, start, train
 
 HELP = {
     "epochs": "number of epochs; after each the learning rate falls and a checkpoint is written",

@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.augment import change_intensities, margins, random_affine, resample
-from dstlib.zoo.e2enet.cases import Case
-from dstlib.zoo.e2enet.patches import CtNormalization, PatchSettings, draw_batch, normalize_ct, normalize_mri
-from dstlib.zoo.e2enet.phantom import phantoms
+from dstlib.zoo.e2enet.data.augment import change_intensities, margins, random_affine, resample
+from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.normalization import CtNormalization, normalize_ct, normalize_mri
+from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.phantom import phantoms
 
 MM = (1.0, 1.0, 1.0)
 

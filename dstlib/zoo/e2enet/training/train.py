@@ -20,10 +20,10 @@ from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
 from dstlib.schedules import Every
 from dstlib.sparsifier import Sparsifier
-from dstlib.zoo.e2enet.cases import Case
+from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.network import E2ENet
-from dstlib.zoo.e2enet.patches import PatchSettings, draw_batch
-from dstlib.zoo.e2enet.settings import TrainSettings, kernel_method
+from dstlib.zoo.e2enet.training.settings import TrainSettings, kernel_method
 
 # Dice over the foreground plus cross-entropy over all classes, as in nnU-Net's and E2ENet's published code.
 _dice_ce = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, smooth_nr=1e-5, smooth_dr=1e-5)

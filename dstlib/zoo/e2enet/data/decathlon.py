@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dstlib.errors import DataError, explain
-from dstlib.zoo.e2enet.cases import Case, Cases
+from dstlib.zoo.e2enet.data.cases import Case, Cases
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
 UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dstlib.report import align
-from dstlib.zoo.e2enet.cases import Cases
+from dstlib.zoo.e2enet.data.cases import Cases
 from dstlib.zoo.e2enet.network import E2ENet
 
 DEFINITION = """\

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dstlib.errors import SettingError, explain
-from dstlib.zoo.e2enet.cases import Case, Cases
+from dstlib.zoo.e2enet.data.cases import Case, Cases
 
 AMOS_ORGANS = (
     "spleen",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.cases import Case, Cases, divide, split
-from dstlib.zoo.e2enet.phantom import AMOS_ORGANS, FIELD_OF_VIEW, MIN_SHAPE, ORGANS, phantom, phantoms
+from dstlib.zoo.e2enet.data.cases import Case, Cases, divide, split
+from dstlib.zoo.e2enet.data.phantom import AMOS_ORGANS, FIELD_OF_VIEW, MIN_SHAPE, ORGANS, phantom, phantoms
 
 SHAPES = [MIN_SHAPE, (48, 64, 64), (40, 72, 48)]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dstlib.errors import DataError
-from dstlib.zoo.e2enet.cases import split
-from dstlib.zoo.e2enet.decathlon import read_decathlon
+from dstlib.zoo.e2enet.data.cases import split
+from dstlib.zoo.e2enet.data.decathlon import read_decathlon
 
 SHAPE = (5, 6, 7)  # x, y, z
 AFFINE = np.diag([0.5, 0.75, 3.0, 1.0])

@@ -11,11 +11,11 @@ from typing import Any
 
 from dstlib.profile import Convention, profile
 from dstlib.report import align
-from dstlib.zoo.e2enet.cases import Cases
-from dstlib.zoo.e2enet.evaluate import Evaluation, predict
-from dstlib.zoo.e2enet.figures import flow_figure, flow_shares, learning_curve, slice_comparison
-from dstlib.zoo.e2enet.run import Run
-from dstlib.zoo.e2enet.train import Training
+from dstlib.zoo.e2enet.data.cases import Cases
+from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, predict
+from dstlib.zoo.e2enet.evaluation.figures import flow_figure, flow_shares, learning_curve, slice_comparison
+from dstlib.zoo.e2enet.training.run import Run
+from dstlib.zoo.e2enet.training.train import Training
 
 CONVENTIONS: tuple[Convention, ...] = ("exact", "paper")
 

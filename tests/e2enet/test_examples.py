@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from dstlib.zoo.e2enet import train as train_module
 from dstlib.zoo.e2enet.recipe import HELP
+from dstlib.zoo.e2enet.training import train as train_module
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 AMOS, HIPPOCAMPUS = EXAMPLES / "e2enet_amos.py", EXAMPLES / "e2enet_hippocampus.py"
 TINY = ("--scans", "5", "--epochs", "2", "--iterations", "2", "--interval", "1")
 FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "figures"}

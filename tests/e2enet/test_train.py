@@ -10,13 +10,13 @@ from torch import nn
 
 from dstlib.errors import DstlibError, SettingError, StateError
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
-from dstlib.zoo.e2enet import train as module
-from dstlib.zoo.e2enet.interrupt import interruptible
-from dstlib.zoo.e2enet.patches import PatchSettings
-from dstlib.zoo.e2enet.phantom import phantoms
-from dstlib.zoo.e2enet.run import open_run
-from dstlib.zoo.e2enet.settings import TrainSettings, kernel_method
-from dstlib.zoo.e2enet.train import deep_supervision_loss, start, train
+from dstlib.zoo.e2enet.data.patches import PatchSettings
+from dstlib.zoo.e2enet.data.phantom import phantoms
+from dstlib.zoo.e2enet.training import train as module
+from dstlib.zoo.e2enet.training.interrupt import interruptible
+from dstlib.zoo.e2enet.training.run import open_run
+from dstlib.zoo.e2enet.training.settings import TrainSettings, kernel_method
+from dstlib.zoo.e2enet.training.train import deep_supervision_loss, start, train
 
 CASES = phantoms(2, shape=(32, 40, 40)).cases
 PATCHES = PatchSettings(patch_size=(8, 16, 16), mirror=())

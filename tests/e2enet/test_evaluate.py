@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dstlib.zoo.e2enet.cases import Case, Cases
-from dstlib.zoo.e2enet.evaluate import Evaluation, dice_per_class, evaluate, predict
-from dstlib.zoo.e2enet.figures import _upright
+from dstlib.zoo.e2enet.data.cases import Case, Cases
+from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, dice_per_class, evaluate, predict
+from dstlib.zoo.e2enet.evaluation.figures import _upright
 
 
 class ReadsTheImage(nn.Module):

@@ -1,0 +1,1 @@
+"""From batches to a trained network, in a run directory that survives everything."""
