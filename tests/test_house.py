@@ -48,6 +48,7 @@ LEVELS = {
     "layers.fusion": 3,
     "layers": 4,
     "zoo": 11,
+    "zoo.e2enet.files": 12,
     "zoo.e2enet.config": 12,
     "zoo.e2enet.network": 13,
     "zoo.e2enet": 14,

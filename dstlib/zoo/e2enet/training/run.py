@@ -13,10 +13,9 @@ import csv
 import fcntl
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from dstlib.errors import StateError, explain
+from dstlib.zoo.e2enet.files import write_json, write_whole
 
 FORMAT = "dstlib.e2enet.run/1"
 MISSING = "nothing"  # how an error shows a field that one of two configurations lacks
@@ -122,45 +122,11 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
         yield run
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes strict JSON, whole or not at all; NaN is refused (write None)."""
-    write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Puts ``content`` into ``path`` in one step: a reader, or a crash, meets the old file or the new one.
-
-    Raises:
-        StateError: The disk is full, say; the old file is as it was.
-    """
-    temporary = path.with_name(path.name + ".tmp")  # in the same folder: only so is replacing one step
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        _remove(temporary)
-        remedy = "What was saved before is whole. Make room, then continue with --resume."
-        raise StateError(
-            explain(path.name, f"run {path.parent}", allowed="a disk to write to", given=error, remedy=remedy)
-        ) from error
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
 def _refuse_flipped_bits(checkpoint: Path) -> None:
     """torch reads past a wrong checksum."""
     with zipfile.ZipFile(checkpoint) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(damaged)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # what is being reported matters more than a file left over
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
