@@ -1,53 +1,30 @@
-"""Train a sparse E2ENet on abdominal CT with the fifteen organs of AMOS: minutes on two CPU cores, no download.
+"""Train a sparse E2ENet on abdominal CT, fifteen organs (AMOS22).
 
-    python examples/e2enet_amos.py                                  # DSFF, 80 % of the fusion's connections off
-    python examples/e2enet_amos.py --method static                  # a random mask that never moves
-    python examples/e2enet_amos.py --method dense                   # every connection
-    python examples/e2enet_amos.py --run runs/a --sparsity 0.9      # where the results go, how sparse
+    python examples/e2enet_amos.py                                      # phantoms: minutes on 2 cores, no download
+    python examples/e2enet_amos.py --data amos22 --preset quick         # a small network on real scans
+    python examples/e2enet_amos.py --data amos22 --preset paper --fold 0            # the paper's training, one fold
+    torchrun --nproc-per-node 2 examples/e2enet_amos.py --data amos22 --preset paper    # on two GPUs
+    python examples/e2enet_amos.py --method static                      # a random mask that never moves
+    python examples/e2enet_amos.py --sparsity 0 --model nnunet          # a baseline, dense
 
-The scans are procedural phantoms: they show that everything works, not how well it does on patients.
+From CT to MRI, as in the paper, with the topology kept:
+
+    python examples/e2enet_amos.py --data amos22 --preset paper --modality mri --from runs/ct --freeze-topology \\
+        --epochs 250
+
+--data wants the folder with dataset.json, imagesTr and labelsTr (https://amos22.grand-challenge.org). The default is
+procedural phantoms in the same layout: they show that everything works, not how well it does on patients.
 """
 
 import sys
 
-from dstlib.zoo.e2enet import E2ENetConfig
-from dstlib.zoo.e2enet.data.cases import divide
-from dstlib.zoo.e2enet.data.normalization import normalize_ct
-from dstlib.zoo.e2enet.data.patches import PatchSettings
-from dstlib.zoo.e2enet.data.phantom import phantoms
-from dstlib.zoo.e2enet.recipe import Recipe, follow, parser, run_command
-from dstlib.zoo.e2enet.training.settings import TrainSettings
-
-RECIPE = Recipe(
-    name="e2enet_amos",
-    # The paper's network has six levels of 48 to 320 channels; this one learns in minutes on a CPU.
-    network=E2ENetConfig(channels=(16, 32, 64, 64), strides=((2, 2, 2),) * 3, heads=3),
-    # Every patch is centred on an organ, each as likely as the others, or a short run never finds the small
-    # ones. No mirroring, as left and right kidney are two classes; no augmentation, as phantoms are no scarcity.
-    patches=PatchSettings(patch_size=(24, 32, 32), oversample=1.0, augment=False, mirror=()),
-    training=TrainSettings(epochs=20, iterations=50, learning_rate=0.1, momentum=0.9, interval=100),
-)
+from dstlib.zoo.e2enet.command import parser, run_command
+from dstlib.zoo.e2enet.follow import follow
+from dstlib.zoo.e2enet.recipes import AMOS_RECIPE
 
 
 def main() -> None:
-    command_line = parser(__doc__, RECIPE)
-    command_line.add_argument(
-        "--scans",
-        type=int,
-        default=30,
-        help="how many to draw, at least 5 (default: %(default)s)",
-    )
-    options = command_line.parse_args()
-
-    train_on, held_out = divide(phantoms(options.scans, seed=0))
-    # A CT is normalised by the intensities of the training set, as Hounsfield units mean the same in every scan.
-    normalize = normalize_ct(train_on.cases)
-    follow(
-        RECIPE,
-        options,
-        train_on=train_on.map(normalize),
-        held_out=held_out.map(normalize),
-    )
+    follow(AMOS_RECIPE, parser(__doc__, AMOS_RECIPE).parse_args())
 
 
 if __name__ == "__main__":

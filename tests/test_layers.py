@@ -1,4 +1,4 @@
-"""The shift against its index-by-index definition; Unit and fusion node against their parts, one by one."""
+"""The shifts, fixed and learned, against their definitions; Unit and fusion node against their parts, one by one."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dstlib.errors import SettingError
-from dstlib.layers import FusionNode, Shift, Unit, shift
+from dstlib.layers import FusionNode, LearnedShift, Shift, Unit, learned_shift, shift
 
 
 def shift_by_definition(x: Tensor, sizes: tuple[int, ...], axis: int) -> Tensor:
@@ -127,6 +127,184 @@ def test_shift_refuses(sizes: tuple[int, ...], axis: int, message: str) -> None:
     with pytest.raises(SettingError) as caught:
         shift(torch.rand(1, 3, 4, 4, 4), sizes, axis=axis)
     assert message in str(caught.value)
+
+
+# ---- learned ----
+
+
+# x is 1, 2, 4; an offset of 1/4 gives 3/4 of each voxel and 1/4 of the one before. All numbers are exact.
+@pytest.mark.parametrize(
+    ("offset", "interpolated", "rounded"),
+    [
+        (0.0, [1, 2, 4], [1, 2, 4]),
+        (0.25, [0.75, 1.75, 3.5], [1, 2, 4]),
+        (0.5, [0.5, 1.5, 3], [1, 2, 4]),
+        (0.75, [0.25, 1.25, 2.5], [0, 1, 2]),
+        (1.25, [0, 0.75, 1.75], [0, 1, 2]),
+        (-0.25, [1.25, 2.5, 3], [1, 2, 4]),
+        (-0.5, [1.5, 3, 2], [2, 4, 0]),
+        (-0.75, [1.75, 3.5, 1], [2, 4, 0]),
+        (2.5, [0, 0, 0.5], [0, 0, 1]),
+        (-2.5, [2, 0, 0], [0, 0, 0]),
+        (3.0, [0, 0, 0], [0, 0, 0]),
+        (1e9, [0, 0, 0], [0, 0, 0]),
+        (-1e9, [0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_learned_shift_worked_by_hand(offset: float, interpolated: list[float], rounded: list[float]) -> None:
+    x = torch.tensor([1.0, 2.0, 4.0]).expand(1, 2, 3)
+    for is_rounded, expected in ((False, interpolated), (True, rounded)):
+        moved = learned_shift(x, torch.tensor([offset, 0.0]), axis=2, rounded=is_rounded)
+        assert moved.tolist() == [[expected, [1, 2, 4]]]
+
+
+@given(shifts())
+@settings(deadline=None)
+def test_whole_offsets_are_the_fixed_shift(case: tuple[Tensor, tuple[int, ...], int]) -> None:
+    x, sizes, axis = case
+    for rounded in (False, True):
+        module = LearnedShift(sizes, axis=axis, rounded=rounded)
+        assert torch.equal(module(x), shift(x, sizes, axis=axis))
+        assert torch.equal(learned_shift(x, module.offsets, axis=axis - x.ndim, rounded=rounded), module(x))
+
+
+@given(shifts(), st.lists(st.integers(0, 3), min_size=5, max_size=5))
+@settings(deadline=None)
+def test_learned_shift_is_its_definition(case: tuple[Tensor, tuple[int, ...], int], quarters: list[int]) -> None:
+    """Between two whole shifts by the fraction; exact, as quarters of small whole numbers are."""
+    x, sizes, axis = case
+    parts = [quarter / 4 for quarter in quarters[: len(sizes)]]
+    offsets = torch.tensor(sizes) + torch.tensor(parts)
+    per_channel = torch.tensor(parts).repeat_interleave(-(-x.shape[1] // len(sizes)))[: x.shape[1]]
+    part = per_channel.view(-1, *[1] * (x.ndim - 2))
+    near, far = (shift_by_definition(x, tuple(size + more for size in sizes), axis) for more in (0, 1))
+    assert torch.equal(learned_shift(x, offsets, axis=axis), (1 - part) * near + part * far)
+    nearest = tuple(size + (part > 0.5) for size, part in zip(sizes, parts, strict=True))
+    assert torch.equal(learned_shift(x, offsets, axis=axis, rounded=True), shift_by_definition(x, nearest, axis))
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+@pytest.mark.parametrize("offsets", [(-1.3, 0.2, 0.9), (2.5, -2.5), (0.4, 0.1, 0.2, 0.3, 0.6)])
+def test_gradient_of_the_interpolated_shift_passes_gradcheck(offsets: tuple[float, ...], axis: int) -> None:
+    x = torch.randn(2, 4, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    learned = torch.tensor(offsets, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, o: learned_shift(x, o, axis=axis), (x, learned))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(
+    ("offset", "gradient"),
+    [
+        (0.0, -1 - 1 - 2),  # to the side of higher offsets: x[i - 1] - x[i] at 1, 2, 4
+        (0.5, -1 - 1 - 2),
+        (1.0, 0 - 1 - 1),
+        (-1.0, -1 - 2 + 4),
+        (2.9, 0 + 0 - 1),
+        (3.0, 0),  # gone, and nothing calls it back
+        (-2.5, 4),
+        (-3.0, 4),  # all zeros, but on the side of higher offsets the last voxel comes in
+        (-3.5, 0),
+    ],
+)
+def test_gradient_of_an_offset_worked_by_hand(offset: float, gradient: float, rounded: bool) -> None:
+    x = torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 3)
+    learned = torch.tensor([offset], requires_grad=True)
+    learned_shift(x, learned, axis=2, rounded=rounded).sum().backward()
+    assert learned.grad is not None
+    assert learned.grad.tolist() == [gradient]
+
+
+@given(shifts(), st.floats(-0.5, 0.5, exclude_min=True, width=16))
+@settings(deadline=None)
+def test_rounded_is_exact_in_x_and_straight_through_in_the_offsets(
+    case: tuple[Tensor, tuple[int, ...], int], part: float
+) -> None:
+    x, sizes, axis = case
+    weights = torch.arange(2.0, 2.0 + x.numel()).view_as(x)
+    grads = {}
+    for rounded in (True, False):
+        x, offsets = x.detach().clone().requires_grad_(), (torch.tensor(sizes) + part).requires_grad_()
+        out = learned_shift(x, offsets, axis=axis, rounded=rounded)
+        (out * weights).sum().backward()
+        grads[rounded] = offsets.grad
+        if rounded:
+            assert torch.equal(out, shift_by_definition(x, sizes, axis))
+            assert torch.equal(x.grad, shift_by_definition(weights, tuple(-size for size in sizes), axis))
+    assert torch.equal(grads[True], grads[False])
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_offsets_find_how_far_something_has_moved(rounded: bool) -> None:
+    """Descent from (-1, 0, 1) to what the data was moved by, through a signal that is smooth enough."""
+    x = torch.linspace(0, 9, 60).sin().view(1, 1, 60).repeat(1, 3, 1)
+    target = shift(x, (2, -3, 4), axis=2)
+    module = LearnedShift((-1, 0, 1), axis=2, rounded=rounded)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 5 * (1 - step / 300)
+        optimizer.zero_grad()
+        (module(x) - target)[..., 6:-6].square().mean().backward()  # away from where zeros flow in
+        optimizer.step()
+    assert module.offsets.detach().round().tolist() == [2, -3, 4]
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_learned_shift_compiles_and_exports(rounded: bool) -> None:
+    module = LearnedShift((-1, 0.25, 2), axis=2, rounded=rounded)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.rand(2, 5, 4, 3, 3)
+    for offset in (0.0, 1.75, -3.0):  # one graph for all values: none of them is a constant of it
+        with torch.no_grad():
+            module.offsets[0] = offset
+        grads = []
+        for call in (compiled, module):
+            module.zero_grad()
+            out = call(x)
+            out.square().sum().backward()
+            grads.append((out, module.offsets.grad.clone()))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    exported = torch.export.export(module, (x,), dynamic_shapes={"x": {2: torch.export.Dim("depth", min=2)}}).module()
+    longer = torch.rand(2, 5, 7, 3, 3)
+    assert torch.equal(exported(longer), module(longer))
+
+
+def test_learned_shift_keeps_the_type_of_its_input() -> None:
+    module = LearnedShift((-1, 0.5, 1), axis=2)
+    assert module(torch.rand(1, 3, 4).bfloat16()).dtype == torch.bfloat16
+    assert module.double()(torch.rand(1, 3, 4).double()).dtype == torch.float64
+
+
+def test_an_offset_that_is_no_number_shows() -> None:
+    moved = learned_shift(torch.ones(1, 2, 3), torch.tensor([float("nan"), 0.0]), axis=2)
+    assert moved[0, 0].isnan().all()
+    assert moved[0, 1].tolist() == [1, 1, 1]
+
+
+def test_units_of_a_node_learn_offsets_of_their_own() -> None:
+    node = FusionNode(
+        4, coarser=(5, (1, 2, 2)), kernel_size=(1, 3, 3), num_units=2, shift=LearnedShift((-1, 0, 1), axis=2)
+    )
+    node(torch.randn(1, 4, 4, 4, 4), torch.randn(1, 5, 4, 2, 2)).square().sum().backward()
+    first, second = (p for name, p in node.named_parameters() if name.endswith("offsets"))
+    assert first is not second
+    assert first.grad is not None
+    assert second.grad is not None
+
+
+@pytest.mark.parametrize("sizes", [(), (float("nan"),), (0.0, float("inf"))])
+def test_learned_shift_refuses_sizes(sizes: tuple[float, ...]) -> None:
+    with pytest.raises(SettingError, match=r"^sizes of LearnedShift: expected one finite number or more, got "):
+        LearnedShift(sizes, axis=2)
+
+
+def test_learned_shift_refuses_axes_and_no_offsets() -> None:
+    with pytest.raises(SettingError, match=r"^axis of learned_shift\(\): expected a spatial axis"):
+        LearnedShift((0,), axis=1)(torch.rand(1, 2, 3))
+    with pytest.raises(SettingError, match=r"^sizes of learned_shift\(\): expected at least one"):
+        learned_shift(torch.rand(1, 2, 3), torch.zeros(0), axis=2)
+
+
+# ---- Unit and fusion node ----
 
 
 @pytest.mark.parametrize("kernel_size", [(1, 3, 3), (3, 1, 3), (3, 3, 3), (1, 1, 5)])

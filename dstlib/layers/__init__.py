@@ -1,7 +1,22 @@
-"""Plain modules that do not know they are sparse: the depth shift, the Unit, the fusion node."""
+"""Plain modules that do not know they are sparse: shifts, fixed and learned, the Unit, the fusion node.
+
+And :func:`add_depth_shift`, which gives the shift to other 3D networks.
+"""
 
 from dstlib.layers.blocks import Unit
 from dstlib.layers.fusion import FusionNode
+from dstlib.layers.learned_shift import LearnedShift, learned_shift
+from dstlib.layers.plugin import ShiftedConv3d, Shifting, add_depth_shift
 from dstlib.layers.shift import Shift, shift
 
-__all__ = ["FusionNode", "Shift", "Unit", "shift"]
+__all__ = [
+    "FusionNode",
+    "LearnedShift",
+    "Shift",
+    "ShiftedConv3d",
+    "Shifting",
+    "Unit",
+    "add_depth_shift",
+    "learned_shift",
+    "shift",
+]

@@ -3,13 +3,13 @@
 Shapes: B batch, C channels, D, H, W depth, height, width in voxels.
 """
 
+from copy import deepcopy
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from dstlib.layers.blocks import Triple, Unit
-from dstlib.layers.shift import Shift
 
 
 class FusionNode(nn.Module):
@@ -21,7 +21,8 @@ class FusionNode(nn.Module):
 
     They are concatenated in this order and go through ``num_units`` Units, of which only the first sees the
     flows: ``units[0].conv.weight[:, flows["upward"]]`` reads the upward one. ``coarser`` and ``finer`` are
-    (channels, stride between that level and this one).
+    (channels, stride between that level and this one). Each Unit has a copy of ``shift`` for itself, so that
+    learned offsets are its own.
 
     Shapes: same (B, channels, D, H, W), and so is the result; coarser (B, C, D / s, H / s, W / s), finer
     (B, C, D · s, H · s, W · s), each with its own channels C and stride s.
@@ -42,7 +43,7 @@ class FusionNode(nn.Module):
         coarser: tuple[int, Triple],
         finer: tuple[int, Triple] | None = None,
         kernel_size: Triple,
-        shift: Shift | None = None,
+        shift: nn.Module | None = None,
         num_units: int = 1,
     ) -> None:
         super().__init__()
@@ -55,7 +56,9 @@ class FusionNode(nn.Module):
         if finer:
             self.flows["downward"] = slice(2 * channels, total)
         widths = [total] + [channels] * num_units
-        self.units = nn.Sequential(*(Unit(i, o, kernel_size=kernel_size, shift=shift) for i, o in pairwise(widths)))
+        self.units = nn.Sequential(
+            *(Unit(i, o, kernel_size=kernel_size, shift=deepcopy(shift)) for i, o in pairwise(widths))
+        )
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
         flows = [same, self.upward(coarser)]

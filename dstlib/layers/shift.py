@@ -4,12 +4,16 @@ Shapes: B batch, C channels, D, H, W depth, height, width in voxels.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dstlib.errors import SettingError, explain
+
+Axis = Literal["depth", "height", "width"]
+AXES = get_args(Axis)  # in the order of the axes of (D, H, W)
 
 
 def shift(x: Tensor, sizes: Sequence[int], *, axis: int) -> Tensor:
@@ -36,17 +40,33 @@ def shift(x: Tensor, sizes: Sequence[int], *, axis: int) -> Tensor:
              [1., 2., 3.],
              [0., 1., 2.]]])
     """
-    if not len(sizes):
-        remedy = "Pass (0,) to move nothing."
-        raise SettingError(explain("sizes", "shift()", allowed="at least one", given=sizes, remedy=remedy))
-    if axis not in (*range(2, x.ndim), *range(2 - x.ndim, 0)):
-        allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
-        remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
-        raise SettingError(explain("axis", "shift()", allowed=allowed, given=axis, remedy=remedy))
-    groups = x.split(-(-x.shape[1] // len(sizes)), dim=1)
+    check_shift(x, sizes, axis, where="shift()")
+    groups = channel_groups(x, len(sizes))
     # zip stops at the shorter: ceil may leave no channels for the last sizes
     moved = [_move(group, size, axis % x.ndim) for group, size in zip(groups, sizes, strict=False)]
     return torch.cat(moved, dim=1)
+
+
+def channel_groups(x: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    """The groups that move together: contiguous parts of axis 1, of ceil(C / num_groups) but for the last.
+
+    There are fewer than ``num_groups`` where ceil leaves no channels for the last ones.
+
+    >>> [group.shape[1] for group in channel_groups(torch.zeros(1, 7), 3)]
+    [3, 3, 1]
+    """
+    return x.split(-(-x.shape[1] // num_groups), dim=1)
+
+
+def check_shift(x: Tensor, sizes: Sequence[float] | Tensor, axis: int, *, where: str) -> None:
+    """A SettingError if there are no sizes, or ``axis`` is not a spatial axis of x."""
+    if not len(sizes):
+        remedy = "Pass (0,) to move nothing."
+        raise SettingError(explain("sizes", where, allowed="at least one", given=sizes, remedy=remedy))
+    if axis not in (*range(2, x.ndim), *range(2 - x.ndim, 0)):
+        allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
+        remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
+        raise SettingError(explain("axis", where, allowed=allowed, given=axis, remedy=remedy))
 
 
 def _move(x: Tensor, size: int, axis: int) -> Tensor:

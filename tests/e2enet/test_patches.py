@@ -1,7 +1,6 @@
-"""Normalisation and patches: a batch is a pure function, holds what was promised, and stays aligned."""
+"""Normalisation and patches: a batch is a pure function, and holds what was promised."""
 
-import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,25 +9,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.augment import change_intensities, margins, random_affine, resample
-from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.augment import Augmentation
+from dstlib.zoo.e2enet.data.cases import MAX_VOXELS, Case
 from dstlib.zoo.e2enet.data.normalization import CtNormalization, normalize_ct, normalize_mri
 from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.data.phantom import phantoms
 
 MM = (1.0, 1.0, 1.0)
+CHANCES = {f.name: getattr(Augmentation(), f.name) for f in fields(Augmentation) if f.name != "per_channel"}
+ALWAYS = Augmentation(**{name: replace(chance, probability=1) for name, chance in CHANCES.items()}, per_channel=1)
 
 
 def case_of(label, image=None, name="case"):
     label = np.asarray(label, np.uint8)
     return Case(name, np.asarray(label[None] if image is None else image, np.float32), label, MM)
-
-
-def block_case(shape=(20, 22, 24)):
-    """Image equal to the label: one large block."""
-    label = np.zeros(shape, np.uint8)
-    label[4:15, 5:17, 6:18] = 1
-    return case_of(label)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +86,7 @@ def test_how_many_patches_are_forced(batch_size, oversample, forced):
     assert patches.num_forced == forced  # by hand: batch - round(batch * (1 - oversample))
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", [None, Augmentation()])
 @pytest.mark.parametrize("corner", [(0, 0, 0), (29, 29, 29), (0, 15, 29)])
 def test_the_last_patch_holds_foreground_even_if_it_is_one_voxel(augment, corner):
     label = np.zeros((30, 30, 30), np.uint8)
@@ -106,7 +100,7 @@ def test_the_last_patch_holds_foreground_even_if_it_is_one_voxel(augment, corner
 def test_rare_classes_are_forced_as_often_as_large_ones():
     label = np.ones((16, 16, 16), np.uint8)
     label[3, 3, 3] = 2
-    patches = PatchSettings(patch_size=(3, 3, 3), augment=False, oversample=1.0, batch_size=1)
+    patches = PatchSettings(patch_size=(3, 3, 3), augment=None, oversample=1.0, batch_size=1)
     held = [bool((draw_batch([case_of(label)], patches, seed=0, iteration=i)[1] == 2).any()) for i in range(400)]
     # A fair coin over 400 draws has a standard deviation of 2.5 %; this is four of them.
     assert 0.4 < np.mean(held) < 0.6
@@ -121,14 +115,14 @@ def test_a_case_without_foreground_still_gives_patches():
 
 def test_patches_reach_every_voxel():
     label = np.arange(6 * 5 * 4).reshape(6, 5, 4) + 1
-    patches = PatchSettings(patch_size=(3, 3, 3), augment=False, oversample=0.0)
+    patches = PatchSettings(patch_size=(3, 3, 3), augment=None, oversample=0.0)
     seen = [draw_batch([case_of(label)], patches, seed=0, iteration=i)[1].unique() for i in range(200)]
     assert torch.cat(seen).unique().tolist() == list(range(1, 121))
 
 
 def test_small_cases_are_padded_in_the_middle():
     label = np.ones((2, 3, 6), np.uint8)
-    image, drawn = draw_batch([case_of(label)], PatchSettings(patch_size=(4, 4, 4), augment=False), seed=0, iteration=0)
+    image, drawn = draw_batch([case_of(label)], PatchSettings(patch_size=(4, 4, 4), augment=None), seed=0, iteration=0)
     expected = torch.zeros(4, 4, 4)
     expected[1:3, 0:3] = 1  # 1 + 1 slices of padding, 0 + 1 rows, and W is cropped
     for i in range(2):
@@ -137,12 +131,12 @@ def test_small_cases_are_padded_in_the_middle():
 
 
 @settings(deadline=None, max_examples=60)
-@example(shape=(1, 1, 2), size=(1, 1, 1), channels=1, augment=True, iteration=0)  # gamma of a single voxel
+@example(shape=(1, 1, 2), size=(1, 1, 1), channels=1, augment=Augmentation(), iteration=0)  # gamma of a single voxel
 @given(
     shape=st.tuples(*[st.integers(1, 14)] * 3),
     size=st.tuples(*[st.integers(1, 12)] * 3),
     channels=st.integers(1, 3),
-    augment=st.booleans(),
+    augment=st.sampled_from([None, Augmentation(), ALWAYS]),
     iteration=st.integers(0, 10_000),
 )
 def test_any_case_fits_any_patch(shape, size, channels, augment, iteration):
@@ -173,6 +167,96 @@ def test_mirroring_happens_along_the_named_axes_only():
         assert sum(torch.equal(label[0, 0], plain) for label in drawn) > 5
 
 
+@settings(max_examples=40)
+@given(
+    batch_size=st.integers(1, 5),
+    num_ranks=st.integers(1, 5),
+    oversample=st.sampled_from([0.0, 0.33, 1.0]),
+    iteration=st.integers(0, 1000),
+)
+def test_the_ranks_together_draw_the_batch_of_one(batch_size, num_ranks, oversample, iteration):
+    label = np.zeros((7, 7, 7), np.uint8)
+    label[1, 2, 3] = 1
+    case = case_of(label, image=np.random.default_rng(0).normal(size=(1, 7, 7, 7)))
+    patches = PatchSettings(patch_size=(4, 4, 4), batch_size=batch_size, oversample=oversample)
+    drawing = {"seed": 5, "iteration": iteration}
+    if num_ranks > batch_size:
+        with pytest.raises(SettingError, match=r"ranks of draw_batch\(\): expected .* at most"):
+            draw_batch([case], patches, **drawing, ranks=(0, num_ranks))
+        return
+    whole = draw_batch([case], patches, **drawing)
+    for rank in range(num_ranks):
+        share = draw_batch([case], patches, **drawing, ranks=(rank, num_ranks))
+        for part, all_of_them in zip(share, whole, strict=True):
+            assert torch.equal(part, all_of_them[rank::num_ranks])
+
+
+def test_a_rank_that_is_not_there_is_refused():
+    with pytest.raises(SettingError, match="ranks of draw_batch"):
+        draw_batch(
+            [case_of(np.ones((3, 3, 3)))], PatchSettings(patch_size=(2, 2, 2)), seed=0, iteration=0, ranks=(2, 2)
+        )
+
+
+def test_a_batch_does_not_depend_on_the_number_of_threads(cases):
+    patches = PatchSettings(patch_size=(32, 40, 40), augment=ALWAYS)
+    drawn = {}
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            drawn[threads] = draw_batch(cases, patches, seed=0, iteration=0)
+            assert torch.get_num_threads() == threads  # put back
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(drawn[1][0], drawn[3][0])
+    assert torch.equal(drawn[1][1], drawn[3][1])
+
+
+@pytest.mark.filterwarnings("error")  # torch warns of tensors that share read-only memory
+def test_memory_mapped_cases_give_the_same_batches_and_stay_as_they_are(cases, tmp_path):
+    mapped = []
+    for case in cases:
+        for part in ("image", "label"):
+            np.save(tmp_path / f"{case.name}-{part}.npy", getattr(case, part))
+        image, label = (np.load(tmp_path / f"{case.name}-{part}.npy", mmap_mode="r") for part in ("image", "label"))
+        mapped.append(Case(case.name, image, label, case.spacing))
+    for augment in (None, ALWAYS):
+        patches = PatchSettings(patch_size=(16, 24, 24), augment=augment)
+        for i in range(3):
+            ours, theirs = (draw_batch(c, patches, seed=0, iteration=i) for c in (mapped, cases))
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours[1], theirs[1])
+            ours[0].fill_(7.0)  # a copy, whatever the file allows
+
+
+def test_the_plain_patches_are_those_of_the_cases():
+    label = np.arange(27).reshape(3, 3, 3)
+    patches = PatchSettings(patch_size=(3, 3, 3), augment=ALWAYS).plain()
+    assert patches == PatchSettings(patch_size=(3, 3, 3), augment=None)
+    image, drawn = draw_batch([case_of(label)], patches, seed=0, iteration=0)
+    np.testing.assert_array_equal(drawn[0, 0], label)
+    np.testing.assert_array_equal(image[0, 0], label)
+
+
+def test_a_case_remembers_the_voxels_of_its_classes():
+    label = np.zeros((40, 40, 40), np.uint8)
+    label[:20] = 4  # 32,000 voxels
+    label[30, 2, 3:6] = 1
+    case = case_of(label)
+    voxels = case.class_voxels
+    assert list(voxels) == [1, 4]
+    assert voxels[1].tolist() == [30 * 1600 + 2 * 40 + x for x in (3, 4, 5)]
+    assert len(voxels[4]) == len(set(voxels[4].tolist())) == MAX_VOXELS
+    assert (label.ravel()[voxels[4]] == 4).all()
+    # Drawn from all of them: the mean of 10,000 uniform draws without repetition from 0..31,999, whose standard
+    # deviation is 32000 / sqrt(12 * 10000) = 92; this is four of them.
+    assert voxels[4].mean() == pytest.approx(15999.5, abs=370)
+    assert case.class_voxels is voxels  # scanned once
+    again = case_of(label.copy()).class_voxels
+    assert all((again[c] == voxels[c]).all() for c in voxels)
+    assert case_of(np.zeros((2, 2, 2))).class_voxels == {}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -182,6 +266,7 @@ def test_mirroring_happens_along_the_named_axes_only():
         {"oversample": 1.5},
         {"oversample": -0.1},
         {"mirror": (3,)},
+        {"augment": True},
     ],
 )
 def test_wrong_settings_are_refused(wrong):
@@ -192,77 +277,6 @@ def test_wrong_settings_are_refused(wrong):
 def test_no_cases_are_refused():
     with pytest.raises(DataError, match="cases of draw_batch"):
         draw_batch([], PatchSettings(patch_size=(8, 8, 8)), seed=0, iteration=0)
-
-
-# ---- augmentation
-
-
-def test_image_and_label_stay_aligned_through_any_rotation_and_scaling():
-    seen = 0
-    for axis, seed in itertools.product(range(3), range(40)):
-        matrix = random_affine(np.random.default_rng(seed))
-        if matrix is None:
-            continue
-        seen += 1
-        # Along one axis every voxel holds its own position. Linear interpolation returns the exact position,
-        # and the nearest voxel lies within half a voxel of it: any shift between the two would show.
-        position = torch.arange(60.0).reshape([60 if a == axis else 1 for a in range(3)]).expand(1, 60, 60, 60)
-        image, label = resample(position, position.byte(), matrix, (16, 16, 16))
-        assert (image - label).abs().max() <= 0.5 + 1e-4  # float32 positions of up to 60
-        assert abs(float(image.mean()) - 29.5) < 1e-3  # and the patch turns about its centre
-    assert seen >= 30
-
-
-def test_identity_leaves_the_patch_as_it_is():
-    case = block_case()
-    image, label = torch.from_numpy(case.image), torch.from_numpy(case.label[None])
-    turned, turned_label = resample(image, label, np.eye(4), (20, 22, 24))
-    assert torch.equal(turned_label, label.long())
-    assert torch.allclose(turned, image, atol=1e-5)  # float32 coordinates of up to 24 voxels
-
-
-def test_scaling_up_shows_more_of_the_case():
-    case = block_case()
-    image, label = torch.from_numpy(case.image), torch.from_numpy(case.label[None])
-    sizes = [resample(image, label, np.diag([s, s, s, 1.0]), (20, 22, 24))[1].sum() for s in (0.8, 1.0, 1.3)]
-    assert sizes[0] > sizes[1] > sizes[2]
-
-
-def test_the_corners_of_a_turned_patch_show_the_case():
-    full = case_of(np.ones((60, 60, 60)))
-    patches = PatchSettings(patch_size=(12, 12, 12), batch_size=1)
-    centred = 0
-    for i in range(60):
-        _, label = draw_batch([full], patches, seed=0, iteration=i)
-        centred += bool(label.all())
-    # Only a patch drawn at the very border may turn out of the volume; most lie well inside.
-    assert centred > 50
-    matrix = np.diag([1.4, 1.0, 1.0, 1.0])
-    assert margins(matrix, (10, 10, 10)) == (3, 1, 1)  # (14 - 10) / 2, and one voxel for the interpolation
-
-
-def test_how_often_patches_are_turned():
-    turned = [random_affine(np.random.default_rng(i)) is not None for i in range(2000)]
-    # 1 - 0.8 * 0.8 = 0.36 with a standard deviation of 1.1 % over 2000 draws; this is four of them.
-    assert np.mean(turned) == pytest.approx(0.36, abs=0.043)
-    for i in range(200):
-        matrix = random_affine(np.random.default_rng(i))
-        if matrix is not None:
-            scale = np.cbrt(np.linalg.det(matrix[:3, :3]))
-            assert 0.7 - 1e-9 <= scale <= 1.4 + 1e-9  # rounding of the determinant
-            np.testing.assert_allclose(matrix[:3, :3] @ matrix[:3, :3].T, scale**2 * np.eye(3), atol=1e-9)
-
-
-def test_intensities_change_sometimes_and_moderately():
-    image = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 8, 8, 8)).astype(np.float32))
-    changed = [change_intensities(image, np.random.default_rng(i)) for i in range(400)]
-    unchanged = np.mean([torch.equal(c, image) for c in changed])
-    # 0.9 * 0.85 * 0.85 * 0.9 * 0.7 = 0.41 with a standard deviation of 2.5 %; this is four of them.
-    assert unchanged == pytest.approx(0.41, abs=0.1)
-    for c in changed:
-        assert torch.isfinite(c).all()
-        # Brightness and contrast together reach 1.25² = 1.6; the noise adds 0.1² to a variance of 1.
-        assert 0.5 < float(c.std()) / float(image.std()) < 1.65
 
 
 # ---- normalisation

@@ -1,13 +1,15 @@
-"""The procedural CT: every organ in every patient, in its place, with its intensity."""
+"""The procedural CTs: every organ in every patient, in its place, with its intensity."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.cases import Case, Cases, divide, split
-from dstlib.zoo.e2enet.data.phantom import AMOS_ORGANS, FIELD_OF_VIEW, MIN_SHAPE, ORGANS, phantom, phantoms
+from dstlib.zoo.e2enet.data.organs import AMOS_ORGANS, BTCV_ORGANS, ORGANS
+from dstlib.zoo.e2enet.data.phantom import FIELD_OF_VIEW, MIN_SHAPE, btcv_phantom, phantom, phantoms
 
 SHAPES = [MIN_SHAPE, (48, 64, 64), (40, 72, 48)]
 
@@ -20,10 +22,56 @@ def middle(case: Case, organ: str) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_organ_is_in_every_patient(shape):
-    for seed in range(60):
-        counts = np.bincount(phantom(seed, shape).label.ravel(), minlength=16)
-        assert len(counts) == 16
-        assert counts.min() >= 3, f"seed {seed}: {counts.tolist()}"
+    for seed in range(20):
+        for draw, organs in ((phantom, AMOS_ORGANS), (btcv_phantom, BTCV_ORGANS)):
+            counts = np.bincount(draw(seed, shape).label.ravel(), minlength=len(organs) + 1)
+            assert len(counts) == len(organs) + 1
+            assert counts.min() >= 5, f"seed {seed}: {counts.tolist()}"
+
+
+def test_an_organ_is_one_piece_and_lies_in_the_body():
+    for seed in range(10):
+        case = phantom(seed)
+        outside, _ = ndimage.label(case.image[0] < -500)
+        air = outside == outside[0, 0, 0]  # gas in the bowel is not connected to the air around the body
+        assert not ndimage.binary_erosion(air)[case.label > 0].any()
+        for label, organ in enumerate(AMOS_ORGANS, start=1):
+            pieces, _ = ndimage.label(case.label == label, np.ones((3, 3, 3)))
+            sizes = np.bincount(pieces.ravel())[1:]
+            # The duodenum passes behind the veins, the stomach behind the liver: some are cut in two.
+            assert sizes.max() > 0.6 * sizes.sum(), (seed, organ, sizes)
+
+
+def test_small_organs_stand_out_from_what_is_around_them():
+    for seed in range(10):
+        case = phantom(seed)
+        for organ in ("right adrenal gland", "left adrenal gland"):
+            inside = case.label == AMOS_ORGANS.index(organ) + 1
+            shell = ndimage.binary_dilation(inside) & ~inside
+            assert (case.image[0][shell] < 10).mean() > 0.8, (seed, organ)  # fat, at half of its contrast or less
+        liver, bile = (np.median(case.image[0][case.label == label]) for label in (6, 4))
+        assert liver - bile > 60
+
+
+def test_btcv_is_the_same_patient_with_other_labels():
+    for seed in range(5):
+        amos, btcv = phantom(seed), btcv_phantom(seed)
+        np.testing.assert_array_equal(amos.image, btcv.image)
+        for label, organ in enumerate(BTCV_ORGANS, start=1):
+            if organ in AMOS_ORGANS:
+                np.testing.assert_array_equal(btcv.label == label, amos.label == AMOS_ORGANS.index(organ) + 1)
+        veins = btcv.label == BTCV_ORGANS.index("portal and splenic veins") + 1
+        assert not amos.label[veins].any()
+        across = np.argwhere(veins)[:, 2] / veins.shape[2]
+        assert across.min() < 0.42 < 0.65 < across.max()  # from the liver to the spleen
+        assert 130 < np.median(btcv.image[0][veins]) < 190
+    assert [BTCV_ORGANS[i - 1] for i in (9, 10, 11, 12, 13)] == [
+        "postcava",
+        "portal and splenic veins",
+        "pancreas",
+        "right adrenal gland",
+        "left adrenal gland",
+    ]
 
 
 def test_shapes_types_and_spacing():
@@ -33,7 +81,7 @@ def test_shapes_types_and_spacing():
     assert case.label.dtype == np.uint8
     assert case.spacing == (FIELD_OF_VIEW[0] / 32, FIELD_OF_VIEW[1] / 40, FIELD_OF_VIEW[2] / 64)
     assert np.isfinite(case.image).all()
-    assert case.image.min() >= -1024
+    assert -1024 <= case.image.min() < case.image.max() <= 3071
 
 
 def test_a_seed_is_a_patient():
@@ -86,6 +134,8 @@ def test_organs_lie_where_they_belong():
 def test_too_small_a_shape_is_refused(shape):
     with pytest.raises(SettingError, match=r"shape of phantom\(\): expected three sizes .* got \("):
         phantom(0, shape)
+    with pytest.raises(SettingError, match=r"shape of btcv_phantom\(\): .* the adrenal glands vanish"):
+        btcv_phantom(0, shape)
 
 
 # The folds. By definition: np.random.RandomState(12345) shuffles 0..9 to 0 7 9 3 6 4 1 8 2 5 (in some order

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from dstlib.zoo.e2enet.data.patches import PatchSettings
 from dstlib.zoo.e2enet.data.phantom import phantoms
 from dstlib.zoo.e2enet.training import train as module
 from dstlib.zoo.e2enet.training.interrupt import interruptible
+from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.run import open_run
-from dstlib.zoo.e2enet.training.settings import TrainSettings, kernel_method
-from dstlib.zoo.e2enet.training.train import deep_supervision_loss, start, train
+from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
+from dstlib.zoo.e2enet.training.state import begin_from, start
+from dstlib.zoo.e2enet.training.train import train, validate
 
 CASES = phantoms(2, shape=(32, 40, 40)).cases
 PATCHES = PatchSettings(patch_size=(8, 16, 16), mirror=())
@@ -34,9 +37,9 @@ def begin():
     """Starts trainings, and ends what they listen to."""
     started = []
 
-    def begin(settings, network=NETWORK):
+    def begin(settings, network=NETWORK, execution=None):
         torch.manual_seed(settings.seed)
-        started.append(start(E2ENet(network), settings))
+        started.append(start(E2ENet(network), settings, execution))
         return started[-1]
 
     yield begin
@@ -45,8 +48,19 @@ def begin():
             training.sparsifier.detach()
 
 
-def go(training, settings, **options):
-    return train(training, CASES, settings=settings, patches=PATCHES, **options)
+def go(training, **options):
+    return train(training, CASES, patches=PATCHES, **options)
+
+
+def batches_changed(monkeypatch, change):
+    """Lets ``change(iteration, images, labels)`` have a look at each batch before the training does."""
+    draw = module.batches
+
+    def changed(*arguments, start, **options):
+        for iteration, (images, labels) in enumerate(draw(*arguments, start=start, **options), start):
+            yield change(iteration, images, labels)
+
+    monkeypatch.setattr(module, "batches", changed)
 
 
 def assert_same(a, b, where="state"):
@@ -71,13 +85,12 @@ def assert_same(a, b, where="state"):
 def test_resumed_equals_uninterrupted_bit_for_bit(begin, tmp_path, method, stop):
     settings = SETTINGS[method]
     whole = begin(settings)
-    assert go(whole, settings)
+    assert go(whole)
 
     first = begin(settings)
     with open_run(tmp_path / "run", {}) as run:
         stopped = go(
             first,
-            settings,
             save=lambda t: run.save_checkpoint(t.state_dict()),
             should_stop=lambda: first.iteration == stop,
         )
@@ -87,23 +100,23 @@ def test_resumed_equals_uninterrupted_bit_for_bit(begin, tmp_path, method, stop)
     second = begin(settings)
     with open_run(tmp_path / "run", {}, resume=True) as run:
         second.load_state_dict(run.load_checkpoint())
-    assert go(second, settings)
+    assert go(second)
     assert_same(second.state_dict(), whole.state_dict())
 
 
 def test_a_signal_in_the_middle_of_an_epoch_finishes_the_iteration_and_saves(begin, monkeypatch):
     settings = SETTINGS["dsff"]
-    training, saved, draw = begin(settings), [], module.draw_batch
+    training, saved = begin(settings), []
 
-    def draw_and_interrupt(*arguments, iteration, **options):
+    def interrupt(iteration, images, labels):
         if iteration == 4:
             signal.raise_signal(signal.SIGINT)
-        return draw(*arguments, iteration=iteration, **options)
+        return images, labels
 
-    monkeypatch.setattr(module, "draw_batch", draw_and_interrupt)
+    batches_changed(monkeypatch, interrupt)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with interruptible() as should_stop:
-        finished = go(training, settings, save=lambda t: saved.append(t.iteration), should_stop=should_stop)
+        finished = go(training, save=lambda t: saved.append(t.iteration), should_stop=should_stop)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second Ctrl-C ends the process
     assert not finished
     assert saved == [3, 5]
@@ -115,7 +128,7 @@ def test_another_seed_trains_another_network(begin):
     for seed in (0, 0, 1):
         settings = TrainSettings(epochs=1, iterations=2, momentum=0.9, method="static", seed=seed)
         training = begin(settings)
-        go(training, settings)
+        go(training)
         losses.append(training.metrics[-1]["loss"])
     assert losses[0] == losses[1] != losses[2]
 
@@ -123,7 +136,7 @@ def test_another_seed_trains_another_network(begin):
 def test_one_row_per_epoch_and_the_learning_rate_of_the_recipe(begin):
     settings = SETTINGS["dense"]
     training = begin(settings)
-    go(training, settings)
+    go(training)
     assert [row["epoch"] for row in training.metrics] == [1, 2]
     assert [row["iteration"] for row in training.metrics] == [3, 6]
     assert [row["learning_rate"] for row in training.metrics] == [0.01, 0.01 * 0.5**0.9]
@@ -134,7 +147,7 @@ def test_zeros_stay_zero_and_every_update_is_booked(begin):
     settings = SETTINGS["dsff"]
     training = begin(settings)
     first = {name: mask.clone() for name, mask in training.sparsifier.masks.items()}
-    go(training, settings)
+    go(training)
     weights = dict(training.model.named_parameters())
     for name, mask in training.sparsifier.masks.items():
         assert name.startswith("fusion.")
@@ -156,21 +169,16 @@ def test_the_norm_that_is_clipped_is_of_the_active_weights(begin, monkeypatch):
         assert all(not weights[n].grad[~mask].any() for n, mask in training.sparsifier.masks.items())
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", look)
-    go(training, settings)
+    go(training)
     assert seen == [12.0] * 6
 
 
 def test_a_loss_that_is_no_number_ends_the_training_and_saves_nothing_more(begin, monkeypatch):
     settings = SETTINGS["dsff"]
-    training, saved, draw = begin(settings), [], module.draw_batch
-
-    def draw_nan(*arguments, iteration, **options):
-        images, labels = draw(*arguments, iteration=iteration, **options)
-        return images * (math.nan if iteration == 4 else 1), labels
-
-    monkeypatch.setattr(module, "draw_batch", draw_nan)
+    training, saved = begin(settings), []
+    batches_changed(monkeypatch, lambda i, images, labels: (images * (math.nan if i == 4 else 1), labels))
     with pytest.raises(DstlibError, match=r"loss of iteration 5: expected a finite number, got nan"):
-        go(training, settings, save=lambda t: saved.append(t.iteration))
+        go(training, save=lambda t: saved.append(t.iteration))
     assert saved == [3]
     assert all(p.isfinite().all() for p in training.model.parameters())
 
@@ -237,9 +245,112 @@ def test_methods_differ_in_their_rule_alone():
         {"clip": math.inf},
         {"poly_exponent": math.nan},
         {"poly_exponent": -1.0},
+        {"val_iterations": -1},
     ],
     ids=str,
 )
 def test_a_wrong_setting_is_named(wrong):
     with pytest.raises(SettingError, match=f"{next(iter(wrong))} of TrainSettings"):
         TrainSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "fp8"}, "precision of Execution: expected float32 or bf16 or fp16"),
+        ({"workers": -1}, "workers of Execution"),
+        ({"device": "abacus"}, "device of Execution: expected one that torch can use"),
+    ],
+    ids=str,
+)
+def test_an_execution_that_is_not_possible_is_named(wrong, message):
+    with pytest.raises(SettingError, match=message):
+        Execution(**wrong)
+
+
+def test_workers_and_layout_change_the_time_alone(begin):
+    settings = TrainSettings(epochs=1, iterations=2, interval=1, momentum=0.9)
+    plain, other = begin(settings), begin(settings, execution=Execution(workers=2))
+    go(plain)
+    go(other)
+    assert_same(other.state_dict(), plain.state_dict())
+    last = begin(settings, execution=Execution(channels_last=True))
+    go(last)
+    # another order of sums in the convolutions
+    assert last.metrics[0]["loss"] == pytest.approx(plain.metrics[0]["loss"], rel=1e-4)
+    for name, mask in last.sparsifier.masks.items():
+        assert mask.sum() == plain.sparsifier.masks[name].sum()
+        assert not last.model.get_parameter(name)[~mask].any()
+
+
+def test_half_precision_trains_and_keeps_every_zero(begin):
+    settings = TrainSettings(epochs=1, iterations=3, interval=2, momentum=0.9)
+    full = begin(settings)
+    go(full)
+    training = begin(settings, execution=Execution(precision="bf16"))
+    go(training)
+    # bf16 has eight bits: a relative rounding of 1/256 per operation, much of which averages out in the loss
+    assert training.metrics[0]["loss"] == pytest.approx(full.metrics[0]["loss"], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in training.model.parameters())
+    assert all(not training.model.get_parameter(n)[~m].any() for n, m in training.sparsifier.masks.items())
+
+
+def test_a_training_that_is_validated_is_the_same_training(begin):
+    plain = begin(SETTINGS["dsff"])
+    go(plain)
+    watched = begin(TrainSettings(epochs=2, iterations=3, interval=2, momentum=0.9, val_iterations=2))
+    go(watched, held_out=CASES)
+    assert [0 <= row.pop("val_dice") <= 1 for row in watched.metrics] == [True, True]
+    assert_same(watched.state_dict(), plain.state_dict())
+    assert watched.model.deep_supervision
+
+
+def test_validation_of_a_network_that_knows_the_labels_is_one(begin):
+    training = begin(TrainSettings(val_iterations=2, sparsity=0.0))
+    seen = []
+
+    class Oracle(nn.Module):
+        deep_supervision = True
+
+        def __init__(self):
+            super().__init__()
+            self.nothing = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return nn.functional.one_hot(seen.pop(0), 16).movedim(-1, 1).float()
+
+    plain = PATCHES.plain()
+    for _, labels in module.batches(CASES, plain, seed=0, start=0, stop=2):
+        seen.append(labels[:, 0])
+    training.model = Oracle()
+    assert validate(training, CASES, PATCHES) == 1.0
+
+
+def test_beginning_from_another_run_takes_weights_and_masks_and_keeps_them_if_frozen(begin):
+    first = begin(SETTINGS["dsff"])
+    go(first)
+    other_classes = E2ENetConfig(channels=(4, 6, 8), strides=((1, 2, 2),) * 2, heads=2, num_classes=17)
+    masks = {name: mask.clone() for name, mask in first.sparsifier.masks.items()}
+    same = begin(replace(SETTINGS["dsff"], seed=1))  # another seed: or the same units would be drawn again
+    assert begin_from(same, first.state_dict(), freeze=False) == []
+    assert same.sparsifier.step == 0
+    assert_same(same.model.state_dict(), first.model.state_dict())
+    go(same)
+    assert any(not torch.equal(mask, masks[name]) for name, mask in same.sparsifier.masks.items())
+
+    frozen = begin(SETTINGS["dsff"], other_classes)
+    assert begin_from(frozen, first.state_dict(), freeze=True) == ["heads.0.weight", "heads.1.weight"]
+    go(frozen)
+    assert all(torch.equal(mask, masks[name]) for name, mask in frozen.sparsifier.masks.items())
+    assert frozen.updates == []
+
+
+def test_beginning_from_what_does_not_fit_is_refused(begin):
+    dense, sparse = begin(SETTINGS["dense"]), begin(SETTINGS["dsff"])
+    with pytest.raises(StateError, match="expected a sparse run, got a dense one"):
+        begin_from(sparse, dense.state_dict(), freeze=False)
+    wider = begin(
+        SETTINGS["dense"], E2ENetConfig(channels=(4, 8, 8), strides=((1, 2, 2),) * 2, num_classes=16, heads=2)
+    )
+    with pytest.raises(StateError, match="weights of --from: expected those of this network"):
+        begin_from(wider, dense.state_dict(), freeze=False)

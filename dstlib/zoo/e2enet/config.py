@@ -10,9 +10,10 @@ from typing import Literal, get_args
 
 from dstlib.errors import SettingError, explain
 from dstlib.layers.blocks import Triple
+from dstlib.layers.shift import AXES, Axis
 
-Axis = Literal["depth", "height", "width"]
-AXES = get_args(Axis)
+ShiftKind = Literal["fixed", "interpolated", "rounded"]
+KINDS = get_args(ShiftKind)
 
 _WORDS = {  # what each setting may be, and the advice to who gave something else
     "in_channels": ("a whole number from 1 up", "Count the modalities of an image."),
@@ -26,6 +27,10 @@ _WORDS = {  # what each setting may be, and the advice to who gave something els
     "outer_kernel_size": ("None, or three odd numbers from 1 up", "The paper's variant has (3, 3, 3)."),
     "shift": ("None, or at least one whole number of voxels", "The paper's is (-1, 0, 1)."),
     "shift_axis": (" or ".join(AXES), "Name the axis to shift along."),
+    "shift_kind": (
+        f"{' or '.join(KINDS)}, and fixed where shift is None",
+        "A learned shift starts from the sizes in shift.",
+    ),
     "heads": (
         "a whole number from 1 up, less than the number of channels",
         "The coarsest level has no head.",
@@ -46,13 +51,19 @@ class E2ENetConfig:
       which are then not shifted: the paper's variant with 3×3×3 kernels there.
     - ``shift``: how far each group of channels moves along ``shift_axis`` before a convolution, in voxels;
       None for no shift. See :func:`dstlib.layers.shift.shift`.
+    - ``shift_kind``: "fixed" moves by ``shift`` for good. "interpolated" and "rounded" learn it: every
+      convolution has offsets of its own, one per group of channels, that start at ``shift``; they move by
+      fractions of a voxel, or by the nearest whole number. The offsets are parameters (vectors, hence never
+      sparse, and counted). Weight decay pulls them to 0 as it does any other parameter. See
+      :func:`dstlib.layers.learned_shift.learned_shift`.
     - ``heads``: how many of the finest levels have a head; at most L - 1.
 
     Raises:
         SettingError: a setting is out of range, or does not fit the number of levels.
 
     Reference: Wu et al., *E2ENet* (NeurIPS 2024, arXiv:2312.04727). Its text starts with stride (1, 2, 2);
-    all its published counts belong to (2, 2, 2) throughout, the default here.
+    all its published counts belong to (2, 2, 2) throughout, the default here. A learned shift is what the
+    paper leaves to future work.
 
     >>> E2ENetConfig(channels=(16, 32, 64), strides=((1, 2, 2), (2, 2, 2)), heads=2).divisor
     (2, 4, 4)
@@ -71,6 +82,7 @@ number of channels, got 4. The coarsest level has no head.
     outer_kernel_size: Triple | None = None
     shift: tuple[int, ...] | None = (-1, 0, 1)
     shift_axis: Axis = "depth"
+    shift_kind: ShiftKind = "fixed"
     heads: int = 4
 
     def __post_init__(self) -> None:
@@ -84,6 +96,7 @@ number of channels, got 4. The coarsest level has no head.
             "outer_kernel_size": outer is None or _is_kernel(outer),
             "shift": shift is None or (len(shift) > 0 and all(type(size) is int for size in shift)),
             "shift_axis": self.shift_axis in AXES,
+            "shift_kind": self.shift_kind in (KINDS if shift is not None else ("fixed",)),
             "heads": _counts([self.heads]) and self.heads <= edges,
         }
         for name, ok in holds.items():

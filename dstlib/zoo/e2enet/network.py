@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dstlib.errors import DataError, explain
 from dstlib.layers.blocks import Triple, Unit
 from dstlib.layers.fusion import FusionNode
-from dstlib.layers.shift import Shift
-from dstlib.zoo.e2enet.config import AXES, E2ENetConfig
+from dstlib.layers.learned_shift import LearnedShift
+from dstlib.layers.shift import AXES, Shift
+from dstlib.zoo.e2enet.config import E2ENetConfig
 
 
 class E2ENet(nn.Module):
@@ -109,10 +110,13 @@ def _key(stage: int, level: int) -> str:
     return f"stage{stage}_level{level}"
 
 
-def _shift(config: E2ENetConfig, *, outer: bool) -> Shift | None:
+def _shift(config: E2ENetConfig, *, outer: bool) -> nn.Module | None:
     if config.shift is None or (outer and config.outer_kernel_size):
         return None
-    return Shift(config.shift, axis=2 + AXES.index(config.shift_axis))
+    axis = 2 + AXES.index(config.shift_axis)
+    if config.shift_kind == "fixed":
+        return Shift(config.shift, axis=axis)
+    return LearnedShift(config.shift, axis=axis, rounded=config.shift_kind == "rounded")
 
 
 def _kernel(config: E2ENetConfig, *, outer: bool) -> Triple:
@@ -121,12 +125,12 @@ def _kernel(config: E2ENetConfig, *, outer: bool) -> Triple:
 
 def _encoder_level(config: E2ENetConfig, level: int) -> nn.Sequential:
     """Two Units; the first comes down from the level above with that stride."""
-    width, kernel, shift = config.channels[level - 1], _kernel(config, outer=True), _shift(config, outer=True)
+    width, kernel = config.channels[level - 1], _kernel(config, outer=True)
     above = config.in_channels if level == 1 else config.channels[level - 2]
     stride = (1, 1, 1) if level == 1 else config.strides[level - 2]
     return nn.Sequential(
-        Unit(above, width, kernel_size=kernel, stride=stride, shift=shift),
-        Unit(width, width, kernel_size=kernel, shift=shift),
+        Unit(above, width, kernel_size=kernel, stride=stride, shift=_shift(config, outer=True)),
+        Unit(width, width, kernel_size=kernel, shift=_shift(config, outer=True)),
     )
 
 

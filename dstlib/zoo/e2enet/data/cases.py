@@ -5,11 +5,14 @@ Shapes: C channels, D depth (slices), H height, W width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import DataError, SettingError, explain
+
+MAX_VOXELS = 10_000  # per class that a case remembers: enough to draw from, and little to keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,28 @@ class Case:
                     remedy="Convert with astype(), and give an image of one channel a leading axis.",
                 )
             )
+
+    @cached_property
+    def class_voxels(self) -> dict[int, NDArray[np.unsignedinteger]]:
+        """Flat indices of the voxels of each foreground class of the label, ascending; at most 10,000 of a class.
+
+        Of a larger class they are drawn at random, always the same ones.
+
+        >>> label = np.array([[[0, 2, 1, 2]]], np.uint8)
+        >>> Case("a", np.zeros((1, 1, 1, 4), np.float32), label, (1.0, 1.0, 1.0)).class_voxels[2].tolist()
+        [1, 3]
+        """
+        flat = np.asarray(self.label).ravel()
+        # Most voxels are background: after this one pass the classes share the few that are left.
+        indices = np.flatnonzero(flat)
+        classes, small = flat[indices], np.min_scalar_type(flat.size)
+        voxels = {}
+        for name in np.flatnonzero(np.bincount(classes)).tolist():
+            mine = indices[classes == name]
+            if len(mine) > MAX_VOXELS:
+                mine = np.sort(np.random.default_rng(name).choice(mine, MAX_VOXELS, replace=False, shuffle=False))
+            voxels[name] = mine.astype(small)
+        return voxels
 
 
 @dataclass(frozen=True, eq=False)

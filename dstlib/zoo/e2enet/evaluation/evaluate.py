@@ -1,150 +1,168 @@
-"""Prediction by a sliding window, and Dice per class.
+"""From predictions to scores: of prepared cases with a network at hand, or of the files that a prediction left.
 
-Shapes: N cases, K foreground classes, C channels, D, H, W depth, height, width in voxels.
+Shapes: C channels, K foreground classes, D, H, W depth, height, width in voxels.
 """
 
-from collections.abc import Sequence
+import multiprocessing
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
+from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
+from torch import nn
 from tqdm import tqdm
 
-from dstlib.report import align
+from dstlib.errors import DataError, SettingError, explain
 from dstlib.zoo.e2enet.data.cases import Cases
-from dstlib.zoo.e2enet.network import E2ENet
+from dstlib.zoo.e2enet.data.defects import Volume, mismatches
+from dstlib.zoo.e2enet.data.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.nifti import read_label
+from dstlib.zoo.e2enet.evaluation.inference import most_probable, probabilities
+from dstlib.zoo.e2enet.evaluation.metrics import CaseScores, Scoring, dice_per_class, score
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
 
-DEFINITION = """\
-Dice = 2 |label ∩ prediction| / (|label| + |prediction|) per class and case, then the mean over the cases.
-A class absent from both has no Dice in that case and is left out; absent from one of them, its Dice is 0.
-mDice is the mean over the foreground classes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """Dice of N cases and K foreground classes: ``dice`` (N, K), NaN where a class is in neither volume.
-
-    >>> scores = Evaluation(("a", "b"), ("liver", "spleen"), np.array([[0.5, 1.0], [0.7, np.nan]]))
-    >>> scores.class_dice.tolist(), scores.num_cases.tolist(), scores.mean
-    ([0.6, 1.0], [2, 1], 0.8)
-    """
-
-    cases: tuple[str, ...]
-    classes: tuple[str, ...]
-    dice: NDArray[np.float64]
-
-    @property
-    def num_cases(self) -> NDArray[np.int64]:
-        """(K,): how many cases have a Dice of each class."""
-        return np.isfinite(self.dice).sum(axis=0)
-
-    @property
-    def class_dice(self) -> NDArray[np.float64]:
-        """(K,): the mean over the cases; NaN for a class that no case has."""
-        counts = self.num_cases
-        return np.divide(np.nansum(self.dice, axis=0), counts, out=np.full(len(counts), np.nan), where=counts > 0)
-
-    @property
-    def mean(self) -> float:
-        """mDice: the mean over the classes that some case has; NaN if there is none."""
-        present = self.class_dice[self.num_cases > 0]
-        return float(present.mean()) if len(present) else float("nan")
-
-    def case_mean(self, index: int) -> float:
-        """The mean over the classes that one case has; 0 if it has none."""
-        present = self.dice[index][np.isfinite(self.dice[index])]
-        return float(present.mean()) if len(present) else 0.0
-
-    def table(self) -> str:
-        """Class, Dice and number of cases, with the definition below."""
-        rows = zip(self.classes, self.class_dice, self.num_cases, strict=True)
-        cells = [(name, _number(dice), str(count)) for name, dice, count in rows]
-        total = ("mDice", _number(self.mean), str(len(self.cases)))
-        lines = align([("class", "Dice", "cases"), *cells, total], left=(0,))
-        lines.insert(-1, lines[1])  # a rule above the total
-        if absent := int(np.isnan(self.dice).sum()):
-            lines.append(f"{absent} of {self.dice.size} (class, case) pairs left out: absent from both.")
-        return "\n".join([*lines, DEFINITION])
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as plain data, with the value of every case; None for NaN."""
-        return {
-            "mean_dice": _or_none(self.mean),
-            "class_dice": dict(zip(self.classes, map(_or_none, self.class_dice), strict=True)),
-            "num_cases": dict(zip(self.classes, self.num_cases.tolist(), strict=True)),
-            "num_left_out": int(np.isnan(self.dice).sum()),
-            "cases": {
-                case: dict(zip(self.classes, map(_or_none, row), strict=True))
-                for case, row in zip(self.cases, self.dice, strict=True)
-            },
-            "definition": DEFINITION.replace("\n", " "),
-        }
-
-
-def dice_per_class(label: NDArray[Any], prediction: NDArray[Any], *, num_classes: int) -> NDArray[np.float64]:
-    """(K,): Dice of the classes 1..``num_classes``; NaN where a class is in neither volume.
-
-    Shapes: label and prediction alike, integers.
-
-    >>> dice_per_class(np.array([0, 1, 1, 2]), np.array([1, 1, 1, 0]), num_classes=3)
-    array([0.8, 0. , nan])
-    """
-    counts = [np.bincount(x.ravel(), minlength=num_classes + 1) for x in (label, prediction)]
-    common = np.bincount(label[label == prediction].ravel(), minlength=num_classes + 1)
-    sizes = (counts[0] + counts[1])[1 : num_classes + 1]
-    overlap = 2.0 * common[1 : num_classes + 1]
-    return np.divide(overlap, sizes, out=np.full(num_classes, np.nan), where=sizes > 0)
+__all__ = ["Evaluation", "dice_per_class", "evaluate", "evaluate_folder", "pooled", "predict"]
 
 
 def predict(
-    model: E2ENet, image_CDHW: NDArray[np.float32], *, patch_size: Sequence[int], overlap: float = 0.5
+    model: nn.Module,
+    image_CDHW: NDArray[np.float32],
+    *,
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    mirror: Sequence[int] = (),
 ) -> NDArray[np.uint8]:
-    """(D, H, W): the label of every voxel, from windows of the training patch with Gaussian weights.
+    """(D, H, W): the most probable class of every voxel, by :func:`probabilities` of one model."""
+    return most_probable(probabilities([model], image_CDHW, patch_size=patch_size, overlap=overlap, mirror=mirror))
 
-    A smaller image is padded with zeros, its mean after normalisation. The model is left as it was.
 
-    Reference: nnU-Net's and E2ENet's inference, but without mirroring; σ = patch / 8.
+def evaluate(
+    model: nn.Module,
+    cases: Cases,
+    *,
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    mirror: Sequence[int] = (),
+    scoring: Scoring | None = None,
+) -> Evaluation:
+    """Predicts every case and scores it, in the geometry that the cases are in.
+
+    Scores on prepared (resampled, cropped) cases are not those of the original scans: :func:`evaluate_folder` is.
     """
-    was_training, was_deep = model.training, model.deep_supervision
-    device = next(model.parameters()).device
-    model.eval()
-    model.deep_supervision = False
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
-            logits = sliding_window_inference(
-                torch.from_numpy(image_CDHW)[None].to(device),
-                roi_size=tuple(patch_size),
-                sw_batch_size=2,
-                predictor=model,
-                overlap=overlap,
-                mode="gaussian",
-            )
-    finally:
-        model.train(was_training)
-        model.deep_supervision = was_deep
-    labels: NDArray[np.uint8] = logits[0].argmax(dim=0).byte().cpu().numpy()
-    return labels
+    scoring, results = scoring or Scoring(), {}
+    for case in tqdm(cases.cases, desc="evaluate", unit="case"):
+        prediction = predict(model, case.image, patch_size=patch_size, overlap=overlap, mirror=mirror)
+        found = score(case.label, prediction, spacing=case.spacing, num_classes=len(cases.classes), scoring=scoring)
+        results[case.name] = _Scored(found, voxel_ml=float(np.prod(case.spacing)) / 1000)
+    return _collect(results, cases.classes, scoring)
 
 
-def evaluate(model: E2ENet, cases: Cases, *, patch_size: Sequence[int], overlap: float = 0.5) -> Evaluation:
-    """Predicts every case and scores it."""
-    rows = [
-        dice_per_class(
-            case.label,
-            predict(model, case.image, patch_size=patch_size, overlap=overlap),
-            num_classes=len(cases.classes),
+def evaluate_folder(
+    predictions: Path,
+    files: Sequence[CaseFiles],
+    classes: Sequence[str],
+    *,
+    scoring: Scoring | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Scores ``predictions``/NAME.nii.gz against the label of each case, both as stored in their files.
+
+    A case without a prediction, or with a file that cannot be used, is left out of the means and listed with the
+    reason. ``workers`` processes score several cases at a time, with the same result; a script that asks for them
+    needs ``if __name__ == "__main__":``.
+
+    Raises:
+        SettingError: The number of workers or of tolerances cannot be used.
+        DataError: No case could be scored; the message lists every reason.
+    """
+    scoring = scoring or Scoring()
+    scoring.tolerances(len(classes))
+    if workers < 0:
+        remedy = "0 scores in this process."
+        raise SettingError(explain("workers", "evaluate_folder()", allowed="0 or more", given=workers, remedy=remedy))
+    pairs = [(case.label, predictions / f"{case.name}.nii.gz") for case in files]
+    work = partial(_score_files, num_classes=len(classes), scoring=scoring)
+    results: dict[str, _Scored | str] = {}
+    with _mapping(min(workers, len(pairs))) as mapped:
+        bar = tqdm(mapped(work, pairs), desc="evaluate", unit="case", total=len(pairs), disable=not progress)
+        for case, found in zip(files, bar, strict=True):
+            results[case.name] = found
+    reasons = {name: found for name, found in results.items() if isinstance(found, str)}
+    if len(reasons) == len(results):
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        allowed, remedy = "a label and a NAME.nii.gz for some case", f"Predict into this folder first.{listed}"
+        raise DataError(
+            explain("predictions", str(predictions), allowed=allowed, given=f"none of {len(files)}", remedy=remedy)
         )
-        for case in tqdm(cases.cases, desc="evaluate", unit="case")
-    ]
-    return Evaluation(tuple(case.name for case in cases.cases), cases.classes, np.stack(rows))
+    scored = {name: found for name, found in results.items() if isinstance(found, _Scored)}
+    return _collect(scored, classes, scoring, left_out=reasons)
 
 
-def _number(dice: float) -> str:
-    return f"{dice:.3f}" if np.isfinite(dice) else "-"
+@dataclass(frozen=True)
+class _Scored:
+    """The scores of one case, and the volume of its voxels."""
+
+    scores: CaseScores
+    voxel_ml: float
 
 
-def _or_none(dice: float) -> float | None:
-    return float(dice) if np.isfinite(dice) else None
+def _score_files(pair: tuple[Path | None, Path], *, num_classes: int, scoring: Scoring) -> _Scored | str:
+    """The scores, or else why there are none."""
+    label_file, file = pair
+    if label_file is None:
+        return "no label"
+    if not file.is_file():
+        return f"no prediction {file.name}"
+    try:
+        label, affine = read_label(label_file)
+        prediction, placed = read_label(file)
+    except DataError as error:
+        return str(error).replace("\n", " ")
+    if reasons := mismatches(Volume(prediction.T, placed, True), Volume(label.T, affine, True), "its label"):
+        return f"the prediction {reasons[0]}"
+    for name, volume in (("label", label), ("prediction", prediction)):
+        if (highest := int(volume.max())) > num_classes:
+            return f"the {name} has class {highest}, but there are {num_classes}"
+    spacing = [float(size) for size in voxel_sizes(affine)[::-1]]
+    scores = score(label, prediction, spacing=spacing, num_classes=num_classes, scoring=scoring)
+    return _Scored(scores, voxel_ml=float(np.prod(spacing)) / 1000)
+
+
+def _collect(
+    results: "Mapping[str, _Scored]",
+    classes: Sequence[str],
+    scoring: Scoring,
+    left_out: Mapping[str, str] | None = None,
+) -> Evaluation:
+    values = np.stack([found.scores.values for found in results.values()], axis=1)
+    volumes = np.stack([found.scores.num_voxels * found.voxel_ml for found in results.values()])
+    tolerances = scoring.tolerances(len(classes))
+    scores = dict(zip(scoring.metrics, values, strict=True))
+    return Evaluation(tuple(results), tuple(classes), scores, volumes, tolerances, left_out or {})
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Any]:
+    """A ``map`` in this process, or over several. They are spawned: a fork of a process with threads may hang."""
+    if not workers:
+        yield map
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the first one ends the others

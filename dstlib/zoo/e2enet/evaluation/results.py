@@ -1,4 +1,4 @@
-"""What a finished training comes to: tables on the screen, ``result.json`` and figures in the run directory.
+"""What a finished training comes to: tables on the screen, ``result.json``, ``scores.csv`` and figures in the run.
 
 Shapes: K foreground classes.
 """
@@ -6,55 +6,69 @@ Shapes: K foreground classes.
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from nibabel import aff2axcodes
+from torch import Tensor
 
 from dstlib.profile import Convention, profile
 from dstlib.report import align
-from dstlib.zoo.e2enet.data.cases import Cases
-from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, predict
+from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.nifti import read_label, read_scan
 from dstlib.zoo.e2enet.evaluation.figures import flow_figure, flow_shares, learning_curve, slice_comparison
+from dstlib.zoo.e2enet.evaluation.postprocess import choose_postprocessing
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.files import write_whole
+from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.run import Run
-from dstlib.zoo.e2enet.training.train import Training
+from dstlib.zoo.e2enet.training.state import Training
 
 CONVENTIONS: tuple[Convention, ...] = ("exact", "paper")
 
 
 def write_report(
-    run: Run, training: Training, scores: Evaluation, held_out: Cases, *, patch_size: Sequence[int]
+    run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], *, patch_size: Sequence[int]
 ) -> None:
-    """Prints the tables, then writes ``result.json`` and the figures."""
-    cost = costs(training, patch_size)
+    """Prints the tables, then writes ``scores.csv``, ``result.json`` and the figures.
+
+    ``files`` are the held-out cases, whose predictions lie in the run.
+    """
+    cost = costs(training, patch_size, in_channels=run.config["network"]["in_channels"])
     print(f"\n{scores.table()}\n\n{cost_table(cost, patch_size)}")
+    helped = _postprocessing(run, files, num_classes=len(scores.classes))
+    if helped:
+        names = ", ".join(scores.classes[k - 1] for k in helped)
+        print(f"\nKeeping the largest component alone helps {names}: `predict` does so.")
     masks = training.sparsifier.masks if training.sparsifier else {}
+    write_whole(run.path / "scores.csv", scores.csv().encode())
     run.write_result(
         {
             **scores.to_json(),
             "cost": cost,
             "patch_size": list(patch_size),
-            "flows": flow_shares(training.model, masks),
+            "postprocessing": list(helped),
+            "flows": flow_shares(training.model, masks) if isinstance(training.model, E2ENet) else {},
             "final_loss": training.metrics[-1]["loss"],
             "mask_updates": training.updates,
             "versions": {"python": platform.python_version(), **{p: version(p) for p in ("dstlib", "torch", "monai")}},
         }
     )
-    learning_curve(run.figures / "learning_curve.png", training.metrics, training.updates)
-    if masks:
-        flow_figure(run.figures / "flows.png", training.model, masks)
-    _draw_median_case(run.figures / "slice.png", training, scores, held_out, patch_size)
-    print(f"\nEverything is in {run.path}: config, metrics, checkpoint, result and figures.")
+    _draw(run, training, scores, files, masks)
+    print(f"\nEverything is in {run.path}: configuration, metrics, weights, predictions, scores and figures.")
 
 
-def costs(training: Training, patch_size: Sequence[int]) -> dict[str, Any]:
+def costs(training: Training, patch_size: Sequence[int], *, in_channels: int) -> dict[str, Any]:
     """Parameters and FLOPs of one patch, of the network dense and, if it is, sparse."""
-    shape = (1, training.model.config.in_channels, *patch_size)
+    shape = (1, in_channels, *patch_size)
     kinds = {"dense": None, **({"sparse": training.sparsifier} if training.sparsifier else {})}
-    return {
-        kind: {
-            "params": profile(training.model, shape, sparsifier=masked).params,
-            "flops": {c: profile(training.model, shape, sparsifier=masked, convention=c).flops for c in CONVENTIONS},
-        }
+    counted = {
+        kind: {c: profile(training.model, shape, sparsifier=masked, convention=c) for c in CONVENTIONS}
         for kind, masked in kinds.items()
+    }
+    return {
+        kind: {"params": by["exact"].params, "flops": {c: by[c].flops for c in CONVENTIONS}}
+        for kind, by in counted.items()
     }
 
 
@@ -77,12 +91,30 @@ def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
     return "\n".join([*align(cells, left=(0,)), note])
 
 
-def _draw_median_case(
-    path: Path, training: Training, scores: Evaluation, held_out: Cases, patch_size: Sequence[int]
+def _postprocessing(run: Run, files: Sequence[CaseFiles], *, num_classes: int) -> tuple[int, ...]:
+    """Over the cases that could be predicted and have a label."""
+    pairs = [(run.predictions / f"{case.name}.nii.gz", case.label) for case in files if case.label]
+    pairs = [(prediction, label) for prediction, label in pairs if prediction.exists()]
+    predictions = (read_label(prediction)[0] for prediction, _ in pairs)
+    labels = (read_label(label)[0] for _, label in pairs)
+    return choose_postprocessing(predictions, labels, num_classes=num_classes)
+
+
+def _draw(
+    run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], masks: dict[str, Tensor]
 ) -> None:
-    """Neither the best nor the worst of the cases: the one whose mean Dice is the median."""
-    ranked = sorted(range(len(scores.cases)), key=scores.case_mean)
-    chosen = ranked[len(ranked) // 2]
-    case = held_out.cases[chosen]
-    prediction = predict(training.model, case.image, patch_size=patch_size)
-    slice_comparison(path, case, prediction, held_out.classes, dice=scores.dice[chosen])
+    learning_curve(run.figures / "learning_curve.png", training.metrics, training.updates)
+    if masks and isinstance(training.model, E2ENet):
+        flow_figure(run.figures / "flows.png", training.model, masks)
+    if not scores.cases:
+        return
+    # Neither the best nor the worst of the cases: the one whose mean Dice is the median.
+    chosen = sorted(range(len(scores.cases)), key=scores.case_mean)[len(scores.cases) // 2]
+    found = next(case for case in files if case.name == scores.cases[chosen])
+    channels, classes = run.config["network"]["in_channels"], scores.classes
+    scan = read_scan(found, num_channels=channels, num_classes=len(classes))
+    assert scan.label is not None
+    orientation = "".join(aff2axcodes(scan.affine))[::-1]
+    case = Case(scan.name, scan.image, scan.label, scan.spacing, orientation)
+    prediction, _ = read_label(run.predictions / f"{scan.name}.nii.gz")
+    slice_comparison(run.figures / "slice.png", case, prediction, classes, dice=scores.dice[chosen])

@@ -4,7 +4,11 @@
 
     config.json      every setting, written first
     metrics.csv      one line per epoch
+    log.jsonl        one line per epoch and session: seconds and memory
     checkpoint.pt    everything a training continues from; the old one stays whole until the new one is
+    model.pt         the trained network's plain state_dict, for the plain network
+    predictions/     the held-out cases, in their own geometry
+    scores.csv       the metrics of each case and class
     result.json      what the run came to, written last
     figures/         pictures
 """
@@ -45,6 +49,14 @@ class Run:
         return self.path / "metrics.csv"
 
     @property
+    def model(self) -> Path:
+        return self.path / "model.pt"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions"
+
+    @property
     def figures(self) -> Path:
         return self.path / "figures"
 
@@ -66,21 +78,16 @@ class Run:
         Raises:
             StateError: The file is missing, damaged, foreign, or of a run with other settings.
         """
-        refuse = f"Delete {self.path} and start afresh, or restore the file."
-        try:
-            _refuse_flipped_bits(self.checkpoint)
-            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise StateError(_unreadable(self.checkpoint, "no such file", refuse)) from error
-        # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
-        except Exception as error:
-            reason = f"a damaged file ({type(error).__name__})"
-            raise StateError(_unreadable(self.checkpoint, reason, refuse)) from error
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
-            raise StateError(_unreadable(self.checkpoint, "a file of something else", refuse))
+        saved = read_checkpoint(self.checkpoint)
         _refuse_other_settings(saved["config"], self.config, self.checkpoint)
         state: dict[str, Any] = saved["state"]
         return state
+
+    def write_model(self, state: Mapping[str, Any]) -> None:
+        """Writes the plain ``state_dict`` of a network: ``torch.load(..., weights_only=True)`` reads it anywhere."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_whole(self.model, buffer.getbuffer())
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replaces ``metrics.csv``: one line per row, under the names of the first."""
@@ -120,6 +127,27 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
         run = Run(path, config)
         run.figures.mkdir(exist_ok=True)
         yield run
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The configuration and the state of a checkpoint, under the keys ``config`` and ``state``.
+
+    Raises:
+        StateError: The file is missing, damaged or foreign.
+    """
+    refuse = f"Delete {path.parent} and start afresh, or restore the file."
+    try:
+        _refuse_flipped_bits(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise StateError(_unreadable(path, "no such file", refuse)) from error
+    # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
+    except Exception as error:
+        reason = f"a damaged file ({type(error).__name__})"
+        raise StateError(_unreadable(path, reason, refuse)) from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
+        raise StateError(_unreadable(path, "a file of something else", refuse))
+    return saved
 
 
 def _refuse_flipped_bits(checkpoint: Path) -> None:

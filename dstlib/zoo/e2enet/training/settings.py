@@ -1,10 +1,19 @@
-"""How a network of the E2ENet recipes is trained, as one value."""
+"""How a network of the E2ENet recipes is trained, and on what, as two values."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
 
 from dstlib.errors import SettingError, explain, similar
 from dstlib.methods import DSFF, METHODS, Method
+
+Precision = Literal["float32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+Check = tuple[str, bool, str, str]  # setting, holds, allowed, remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +22,8 @@ class TrainSettings:
 
     The learning rate falls by epoch as (1 - epoch / epochs) ^ ``poly_exponent``. ``sparsity`` is the share of
     the fusion's connections that stay off, 0 for a dense network; ``interval`` counts the iterations between
-    mask updates of the methods that have any.
+    mask updates of the methods that have any. After each epoch the Dice of ``val_iterations`` batches of the
+    held-out cases is taken, always the same ones; 0 for none.
 
     Raises:
         SettingError: A setting is out of range.
@@ -31,44 +41,28 @@ class TrainSettings:
     sparsity: float = 0.8
     method: str = "dsff"
     interval: int = 1200
+    val_iterations: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        count, share = "a whole number from 1 up", "a number in [0, 1)"
+        count = "a whole number from 1 up"
         floats = ("learning_rate", "momentum", "weight_decay", "clip", "poly_exponent", "sparsity")
-        checks: list[tuple[str, bool, str, str]] = [
+        checks: list[Check] = [
             *((f, math.isfinite(getattr(self, f)), "a finite number", "For no clipping pass 1e9.") for f in floats),
-            ("poly_exponent", self.poly_exponent >= 0, "a number from 0 up", "The paper's is 0.9."),
-            ("seed", 0 <= self.seed < 2**63, "a whole number from 0 up to 2^63", "Pass 0, say."),
             ("epochs", self.epochs >= 1, count, "Pass 20, say."),
-            (
-                "iterations",
-                self.iterations >= 1,
-                count,
-                "An epoch is this many optimizer steps; pass 50, say.",
-            ),
+            ("iterations", self.iterations >= 1, count, "An epoch is this many optimizer steps; pass 50, say."),
             ("learning_rate", self.learning_rate > 0, "a number above 0", "The paper's is 0.01."),
             ("momentum", 0 < self.momentum < 1, "a number in (0, 1)", "The paper's is 0.99."),
             ("weight_decay", self.weight_decay >= 0, "a number from 0 up", "The paper's is 3e-5."),
             ("clip", self.clip > 0, "a gradient norm above 0", "The paper's is 12."),
-            (
-                "sparsity",
-                0 <= self.sparsity < 1,
-                share,
-                "Pass 0.8 to keep a fifth, or 0 for a dense network.",
-            ),
-            (
-                "method",
-                self.method in METHODS,
-                f"one of {', '.join(METHODS)}",
-                f"Similar: {similar(self.method, METHODS)}.",
-            ),
+            ("poly_exponent", self.poly_exponent >= 0, "a number from 0 up", "The paper's is 0.9."),
+            ("sparsity", 0 <= self.sparsity < 1, "a number in [0, 1)", "Pass 0.8 to keep a fifth, 0 for dense."),
+            ("method", self.method in METHODS, f"one of {', '.join(METHODS)}", similar_to(self.method)),
             ("interval", self.interval >= 1, count, "The paper's is 1200, of 250,000 iterations."),
+            ("val_iterations", self.val_iterations >= 0, "a whole number from 0 up", "Pass 0 for no validation."),
+            ("seed", 0 <= self.seed < 2**63, "a whole number from 0 up to 2^63", "Pass 0, say."),
         ]
-        for name, holds, allowed, remedy in checks:
-            if not holds:
-                given = getattr(self, name)
-                raise SettingError(explain(name, "TrainSettings", allowed=allowed, given=given, remedy=remedy))
+        refuse_first("TrainSettings", self, checks)
 
     @property
     def num_iterations(self) -> int:
@@ -82,6 +76,69 @@ class TrainSettings:
         0.01
         """
         return self.learning_rate * (1 - epoch / self.epochs) ** self.poly_exponent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where and how a training runs: it changes the seconds, and the result by rounding alone.
+
+    - ``precision``: of the forward pass; ``fp16`` scales the loss, as the paper's training does.
+    - ``channels_last``: lays features out as (D, H, W, C), which GPUs like.
+    - ``compile``: through torch.compile.
+    - ``workers``: processes that draw the batches ahead; 0 draws them in between.
+
+    Raises:
+        SettingError: A setting cannot be used here.
+
+    >>> Execution(device="cpu", precision="bf16").autocast_dtype
+    torch.bfloat16
+    """
+
+    device: str = "cpu"
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        count = "a whole number from 0 up"
+        checks: list[Check] = [
+            ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS), "Pass float32 on a CPU."),
+            ("workers", self.workers >= 0, count, "0 draws the batches in the training's own process."),
+        ]
+        refuse_first("Execution", self, checks)
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # no such device; none that this build of torch knows
+            reason = str(error).splitlines()[0]
+            allowed, remedy = "one that torch can use", "Leave --device out, or pass cpu or cuda."
+            raise SettingError(explain("device", "Execution", allowed=allowed, given=reason, remedy=remedy)) from error
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What the forward pass is rounded to; None for nothing."""
+        return {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+
+def refuse_first(where: str, settings: object, checks: Sequence[Check]) -> None:
+    """Raises for the first check that does not hold.
+
+    Raises:
+        SettingError: It names the setting, what is allowed and what was given.
+    """
+    for name, holds, allowed, remedy in checks:
+        if not holds:
+            given = getattr(settings, name)
+            raise SettingError(explain(name, where, allowed=allowed, given=given, remedy=remedy))
+
+
+def similar_to(method: str) -> str:
+    """Methods of a similar name, in words.
+
+    >>> similar_to("rigle")
+    'Similar: rigl.'
+    """
+    return f"Similar: {similar(method, METHODS)}."
 
 
 def kernel_method(name: str, interval: int) -> Method:

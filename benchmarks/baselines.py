@@ -1,0 +1,86 @@
+"""What each baseline costs beside what was published of it: parameters, and FLOPs of one forward pass.
+
+    python benchmarks/baselines.py
+
+AMOS is 1×128³ with 15 classes, BraTS 4×128³ with 3, as the paper counts (no background); 96³ is AMOS on smaller
+patches. FLOPs in billions: "exact" and "paper" are the conventions of dstlib.profile, both without the inside of
+attention, which stands in its own column: the batched matrix products that torch's own counter sees.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dstlib
+from dstlib.report import align
+from dstlib.zoo.e2enet import AMOS
+from dstlib.zoo.e2enet.baselines import BASELINES, Baseline, Published, build_model
+
+SETTINGS = {"AMOS": (1, 15, 128), "BraTS": (4, 3, 128), "96³": (1, 15, 96)}  # channels, classes, extent
+HEADER = ("name", "setting", "params", "published", "exact G", "paper G", "attention G", "published", "implementation")
+Row = tuple[str, ...]
+
+
+def attention_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """FLOPs of batched matrix products in one forward pass; all of them are in attention here."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.device("meta"), counter:
+        network.eval()(torch.empty(shape))
+    return counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+
+
+def measured(baseline: Baseline, published: Published) -> Row:
+    """The row of a network that runs, in the setting of a published one."""
+    channels, classes, extent = SETTINGS[published.setting]
+    shape = (1, channels, extent, extent, extent)
+    config = replace(AMOS, in_channels=channels, num_classes=classes)
+    # built with storage first: Swin UNETR reads values while it is built
+    network = build_model(
+        baseline.name, in_channels=channels, num_classes=classes, patch_size=(extent,) * 3, config=config
+    ).to("meta")
+    exact, paper = (dstlib.profile(network, shape, convention=c) for c in ("exact", "paper"))
+    attention = attention_flops(network, shape)
+    return (
+        baseline.name,
+        published.setting,
+        f"{exact.params:,}",
+        text(published.params, " M"),
+        f"{exact.flops / 1e9:,.2f}",
+        f"{paper.flops / 1e9:,.2f}",
+        f"{attention / 1e9:,.2f}" if attention else "-",
+        text(published.flops, " G"),
+        baseline.implementation,
+    )
+
+
+def text(number: float | None, unit: str) -> str:
+    return "-" if number is None else f"{number}{unit}"
+
+
+def rows() -> list[Row]:
+    """One row per published count; a network of which there is none is named all the same."""
+    table = []
+    for baseline in BASELINES.values():
+        if baseline.build is None:
+            for p in baseline.published or (Published(setting="-", source="-"),):
+                numbers = (text(p.params, " M"), "-", "-", "-", text(p.flops, " G"))
+                table.append((baseline.name, p.setting, "-", *numbers, "not runnable"))
+        else:
+            table += [measured(baseline, published) for published in baseline.published]
+    return table
+
+
+def main() -> None:
+    """Prints the table, then the sources, and why some networks do not run."""
+    print("\n".join(align([HEADER, *rows()], left=(0, 1, 8))))
+    for baseline in BASELINES.values():
+        for published in baseline.published:
+            print(f"{baseline.name}, {published.setting}: {published.source}")
+        if baseline.reason:
+            print(f"{baseline.name}: not runnable: {baseline.reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What dstlib adds to a checkpoint of nnU-Net, and how it is taken out again. Needs no nnU-Net.
+
+nnU-Net's checkpoint is a dictionary; dstlib puts all that it needs under one more key, which the stock trainer
+and ``nnUNetv2_predict`` ignore. The weights of the network hold the zeros themselves.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dstlib.errors import StateError, explain
+from dstlib.zoo.e2enet.files import write_whole
+
+KEY = "dstlib"
+STOCK = "nnUNetTrainer"
+VERSION = 1
+_NUMPY: list[Any] = [
+    np.float64(0).__reduce__()[0],
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8")),
+]
+
+
+class Exported(NamedTuple):
+    """What an exported checkpoint holds: counts over the sparse weights."""
+
+    num_weights: int
+    num_active: int
+    num_total: int
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of nnU-Net, on the CPU: tensors, numbers and plain containers, and nothing that runs code.
+
+    Raises:
+        StateError: There is no such file, it is damaged, or it is not a checkpoint of nnU-Net.
+    """
+    allowed, remedy = "a checkpoint that nnU-Net has written", "Pass fold_0/checkpoint_final.pth, say."
+    try:
+        with torch.serialization.safe_globals(_NUMPY):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader of damaged or foreign files raises whatever it stumbles over
+        given = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing to read'}"
+        raise StateError(
+            explain(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy)
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name"} <= checkpoint.keys():
+        given = f"a {type(checkpoint).__name__} of something else"
+        raise StateError(explain(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy))
+    return checkpoint
+
+
+def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    Raises:
+        StateError: The disk is full, say; the old file is as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def sparse_part(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What dstlib has put into a checkpoint: ``settings`` and the state of the ``sparsifier``.
+
+    Raises:
+        StateError: Nothing, or something of another version.
+    """
+    part = checkpoint.get(KEY)
+    if not isinstance(part, dict) or part.get("version") != VERSION:
+        given = "none" if part is None else f"version {part.get('version') if isinstance(part, dict) else None}"
+        raise StateError(
+            explain(
+                f"key {KEY!r}",
+                where,
+                allowed=f"the masks of a sparse training, version {VERSION}",
+                given=given,
+                remedy=f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks.",
+            )
+        )
+    return part
+
+
+def refuse_other_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
+    """Raises a StateError that names each setting in which a training differs from the one that was saved.
+
+    >>> refuse_other_settings({"sparsity": 0.8, "seed": 0}, {"sparsity": 0.9, "seed": 0}, "checkpoint_latest.pth")
+    Traceback (most recent call last):
+        ...
+    dstlib.errors.StateError: settings of checkpoint_latest.pth: expected sparsity 0.8, got sparsity 0.9. Continue \
+with the trainer and the settings that it was saved with.
+    """
+    names = [name for name in sorted({*saved, *settings}) if saved.get(name) != settings.get(name)]
+    if names:
+        allowed, given = (", ".join(f"{name} {side.get(name)}" for name in names) for side in (saved, settings))
+        remedy = "Continue with the trainer and the settings that it was saved with."
+        raise StateError(explain("settings", where, allowed=allowed, given=given, remedy=remedy))
+
+
+def export_checkpoint(source: Path, target: Path) -> Exported:
+    """Writes a sparse checkpoint anew as one of the stock trainer, reads it back and compares every weight.
+
+    Raises:
+        StateError: The source cannot be read, has no masks or weights outside them, or holds an E2ENet, which the
+            stock trainer cannot build; the target exists; what was written is not what was read.
+    """
+    checkpoint = read_checkpoint(source)
+    _refuse_e2enet(checkpoint, source)
+    if target.exists():
+        remedy = "Choose another name, or remove it first."
+        raise StateError(explain("target", str(target), allowed="a new file", given="an existing one", remedy=remedy))
+    counts = _count(checkpoint["network_weights"], sparse_part(checkpoint, source.name), source.name)
+    stock = {key: value for key, value in checkpoint.items() if key != KEY} | {"trainer_name": STOCK}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(target, stock)
+    written, given = read_checkpoint(target), checkpoint["network_weights"]
+    if KEY in written or written["trainer_name"] != STOCK or not _equal(written["network_weights"], given):
+        remedy = "Look at the disk, and repeat the command."
+        raise StateError(explain("weights", str(target), allowed="those read", given="others", remedy=remedy))
+    return counts
+
+
+def _refuse_e2enet(checkpoint: Mapping[str, Any], source: Path) -> None:
+    if any(name.startswith("fusion.") for name in checkpoint["network_weights"]):
+        raise StateError(
+            explain(
+                "network",
+                source.name,
+                allowed=f"one that {STOCK} builds from the plans",
+                given="an E2ENet",
+                remedy=f"Predict with the trainer that it was trained with, {checkpoint['trainer_name']}.",
+            )
+        )
+
+
+def _count(weights: Mapping[str, Tensor], part: Mapping[str, Any], where: str) -> Exported:
+    masks = {name: saved["mask"] for name, saved in part["sparsifier"]["weights"].items()}
+    for name, mask in masks.items():
+        outside = int(torch.count_nonzero(weights[name][~mask]))
+        if outside:
+            remedy = "It was changed after the training; export the checkpoint that the training wrote."
+            raise StateError(explain(name, where, allowed="zeros outside the mask", given=outside, remedy=remedy))
+    num_active = sum(int(mask.sum()) for mask in masks.values())
+    return Exported(len(masks), num_active, sum(mask.numel() for mask in masks.values()))
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

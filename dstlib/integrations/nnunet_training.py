@@ -1,0 +1,232 @@
+"""Sparse training inside a trainer of nnU-Net v2, as a class to mix into one.
+
+nnU-Net itself is not imported here: a class that comes after these in a list of bases brings it in.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from dstlib.door import sparsify
+from dstlib.errors import SettingError, explain
+from dstlib.integrations.nnunet_checkpoint import (
+    KEY,
+    VERSION,
+    read_checkpoint,
+    refuse_other_settings,
+    sparse_part,
+    write_checkpoint,
+)
+from dstlib.masking import MaskUpdate, Site
+from dstlib.methods import Method, find_method
+from dstlib.sparsifier import Sparsifier
+from dstlib.targets import plain_name, unwrap
+from dstlib.zoo.e2enet.files import write_json
+
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Host
+else:
+    Host = object
+
+_CUDA = torch.device("cuda")  # nnU-Net's default
+_CLIP = 12.0  # nnU-Net's bound on the norm of the gradient
+
+
+def ends(network: nn.Module) -> tuple[str, ...]:
+    """The weights of a U-Net of nnU-Net that read the image or write the classes.
+
+    They are few, and each connection that one of them loses is an image or a class unseen; as in E2ENet, they
+    stay dense.
+    """
+    names = [plain_name(name) for name, p in unwrap(network).named_parameters() if p.ndim > 1]
+    return (names[0], *(name for name in names[1:] if ".seg_layers." in name))
+
+
+class Training(Host):
+    """What all trainers of dstlib share: a length that may be set by class, and a check that nnU-Net lacks.
+
+    ``epochs``: how many, or None for nnU-Net's thousand.
+    """
+
+    epochs: int | None = None
+
+    def __init__(  # nnU-Net reads the names of these arguments
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict[str, Any],
+        device: torch.device = _CUDA,
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.epochs is not None:
+            self.num_epochs = self.epochs
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        """nnU-Net's, unless all of their weights in the loss would be 0 / 0: it leaves the coarsest one out."""
+        scales: list[list[float]] | None = super()._get_deep_supervision_scales()
+        if scales is not None and len(scales) < 2:
+            raise SettingError(
+                explain(
+                    "n_stages",
+                    f"configuration {self.configuration_name}",
+                    allowed="3 or more, as nnU-Net's deep supervision leaves out the coarsest output",
+                    given=len(scales) + 1,
+                    remedy="Plan with a larger patch, or set enable_deep_supervision = False in a trainer of yours.",
+                )
+            )
+        return scales
+
+
+class SparseTraining(Training):
+    """Trains the network of a trainer of nnU-Net sparse from the first step to the last.
+
+    Settings, as class attributes: ``method``, ``sparsity``, ``include``, ``exclude`` and ``seed`` are those of
+    :func:`dstlib.sparsify`; ``exclude = None`` leaves the first convolution and the heads dense. ``interval``
+    counts the optimizer steps between mask updates, None being the method's own.
+    """
+
+    method: str | Method = "dsff"
+    sparsity: float = 0.8
+    interval: int | None = None
+    include: str | Sequence[str] = "*"
+    exclude: Sequence[str] | None = None
+    seed: int = 0
+
+    def configure_optimizers(self) -> tuple[Optimizer, Any]:
+        """nnU-Net's optimizer and schedule. The network, compiled but not yet wrapped by DDP, becomes sparse."""
+        optimizer, schedule = super().configure_optimizers()
+        method = find_method(self.method)
+        if self.interval is not None:
+            method = replace(method, interval=self.interval)
+        self.sparsifier: Sparsifier = sparsify(
+            self.network,
+            optimizer,
+            sparsity=self.sparsity,
+            method=method,
+            total_steps=self.num_epochs * self.num_iterations_per_epoch,
+            include=self.include,
+            exclude=ends(self.network) if self.exclude is None else self.exclude,
+            seed=self.seed,
+        )
+        self._forget_updates()
+        self.sparsifier.observers.append(self._observe)
+        return optimizer, schedule
+
+    def on_train_start(self) -> None:
+        """Masks also weights that ``-pretrained_weights`` has put in since, and logs what is sparse."""
+        super().on_train_start()
+        self.sparsifier.apply_masks()
+        self.print_to_log_file(f"dstlib: {self.sparse_settings()}\n{self.sparsifier.summary()}")
+
+    def train_step(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """One optimizer step, as nnU-Net's, but gradients are masked before their norm is clipped."""
+        data, target = (_to(batch[key], self.device) for key in ("data", "target"))
+        self.optimizer.zero_grad(set_to_none=True)
+        is_cuda = self.device.type == "cuda"  # nnU-Net computes in half precision there alone
+        with torch.autocast("cuda") if is_cuda else nullcontext():
+            loss = self.loss(self.network(data), target)
+        if self.grad_scaler is None:
+            loss.backward()
+            self._mask_and_clip()
+            self.optimizer.step()
+        else:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            self._mask_and_clip()
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def on_epoch_end(self) -> None:
+        """Logs the density, entries outside the masks (there are none) and the mask updates of the epoch."""
+        weights = self.sparsifier.weights
+        outside = sum(int(torch.count_nonzero(w.parameter[~self.sparsifier.masks[w.name]])) for w in weights)
+        moved = f", {self._num_grown / self._num_active:.1%} of the active entries moved" if self._num_active else ""
+        self.print_to_log_file(
+            f"dstlib: step {self.sparsifier.step}, density {self.sparsifier.density:.6f}, "
+            f"{outside} entries outside the masks, {len(self._steps)} mask updates{moved}"
+        )
+        self._forget_updates()
+        super().on_epoch_end()
+
+    def on_train_end(self) -> None:
+        """Leaves ``dstlib_summary.json`` beside the final checkpoint."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            summary = self.sparsifier.summary()
+            rows = {r.name: {"active": r.num_active, "total": r.num_total, "dense": r.reason} for r in summary.rows}
+            counts = {"density": summary.density, "params": summary.params, "steps": self.sparsifier.step}
+            write_json(
+                Path(self.output_folder) / "dstlib_summary.json",
+                {"settings": self.sparse_settings(), **counts, "weights": rows},
+            )
+            self.print_to_log_file(f"dstlib: {summary}")
+
+    def sparse_settings(self) -> dict[str, Any]:
+        """What a continued training must share with the one that was saved."""
+        plan = self.sparsifier.plan
+        return {
+            "method": plan.method.name,
+            "granularity": repr(plan.method.granularity),
+            "interval": plan.method.interval,
+            "sparsity": self.sparsity,
+            "sparse": [weight.name for weight in self.sparsifier.weights],
+            "seed": self.seed,
+            "total_steps": self.num_epochs * self.num_iterations_per_epoch,
+        }
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with the masks under one key of its own, written whole or not at all."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        partial = Path(f"{filename}.partial")
+        try:
+            super().save_checkpoint(str(partial))
+            # written by this very process a moment ago, and perhaps with things of a subclass
+            checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+        finally:
+            partial.unlink(missing_ok=True)
+        part = {"version": VERSION, "settings": self.sparse_settings(), "sparsifier": self.sparsifier.state_dict()}
+        write_checkpoint(Path(filename), {**checkpoint, KEY: part})
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Continues from a checkpoint of a sparse training of the same settings.
+
+        Raises:
+            StateError: The checkpoint has no masks, or its settings differ; nothing has been loaded then.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        path = Path(filename_or_checkpoint)
+        part = sparse_part(read_checkpoint(path), path.name)
+        refuse_other_settings(part["settings"], self.sparse_settings(), path.name)
+        super().load_checkpoint(filename_or_checkpoint)
+        self.sparsifier.load_state_dict(part["sparsifier"])
+
+    def _mask_and_clip(self) -> None:
+        self.sparsifier.before_step(self.optimizer)  # else the norm would be that of the dense gradient
+        clip_grad_norm_(self.network.parameters(), _CLIP)
+
+    def _forget_updates(self) -> None:
+        self._steps: set[int] = set()
+        self._num_grown = self._num_active = 0
+
+    def _observe(self, site: Site, update: MaskUpdate) -> None:
+        self._steps.add(site.step)
+        self._num_grown += int(update.grown.sum())
+        self._num_active += int(update.mask.sum())
+
+
+def _to(x: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    if isinstance(x, list):
+        return [part.to(device, non_blocking=True) for part in x]
+    return x.to(device, non_blocking=True)

@@ -1,0 +1,98 @@
+"""The baselines that MONAI implements: UNETR, Swin UNETR, V-Net and UNet++.
+
+MONAI is imported on demand: whoever only reads the table of baselines does not need it.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dstlib.errors import SettingError, explain
+from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter, refuse_width
+
+HEAD_WIDTH = 64  # channels of one attention head of UNETR's ViT-Base
+
+
+def unetr(request: Request) -> Segmenter:
+    """UNETR: a ViT-Base on patches of 16³ voxels, and a convolutional decoder.
+
+    Its position embeddings fix the size of the input. A narrower one has fewer attention heads of the same 64
+    channels.
+
+    Reference: Hatamizadeh et al., *UNETR* (WACV 2022). On 128³ voxels it has the 93.03 M parameters of E2ENet's
+    table.
+    """
+    from monai.networks.nets import UNETR
+
+    size = request.padded_size((16, 16, 16))
+    heads = request.channels(12)
+    host = UNETR(
+        in_channels=request.in_channels,
+        out_channels=request.num_classes,
+        img_size=size,
+        feature_size=request.channels(16),
+        hidden_size=HEAD_WIDTH * heads,
+        mlp_dim=4 * HEAD_WIDTH * heads,
+        num_heads=heads,
+    )
+    return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16), fixed_size=size)
+
+
+def swin_unetr(request: Request) -> Segmenter:
+    """Swin UNETR with 48 features, windows of 7³; a narrower one has a multiple of 12.
+
+    Reference: Hatamizadeh et al., *Swin UNETR* (BrainLes 2021).
+    """
+    from monai.networks.nets import SwinUNETR
+
+    host = SwinUNETR(
+        in_channels=request.in_channels,
+        out_channels=request.num_classes,
+        feature_size=12 * request.channels(4),
+    )
+    return Segmenter(host, in_channels=request.in_channels, multiple=(32, 32, 32))
+
+
+def vnet(request: Request) -> Segmenter:
+    """V-Net, in the one width that MONAI builds: 16 channels at the finest level, 256 at the coarsest.
+
+    Raises:
+        SettingError: another width, or a number of input channels that does not divide 16.
+
+    Reference: Milletari et al., *V-Net* (3DV 2016). It has the 45.65 M parameters of E2ENet's table.
+    """
+    from monai.networks.nets import VNet
+
+    refuse_width(request, "vnet", "MONAI builds V-Net in one width.")
+    if 16 % request.in_channels:
+        remedy = "V-Net adds the image to its 16 first features, so many times over."
+        allowed, given = "a divisor of 16", request.in_channels
+        raise SettingError(explain("in_channels", "vnet", allowed=allowed, given=given, remedy=remedy))
+    host = VNet(in_channels=request.in_channels, out_channels=request.num_classes)
+    return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16))
+
+
+def unet_plus_plus(request: Request) -> Segmenter:
+    """UNet++ with the five levels and the widths of its paper: 32, 64, 128, 256, 512.
+
+    All its heads have full resolution; the one that has seen the whole nest comes first.
+
+    Reference: Zhou et al., *UNet++* (DLMIA 2018). MONAI halves the channels in the upsampling of all levels but
+    the finest, so this is no larger than the 2D one. E2ENet's table has 58.38 M, from a network that it does not
+    describe.
+    """
+    from monai.networks.nets import BasicUNetPlusPlus
+
+    widths = [request.channels(32 * 2**level) for level in range(5)]
+    host = BasicUNetPlusPlus(
+        spatial_dims=3,
+        in_channels=request.in_channels,
+        out_channels=request.num_classes,
+        features=(*widths, widths[0]),
+        deep_supervision=True,
+    )
+    return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16), read=_last_first)
+
+
+def _last_first(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(outputs[::-1])

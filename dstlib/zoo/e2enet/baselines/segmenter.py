@@ -1,0 +1,155 @@
+"""What is asked of a baseline, and the adapter that lets any host network answer as a segmenter does.
+
+Shapes: B batch, C channels, K classes, D, H, W depth, height, width in voxels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dstlib.errors import DataError, SettingError, explain
+from dstlib.layers.blocks import Triple
+from dstlib.zoo.e2enet.config import E2ENetConfig
+
+_WORDS = {
+    "in_channels": ("a whole number from 1 up", "Count the modalities of an image."),
+    "num_classes": ("a whole number from 1 up", "Count the channels of the logits."),
+    "patch_size": ("three whole numbers from 1 up", "Give the depth, height and width that the network trains on."),
+    "config": ("an E2ENetConfig", "Its levels and strides are those of the network it is compared with."),
+    "width": ("a number above 0", "1 is the published network, 0.5 has half its channels."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The network that is wanted.
+
+    - ``patch_size``: the (D, H, W) that it trains on and predicts.
+    - ``config``: of the E2ENet it stands beside; levels and strides are taken from it where the network has any.
+    - ``width``: multiplies the channels, where the implementation allows it.
+
+    Raises:
+        SettingError: a setting is out of range.
+    """
+
+    in_channels: int
+    num_classes: int
+    patch_size: Triple
+    config: E2ENetConfig
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        size = self.patch_size
+        holds = {
+            "in_channels": _counts([self.in_channels]),
+            "num_classes": _counts([self.num_classes]),
+            "patch_size": isinstance(size, Sequence) and len(size) == 3 and _counts(size),
+            "config": isinstance(self.config, E2ENetConfig),
+            "width": isinstance(self.width, int | float) and 0 < self.width < math.inf,
+        }
+        for name in (f.name for f in fields(self) if not holds[f.name]):
+            allowed, remedy = _WORDS[name]
+            given = getattr(self, name)
+            raise SettingError(explain(name, "build_model()", allowed=allowed, given=given, remedy=remedy))
+
+    def channels(self, number: int) -> int:
+        """``number`` of the published network, at this width; at least 1."""
+        return max(1, round(number * self.width))
+
+    def padded_size(self, multiple: Triple) -> Triple:
+        """``patch_size``, each extent rounded up to its multiple."""
+        depth, height, width = (math.ceil(n / m) * m for n, m in zip(self.patch_size, multiple, strict=True))
+        return depth, height, width
+
+
+def one_head(output: Tensor) -> tuple[Tensor, ...]:
+    """The logits of a host that returns nothing but them."""
+    return (output,)
+
+
+class Segmenter(nn.Module):
+    """A host network under the manners of the zoo: it trains, predicts and is made sparse as an E2ENet is.
+
+    ``read`` turns what the host returns into logits, the finest and best first; heads that are not asked for
+    are computed all the same, as in published counts. Where a size is no ``multiple``, zeros are added behind
+    it, and the logits are cut back; with ``pad`` False, for hosts whose heads have different resolutions, it
+    is refused. ``fixed_size``: the only size that the host takes, padding included.
+
+    Shapes: (B, in_channels, D, H, W) → with ``deep_supervision`` a tuple of logits (B, K, D, H, W), or lower
+    resolutions of it; without, the first of them alone.
+
+    Raises:
+        DataError: the input does not fit the host.
+
+    >>> import torch
+    >>> net = Segmenter(nn.Conv3d(1, 3, 1), in_channels=1, multiple=(2, 2, 2))
+    >>> [tuple(logits.shape) for logits in net(torch.rand(1, 1, 4, 5, 4))]
+    [(1, 3, 4, 5, 4)]
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        *,
+        in_channels: int,
+        multiple: Triple,
+        read: Callable[[Any], tuple[Tensor, ...]] = one_head,
+        pad: bool = True,
+        fixed_size: Triple | None = None,
+    ) -> None:
+        super().__init__()
+        self.host = host
+        self.in_channels = in_channels
+        self.multiple = multiple
+        self.read = read
+        self.pad = pad
+        self.fixed_size = fixed_size
+        self.deep_supervision = True
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            allowed, given = f"(B, {self.in_channels}, D, H, W)", tuple(x.shape)
+            remedy = "The network was built for this number of channels."
+            raise DataError(explain("shape", self._where, allowed=allowed, given=given, remedy=remedy))
+        size = tuple(x.shape[2:])
+        missing = [-extent % step for extent, step in zip(size, self.multiple, strict=True)]
+        self._check(size, missing)
+        if any(missing):
+            depth, height, width = missing
+            x = functional.pad(x, (0, width, 0, height, 0, depth))
+        logits = self.read(self.host(x))
+        if any(missing):
+            logits = tuple(y[..., : size[0], : size[1], : size[2]] for y in logits)
+        return logits if self.deep_supervision else logits[0]
+
+    @property
+    def _where(self) -> str:
+        return f"input of {type(self.host).__name__}"
+
+    def _check(self, size: tuple[int, ...], missing: Sequence[int]) -> None:
+        padded = tuple(extent + more for extent, more in zip(size, missing, strict=True))
+        allowed = None
+        if self.fixed_size is not None and padded != self.fixed_size:
+            allowed = f"a size that pads to {self.fixed_size}"
+        elif any(missing) and not self.pad:
+            allowed = f"D, H, W in multiples of {self.multiple}"
+        elif padded == self.multiple:
+            # a single voxel at the coarsest level would have no variance to normalise by
+            allowed = f"more than {self.multiple}"
+        if allowed is not None:
+            remedy = "Build the network for another patch size, or with other strides."
+            raise DataError(explain("size", self._where, allowed=allowed, given=size, remedy=remedy))
+
+
+def refuse_width(request: Request, name: str, remedy: str) -> None:
+    """Raises a SettingError where a network of one width only is asked for in another."""
+    if request.width != 1:
+        raise SettingError(explain("width", name, allowed="1", given=request.width, remedy=remedy))
+
+
+def _counts(numbers: Sequence[int]) -> bool:
+    return all(type(number) is int and number >= 1 for number in numbers)

@@ -1,0 +1,98 @@
+"""What can be wrong with the voxels and the place of an image or a label, in words: pure functions of arrays.
+
+Arrays are in a file's own order (x, y, z[, channel]); affines take their voxels to millimetres.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
+from numpy.typing import NDArray
+
+# Headers written by different programs differ by rounding. Under a tenth of a voxel that moves no label to
+# another voxel; a real mismatch (another origin, a flip, another spacing) is a whole voxel at some corner.
+MAX_SHIFT = 0.1  # voxels
+
+# The volume of the cell that three axes of length 1 span: 1 at right angles, 0 in one plane. A tilted gantry
+# (30° at most) leaves 0.87.
+MIN_CELL = 0.1
+
+
+class Volume(NamedTuple):
+    """One file: voxels in its own order, the affine, and whether its header states one (or it is a guess)."""
+
+    voxels: NDArray[Any]
+    affine: NDArray[np.float64]
+    is_placed: bool
+
+
+def image_defects(images: Sequence[NDArray[np.float32]], num_channels: int) -> list[str]:
+    """What is wrong with the files of one image: their shapes, and the number of channels of all together."""
+    shapes = [image.shape for image in images]
+    for shape in shapes:
+        if len(shape) not in (3, 4) or 0 in shape:
+            return [f"has shape {shape}, but an image is (x, y, z) or (x, y, z, channel)"]
+    given = sum(shape[3] if len(shape) == 4 else 1 for shape in shapes)
+    if given != num_channels:
+        return [f"has {given} channel(s), but the data set names {num_channels}"]
+    return []
+
+
+def voxel_defects(image: NDArray[np.float32]) -> list[str]:
+    """Whether voxels are NaN, infinite or beyond float32."""
+    if image.size and np.isfinite(image.min()) and np.isfinite(image.max()):  # both are NaN if any voxel is
+        return []
+    num_bad = int(np.count_nonzero(~np.isfinite(image)))
+    return [f"has {num_bad} voxel(s) that are NaN, infinite or beyond float32"] if num_bad else []
+
+
+def affine_defects(affine: NDArray[np.float64]) -> list[str]:
+    """Whether voxels have a size, and their axes span a volume."""
+    sizes = voxel_sizes(affine)
+    if not (np.isfinite(affine).all() and (sizes > 0).all()):
+        return [f"has voxels of {sizes.tolist()} mm, but sizes are positive and finite"]
+    if abs(np.linalg.det(affine[:3, :3] / sizes)) < MIN_CELL:
+        return ["has axes that lie in one plane, or nearly so: its affine places no volume"]
+    return []
+
+
+def as_label(voxels: NDArray[Any], num_classes: int) -> NDArray[np.uint8] | str:
+    """The label as bytes, or else what is wrong with its values; floats are cast where they are whole numbers.
+
+    >>> as_label(np.array([0.0, 2.0]), 2)
+    array([0, 2], dtype=uint8)
+    >>> as_label(np.array([0, 3, 7]), 2)
+    'has values 3, 7, but the classes are numbered 0 to 2'
+    """
+    if voxels.size == 0:
+        return f"has shape {voxels.shape}: no voxel"
+    if voxels.min() >= 0 and voxels.max() <= num_classes:  # false where any voxel is NaN
+        label = voxels.astype(np.uint8)
+        if voxels.dtype.kind != "f" or np.array_equal(label, voxels):
+            return label
+    values = np.unique(voxels)
+    fractions = values[values != np.floor(values)]  # NaN differs from itself, so it counts
+    if len(fractions):
+        return f"has values that are not whole numbers: {_listed(fractions)}"
+    foreign = values[(values < 0) | (values > num_classes)]
+    return f"has values {_listed(foreign)}, but the classes are numbered 0 to {num_classes}"
+
+
+def _listed(values: NDArray[Any]) -> str:
+    return ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if len(values) > 5 else "")
+
+
+def mismatches(volume: Volume, other: Volume, name: str) -> list[str]:
+    """Whether a volume lies elsewhere than ``other``, called ``name``: its image, or its first channel."""
+    shape, expected = volume.voxels.shape, other.voxels.shape[:3]
+    if shape[:3] != expected or volume.voxels.ndim > 4:
+        return [f"has shape {shape}, but {name} has {expected}"]
+    if len(expected) != 3:
+        return []  # reported of the image already
+    corners = np.array(list(product(*((0, n - 1) for n in expected))))
+    moved = np.linalg.norm(apply_affine(other.affine, corners) - apply_affine(volume.affine, corners), axis=1)
+    if not moved.max() <= MAX_SHIFT * voxel_sizes(other.affine).min():  # so written, NaN is refused too
+        return [f"lies {moved.max():.3g} mm away from {name}: the affines differ by more than rounding"]
+    return []

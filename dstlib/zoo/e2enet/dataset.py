@@ -1,0 +1,122 @@
+"""The data of a run: real scans or phantoms from their files, prepared, and divided by fold."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstlib.errors import SettingError, explain
+from dstlib.zoo.e2enet.data.cache import prepared_cases
+from dstlib.zoo.e2enet.data.cases import Cases, split
+from dstlib.zoo.e2enet.data.layouts import only_modality, read_manifest
+from dstlib.zoo.e2enet.data.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
+from dstlib.zoo.e2enet.data.preparation import Preparation
+from dstlib.zoo.e2enet.recipes import Recipe
+from dstlib.zoo.e2enet.training.ranks import Ranks
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What a run trains on, and what it is judged by: the held-out cases, prepared and as the files they came in."""
+
+    name: str
+    modality: str
+    preparation: Preparation
+    train_on: Cases
+    held_out: Cases
+    held_out_files: tuple[CaseFiles, ...]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return self.train_on.channels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train_on.classes
+
+    def to_json(self) -> dict[str, Any]:
+        """What settles the result, without where the files lie."""
+        return {
+            "name": self.name,
+            "modality": self.modality,
+            "channels": list(self.channels),
+            "classes": list(self.classes),
+            "preparation": self.preparation.to_json(),
+            "train_on": [case.name for case in self.train_on.cases],
+            "held_out": [case.name for case in self.held_out.cases],
+        }
+
+    def absent_classes(self) -> list[str]:
+        """The classes that no case to train on has."""
+        present = set().union(*(case.class_voxels for case in self.train_on.cases))
+        return [name for label, name in enumerate(self.classes, start=1) if label not in present]
+
+
+def open_dataset(recipe: Recipe, options: argparse.Namespace, *, ranks: Ranks) -> Dataset:
+    """Reads, checks and prepares the scans that the options name, or draws phantoms.
+
+    Intensities are normalised by all labelled scans of the set, whatever the fold, as nnU-Net does: folds then share
+    their prepared scans, and the held-out ones contribute four numbers per channel.
+
+    Raises:
+        DataError: The set cannot be used; the message lists every defect.
+        SettingError: There is no such fold.
+    """
+    if not ranks.leads:
+        ranks.wait()  # the leader has drawn and prepared
+    manifest = _manifest(recipe, options)
+    train_names, held_out_names = _fold(manifest, options.fold)
+    cache = options.cache or RUNS / "prepared" / f"{manifest.name}-{options.modality}"
+    cases, preparation = prepared_cases(
+        manifest, manifest.train, modality=options.modality, folder=cache, workers=options.workers
+    )
+    if options.fold == "all" and manifest.validation:
+        judged, _ = prepared_cases(
+            manifest,
+            manifest.validation,
+            modality=options.modality,
+            folder=cache,
+            preparation=preparation,
+            workers=options.workers,
+        )
+        cases = replace(cases, cases=cases.cases + judged.cases)
+    if ranks.leads:
+        ranks.wait()
+    files = {files.name: files for files in (*manifest.train, *manifest.validation)}
+    return Dataset(
+        name=manifest.name,
+        modality=options.modality,
+        preparation=preparation,
+        train_on=_named(cases, train_names),
+        held_out=_named(cases, held_out_names),
+        held_out_files=tuple(files[name] for name in held_out_names),
+    )
+
+
+def _manifest(recipe: Recipe, options: argparse.Namespace) -> Manifest:
+    kind, _ = recipe.phantoms
+    folder = options.data or write_phantoms(
+        RUNS / "phantoms" / f"{kind}-{options.scans}", kind, num_scans=options.scans
+    )
+    manifest = read_manifest(folder, options.layout)
+    return only_modality(manifest, options.modality) if manifest.layout == "amos" else manifest
+
+
+def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names to train on, and those held out."""
+    names = [files.name for files in manifest.train]
+    if fold == "all":
+        return tuple(sorted(names)), tuple(sorted(files.name for files in manifest.validation))
+    if not fold.isdecimal():
+        remedy = "Pass 0 for the first fold."
+        raise SettingError(explain("--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy))
+    return split(names, fold=int(fold))
+
+
+def _named(cases: Cases, names: Sequence[str]) -> Cases:
+    by_name = {case.name: case for case in cases.cases}
+    return replace(cases, cases=tuple(by_name[name] for name in names))

@@ -1,0 +1,117 @@
+"""Methods compared: the PT score of accuracy against cost, and the critical distance of their ranks.
+
+Shapes: N cases, M methods.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata, studentized_range
+
+from dstlib.errors import DataError, SettingError, explain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a comparison.
+
+    ``dice`` is mDice in per cent, ``params`` counts in millions, ``flops`` in units of 10⁹; None is unknown.
+    ``scores`` holds further columns (in per cent too), ``source`` says where the numbers stand.
+    """
+
+    name: str
+    dice: float
+    params: float | None = None
+    flops: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
+
+
+def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None, ...]:
+    """mDice / mDice_max + alpha · (Params_min / Params + FLOPs_min / FLOPs), over the extremes of these rows.
+
+    The extremes may come from different rows. A row with a cost unknown has no score, and sets no extreme.
+
+    Raises:
+        SettingError: ``alpha`` is no weight.
+        DataError: A number is not positive.
+
+    Reference: Wu et al., *E2ENet* (NeurIPS 2024), the performance trade-off score; there alpha = ½.
+
+    >>> best, cheap = Row(name="a", dice=80, params=20, flops=100), Row(name="b", dice=60, params=10, flops=50)
+    >>> pt_scores([best, cheap])
+    (1.5, 1.75)
+    """
+    if not (math.isfinite(alpha) and alpha >= 0):
+        remedy = "The paper's is 0.5."
+        raise SettingError(explain("alpha", "pt_scores()", allowed="a number from 0 up", given=alpha, remedy=remedy))
+    for row in rows:
+        numbers = (row.dice, row.params, row.flops)
+        if not all(number is None or (math.isfinite(number) and number > 0) for number in numbers):
+            given = f"mDice {row.dice}, params {row.params}, FLOPs {row.flops}"
+            remedy = "Leave the row out, or pass None for a cost that is unknown."
+            raise DataError(explain("row", repr(row.name), allowed="positive numbers", given=given, remedy=remedy))
+    known = [(row.dice, row.params, row.flops) for row in rows if row.params is not None and row.flops is not None]
+    if not known:
+        return (None,) * len(rows)
+    dice_max = max(dice for dice, _, _ in known)
+    params_min, flops_min = min(params for _, params, _ in known), min(flops for _, _, flops in known)
+    return tuple(
+        None
+        if row.params is None or row.flops is None
+        else row.dice / dice_max + alpha * (params_min / row.params + flops_min / row.flops)
+        for row in rows
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Of M methods: ``average`` ranks (M,), 1 the best, and the distance from which on two of them differ.
+
+    ``groups`` are the longest runs of methods, best first, whose ranks lie within that distance: the bars of a
+    critical-distance diagram. A method that differs from all others is in none.
+    """
+
+    average: NDArray[np.float64]
+    critical_distance: float
+    groups: tuple[tuple[int, ...], ...]
+
+
+def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> Ranks:
+    """Average ranks over the cases, higher scores first, and Nemenyi's critical distance at level ``alpha``.
+
+    Ties share their mean rank. The distance is q_alpha · sqrt(M (M + 1) / 6 N), q_alpha the studentized range over
+    sqrt(2). It asks for cases scored by every method: choose how to rank a missing structure before (as 0, say).
+
+    Raises:
+        SettingError: ``alpha`` is no level.
+        DataError: There are fewer than two methods, no case, or a score that is not finite.
+
+    Reference: Demšar, *Statistical comparisons of classifiers over multiple data sets* (JMLR 2006), section 3.2.2.
+
+    >>> ranks = nemenyi(np.array([[0.9, 0.8], [0.7, 0.6], [0.5, 0.5]]))
+    >>> ranks.average.round(3).tolist(), round(ranks.critical_distance, 3), ranks.groups
+    ([1.167, 1.833], 1.132, ((0, 1),))
+    """
+    if not 0 < alpha < 1:
+        allowed, remedy = "a level between 0 and 1", "Pass 0.05, say."
+        raise SettingError(explain("alpha", "nemenyi()", allowed=allowed, given=alpha, remedy=remedy))
+    if scores_NM.ndim != 2 or scores_NM.shape[0] < 1 or scores_NM.shape[1] < 2 or not np.isfinite(scores_NM).all():
+        given = f"{scores_NM.shape} with {int((~np.isfinite(scores_NM)).sum())} that are not finite"
+        allowed, remedy = "finite scores (cases, two methods or more)", "Leave out cases that a method has no score of."
+        raise DataError(explain("scores", "nemenyi()", allowed=allowed, given=given, remedy=remedy))
+    num_cases, num_methods = scores_NM.shape
+    average = rankdata(-scores_NM, axis=1).mean(axis=0)
+    q_alpha = float(studentized_range.ppf(1 - alpha, num_methods, np.inf)) / math.sqrt(2)
+    distance = q_alpha * math.sqrt(num_methods * (num_methods + 1) / (6 * num_cases))
+    return Ranks(average, distance, _groups(average, distance))
+
+
+def _groups(average: NDArray[np.float64], distance: float) -> tuple[tuple[int, ...], ...]:
+    order = np.argsort(average, kind="stable")
+    ends = [int(np.searchsorted(average[order], average[i] + distance, side="right")) for i in order]
+    longest = [(start, end) for start, end in enumerate(ends) if start == 0 or ends[start - 1] < end]
+    return tuple(tuple(order[start:end].tolist()) for start, end in longest if end - start > 1)

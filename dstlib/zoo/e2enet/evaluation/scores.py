@@ -1,0 +1,238 @@
+"""The scores of a set of cases: means, tables, and the same as CSV and JSON.
+
+Shapes: N cases, K foreground classes.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dstlib.errors import DataError, explain
+from dstlib.report import align
+from dstlib.zoo.e2enet.evaluation.metrics import METRICS
+
+SIDES = ("label", "prediction")
+NAMES = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95", "hd": "HD"}
+DEFINITIONS = {
+    "dice": "Dice = 2 |label ∩ prediction| / (|label| + |prediction|), per class and case.",
+    "nsd": "NSD, surface Dice: the share of both surfaces, by area, within {tolerance} of the other one.",
+    "hd95": "HD95: 95th percentile, in mm, of the distances between the surface voxels, both directions pooled.",
+    "hd": "HD: the largest of these distances, in mm.",
+}
+POLICY = """\
+Means are over the cases with a value, class by class, then over the classes with a mean (m...).
+A class absent from label and prediction has no value in that case and is left out; absent from one of them (missed:
+from the prediction, false: from the label), its Dice and NSD are 0 and its distances are left out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The ``scores`` of N cases and K foreground classes, (N, K) per metric; NaN where there is none.
+
+    - ``volumes``: (N, K, 2) millilitres of the class in label and prediction; 0 where it is absent.
+    - ``tolerances``: of surface Dice, in mm, per class.
+    - ``left_out``: cases that could not be scored, and why; they are in no mean.
+
+    >>> dice, volumes = np.array([[0.5, 1.0], [0.7, np.nan]]), np.zeros((2, 2, 2))
+    >>> scores = Evaluation(("a", "b"), ("liver", "spleen"), {"dice": dice}, volumes, (1.0, 1.0))
+    >>> scores.class_dice.tolist(), scores.num_cases.tolist(), scores.mean
+    ([0.6, 1.0], [2, 1], 0.8)
+    """
+
+    cases: tuple[str, ...]
+    classes: tuple[str, ...]
+    scores: Mapping[str, NDArray[np.float64]]
+    volumes: NDArray[np.float64]
+    tolerances: tuple[float, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def dice(self) -> NDArray[np.float64]:
+        """(N, K)."""
+        return self.scores["dice"]
+
+    @property
+    def num_cases(self) -> NDArray[np.int64]:
+        """(K,): how many cases have a Dice of each class."""
+        return np.isfinite(self.dice).sum(axis=0)
+
+    @property
+    def num_missed(self) -> NDArray[np.int64]:
+        """(K,): in how many cases the label has the class and the prediction has not."""
+        return ((self.volumes[..., 0] > 0) & (self.volumes[..., 1] == 0)).sum(axis=0)
+
+    @property
+    def num_false(self) -> NDArray[np.int64]:
+        """(K,): in how many cases the prediction has the class and the label has not."""
+        return ((self.volumes[..., 0] == 0) & (self.volumes[..., 1] > 0)).sum(axis=0)
+
+    @property
+    def class_dice(self) -> NDArray[np.float64]:
+        """(K,): the mean Dice over the cases; NaN for a class that no case has."""
+        return self.class_means("dice")
+
+    @property
+    def mean(self) -> float:
+        """mDice: the mean of ``class_dice``; NaN if no case has any class."""
+        return self.mean_of("dice")
+
+    def class_means(self, metric: str) -> NDArray[np.float64]:
+        """(K,): the mean over the cases that have a value; NaN for a class without any."""
+        return _mean(self.scores[metric], axis=0)
+
+    def case_means(self, metric: str) -> NDArray[np.float64]:
+        """(N,): the mean over the classes that have a value; NaN for a case without any."""
+        return _mean(self.scores[metric], axis=1)
+
+    def mean_of(self, metric: str) -> float:
+        """The mean over the cases, class by class, and then over the classes; NaN if there is no value at all.
+
+        Reference: the paper averages over the classes and then the cases. Where every class is in every case both
+        orders agree; where some are missing, this one gives every class the same say, as nnU-Net's summary does.
+        """
+        return float(_mean(self.class_means(metric), axis=0))
+
+    def case_mean(self, index: int) -> float:
+        """The mean Dice over the classes that one case has; 0 if it has none."""
+        return float(np.nan_to_num(self.case_means("dice")[index]))
+
+    def table(self) -> str:
+        """A row per class and the means, with what was counted, left out and meant below."""
+        columns = {name: self.class_means(name) for name in self.scores}
+        rows = [("class", *(NAMES[name] for name in columns), "cases", "missed", "false")]
+        for k, label in enumerate(self.classes):
+            counts = (str(x[k]) for x in (self.num_cases, self.num_missed, self.num_false))
+            rows.append((label, *(_number(name, means[k]) for name, means in columns.items()), *counts))
+        means = (_number(name, self.mean_of(name)) for name in columns)
+        sums = (str(x.sum()) for x in (self.num_missed, self.num_false))
+        lines = align([*rows, ("mean", *means, str(len(self.cases)), *sums)], left=(0,))
+        lines.insert(-1, lines[1])  # a rule above the means
+        return "\n".join([*lines, *self._notes()])
+
+    def definition(self) -> str:
+        """What the metrics of this evaluation are, and what becomes of missing structures."""
+        tolerance = " / ".join(f"{value:g}" for value in dict.fromkeys(self.tolerances)) + " mm"
+        if len(set(self.tolerances)) > 1:
+            tolerance = "the tolerance of its class (" + ", ".join(f"{value:g}" for value in self.tolerances) + " mm)"
+        return "\n".join([*(DEFINITIONS[name].format(tolerance=tolerance) for name in self.scores), POLICY])
+
+    def _notes(self) -> list[str]:
+        notes = []
+        size, one_sided = self.dice.size, int(self.num_missed.sum() + self.num_false.sum())
+        if absent := int(np.isnan(self.dice).sum()):
+            notes.append(f"{absent} of {size} (class, case) pairs left out: absent from both.")
+        if one_sided:
+            notes.append(f"{one_sided} of {size} pairs with Dice 0 and without a distance: absent from one.")
+        if self.left_out:
+            notes.append(f"NOT SCORED, {len(self.left_out)} of {len(self.left_out) + len(self.cases)} cases:")
+            notes += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
+        return [*notes, self.definition()]
+
+    def csv(self) -> str:
+        """A line per case and class: every metric (empty for none) and both volumes in ml."""
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(("case", "class", *self.scores, "label_ml", "prediction_ml"))
+        for n, case in enumerate(self.cases):
+            for k, label in enumerate(self.classes):
+                values = ("" if np.isnan(x[n, k]) else f"{x[n, k]:.6g}" for x in self.scores.values())
+                lines.writerow((case, label, *values, *(f"{x:.6g}" for x in self.volumes[n, k])))
+        return text.getvalue()
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data, with the values of every case; None for NaN."""
+        per_class = {f"class_{m}": _named(self.classes, self.class_means(m)) for m in self.scores}
+        return {
+            **{f"mean_{m}": _or_none(self.mean_of(m)) for m in self.scores},
+            **per_class,
+            "num_cases": dict(zip(self.classes, self.num_cases.tolist(), strict=True)),
+            "num_missed": dict(zip(self.classes, self.num_missed.tolist(), strict=True)),
+            "num_false": dict(zip(self.classes, self.num_false.tolist(), strict=True)),
+            "num_left_out": int(np.isnan(self.dice).sum()),
+            "classes": list(self.classes),
+            "tolerances_mm": list(self.tolerances),
+            "cases": {
+                case: {
+                    **{m: _named(self.classes, x[n]) for m, x in self.scores.items()},
+                    **{f"{side}_ml": _named(self.classes, self.volumes[n, :, i]) for i, side in enumerate(SIDES)},
+                }
+                for n, case in enumerate(self.cases)
+            },
+            "not_scored": dict(self.left_out),
+            "definition": self.definition().replace("\n", " "),
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Evaluation":
+        """What :meth:`to_json` gave.
+
+        Raises:
+            DataError: It is something else.
+        """
+        try:
+            cases, classes = tuple(content["cases"]), tuple(content["classes"])
+            metrics = [m for m in METRICS if f"mean_{m}" in content]
+            scores = {m: _array(content["cases"], classes, m) for m in metrics}
+            volumes = np.stack([_array(content["cases"], classes, f"{side}_ml") for side in SIDES], axis=-1)
+            tolerances = tuple(float(value) for value in content["tolerances_mm"])
+            return Evaluation(cases, classes, scores, volumes, tolerances, dict(content["not_scored"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            remedy = "Pass the content of a result.json or scores.json that dstlib wrote."
+            allowed, given = "the JSON of an evaluation", f"{type(error).__name__}: {error}"
+            raise DataError(explain("scores", "a file", allowed=allowed, given=given, remedy=remedy)) from error
+
+
+def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """All cases as one evaluation: the held-out cases of the five folds, say.
+
+    Raises:
+        DataError: They have other classes, metrics or tolerances, or share a case.
+    """
+    first, names = evaluations[0], [case for e in evaluations for case in e.cases]
+    for other in evaluations:
+        for what in ("classes", "tolerances"):
+            _refuse_unlike(what, getattr(first, what), getattr(other, what))
+        _refuse_unlike("metrics", tuple(first.scores), tuple(other.scores))
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        remedy = "Pool folds that hold out different cases."
+        given = f"{', '.join(repeated)} more than once"
+        raise DataError(explain("cases", "pooled()", allowed="each case once", given=given, remedy=remedy))
+    scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
+    volumes = np.concatenate([e.volumes for e in evaluations])
+    left_out = {name: why for e in evaluations for name, why in e.left_out.items()}
+    return Evaluation(tuple(names), first.classes, scores, volumes, first.tolerances, left_out)
+
+
+def _refuse_unlike(what: str, first: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    if first != other:
+        remedy = "Evaluate them alike."
+        raise DataError(explain(what, "pooled()", allowed=f"{first} in all", given=other, remedy=remedy))
+
+
+def _mean(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:
+    """Over what is not NaN; NaN where nothing is left."""
+    counts = np.isfinite(values).sum(axis=axis)
+    empty = np.full(counts.shape, np.nan)
+    return np.divide(np.nansum(values, axis=axis), counts, out=empty, where=counts > 0)
+
+
+def _array(cases: Mapping[str, Any], classes: Sequence[str], metric: str) -> NDArray[np.float64]:
+    rows = [[case[metric][label] for label in classes] for case in cases.values()]
+    return np.array(rows, np.float64).reshape(len(cases), len(classes))
+
+
+def _named(classes: Sequence[str], values: NDArray[np.float64]) -> dict[str, float | None]:
+    return dict(zip(classes, map(_or_none, values), strict=True))
+
+
+def _number(metric: str, value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.3f}" if metric in ("dice", "nsd") else f"{value:.2f}"
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

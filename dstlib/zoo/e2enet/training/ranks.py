@@ -1,0 +1,68 @@
+"""Training on several devices: which process this is, and what all of them must agree on.
+
+``torchrun --nproc-per-node 4 examples/e2enet_amos.py ...`` starts four processes; each draws its share of every
+batch, and together they train as one would.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``num``; the first one leads: it alone writes files and prints."""
+
+    rank: int = 0
+    num: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: float, device: torch.device) -> float:
+        """The mean over all processes."""
+        return self._sum(value, device) / self.num
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether one of the processes says so."""
+        return self._sum(float(flag), device) > 0
+
+    def wait(self) -> None:
+        """Goes on when all processes have come here."""
+        if self.num > 1:
+            distributed.barrier()
+
+    def _sum(self, value: float, device: torch.device) -> float:
+        if self.num == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=device)
+        distributed.all_reduce(total)
+        return float(total)
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[tuple[Ranks, str]]:
+    """Joins the group that torchrun started, if it did; yields the ranks and the device of this process.
+
+    Of ``cuda``, each process of a machine takes the GPU of its own number.
+
+    >>> with process_group("cpu") as (ranks, device):
+    ...     ranks.leads, ranks.num, device
+    (True, 1, 'cpu')
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield Ranks(), device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size()), device
+    finally:
+        distributed.destroy_process_group()

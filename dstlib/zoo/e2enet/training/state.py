@@ -1,0 +1,190 @@
+"""All that a training changes, from its first bit on, and what it starts from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dstlib.door import sparsify
+from dstlib.errors import SettingError, StateError, explain
+from dstlib.masking.distribution import erk
+from dstlib.masking.site import Site
+from dstlib.masking.update import MaskUpdate
+from dstlib.schedules import Every
+from dstlib.sparsifier import Sparsifier
+from dstlib.zoo.e2enet.network import E2ENet
+from dstlib.zoo.e2enet.training.ranks import Ranks
+from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
+
+
+@dataclass
+class Training:
+    """A network in training.
+
+    ``model`` is a segmenter: with its ``deep_supervision`` on it gives a tuple of logits, finest first, and else
+    the first of them. ``metrics`` has one row per finished epoch. ``updates`` has one row per mask update: the
+    iteration, and over all sparse weights how many were active and how many of them had just grown.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    sparsifier: Sparsifier | None
+    settings: TrainSettings
+    execution: Execution
+    ranks: Ranks
+    iteration: int = 0
+    loss_sum: float = 0.0  # over the epoch under way
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    updates: list[dict[str, int]] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` continues from, bit for bit on a CPU."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sparsifier": self.sparsifier.state_dict() if self.sparsifier else None,
+            "iteration": self.iteration,
+            "loss_sum": self.loss_sum,
+            "metrics": self.metrics,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where the training stood that ``state`` was taken from.
+
+        Raises:
+            StateError: It was taken from another network.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
+                self.scaler.load_state_dict(state["scaler"])
+            if self.sparsifier:
+                self.sparsifier.load_state_dict(state["sparsifier"])
+            self.iteration, self.loss_sum = state["iteration"], state["loss_sum"]
+            self.metrics, self.updates = list(state["metrics"]), list(state["updates"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            allowed = "the state of a training of the same network with the same settings"
+            remedy = "Resume with the configuration that the run was started with."
+            raise StateError(explain("state", "Training", allowed=allowed, given=error, remedy=remedy)) from error
+
+    def observe(self, site: Site, update: MaskUpdate) -> None:
+        """Books one weight's share of a mask update."""
+        if not self.updates or self.updates[-1]["iteration"] != site.step:
+            self.updates.append({"iteration": site.step, "active": 0, "grown": 0})
+        self.updates[-1]["active"] += int(update.mask.sum())
+        self.updates[-1]["grown"] += int(update.grown.sum())
+
+
+def start(
+    model: nn.Module, settings: TrainSettings, execution: Execution | None = None, ranks: Ranks | None = None
+) -> Training:
+    """A model on its device with its optimizer, and with a sparsifier where ``sparsity`` is not 0.
+
+    Of an E2ENet the fusion is sparse; of any other network every weight that dstlib selects, at ERK's densities.
+
+    Raises:
+        SettingError: The settings leave no mask update; see also :func:`dstlib.sparsify`.
+    """
+    execution = execution or Execution()
+    model.to(execution.device)
+    if execution.channels_last:
+        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=True,
+        weight_decay=settings.weight_decay,
+    )
+    kind = torch.device(execution.device).type
+    scaler = torch.amp.GradScaler(kind, enabled=execution.precision == "fp16")
+    sparsifier = _sparsify(model, optimizer, settings) if settings.sparsity > 0 else None
+    training = Training(model, optimizer, scaler, sparsifier, settings, execution, ranks or Ranks())
+    if sparsifier:
+        sparsifier.observers.append(training.observe)
+    return training
+
+
+def _sparsify(model: nn.Module, optimizer: torch.optim.SGD, settings: TrainSettings) -> Sparsifier:
+    _refuse_late_updates(settings)
+    method = kernel_method(settings.method, settings.interval)
+    is_e2enet = isinstance(model, E2ENet)
+    return sparsify(
+        model,
+        optimizer,
+        sparsity=settings.sparsity,
+        method=method if is_e2enet else replace(method, distribution=erk),
+        total_steps=settings.num_iterations,
+        include=E2ENet.FUSION if is_e2enet else "*",
+        seed=settings.seed,
+    )
+
+
+def _refuse_late_updates(settings: TrainSettings) -> None:
+    """In the words of the command line; sparsify() would say the same of its own arguments."""
+    method = kernel_method(settings.method, settings.interval)
+    clock = method.clock(settings.num_iterations)
+    if isinstance(clock, Every) and clock.last == clock.start:
+        given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
+        remedy = "Lower --interval, or raise --epochs or --iterations."
+        raise SettingError(
+            explain("interval", f"method {method.name}", allowed=f"at most {clock.stop}", given=given, remedy=remedy)
+        )
+
+
+def parallel(training: Training) -> nn.Module:
+    """What the forward pass goes through: the model, compiled if asked for, under DDP where there are ranks.
+
+    The model's own type, names and state stay as they are.
+    """
+    if training.execution.compile:
+        training.model.compile()
+    if training.ranks.num == 1:
+        return training.model
+    device = training.device
+    return DistributedDataParallel(
+        training.model,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=not isinstance(training.model, E2ENet),  # UNETR of MONAI has some
+    )
+
+
+def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) -> list[str]:
+    """Starts from the weights and masks of another training; the names of the weights that it does not have.
+
+    Heads for other classes start afresh, and so do the optimizer and the clock. With ``freeze`` the topology
+    stays as it is, as in the paper's transfer from CT to MRI.
+
+    Raises:
+        StateError: The other training is of another network, or is dense while this one is sparse.
+    """
+    own, theirs = training.model.state_dict(), state["model"]
+    fresh = [name for name, value in own.items() if name not in theirs or theirs[name].shape != value.shape]
+    remedy = "Begin from a run of the same network: the same model, channels, strides and kernels."
+    if any("head" not in name for name in fresh) or not set(theirs) <= set(own):
+        given = ", ".join([*fresh[:3], *sorted(set(theirs) - set(own))[:3]])
+        raise StateError(explain("weights", "--from", allowed="those of this network", given=given, remedy=remedy))
+    training.model.load_state_dict({name: own[name] if name in fresh else theirs[name] for name in own})
+    if training.sparsifier:
+        saved = state["sparsifier"]
+        if saved is None:
+            remedy = "Pass --sparsity 0, or begin from a sparse run."
+            raise StateError(explain("masks", "--from", allowed="a sparse run", given="a dense one", remedy=remedy))
+        weights = {name: _renewed(weight["mask"]) for name, weight in saved["weights"].items()}
+        training.sparsifier.load_state_dict({**saved, "weights": weights, "frozen": freeze})
+    return fresh
+
+
+def _renewed(mask: Tensor) -> dict[str, Any]:
+    return {"mask": mask, "step": 0, "updated_at": 0}

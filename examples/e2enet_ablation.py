@@ -1,0 +1,144 @@
+"""The ablations of the E2ENet paper as one grid, at any scale, printed in the layout of its tables.
+
+    python examples/e2enet_ablation.py                                            # phantoms, all tables: an hour or two
+    python examples/e2enet_ablation.py --tables components --epochs 10            # one table, shorter
+    python examples/e2enet_ablation.py --data amos22 --preset paper --tables shifts --seeds 0 1 2
+
+- components (Table 3): DSFF and shift, each on and off, and 3×3×3 kernels in their place.
+- shifts (Table 4): how far, and along which axis with which kernel.
+- capacity (Table 8): E2ENet wider, and nnU-Net narrower.
+- frequency: the interval between mask updates, halved and one and a half times as long.
+
+Each cell is a run of its own in --runs; a finished one is not repeated and a stopped one is continued, so the command
+may be stopped at any time and given again. The table is printed after each cell.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from dstlib.report import align
+from dstlib.zoo.e2enet.command import parser, run_command
+from dstlib.zoo.e2enet.compare import row_of
+from dstlib.zoo.e2enet.config import E2ENetConfig
+from dstlib.zoo.e2enet.evaluation.pt_score import Row
+from dstlib.zoo.e2enet.follow import follow
+from dstlib.zoo.e2enet.recipes import RECIPES, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row of a table: what it is called there, the network's changes, and further options of the recipe."""
+
+    name: str
+    network: Mapping[str, object]
+    options: tuple[str, ...] = ()
+
+
+DENSE = ("--sparsity", "0")
+FULL = {"kernel_size": (3, 3, 3), "shift": None}
+
+
+def tables(base: E2ENetConfig, interval: int) -> dict[str, tuple[Cell, ...]]:
+    """Every table of the grid, around a network."""
+    wider = tuple(round(width * 58 / 48) for width in base.channels)  # the paper's wider network starts at 58
+    return {
+        "components": (
+            Cell(name="no DSFF, no shift", network={"shift": None}, options=DENSE),
+            Cell(name="no DSFF, shift", network={}, options=DENSE),
+            Cell(name="DSFF, no shift", network={"shift": None}),
+            Cell(name="DSFF, shift", network={}),
+            Cell(name="DSFF, 3×3×3 in encoder and last diagonal", network={"outer_kernel_size": (3, 3, 3)}),
+            Cell(name="DSFF, 3×3×3 everywhere", network=FULL),
+        ),
+        "shifts": (
+            *(Cell(name=f"depth ({-n}, 0, {n}), 1×3×3", network={"shift": (-n, 0, n)}) for n in (1, 2, 3, 7)),
+            Cell(name="height (-1, 0, 1), 3×1×3", network={"shift_axis": "height", "kernel_size": (3, 1, 3)}),
+            Cell(name="width (-1, 0, 1), 3×3×1", network={"shift_axis": "width", "kernel_size": (3, 3, 1)}),
+        ),
+        "capacity": (
+            Cell(name="nnU-Net", network={}, options=("--model", "nnunet")),
+            Cell(name="E2ENet", network={}),
+            Cell(name="E2ENet(+), wider by 58/48", network={"channels": wider}),
+        ),
+        "frequency": tuple(
+            Cell(name=f"every {n} iterations", network={}, options=("--interval", str(n)))
+            for n in (interval // 2, interval, interval * 3 // 2)
+        ),
+    }
+
+
+def main() -> None:
+    options, rest = command_line().parse_known_args()
+    recipe = RECIPES[f"e2enet_{options.recipe}"]
+    shared = parser(None, recipe).parse_args(rest)  # refuses what the recipe does not know, before anything runs
+    preset = recipe.presets[shared.preset or ("quick" if shared.data else "demo")]
+    grid = tables(preset.network, shared.interval or preset.training.interval)
+    for title in options.tables:
+        rows: dict[str, list[Row]] = {}
+        for cell in grid[title]:
+            for seed in options.seeds:
+                path = options.runs / title / slug(cell.name) / f"seed{seed}"
+                if not (path / "result.json").exists():
+                    run_cell(recipe, cell, path, [*rest, "--seed", str(seed)])
+                rows.setdefault(cell.name, []).append(row_of(path))
+            print(f"\n{table(title, rows)}\n")
+
+
+def command_line() -> argparse.ArgumentParser:
+    lines = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Any other option goes to the recipe: see `python examples/e2enet_amos.py --help`.",
+    )
+    names = tuple(tables(E2ENetConfig(), 1200))
+    lines.add_argument("--recipe", choices=[name.removeprefix("e2enet_") for name in RECIPES], default="amos")
+    lines.add_argument("--tables", nargs="+", choices=names, default=names, help="(default: all)")
+    lines.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each cell per seed (default: 0)")
+    lines.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="(default: %(default)s)")
+    return lines
+
+
+def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> None:
+    """Trains and evaluates one cell, or continues it where it was stopped."""
+    changed = {
+        name: replace(preset, network=replace(preset.network, **cell.network))
+        for name, preset in recipe.presets.items()
+    }
+    recipe = replace(recipe, presets=changed)
+    resume = ["--resume"] if (path / "config.json").exists() else []
+    print(f"\n{cell.name}: {path}", flush=True)
+    follow(recipe, parser(None, recipe).parse_args([*arguments, *cell.options, "--run", str(path), *resume]))
+
+
+def table(title: str, rows: Mapping[str, list[Row]]) -> str:
+    """Mean over the seeds, with its standard error where there are several."""
+    cells = [(title, "mDice", "mNSD", "params, M", "FLOPs, G", "seeds")]
+    for name, runs in rows.items():
+        quality = (spread([run.dice for run in runs]), spread([run.scores.get("mNSD", float("nan")) for run in runs]))
+        cells.append((name, *quality, f"{runs[0].params:.3f}", f"{runs[0].flops:.3f}", str(len(runs))))
+    note = "Scores in per cent of the held-out cases; FLOPs of one patch by the paper's convention."
+    return "\n".join([*align(cells, left=(0,)), note])
+
+
+def spread(values: list[float]) -> str:
+    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{error}"
+
+
+def slug(name: str) -> str:
+    """The name as a folder's.
+
+    >>> slug("depth (-1, 0, 1), 1×3×3")
+    'depth-m1-0-1-1x3x3'
+    """
+    text = name.lower().replace("×", "x").replace("(+)", "plus").replace("-", "m" if "(-" in name else "-")
+    return "-".join("".join(c if c.isalnum() or c == "-" else " " for c in text).split())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,334 @@
+"""The baselines against published counts, and all of them in the one loop: trained, predicting, made sparse."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dstlib
+from dstlib.errors import DataError, SettingError
+from dstlib.profile import Convention
+from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
+from dstlib.zoo.e2enet.baselines import BASELINES, Baseline, Published, Segmenter, build_model
+from dstlib.zoo.e2enet.baselines.deeplab import Pyramid
+from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
+
+pytest.importorskip("monai")
+pytest.importorskip("dynamic_network_architectures")
+
+TINY = E2ENetConfig(channels=(8, 16, 24), strides=((2, 2, 2),) * 2, heads=2)
+# the narrowest and smallest of each that still has every part; V-Net has one width
+SMALL: dict[str, dict[str, Any]] = {
+    "e2enet": {"patch_size": (8, 8, 8)},
+    "nnunet": {"patch_size": (8, 8, 8), "width": 0.25},
+    "unetr": {"patch_size": (16, 16, 32), "width": 0.1},
+    "swin_unetr": {"patch_size": (32, 32, 64), "width": 0.25},
+    "vnet": {"patch_size": (16, 16, 32)},
+    "unet_plus_plus": {"patch_size": (16, 16, 32), "width": 0.125},
+    "deeplabv3": {"patch_size": (16, 16, 32), "width": 0.125},
+}
+SLOW = ("swin_unetr", "vnet")  # windows of 7³; 45 million parameters
+NAMES = [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in SMALL]
+
+
+def small(name: str, **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, **({"in_channels": 2, "num_classes": 3, "config": TINY} | SMALL[name] | changes))
+
+
+def num_params(module: nn.Module) -> int:
+    return sum(p.numel() for _, p in module.named_parameters())
+
+
+# ---- published counts ----
+
+
+def published_size(name: str, *, channels: int, classes: int, extent: int = 128) -> nn.Module:
+    config = replace(AMOS, in_channels=channels, num_classes=classes)
+    return build_model(name, in_channels=channels, num_classes=classes, patch_size=(extent,) * 3, config=config)
+
+
+@pytest.mark.parametrize(
+    ("channels", "classes", "params", "convention", "mega_flops"),
+    [
+        (1, 15, 31_205_184, "paper", 1_067_889),  # published for AMOS
+        (4, 3, 31_198_176, "paper", 1_076_618),  # published for BraTS: 31.20 M, 1076.62 G
+        (1, 15, 31_205_184, "exact", 957_231),
+    ],
+)
+def test_nnunet_is_the_published_one(
+    channels: int, classes: int, params: int, convention: Convention, mega_flops: int
+) -> None:
+    with torch.device("meta"):
+        network = published_size("nnunet", channels=channels, classes=classes)
+    profile = dstlib.profile(network, (1, channels, 128, 128, 128), convention=convention)
+    assert num_params(network) == profile.params == params
+    assert round(profile.flops / 1e6) == mega_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "extent", "params"),
+    [
+        ("unetr", 128, 93_029_823),
+        ("unetr", 96, 92_802_495),
+        ("vnet", 128, 45_650_158),
+        ("deeplabv3", 128, 74_684_111),
+        ("e2enet", 128, 23_898_432),
+    ],
+)
+def test_parameters_are_the_published_ones_to_the_printed_digit(name: str, extent: int, params: int) -> None:
+    with torch.device("meta"):
+        network = published_size(name, channels=1, classes=15, extent=extent)
+    assert num_params(network) == params
+    setting = "AMOS" if extent == 128 else "96³"
+    (printed,) = (p.params for p in BASELINES[name].published if p.setting == setting)
+    digits = len(str(printed).partition(".")[2])
+    assert round(params / 1e6, digits) == printed
+
+
+def test_unet_plus_plus_is_another_than_the_published_one() -> None:
+    with torch.device("meta"):
+        network = published_size("unet_plus_plus", channels=4, classes=3)
+    assert num_params(network) == 26_384_780  # not 58.38 M: docs/baselines.md says so
+
+
+@pytest.mark.long
+def test_swin_unetr_has_the_parameters_that_others_count() -> None:
+    # no storage-free construction: it reads values while it is built
+    network = published_size("swin_unetr", channels=1, classes=15, extent=96)
+    assert num_params(network) == 62_187_345
+
+
+def test_the_count_of_others_is_half_the_papers_convention() -> None:
+    """82.6 G of UNETR at 96³: multiply-adds, transposed convolutions at the output grid, attention left out."""
+    with torch.device("meta"):
+        network = published_size("unetr", channels=1, classes=15, extent=96)
+    flops = dstlib.profile(network, (1, 1, 96, 96, 96), convention="paper").flops
+    (printed,) = (p.flops for p in BASELINES["unetr"].published if p.setting == "96³")
+    assert printed is not None
+    assert flops / 2e9 == pytest.approx(printed, rel=0.005)  # theirs has other classes, hence another head
+
+
+def test_nnunet_follows_levels_and_strides_but_keeps_its_own_widths() -> None:
+    """The plan for the hippocampus: 4 stages of 32, 64, 128, 256."""
+    config = E2ENetConfig(channels=(16, 32, 64, 96), strides=((1, 2, 2), (2, 2, 2), (2, 2, 2)), heads=3)
+    with torch.device("meta"):
+        network = build_model("nnunet", in_channels=1, num_classes=3, patch_size=(40, 56, 40), config=config)
+        logits = network(torch.empty(1, 1, 40, 56, 40))
+    widths = [p.shape[0] for name, p in network.named_parameters() if name.endswith("convs.0.conv.weight")]
+    assert widths[:4] == [32, 64, 128, 256]
+    assert [tuple(x.shape[2:]) for x in logits] == [(40, 56, 40), (40, 28, 20), (20, 14, 10)]
+
+
+# ---- one loop for all ----
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_segmenters_answer_alike(name: str) -> None:
+    network = small(name).eval()
+    size = SMALL[name]["patch_size"]
+    x = torch.rand(1, 2, *size)
+    with torch.no_grad():
+        several = network(x)
+        network.deep_supervision = False
+        one = network(x)
+    assert isinstance(several, tuple)
+    assert one.shape == (1, 3, *size)
+    assert torch.equal(one, several[0])
+    extents = [math.prod(logits.shape[2:]) for logits in several]
+    assert extents == sorted(extents, reverse=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_density_holds_through_sparse_training(name: str) -> None:
+    network = small(name).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    sparsifier = dstlib.sparsify(network, optimizer, sparsity=0.8, method=rigl_each_step(), total_steps=10)
+    active = {key: int(mask.sum()) for key, mask in sparsifier.masks.items()}
+    total = sum(mask.numel() for mask in sparsifier.masks.values())
+    assert sum(active.values()) / total == pytest.approx(0.2, abs=1e-3)  # rounded to whole weights in each layer
+    first = {key: mask.clone() for key, mask in sparsifier.masks.items()}
+    size = SMALL[name]["patch_size"]
+    for _ in range(2):
+        optimizer.zero_grad()
+        deep_supervision_loss(network(torch.rand(2, 2, *size)), torch.randint(0, 3, (2, 1, *size))).backward()
+        optimizer.step()
+    parameters = dict(network.named_parameters())
+    assert any(not torch.equal(mask, first[key]) for key, mask in sparsifier.masks.items())
+    for key, mask in sparsifier.masks.items():
+        assert int(mask.sum()) == active[key], key
+        assert not parameters[key].detach()[~mask].any(), key
+        assert torch.isfinite(parameters[key]).all(), key
+
+
+def rigl_each_step() -> dstlib.Method:
+    return replace(dstlib.RIGL, interval=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_learns(name: str) -> None:
+    """But UNETR's: MONAI's transformer blocks hold a norm for cross-attention that nothing calls."""
+    network = small(name).train()
+    size = SMALL[name]["patch_size"]
+    deep_supervision_loss(network(torch.rand(2, 2, *size)), torch.randint(0, 3, (2, 1, *size))).backward()
+    unreached = {key for key, p in network.named_parameters() if p.grad is None}
+    if name == "unetr":
+        unreached = {key for key in unreached if ".norm_cross_attn." not in key}
+    assert unreached == set()
+
+
+def test_unet_plus_plus_puts_the_whole_nest_first() -> None:
+    network = small("unet_plus_plus").eval()
+    x = torch.rand(1, 2, 16, 16, 32)
+    with torch.no_grad():
+        logits, raw = network(x), network.host(x)
+    assert [torch.equal(a, b) for a, b in zip(logits, reversed(raw), strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["unetr", "unet_plus_plus", "deeplabv3"])
+def test_sizes_that_fit_no_stride_are_padded_and_cut_back(name: str) -> None:
+    network = small(name, patch_size=(10, 14, 20)).eval()
+    with torch.no_grad():
+        assert {tuple(logits.shape) for logits in network(torch.rand(1, 2, 10, 14, 20))} == {(1, 3, 10, 14, 20)}
+
+
+def test_deepcopy_and_state_round_trip() -> None:
+    network = small("nnunet").eval()
+    other = small("nnunet").eval()
+    nn.init.ones_(next(other.parameters()))
+    other.load_state_dict(network.state_dict())
+    x = torch.rand(1, 2, 8, 8, 8)
+    for twin in (other, copy.deepcopy(network)):
+        assert all(torch.equal(a, b) for a, b in zip(network(x), twin(x), strict=True))
+
+
+# ---- the adapter ----
+
+
+class Identity(nn.Module):
+    """A host that returns its input, and notes its size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = tuple(x.shape[2:])
+        return x
+
+
+@given(
+    size=st.tuples(*[st.integers(1, 7)] * 3),
+    multiple=st.tuples(*[st.integers(1, 3)] * 3),
+)
+@settings(deadline=None, max_examples=50)
+def test_padding_is_undone(size: tuple[int, int, int], multiple: tuple[int, int, int]) -> None:
+    segmenter = Segmenter(Identity(), in_channels=1, multiple=multiple)
+    x = torch.rand(1, 1, *size)
+    padded = tuple(math.ceil(n / m) * m for n, m in zip(size, multiple, strict=True))
+    if padded == multiple:
+        with pytest.raises(DataError, match="expected more than"):
+            segmenter(x)
+    else:
+        assert torch.equal(segmenter(x)[0], x)
+        assert segmenter.host.size == padded
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("nnunet", (1, 1, 8, 8, 8), "shape of input of PlainConvUNet: expected (B, 2, D, H, W), got (1, 1, 8, 8, 8)"),
+        ("nnunet", (1, 2, 8, 8, 6), "size of input of PlainConvUNet: expected D, H, W in multiples of (4, 4, 4)"),
+        ("nnunet", (1, 2, 4, 4, 4), "expected more than (4, 4, 4), got (4, 4, 4)"),
+        ("unetr", (1, 2, 32, 32, 32), "expected a size that pads to (16, 16, 32), got (32, 32, 32)"),
+        ("swin_unetr", (1, 2, 20, 32, 32), "expected more than (32, 32, 32), got (20, 32, 32)"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(name: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        small(name)(torch.rand(shape))
+    assert message in str(caught.value)
+
+
+def test_deeplabv3_refuses_to_train_on_one_image() -> None:
+    network = small("deeplabv3").train()
+    with pytest.raises(DataError, match="batch of DeepLabv3: expected at least 2 in training, got 1"):
+        network(torch.rand(1, 2, 16, 16, 32))
+
+
+def test_pyramid_sees_the_whole_image() -> None:
+    """One voxel far away changes every output, through the image's mean alone."""
+    torch.manual_seed(0)
+    pyramid = Pyramid(2, 3).eval()
+    x = torch.rand(1, 2, 1, 1, 40)
+    other = x.clone()
+    other[..., 39] += 1
+    # voxel 0 is 39 away: no atrous tap of rate 6, 12 or 18 reaches that far
+    assert not torch.equal(pyramid.image(x.mean((2, 3, 4), True)), pyramid.image(other.mean((2, 3, 4), True)))
+    branches = [torch.equal(b(x)[..., 0], b(other)[..., 0]) for b in pyramid.branches]
+    assert branches == [True] * 4
+
+
+def test_deeplabv3_has_output_stride_16() -> None:
+    network = small("deeplabv3").eval()
+    with torch.no_grad():
+        assert network.host.trunk(torch.rand(1, 2, 32, 32, 48)).shape == (1, 64, 2, 2, 3)
+
+
+# ---- the table ----
+
+
+def test_e2enet_is_among_them_as_it_is() -> None:
+    network = small("e2enet")
+    assert isinstance(network, E2ENet)
+    assert network.config == replace(TINY, in_channels=2, num_classes=3)
+
+
+def test_table_names_every_network_of_the_comparison() -> None:
+    assert [name for name, baseline in BASELINES.items() if baseline.build] == list(SMALL)
+    assert {name for name, baseline in BASELINES.items() if baseline.reason} == {
+        "cotr",
+        "nnformer",
+        "medformer",
+        "dints",
+    }
+    assert all(name == baseline.name for name, baseline in BASELINES.items())
+    with pytest.raises(AssertionError, match="ours"):
+        Baseline(name="ours", implementation="-", published=(Published(setting="AMOS", source="-"),))
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name not in SMALL])
+def test_what_is_not_runnable_says_why(name: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        build_model(name, in_channels=1, num_classes=3, patch_size=(8, 8, 8), config=TINY)
+    message = str(caught.value)
+    assert message.startswith("name of build_model(): expected one of e2enet, nnunet, ")
+    assert f"Not runnable: {BASELINES[name].reason}" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"name": "nnunnet"},
+            "name of build_model(): expected the name of a baseline, got 'nnunnet'. Similar: 'nnunet'",
+        ),
+        ({"in_channels": 0}, "in_channels of build_model(): expected a whole number from 1 up, got 0."),
+        ({"num_classes": True}, "num_classes of build_model()"),
+        ({"patch_size": (8, 8)}, "patch_size of build_model(): expected three whole numbers from 1 up, got (8, 8)."),
+        ({"patch_size": 8}, "patch_size of build_model()"),
+        ({"config": None}, "config of build_model(): expected an E2ENetConfig, got None."),
+        ({"width": 0}, "width of build_model(): expected a number above 0, got 0."),
+        ({"width": math.nan}, "width of build_model()"),
+        ({"name": "e2enet", "width": 0.5}, "width of e2enet: expected 1, got 0.5. The channels of config"),
+        ({"name": "vnet", "width": 2}, "width of vnet: expected 1, got 2. MONAI builds V-Net in one width."),
+        ({"name": "vnet", "in_channels": 3}, "in_channels of vnet: expected a divisor of 16, got 3."),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    given = {"name": "nnunet", "in_channels": 1, "num_classes": 3, "patch_size": (8, 8, 8), "config": TINY} | changes
+    with pytest.raises(SettingError) as caught:
+        build_model(**given)
+    assert message in str(caught.value)

@@ -1,0 +1,208 @@
+"""Windows, mirrors and folds: what is averaged, and that the networks are left as they were."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.evaluation import inference
+from dstlib.zoo.e2enet.evaluation.inference import most_probable, predicting, probabilities
+
+
+class ReadsTheImage(nn.Module):
+    """A network that has learned its task: its image holds the label, and every logit says so."""
+
+    def __init__(self, num_classes, scale=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.num_classes = num_classes
+        self.deep_supervision = True
+
+    def forward(self, x):
+        logits = self.scale * functional.one_hot(x[:, 0].long(), self.num_classes).movedim(-1, 1).float()
+        return (logits, logits) if self.deep_supervision else logits
+
+
+class Convolves(nn.Module):
+    """Sees one neighbour on one side of each axis, so that a flip makes a difference."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(3, 1, 2, 2, 2, generator=generator))
+        self.deep_supervision = False
+
+    def forward(self, x):
+        return functional.conv3d(functional.pad(x, (1, 0, 1, 0, 1, 0)), self.weight)
+
+
+def labels(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 3, shape).astype(np.uint8)
+
+
+@given(st.tuples(*[st.integers(1, 12)] * 3), st.sampled_from([(), (1,), (0, 1, 2)]))
+@settings(max_examples=25)
+def test_windows_cover_a_volume_of_any_size(shape, mirror):
+    label = labels(shape)
+    image = label[None].astype(np.float32)
+    found = probabilities([ReadsTheImage(3, 5.0)], image, patch_size=(4, 6, 8), mirror=mirror)
+    assert found.shape == (3, *shape)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(axis=0), 1.0, atol=1e-5)  # float32, divided by the sum of the weights
+    np.testing.assert_array_equal(most_probable(found), label)
+
+
+# Two folds, one voxel: softmax of (2, 0) and of (0, 1), their mean. Logits averaged first would give (1, 0.5).
+def test_folds_are_averaged_as_probabilities_by_hand():
+    class Says(nn.Module):
+        def __init__(self, *logits):
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor(logits).reshape(1, 2, 1, 1, 1))
+            self.deep_supervision = False
+
+        def forward(self, x):
+            return self.logits.expand(len(x), 2, *x.shape[2:])
+
+    image = np.zeros((1, 1, 1, 1), np.float32)
+    found = probabilities([Says(2.0, 0.0), Says(0.0, 1.0)], image, patch_size=(1, 1, 1), mirror=())
+    expected = (1 / (1 + np.exp(-2)) + 1 / (1 + np.exp(1))) / 2
+    np.testing.assert_allclose(found.ravel(), [expected, 1 - expected], rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("mirror", [(0,), (0, 2), (0, 1, 2)])
+def test_mirrors_are_the_mean_over_all_subsets_of_the_axes(mirror):
+    model, image = Convolves(), np.random.default_rng(0).normal(size=(1, 4, 5, 6)).astype(np.float32)
+    expected = np.zeros((3, 4, 5, 6))
+    subsets = [axes for n in range(len(mirror) + 1) for axes in combinations(mirror, n)]
+    assert len(subsets) == 2 ** len(mirror)
+    for axes in subsets:
+        spatial = [1 + axis for axis in axes]
+        with torch.no_grad():
+            softmax = model(torch.from_numpy(np.flip(image, spatial).copy())[None])[0].softmax(0).numpy()
+        expected += np.flip(softmax, spatial) / len(subsets)
+    found = probabilities([model], image, patch_size=(4, 5, 6), mirror=mirror)
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # float32
+
+
+def test_the_mean_of_folds_is_the_mean_of_their_predictions():
+    image = np.random.default_rng(0).normal(size=(1, 9, 8, 7)).astype(np.float32)
+    models = [Convolves(seed) for seed in range(3)]
+    each = [probabilities([model], image, patch_size=(4, 4, 4)) for model in models]
+    found = probabilities(models, image, patch_size=(4, 4, 4))
+    np.testing.assert_allclose(found, np.mean(each, axis=0), atol=1e-6)  # float32
+
+
+# Patch 8, an image of 12 along W: windows at 0 and 4. A network that knows where in the window it is shows the
+# weights, exp(-(i - 3.5)² / 2σ²) with σ = 8/8 = 1, of both windows.
+def test_overlapping_windows_are_weighed_by_a_gaussian_of_an_eighth_of_the_patch():
+    class KnowsTheColumn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(1.0))
+            self.deep_supervision = False
+
+        def forward(self, x):
+            ramp = self.slope * torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, *x.shape[2:])
+            return torch.cat([torch.zeros_like(ramp), ramp], dim=1)
+
+    found = probabilities([KnowsTheColumn()], np.zeros((1, 8, 8, 12), np.float32), patch_size=(8, 8, 8), mirror=())
+    weight = np.exp(-((np.arange(8) - 3.5) ** 2) / 2)
+    value = 1 / (1 + np.exp(-np.linspace(-2, 2, 8)))
+    columns, weights = np.zeros(12), np.zeros(12)
+    for start in (0, 4):
+        columns[start : start + 8] += weight * value
+        weights[start : start + 8] += weight
+    # MONAI lifts the smallest weights off 0 and integrates the Gaussian over each voxel: about a hundredth
+    np.testing.assert_allclose(found[1, 4, 4], columns / weights, atol=0.02)
+
+
+def test_the_models_are_left_as_they_were():
+    model, other = ReadsTheImage(3).train(), ReadsTheImage(3).eval()
+    other.deep_supervision = False
+    probabilities([model, other], np.zeros((1, 4, 4, 4), np.float32), patch_size=(4, 4, 4))
+    assert (model.training, model.deep_supervision) == (True, True)
+    assert (other.training, other.deep_supervision) == (False, False)
+
+
+def test_the_models_are_left_as_they_were_by_an_error_too():
+    model = ReadsTheImage(3).train()
+    with pytest.raises(RuntimeError, match="smaller than num_classes"), predicting(model):
+        model(torch.full((1, 1, 2, 2, 2), 7.0))
+    assert (model.training, model.deep_supervision) == (True, True)
+
+
+def test_a_read_only_image_is_read():
+    image = np.zeros((1, 4, 4, 4), np.float32)
+    image.flags.writeable = False  # as a memory-mapped one
+    assert probabilities([Convolves()], image, patch_size=(4, 4, 4)).shape == (3, 4, 4, 4)
+
+
+def test_without_memory_on_the_gpu_the_result_is_gathered_on_the_cpu(monkeypatch):
+    gathered = []
+
+    def sliding_window(inputs, *, device, **settings):
+        gathered.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("no room")
+        return torch.ones(1, 2, *inputs.shape[2:])
+
+    monkeypatch.setattr(inference, "sliding_window_inference", sliding_window)
+    image = torch.zeros(1, 1, 4, 5, 6)
+    with pytest.warns(RuntimeWarning, match="prediction of 4×5×6 voxels does not fit on cuda; it is gathered"):
+        inference._blend(
+            [Convolves()], image, patch_size=(4, 4, 4), overlap=0.5, flips=[()], device=torch.device("cuda")
+        )
+    assert gathered == ["cuda", "cpu"]
+    monkeypatch.setattr(inference, "sliding_window_inference", _no_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        inference._blend(
+            [Convolves()], image, patch_size=(4, 4, 4), overlap=0.5, flips=[()], device=torch.device("cpu")
+        )
+
+
+def _no_memory(*arguments, **settings):
+    raise torch.OutOfMemoryError("no room")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_predicts_what_the_cpu_does():
+    image = np.random.default_rng(0).normal(size=(1, 9, 8, 7)).astype(np.float32)
+    expected = probabilities([Convolves()], image, patch_size=(4, 4, 4))
+    found = probabilities([Convolves().cuda()], image, patch_size=(4, 4, 4))
+    np.testing.assert_allclose(found, expected, atol=5e-3)  # float16
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_result_that_is_not_finite_is_refused(value):
+    image = np.zeros((1, 4, 4, 4), np.float32)
+    image[0, 2, 2, 2] = value
+    with pytest.raises(DataError, match="probabilities of a prediction: expected finite numbers"):
+        probabilities([Convolves()], image, patch_size=(4, 4, 4))
+
+
+def test_an_image_without_a_channel_is_refused():
+    with pytest.raises(DataError, match=r"expected \(C, D, H, W\), got \(4, 4, 4\)"):
+        probabilities([Convolves()], np.zeros((4, 4, 4), np.float32), patch_size=(4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": []}, "models of probabilities"),
+        ({"patch_size": (4, 4)}, "three positive sizes"),
+        ({"patch_size": (4, 0, 4)}, "three positive sizes"),
+        ({"overlap": 1.0}, r"a share in \[0, 1\), got 1\.0"),
+        ({"mirror": (0, 3)}, "axes 0, 1, 2 at most once"),
+        ({"mirror": (1, 1)}, "axes 0, 1, 2 at most once"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(change, message):
+    arguments = {"models": [Convolves()], "image_CDHW": np.zeros((1, 4, 4, 4), np.float32), "patch_size": (4, 4, 4)}
+    with pytest.raises(SettingError, match=message):
+        probabilities(**{**arguments, **change})

@@ -1,0 +1,460 @@
+"""Which files each layout makes a data set of, and what is said where there is none."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.data.cases import split
+from dstlib.zoo.e2enet.data.layouts import LAYOUTS, folder_cases, modalities, only, only_modality, read_manifest
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Empty files: a manifest opens none."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(b"")
+
+
+def write_json(folder: Path, content: dict, **changes) -> None:
+    folder.mkdir(exist_ok=True, parents=True)
+    content = {k: v for k, v in (content | changes).items() if v is not None}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def pairs(*names: str, part: str = "Tr") -> list[dict[str, str]]:
+    return [{"image": f"./images{part}/{n}.nii.gz", "label": f"./labels{part}/{n}.nii.gz"} for n in names]
+
+
+DECATHLON = {
+    "name": "toy",
+    "modality": {"0": "CT"},
+    "labels": {"0": "background", "1": "liver", "2": "tumour"},
+    "training": pairs("a", "b", "c"),
+    "test": ["./imagesTs/d.nii.gz"],
+}
+AMOS = {
+    "name": "AMOS",
+    "modality": {"0": "CT"},
+    "labels": {"0": "background", "1": "spleen"},
+    "training": pairs("amos_0507", "amos_0001"),
+    "validation": pairs("amos_0008", "amos_0600", part="Va"),
+    "test": [{"image": "./imagesTs/amos_0002.nii.gz"}],
+}
+NNUNET = {
+    "channel_names": {"0": "FLAIR", "1": "T1w"},
+    "labels": {"background": 0, "core": 2, "edema": 1},
+    "numTraining": 2,
+    "file_ending": ".nii.gz",
+}
+
+
+def write_nnunet(folder: Path, **changes) -> None:
+    write_json(folder, NNUNET, **changes)
+    touch(folder, *(f"imagesTr/{n}_000{i}.nii.gz" for n in ("x_1", "x_2") for i in (0, 1)))
+    touch(folder, "labelsTr/x_1.nii.gz", "labelsTr/x_2.nii.gz", "imagesTs/x_3_0000.nii.gz", "imagesTs/x_3_0001.nii.gz")
+
+
+def write_btcv(folder: Path) -> None:
+    touch(folder, *(f"RawData/Training/img/img{i:04d}.nii.gz" for i in (1, 2)))
+    touch(folder, *(f"RawData/Training/label/label{i:04d}.nii.gz" for i in (1, 2)))
+    touch(folder, "RawData/Testing/img/img0061.nii.gz")
+
+
+def refusal(folder, layout=None) -> str:
+    with pytest.raises(DataError) as error:
+        read_manifest(folder, layout)
+    return str(error.value)
+
+
+def names(cases) -> list[str]:
+    return [case.name for case in cases]
+
+
+def files(case, folder) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in (*case.images, *([case.label] if case.label else []))]
+
+
+# ---- Decathlon
+
+
+def test_decathlon(tmp_path):
+    write_json(tmp_path, DECATHLON)
+    manifest = read_manifest(str(tmp_path))
+    assert (manifest.name, manifest.layout, manifest.folder) == ("toy", "decathlon", tmp_path)
+    assert (manifest.channels, manifest.classes) == (("CT",), ("liver", "tumour"))
+    assert names(manifest.train) == ["a", "b", "c"]
+    assert files(manifest.train[1], tmp_path) == ["imagesTr/b.nii.gz", "labelsTr/b.nii.gz"]
+    assert manifest.validation == ()
+    assert files(manifest.test[0], tmp_path) == ["imagesTs/d.nii.gz"]
+
+
+def test_channels_are_sorted_by_number_and_the_folder_names_a_set_without_a_name(tmp_path):
+    modality = {str(i): f"channel {i}" for i in reversed(range(11))}
+    write_json(tmp_path / "Task01", DECATHLON, name=None, modality=modality, test=None)
+    manifest = read_manifest(tmp_path / "Task01")
+    assert manifest.channels == tuple(f"channel {i}" for i in range(11))
+    assert manifest.name == "Task01"
+
+
+def test_unlisted_files_do_no_harm(tmp_path):
+    write_json(tmp_path, DECATHLON)
+    touch(tmp_path, "imagesTr/._a.nii.gz", "imagesTr/notes.txt", "._dataset.json", "imagesTr/z.nii.gz")
+    assert names(read_manifest(tmp_path).train) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"labels": ', "\xff"])
+def test_a_manifest_that_is_not_json(tmp_path, text):
+    (tmp_path / "dataset.json").write_bytes(text.encode("latin-1"))
+    message = refusal(tmp_path)
+    assert "dataset.json: expected valid JSON, got" in message
+    assert "Restore the file" in message
+
+
+@pytest.mark.parametrize("content", ["[]", '"text"', "3"])
+def test_a_manifest_of_another_kind(tmp_path, content):
+    (tmp_path / "dataset.json").write_text(content)
+    assert "where an object belongs" in refusal(tmp_path)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path):
+    (tmp_path / "dataset.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(DECATHLON).encode())
+    assert names(read_manifest(tmp_path).train) == ["a", "b", "c"]
+
+
+def test_all_that_a_manifest_lacks_is_said_at_once(tmp_path):
+    write_json(tmp_path, DECATHLON, modality=None, labels={"background": 0}, training=[], test="d.nii.gz")
+    message = refusal(tmp_path)
+    assert "'modality' is None" in message
+    assert "'labels' is {'background': 0}" in message
+    assert "'training' is []" in message
+    assert "'test' is 'd.nii.gz' but a list of files" in message
+
+
+def test_more_classes_than_a_byte_holds(tmp_path):
+    write_json(tmp_path, DECATHLON, labels={str(i): f"organ {i}" for i in range(257)})
+    assert "'labels' has 257 entries" in refusal(tmp_path)
+
+
+def test_entries_without_files(tmp_path):
+    write_json(tmp_path, DECATHLON, training=[{"image": "imagesTr/a.nii.gz"}, "imagesTr/b.nii.gz"], test=[{}, 3])
+    message = refusal(tmp_path)
+    for i in (0, 1):
+        assert f"entry {i} of 'training'" in message
+        assert f"entry {i} of 'test'" in message
+    assert "but names an 'image' and a 'label'" in message
+
+
+def test_a_case_listed_twice(tmp_path):
+    write_json(tmp_path, DECATHLON, training=pairs("a", "b", "b"), test=["imagesTs/a.nii.gz", "imagesTs/d.nii.gz"])
+    assert "got a 2 times, b 2 times. Rename or remove the copies" in refusal(tmp_path)
+
+
+# ---- AMOS22
+
+
+def test_amos(tmp_path):
+    write_json(tmp_path, AMOS)
+    manifest = read_manifest(tmp_path)
+    assert manifest.layout == "amos"
+    assert names(manifest.train) == ["amos_0001", "amos_0507"]
+    assert names(manifest.validation) == ["amos_0008", "amos_0600"]
+    assert files(manifest.validation[0], tmp_path) == ["imagesVa/amos_0008.nii.gz", "labelsVa/amos_0008.nii.gz"]
+    assert names(manifest.test) == ["amos_0002"]
+    assert manifest.test[0].label is None
+    assert modalities(manifest) == ("ct", "mri")
+
+
+def test_amos_as_it_was_during_the_challenge(tmp_path):
+    """The validation scans came without labels, so they are test scans."""
+    write_json(tmp_path, AMOS, validation=[{"image": "./imagesVa/amos_0008.nii.gz"}])
+    manifest = read_manifest(tmp_path)
+    assert manifest.validation == ()
+    assert names(manifest.test) == ["amos_0002", "amos_0008"]
+
+
+def test_amos_is_recognised_by_its_folder_too(tmp_path):
+    write_json(tmp_path, AMOS, validation=None)
+    touch(tmp_path, "imagesVa/amos_0008.nii.gz")
+    assert read_manifest(tmp_path).layout == "amos"
+
+
+def test_ct_and_mri_of_amos(tmp_path):
+    write_json(tmp_path, AMOS)
+    manifest = read_manifest(tmp_path)
+    ct, mri = only_modality(manifest, "ct"), only_modality(manifest, "mri")
+    assert [names(part) for part in (ct.train, ct.validation, ct.test)] == [["amos_0001"], ["amos_0008"], ["amos_0002"]]
+    assert [names(part) for part in (mri.train, mri.validation, mri.test)] == [["amos_0507"], ["amos_0600"], []]
+    assert (ct.channels, mri.channels) == (("CT",), ("MRI",))
+    assert modalities(ct) == ("ct",)
+    with pytest.raises(DataError, match="expected some that are MRI, got none of 1"):
+        only_modality(ct, "mri")
+
+
+def test_only_amos_has_modalities(tmp_path):
+    write_json(tmp_path, DECATHLON)
+    manifest = read_manifest(tmp_path)
+    assert modalities(manifest) == ()
+    with pytest.raises(SettingError, match="expected AMOS22, got layout 'decathlon'"):
+        only_modality(manifest, "ct")
+
+
+def test_only_the_cases_of_a_pattern(tmp_path):
+    write_json(tmp_path, DECATHLON)
+    part = only(read_manifest(tmp_path), "[bd]")
+    assert (names(part.train), names(part.test)) == (["b"], ["d"])
+    with pytest.raises(DataError, match=r"some that match 'z\*', got none of 3. Its names are like a, b, c"):
+        only(read_manifest(tmp_path), "z*")
+
+
+# ---- BTCV
+
+
+@pytest.mark.parametrize("inside", [".", "RawData", "RawData/Training"])
+def test_btcv_from_each_of_its_folders(tmp_path, inside):
+    write_btcv(tmp_path)
+    manifest = read_manifest(tmp_path / inside)
+    assert (manifest.name, manifest.layout, manifest.channels) == ("BTCV", "btcv", ("CT",))
+    assert len(manifest.classes) == 13
+    assert manifest.classes[9] == "portal and splenic veins"
+    assert names(manifest.train) == ["img0001", "img0002"]
+    assert files(manifest.train[1], tmp_path / "RawData") == [
+        "Training/img/img0002.nii.gz",
+        "Training/label/label0002.nii.gz",
+    ]
+    assert files(manifest.test[0], tmp_path / "RawData") == ["Testing/img/img0061.nii.gz"]
+
+
+def test_btcv_with_halves_of_cases(tmp_path):
+    write_btcv(tmp_path)
+    (tmp_path / "RawData/Training/img/img0001.nii.gz").unlink()
+    (tmp_path / "RawData/Training/label/label0002.nii.gz").unlink()
+    touch(tmp_path, "RawData/Training/img/._img0003.nii.gz", "RawData/Training/img/.DS_Store")
+    first, second = read_manifest(tmp_path).train
+    assert not first.images[0].exists()
+    assert first.label.exists()
+    assert second.images[0].exists()
+    assert not second.label.exists()
+
+
+def test_btcv_with_copies(tmp_path):
+    write_btcv(tmp_path)
+    touch(tmp_path, "RawData/Training/img/img0001.nii", "RawData/Training/label/label0002.nii")
+    assert "got img0001 2 times, img0002 2 times" in refusal(tmp_path)
+
+
+def test_btcv_without_images(tmp_path):
+    assert "got no folders img and label in it" in refusal(tmp_path, "btcv")
+    (tmp_path / "img").mkdir()
+    (tmp_path / "label").mkdir()
+    assert f"got no NIfTI file in {tmp_path / 'img'}" in refusal(tmp_path)
+
+
+# ---- nnU-Net
+
+
+def test_nnunet(tmp_path):
+    folder = tmp_path / "Dataset137_Brain"
+    write_nnunet(folder)
+    touch(folder, "imagesTr/._x_1_0000.nii.gz")
+    manifest = read_manifest(folder)
+    assert (manifest.name, manifest.layout) == ("Brain", "nnunet")
+    assert (manifest.channels, manifest.classes) == (("FLAIR", "T1w"), ("edema", "core"))
+    assert names(manifest.train) == ["x_1", "x_2"]
+    assert files(manifest.train[0], folder) == [
+        "imagesTr/x_1_0000.nii.gz",
+        "imagesTr/x_1_0001.nii.gz",
+        "labelsTr/x_1.nii.gz",
+    ]
+    assert files(manifest.test[0], folder) == ["imagesTs/x_3_0000.nii.gz", "imagesTs/x_3_0001.nii.gz"]
+
+
+def test_nnunet_names_the_files_that_lack(tmp_path):
+    write_nnunet(tmp_path)
+    (tmp_path / "imagesTr/x_1_0000.nii.gz").unlink()
+    (tmp_path / "labelsTr/x_2.nii.gz").unlink()
+    manifest = read_manifest(tmp_path)
+    absent = [f.name for case in manifest.train for f in (*case.images, case.label) if not f.exists()]
+    assert absent == ["x_1_0000.nii.gz", "x_2.nii.gz"]
+
+
+def test_nnunet_with_a_channel_too_many(tmp_path):
+    write_nnunet(tmp_path)
+    touch(tmp_path, "imagesTr/x_1_0003.nii.gz")
+    images = read_manifest(tmp_path).train[0].images
+    assert [f.name[-11:-7] for f in images] == ["0000", "0001", "0002", "0003"]
+
+
+def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path / "elsewhere"))
+    table = {"q": {"images": ["imagesTr/q.nii.gz", "../other/q.nii.gz"], "label": "${ELSEWHERE}/q.nii.gz"}}
+    write_json(tmp_path, NNUNET, dataset=table, numTraining=1)
+    case = read_manifest(tmp_path).train[0]
+    assert case.images == (tmp_path / "imagesTr/q.nii.gz", tmp_path / "../other/q.nii.gz")
+    assert case.label == tmp_path / "elsewhere/q.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"channel_names": {"1": "CT"}}, "'channel_names' is {'1': 'CT'} but numbers its names from 0"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "'labels' gives regions (whole), which overlap"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "'labels' has an 'ignore' label: annotate these voxels"),
+        ({"labels": {"background": 0, "a": 2}}, "'labels' is {'background': 0, 'a': 2} but numbers its names"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "but numbers its names from 0"),
+        ({"labels": {"0": "background", "1": "a"}}, "but numbers its names from 0"),
+        ({"labels": None}, "'labels' is None but numbers its names from 0"),
+        ({"file_ending": ".mha"}, "'file_ending' is '.mha', but only .nii and .nii.gz are read: convert the files"),
+        ({"dataset": ["x"]}, "'dataset' is ['x'] but lists files by case"),
+        (
+            {"dataset": {"x": {"images": []}}},
+            "case 'x' of 'dataset' is {'images': []} but names 'images' and a 'label'",
+        ),
+        ({"numTraining": 3}, "expected 3, as dataset.json says under 'numTraining', got 2. Restore"),
+    ],
+)
+def test_what_is_refused_of_nnunet(tmp_path, changes, text):
+    write_nnunet(tmp_path, **changes)
+    assert text in refusal(tmp_path)
+
+
+def test_numbers_of_nnunet_labels_may_be_text(tmp_path):
+    """As nnU-Net itself accepts them: the conversion of AMOS22 that it ships writes them so."""
+    write_nnunet(tmp_path, labels={"background": "0", "edema": "1"})
+    assert read_manifest(tmp_path).classes == ("edema",)
+
+
+def test_a_label_too_many_is_named_where_the_numbers_differ(tmp_path):
+    write_nnunet(tmp_path)
+    touch(tmp_path, "labelsTr/y.nii.gz")
+    assert "got 3, of which files are missing: y." in refusal(tmp_path)
+
+
+def test_image_names_without_a_channel(tmp_path):
+    write_nnunet(tmp_path)
+    touch(tmp_path, "imagesTr/y.nii.gz", "imagesTr/x_1_0000.nii")
+    message = refusal(tmp_path)
+    assert "expected one file CASE_0000.nii.gz, CASE_0001.nii.gz, ... per case and channel, got" in message
+    assert "y.nii.gz" in message
+    assert "x_1_0000.nii" in message
+
+
+def test_copies_of_labels(tmp_path):
+    write_nnunet(tmp_path, numTraining=None)
+    touch(tmp_path, "labelsTr/x_1.nii")
+    assert "got x_1 2 times" in refusal(tmp_path)
+
+
+# ---- recognising
+
+
+def test_an_unknown_folder_is_told_how_each_layout_looks(tmp_path):
+    touch(tmp_path, "scans/a.dcm", ".hidden")
+    message = refusal(tmp_path)
+    assert message.startswith(
+        f"data set of {tmp_path}: expected a folder with a dataset.json, or BTCV's, got no dataset"
+    )
+    assert "got no dataset.json in it, but scans/. The layouts look so:" in message
+    for layout in LAYOUTS:
+        assert f"\n  {layout} " in message
+
+
+def test_the_folder_above_is_told_the_right_one(tmp_path):
+    write_json(tmp_path / "amos22", AMOS)
+    assert f"Did you mean {tmp_path / 'amos22'}?" in refusal(tmp_path)
+
+
+def test_what_is_no_folder(tmp_path):
+    touch(tmp_path, "a.zip")
+    assert "got a file. The layouts" in refusal(tmp_path / "a.zip")
+    assert "got no such folder" in refusal(tmp_path / "absent", "nnunet")
+
+
+def test_another_dataset_json(tmp_path):
+    write_json(tmp_path, {"images": [], "annotations": []})
+    assert "got a dataset.json with 'images', 'annotations'. The layouts" in refusal(tmp_path)
+
+
+def test_an_unknown_layout(tmp_path):
+    with pytest.raises(SettingError, match=r"got 'nnUnet'\. Did you mean 'nnunet'"):
+        read_manifest(tmp_path, "nnUnet")
+
+
+@given(seed=st.integers(0, 2**16), layout=st.sampled_from(["btcv", "nnunet"]))
+def test_a_manifest_does_not_depend_on_the_order_of_a_folder(tmp_path_factory, seed, layout):
+    folder = tmp_path_factory.mktemp("set")
+    (write_btcv if layout == "btcv" else write_nnunet)(folder)
+    manifest = read_manifest(folder)
+    listed = Path.iterdir
+
+    def shuffled(path):
+        inside = sorted(listed(path))
+        np.random.default_rng(seed).shuffle(inside)
+        return iter(inside)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", shuffled)
+        assert read_manifest(folder) == manifest
+        cases = folder_cases(folder / ("RawData/Training/img" if layout == "btcv" else "imagesTr"), num_channels=2)
+    assert names(cases) == names(manifest.train) == sorted(names(manifest.train))
+
+
+@given(order=st.permutations(range(3)))
+def test_a_manifest_does_not_depend_on_the_order_of_a_list(tmp_path_factory, order):
+    folder = tmp_path_factory.mktemp("set")
+    write_json(folder, DECATHLON, training=[DECATHLON["training"][i] for i in order])
+    assert names(read_manifest(folder).train) == ["a", "b", "c"]
+
+
+# ---- bare folders
+
+
+@pytest.mark.parametrize(
+    ("present", "num_channels", "expected"),
+    [
+        (["amos_0001.nii.gz", "amos_0004.nii.gz"], 1, {"amos_0001": 1, "amos_0004": 1}),
+        (["b.nii", "A.NII.GZ", "._b.nii", "notes.txt"], 1, {"A": 1, "b": 1}),
+        (["x_0000.nii.gz", "y_0000.nii.gz"], 1, {"x": 1, "y": 1}),
+        (["x_0000.nii.gz", "y.nii.gz"], 1, {"x_0000": 1, "y": 1}),
+        (["x_0000.nii.gz", "x_0001.nii.gz", "y_0000.nii.gz", "y_0001.nii.gz"], 2, {"x": 2, "y": 2}),
+        (["x_0000.nii.gz"], 2, {"x": 2}),  # the second channel is missing: whoever reads it says so
+        (["scan_0001.nii.gz", "scan_0002.nii.gz"], 4, {"scan_0001": 1, "scan_0002": 1}),  # with four channels each
+        (["BRATS_001.nii.gz"], 4, {"BRATS_001": 1}),
+    ],
+)
+def test_images_of_a_folder(tmp_path, present, num_channels, expected):
+    touch(tmp_path, *present)
+    cases = folder_cases(tmp_path, num_channels=num_channels)
+    assert {case.name: len(case.images) for case in cases} == expected
+    assert all(case.label is None for case in cases)
+
+
+def test_folders_that_hold_no_images(tmp_path):
+    with pytest.raises(DataError, match=r"expected \.nii or \.nii\.gz files, got none in it"):
+        folder_cases(tmp_path, num_channels=1)
+    with pytest.raises(DataError, match="got no such folder"):
+        folder_cases(tmp_path / "absent", num_channels=1)
+    touch(tmp_path, "a.nii", "a.nii.gz")
+    with pytest.raises(DataError, match="got a 2 times"):
+        folder_cases(tmp_path, num_channels=1)
+
+
+# ---- the real scans
+
+
+@pytest.mark.data
+def test_the_real_scans_are_the_training_part_of_the_published_fold(hippocampus):
+    """The 52 cases that are not here were held out by nnU-Net's fold 0 of the 260: our split must agree.
+
+    Their ids are unknown, but each must fit into the gap between the two neighbours that are here.
+    """
+    cases = read_manifest(hippocampus).train
+    here = sorted(int(case.name.removeprefix("hippocampus_")) for case in cases)
+    places = [int(place) for place in split([f"{i:03d}" for i in range(260)], fold=0)[0]]
+    for (a, b), (p, q) in zip(pairwise(here), pairwise(places), strict=True):
+        assert b - a >= q - p, f"{q - p - 1} held-out case(s) between hippocampus {a} and {b}"

@@ -1,0 +1,223 @@
+"""Folders of images to folders of labels: geometry, resuming, and cases that cannot be read."""
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.data.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.normalization import CtNormalization
+from dstlib.zoo.e2enet.data.preparation import Preparation
+from dstlib.zoo.e2enet.evaluation import predict
+from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
+from dstlib.zoo.e2enet.evaluation.predict import Trained, outcome_table, predict_folder, predict_scans
+
+AS_IT_IS = CtNormalization(low=0.0, high=2.0, mean=0.0, std=1.0)
+
+
+class ReadsTheImage(nn.Module):
+    """A network that has learned its task: the intensity of its image is the label."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(9.0))
+        self.deep_supervision = True
+        self.num_calls = 0
+
+    def forward(self, x):
+        self.num_calls += 1
+        logits = self.scale * functional.one_hot(x[:, 0].round().long().clamp(0, 2), 3).movedim(-1, 1).float()
+        return (logits, logits) if self.deep_supervision else logits
+
+
+def trained(model=None, *, spacing=None, num_channels=1, postprocessing=()):
+    return Trained(
+        models=(model or ReadsTheImage(),),
+        preparation=Preparation(spacing=spacing, normalization=(AS_IT_IS,) * num_channels, crop=True),
+        patch_size=(4, 4, 4),
+        mirror=(),
+        channels=("CT", "other")[:num_channels],
+        classes=("a", "b"),
+        postprocessing=postprocessing,
+    )
+
+
+def blocks(shape=(7, 6, 5)):
+    """Labels in blocks, with a rim of 0 that cropping takes away; asymmetric, so that a flip is seen."""
+    voxels = np.zeros(shape, np.uint8)
+    voxels[1:-1, 1:-1, 1:-1] = 1
+    voxels[1:4, 1:3, 1:3] = 2
+    return voxels
+
+
+def affine_of(axes, spacing=(1.0, 1.5, 2.0)):
+    """An affine whose file axes lead to ``axes`` ("RAS", say), away from the origin."""
+    affine = np.zeros((4, 4))
+    for column, (letter, size) in enumerate(zip(axes, spacing, strict=True)):
+        row, sign = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}[letter]
+        affine[row, column] = sign * size
+    affine[:, 3] = (-10.0, 20.0, 30.0, 1.0)
+    return affine
+
+
+def write_image(path, voxels, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels.astype(np.float32), affine_of("RAS") if affine is None else affine), path)
+    return path
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SRA", "ILP", "PSL"])
+def test_a_prediction_lies_on_its_image(tmp_path, axes):
+    affine = affine_of(axes)
+    write_image(tmp_path / "images" / "scan.nii.gz", blocks(), affine)
+    (outcome,) = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
+    assert (outcome.name, outcome.file, outcome.error) == ("scan", tmp_path / "out" / "scan.nii.gz", None)
+    found = nibabel.load(outcome.file)
+    assert found.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(found.dataobj), blocks())
+    np.testing.assert_allclose(found.affine, affine)
+
+
+def test_resampled_and_back_scores_one_in_the_original_geometry(tmp_path):
+    voxels = np.kron(blocks(), np.ones((2, 2, 2), np.uint8))
+    image = write_image(tmp_path / "images" / "scan.nii.gz", voxels)
+    predict_folder(trained(spacing=(1.0, 0.75, 0.5)), tmp_path / "images", tmp_path / "out", progress=False)
+    files = [CaseFiles(name="scan", images=(image,), label=image)]
+    scores = evaluate_folder(tmp_path / "out", files, ("a", "b"), progress=False)
+    assert scores.dice.min() > 0.9  # twice as fine and back: voxels at the edges of the blocks may turn
+
+
+def test_an_unreadable_file_is_reported_and_the_others_go_on(tmp_path):
+    for name in ("a", "c"):
+        write_image(tmp_path / "images" / f"{name}.nii.gz", blocks())
+    (tmp_path / "images" / "b.nii.gz").write_bytes(b"not a scan")
+    outcomes = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
+    assert [outcome.error is None for outcome in outcomes] == [True, False, True]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    lines = outcome_table(outcomes).splitlines()
+    assert lines[0].split() == ["case", "error"]
+    assert lines[2].startswith("b ")
+    assert "b.nii.gz cannot be read" in lines[2]
+    assert lines[-1] == "2 predicted, 0 kept as they were, 1 failed"
+
+
+def test_what_is_not_finite_is_reported(tmp_path):
+    model = ReadsTheImage()
+    write_image(tmp_path / "images" / "a.nii.gz", blocks())
+    with torch.no_grad():
+        model.scale.fill_(float("nan"))
+    (outcome,) = predict_folder(trained(model), tmp_path / "images", tmp_path / "out", progress=False)
+    assert "expected finite numbers" in outcome.error
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_scan_too_large_for_the_memory_is_reported(tmp_path, monkeypatch):
+    write_image(tmp_path / "images" / "a.nii.gz", blocks())
+
+    def too_large(trained, scan):
+        raise MemoryError("3 TiB")
+
+    monkeypatch.setattr(predict, "predict_scan", too_large)
+    (outcome,) = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
+    assert outcome.error == "does not fit into memory: 3 TiB"
+
+
+def test_existing_predictions_are_kept_unless_asked(tmp_path):
+    model = ReadsTheImage()
+    write_image(tmp_path / "images" / "a.nii.gz", blocks())
+    first = predict_folder(trained(model), tmp_path / "images", tmp_path / "out", progress=False)
+    calls, content = model.num_calls, first[0].file.read_bytes()
+    write_image(tmp_path / "images" / "b.nii.gz", blocks())
+    outcomes = predict_folder(trained(model), tmp_path / "images", tmp_path / "out", progress=False)
+    assert [outcome.kept for outcome in outcomes] == [True, False]
+    assert model.num_calls == 2 * calls, "b alone"
+    assert outcome_table(outcomes) == "1 predicted, 1 kept as they were, 0 failed"
+    outcomes = predict_folder(trained(model), tmp_path / "images", tmp_path / "out", overwrite=True, progress=False)
+    assert not any(outcome.kept for outcome in outcomes)
+    assert first[0].file.read_bytes() == content, "the same bytes"
+
+
+def test_an_interruption_leaves_whole_files_only(tmp_path):
+    class Interrupted(ReadsTheImage):
+        def forward(self, x):
+            if self.num_calls >= 3:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    for name in "abcdefgh":
+        write_image(tmp_path / "images" / f"{name}.nii.gz", blocks())
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(trained(Interrupted()), tmp_path / "images", tmp_path / "out", progress=False)
+    left = sorted((tmp_path / "out").iterdir())
+    assert 0 < len(left) < 8
+    for file in left:
+        np.testing.assert_array_equal(np.asarray(nibabel.load(file).dataobj), blocks())
+    outcomes = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
+    assert sum(outcome.kept for outcome in outcomes) == len(left)
+    assert all(outcome.error is None for outcome in outcomes)
+
+
+def test_channels_in_files_of_their_own(tmp_path):
+    for name in ("scan_0000", "scan_0001"):
+        write_image(tmp_path / "images" / f"{name}.nii.gz", blocks())
+    (outcome,) = predict_folder(trained(num_channels=2), tmp_path / "images", tmp_path / "out", progress=False)
+    assert outcome.file == tmp_path / "out" / "scan.nii.gz"
+    np.testing.assert_array_equal(np.asarray(nibabel.load(outcome.file).dataobj), blocks())
+
+
+def test_the_largest_component_is_kept_of_the_classes_chosen(tmp_path):
+    voxels = np.zeros((9, 5, 5), np.uint8)
+    voxels[1:4, 1:3, 1:3] = 1
+    voxels[6, 2, 2] = 1
+    voxels[8, 1:3, 1] = 2
+    voxels[8, 4, 4] = 2
+    image = write_image(tmp_path / "scan.nii.gz", voxels)
+    files = [CaseFiles(name="scan", images=(image,))]
+    (outcome,) = predict_scans(trained(postprocessing=(1,)), files, tmp_path / "out", progress=False)
+    voxels[6, 2, 2] = 0
+    np.testing.assert_array_equal(np.asarray(nibabel.load(outcome.file).dataobj), voxels)
+
+
+def test_an_input_is_never_written_over(tmp_path):
+    image = write_image(tmp_path / "images" / "a.nii.gz", blocks())
+    content = image.read_bytes()
+    with pytest.raises(SettingError, match="expected another folder than that of the images and labels"):
+        predict_folder(trained(), tmp_path / "images", tmp_path / "images", overwrite=True, progress=False)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(SettingError, match="is an input"):
+        predict_folder(trained(), tmp_path / "images", tmp_path / "link", progress=False)
+    assert image.read_bytes() == content
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(DataError, match="images of"):
+        predict_folder(trained(), tmp_path / "nowhere", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.data
+def test_real_scans_come_back_in_their_own_geometry(hippocampus, tmp_path):
+    labels = sorted((hippocampus / "labelsTr").glob("hippocampus_*.nii.gz"))[:4]
+    files = [CaseFiles(name=file.name.removesuffix(".nii.gz"), images=(file,), label=file) for file in labels]
+    outcomes = predict_scans(trained(), files, tmp_path / "out", progress=False)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    scores = evaluate_folder(tmp_path / "out", files, ("Anterior", "Posterior"), progress=False)
+    assert scores.num_cases.tolist() == [4, 4]
+    assert scores.dice.min() == scores.scores["nsd"].min() == 1.0
+    assert scores.scores["hd"].max() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ()}, "models of Trained: expected one or more"),
+        ({"postprocessing": (1, 3)}, r"postprocessing of Trained: expected classes 1 to 2, got \[3\]"),
+    ],
+)
+def test_what_cannot_predict_is_refused(change, message):
+    settings = {name: getattr(trained(), name) for name in Trained.__dataclass_fields__}
+    with pytest.raises(SettingError, match=message):
+        Trained(**{**settings, **change})

@@ -1,0 +1,330 @@
+"""From a stored scan to the prepared one and back: hand-worked cases, laws, and other people's formulas."""
+
+import json
+from itertools import permutations, product
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from dstlib.errors import DataError, SettingError, StateError
+from dstlib.zoo.e2enet.data.nifti import Scan
+from dstlib.zoo.e2enet.data.normalization import CtNormalization, MriNormalization
+from dstlib.zoo.e2enet.data.placement import Placement, uncropped
+from dstlib.zoo.e2enet.data.preparation import Preparation, place_back, prepare_image, prepare_label, prepare_scan
+from dstlib.zoo.e2enet.data.resample import coarse_axis, new_shape, resample_intensities, resample_linearly
+
+RAS = np.eye(4)
+AS_IT_IS = CtNormalization(low=-1e6, high=1e6, mean=0.0, std=1.0)  # of intensities within ± a million
+ORIENTATIONS = [(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
+
+
+def affine_of(axes, signs, spacing, tilt=0.0):
+    """Of a file whose axis i runs along the patient's axis axes[i], in direction signs[i]."""
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    affine[list(axes), range(3)] = np.multiply(signs, spacing)
+    turn = np.array([[np.cos(tilt), -np.sin(tilt), 0], [np.sin(tilt), np.cos(tilt), 0], [0, 0, 1]])
+    affine[:3, :3] = turn @ affine[:3, :3]
+    affine[:3, 3] = (-7, 11, 13)
+    return affine
+
+
+def keeping(spacing=None, *, crop=True, rule=AS_IT_IS, num_channels=1):
+    return Preparation(spacing=spacing, normalization=(rule,) * num_channels, crop=crop)
+
+
+def one_hot(label, num_classes):
+    return np.stack([(label == k).astype(np.float32) for k in range(num_classes)])
+
+
+shapes = st.tuples(*[st.integers(1, 9)] * 3)
+spacings = st.tuples(*[st.floats(0.3, 6.0)] * 3)
+orientations = st.sampled_from(ORIENTATIONS)
+seeds = st.integers(0, 2**32 - 1)
+
+
+# ---- orientation
+
+
+def test_a_scan_in_las_is_mirrored_and_an_axial_one_turned():
+    image = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3) + 1
+    las, placement = prepare_image(image, np.diag([-1.0, 1, 1, 1]), keeping())
+    assert las.tolist() == [[[[3, 2, 1], [6, 5, 4]]]]
+    assert placement.flips == (False, False, True)
+    # x of this file leads to the front, y to the right: height and width change places
+    turned, placement = prepare_image(image, affine_of((1, 0, 2), (1, 1, 1), (1, 2, 3)), keeping())
+    assert turned.tolist() == [[[[1, 4], [2, 5], [3, 6]]]]
+    assert placement.spacing == (3.0, 1.0, 2.0)
+
+
+@given(orientations, shapes, spacings, st.floats(-0.7, 0.7), seeds)
+def test_canonical_order_is_nibabels(orientation, shape, spacing, tilt, seed):
+    affine = affine_of(*orientation, spacing, tilt)
+    voxels = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+    placement = uncropped(shape[::-1], affine)
+    assert np.array_equal(placement.turn(voxels.T), np.asarray(canonical.dataobj).T)
+    assert np.array_equal(placement.turn_back(placement.turn(voxels.T)), voxels.T)
+    expected = nibabel.affines.voxel_sizes(canonical.affine)[::-1]
+    np.testing.assert_allclose(placement.stored_spacing, expected, rtol=1e-6)  # the file keeps it as float32
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS, ids=str)
+def test_what_is_prepared_is_placed_back_exactly(orientation):
+    """In all 48 orientations, with a border to crop: the whole way there and back is the identity."""
+    rng = np.random.default_rng(ORIENTATIONS.index(orientation))
+    inside = np.zeros((7, 8, 9), bool)
+    inside[1:5, 2:8, 3:4] = True
+    label = rng.integers(0, 4, inside.shape).astype(np.uint8) * inside
+    image = np.where(inside, rng.uniform(1, 2, inside.shape), 0).astype(np.float32)[None]
+    prepared, placement = prepare_image(image, affine_of(*orientation, (0.5, 1, 3), 0.1), keeping())
+    assert prepared[0].size == inside.sum()
+    prepared_label = prepare_label(label, placement)
+    assert prepared_label.shape == prepared.shape[1:]
+    assert np.array_equal(place_back(one_hot(prepared_label, 4), placement), label)
+
+
+@given(orientations, shapes, spacings, st.booleans(), seeds)
+def test_without_anything_to_do_an_image_keeps_its_values(orientation, shape, spacing, crop, seed):
+    image = np.random.default_rng(seed).uniform(1, 2, (2, *shape)).astype(np.float32)
+    prepared, placement = prepare_image(image, affine_of(*orientation, spacing), keeping(crop=crop, num_channels=2))
+    assert prepared.dtype == np.float32
+    assert np.array_equal(prepared, np.stack([placement.turn(channel) for channel in image]))
+    assert placement.stored_spacing == placement.spacing
+    assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
+
+
+def test_the_box_holds_what_any_channel_shows_and_an_empty_image_stays_whole():
+    image = np.zeros((2, 4, 5, 6), np.float32)
+    assert prepare_image(image, RAS, keeping(num_channels=2))[1].box == ((0, 4), (0, 5), (0, 6))
+    image[0, 1, 2, 3] = -5
+    image[1, 2, 2, 5] = 7
+    prepared, placement = prepare_image(image, RAS, keeping(num_channels=2))
+    assert placement.box == ((1, 3), (2, 3), (3, 6))
+    assert prepared.shape == (2, 2, 1, 3)
+    assert prepare_image(image, RAS, keeping(crop=False, num_channels=2))[0].shape == image.shape
+
+
+# ---- resampling
+
+
+@given(shapes, spacings, spacings, seeds)
+@settings(max_examples=50)
+def test_shapes_round_and_ranges_hold(shape, old, new, seed):
+    image = np.random.default_rng(seed).uniform(1, 9, (1, *shape)).astype(np.float32)
+    affine = affine_of((0, 1, 2), (1, 1, 1), old[::-1])
+    prepared, placement = prepare_image(image, affine, keeping(new))
+    assert prepared.shape[1:] == tuple(max(1, round(n * a / b)) for n, a, b in zip(shape, old, new, strict=True))
+    assert placement.shape == prepared.shape[1:]
+    assert image.min() <= prepared.min() <= prepared.max() <= image.max()
+
+
+@given(shapes, shapes, seeds)
+@settings(max_examples=50)
+def test_cubic_and_linear_resampling_are_scipys_zoom(old, new, seed):
+    volume = np.random.default_rng(seed).uniform(-1, 1, old).astype(np.float32)
+    zoom = np.divide(new, old)
+    cubic = ndimage.zoom(volume.astype(np.float64), zoom, order=3, mode="nearest", grid_mode=True)
+    cubic = cubic.clip(volume.min(), volume.max())
+    # Both sum some hundred products of numbers within ±3, we in float32 with its 6e-8 of rounding each.
+    np.testing.assert_allclose(resample_intensities(volume, new, None), cubic, atol=1e-5)
+    linear = ndimage.zoom(volume.astype(np.float64), zoom, order=1, mode="nearest", grid_mode=True)
+    np.testing.assert_allclose(resample_linearly(volume, new, None), linear, atol=1e-6)
+
+
+@given(shapes, shapes, st.integers(0, 2), seeds)
+@settings(max_examples=50)
+def test_along_the_coarse_axis_slices_are_resampled_for_themselves(old, new, coarse, seed):
+    """nnU-Net's way: each slice in its plane, cubic and clipped to its own range, then the nearest slice."""
+    volume = np.random.default_rng(seed).uniform(-1, 1, old).astype(np.float32)
+    zoom = np.delete(np.divide(new, old), coarse)
+    slices = []
+    for plane in np.moveaxis(volume.astype(np.float64), coarse, 0):
+        out = ndimage.zoom(plane, zoom, order=3, mode="nearest", grid_mode=True)
+        slices.append(out.clip(plane.min(), plane.max()))
+    # half-way between two slices, the later one
+    nearest = [min(old[coarse] - 1, (2 * i + 1) * old[coarse] // (2 * new[coarse])) for i in range(new[coarse])]
+    expected = np.moveaxis(np.stack(slices)[nearest], 0, coarse)
+    np.testing.assert_allclose(resample_intensities(volume, new, coarse), expected, atol=1e-5)  # float32, as above
+
+
+def test_the_coarse_axis_is_that_of_the_scan_then_that_of_the_network():
+    assert coarse_axis((1.0, 3.0, 1.0)) is None  # not over three times
+    assert coarse_axis((1.0, 3.1, 1.0), (9.0, 1.0, 1.0)) == 1
+    assert coarse_axis((1.0, 1.0, 1.0), (9.0, 1.0, 1.0)) == 0
+    assert coarse_axis((4.0, 4.0, 1.0), (9.0, 1.0, 1.0)) is None
+    image = np.zeros((1, 2, 4, 4), np.float32)
+    image[:, 1] = 1
+    prepared, placement = prepare_image(
+        image, affine_of((0, 1, 2), (1, 1, 1), (1, 1, 4)), keeping((1, 1, 1), crop=False)
+    )
+    assert placement.coarse == 0
+    assert prepared[0, :, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # no ramp between slices
+
+
+@given(shapes, spacings, spacings, st.sets(st.integers(0, 255), min_size=1, max_size=5), seeds)
+@settings(max_examples=50)
+def test_labels_keep_to_their_classes(shape, old, new, classes, seed):
+    label = np.random.default_rng(seed).choice(sorted(classes), shape).astype(np.uint8)
+    scan = Scan("a", np.ones((1, *shape), np.float32), label, affine_of((0, 1, 2), (1, -1, 1), old[::-1]))
+    case = prepare_scan(scan, keeping(new))
+    assert case.label.shape == new_shape(shape, old, new)
+    assert set(np.unique(case.label)) <= set(np.unique(label))
+    assert (case.spacing, case.orientation) == (new, "SAR")
+
+
+def test_labels_by_hand():
+    label = np.array([[[1, 1, 2, 2, 0, 0]]], np.uint8)
+    affine = affine_of((0, 1, 2), (1, 1, 1), (1, 1, 1))
+    _, placement = prepare_image(np.ones((1, 1, 1, 6), np.float32), affine, keeping((1, 1, 2)))
+    assert prepare_label(label, placement).tolist() == [[[1, 2, 0]]]
+    _, placement = prepare_image(np.ones((1, 1, 1, 6), np.float32), affine, keeping((1, 1, 1.5)))
+    # centres at 0.25, 1.75, 3.25 and 4.75 of the old voxels: at 1.75 class 1 has 1/4 and class 2 has 3/4
+    assert prepare_label(label, placement).tolist() == [[[1, 2, 2, 0]]]
+
+
+@pytest.mark.parametrize("new", [(1.0, 1.0, 1.0), (3.0, 0.7, 1.3), (5.0, 0.8, 0.8)])
+def test_a_ball_keeps_its_volume_there_and_back(new):
+    old = (2.0, 1.0, 1.0)
+    d, h, w = np.ogrid[:30, :60, :60]
+    ball = ((d - 14.5) * 2) ** 2 + (h - 29.5) ** 2 + (w - 29.5) ** 2 < 25**2
+    image = np.ones((1, *ball.shape), np.float32)
+    scan = Scan("ball", image, ball.astype(np.uint8), affine_of((0, 1, 2), (1, 1, 1), old[::-1]))
+    case = prepare_scan(scan, keeping(new))
+    volume = 4 / 3 * np.pi * 25**3
+    # A boundary off by a tenth of a millimetre all around is 3 · 0.1 / 25 = 1.2 %; voxels of 5 mm take it to 2 %.
+    assert case.label.sum() * np.prod(new) == pytest.approx(volume, rel=0.02)
+    _, placement = prepare_image(image, scan.affine, keeping(new))
+    again = place_back(one_hot(case.label, 2), placement)
+    assert again.shape == ball.shape
+    assert again.sum() * np.prod(old) == pytest.approx(volume, rel=0.02)
+    overlap = 2 * np.sum(again & ball) / (again.sum() + ball.sum())
+    assert overlap > 0.94  # half a voxel of 5 mm off all along the coarse axis, 2.5 / 25 of that third of the surface
+
+
+def test_placing_back_compares_probabilities_on_the_grid_of_the_scan():
+    rng = np.random.default_rng(0)
+    image = rng.uniform(1, 2, (1, 6, 8, 10)).astype(np.float32)
+    affine = affine_of((0, 1, 2), (1, 1, 1), (1, 1.5, 1))
+    _, placement = prepare_image(image, affine, keeping((2.0, 2.0, 2.0)))
+    probabilities = rng.dirichlet(np.ones(4), placement.shape).transpose(3, 0, 1, 2).astype(np.float32)
+    zoom = np.divide((6, 8, 10), placement.shape)
+    volumes = [ndimage.zoom(p.astype(np.float64), zoom, order=1, mode="nearest", grid_mode=True) for p in probabilities]
+    assert np.array_equal(place_back(probabilities, placement), np.argmax(volumes, axis=0))
+    equal = np.full((3, *placement.shape), 1 / 3, np.float32)
+    assert not place_back(equal, placement).any()  # the lowest class of equals
+
+
+# ---- intensities
+
+
+@given(spacings, seeds)
+@settings(max_examples=30)
+def test_ct_lies_within_the_clipped_range(new, seed):
+    rng = np.random.default_rng(seed)
+    rule = CtNormalization(low=-150.0, high=250.0, mean=40.0, std=70.0)
+    image = rng.uniform(-1024, 3000, (1, 5, 6, 7)).astype(np.float32)
+    prepared, _ = prepare_image(image, RAS, keeping(new, rule=rule))
+    low, high = rule.apply(np.array([[[-150, 250]]], np.float32)).ravel()
+    assert low <= prepared.min() <= prepared.max() <= high
+    assert (float(low), float(high)) == pytest.approx((-190 / 70, 3))
+
+
+def test_mri_inside_the_mask_leaves_zeros_outside_and_counts_dark_voxels_inside():
+    image = np.zeros((2, 7, 7, 7), np.float32)
+    image[:, 1:6, 1:6, 1:6] = np.random.default_rng(0).uniform(100, 200, (2, 5, 5, 5))
+    image[:, 3, 3, 3] = 0  # enclosed by the patient
+    prepared, _ = prepare_image(
+        image, RAS, keeping(rule=MriNormalization(inside_mask=True), crop=False, num_channels=2)
+    )
+    inside = np.zeros((7, 7, 7), bool)
+    inside[1:6, 1:6, 1:6] = True
+    assert not prepared[:, ~inside].any()
+    np.testing.assert_allclose(prepared[:, inside].mean(1), 0, atol=1e-5)  # float32
+    np.testing.assert_allclose(prepared[:, inside].std(1), 1, atol=1e-5)
+    assert (prepared[:, 3, 3, 3] < -4).all()
+    whole, _ = prepare_image(image, RAS, keeping(rule=MriNormalization(), crop=False, num_channels=2))
+    np.testing.assert_allclose(whole.mean((1, 2, 3)), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [AS_IT_IS, MriNormalization(), MriNormalization(inside_mask=True)])
+@given(value=st.floats(-1e5, 1e5, width=32), new=st.none() | spacings)
+def test_a_constant_channel_stays_finite(rule, value, new):
+    image = np.full((1, 3, 4, 5), value, np.float32)
+    prepared, _ = prepare_image(image, RAS, keeping(new, rule=rule))
+    assert np.isfinite(prepared).all()
+    if isinstance(rule, MriNormalization):
+        assert not prepared.any()
+
+
+# ---- what is saved, and what is refused
+
+
+@given(
+    st.none() | spacings,
+    st.lists(
+        st.builds(MriNormalization, inside_mask=st.booleans())
+        | st.builds(
+            CtNormalization, low=st.floats(-9, 0), high=st.floats(0, 9), mean=st.floats(-9, 9), std=st.floats(0, 9)
+        ),
+        min_size=1,
+    ),
+    st.booleans(),
+)
+def test_a_preparation_comes_back_from_json(spacing, rules, crop):
+    preparation = Preparation(spacing=spacing, normalization=tuple(rules), crop=crop)
+    assert Preparation.from_json(json.loads(json.dumps(preparation.to_json()))) == preparation
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spacing": [1, 1]},
+        {"spacing": "abc"},
+        {"crop": None, "normalization": [{"kind": "pet"}]},
+        {"normalization": [{"kind": "ct", "low": 1.0}]},
+        {"normalization": [3]},
+        {"normalization": 3},
+        {"normalization": []},
+    ],
+)
+def test_a_damaged_preparation_is_refused(change):
+    with pytest.raises(StateError, match="what to_json\\(\\) wrote"):
+        Preparation.from_json(keeping((1.0, 1.0, 1.0)).to_json() | change)
+    with pytest.raises(StateError, match="preparation of a saved run"):
+        Preparation.from_json({})
+    with pytest.raises(StateError, match="placement of a saved scan"):
+        Placement.from_json({"box": 3})
+
+
+def test_settings_that_cannot_be_are_refused():
+    for spacing in ((1.0, 0.0, 1.0), (1.0, float("nan"), 1.0), (1.0, 1.0)):
+        with pytest.raises(SettingError, match="spacing of Preparation: expected three finite numbers above 0"):
+            keeping(spacing)
+    with pytest.raises(SettingError, match="normalization of Preparation: expected one per channel"):
+        keeping(num_channels=0)
+    for change in ({"low": 9.0}, {"std": -1.0}, {"mean": float("inf")}):
+        with pytest.raises(SettingError, match="CtNormalization: expected finite numbers with low <= high"):
+            CtNormalization(**({"low": 0.0, "high": 1.0, "mean": 0.5, "std": 1.0} | change))
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    image = np.ones((2, 3, 4, 5), np.float32)
+    with pytest.raises(
+        DataError, match=r"image of prepare_image\(\): expected \(1, D, H, W\), got shape \(2, 3, 4, 5\)"
+    ):
+        prepare_image(image, RAS, keeping())
+    _, placement = prepare_image(image[:1], RAS, keeping())
+    with pytest.raises(DataError, match=r"expected the shape \(3, 4, 5\) of its image, got \(3, 4, 4\)"):
+        prepare_label(np.zeros((3, 4, 4), np.uint8), placement)
+    with pytest.raises(DataError, match=r"expected \(K, 3, 4, 5\), got \(2, 3, 4, 4\)"):
+        place_back(np.zeros((2, 3, 4, 4), np.float32), placement)
+    with pytest.raises(DataError, match="case 'a': expected one with a label"):
+        prepare_scan(Scan("a", image[:1], None, RAS), keeping())
+    for broken in (np.diag([1.0, 0, 1, 1]), np.diag([1.0, np.nan, 1, 1])):
+        with pytest.raises(DataError, match="affine of a scan: expected three axes of voxels"):
+            prepare_image(image[:1], broken, keeping())
