@@ -3,10 +3,9 @@
     python benchmarks/augmentation.py [--size 128] [--samples 60]
 
 One thread, image of one channel with its label. The two take turns, so that a drifting machine slows both, and
-what is counted is the CPU's time, so that programs beside them disturb less. First
-each change comes as often as in the paper, then all of them at once, which is the worst that a draw can be.
-MONAI's pipeline does a little less: it turns the patch that was cut, so its corners show padding, and it
-interpolates low resolution linearly.
+what is counted is the CPU's time, so that programs beside them disturb less. First each change comes as often as
+in the paper, then all of them at once, which is the worst that a draw can be. MONAI's pipeline does a little less:
+it turns the patch that was cut, so its corners show padding, and it interpolates low resolution linearly.
 """
 
 import argparse

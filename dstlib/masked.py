@@ -48,11 +48,13 @@ class Place:
         self._masked = masked
 
     def is_lost_to(self, optimizer: Optimizer) -> bool:
-        """Whether the module now has another parameter there, on which the optimizer steps."""
+        """Whether the module now has another parameter there, or one of another shape, on which the optimizer steps."""
         module, parameter = self._module(), self._masked.parameter
-        if module is None or any(p is parameter for p in module.parameters()):
+        if module is None:
             return False
         held = parameter_ids(optimizer)
+        if any(p is parameter for p in module.parameters()):
+            return id(parameter) in held and parameter.shape != self._masked.mask.shape
         return any(id(p) in held for p in module.parameters())
 
     def complain(self) -> None:
@@ -62,8 +64,8 @@ class Place:
                 "parameter",
                 self._masked.weight.name,
                 allowed="the one that was made sparse",
-                given="another in its place, which nothing masks",
-                remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, fully_shard and the like.",
+                given="another in its place, or of another shape, which no mask fits",
+                remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift and the like.",
             )
         )
 

@@ -112,7 +112,7 @@ def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> No
     recipe = replace(recipe, presets=changed)
     resume = ["--resume"] if (path / "config.json").exists() else []
     print(f"\n{cell.name}: {path}", flush=True)
-    follow(recipe, parser(None, recipe).parse_args([*arguments, *cell.options, "--run", str(path), *resume]))
+    follow(recipe, parser(None, recipe).parse_args([*arguments, *cell.options, "--run-dir", str(path), *resume]))
 
 
 def table(title: str, rows: Mapping[str, list[Row]]) -> str:

@@ -35,7 +35,7 @@ def assert_same(drawn, expected):
 
 @settings(max_examples=6)
 @given(
-    workers=st.integers(1, 3),
+    workers=st.integers(1, 2),  # torch warns of more than there are cores
     start=st.integers(0, 100),
     num=st.integers(0, 4),
     ranks=st.sampled_from([(0, 1), (0, 2), (1, 2)]),

@@ -88,9 +88,13 @@ def _add_data(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
 
 def _add_run(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
     group.add_argument(
-        "--run", type=Path, metavar="DIR", help=f"folder for the results (default: runs/{recipe.name}-DATE-TIME)"
+        "--run-dir",
+        type=Path,
+        dest="run",
+        metavar="DIR",
+        help=f"folder for the results (default: runs/{recipe.name}-DATE-TIME)",
     )
-    group.add_argument("--resume", action="store_true", help="continue the run in --run, with the same settings")
+    group.add_argument("--resume", action="store_true", help="continue the run in --run-dir, with the same settings")
     group.add_argument(
         "--from", type=Path, dest="begin_from", metavar="DIR", help="begin with the weights and masks of this run"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dstlib.errors import SettingError, explain
+from dstlib.profile import profile
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.dataset import Dataset, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
@@ -58,6 +59,7 @@ def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
             patch_size=preset.patches.patch_size,
             config=network,
         )
+        profile(model, (1, network.in_channels, *preset.patches.patch_size))  # refuses a patch that does not fit
         training = start(model, preset.training, execution, ranks)
         if options.begin_from is not None and not options.resume:
             _begin_from(training, options)
@@ -186,11 +188,11 @@ def _begin_from(training: Training, options: argparse.Namespace) -> None:
 def _check_options(options: argparse.Namespace) -> None:
     """What argparse cannot say."""
     checks = [
-        ("--run", options.run != Path(), "a folder", "''", "Leave --run out for a folder named by the date."),
+        ("--run-dir", options.run != Path(), "a folder", "''", "Leave --run-dir out for a folder named by the date."),
         (
             "--resume",
             not options.resume or options.run is not None,
-            "--run with it",
+            "--run-dir with it",
             "none",
             "Pass the folder that the run was started in.",
         ),
@@ -210,6 +212,6 @@ def _check_options(options: argparse.Namespace) -> None:
 def _stopped(done: str, path: Path) -> str:
     """What was done, and the command that continues this one."""
     arguments = [a for a in sys.argv if a != "--resume"]
-    if not any(a == "--run" or a.startswith("--run=") for a in arguments):
-        arguments += ["--run", str(path)]
+    if not any(a == "--run-dir" or a.startswith("--run-dir=") for a in arguments):
+        arguments += ["--run-dir", str(path)]
     return f"{done}. Continue with:\n  {shlex.join([sys.executable, *arguments, '--resume'])}"

@@ -124,9 +124,7 @@ _ROWS = (
     Baseline(
         name="swin_unetr",
         implementation="MONAI, SwinUNETR",
-        published=(
-            Published(setting="96³", params=62.2, flops=328.4, source=UX_NET),
-        ),
+        published=(Published(setting="96³", params=62.2, flops=328.4, source=UX_NET),),
         build=swin_unetr,
     ),
     Baseline(

@@ -128,7 +128,7 @@ def fingerprint(scans: Iterable[Scan]) -> Fingerprint:
 
     Reference: nnU-Net, which samples the same number of voxels per scan, with replacement.
     """
-    return join(scan_fingerprint(scan) for scan in scans)
+    return join(map(scan_fingerprint, scans))  # a loop's variable would keep a scan while the next is read
 
 
 def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from dstlib.layers.fusion import FusionNode
 from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.files import write_whole
 from dstlib.zoo.e2enet.network import E2ENet
-from dstlib.zoo.e2enet.training.run import write_whole
 
 STYLE = {
     "font.size": 10,

@@ -25,7 +25,7 @@ DEFINITIONS = {
     "hd": "HD: the largest of these distances, in mm.",
 }
 POLICY = """\
-Means are over the cases with a value, class by class, then over the classes with a mean (m...).
+Means are over the cases with a value, class by class, then over the classes with a mean.
 A class absent from label and prediction has no value in that case and is left out; absent from one of them (missed:
 from the prediction, false: from the label), its Dice and NSD are 0 and its distances are left out."""
 

@@ -173,7 +173,7 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            remedy = "Wait for it or stop it, or pass another --run."
+            remedy = "Wait for it or stop it, or pass another --run-dir."
             given = "one in use by another process"
             raise StateError(
                 explain(
@@ -190,7 +190,7 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
 def _refuse_existing(path: Path) -> None:
     if found := [name for name in ("config.json", "checkpoint.pt") if (path / name).exists()]:
         given = f"one with {' and '.join(found)}"
-        remedy = "Pass --resume to continue that run, or another --run to start a new one."
+        remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
         raise StateError(
             explain("directory", f"run {path}", allowed="a folder without a run", given=given, remedy=remedy)
         )
@@ -204,7 +204,7 @@ def _read_config(path: Path) -> Any:
         remedy = "Leave out --resume to start a run here, or name the folder of an existing one."
         raise StateError(_unreadable(file, "none", remedy)) from error
     except (OSError, ValueError) as error:
-        remedy = "Restore the file, or name another folder by --run."
+        remedy = "Restore the file, or name another folder by --run-dir."
         raise StateError(_unreadable(file, error, remedy)) from error
 
 
@@ -215,7 +215,7 @@ def _refuse_other_settings(saved: Any, config: Mapping[str, Any], file: Path) ->
     if not differing:
         return
     was, given = (", ".join(f"{n} {_short(values.get(n, MISSING))}" for n in differing) for values in (old, new))
-    remedy = "Resume with the settings of the run, or start another with --run."
+    remedy = "Resume with the settings of the run, or start another with --run-dir."
     raise StateError(explain("settings", str(file), allowed=was, given=given, remedy=remedy))
 
 

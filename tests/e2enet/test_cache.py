@@ -1,0 +1,519 @@
+"""The cache of prepared cases: whatever happens to it, what it returns is whole, current and the same."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from dstlib.errors import DataError, SettingError, StateError
+from dstlib.zoo.e2enet import files as whole_files
+from dstlib.zoo.e2enet.data import cache, cache_entries
+from dstlib.zoo.e2enet.data.cache import measure, prepared_cases
+from dstlib.zoo.e2enet.data.fingerprint import fingerprint, plan_preparation
+from dstlib.zoo.e2enet.data.layouts import read_manifest
+from dstlib.zoo.e2enet.data.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.nifti import examine_scan, read_scan
+from dstlib.zoo.e2enet.data.preparation import prepare_scan
+
+FORK = multiprocessing.get_context("fork")  # so that children see what a test has replaced
+
+
+def write_scan(folder, name, seed):
+    """An image and its label, of another shape and spacing for each seed; only the image is returned as bytes."""
+    rng = np.random.default_rng(seed)
+    shape = (5 + seed % 2, 6, 7 + seed % 3)
+    affine = np.diag([-1.0, 1.0, 2.0 + seed % 3, 1.0])
+    for kind, voxels in (
+        ("image", rng.normal(100, 50, shape).astype(np.float32)),
+        ("label", rng.integers(0, 3, shape).astype(np.uint8)),
+    ):
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), folder / f"{name}-{kind}.nii")
+
+
+def files_of(folder, name):
+    return CaseFiles(name=name, images=(folder / f"{name}-image.nii",), label=folder / f"{name}-label.nii")
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Three sound cases: a, b, c."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for seed, name in enumerate("abc"):
+        write_scan(folder, name, seed)
+    return Manifest(
+        name="toy",
+        folder=folder,
+        layout="decathlon",
+        channels=("CT",),
+        classes=("liver", "tumour"),
+        train=tuple(files_of(folder, name) for name in "abc"),
+    )
+
+
+def prepare(manifest, folder, **changes):
+    return prepared_cases(
+        manifest, manifest.train, **({"modality": "ct", "folder": folder, "progress": False} | changes)
+    )
+
+
+def contents(folder):
+    """Every file of a cache, by its path and bytes: two caches with equal contents are the same bit for bit."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the cases whose files are read, as they are."""
+    names = []
+
+    def examine(files, **options):
+        names.append(files.name)
+        return examine_scan(files, **options)
+
+    monkeypatch.setattr(cache_entries, "examine_scan", examine)
+    return names
+
+
+# ---- what it returns
+
+
+def test_cases_are_those_that_are_prepared_directly(manifest, tmp_path):
+    cases, preparation = prepare(manifest, tmp_path / "cache")
+    scans = [read_scan(files, num_channels=1, num_classes=2) for files in manifest.train]
+    assert preparation == plan_preparation(fingerprint(scans), modality="ct")
+    assert preparation.spacing == (3.0, 1.0, 1.0)
+    assert (cases.name, cases.channels, cases.classes) == ("toy", ("CT",), ("liver", "tumour"))
+    for case, scan in zip(cases.cases, scans, strict=True):
+        expected = prepare_scan(scan, preparation)
+        assert isinstance(case.image, np.memmap)
+        assert np.array_equal(case.image, expected.image)
+        assert np.array_equal(case.label, expected.label)
+        assert (case.name, case.spacing, case.orientation) == (scan.name, expected.spacing, expected.orientation)
+    with pytest.raises(ValueError, match="read-only"):
+        cases.cases[0].image[:] = 0
+
+
+def test_a_second_call_reads_no_source(manifest, tmp_path, reads):
+    first, preparation = prepare(manifest, tmp_path)
+    assert reads == list("abcabc")  # to measure, to prepare
+    again, same = prepare(manifest, tmp_path)
+    assert reads == list("abcabc")
+    assert same == preparation
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(first.cases, again.cases, strict=True))
+
+
+def test_a_passed_preparation_needs_no_measuring(manifest, tmp_path, reads):
+    _, preparation = prepare(manifest, tmp_path / "one")
+    reads.clear()
+    cases, same = prepared_cases(
+        manifest, manifest.train[1:], modality="mri", folder=tmp_path / "two", preparation=preparation, progress=False
+    )
+    assert same is preparation
+    assert reads == ["b", "c"] == [case.name for case in cases.cases]
+
+
+def test_the_order_of_the_files_makes_no_difference_but_to_the_order_of_the_cases(manifest, tmp_path):
+    prepare(manifest, tmp_path / "one")
+    turned, _ = prepare(replace(manifest, train=manifest.train[::-1]), tmp_path / "two")
+    assert [case.name for case in turned.cases] == ["c", "b", "a"]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_measuring_is_the_fingerprint(manifest, tmp_path, reads):
+    found = measure(manifest, manifest.train, folder=tmp_path, progress=False)
+    assert found == fingerprint(read_scan(files, num_channels=1, num_classes=2) for files in manifest.train)
+    prepare(manifest, tmp_path)
+    assert reads == list("abcabc")  # and not measured again
+
+
+# ---- what is stale
+
+
+def test_a_changed_source_is_read_again_and_its_set_planned_anew(manifest, tmp_path, reads, capsys):
+    prepare(manifest, tmp_path / "cache")
+    write_scan(manifest.folder, "b", seed=7)
+    reads.clear()
+    cases, _ = prepare(manifest, tmp_path / "cache")
+    assert reads == ["b", *"abc"]  # to measure the one; its intensities normalise all
+    fresh, _ = prepare(manifest, tmp_path / "fresh")
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(cases.cases, fresh.cases, strict=True))
+    assert "Other preparations take up 0.0 MB" in capsys.readouterr().err
+
+
+def test_a_touched_source_is_prepared_again(manifest, tmp_path, reads):
+    prepare(manifest, tmp_path)
+    os.utime(manifest.train[1].label, ns=(1, 1))
+    reads.clear()
+    prepare(manifest, tmp_path)
+    assert reads == ["b", "b"]
+
+
+def test_another_number_of_classes_is_checked_again(manifest, tmp_path):
+    prepare(manifest, tmp_path)
+    with pytest.raises(DataError, match="has values 2, but the classes are numbered 0 to 1"):
+        prepare(replace(manifest, classes=("liver",)), tmp_path)
+
+
+def test_another_format_is_made_anew(manifest, tmp_path, reads, monkeypatch):
+    prepare(manifest, tmp_path)
+    monkeypatch.setattr(cache_entries, "FORMAT", cache_entries.FORMAT + 1)
+    prepare(manifest, tmp_path)
+    assert reads == list("abcabc") * 2
+
+
+def test_other_preparations_stay_and_are_mentioned(manifest, tmp_path, reads, capsys):
+    _, ct = prepare(manifest, tmp_path)
+    assert not capsys.readouterr().err
+    prepare(manifest, tmp_path, modality="mri")
+    said = capsys.readouterr().err
+    assert cache_entries.preparation_key(ct) in said
+    assert "Delete what you do not need" in said
+    reads.clear()
+    prepare(manifest, tmp_path)
+    assert not reads
+
+
+def test_an_interrupted_renewal_does_not_pass_for_the_old_entry(manifest, tmp_path, monkeypatch):
+    """New arrays are there, the process dies, and a backup brings back the old source with its old time."""
+    cases, preparation = prepare(manifest, tmp_path / "cache")
+    before = np.array(cases.cases[1].image)
+    image = manifest.train[1].images[0]
+    content, status = image.read_bytes(), image.stat()
+    nibabel.save(nibabel.Nifti1Image(np.full((6, 6, 8), 7.0, np.float32), np.diag([-1.0, 1, 3, 1])), image)
+    monkeypatch.setattr(cache_entries, "write_json", Fault(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(manifest, tmp_path / "cache", preparation=preparation)
+    monkeypatch.undo()
+    image.write_bytes(content)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again, _ = prepare(manifest, tmp_path / "cache", preparation=preparation)
+    assert np.array_equal(again.cases[1].image, before)
+
+
+def test_a_source_that_changes_while_it_is_read_is_a_defect(manifest, tmp_path, monkeypatch):
+    def examine(files, **options):
+        found = examine_scan(files, **options)
+        if files.name == "b":
+            os.utime(files.label, ns=(1, time.time_ns()))
+        return found
+
+    monkeypatch.setattr(cache_entries, "examine_scan", examine)
+    with pytest.raises(DataError, match=r"b: .*b-image.nii or its label changed while they were read"):
+        prepare(manifest, tmp_path)
+
+
+# ---- what is damaged
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-2])  # the last byte of JSON is a line's end
+
+
+def edit(change):
+    return lambda file: file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("prepared-*/b.image.npy", truncate),
+        ("prepared-*/b.label.npy", Path.unlink),
+        ("prepared-*/b.image.npy", lambda file: file.write_bytes(bytes(file.stat().st_size))),
+        ("prepared-*/b.json", Path.unlink),
+        ("prepared-*/b.json", truncate),
+        ("prepared-*/b.json", lambda file: file.write_text("[]")),
+        ("prepared-*/b.json", edit(lambda record: {"made_from": record["made_from"]})),
+        ("prepared-*/b.json", edit(lambda record: record | {"num_bytes": 3})),
+        ("prepared-*/b.json", edit(lambda record: record | {"spacing": 3})),
+        ("fingerprints/b.json", Path.unlink),
+        ("fingerprints/b.json", truncate),
+        ("fingerprints/b.json", edit(lambda record: {"made_from": record["made_from"]})),
+        ("fingerprints/b.json", edit(lambda record: record | {"fingerprint": {"name": "b"}})),
+    ],
+)
+def test_damaged_entries_are_made_anew(manifest, tmp_path, reads, file, damage):
+    prepare(manifest, tmp_path)
+    sound = contents(tmp_path)
+    damage(next(tmp_path.glob(file)))
+    assert contents(tmp_path) != sound
+    reads.clear()
+    prepare(manifest, tmp_path)
+    assert reads == ["b"]
+    assert contents(tmp_path) == sound
+
+
+# ---- what is interrupted
+
+
+class Fault:
+    """Stands for a function that fails at one call, and before it does what it always does."""
+
+    def __init__(self, error, *, at=0, of=None):
+        self.error, self.at, self.of, self.calls = error, at, of, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls > self.at:
+            if callable(self.error):
+                self.error()
+            raise self.error
+        return self.of(*arguments)
+
+
+NUM_WRITES = 3 + 3 * 3  # a fingerprint, and an image, a label and a record of each case
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("at", range(NUM_WRITES))
+def test_interrupted_at_any_write_then_repeated_is_uninterrupted(manifest, tmp_path, monkeypatch, at, function):
+    prepare(manifest, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_files.os, function, Fault(KeyboardInterrupt(), at=at, of=getattr(os, function)))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(manifest, tmp_path / "cache")
+    prepare(manifest, tmp_path / "cache")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_killed_at_any_write_then_repeated_is_uninterrupted(manifest, tmp_path, monkeypatch, function):
+    """As kill -9 does: no handler runs, and files lie about half written."""
+    prepare(manifest, tmp_path / "whole")
+    for at in range(("fsync", "replace").index(function), NUM_WRITES, 2):  # by turns, as a fork takes its time
+        folder = tmp_path / f"cache{at}"
+        with monkeypatch.context() as patch:
+            die = Fault(lambda: os.kill(os.getpid(), signal.SIGKILL), at=at, of=getattr(os, function))
+            patch.setattr(whole_files.os, function, die)
+            process = FORK.Process(target=prepare, args=(manifest, folder))
+            process.start()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL
+        prepare(manifest, folder)
+        assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_what_is_missing_and_keeps_what_is_whole(manifest, tmp_path, monkeypatch, code):
+    prepare(manifest, tmp_path / "whole")
+    at = 3 + 3 + 1  # the label of the second case
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_files.os, "fsync", Fault(OSError(code, "no room"), at=at, of=os.fsync))
+        with pytest.raises(StateError) as error:
+            prepare(manifest, tmp_path / "cache")
+    said = str(error.value)
+    assert "expected about 0.0 MB of room for the 2 of 3 cases that are missing, got a full one" in said
+    assert "The other 1 (0.0 MB) are whole: make room, then repeat the command." in said
+    left = {Path(name).name for name in contents(tmp_path / "cache") if name.startswith("prepared-")}
+    assert left == {"a.image.npy", "a.label.npy", "a.json"}  # the image that fitted takes no room any more
+    prepare(manifest, tmp_path / "cache")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_another_failing_disk_is_an_error_too(manifest, tmp_path, monkeypatch):
+    for at in (0, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(whole_files.os, "fsync", Fault(OSError(errno.EIO, "broken disk"), at=at, of=os.fsync))
+            with pytest.raises(StateError, match=r"expected a disk to write to, got .* broken disk"):
+                prepare(manifest, tmp_path / str(at))
+
+
+def test_the_estimate_of_what_is_missing():
+    assert cache._size(512) == "0.0 MB"
+    assert cache._size(2.5e9) == "2.5 GB"
+
+
+# ---- defects
+
+
+def spoil(manifest):
+    """Case a without its label, case c cut short; b is sound."""
+    manifest.train[0].label.unlink()
+    truncate(manifest.train[2].images[0])
+
+
+def test_all_defects_come_in_one_error_and_sound_files_are_measured_once(manifest, tmp_path, reads):
+    kept = [file.read_bytes() for file in (manifest.train[0].label, manifest.train[2].images[0])]
+    spoil(manifest)
+    with pytest.raises(DataError) as error:
+        prepare(manifest, tmp_path)
+    assert "2 defect(s) in 2 of 3 cases" in str(error.value)
+    assert "\n  a: " in str(error.value)
+    assert "a-label.nii is missing" in str(error.value)
+    assert "c-image.nii cannot be read" in str(error.value)
+    for file, content in zip((manifest.train[0].label, manifest.train[2].images[0]), kept, strict=True):
+        file.write_bytes(content)
+    reads.clear()
+    prepare(manifest, tmp_path)
+    assert reads == ["a", "c", *"abc"]
+
+
+def test_with_a_passed_preparation_sound_files_are_prepared_once(manifest, tmp_path, reads):
+    _, preparation = prepare(manifest, tmp_path / "one")
+    kept = [file.read_bytes() for file in (manifest.train[0].label, manifest.train[2].images[0])]
+    spoil(manifest)
+    with pytest.raises(DataError, match=r"2 defect\(s\) in 2 of 3 cases"):
+        prepare(manifest, tmp_path / "two", preparation=preparation)
+    for file, content in zip((manifest.train[0].label, manifest.train[2].images[0]), kept, strict=True):
+        file.write_bytes(content)
+    reads.clear()
+    prepare(manifest, tmp_path / "two", preparation=preparation)
+    assert reads == ["a", "c"]
+
+
+def test_calls_that_cannot_be_are_refused(manifest, tmp_path):
+    with pytest.raises(DataError, match="expected one case per name"):
+        prepare(replace(manifest, train=manifest.train[:1] * 2), tmp_path)
+    with pytest.raises(SettingError, match=r"workers of prepared_cases\(\): expected a whole number from 0 up, got -1"):
+        prepare(manifest, tmp_path, workers=-1)
+    with pytest.raises(SettingError, match="expected ct or mri, got 'pet'"):
+        prepare(manifest, tmp_path, modality="pet")
+    (tmp_path / "file").touch()
+    with pytest.raises(StateError, match=r"expected a folder to write to, got File exists\. Pass a folder"):
+        prepare(manifest, tmp_path / "file")
+    (tmp_path / "locked" / ".lock").mkdir(parents=True)
+    with pytest.raises(StateError, match="expected a folder to write to, got Is a directory"):
+        prepare(manifest, tmp_path / "locked")
+
+
+# ---- several processes
+
+
+def test_a_second_process_waits_and_says_so(manifest, tmp_path, capsys):
+    waiting = threading.Thread(target=prepare, args=(manifest, tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    with open(tmp_path / "cache" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting.start()
+        said = ""
+        while "waiting for it" not in said and waiting.is_alive():
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        assert f"Another process prepares cases in {tmp_path / 'cache'}: waiting for it." in said
+        assert set(contents(tmp_path / "cache")) == set()
+    waiting.join()
+    assert len(contents(tmp_path / "cache")) == NUM_WRITES
+
+
+def test_three_processes_at_once_share_the_work(manifest, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+
+    def examine(files, **options):
+        with open(log, "a") as file:
+            file.write(files.name)
+        return examine_scan(files, **options)
+
+    monkeypatch.setattr(cache_entries, "examine_scan", examine)
+    processes = [FORK.Process(target=prepare, args=(manifest, tmp_path / "cache")) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert sorted(log.read_text()) == sorted("abcabc")  # nothing twice
+
+
+@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
+def test_workers_make_the_same_cache(manifest, tmp_path, monkeypatch, how):
+    """They are spawned, which takes seconds; forked, the rest of their life is the same."""
+    context = multiprocessing.get_context(how)
+    monkeypatch.setattr(cache.multiprocessing, "get_context", lambda _: context)
+    prepare(manifest, tmp_path / "alone")
+    truncate(manifest.train[1].images[0])
+    _, preparation = prepare(replace(manifest, train=manifest.train[::2]), tmp_path / "pair")
+    with pytest.raises(DataError, match=r"1 defect\(s\) in 1 of 3 cases"):
+        prepare(manifest, tmp_path / "workers", workers=2, preparation=preparation)
+    pair = {name: content for name, content in contents(tmp_path / "pair").items() if "fingerprints" not in name}
+    assert contents(tmp_path / "workers") == pair
+
+
+def test_a_worker_that_dies_is_an_error(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "as_completed", Fault(BrokenProcessPool()))
+    monkeypatch.setattr(cache, "ProcessPoolExecutor", IdlePool)
+    with pytest.raises(StateError, match="one that the system ended, most likely for want of memory"):
+        prepare(manifest, tmp_path, workers=2)
+
+
+class IdlePool:
+    """A pool of workers that never come to anything."""
+
+    def __init__(self, *arguments):
+        self.shut = False
+
+    def submit(self, function, entry):
+        return entry.files.name
+
+    def shutdown(self, *, cancel_futures):
+        assert cancel_futures
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from dstlib.zoo.e2enet.data.cache import prepared_cases
+from dstlib.zoo.e2enet.data.layouts import read_manifest
+if __name__ == "__main__":
+    manifest = read_manifest(sys.argv[1])
+    prepared_cases(manifest, manifest.train, modality="mri", folder=Path(sys.argv[2]), workers=2, progress=False)
+"""
+
+
+@pytest.mark.data
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_killed_run_with_workers_leaves_no_orphan_and_loses_nothing(hippocampus, tmp_path, number):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folder = tmp_path / "cache"
+    process = subprocess.Popen([sys.executable, str(script), str(hippocampus), str(folder)], start_new_session=True)
+    while process.poll() is None and len(list(folder.glob("prepared-*/*.json"))) < 20:
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)  # is anyone of its group left?
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("workers outlived their parent by a minute")
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("prepared-*/*.json")}
+    assert 20 <= len(before) < 208
+    manifest = read_manifest(hippocampus)
+    prepared_cases(manifest, manifest.train, modality="mri", folder=folder, progress=False)
+    assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in before.items())
+    prepared_cases(manifest, manifest.train, modality="mri", folder=tmp_path / "whole", progress=False)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.data
+@pytest.mark.long
+def test_all_real_scans_are_prepared(hippocampus, tmp_path):
+    manifest = read_manifest(hippocampus)
+    cases, preparation = prepared_cases(manifest, manifest.train, modality="mri", folder=tmp_path, progress=False)
+    assert preparation.spacing == (1.0, 1.0, 1.0)
+    assert len(cases.cases) == len(manifest.train) == 208
+    for case, files in zip(cases.cases, manifest.train, strict=True):
+        scan = read_scan(files, num_channels=1, num_classes=2)
+        assert np.bincount(case.label.ravel(), minlength=3)[1:].tolist() == [(scan.label == k).sum() for k in (1, 2)]
+        assert abs(float(case.image.mean())) < 1e-4  # of some 60,000 float32
+        assert abs(float(case.image.std()) - 1) < 1e-4
