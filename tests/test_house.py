@@ -110,7 +110,7 @@ LEVELS = {
     "zoo.e2enet.recipes": 28,
     "zoo.e2enet.command": 29,
     "zoo.e2enet.dataset": 29,
-    "zoo.e2enet.trained": 29,
+    "zoo.e2enet.trained": 28,
     "zoo.e2enet.compare": 29,
     "zoo.e2enet.follow": 30,
     "zoo.e2enet.__main__": 31,

@@ -1,13 +1,12 @@
 """Runs side by side, and beside what was published."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dstlib.errors import SettingError, StateError, explain
+from dstlib.errors import SettingError, explain
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
+from dstlib.zoo.e2enet.trained import read_of_run
 
 
 def compare(runs: Sequence[Path], *, beside: str | None = None, alpha: float = 0.5) -> str:
@@ -26,7 +25,7 @@ def compare(runs: Sequence[Path], *, beside: str | None = None, alpha: float = 0
 
 def row_of(run: Path, *, name: str | None = None) -> Row:
     """What a run came to; named by its folder unless given."""
-    result = read_result(run)
+    result = read_of_run(run / "result.json", "mean_dice", "mean_nsd", "cost")
     cost = result["cost"].get("sparse", result["cost"]["dense"])
     scores = {} if result["mean_nsd"] is None else {"mNSD": 100 * result["mean_nsd"]}
     return Row(
@@ -36,19 +35,3 @@ def row_of(run: Path, *, name: str | None = None) -> Row:
         flops=cost["flops"]["paper"] / 1e9,
         scores=scores,
     )
-
-
-def read_result(run: Path) -> Mapping[str, Any]:
-    """The content of a run's ``result.json``.
-
-    Raises:
-        StateError: There is none, or it is something else.
-    """
-    try:
-        result: Mapping[str, Any] = json.loads((run / "result.json").read_text())
-    except (OSError, ValueError) as error:
-        remedy = "It is written last: finish the run with --resume."
-        raise StateError(
-            explain("result.json", f"run {run}", allowed="a finished run", given=error, remedy=remedy)
-        ) from error
-    return result

@@ -23,7 +23,7 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
     Raises:
         StateError: A run is not finished, is damaged, or was not trained on the same data as the first.
     """
-    configs = [_read(run / "config.json") for run in runs]
+    configs = [read_of_run(run / "config.json", "model", "network", "patches", "data") for run in runs]
     first = configs[0]
     for run, config in zip(runs, configs, strict=True):
         for name in ("channels", "classes", "preparation"):
@@ -31,7 +31,8 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
                 given, allowed = f"other {name}", f"a run on the same data as {runs[0]}"
                 remedy = "Average the folds of one data set."
                 raise StateError(explain("data", f"run {run}", allowed=allowed, given=given, remedy=remedy))
-    processed = [set(_read(run / "result.json").get("postprocessing", ())) for run in runs if _has_result(run)]
+    results = [run / "result.json" for run in runs]
+    processed = [set(read_of_run(file, "postprocessing")["postprocessing"]) for file in results if file.exists()]
     patches = first["patches"]
     return Trained(
         models=tuple(_network(run, config, device) for run, config in zip(runs, configs, strict=True)),
@@ -80,19 +81,21 @@ def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
     return model.to(device)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_of_run(file: Path, *names: str) -> dict[str, Any]:
+    """The content of a JSON file that a run has left, with these names in it.
+
+    Raises:
+        StateError: There is none, or it is something else.
+    """
+    remedy = "Pass the folder of a run that a recipe has finished; --resume finishes one that was stopped."
+    allowed, where = "a file that a run wrote", f"run {file.parent}"
     try:
         content: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        remedy = "Pass the folder of a run that a recipe has written."
-        raise StateError(
-            explain(file.name, f"run {file.parent}", allowed="a file that a run wrote", given=error, remedy=remedy)
-        ) from error
+        raise StateError(explain(file.name, where, allowed=allowed, given=error, remedy=remedy)) from error
+    if not isinstance(content, dict) or not set(names) <= content.keys():
+        raise StateError(explain(file.name, where, allowed=allowed, given="something else", remedy=remedy))
     return content
-
-
-def _has_result(run: Path) -> bool:
-    return (run / "result.json").exists()
 
 
 def _tupled(value: Any) -> Any:

@@ -1,0 +1,206 @@
+"""check, predict, evaluate, compare, phantoms and the ablation grid, as a user gives them."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from dstlib.errors import StateError
+from dstlib.zoo.e2enet.__main__ import main
+from dstlib.zoo.e2enet.command import parser
+from dstlib.zoo.e2enet.compare import compare, row_of
+from dstlib.zoo.e2enet.config import E2ENetConfig
+from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
+from dstlib.zoo.e2enet.follow import follow
+from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE, RECIPES
+from dstlib.zoo.e2enet.trained import load_trained
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "e2enet_ablation.py"
+SHORT = ("--preset", "demo", "--epochs", "1", "--iterations", "2", "--interval", "1", "--patch-size", "16", "16", "16")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with phantoms, and with the runs of two folds on them."""
+    folder = tmp_path_factory.mktemp("work")
+    data = write_phantoms(folder / "data", "hippocampus", num_scans=5, progress=False)
+    for fold in ("0", "1"):
+        options = ("--data", str(data), "--cache", str(folder / "cache"), *SHORT, "--fold", fold)
+        run = ("--run-dir", str(folder / f"fold{fold}"))
+        follow(HIPPOCAMPUS_RECIPE, parser(None, HIPPOCAMPUS_RECIPE).parse_args([*options, *run]))
+    return folder
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command: its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        return main([str(argument) for argument in arguments]), *capsys.readouterr()
+
+    return run
+
+
+def test_a_sound_set_has_no_defects_and_a_damaged_one_has_exit_code_one(work, tmp_path, command):
+    code, output, _ = command("check", work / "data")
+    assert code == 0
+    assert "7 cases, 0 defects" in output
+    folder = shutil.copytree(work / "data", tmp_path / "data")
+    image = sorted((folder / "imagesTr").glob("*.nii.gz"))[1]
+    image.write_bytes(image.read_bytes()[:100])
+    code, output, _ = command("check", folder)
+    assert code == 1
+    assert any("DEFECT" in line and str(image) in line for line in output.splitlines())
+    code, _, errors = command("check", tmp_path / "missing")
+    assert code == 2
+    assert errors.startswith("error: ")
+
+
+def test_predict_goes_on_past_a_damaged_file_and_is_continued(work, tmp_path, command):
+    images, output = shutil.copytree(work / "data" / "imagesTs", tmp_path / "images"), tmp_path / "out"
+    (images / "broken.nii.gz").write_bytes(b"no image")
+    runs = (work / "fold0", work / "fold1")
+    code, table, _ = command("predict", *runs, "--images", images, "--output", output, "--device", "cpu")
+    assert code == 1
+    assert "2 predicted, 0 kept as they were, 1 failed" in table
+    assert "broken" in table
+    (images / "broken.nii.gz").unlink()
+    for image in images.glob("*.nii.gz"):
+        label = nibabel.load(output / image.name)
+        assert label.shape == nibabel.load(image).shape
+        assert np.array_equal(label.affine, nibabel.load(image).affine)
+        assert set(np.unique(label.dataobj)) <= {0, 1, 2}
+    code, table, _ = command("predict", *runs, "--images", images, "--output", output, "--no-mirror")
+    assert code == 0
+    assert "0 predicted, 2 kept" in table
+
+
+def test_evaluating_what_a_run_predicted_gives_its_scores(work, tmp_path, command):
+    code, table, _ = command(
+        "evaluate", work / "fold0" / "predictions", "--data", work / "data", "--output", tmp_path / "scores"
+    )
+    assert code == 0
+    result = json.loads((work / "fold0" / "result.json").read_text())
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert scores["cases"] == result["cases"]
+    assert f"{result['mean_dice']:.3f}" in table
+    assert "1 of the 5 labelled cases" in table
+    assert (tmp_path / "scores" / "scores.csv").read_text() == (work / "fold0" / "scores.csv").read_text()
+
+
+def test_a_table_of_runs_beside_the_papers(work, command):
+    code, table, _ = command("compare", work / "fold0", work / "fold1", "--beside", "amos")
+    assert code == 0
+    assert all(name in table for name in ("fold0", "fold1", "nnU-Net", "E2ENet s=0.8"))
+    code, _, errors = command("compare", work / "fold0", "--beside", "kits")
+    assert code == 2
+    assert "amos, " in errors
+    with pytest.raises(StateError, match=r"result\.json of run .*missing.*--resume"):
+        compare([work / "missing"])
+
+
+def test_the_row_of_a_run_is_what_it_reported(work):
+    row, result = row_of(work / "fold0"), json.loads((work / "fold0" / "result.json").read_text())
+    assert row.dice == 100 * result["mean_dice"]
+    assert row.params == result["cost"]["sparse"]["params"] / 1e6
+    assert row.flops == result["cost"]["sparse"]["flops"]["paper"] / 1e9
+
+
+def test_an_ensemble_is_of_runs_on_one_data_set(work, tmp_path):
+    trained = load_trained([work / "fold0", work / "fold1"])
+    assert len(trained.models) == 2
+    other = shutil.copytree(work / "fold1", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["classes"] = ["head", "tail"]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StateError, match=r"expected a run on the same data as .*fold0, got other classes"):
+        load_trained([work / "fold0", other])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "model.pt").unlink(), "expected a finished run, got no such file.*--resume"),
+        (lambda run: (run / "model.pt").write_bytes(b"?"), "a damaged or foreign file"),
+        (lambda run: (run / "config.json").write_text("{"), r"config\.json of run"),
+        (lambda run: (run / "config.json").write_text('{"name": "x"}'), r"config\.json of run .*something else"),
+    ],
+    ids=["no model", "damaged model", "damaged configuration", "foreign configuration"],
+)
+def test_a_run_that_cannot_predict_says_why(work, tmp_path, damage, message):
+    run = shutil.copytree(work / "fold0", tmp_path / "run")
+    damage(run)
+    with pytest.raises(StateError, match=message):
+        load_trained([run])
+
+
+def test_postprocessing_is_what_every_fold_agrees_on(work, tmp_path):
+    runs = [shutil.copytree(work / f"fold{fold}", tmp_path / f"fold{fold}") for fold in (0, 1)]
+    for run, classes in zip(runs, ([1, 2], [2]), strict=True):
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps({**result, "postprocessing": classes}))
+    assert load_trained(runs).postprocessing == (2,)
+    (runs[0] / "result.json").unlink()
+    assert load_trained(runs).postprocessing == ()
+
+
+def test_phantoms_are_drawn_where_asked(tmp_path, command):
+    code, output, _ = command("phantoms", "brats", tmp_path / "brats", "--scans", 5)
+    assert code == 0
+    assert output.strip() == str(tmp_path / "brats")
+    assert (tmp_path / "brats" / "dataset.json").exists()
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"dstlib.zoo.e2enet {name} " in text for name in ("check", "predict", "evaluate", "compare", "phantoms"))
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    """The script as a module, and a way to run it."""
+    spec = importlib.util.spec_from_file_location("e2enet_ablation", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        module.main()
+
+    module.run = run
+    return module
+
+
+def test_every_cell_of_the_grid_is_a_network_and_a_folder_of_its_own(ablation):
+    for recipe in RECIPES.values():
+        for preset in recipe.presets.values():
+            for cells in ablation.tables(preset.network, preset.training.interval).values():
+                assert len({ablation.slug(cell.name) for cell in cells}) == len(cells)
+                for cell in cells:
+                    E2ENetConfig(**{**vars(preset.network), **cell.network})
+
+
+def test_a_grid_is_run_once_and_shown_in_the_papers_layout(ablation, work, tmp_path, capsys):
+    options = ("--recipe", "hippocampus", "--tables", "frequency", "--runs", tmp_path, "--seeds", 0, 1)
+    short = ("--data", work / "data", "--cache", work / "cache", "--preset", "demo", "--epochs", 1, "--iterations", 2)
+    options = (*options, *short, "--patch-size", 16, 16, 16, "--interval", 1, "--method", "static")
+    with pytest.raises(Exception, match="interval"):
+        ablation.run(*options)  # half of an interval of 1 is none
+    options = tuple(2 if value == 1 and options[i - 1] == "--interval" else value for i, value in enumerate(options))
+    ablation.run(*options)
+    first = capsys.readouterr().out
+    table = first[first.rindex("frequency  ") :]
+    assert [line.split("  ")[0] for line in table.splitlines()[2:5]] == [f"every {n} iterations" for n in (1, 2, 3)]
+    assert "±" in table
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    ablation.run(*options)
+    assert capsys.readouterr().out.endswith(table)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
