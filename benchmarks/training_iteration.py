@@ -5,8 +5,8 @@
 
 Forward, loss, backward, clipping and the optimizer's step on random patches; the sparse network without mask updates.
 Each round runs every row once, so that whatever else the machine does falls on all of them; medians over the rounds,
-after two to warm up. Memory is the GPU's, the most that an iteration took beyond what lay there before it (the weights and
-optimizer states of all rows).
+after two to warm up. Memory is the GPU's, the most that an iteration took beyond what lay there before it (the
+weights and optimizer states of all rows).
 """
 
 import argparse
