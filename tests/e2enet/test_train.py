@@ -29,6 +29,7 @@ SETTINGS = {
     "rigl": TrainSettings(epochs=2, iterations=3, interval=2, momentum=0.9, method="rigl"),
     "static": TrainSettings(epochs=2, iterations=3, momentum=0.9, method="static"),
     "dense": TrainSettings(epochs=2, iterations=3, momentum=0.9, sparsity=0.0),
+    "adamw": TrainSettings(epochs=2, iterations=3, interval=2, optimizer="adamw", learning_rate=1e-3),
 }
 
 
@@ -246,6 +247,7 @@ def test_methods_differ_in_their_rule_alone():
         {"poly_exponent": math.nan},
         {"poly_exponent": -1.0},
         {"val_iterations": -1},
+        {"optimizer": "adam"},
     ],
     ids=str,
 )

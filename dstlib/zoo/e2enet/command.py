@@ -11,14 +11,15 @@ import torch
 from dstlib.errors import DstlibError
 from dstlib.methods import METHODS
 from dstlib.zoo.e2enet.recipes import Recipe
-from dstlib.zoo.e2enet.training.settings import PRECISIONS
+from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS
 
 HELP = {
     "epochs": "number of epochs; after each the learning rate falls and a checkpoint is written",
     "iterations": "optimizer steps per epoch",
-    "learning_rate": "of SGD at the start; the paper's is 0.01, for a far longer run",
+    "optimizer": "the paper's sgd, or adamw for a short run",
+    "learning_rate": "at the start; the paper's is 0.01, of SGD and for a far longer run",
     "momentum": "of SGD, with Nesterov; the paper's is 0.99",
-    "weight_decay": "of SGD, on all weights",
+    "weight_decay": "on all weights",
     "clip": "gradients of a larger norm are scaled down to this one",
     "poly_exponent": "the learning rate falls by epoch as (1 - epoch / epochs) to this power",
     "sparsity": "share of the fusion's connections that stay off, in [0, 1); 0 trains a dense network",
@@ -27,6 +28,7 @@ HELP = {
     "val_iterations": "batches of the held-out cases to validate on after each epoch; 0 for none",
     "seed": "of the weights, the batches and the masks",
 }
+CHOICES = {"method": ("dense", *METHODS), "optimizer": OPTIMIZERS}
 
 
 def parser(description: str | None, recipe: Recipe) -> argparse.ArgumentParser:
@@ -132,7 +134,7 @@ def _add_training(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
         group.add_argument(
             f"--{name.replace('_', '-')}",
             type=type(value),
-            choices=("dense", *METHODS) if name == "method" else None,
-            metavar=None if name == "method" else "N",
+            choices=CHOICES.get(name),
+            metavar=None if name in CHOICES else "N",
             help=f"{HELP[name]} (default: {value if len(set(defaults.values())) == 1 else shown})",
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from dstlib.door import sparsify
 from dstlib.errors import SettingError, StateError, explain
@@ -30,7 +31,7 @@ class Training:
     """
 
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     sparsifier: Sparsifier | None
     settings: TrainSettings
@@ -100,13 +101,7 @@ def start(
     model.to(execution.device)
     if execution.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=True,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = _optimizer(model, settings)
     kind = torch.device(execution.device).type
     scaler = torch.amp.GradScaler(kind, enabled=execution.precision == "fp16")
     sparsifier = _sparsify(model, optimizer, settings) if settings.sparsity > 0 else None
@@ -116,7 +111,16 @@ def start(
     return training
 
 
-def _sparsify(model: nn.Module, optimizer: torch.optim.SGD, settings: TrainSettings) -> Sparsifier:
+def _optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
+    lr, weight_decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=settings.momentum, nesterov=True, weight_decay=weight_decay
+    )
+
+
+def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -> Sparsifier:
     _refuse_late_updates(settings)
     method = kernel_method(settings.method, settings.interval)
     is_e2enet = isinstance(model, E2ENet)
