@@ -14,17 +14,20 @@ may be stopped at any time and given again. The table is printed after each cell
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from dstlib.errors import StateError, explain
 from dstlib.report import align
 from dstlib.zoo.e2enet.command import parser, run_command
 from dstlib.zoo.e2enet.compare import row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
+from dstlib.zoo.e2enet.files import make_folder, write_json
 from dstlib.zoo.e2enet.follow import follow
 from dstlib.zoo.e2enet.recipes import RECIPES, Recipe
 
@@ -66,7 +69,7 @@ def tables(base: E2ENetConfig, interval: int) -> dict[str, tuple[Cell, ...]]:
         ),
         "frequency": tuple(
             Cell(name=f"every {n} iterations", network={}, options=("--interval", str(n)))
-            for n in (interval // 2, interval, interval * 3 // 2)
+            for n in (max(1, interval // 2), interval, max(interval + 1, interval * 3 // 2))
         ),
     }
 
@@ -77,6 +80,7 @@ def main() -> None:
     shared = parser(None, recipe).parse_args(rest)  # refuses what the recipe does not know, before anything runs
     preset = recipe.presets[shared.preset or ("quick" if shared.data else "demo")]
     grid = tables(preset.network, shared.interval or preset.training.interval)
+    refuse_other_grid(options.runs, {"recipe": options.recipe, "options": rest})
     for title in options.tables:
         rows: dict[str, list[Row]] = {}
         for cell in grid[title]:
@@ -103,6 +107,17 @@ def command_line() -> argparse.ArgumentParser:
     return lines
 
 
+def refuse_other_grid(folder: Path, asked: dict[str, object]) -> None:
+    """Cells of one folder are of one grid: other settings want another folder."""
+    record = folder / "grid.json"
+    if not record.exists():
+        make_folder(folder)
+        write_json(record, asked)
+    elif (held := json.loads(record.read_text())) != asked:
+        remedy = "Give the same options to continue it, or another --runs."
+        raise StateError(explain("grid", f"folder {folder}", allowed=held, given=asked, remedy=remedy))
+
+
 def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> None:
     """Trains and evaluates one cell, or continues it where it was stopped."""
     changed = {
@@ -112,7 +127,10 @@ def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> No
     recipe = replace(recipe, presets=changed)
     resume = ["--resume"] if (path / "config.json").exists() else []
     print(f"\n{cell.name}: {path}", flush=True)
-    follow(recipe, parser(None, recipe).parse_args([*arguments, *cell.options, "--run-dir", str(path), *resume]))
+    try:
+        follow(recipe, parser(None, recipe).parse_args([*arguments, *cell.options, "--run-dir", str(path), *resume]))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Stopped; give the same command again to continue.") from None
 
 
 def table(title: str, rows: Mapping[str, list[Row]]) -> str:

@@ -6,42 +6,19 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from torch import nn
-from torch.nn import functional
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.cases import Case, Cases
 from dstlib.zoo.e2enet.data.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.nifti import write_label
-from dstlib.zoo.e2enet.evaluation.evaluate import evaluate, evaluate_folder, predict
+from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.evaluation.figures import _upright
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
 
 NAN = np.nan
-
-
-class ReadsTheImage(nn.Module):
-    """A network that has learned its task: its image holds the label, and every logit says so."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-        self.num_classes = num_classes
-        self.deep_supervision = True
-
-    def forward(self, x):
-        logits = self.scale * functional.one_hot(x[:, 0].long(), self.num_classes).movedim(-1, 1).float()
-        return (logits, logits) if self.deep_supervision else logits
-
-
-def labelled(shape, seed=0):
-    label = np.random.default_rng(seed).integers(0, 3, shape).astype(np.uint8)
-    return Case(f"case{seed}", label[None].astype(np.float32), label, (1.0, 1.0, 1.0))
 
 
 # Two cases and three classes: b is missing in case x on both sides, and false in y; c is missed in y.
@@ -165,27 +142,6 @@ def test_folds_are_pooled_case_by_case():
 
 def _first(scores):
     return {name: values[:1] for name, values in scores.items()}
-
-
-# --- prepared cases
-@pytest.mark.parametrize("shape", [(4, 6, 8), (3, 5, 8), (9, 11, 20)], ids=["a patch", "smaller", "larger"])
-def test_windows_cover_a_volume_of_any_size(shape):
-    case = labelled(shape)
-    prediction = predict(ReadsTheImage(3), case.image, patch_size=(4, 6, 8))
-    assert prediction.dtype == np.uint8
-    np.testing.assert_array_equal(prediction, case.label)
-
-
-def test_a_perfect_network_scores_one():
-    cases = Cases("set", ("CT",), ("a", "b"), (labelled((4, 5, 6), 0), labelled((6, 5, 4), 1)))
-    scores = evaluate(ReadsTheImage(3), cases, patch_size=(4, 4, 4))
-    assert scores.cases == ("case0", "case1")
-    np.testing.assert_array_equal(scores.dice, np.ones((2, 2)))
-    np.testing.assert_array_equal(scores.scores["nsd"], np.ones((2, 2)))
-    np.testing.assert_array_equal(scores.scores["hd"], np.zeros((2, 2)))
-    assert list(scores.scores) == ["dice", "nsd", "hd95", "hd"]
-    # 120 voxels of 1 mm³ each
-    assert scores.volumes[0, 0].tolist() == [(cases.cases[0].label == 1).sum() / 1000] * 2
 
 
 # --- files

@@ -347,7 +347,7 @@ def test_settings_that_cannot_be_used_are_one_line(tmp_path, small, example, arg
 
 
 def test_too_few_phantoms_for_five_folds_are_refused(example):
-    assert "pass more names" in refused(example, AMOS, "--scans", "2")
+    assert "--fold all" in refused(example, AMOS, "--scans", "2")
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, small, example):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.augment import Augmentation
 from dstlib.zoo.e2enet.data.cases import MAX_VOXELS, Case
-from dstlib.zoo.e2enet.data.normalization import CtNormalization, normalize_ct, normalize_mri
+from dstlib.zoo.e2enet.data.normalization import CtNormalization, normalize_ct
 from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.data.phantom import phantoms
 
@@ -169,8 +169,8 @@ def test_mirroring_happens_along_the_named_axes_only():
 
 @settings(max_examples=40)
 @given(
-    batch_size=st.integers(1, 5),
-    num_ranks=st.integers(1, 5),
+    batch_size=st.integers(1, 6),
+    num_ranks=st.integers(1, 6),
     oversample=st.sampled_from([0.0, 0.33, 1.0]),
     iteration=st.integers(0, 1000),
 )
@@ -180,8 +180,8 @@ def test_the_ranks_together_draw_the_batch_of_one(batch_size, num_ranks, oversam
     case = case_of(label, image=np.random.default_rng(0).normal(size=(1, 7, 7, 7)))
     patches = PatchSettings(patch_size=(4, 4, 4), batch_size=batch_size, oversample=oversample)
     drawing = {"seed": 5, "iteration": iteration}
-    if num_ranks > batch_size:
-        with pytest.raises(SettingError, match=r"ranks of draw_batch\(\): expected .* at most"):
+    if batch_size % num_ranks:  # with unequal shares, the mean over ranks would not be that over patches
+        with pytest.raises(SettingError, match=r"ranks of draw_batch\(\): expected .* evenly"):
             draw_batch([case], patches, **drawing, ranks=(0, num_ranks))
         return
     whole = draw_batch([case], patches, **drawing)
@@ -305,12 +305,3 @@ def test_ct_normalisation_needs_foreground():
     for cases in ([], [case_of(np.zeros((3, 3, 3)))]):
         with pytest.raises(DataError, match="foreground of the training cases"):
             normalize_ct(cases)
-
-
-def test_mri_is_normalised_by_case_and_channel():
-    image = np.random.default_rng(0).normal(size=(2, 6, 6, 6)) * [[[[3.0]]], [[[500.0]]]] + 100
-    out = normalize_mri(case_of(np.zeros((6, 6, 6)), image=image)).image
-    np.testing.assert_allclose(out.mean((1, 2, 3)), 0, atol=1e-5)  # float32 over 216 voxels
-    np.testing.assert_allclose(out.std((1, 2, 3)), 1, atol=1e-5)
-    constant = normalize_mri(case_of(np.zeros((3, 3, 3)), image=np.full((1, 3, 3, 3), 7.0))).image
-    assert (constant == 0).all()

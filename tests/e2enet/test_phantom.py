@@ -1,13 +1,11 @@
 """The procedural CTs: every organ in every patient, in its place, with its intensity."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.cases import Case, Cases, divide, split
+from dstlib.zoo.e2enet.data.cases import Case, Cases, split
 from dstlib.zoo.e2enet.data.organs import AMOS_ORGANS, BTCV_ORGANS, ORGANS
 from dstlib.zoo.e2enet.data.phantom import FIELD_OF_VIEW, MIN_SHAPE, btcv_phantom, phantom, phantoms
 
@@ -178,13 +176,3 @@ def test_a_case_must_fit_itself_and_its_set():
         Cases("set", ("CT",), ("organ",), (case, case))
     with pytest.raises(DataError, match="1 in a"):
         Cases("set", ("T1", "T2"), ("organ",), (case,))
-
-
-def test_divide_and_map_keep_every_case_once():
-    cases = phantoms(6, seed=1, shape=MIN_SHAPE)
-    train_on, held_out = divide(cases, fold=2)
-    names = [case.name for case in (*train_on.cases, *held_out.cases)]
-    assert sorted(names) == sorted(case.name for case in cases.cases)
-    assert (len(held_out.cases), held_out.classes) == (1, cases.classes)
-    brighter = held_out.map(lambda case: replace(case, image=case.image + 1))
-    assert np.array_equal(brighter.cases[0].image, held_out.cases[0].image + 1)

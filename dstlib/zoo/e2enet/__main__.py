@@ -104,8 +104,10 @@ def _add_evaluate(commands: "Commands[argparse.ArgumentParser]") -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.data.layouts import read_manifest
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder
-    from dstlib.zoo.e2enet.files import write_json, write_whole
+    from dstlib.zoo.e2enet.files import make_folder, write_json, write_whole
 
+    if options.output:
+        make_folder(options.output)  # before the work, not after
     manifest = read_manifest(options.data, options.layout)
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
     predicted = [case for name, case in labelled.items() if (options.predictions / f"{name}.nii.gz").exists()]
@@ -119,7 +121,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     print(scores.table())
     print(f"{len(predicted)} of the {len(labelled)} labelled cases of {manifest.name} have a prediction there.")
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
         write_whole(options.output / "scores.csv", scores.csv().encode())
         write_json(options.output / "scores.json", scores.to_json())
     return 1 if scores.left_out else 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dstlib.errors import SettingError, explain
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
@@ -20,12 +21,14 @@ def compare(runs: Sequence[Path], *, beside: str | None = None, alpha: float = 0
         allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
         raise SettingError(explain("--beside", "compare", allowed=allowed, given=beside, remedy=remedy))
     rows = [row_of(run) for run in runs]
-    return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha)
+    sizes = [f"{'×'.join(map(str, _result(run)['patch_size']))} in {run.name}" for run in runs]
+    note = f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."
+    return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + note
 
 
 def row_of(run: Path, *, name: str | None = None) -> Row:
     """What a run came to; named by its folder unless given."""
-    result = read_of_run(run / "result.json", "mean_dice", "mean_nsd", "cost")
+    result = _result(run)
     cost = result["cost"].get("sparse", result["cost"]["dense"])
     scores = {} if result["mean_nsd"] is None else {"mNSD": 100 * result["mean_nsd"]}
     return Row(
@@ -35,3 +38,7 @@ def row_of(run: Path, *, name: str | None = None) -> Row:
         flops=cost["flops"]["paper"] / 1e9,
         scores=scores,
     )
+
+
+def _result(run: Path) -> dict[str, Any]:
+    return read_of_run(run / "result.json", "mean_dice", "mean_nsd", "cost", "patch_size")

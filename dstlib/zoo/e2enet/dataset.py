@@ -17,6 +17,7 @@ from dstlib.zoo.e2enet.recipes import Recipe
 from dstlib.zoo.e2enet.training.ranks import Ranks
 
 RUNS = Path("runs")
+NUM_FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,11 @@ def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ..
     if not fold.isdecimal():
         remedy = "Pass 0 for the first fold."
         raise SettingError(explain("--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy))
-    return split(names, fold=int(fold))
+    if len(names) < NUM_FOLDS:
+        remedy = "Pass --fold all to train on every case without holding any out."
+        allowed, where = f"at least {NUM_FOLDS}, for as many folds", f"data set {manifest.name!r}"
+        raise SettingError(explain("training cases", where, allowed=allowed, given=len(names), remedy=remedy))
+    return split(names, fold=int(fold), num_folds=NUM_FOLDS)
 
 
 def _named(cases: Cases, names: Sequence[str]) -> Cases:

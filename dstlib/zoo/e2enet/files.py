@@ -39,6 +39,21 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises:
+        StateError: It cannot be made, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        given, remedy = error.strerror, "Pass a folder you may write to."
+        raise StateError(
+            explain("output", f"folder {folder}", allowed="a folder to write to", given=given, remedy=remedy)
+        ) from error
+
+
 def _remove(path: Path) -> None:
     with suppress(OSError):  # what is being reported matters more than a file left over
         path.unlink(missing_ok=True)

@@ -6,7 +6,9 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -25,6 +27,9 @@ from dstlib.zoo.e2enet.training.run import Run, open_run, read_checkpoint
 from dstlib.zoo.e2enet.training.settings import Execution
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
 from dstlib.zoo.e2enet.training.train import train
+
+
+RESTART = "Start the run afresh in another folder, or restore the file."
 
 
 def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
@@ -59,6 +64,8 @@ def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
             patch_size=preset.patches.patch_size,
             config=network,
         )
+        if preset.patches.batch_size < ranks.num:
+            _refuse_idle_ranks(preset.patches.batch_size, ranks.num)
         profile(model, (1, network.in_channels, *preset.patches.patch_size))  # refuses a patch that does not fit
         training = start(model, preset.training, execution, ranks)
         if options.begin_from is not None and not options.resume:
@@ -110,7 +117,7 @@ def _in_directory(
         checkpoint = path / "checkpoint.pt"
         # A run that was stopped before its first checkpoint starts again: its batches are the same.
         if options.resume and (checkpoint.exists() or (path / "metrics.csv").exists()):
-            training.load_state_dict(run.load_checkpoint() if run else read_checkpoint(checkpoint)["state"])
+            training.load_state_dict(run.load_checkpoint() if run else read_checkpoint(checkpoint, remedy=RESTART)["state"])
         if run:
             _say(training, data, path)
         _train(training, data, preset, run, path, tensorboard=options.tensorboard)
@@ -179,7 +186,8 @@ def _evaluate(training: Training, data: Dataset, preset: Preset, run: Run) -> Ev
 
 
 def _begin_from(training: Training, options: argparse.Namespace) -> None:
-    saved = read_checkpoint(options.begin_from / "checkpoint.pt")
+    remedy = "Pass --from the folder of a run that a recipe has written."
+    saved = read_checkpoint(options.begin_from / "checkpoint.pt", remedy=remedy)
     fresh = begin_from(training, saved["state"], freeze=options.freeze_topology)
     if fresh and training.ranks.leads:
         print(f"Begun from {options.begin_from}, but for {', '.join(fresh)}: other classes, so they start afresh.")
@@ -203,10 +211,23 @@ def _check_options(options: argparse.Namespace) -> None:
             "none",
             "Pass --from the run whose topology is to be kept, or --method static for a random one.",
         ),
+        (
+            "--tensorboard",
+            not options.tensorboard or find_spec("tensorboard") is not None,
+            "tensorboard installed",
+            "none",
+            "pip install tensorboard, or leave it out: log.jsonl has the same numbers.",
+        ),
     ]
     for what, holds, allowed, given, remedy in checks:
         if not holds:
             raise SettingError(explain(what, "the command line", allowed=allowed, given=given, remedy=remedy))
+
+
+def _refuse_idle_ranks(batch_size: int, num_ranks: int) -> NoReturn:
+    remedy = "Raise --batch-size, which counts the patches of all processes, or start fewer."
+    where, allowed = "the command line", f"at least {num_ranks}, one patch per process"
+    raise SettingError(explain("--batch-size", where, allowed=allowed, given=batch_size, remedy=remedy))
 
 
 def _stopped(done: str, path: Path) -> str:

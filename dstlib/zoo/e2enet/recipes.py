@@ -115,7 +115,7 @@ HIPPOCAMPUS_RECIPE = Recipe(
         "quick": Preset(
             network=replace(_FOUR_LEVELS, channels=(16, 32, 64, 96)),
             patches=replace(_HIPPOCAMPUS_PATCH, mirror=()),
-            training=replace(SHORT, epochs=40, iterations=30, interval=60, val_iterations=5),
+            training=replace(SHORT, epochs=24, iterations=30, interval=60, val_iterations=5),
         ),
         "demo": Preset(
             network=replace(_FOUR_LEVELS, channels=(8, 16, 32, 32)),

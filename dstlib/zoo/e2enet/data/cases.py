@@ -3,8 +3,8 @@
 Shapes: C channels, D depth (slices), H height, W width.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -87,10 +87,6 @@ class Cases:
     classes: tuple[str, ...]
     cases: tuple[Case, ...]
 
-    def map(self, change: Callable[[Case], Case]) -> "Cases":
-        """The set with each case changed: normalised, say."""
-        return replace(self, cases=tuple(change(case) for case in self.cases))
-
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -113,16 +109,6 @@ class Cases:
                     remedy="Give every case the same channels in the same order.",
                 )
             )
-
-
-def divide(cases: Cases, *, fold: int = 0) -> tuple[Cases, Cases]:
-    """The cases to train on and the held-out ones, by :func:`split` of their names."""
-    by_name = {case.name: case for case in cases.cases}
-    train, held_out = split(list(by_name), fold=fold)
-    return (
-        replace(cases, cases=tuple(by_name[name] for name in train)),
-        replace(cases, cases=tuple(by_name[name] for name in held_out)),
-    )
 
 
 def split(

@@ -89,11 +89,12 @@ def draw_batch(
     among those that the case has (pushed back into the volume at its borders); the others lie anywhere. A
     case without foreground gives an unforced patch. Cases smaller than the patch are padded with zeros, which
     is the mean of a normalised image. Of ``ranks`` (this one, how many) each draws its share: patch i of the
-    batch is drawn by rank i modulo their number.
+    batch is drawn by rank i modulo their number. All shares are of one size, or the mean over ranks, which is
+    what DDP takes of gradients, would not be that over patches.
 
     Raises:
         DataError: There are no cases.
-        SettingError: There is no such rank, or there are more ranks than patches.
+        SettingError: There is no such rank, or the ranks cannot share the patches evenly.
 
     Reference: the patch sampling and augmentation of nnU-Net, which E2ENet trains with.
 
@@ -102,7 +103,7 @@ def draw_batch(
     >>> image.shape, label.dtype
     (torch.Size([2, 1, 4, 8, 8]), torch.int64)
     """
-    _refuse_no_share(cases, settings, ranks)
+    _refuse_unequal_shares(cases, settings, ranks)
     rank, num_ranks = ranks
     images, labels = [], []
     with _one_thread():
@@ -117,14 +118,14 @@ def draw_batch(
         return torch.stack(images), torch.stack(labels).long()
 
 
-def _refuse_no_share(cases: Sequence[Case], settings: PatchSettings, ranks: tuple[int, int]) -> None:
+def _refuse_unequal_shares(cases: Sequence[Case], settings: PatchSettings, ranks: tuple[int, int]) -> None:
     if not cases:
         remedy = "Pass the training cases."
         raise DataError(explain("cases", "draw_batch()", allowed="at least one", given="none", remedy=remedy))
     rank, num_ranks = ranks
-    if not 0 <= rank < num_ranks <= settings.batch_size:
-        allowed = f"(rank, how many), of at most {settings.batch_size} ranks, as each draws a patch of the batch"
-        remedy = "Raise batch_size, or start fewer processes."
+    if not 0 <= rank < num_ranks or settings.batch_size % num_ranks:
+        allowed = f"(rank, how many), so many that they share the {settings.batch_size} patches of a batch evenly"
+        remedy = "Make batch_size a multiple of the number of processes."
         raise SettingError(explain("ranks", "draw_batch()", allowed=allowed, given=ranks, remedy=remedy))
 
 

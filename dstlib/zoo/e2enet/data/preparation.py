@@ -106,8 +106,9 @@ def prepare_image(
         mask = ndimage.binary_fill_holes(placement.crop(found))  # a dark voxel inside the patient is of the patient
     out = np.empty((len(rules), *placement.shape), np.float32)
     for index, rule in enumerate(rules):
-        channel = np.ascontiguousarray(placement.crop(placement.turn(image_CDHW[index])))
-        out[index] = resample_intensities(rule.apply(channel, mask), placement.shape, placement.coarse)
+        # Nested: a name would keep the channel as stored alive while the normalised one is resampled.
+        channel = rule.apply(np.ascontiguousarray(placement.crop(placement.turn(image_CDHW[index]))), mask)
+        out[index] = resample_intensities(channel, placement.shape, placement.coarse)
     return out, placement
 
 

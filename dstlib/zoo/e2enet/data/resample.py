@@ -115,8 +115,10 @@ def _resample_axis(
         return volume.take(np.floor(place + 0.5).astype(np.intp), axis)
     before = np.minimum(np.floor(place).astype(np.intp), max(old - 2, 0))
     weight = np.expand_dims((place - before).astype(np.float32), [a for a in range(3) if a != axis])
-    out = volume.take(before, axis) * (1 - weight)
-    out += volume.take(np.minimum(before + 1, old - 1), axis) * weight
+    out, after = volume.take(before, axis), volume.take(np.minimum(before + 1, old - 1), axis)
+    out *= 1 - weight
+    after *= weight
+    out += after
     return out
 
 

@@ -1,6 +1,6 @@
-"""From predictions to scores: of prepared cases with a network at hand, or of the files that a prediction left.
+"""From the files that a prediction left to scores, in the geometry of the scans.
 
-Shapes: C channels, K foreground classes, D, H, W depth, height, width in voxels.
+Shapes: K foreground classes.
 """
 
 import multiprocessing
@@ -16,53 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from nibabel.affines import voxel_sizes
-from numpy.typing import NDArray
-from torch import nn
 from tqdm import tqdm
 
 from dstlib.errors import DataError, SettingError, explain
-from dstlib.zoo.e2enet.data.cases import Cases
 from dstlib.zoo.e2enet.data.defects import Volume, mismatches
 from dstlib.zoo.e2enet.data.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.nifti import read_label
-from dstlib.zoo.e2enet.evaluation.inference import most_probable, probabilities
-from dstlib.zoo.e2enet.evaluation.metrics import CaseScores, Scoring, dice_per_class, score
-from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
-
-__all__ = ["Evaluation", "dice_per_class", "evaluate", "evaluate_folder", "pooled", "predict"]
-
-
-def predict(
-    model: nn.Module,
-    image_CDHW: NDArray[np.float32],
-    *,
-    patch_size: Sequence[int],
-    overlap: float = 0.5,
-    mirror: Sequence[int] = (),
-) -> NDArray[np.uint8]:
-    """(D, H, W): the most probable class of every voxel, by :func:`probabilities` of one model."""
-    return most_probable(probabilities([model], image_CDHW, patch_size=patch_size, overlap=overlap, mirror=mirror))
-
-
-def evaluate(
-    model: nn.Module,
-    cases: Cases,
-    *,
-    patch_size: Sequence[int],
-    overlap: float = 0.5,
-    mirror: Sequence[int] = (),
-    scoring: Scoring | None = None,
-) -> Evaluation:
-    """Predicts every case and scores it, in the geometry that the cases are in.
-
-    Scores on prepared (resampled, cropped) cases are not those of the original scans: :func:`evaluate_folder` is.
-    """
-    scoring, results = scoring or Scoring(), {}
-    for case in tqdm(cases.cases, desc="evaluate", unit="case"):
-        prediction = predict(model, case.image, patch_size=patch_size, overlap=overlap, mirror=mirror)
-        found = score(case.label, prediction, spacing=case.spacing, num_classes=len(cases.classes), scoring=scoring)
-        results[case.name] = _Scored(found, voxel_ml=float(np.prod(case.spacing)) / 1000)
-    return _collect(results, cases.classes, scoring)
+from dstlib.zoo.e2enet.evaluation.metrics import CaseScores, Scoring, score
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 
 
 def evaluate_folder(

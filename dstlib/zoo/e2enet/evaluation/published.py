@@ -33,7 +33,7 @@ PUBLISHED: Mapping[str, tuple[Row, ...]] = MappingProxyType(
             _amos("E2ENet s=0.8", 90.0, 82.3, 9.44, 778.74),
             _amos("E2ENet s=0.9", 89.6, 81.4, 7.64, 492.29),
         ),
-        "amos, post-processed": (
+        "amos-post-processed": (
             _amos("E2ENet s=0.7", 90.3, None, 11.23, 969.32),
             _amos("E2ENet s=0.8", 90.3, None, 9.44, 778.74),
             _amos("E2ENet s=0.9", 89.9, None, 7.64, 492.29),

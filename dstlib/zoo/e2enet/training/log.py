@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dstlib.errors import SettingError, StateError, explain
+from dstlib.errors import StateError, explain
 
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -23,8 +23,9 @@ UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 class Log:
     """Appends to ``log.jsonl``; each line is one event with its time.
 
+    ``tensorboard`` must be installed for its curves.
+
     Raises:
-        SettingError: TensorBoard is asked for and is not installed.
         StateError: The disk is full, say.
     """
 
@@ -78,11 +79,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        remedy = "pip install tensorboard, or leave --tensorboard out: log.jsonl has the same numbers."
-        raise SettingError(
-            explain("--tensorboard", "the command line", allowed="tensorboard installed", given=error, remedy=remedy)
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+
     return SummaryWriter(folder)

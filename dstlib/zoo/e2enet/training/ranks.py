@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from dstlib.errors import StateError, explain
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -35,7 +37,13 @@ class Ranks:
     def wait(self) -> None:
         """Goes on when all processes have come here."""
         if self.num > 1:
-            distributed.barrier()
+            try:
+                distributed.barrier()
+            except RuntimeError as error:  # its own message says what happened
+                given, remedy = "one that has ended", "Look for the message of the first process above."
+                raise StateError(
+                    explain("processes", "torchrun", allowed="all of them", given=given, remedy=remedy)
+                ) from error
 
     def _sum(self, value: float, device: torch.device) -> float:
         if self.num == 1:

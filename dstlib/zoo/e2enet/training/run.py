@@ -78,7 +78,8 @@ class Run:
         Raises:
             StateError: The file is missing, damaged, foreign, or of a run with other settings.
         """
-        saved = read_checkpoint(self.checkpoint)
+        remedy = f"Delete {self.path} and start afresh, or restore the file."
+        saved = read_checkpoint(self.checkpoint, remedy=remedy)
         _refuse_other_settings(saved["config"], self.config, self.checkpoint)
         state: dict[str, Any] = saved["state"]
         return state
@@ -129,24 +130,23 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
         yield run
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     """The configuration and the state of a checkpoint, under the keys ``config`` and ``state``.
 
     Raises:
         StateError: The file is missing, damaged or foreign.
     """
-    refuse = f"Delete {path.parent} and start afresh, or restore the file."
     try:
         _refuse_flipped_bits(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise StateError(_unreadable(path, "no such file", refuse)) from error
+        raise StateError(_unreadable(path, "no such file", remedy)) from error
     # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
     except Exception as error:
         reason = f"a damaged file ({type(error).__name__})"
-        raise StateError(_unreadable(path, reason, refuse)) from error
+        raise StateError(_unreadable(path, reason, remedy)) from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
-        raise StateError(_unreadable(path, "a file of something else", refuse))
+        raise StateError(_unreadable(path, "a file of something else", remedy))
     return saved
 
 

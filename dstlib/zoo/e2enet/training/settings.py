@@ -115,7 +115,7 @@ class Execution:
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:  # no such device; none that this build of torch knows
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].split(". ")[0]
             allowed, remedy = "one that torch can use", "Leave --device out, or pass cpu or cuda."
             raise SettingError(explain("device", "Execution", allowed=allowed, given=reason, remedy=remedy)) from error
 
