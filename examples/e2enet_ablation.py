@@ -64,6 +64,9 @@ def tables(base: E2ENetConfig, interval: int) -> dict[str, tuple[Cell, ...]]:
         ),
         "capacity": (
             Cell(name="nnU-Net", network={}, options=("--model", "nnunet")),
+            Cell(
+                name="nnU-Net(-), three quarters as wide", network={}, options=("--model", "nnunet", "--width", "0.75")
+            ),
             Cell(name="E2ENet", network={}),
             Cell(name="E2ENet(+), wider by 58/48", network={"channels": wider}),
         ),

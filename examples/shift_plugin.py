@@ -23,7 +23,7 @@ import dstlib
 from dstlib.errors import DstlibError, SettingError, explain
 from dstlib.layers import add_depth_shift
 from dstlib.layers.shift import AXES
-from dstlib.zoo.e2enet.data.normalization import normalize_ct
+from dstlib.zoo.e2enet.data.normalization import MriNormalization
 from dstlib.zoo.e2enet.data.organs import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.phantom import phantoms
 
@@ -68,10 +68,9 @@ NETWORKS = {"dynunet": dynunet, "unet": monai_unet, "plainconvunet": plain_conv_
 def scans(num_scans: int) -> tuple[Tensor, Tensor]:
     """Normalised phantoms: images (N, 1, D, H, W), labels (N, 1, D, H, W)."""
     drawn = phantoms(num_scans, shape=SHAPE)
-    normalize = normalize_ct(drawn.cases)
-    cases = [normalize(case) for case in drawn.cases]
-    images = torch.stack([torch.from_numpy(case.image) for case in cases])
-    return images, torch.stack([torch.from_numpy(case.label)[None] for case in cases]).long()
+    normalize = MriNormalization()  # to mean 0 and deviation 1, which is all that a demonstration needs
+    images = torch.stack([torch.from_numpy(normalize.apply(case.image[0]))[None] for case in drawn.cases])
+    return images, torch.stack([torch.from_numpy(case.label)[None] for case in drawn.cases]).long()
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, *, steps: int) -> None:

@@ -517,3 +517,12 @@ def test_all_real_scans_are_prepared(hippocampus, tmp_path):
         assert np.bincount(case.label.ravel(), minlength=3)[1:].tolist() == [(scan.label == k).sum() for k in (1, 2)]
         assert abs(float(case.image.mean())) < 1e-4  # of some 60,000 float32
         assert abs(float(case.image.std()) - 1) < 1e-4
+
+
+def test_a_scan_that_outgrows_the_memory_is_a_defect_that_names_its_voxels(manifest, tmp_path, monkeypatch):
+    def fail(scan, preparation):
+        raise MemoryError("Unable to allocate 191 GiB")
+
+    monkeypatch.setattr(cache_entries, "prepare_scan", fail)
+    with pytest.raises(DataError, match=r"does not fit into memory .*191 GiB.*mm, is that right\?"):
+        prepare(manifest, tmp_path / "cache")

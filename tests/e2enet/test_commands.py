@@ -55,7 +55,7 @@ def test_a_sound_set_has_no_defects_and_a_damaged_one_has_exit_code_one(work, tm
     image.write_bytes(image.read_bytes()[:100])
     code, output, _ = command("check", folder)
     assert code == 1
-    assert any("DEFECT" in line and str(image) in line for line in output.splitlines())
+    assert any("DEFECT" in line and image.name.split(".")[0] in line for line in output.splitlines()), output
     code, _, errors = command("check", tmp_path / "missing")
     assert code == 2
     assert errors.startswith("error: ")
@@ -75,9 +75,37 @@ def test_predict_goes_on_past_a_damaged_file_and_is_continued(work, tmp_path, co
         assert label.shape == nibabel.load(image).shape
         assert np.array_equal(label.affine, nibabel.load(image).affine)
         assert set(np.unique(label.dataobj)) <= {0, 1, 2}
-    code, table, _ = command("predict", *runs, "--images", images, "--output", output, "--no-mirror")
+    code, _, errors = command("predict", runs[0], "--images", images, "--output", output)
+    assert code == 2  # what is there is of other networks
+    assert "--overwrite" in errors
+    code, table, _ = command("predict", *runs, "--images", images, "--output", output, "--device", "cpu")
     assert code == 0
     assert "0 predicted, 2 kept" in table
+    code, table, _ = command("predict", work / "fold1", "--images", images, "--output", output, "--overwrite")
+    assert code == 0
+    assert "2 predicted, 0 kept" in table
+
+
+def test_output_that_is_a_file_is_refused_before_any_work(work, tmp_path, command):
+    (tmp_path / "file").write_text("mine")
+    for arguments in (
+        ("predict", work / "fold0", "--images", work / "data" / "imagesTs", "--output", tmp_path / "file"),
+        ("evaluate", work / "fold0" / "predictions", "--data", work / "data", "--output", tmp_path / "file"),
+    ):
+        code, _, errors = command(*arguments)
+        assert code == 2
+        assert "expected a folder to write to" in errors.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_channels_that_a_network_does_not_have_are_no_cases(work, tmp_path, command):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in (0, 1):
+        shutil.copy(next((work / "data" / "imagesTs").glob("*.nii.gz")), images / f"scan_000{number}.nii.gz")
+    code, _, errors = command("predict", work / "fold0", "--images", images, "--output", tmp_path / "out")
+    assert code == 2
+    assert "scan in several numbered files" in errors
 
 
 def test_evaluating_what_a_run_predicted_gives_its_scores(work, tmp_path, command):
@@ -97,6 +125,12 @@ def test_a_table_of_runs_beside_the_papers(work, command):
     code, table, _ = command("compare", work / "fold0", work / "fold1", "--beside", "amos")
     assert code == 0
     assert all(name in table for name in ("fold0", "fold1", "nnU-Net", "E2ENet s=0.8"))
+    assert "16×16×16 in fold0" in table
+    code, table, _ = command("compare", work / "fold0", work / "fold1", "--pool")
+    scores = [json.loads((work / f"fold{fold}" / "result.json").read_text()) for fold in (0, 1)]
+    mean = np.mean([list(case["dice"].values()) for score in scores for case in score["cases"].values()])
+    (row,) = [line for line in table.splitlines() if line.startswith("all 2 held-out cases")]
+    assert float(row.split()[4]) == round(100 * float(mean), 1)
     code, _, errors = command("compare", work / "fold0", "--beside", "kits")
     assert code == 2
     assert "amos, " in errors
@@ -191,10 +225,7 @@ def test_every_cell_of_the_grid_is_a_network_and_a_folder_of_its_own(ablation):
 def test_a_grid_is_run_once_and_shown_in_the_papers_layout(ablation, work, tmp_path, capsys):
     options = ("--recipe", "hippocampus", "--tables", "frequency", "--runs", tmp_path, "--seeds", 0, 1)
     short = ("--data", work / "data", "--cache", work / "cache", "--preset", "demo", "--epochs", 1, "--iterations", 2)
-    options = (*options, *short, "--patch-size", 16, 16, 16, "--interval", 1, "--method", "static")
-    with pytest.raises(Exception, match="interval"):
-        ablation.run(*options)  # half of an interval of 1 is none
-    options = tuple(2 if value == 1 and options[i - 1] == "--interval" else value for i, value in enumerate(options))
+    options = (*options, *short, "--patch-size", 16, 16, 16, "--interval", 2, "--method", "static")
     ablation.run(*options)
     first = capsys.readouterr().out
     table = first[first.rindex("frequency  ") :]
@@ -204,3 +235,5 @@ def test_a_grid_is_run_once_and_shown_in_the_papers_layout(ablation, work, tmp_p
     ablation.run(*options)
     assert capsys.readouterr().out.endswith(table)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+    with pytest.raises(StateError, match=r"grid of folder .*another --runs"):
+        ablation.run(*options, "--val-iterations", 1)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dstlib.zoo.e2enet import E2ENet
+from dstlib.zoo.e2enet import follow as follow_module
 from dstlib.zoo.e2enet.command import HELP
 from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
 from dstlib.zoo.e2enet.trained import network_config
@@ -195,6 +196,12 @@ def test_two_processes_train_as_one(tmp_path, small):
     assert done.returncode == 0, done.stderr
     assert left_by(tmp_path / "two") == FILES | FOLDERS
     losses = [read_losses(tmp_path / name) for name in ("one", "two")]
+    refused_by_two = in_a_process(
+        *launcher, AMOS, *options, "--batch-size", 3, "--run-dir", tmp_path / "b", check=False
+    )
+    assert refused_by_two.returncode != 0
+    assert "expected a multiple of 2, the number of processes, got 3" in refused_by_two.stderr
+    assert not (tmp_path / "b").exists()
     # the same patches, but Dice and gradients are averaged in another order
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -243,7 +250,7 @@ def test_a_method_changes_what_is_counted_and_shown(tmp_path, small, example):
         result = json.loads((run / "result.json").read_text())
         assert set(result["cost"]) == ({"dense"} if name == "dense" else {"dense", "sparse"})
         assert result["mask_updates"] == []
-        assert ("active (density 0.2" in output) == (name != "dense")
+        assert ("15 sparse weights:" in output) == (name != "dense")
 
 
 def test_a_baseline_goes_through_the_same_command(tmp_path, small, example):
@@ -286,7 +293,9 @@ def test_fine_tuning_with_the_topology_kept(tmp_path, small, example):
         assert torch.equal(weight["mask"], masks[1]["weights"][name]["mask"])
     assert json.loads((second / "result.json").read_text())["mask_updates"] == []
     assert "--from with it" in refused(example, AMOS, *options, "--freeze-topology")
-    assert "checkpoint.pt" in refused(example, AMOS, *options, "--from", tmp_path / "missing")
+    error = refused(example, AMOS, *options, "--from", small["amos"])
+    assert "checkpoint.pt" in error
+    assert "Delete" not in error
 
 
 def test_method_dense_is_sparsity_zero(tmp_path, small, example):
@@ -306,13 +315,12 @@ def test_help_names_every_setting_and_its_default(script, example):
 
 
 def refused(example, *arguments):
-    """The last line on stderr, after the progress bars, of a script that cannot start."""
+    """What stands on stderr, after the progress bars, of a script that cannot start."""
     code, _, errors = example(*arguments)
     assert code == 2, errors
     assert "Traceback" not in errors
-    *_, last = errors.splitlines()
-    assert last.startswith("error: ")
-    return last
+    (start,) = [i for i, line in enumerate(errors.splitlines()) if line.startswith("error: ")]
+    return "\n".join(errors.splitlines()[start:])
 
 
 def test_data_that_is_not_there_is_one_line(tmp_path, example):
@@ -337,10 +345,13 @@ def test_data_that_is_not_there_is_one_line(tmp_path, example):
         (("--model", "nnunett"), "Similar: 'nnunet'"),
         (("--model", "cotr"), "Not runnable"),
         (("--layout", "nifti"), "layout"),
+        (("--tensorboard",), "tensorboard installed"),
+        (("--optimizer", "sgd", "--learning-rate", -1), "learning_rate of TrainSettings"),
     ],
     ids=lambda value: str(value),
 )
-def test_settings_that_cannot_be_used_are_one_line(tmp_path, small, example, arguments, message):
+def test_settings_that_cannot_be_used_are_one_line(tmp_path, small, example, monkeypatch, arguments, message):
+    monkeypatch.setattr(follow_module, "find_spec", lambda name: None)  # no tensorboard
     run = () if {"--run-dir", "--resume"} & set(arguments) else ("--run-dir", tmp_path / "a")
     assert message in refused(example, AMOS, "--data", small["amos"], "--preset", "demo", *SHORT, *arguments, *run)
     assert not (tmp_path / "a").exists()

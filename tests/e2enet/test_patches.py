@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.augment import Augmentation
 from dstlib.zoo.e2enet.data.cases import MAX_VOXELS, Case
-from dstlib.zoo.e2enet.data.normalization import CtNormalization, normalize_ct
 from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.data.phantom import phantoms
 
@@ -280,28 +279,3 @@ def test_no_cases_are_refused():
 
 
 # ---- normalisation
-
-
-def test_ct_is_normalised_by_the_foreground_of_the_training_set():
-    rng = np.random.default_rng(0)
-    label = np.zeros((10, 10, 10), np.uint8)
-    label[:5] = 1
-    cases = [case_of(label, image=rng.normal(40, 20, (1, 10, 10, 10)), name=str(i)) for i in range(3)]
-    for case in cases:
-        case.image[:, 5:] = -1000  # background does not count
-    values = np.concatenate([c.image[0, :5].ravel() for c in cases]).astype(np.float64)
-    rule = normalize_ct(cases)
-    # The statistics of float32 voxels, computed by another route.
-    assert (rule.low, rule.high) == pytest.approx(tuple(np.quantile(values, [0.005, 0.995])), rel=1e-6)
-    assert (rule.mean, rule.std) == pytest.approx((values.mean(), values.std()), rel=1e-6)
-    out = rule(cases[0])
-    assert out.image.dtype == np.float32
-    assert out.image.min() == pytest.approx((rule.low - rule.mean) / rule.std, rel=1e-6)  # float32
-    np.testing.assert_array_equal(out.label, cases[0].label)
-    assert CtNormalization(**vars(rule)) == rule  # four plain numbers, fit for a run's config
-
-
-def test_ct_normalisation_needs_foreground():
-    for cases in ([], [case_of(np.zeros((3, 3, 3)))]):
-        with pytest.raises(DataError, match="foreground of the training cases"):
-            normalize_ct(cases)

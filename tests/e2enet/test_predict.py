@@ -96,7 +96,7 @@ def test_an_unreadable_file_is_reported_and_the_others_go_on(tmp_path):
     (tmp_path / "images" / "b.nii.gz").write_bytes(b"not a scan")
     outcomes = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
     assert [outcome.error is None for outcome in outcomes] == [True, False, True]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "prediction.json"]
     lines = outcome_table(outcomes).splitlines()
     assert lines[0].split() == ["case", "error"]
     assert lines[2].startswith("b ")
@@ -111,7 +111,7 @@ def test_what_is_not_finite_is_reported(tmp_path):
         model.scale.fill_(float("nan"))
     (outcome,) = predict_folder(trained(model), tmp_path / "images", tmp_path / "out", progress=False)
     assert "expected finite numbers" in outcome.error
-    assert not list((tmp_path / "out").iterdir())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["prediction.json"]
 
 
 def test_a_scan_too_large_for_the_memory_is_reported(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_an_interruption_leaves_whole_files_only(tmp_path):
         write_image(tmp_path / "images" / f"{name}.nii.gz", blocks())
     with pytest.raises(KeyboardInterrupt):
         predict_folder(trained(Interrupted()), tmp_path / "images", tmp_path / "out", progress=False)
-    left = sorted((tmp_path / "out").iterdir())
+    left = sorted((tmp_path / "out").glob("*.nii.gz"))
     assert 0 < len(left) < 8
     for file in left:
         np.testing.assert_array_equal(np.asarray(nibabel.load(file).dataobj), blocks())

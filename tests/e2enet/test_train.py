@@ -356,3 +356,14 @@ def test_beginning_from_what_does_not_fit_is_refused(begin):
     )
     with pytest.raises(StateError, match="weights of --from: expected those of this network"):
         begin_from(wider, dense.state_dict(), freeze=False)
+
+
+def test_a_loader_process_that_was_killed_is_one_clear_error(begin, monkeypatch):
+    def die(*arguments, **options):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        yield
+
+    training = begin(SETTINGS["dense"])
+    monkeypatch.setattr(module, "batches", die)
+    with pytest.raises(DstlibError, match=r"workers of the loader.*killed by signal.*fewer --workers"):
+        go(training)

@@ -130,6 +130,7 @@ def _add_compare(commands: "Commands[argparse.ArgumentParser]") -> None:
     text = "One row per run: mDice, mNSD, parameters, FLOPs (counted as the paper does) and PT score."
     lines = commands.add_parser("compare", help="a table of runs, beside the paper's if asked for", description=text)
     lines.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    lines.add_argument("--pool", action="store_true", help="the runs are folds: show the scores over all their cases")
     lines.add_argument("--beside", metavar="SET", help="published rows to show too: amos, brats, btcv or amos-mri")
     lines.add_argument("--alpha", type=float, default=0.5, help="weight of the costs in the PT score (default: 0.5)")
     lines.set_defaults(command=_compare)
@@ -138,7 +139,7 @@ def _add_compare(commands: "Commands[argparse.ArgumentParser]") -> None:
 def _compare(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.compare import compare
 
-    print(compare(options.runs, beside=options.beside, alpha=options.alpha))
+    print(compare(options.runs, pool=options.pool, beside=options.beside, alpha=options.alpha))
     return 0
 
 

@@ -40,6 +40,7 @@ def parser(description: str | None, recipe: Recipe) -> argparse.ArgumentParser:
         "--preset", choices=recipe.presets, help="the scale (default: quick on --data, demo on phantoms)"
     )
     lines.add_argument("--model", default="e2enet", help="the network: e2enet, or a baseline such as nnunet")
+    lines.add_argument("--width", type=float, default=1.0, help="multiplies the channels of a baseline (default: 1)")
     _add_data(lines.add_argument_group("data"), recipe)
     _add_run(lines.add_argument_group("run"), recipe)
     _add_execution(lines.add_argument_group("execution"))

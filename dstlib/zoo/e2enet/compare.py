@@ -1,17 +1,21 @@
 """Runs side by side, and beside what was published."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dstlib.errors import SettingError, explain
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
 from dstlib.zoo.e2enet.trained import read_of_run
 
 
-def compare(runs: Sequence[Path], *, beside: str | None = None, alpha: float = 0.5) -> str:
+def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = None, alpha: float = 0.5) -> str:
     """A table of finished runs: mDice, mNSD, parameters, FLOPs by the paper's convention, PT score over all rows.
+
+    With ``pool`` the runs are the folds of one network: a further row has the scores over all their held-out cases.
 
     Raises:
         SettingError: Nothing was published under the name ``beside``.
@@ -21,6 +25,11 @@ def compare(runs: Sequence[Path], *, beside: str | None = None, alpha: float = 0
         allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
         raise SettingError(explain("--beside", "compare", allowed=allowed, given=beside, remedy=remedy))
     rows = [row_of(run) for run in runs]
+    if pool:
+        scores = pooled([Evaluation.from_json(_result(run)) for run in runs])
+        name = f"all {len(scores.cases)} held-out cases"
+        means = {"mNSD": 100 * scores.mean_of("nsd")}
+        rows.append(replace(rows[0], name=name, dice=100 * scores.mean, scores=means))
     sizes = [f"{'×'.join(map(str, _result(run)['patch_size']))} in {run.name}" for run in runs]
     note = f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."
     return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + note

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dstlib.errors import SettingError, explain
 from dstlib.zoo.e2enet.data.cache import prepared_cases
 from dstlib.zoo.e2enet.data.cases import Cases, split
@@ -18,6 +20,7 @@ from dstlib.zoo.e2enet.training.ranks import Ranks
 
 RUNS = Path("runs")
 NUM_FOLDS = 5
+NUM_PREPARING = 4  # processes at most: each takes up to 6 float32 copies of a scan, 4 GB of 768×768×300 voxels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ class Dataset:
 
     def absent_classes(self) -> list[str]:
         """The classes that no case to train on has."""
-        present = set().union(*(case.class_voxels for case in self.train_on.cases))
+        found = tqdm(self.train_on.cases, "reading labels", unit="case", leave=False)
+        present = set().union(*(case.class_voxels for case in found))
         return [name for label, name in enumerate(self.classes, start=1) if label not in present]
 
 
@@ -72,8 +76,9 @@ def open_dataset(recipe: Recipe, options: argparse.Namespace, *, ranks: Ranks) -
     manifest = _manifest(recipe, options)
     train_names, held_out_names = _fold(manifest, options.fold)
     cache = options.cache or RUNS / "prepared" / f"{manifest.name}-{options.modality}"
+    workers = min(options.workers, NUM_PREPARING)
     cases, preparation = prepared_cases(
-        manifest, manifest.train, modality=options.modality, folder=cache, workers=options.workers
+        manifest, manifest.train, modality=options.modality, folder=cache, workers=workers
     )
     if options.fold == "all" and manifest.validation:
         judged, _ = prepared_cases(
@@ -82,7 +87,7 @@ def open_dataset(recipe: Recipe, options: argparse.Namespace, *, ranks: Ranks) -
             modality=options.modality,
             folder=cache,
             preparation=preparation,
-            workers=options.workers,
+            workers=workers,
         )
         cases = replace(cases, cases=cases.cases + judged.cases)
     if ranks.leads:

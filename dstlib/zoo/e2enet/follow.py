@@ -1,6 +1,7 @@
 """A recipe from end to end: data → training → prediction → evaluation → report, in one run directory."""
 
 import argparse
+import os
 import shlex
 import sys
 from contextlib import nullcontext
@@ -8,7 +9,6 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -17,7 +17,7 @@ from dstlib.profile import profile
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.dataset import Dataset, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
-from dstlib.zoo.e2enet.evaluation.predict import Trained, predict_scans
+from dstlib.zoo.e2enet.evaluation.predict import Trained, outcome_table, predict_scans
 from dstlib.zoo.e2enet.evaluation.results import write_report
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.training.interrupt import interruptible
@@ -27,7 +27,6 @@ from dstlib.zoo.e2enet.training.run import Run, open_run, read_checkpoint
 from dstlib.zoo.e2enet.training.settings import Execution
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
 from dstlib.zoo.e2enet.training.train import train
-
 
 RESTART = "Start the run afresh in another folder, or restore the file."
 
@@ -52,6 +51,7 @@ def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
             compile=options.compile,
             workers=options.workers,
         )
+        _refuse_unequal_shares(preset.patches.batch_size, ranks.num)
         data = open_dataset(recipe, options, ranks=ranks)
         network = replace(preset.network, in_channels=len(data.channels), num_classes=len(data.classes) + 1)
         preset = replace(preset, network=network)
@@ -63,9 +63,8 @@ def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
             num_classes=network.num_classes,
             patch_size=preset.patches.patch_size,
             config=network,
+            width=options.width,
         )
-        if preset.patches.batch_size < ranks.num:
-            _refuse_idle_ranks(preset.patches.batch_size, ranks.num)
         profile(model, (1, network.in_channels, *preset.patches.patch_size))  # refuses a patch that does not fit
         training = start(model, preset.training, execution, ranks)
         if options.begin_from is not None and not options.resume:
@@ -106,6 +105,7 @@ def _in_directory(
     config = {
         "recipe": recipe.name,
         "model": options.model,
+        "width": options.width,
         **asdict(preset),
         "begin_from": str(options.begin_from) if options.begin_from else None,
         "freeze_topology": options.freeze_topology,
@@ -117,7 +117,8 @@ def _in_directory(
         checkpoint = path / "checkpoint.pt"
         # A run that was stopped before its first checkpoint starts again: its batches are the same.
         if options.resume and (checkpoint.exists() or (path / "metrics.csv").exists()):
-            training.load_state_dict(run.load_checkpoint() if run else read_checkpoint(checkpoint, remedy=RESTART)["state"])
+            state = run.load_checkpoint() if run else read_checkpoint(checkpoint, remedy=RESTART)["state"]
+            training.load_state_dict(state)
         if run:
             _say(training, data, path)
         _train(training, data, preset, run, path, tensorboard=options.tensorboard)
@@ -128,7 +129,7 @@ def _in_directory(
             print(f"No case is held out, so nothing is evaluated. The network is in {run.model}.")
             return None
         try:
-            return _evaluate(training, data, preset, run)
+            return _evaluate(training, data, preset, run, workers=options.workers)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_stopped("The training is finished and saved", path)) from None
 
@@ -169,7 +170,7 @@ def _train(
         raise KeyboardInterrupt(_stopped(done, path))
 
 
-def _evaluate(training: Training, data: Dataset, preset: Preset, run: Run) -> Evaluation:
+def _evaluate(training: Training, data: Dataset, preset: Preset, run: Run, *, workers: int) -> Evaluation:
     """Predicts the held-out scans as files in their own geometry, and scores the files."""
     trained = Trained(
         models=(training.model,),
@@ -179,8 +180,10 @@ def _evaluate(training: Training, data: Dataset, preset: Preset, run: Run) -> Ev
         channels=data.channels,
         classes=data.classes,
     )
-    predict_scans(trained, data.held_out_files, run.predictions)
-    scores = evaluate_folder(run.predictions, data.held_out_files, data.classes)
+    outcomes = predict_scans(trained, data.held_out_files, run.predictions)
+    if any(outcome.error for outcome in outcomes):
+        print(outcome_table(outcomes))
+    scores = evaluate_folder(run.predictions, data.held_out_files, data.classes, workers=workers)
     write_report(run, training, scores, data.held_out_files, patch_size=preset.patches.patch_size)
     return scores
 
@@ -224,10 +227,11 @@ def _check_options(options: argparse.Namespace) -> None:
             raise SettingError(explain(what, "the command line", allowed=allowed, given=given, remedy=remedy))
 
 
-def _refuse_idle_ranks(batch_size: int, num_ranks: int) -> NoReturn:
-    remedy = "Raise --batch-size, which counts the patches of all processes, or start fewer."
-    where, allowed = "the command line", f"at least {num_ranks}, one patch per process"
-    raise SettingError(explain("--batch-size", where, allowed=allowed, given=batch_size, remedy=remedy))
+def _refuse_unequal_shares(batch_size: int, num_ranks: int) -> None:
+    if batch_size % num_ranks:
+        remedy = "It counts the patches of all processes, and each takes as many."
+        where, allowed = "the command line", f"a multiple of {num_ranks}, the number of processes"
+        raise SettingError(explain("--batch-size", where, allowed=allowed, given=batch_size, remedy=remedy))
 
 
 def _stopped(done: str, path: Path) -> str:
@@ -235,4 +239,7 @@ def _stopped(done: str, path: Path) -> str:
     arguments = [a for a in sys.argv if a != "--resume"]
     if not any(a == "--run-dir" or a.startswith("--run-dir=") for a in arguments):
         arguments += ["--run-dir", str(path)]
-    return f"{done}. Continue with:\n  {shlex.join([sys.executable, *arguments, '--resume'])}"
+    launcher = [sys.executable]
+    if num := os.environ.get("WORLD_SIZE"):
+        launcher = ["torchrun", "--nproc-per-node", num]
+    return f"{done}. Continue with:\n  {shlex.join([*launcher, *arguments, '--resume'])}"

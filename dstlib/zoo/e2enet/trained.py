@@ -23,7 +23,7 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
     Raises:
         StateError: A run is not finished, is damaged, or was not trained on the same data as the first.
     """
-    configs = [read_of_run(run / "config.json", "model", "network", "patches", "data") for run in runs]
+    configs = [read_of_run(run / "config.json", "model", "width", "network", "patches", "data") for run in runs]
     first = configs[0]
     for run, config in zip(runs, configs, strict=True):
         for name in ("channels", "classes", "preparation"):
@@ -62,6 +62,7 @@ def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
         num_classes=network.num_classes,
         patch_size=tuple(config["patches"]["patch_size"]),
         config=network,
+        width=config["width"],
     )
     file = run / "model.pt"
     try:

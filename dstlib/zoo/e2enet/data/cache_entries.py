@@ -95,7 +95,12 @@ def make(entry: Entry) -> Made:
     if entry.preparation is None:
         write_json(entry.file("json"), {"made_from": made_from, "fingerprint": scan_fingerprint(scan).to_json()})
         return Made()
-    case = prepare_scan(scan, entry.preparation)
+    try:
+        case = prepare_scan(scan, entry.preparation)
+    except MemoryError as error:
+        size = "×".join(f"{mm:.3g}" for mm in scan.spacing)
+        fault = f"does not fit into memory when it is resampled ({error}): its voxels are {size} mm, is that right?"
+        return Made((Fault(entry.files.images[0], fault),))
     arrays = {"image.npy": _npy(case.image), "label.npy": _npy(case.label)}
     sizes = {ending: content.nbytes for ending, content in arrays.items()}
     try:

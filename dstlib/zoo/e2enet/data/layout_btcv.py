@@ -9,22 +9,7 @@ from pathlib import Path
 from dstlib.errors import DataError, explain
 from dstlib.zoo.e2enet.data.layout_files import case_name, nifti_files
 from dstlib.zoo.e2enet.data.manifest import CaseFiles, Manifest
-
-CLASSES = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "oesophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-)
+from dstlib.zoo.e2enet.data.organs import BTCV_ORGANS
 
 
 def training_folder(folder: Path) -> Path | None:
@@ -73,7 +58,7 @@ def read_btcv(folder: Path) -> Manifest:
         folder=folder,
         layout="btcv",
         channels=("CT",),
-        classes=CLASSES,
+        classes=BTCV_ORGANS,
         train=tuple(train),
         test=tuple(test),
     )

@@ -3,6 +3,7 @@
 No voxel is opened here: :mod:`dstlib.zoo.e2enet.data.check` does that, for the whole set.
 """
 
+from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -77,6 +78,12 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     numbers = {name[1] if name else num_channels for name in named}
     if 0 in numbers and max(numbers) < num_channels:
         return channel_cases(files, num_channels=num_channels)
+    stems = Counter(name[0] for name in named if name)
+    if 0 in numbers and (several := [stem for stem, count in stems.items() if count > 1]):
+        given = f"{', '.join(several[:3])} in several numbered files"
+        remedy = "Predict with a network of as many channels, or rename the files."
+        allowed = f"one file per case, or {num_channels} numbered from _0000 for all"
+        raise DataError(explain("images", str(folder), allowed=allowed, given=given, remedy=remedy))
     cases = tuple(CaseFiles(name=case_name(file), images=(file,)) for file in files)
     refuse_copies(folder, cases)
     return cases

@@ -4,15 +4,14 @@ Shapes: C channels, D depth, H height, W width.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, SettingError, StateError, explain
-from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.errors import SettingError, StateError, explain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +58,6 @@ class CtNormalization:
     def to_json(self) -> dict[str, Any]:
         """What :func:`normalization_from_json` reads."""
         return {"kind": "ct", **vars(self)}
-
-    def __call__(self, case: Case) -> Case:
-        return replace(case, image=self.apply(case.image))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,42 +119,3 @@ def normalization_from_json(content: Mapping[str, Any]) -> Normalization:
                 remedy="Prepare the data again, or restore the file.",
             )
         ) from error
-
-
-def normalize_ct(cases: Sequence[Case]) -> CtNormalization:
-    """What normalises a CT like the foreground of these training cases: call the result on any case.
-
-    Save its four numbers with the run: the cases to predict are normalised by the training set, not by their
-    own intensities, as Hounsfield units mean the same in every scan.
-
-    Raises:
-        DataError: No case has foreground, so there is nothing to measure.
-
-    Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), the CT scheme: clipping to the 0.5 and 99.5
-    percentiles of the foreground voxels, then their mean and standard deviation. nnU-Net measures a sample of
-    10,000 voxels per case; here it is every voxel, so the numbers depend on no generator.
-
-    >>> label = np.ones((1, 1, 3), np.uint8)
-    >>> case = Case("a", np.array([[[[0, 50, 100]]]], np.float32), label, (1.0, 1.0, 1.0))
-    >>> normalize_ct([case])
-    CtNormalization(low=0.5, high=99.5, mean=50.0, std=40.82...)
-    """
-    voxels = [case.image[:, case.label > 0].ravel() for case in cases]
-    foreground = np.concatenate(voxels) if voxels else np.zeros(0, np.float32)
-    if not foreground.size:
-        raise DataError(
-            explain(
-                "foreground",
-                "the training cases",
-                allowed="at least one labelled voxel",
-                given=f"none in {len(cases)} case(s)",
-                remedy="Check that the labels belong to these images.",
-            )
-        )
-    low, high = np.percentile(foreground, (0.5, 99.5))
-    return CtNormalization(
-        low=float(low),
-        high=float(high),
-        mean=float(foreground.mean(dtype=np.float64)),
-        std=float(foreground.std(dtype=np.float64)),
-    )

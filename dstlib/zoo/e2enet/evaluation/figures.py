@@ -51,29 +51,34 @@ PARTS = {  # of a fusion node, and how the density of each is shown
 
 
 def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: Sequence[Mapping[str, int]]) -> None:
-    """The loss of each epoch, a line at each mask update, and the share of connections that grew at it."""
-    with _figure(path, size=(7.5, 5.0 if updates else 3.4)) as figure:
-        panels = figure.subplots(2 if updates else 1, 1, sharex=True, squeeze=False)[:, 0]
-        losses = [m["loss"] for m in metrics]
-        _draw_line(panels[0], [m["iteration"] for m in metrics], losses, colour=INK)
-        panels[0].set_title("Training loss, mean of each epoch")
-        panels[0].set_ylabel("Dice + cross-entropy")
+    """Per epoch the loss, and the Dice where it was validated; per mask update a line, and the share that grew."""
+    epochs, marks = [float(m["iteration"]) for m in metrics], [float(u["iteration"]) for u in updates]
+    curves = [("Training loss, mean of each epoch", "Dice + cross-entropy", epochs, [m["loss"] for m in metrics], INK)]
+    if "val_dice" in metrics[0]:
+        dice = [m["val_dice"] for m in metrics]
+        curves.append(
+            ("Dice over patches of the held-out cases", "mean of the classes", epochs, dice, FLOWS["downward"])
+        )
+    if updates:
+        grown = [100 * u["grown"] / u["active"] for u in updates]
+        title = "Share of the active connections that grew at each mask update (grey lines)"
+        curves.append((title, "percent", marks, grown, ACCENT))
+    with _figure(path, size=(7.5, 0.9 + 2.2 * len(curves))) as figure:
+        panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, (title, label, x, y, colour) in zip(panels, curves, strict=True):
+            panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
+            _draw_line(panel, x, y, colour=colour)
+            panel.set_title(title)
+            panel.set_ylabel(label)
         panels[-1].set_xlabel("iteration")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        if not updates:
-            return
-        marks = [u["iteration"] for u in updates]
-        for panel in panels:
-            panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
-        _draw_line(panels[1], marks, [100 * u["grown"] / u["active"] for u in updates], colour=ACCENT)
-        panels[1].set_title("Share of the active connections that grew at each mask update (grey lines)")
-        panels[1].set_ylabel("percent")
 
 
 def _draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], *, colour: str) -> None:
     axes.plot(x, y, "o-", color=colour, markersize=3.5)
     axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.08 * max(y) or 1)
+    finite = [value for value in y if np.isfinite(value)]
+    axes.set_ylim(0, 1.08 * max(finite, default=0) or 1)
 
 
 def slice_comparison(
@@ -91,7 +96,7 @@ def slice_comparison(
     aspect = height / width
     colours = class_colours(len(classes))
     tall = 10.5 / 3 * aspect * picture.shape[0] / picture.shape[1]
-    with _figure(path, size=(10.5, tall + 0.9 + 0.22 * -(-len(classes) // 5))) as figure:
+    with _figure(path, size=(10.5, tall + 0.6 + 0.22 * -(-len(classes) // 5))) as figure:
         volumes = {"Image": None, "Label": upright(case.label[depth]), "Prediction": upright(prediction[depth])}
         for panel, (title, volume) in zip(figure.subplots(1, 3), volumes.items(), strict=True):
             panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)

@@ -3,6 +3,8 @@
 Shapes: C channels, K foreground classes, D, H, W depth, height, width in voxels.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from dstlib.errors import DataError, SettingError, explain
+from dstlib.errors import DataError, SettingError, StateError, explain
 from dstlib.report import align
 from dstlib.zoo.e2enet.data.layouts import folder_cases
 from dstlib.zoo.e2enet.data.manifest import CaseFiles
@@ -21,6 +23,9 @@ from dstlib.zoo.e2enet.data.nifti import Scan, read_scan, write_label
 from dstlib.zoo.e2enet.data.preparation import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.evaluation.inference import probabilities
 from dstlib.zoo.e2enet.evaluation.postprocess import keep_largest
+from dstlib.zoo.e2enet.files import make_folder, write_json
+
+RECORD = "prediction.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,17 +88,19 @@ def predict_scans(
 ) -> tuple[Outcome, ...]:
     """Predicts the images of each case into ``output``/NAME.nii.gz, labels in the image's own geometry.
 
-    A file that is there is kept unless ``overwrite``, so an interrupted prediction is continued by repeating it.
+    A file that is there is kept unless ``overwrite``, so an interrupted prediction is continued by repeating it;
+    ``prediction.json`` says of which networks the files are, and others are refused.
     A case that cannot be used is reported in its outcome, and the others go on. Files appear whole: a name that is
     there is a finished prediction, whenever the process was stopped.
 
     Raises:
         SettingError: A prediction would take the place of an input.
-        StateError: A prediction cannot be written; the disk is full, say.
+        StateError: A prediction cannot be written; the disk is full, say. The folder holds those of other networks.
     """
     targets = {case.name: output / f"{case.name}.nii.gz" for case in files}
     _refuse_inputs(files, targets)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
+    _refuse_other_networks(trained, output / RECORD, overwrite=overwrite)
     outcomes = []
     with tqdm(files, desc="predict", unit="case", disable=not progress) as bar:
         for case in bar:
@@ -129,6 +136,34 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
         return counts
     cells = [("case", "error"), *((outcome.name, " ".join(str(outcome.error).split())) for outcome in failed)]
     return "\n".join([*align(cells, left=(0, 1)), counts])
+
+
+def _refuse_other_networks(trained: Trained, record: Path, *, overwrite: bool) -> None:
+    made_by = {
+        "networks": [_digest(model) for model in trained.models],
+        "patch_size": list(trained.patch_size),
+        "mirror": list(trained.mirror),
+        "postprocessing": list(trained.postprocessing),
+    }
+    if record.exists() and not overwrite:
+        try:
+            before = json.loads(record.read_text())
+        except ValueError:
+            before = None
+        if before != made_by:
+            remedy = "Choose another folder, or overwrite (--overwrite)."
+            given, allowed = "those of other networks or settings", "predictions of these networks"
+            raise StateError(explain("files", f"folder {record.parent}", allowed=allowed, given=given, remedy=remedy))
+    write_json(record, made_by)
+
+
+def _digest(model: nn.Module) -> str:
+    """A checksum of the weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _refuse_inputs(files: Sequence[CaseFiles], targets: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -69,7 +70,9 @@ def process_group(device: str) -> Iterator[tuple[Ranks, str]]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    # the others wait while the first one prepares the scans, which takes hours for a large set
+    distributed.init_process_group(backend, timeout=timedelta(days=2))
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size()), device
     finally:

@@ -141,7 +141,7 @@ def similar_to(method: str) -> str:
     """Methods of a similar name, in words.
 
     >>> similar_to("rigle")
-    'Similar: rigl.'
+    "Similar: 'rigl'."
     """
     return f"Similar: {similar(method, METHODS)}."
 

@@ -4,7 +4,8 @@ Shapes: B batch, C channels, K classes with the background, D, H, W depth, heigh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def train(
     bar = tqdm(
         total=total, initial=training.iteration, desc="train", unit="it", mininterval=1.0, disable=not ranks.leads
     )
-    with bar:
+    with bar, _worker_deaths():
         for images, labels in drawn:
             loss = _iterate(training, network, images, labels)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -64,6 +65,21 @@ def train(
                 save(training)
                 return False
     return True
+
+
+@contextmanager
+def _worker_deaths() -> Iterator[None]:
+    """Says what torch, from a signal handler and so from anywhere, raises when a worker was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        remedy = "Continue with --resume and fewer --workers: each takes memory of its own."
+        given = str(error).splitlines()[0]
+        raise DstlibError(
+            explain("workers", "the loader", allowed="processes that live", given=given, remedy=remedy)
+        ) from error
 
 
 def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Tensor) -> float:
