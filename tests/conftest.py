@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # pytest runs several processes, and results must not depend on the number of cores
+# Some tests press Ctrl-C, which shells let background jobs ignore; processes started by a test inherit this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadlines, as a shared machine misses them. CI tries the same examples each time, so that a change is judged
 # by what it changed; every other run looks for new ones.
 settings.register_profile("dstlib", deadline=None, print_blob=True, derandomize="CI" in os.environ)

@@ -287,6 +287,10 @@ def test_fine_tuning_with_the_topology_kept(tmp_path, small, example):
     assert example(AMOS, *options, "--run-dir", first)[0] == 0
     code, _, errors = example(AMOS, *options, "--from", first, "--freeze-topology", "--run-dir", second)
     assert code == 0, errors
+    third = tmp_path / "third"  # stopped before its first checkpoint, it begins from the first run again
+    shutil.copytree(second, third, ignore=lambda folder, names: {*names} - {"config.json"})
+    assert example(AMOS, *options, "--from", first, "--freeze-topology", "--run-dir", third, "--resume")[0] == 0
+    assert_same_runs(second, third)
     masks = [torch.load(run / "checkpoint.pt", weights_only=True)["state"]["sparsifier"] for run in (first, second)]
     assert masks[1]["frozen"]
     for name, weight in masks[0]["weights"].items():

@@ -67,7 +67,7 @@ def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
         )
         profile(model, (1, network.in_channels, *preset.patches.patch_size))  # refuses a patch that does not fit
         training = start(model, preset.training, execution, ranks)
-        if options.begin_from is not None and not options.resume:
+        if options.begin_from is not None and not (options.resume and (options.run / "checkpoint.pt").exists()):
             _begin_from(training, options)
         try:
             return _in_directory(recipe, options, preset, training, data)
