@@ -1,6 +1,6 @@
 """Runs side by side, and beside what was published."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,29 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     if beside is not None and beside not in PUBLISHED:
         allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
         raise SettingError(explain("--beside", "compare", allowed=allowed, given=beside, remedy=remedy))
-    rows = [row_of(run) for run in runs]
+    results = [_result(run) for run in runs]
+    rows = [_row(run.name, result) for run, result in zip(runs, results, strict=True)]
     if pool:
-        scores = pooled([Evaluation.from_json(_result(run)) for run in runs])
+        scores = pooled([Evaluation.from_json(result) for result in results])
         name = f"all {len(scores.cases)} held-out cases"
         means = {"mNSD": 100 * scores.mean_of("nsd")}
         rows.append(replace(rows[0], name=name, dice=100 * scores.mean, scores=means))
-    sizes = [f"{'×'.join(map(str, _result(run)['patch_size']))} in {run.name}" for run in runs]
+    patches = ["×".join(map(str, result["patch_size"])) for result in results]
+    sizes = [f"{patch} in {run.name}" for patch, run in zip(patches, runs, strict=True)]
     note = f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."
     return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + note
 
 
-def row_of(run: Path, *, name: str | None = None) -> Row:
-    """What a run came to; named by its folder unless given."""
-    result = _result(run)
+def row_of(run: Path) -> Row:
+    """What a run came to, named by its folder."""
+    return _row(run.name, _result(run))
+
+
+def _row(name: str, result: Mapping[str, Any]) -> Row:
     cost = result["cost"].get("sparse", result["cost"]["dense"])
     scores = {} if result["mean_nsd"] is None else {"mNSD": 100 * result["mean_nsd"]}
     return Row(
-        name=name or run.name,
+        name=name,
         dice=100 * (result["mean_dice"] or 0.0),
         params=cost["params"] / 1e6,
         flops=cost["flops"]["paper"] / 1e9,
