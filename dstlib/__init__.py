@@ -9,7 +9,8 @@ from dstlib.door import sparsify
 from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, SettingError, StateError
 from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
 from dstlib.masking.update import MaskUpdate
-from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC, Method
+from dstlib.method import Method
+from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC
 from dstlib.profile import Profile, profile
 from dstlib.sparsifier import Sparsifier
 

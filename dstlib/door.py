@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 from dstlib.errors import SelectionError, SettingError, explain
 from dstlib.hooks import keep, listeners
-from dstlib.methods import Method, find_method
+from dstlib.method import Method
+from dstlib.methods import find_method
 from dstlib.optimizer_state import parameter_ids, refuse_unsupported
 from dstlib.plan import Plan, make_plan
 from dstlib.sparsifier import Sparsifier
@@ -24,6 +25,7 @@ def sparsify(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
+    split: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Sparsifier:
     """Makes a model sparse now, and keeps it sparse under any torch optimizer that steps on its weights.
@@ -54,6 +56,7 @@ def sparsify(
         total_steps=total_steps,
         include=(include,) if isinstance(include, str) else tuple(include),
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        split=split or {},
         overrides=overrides or {},
         seed=seed,
     )

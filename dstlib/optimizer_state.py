@@ -29,6 +29,13 @@ def same_shape_state(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[
             yield value
 
 
+def reset_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Starts what an optimizer keeps for a weight afresh: zeros, and with them the steps that Adam corrects by."""
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor):
+            value.fill_(1.0) if key == "mu_product" else value.zero_()  # NAdam's running product begins at 1
+
+
 def overflowed(optimizer: Optimizer) -> bool:
     """Whether this step does nothing because of an AMP overflow.
 
@@ -39,10 +46,10 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf.item())
 
 
-def unscaled(grad: Tensor, optimizer: Optimizer | None) -> Tensor:
-    """The gradient without the loss scale, which a fused optimizer divides out only inside its step."""
+def loss_scale(optimizer: Optimizer | None) -> float:
+    """The loss scale in the gradients, which a fused optimizer divides out only inside its step; else 1."""
     scale = getattr(optimizer, "grad_scale", None)
-    return grad if scale is None else grad / scale.to(grad.device)
+    return 1.0 if scale is None else float(scale)
 
 
 def refuse_unsupported(optimizer: Optimizer) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
-from torch import nn
+from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, SettingError, explain
-from dstlib.masking import NM, momentum, num_units
-from dstlib.methods import Method
+from dstlib.masking import NM, Budget, momentum, num_units, spend
+from dstlib.method import Method
 from dstlib.schedules import Clock, Constant, Every
 from dstlib.targets import Weight, check_matches, select, unwrap
 
@@ -20,19 +20,42 @@ class Plan:
     """All that the controller needs to know beforehand.
 
     ``weights`` holds a verdict on every parameter with two axes or more, ``num_dense`` counts the entries
-    of all others; ``densities`` are the final ones, by slot name.
+    of all others; ``densities`` are the final ones, by slot name, ``starts`` those that a ramp leads from, and
+    ``own`` names the slots whose sparsity was overridden, which no allocator moves. ``is_ranked``: the densities
+    came of a look at the model, not of the settings alone.
     """
 
     method: Method
     clock: Clock
     weights: tuple[Weight, ...]
     densities: Mapping[str, float]
+    starts: Mapping[str, float]
     num_dense: int
     seed: int
+    own: frozenset[str] = frozenset()
+    is_ranked: bool = False
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
         """Active units per group of ``num_total`` that slot ``name`` has after an update at ``step``."""
-        return num_units(num_total, self.method.density(self.densities[name], self.clock.progress(step)))
+        density = self._density(name, step)
+        return num_units(num_total, self.method.with_surplus(density, self.clock.progress(step)))
+
+    def budget(self, name: str, active_GU: Tensor, step: int) -> Budget:
+        """What slot ``name`` keeps and grows by itself at an update at ``step``."""
+        num_total = active_GU.shape[1]
+        return spend(
+            active_GU.sum(dim=1),
+            num_target=self.num_target(name, num_total, step),
+            drop_fraction=self.drop_fraction(step),
+            num_kept=num_units(num_total, self._density(name, step)),
+        )
+
+    def drop_fraction(self, step: int) -> float:
+        """The share of the active units to exchange at ``step``."""
+        return self.method.drop_fraction(self.clock.progress(step))
+
+    def _density(self, name: str, step: int) -> float:
+        return self.method.density(self.densities[name], self.clock.progress(step), self.starts[name])
 
 
 def make_plan(
@@ -43,6 +66,7 @@ def make_plan(
     total_steps: int | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    split: Mapping[str, int],
     overrides: Mapping[str, float],
     seed: int,
 ) -> Plan:
@@ -57,7 +81,7 @@ def make_plan(
             explain("grow", f"method {method.name}", allowed="another criterion", given="momentum", remedy=remedy)
         )
     model = unwrap(model)
-    weights = select(model, include=include, exclude=exclude)
+    weights = select(model, include=include, exclude=exclude, split=split)
     if meta := [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]:
         remedy = "Call model.to_empty(device=...) and initialise it first."
         raise SelectionError(
@@ -68,11 +92,19 @@ def make_plan(
         **{f"override {k!r}": v for k, v in overrides.items()},
     }.items():
         _check_sparsity(value, where)
+    densities, own = _densities(weights, method, 1 - sparsity, overrides)
+    starts = dict.fromkeys(densities, 1.0)
+    if method.start_density < 1:
+        _check_start(method, 1 - sparsity)
+        starts = _densities(weights, method, method.start_density, overrides)[0]
+        starts |= {name: max(method.start_density, densities[name]) for name in own}
     return Plan(
         method=method,
         clock=_make_clock(method, total_steps),
         weights=weights,
-        densities=_densities(weights, method, 1 - sparsity, overrides),
+        densities=densities,
+        starts=starts,
+        own=own,
         num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
         seed=seed,
     )
@@ -80,8 +112,8 @@ def make_plan(
 
 def _densities(
     weights: Sequence[Weight], method: Method, density: float, overrides: Mapping[str, float]
-) -> dict[str, float]:
-    """Overridden weights get theirs; the distribution spreads ``density`` over the others."""
+) -> tuple[dict[str, float], frozenset[str]]:
+    """Overridden weights get theirs; the distribution spreads ``density`` over the others. Also: whose are theirs."""
     sparse = [weight for weight in weights if not weight.reason]
     for weight in sparse:
         _check_folds(weight, method)
@@ -98,7 +130,20 @@ def _densities(
                 shared[slot.name] = tuple(slot.view(weight.parameter).shape)
     spread = method.distribution(shared, density) if shared else {}
     densities = {s.name: {**spread, **own}.get(s.name) for w in sparse for s in w.slots}
-    return {name: _checked_density(name, d, method) for name, d in densities.items()}
+    return {name: _checked_density(name, d, method) for name, d in densities.items()}, frozenset(own)
+
+
+def _check_start(method: Method, density: float) -> None:
+    if method.start_density < density:
+        raise SettingError(
+            explain(
+                "start_density",
+                f"method {method.name}",
+                allowed=f"at least the density at the end, {density:g}",
+                given=f"{method.start_density:g}",
+                remedy="Raise it by replace(method, start_density=...), or the sparsity.",
+            )
+        )
 
 
 def _check_folds(weight: Weight, method: Method) -> None:
@@ -164,7 +209,7 @@ def _make_clock(method: Method, total_steps: int | None) -> Clock:
 
 
 def _without_end(method: Method) -> None:
-    if not isinstance(method.ramp, Constant):
+    if not (isinstance(method.ramp, Constant) and isinstance(method.surplus, Constant)):
         raise SettingError(
             explain(
                 "total_steps",
@@ -174,6 +219,8 @@ def _without_end(method: Method) -> None:
                 remedy="Pass total_steps=.",
             )
         )
+    if isinstance(method.drop_fraction, Constant) and method.stop == 1:
+        return  # it is the same with and without an end
     warnings.warn(
         f"Without total_steps, {method.name} changes masks each {method.interval} steps for ever, at a constant "
         f"drop fraction of {method.drop_fraction(0.0):g}; its paper ends at {method.stop:.0%} of the run. "

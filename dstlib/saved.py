@@ -1,66 +1,148 @@
 """What a sparsifier saves of each weight, and the checks before any of it is taken back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dstlib.errors import StateError, explain
-from dstlib.masking import unit_mask
+from dstlib.masked import Masked
+from dstlib.masking import num_units, unit_mask
 from dstlib.plan import Plan
 from dstlib.targets import Weight
 
-VERSION = 1
+VERSION = 2
 
 
 class SavedWeight(NamedTuple):
-    """``step`` counts its optimizer's steps, ``updated_at`` is the step of its last mask update."""
+    """The fields of :class:`Masked` that a run depends on."""
 
     mask: Tensor
     step: int
     updated_at: int
+    trace: Tensor | None
+    traced_at: int
+    hidden: Tensor | None
+    reach: Tensor | None
+    ranked: tuple[float, ...]
+
+    def restore(self, m: Masked) -> None:
+        """Puts them back, on the weight's device."""
+        device = m.parameter.device
+        m.mask.copy_(self.mask)
+        m.step, m.updated_at, m.traced_at, m.ranked = self.step, self.updated_at, self.traced_at, self.ranked
+        m.trace, m.hidden, m.reach = (
+            None if x is None else x.detach().clone().to(device) for x in (self.trace, self.hidden, self.reach)
+        )
+        m.is_stepping = m.is_open = False
+
+
+def save(masked: Sequence[Masked], plan: Plan, *, frozen: bool, memory: float) -> dict[str, Any]:
+    """All that a resumption needs beside the model and the optimizer; plain values and copies of tensors."""
+    weights = {}
+    for m in masked:
+        fields = {name: getattr(m, name) for name in SavedWeight._fields}
+        weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+    masks = {m.weight.name: m.mask for m in masked}
+    return {
+        "version": VERSION,
+        "frozen": frozen,
+        "memory": memory,
+        "num_planned": _num_planned(masks, plan),
+        "weights": weights,
+    }
 
 
 def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str, SavedWeight]:
     """The saved weights by name, if every one fits the masks at hand.
 
     Errors: StateError for a state that is damaged or of another version, and for masks of other names,
-    shapes or granularity, or of another number of active units where that never changes.
+    shapes or granularity, or of another number of active units than the settings ask for.
     """
-    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping) or "frozen" not in state:
+    fields = ("frozen", "memory", "num_planned")
+    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
         raise _misfit("contents", "the saved state", "those of Sparsifier.state_dict()", type(state).__name__)
     if state.get("version") != VERSION:
         raise _misfit("version", "the saved state", str(VERSION), state.get("version"))
+    if missing := [name for name in fields if not isinstance(state.get(name), int | float)]:
+        raise _misfit("contents", "the saved state", "those of Sparsifier.state_dict()", f"no {', '.join(missing)}")
     weights = state["weights"]
     if set(weights) != set(masks):
         missing, extra = sorted(set(masks) - set(weights)), sorted(set(weights) - set(masks))
         given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
         raise _misfit("names of the weights", "the saved state", f"the {len(masks)} at hand", given)
+    planned = _num_planned(masks, plan)
+    if abs(planned - state["num_planned"]) > (_slack(masks, plan) if plan.is_ranked else 0):
+        raise _misfit("sparsity", "the saved state", f"{planned} active units at the end", state["num_planned"])
     by_name = {weight.name: weight for weight in plan.weights}
     return {name: _check_weight(by_name[name], weights[name], masks[name], plan) for name in masks}
+
+
+def _num_planned(masks: Mapping[str, Tensor], plan: Plan) -> int:
+    """Active units of all weights at the end of the run."""
+    total = 0
+    for weight in plan.weights:
+        for slot in weight.slots if weight.name in masks else ():
+            num_groups, num_all = plan.method.granularity.fold(slot.view(masks[weight.name])).shape[:2]
+            total += num_groups * num_units(num_all, plan.densities[slot.name])
+    return total
+
+
+def _slack(masks: Mapping[str, Tensor], plan: Plan) -> int:
+    """How many units a look at another batch may leave idle, or use, as they do not divide into groups."""
+    folded = (
+        plan.method.granularity.fold(slot.view(masks[w.name]))
+        for w in plan.weights
+        if w.name in masks
+        for slot in w.slots
+    )
+    return sum(len(mask_GUE) - 1 for mask_GUE in folded)
 
 
 def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> SavedWeight:
     if not isinstance(saved, Mapping) or set(saved) != set(SavedWeight._fields):
         raise _misfit("fields", weight.name, ", ".join(SavedWeight._fields), saved)
-    if not (isinstance(saved["step"], int) and isinstance(saved["updated_at"], int)):
-        raise _misfit("steps", weight.name, "whole numbers", (saved["step"], saved["updated_at"]))
-    mask = saved["mask"]
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != current.shape:
-        given = (tuple(mask.shape), mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-        raise _misfit("mask", weight.name, f"a bool tensor of shape {tuple(current.shape)}", given)
-    grain = plan.method.granularity
+    if not all(isinstance(saved[name], int) for name in ("step", "updated_at", "traced_at")):
+        raise _misfit("steps", weight.name, "whole numbers", (saved["step"], saved["updated_at"], saved["traced_at"]))
+    ranked, num_ranked = saved["ranked"], len(weight.slots) if plan.is_ranked else 0
+    if not isinstance(ranked, Sequence) or len(ranked) != num_ranked or not all(isinstance(d, float) and 0 < d <= 1 for d in ranked):
+        raise _misfit("ranked densities", weight.name, f"{num_ranked} of them", ranked)
+    _check_tensors(weight, saved, current, plan)
+    grain, mask = plan.method.granularity, saved["mask"]
     for slot in weight.slots:
         theirs = slot.view(mask)
         saved_GU = grain.fold(theirs)[..., 0]
         if not torch.equal(unit_mask(saved_GU, grain, theirs.shape), theirs):
             raise _misfit("mask", slot.name, f"whole units of {grain}", "units that are partly active")
+        moves = plan.is_ranked or plan.method.allocate is not None  # then the mask is where its number stands
+        if moves and slot.name not in plan.own:
+            continue
         num_G, num_target = saved_GU.sum(dim=1), plan.num_target(slot.name, saved_GU.shape[1], saved["updated_at"])
         if bool((num_G != num_target).any()):
             allowed = f"{num_target * len(num_G)} active units, as its sparsity asks for at step {saved['updated_at']}"
             raise _misfit("mask", slot.name, allowed, int(num_G.sum()))
-    return SavedWeight(mask, saved["step"], saved["updated_at"])
+    return SavedWeight(**saved)
+
+
+def _check_tensors(weight: Weight, saved: Mapping[str, Any], current: Tensor, plan: Plan) -> None:
+    storage = plan.method.storage
+    present = {
+        "mask": True,
+        "trace": None if plan.method.trace is not None else False,
+        "hidden": storage is not None,
+        "reach": storage is not None and storage.extra is not None,
+    }
+    for name, expected in present.items():
+        tensor = saved[name]
+        if tensor is None and expected is not True:
+            continue
+        kind = "bool" if name in ("mask", "reach") else "floating"
+        fits = isinstance(tensor, Tensor) and expected is not False and tensor.shape == current.shape
+        if not fits or (tensor.dtype != torch.bool if kind == "bool" else not tensor.is_floating_point()):
+            given = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            allowed = "nothing" if expected is False else f"a {kind} tensor of shape {tuple(current.shape)}"
+            raise _misfit(name, weight.name, allowed, given)
 
 
 def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:

@@ -5,50 +5,37 @@ and layer scales. Every parameter with two axes or more gets a verdict, so that 
 silence.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, StateError, explain, similar
+from dstlib.slots import Slot, chunks
+from dstlib.verdicts import Seat, judge, overlaps
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_RECURRENT_REASON = "recurrent: sparse only if included by name"
-_GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}  # stacked in one parameter
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_STATISTICS = {"batch_norm", "mean", "var_mean", "std_mean", "var", "std", "weight_standardization"}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One matrix within a parameter, as a view of (O, I, *K); ``rows`` of the parameter, from and up to."""
-
-    name: str
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-
-    def view(self, x: Tensor) -> Tensor:
-        """The part of ``x``, a tensor of the parameter's shape, sharing its memory."""
-        part = x if self.rows is None else x[slice(*self.rows)]
-        return part.transpose(0, 1) if self.transposed else part
+_NO_SPLIT: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """The verdict on one parameter: ``reason`` says why it stays dense, and is empty where it is sparse."""
+    """The verdict on one parameter: ``reason`` says why it stays dense, and is empty where it is sparse.
+
+    ``aliases`` are all names that mean it; those in ``on_request`` make it sparse in spite of the reason.
+    """
 
     name: str
     kind: str
     parameter: nn.Parameter
     slots: tuple[Slot, ...]
     reason: str = ""
-    on_request: bool = False
+    on_request: frozenset[str] = frozenset()
+    can_split: bool = True
     aliases: frozenset[str] = frozenset()
 
     def matches(self, pattern: str) -> bool:
@@ -78,8 +65,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.Parameter]:
-    """The parameters of a model under these names; a StateError if one is missing or of another shape."""
-    named = {plain_name(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
+    """The parameters of a model under these names, also inside wrappers that keep it as their ``module``.
+
+    Errors: StateError if one is missing or of another shape.
+    """
+    named = _named(model)
+    while not shapes.keys() <= named.keys() and isinstance(inner := getattr(unwrap(model), "module", None), nn.Module):
+        model, named = inner, _named(inner)  # timm's ModelEmaV2 and V3, and their kind
     for name, shape in shapes.items():
         if name not in named or named[name].shape != shape:
             raise StateError(
@@ -87,28 +79,45 @@ def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
                     "model",
                     "mask_model()",
                     allowed=f"a weight {name} of shape {tuple(shape)}",
-                    given=tuple(named[name].shape) if name in named else "none of that name",
+                    given=tuple(named[name].shape) if name in named else f"none of that name in {type(model).__name__}",
                     remedy="Pass a copy of the model that was sparsified.",
                 )
             )
     return {name: named[name] for name in shapes}
 
 
-def select(model: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> tuple[Weight, ...]:
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        remedy = "Pass the averaged module itself, often its .ema or .module."
+        given = type(model).__name__
+        raise StateError(explain("model", "mask_model()", allowed="an nn.Module", given=given, remedy=remedy))
+    return {plain_name(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
+
+
+def select(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    split: Mapping[str, int] = _NO_SPLIT,
+) -> tuple[Weight, ...]:
     """A verdict on each parameter with two axes or more, in the model's order; tied ones once.
 
     Globs match whole qualified names of parameters ("head.weight") or of their modules ("head"). A name
-    written out in full asks for that weight, and turns on those that are dense only by default.
+    written out in full asks for that weight, and turns on those that are dense only by default. ``split``
+    maps globs to the number of matrices of equal height that are stacked in a weight, each to compete for
+    itself; of several that match, the last wins. By default the well-known fused projections are split into
+    queries, keys and values; 1 keeps them together.
 
     Errors: SelectionError for a glob that matches nothing, for a weight asked for by its full name that
-    cannot be sparse, and where nothing is left to be sparse.
+    cannot be sparse, for one that cannot be split so, and where nothing is left to be sparse.
     """
     weights = list(_verdicts(model))
     for pattern in (*include, *exclude) if weights else ():
         check_matches(pattern, weights, "the model")
     for pattern in include:
         _check_possible(pattern, weights)
-    chosen = tuple(_choose(weight, include, exclude) for weight in weights)
+    chosen = [_choose(weight, include, exclude) for weight in weights]
     if all(weight.reason for weight in chosen):
         reasons = "; ".join(f"{w.name}: {w.reason}" for w in chosen[:8]) or "no parameter has two axes"
         raise SelectionError(
@@ -120,7 +129,9 @@ def select(model: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequen
                 remedy="Look at include= and exclude=.",
             )
         )
-    return chosen
+    for pattern in split:
+        check_matches(pattern, [weight for weight in chosen if not weight.reason], "the sparse weights, as a split")
+    return tuple(weight if weight.reason else _split(weight, split) for weight in chosen)
 
 
 def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
@@ -147,7 +158,7 @@ def _hint(pattern: str, known: Sequence[str]) -> str:
 def _check_possible(name: str, weights: Iterable[Weight]) -> None:
     """A SelectionError if all weights of exactly this name, or of the module of this name, must stay dense."""
     named = [weight for weight in weights if name in weight.aliases]
-    if named and all(weight.reason and not weight.on_request for weight in named):
+    if named and all(weight.reason and name not in weight.on_request for weight in named):
         raise SelectionError(
             explain(
                 "weight",
@@ -160,8 +171,7 @@ def _check_possible(name: str, weights: Iterable[Weight]) -> None:
 
 
 def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> Weight:
-    asked_for = any(pattern in weight.aliases for pattern in include)
-    reason = weight.reason if not (weight.on_request and asked_for) else ""
+    reason = "" if weight.on_request.intersection(include) else weight.reason
     if not any(weight.matches(pattern) for pattern in include):
         reason = "not included"
     if any(weight.matches(pattern) for pattern in exclude):
@@ -169,8 +179,30 @@ def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> W
     return replace(weight, reason=reason)
 
 
+def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
+    """The weight as so many matrices, each of as many rows."""
+    matching = [pattern for pattern in split if weight.matches(pattern)]
+    if not matching:
+        return weight
+    num, num_rows = split[matching[-1]], len(weight.parameter)
+    is_count = type(num) is int and 0 < num <= num_rows
+    if not (weight.can_split and is_count and num_rows % num == 0):
+        made = f"{weight.kind} is {len(weight.slots)} matri{'ces' if len(weight.slots) > 1 else 'x'} by its making"
+        raise SelectionError(
+            explain(
+                f"split {matching[-1]!r}",
+                weight.name,
+                allowed=f"a divisor of its {num_rows} rows" if weight.can_split else f"no split, as {made}",
+                given=repr(num),
+                remedy="Count the matrices stacked in it, or narrow the glob.",
+            )
+        )
+    return replace(weight, slots=chunks(weight.name, range(num), num_rows) if num > 1 else (Slot(weight.name),))
+
+
 def _verdicts(model: nn.Module) -> Iterator[Weight]:
     """One verdict per distinct parameter; a parameter with several owners is as dense as the densest."""
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     owners: dict[int, list[Weight]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
@@ -182,72 +214,41 @@ def _verdicts(model: nn.Module) -> Iterator[Weight]:
                     explain("weight", module_name, allowed="a known shape", given="a lazy module", remedy=remedy)
                 )
             if parameter.ndim >= 2:
-                owners.setdefault(id(parameter), []).append(_verdict(module_name, module, key, parameter))
-    for verdicts in owners.values():
-        aliases = frozenset().union(*(v.aliases for v in verdicts))
-        tied = next((v for v in verdicts if v.reason), None)
-        reason = verdicts[0].reason or (f"tied to {tied.name}, {tied.reason}" if tied else "")
-        yield replace(verdicts[0], reason=reason, aliases=aliases)
+                name = plain_name(module_name)
+                owner = modules.get(name.rpartition(".")[0]) if name else None
+                weight = _weigh(Seat(name, key, parameter, module, owner))
+                owners.setdefault(id(parameter), []).append(weight)
+    shared = overlaps(dict(model.named_parameters()))
+    for weights in owners.values():
+        weight = _tied(weights)
+        if other := shared.get(id(weight.parameter)):
+            reason = f"a view of the memory of {plain_name(other)}, whose zeros a mask would be written through to"
+            weight = replace(weight, reason=reason, on_request=frozenset())
+        yield weight
 
 
-def _verdict(module_name: str, module: nn.Module, key: str, parameter: nn.Parameter) -> Weight:
-    module_name = plain_name(module_name)
-    name = f"{module_name}.{key}" if module_name else key
-    slots, reason, on_request = _judge(module, key, name)
-    if not parameter.is_floating_point() or parameter.layout != torch.strided:
-        reason, on_request = f"{parameter.dtype}, {parameter.layout}: not a plain float tensor", False
-    elif type(parameter.data).__name__ == "DTensor":
-        reason, on_request = "sharded (DTensor): not supported yet", False
-    elif not parameter.numel():
-        reason, on_request = "empty", False
-    elif not parameter.requires_grad:
-        reason, on_request = "frozen (requires_grad is False)", False
-    aliases = frozenset({name, module_name} - {""})
-    return Weight(name, type(module).__name__, parameter, slots, reason, on_request, aliases)
+def _weigh(seat: Seat) -> Weight:
+    verdict = judge(seat)
+    return Weight(
+        name=seat.name,
+        kind=type(seat.module).__name__,
+        parameter=seat.parameter,
+        slots=verdict.slots,
+        reason=verdict.reason,
+        on_request=verdict.on_request,
+        can_split=verdict.can_split,
+        aliases=seat.names | verdict.stands_for,
+    )
 
 
-def _judge(module: nn.Module, key: str, name: str) -> tuple[tuple[Slot, ...], str, bool]:
-    """(slots, why dense or "", whether asking for it by name helps), from the module alone."""
-    whole = (Slot(name),)
-    if isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
-        return _chunks(name, "qkv", module.in_proj_weight), "", False
-    if isinstance(module, nn.MultiheadAttention) and re.fullmatch("[qkv]_proj_weight", key):
-        return whole, "", False
-    if isinstance(module, _RECURRENT) and key.startswith("weight_"):
-        num_gates = 1 if key.startswith("weight_hr") else _GATES.get(type(module).__name__, 1)
-        return _chunks(name, map(str, range(num_gates)), module._parameters[key]), _RECURRENT_REASON, True
-    if key != "weight" or not isinstance(module, (nn.Linear, *_CONVS, *_TRANSPOSED)):
-        return whole, f"{key} of {type(module).__name__}: no weight of Linear, Conv or attention", False
-    if _standardizes_weight(module):
-        return whole, "its forward standardises the weight, which would undo the zeros", False
-    if isinstance(module, _TRANSPOSED):
-        reason = "grouped transposed convolution" if module.groups > 1 else ""
-        return (Slot(name, transposed=True),), reason, False
-    if isinstance(module, _CONVS) and module.groups > 1 and module.weight.shape[1] == 1:
-        return whole, "depthwise: sparse only if included by name", True
-    return whole, "", False
-
-
-def _chunks(name: str, parts: Iterable[str], parameter: Tensor | None) -> tuple[Slot, ...]:
-    """Matrices of equal height, stacked in one parameter: each competes for itself, so that none is starved."""
-    assert parameter is not None
-    names = [f"{name}.{part}" for part in parts]
-    height = len(parameter) // len(names)
-    return tuple(Slot(n, (i * height, (i + 1) * height)) for i, n in enumerate(names))
-
-
-def _standardizes_weight(module: nn.Module) -> bool:
-    """Whether a subclass's own forward takes statistics of something, as weight standardisation does.
-
-    It re-centres the zeros: a stored density of 0.2 becomes 1.0 inside the convolution (timm's StdConv2d,
-    ScaledStdConv2d and their kind). Judged by the names that the code uses, so that a model on the meta
-    device can be judged too.
-    """
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch."):
-            return False
-        for method in ("forward", "_conv_forward", "get_weight"):
-            code = getattr(cls.__dict__.get(method), "__code__", None)
-            if code is not None and _STATISTICS & set(code.co_names):
-                return True
-    return False
+def _tied(weights: Sequence[Weight]) -> Weight:
+    """The verdict on a parameter from those of all its places."""
+    dense = [weight for weight in weights if weight.reason]
+    reason = weights[0].reason or (f"tied to {dense[0].name}, {dense[0].reason}" if dense else "")
+    return replace(
+        weights[0],
+        reason=reason,
+        on_request=frozenset().union(*(w.on_request for w in dense if all(v.on_request for v in dense))),
+        can_split=all(weight.can_split for weight in weights),
+        aliases=frozenset().union(*(weight.aliases for weight in weights)),
+    )

@@ -10,18 +10,29 @@ from hypothesis import strategies as st
 from strategies import drawn, folds, generator, grid, initial_mask, seeds
 from torch import Tensor
 
-from dstlib import ScoreError, Site
+from dstlib import ScoreError, SettingError, Site
 from dstlib.masking import (
+    Drawn,
     Element,
     Granularity,
     Kernel,
+    NormalFanIn,
+    WeightAndGradient,
     gradient,
     magnitude,
     magnitude_l2,
     momentum,
+    moved,
+    plain_gradient,
     random,
+    relative_importance,
+    saliency,
     sign_balanced,
     site_generator,
+    stored,
+    traced,
+    traced_magnitude,
+    uniform_fan_in,
     uniform_fan_out,
     update_mask,
     zeros,
@@ -35,6 +46,7 @@ def site(
     first_moment: Tensor | None = None,
     step: int = 7,
     seed: int = 0,
+    trace: Tensor | None = None,
 ) -> Site:
     return Site(
         name="encoder.fc",
@@ -44,7 +56,12 @@ def site(
         momentum=first_moment,
         step=step,
         generator=site_generator(seed, step, "encoder.fc"),
+        trace=trace,
     )
+
+
+def normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator)
 
 
 # Magnitude, gradient, momentum
@@ -77,23 +94,129 @@ def test_the_gradient_of_inactive_weights_counts() -> None:
     assert gradient(there).tolist() == [[1.0, 2.0]]
 
 
-@pytest.mark.parametrize(("criterion", "what"), [(gradient, "gradient"), (momentum, "momentum")])
+@pytest.mark.parametrize(
+    ("criterion", "what"),
+    [
+        *((c, "gradient") for c in (gradient, plain_gradient, saliency, moved, WeightAndGradient(0.01))),
+        (momentum, "momentum"),
+        (traced, "trace"),
+        (traced_magnitude, "trace"),
+    ],
+)
 def test_what_is_missing_is_named_with_its_site(criterion, what) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ScoreError, match=rf"^{what} of encoder\.fc at step 7: expected a tensor, got None\."):
         criterion(site(torch.ones(2, 2)))
 
 
-@pytest.mark.parametrize("criterion", [magnitude, magnitude_l2, random, sign_balanced, gradient, momentum])
+SIGNED = [plain_gradient, moved, traced, Drawn(normal)]
+UNSIGNED = [
+    *(magnitude, magnitude_l2, random, sign_balanced, gradient, momentum),
+    *(saliency, WeightAndGradient(0.5), relative_importance, traced_magnitude),
+]
+
+
+@pytest.mark.parametrize("criterion", UNSIGNED + SIGNED)
 @given(case=folds(), seed=seeds)
 def test_a_score_per_weight_and_nothing_changed(criterion, case, seed) -> None:  # type: ignore[no-untyped-def]
     _, shape = case
-    weight, grad, moment = (torch.randn(shape, generator=generator(seed + i)) for i in range(3))
-    before = weight.clone(), grad.clone(), moment.clone()
-    scores = criterion(site(weight, weight > 0, grad, moment))
+    tensors = tuple(torch.randn(shape, generator=generator(seed + i)) for i in range(4))
+    before = tuple(x.clone() for x in tensors)
+    weight, grad, moment, trace = tensors
+    scores = criterion(site(weight, weight > 0, grad, moment, trace=trace))
     assert scores.shape == shape
     assert bool(scores.isfinite().all())
-    assert bool((scores >= 0).all())
-    assert all(torch.equal(x, y) for x, y in zip((weight, grad, moment), before, strict=True))
+    assert bool((scores >= 0).all()) or criterion in SIGNED
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+# Weight times gradient, and what a trace gathers
+
+# Descent takes the first and the last away from zero, the second and third towards it
+WEIGHT, GRAD = torch.tensor([[2.0, 2.0, -3.0, -3.0, 0.0]]), torch.tensor([[-0.5, 0.5, -1.0, 1.0, 4.0]])
+
+
+def test_saliency_movement_and_both_by_hand() -> None:
+    there = site(WEIGHT, grid("xxxxx"), GRAD)
+    assert saliency(there).tolist() == [[1.0, 1.0, 3.0, 3.0, 0.0]]
+    assert moved(there).tolist() == [[1.0, -1.0, -3.0, 3.0, 0.0]]
+    assert WeightAndGradient(0.5)(there).tolist() == [[2.25, 2.25, 3.5, 3.5, 2.0]]
+    assert plain_gradient(there) is GRAD
+
+
+@given(seeds)
+def test_what_moved_moves_away_from_zero(seed: int) -> None:
+    """A small step of descent: |w| grows where the score is positive, and only there."""
+    w, g = (torch.randn(4, 5, generator=generator(seed + i), dtype=torch.float64) for i in range(2))
+    grows = (w - 1e-9 * g).abs() > w.abs()
+    assert torch.equal(moved(site(w, grad=g)) > 0, grows)
+
+
+@given(seeds)
+def test_saliency_is_the_first_order_change_of_the_loss(seed: int) -> None:
+    """Of a loss that is linear, it is all of the change: with one weight at zero, |w·g|."""
+    w, g = (torch.randn(3, 2, generator=generator(seed + i), dtype=torch.float64) for i in range(2))
+    loss = (w * g).sum()
+    without = torch.stack([loss - (w * g).flatten()[i] for i in range(6)]).view(3, 2)
+    torch.testing.assert_close(saliency(site(w, grad=g)), (loss - without).abs(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("criterion", [saliency, moved, WeightAndGradient(1e4)])
+def test_products_do_not_leave_half_precision(criterion) -> None:  # type: ignore[no-untyped-def]
+    """300 · 300 is above 65504, and 1e-5 · 1e-5 below 6e-8."""
+    half = torch.tensor([[300.0, 1e-5]], dtype=torch.float16)
+    score = criterion(site(half, grad=half))
+    assert score.dtype == torch.float32
+    assert bool(score.isfinite().all())
+    assert bool((score != 0).all())
+
+
+def test_factor_0_is_magnitude() -> None:
+    assert torch.equal(WeightAndGradient(0)(site(WEIGHT, grad=GRAD)), magnitude(site(WEIGHT)))
+
+
+@pytest.mark.parametrize("factor", [-0.1, math.inf, math.nan])
+def test_factors_out_of_range_are_refused(factor: float) -> None:
+    with pytest.raises(SettingError, match=r"^factor of WeightAndGradient: expected a number, 0 or more"):
+        WeightAndGradient(factor)
+
+
+def test_what_was_traced_is_handed_on() -> None:
+    trace = torch.tensor([[-3.0, 1.0]])
+    there = site(torch.ones(1, 2), trace=trace)
+    assert traced(there) is trace
+    assert traced_magnitude(there).tolist() == [[3.0, 1.0]]
+
+
+# Relative importance
+
+
+def test_relative_importance_by_hand() -> None:
+    """Rows sum to 4, 3, 0; columns to 2, 1, 4. The 9 is not active, as under a dense storage."""
+    weight = torch.tensor([[1.0, 0.0, -3.0], [-1.0, 1.0, 1.0], [9.0, 0.0, 0.0]])
+    score = relative_importance(site(weight, grid("xxx xxx .xx")))
+    expected = [[1 / 4 + 1 / 2, 0, 3 / 4 + 3 / 4], [1 / 3 + 1 / 2, 1 / 3 + 1 / 1, 1 / 3 + 1 / 4], [0, 0, 0]]
+    torch.testing.assert_close(score, torch.tensor(expected), rtol=1.2e-7, atol=0)
+
+
+@given(folds(), seeds)
+def test_relative_importance_sums_to_the_number_of_rows_and_columns(
+    case: tuple[Granularity, torch.Size], seed: int
+) -> None:
+    """Each row that is not empty shares out 1, and each column; taps are columns of their own."""
+    weight = torch.randn(case[1], generator=generator(seed), dtype=torch.float64)
+    mask = torch.rand(case[1], generator=generator(seed + 1)) < 0.5
+    score = relative_importance(site(weight, mask))
+    assert not bool(score[~mask].any())
+    active = mask.flatten(1)
+    num_shared = int(active.any(dim=0).sum() + active.any(dim=1).sum())
+    assert float(score.sum()) == pytest.approx(num_shared, rel=1e-12)
+
+
+@given(folds(), seeds, st.sampled_from([1e-30, 1e-3, 1e30]))
+def test_relative_importance_knows_no_scale(case: tuple[Granularity, torch.Size], seed: int, scale: float) -> None:
+    weight = torch.randn(case[1], generator=generator(seed))
+    score, scaled = (relative_importance(site(weight * s)) for s in (1.0, scale))
+    torch.testing.assert_close(scaled, score, rtol=1e-5, atol=0)
 
 
 # Balance of signs
@@ -198,6 +321,21 @@ def test_random_growth_is_fair_to_every_kernel() -> None:
     assert grown[0].tolist() == pytest.approx([200] * 5, rel=0, abs=5 * 13)
 
 
+def test_drawn_is_what_the_function_draws() -> None:
+    """From the site's generator, on the CPU and in single precision whatever the defaults are."""
+    expected = torch.randn(3, 4, generator=site_generator(0, 7, "encoder.fc"))
+    there = site(torch.ones(3, 4, dtype=torch.float64))
+    with torch.device("meta"):
+        scores = Drawn(normal)(there)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, expected)
+
+
+def test_drawn_and_random_draw_alike_from_the_same_distribution() -> None:
+    uniform = Drawn(lambda shape, generator: torch.rand(shape, generator=generator))
+    assert torch.equal(uniform(site(torch.ones(3, 4))), random(site(torch.ones(3, 4))))
+
+
 @given(seeds, st.integers(0, 10**9), st.text("fc.:01", max_size=9))
 def test_trap_9_the_same_site_draws_the_same(seed: int, step: int, name: str) -> None:
     first, second = (torch.rand(8, generator=site_generator(seed, step, name)) for _ in range(2))
@@ -247,3 +385,57 @@ def test_the_range_of_set_is_filled() -> None:
     assert float(values.min()) < -0.99
     assert float(values.max()) > 0.99
     assert abs(float(values.mean())) < 0.04  # 6000 draws of deviation 1/√3: five times 0.0075
+
+
+# Fan-ins of 1, 2 and, counted as 1, 0; of two taps each
+FAN_INS = torch.tensor([[[True, False]], [[True, True]], [[False, False]]])
+
+
+def many(mask: Tensor) -> Site:
+    """The same outputs ten thousand times; more inputs would add to the fan-in."""
+    return site(torch.zeros(10_000 * len(mask), *mask.shape[1:]), mask.repeat(10_000, 1, 1))
+
+
+def test_the_fan_in_is_that_of_the_new_mask() -> None:
+    """U(±1), U(±1/√2), U(±1): the ranges are filled, each output's its own, active or not."""
+    values = uniform_fan_in(many(FAN_INS)).view(-1, *FAN_INS.shape)
+    for o, bound in ((0, 1.0), (1, 0.5**0.5), (2, 1.0)):
+        assert bound * 0.999 < float(values[:, o].abs().max()) <= bound
+        # 20,000 draws of deviation bound/√3: five times that over √20,000
+        assert abs(float(values[:, o].mean())) < 5 * bound / 3**0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("gain", [1.0, 2**0.5, 0.0])
+def test_the_variance_is_that_of_the_fan_in(gain: float) -> None:
+    values = NormalFanIn(gain)(many(FAN_INS)).view(-1, *FAN_INS.shape)
+    for o, fan_in in ((0, 1), (1, 2), (2, 1)):
+        # the standard deviation of a standard deviation, of 20,000 draws, is 0.5 % of it
+        assert float(values[:, o].std()) == pytest.approx(gain / fan_in**0.5, rel=5 * 0.005)
+
+
+def test_the_gain_of_he_is_the_default() -> None:
+    assert NormalFanIn() == NormalFanIn(math.sqrt(2))
+
+
+@pytest.mark.parametrize("gain", [-1.0, math.inf, math.nan])
+def test_gains_out_of_range_are_refused(gain: float) -> None:
+    with pytest.raises(SettingError, match=r"^gain of NormalFanIn: expected a number, 0 or more"):
+        NormalFanIn(gain)
+
+
+@given(folds(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), seeds)
+def test_grown_weights_have_the_weights_shape_and_precision(
+    case: tuple[Granularity, torch.Size], dtype: torch.dtype, seed: int
+) -> None:
+    weight = torch.randn(case[1], generator=generator(seed)).to(dtype)
+    for grown_init in (uniform_fan_in, NormalFanIn(), uniform_fan_out, zeros, stored):
+        first, second = (grown_init(site(weight, seed=seed)) for _ in range(2))
+        assert first.shape == case[1]
+        assert first.dtype == dtype
+        assert bool(first.isfinite().all())
+        assert torch.equal(first, second)
+
+
+def test_stored_weights_resume() -> None:
+    weight = torch.tensor([[1.0, -2.0]])
+    assert stored(site(weight, grid("x."))) is weight

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstlib.schedules import Constant, Cosine, Cubic, Curve, InversePower, Linear
+from dstlib.errors import SettingError
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear
 
 values = st.floats(0.0, 1.0)
 progress = st.floats(0.0, 1.0)
@@ -91,3 +92,36 @@ def test_a_curve_is_a_value(curve: Constant | Linear | Cosine | Cubic | InverseP
     assert replace(curve, **{field: 0.7}) != curve
     with pytest.raises(FrozenInstanceError):
         setattr(curve, field, 0.7)
+
+
+# Alternating phases (AC/DC)
+
+
+@pytest.mark.parametrize(
+    ("curve", "sparse"),
+    [
+        # tenths of the run: dense first, then in turn, and sparse from three quarters on
+        (Alternating(), "0101010111"),
+        (Alternating(warmup=0.0), "1010101111"),
+        (Alternating(warmup=0.2, phase=0.2, settle=0.9), "0011001101"),
+        (Alternating(warmup=0.5, phase=1.0, settle=0.5), "0000011111"),
+    ],
+)
+def test_phases_by_hand(curve: Alternating, sparse: str) -> None:
+    """In the middle of each tenth."""
+    assert "".join(str(int(curve((k + 0.5) / 10))) for k in range(10)) == sparse
+
+
+@given(st.floats(0, 1), st.floats(0.001, 1), st.floats(0, 1), progress)
+def test_phases_end_sparse(a: float, phase: float, b: float, p: float) -> None:
+    warmup, settle = sorted((a, b))
+    curve = Alternating(warmup, phase, settle)
+    assert curve(p) in (0.0, 1.0)
+    assert curve(1.0) == 1.0
+    assert curve(p) == (1.0 if p >= settle else 0.0 if p < warmup else curve(p))
+
+
+@pytest.mark.parametrize("given", [(0.5, 0.1, 0.4), (-0.1, 0.1, 0.5), (0.1, 0.0, 0.5), (0.1, 0.1, 1.1)])
+def test_phases_that_contradict_each_other_are_refused(given: tuple[float, float, float]) -> None:
+    with pytest.raises(SettingError, match="of Alternating: expected 0 ≤ warmup"):
+        Alternating(*given)

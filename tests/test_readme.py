@@ -1,4 +1,4 @@
-"""The README's Python runs, block after block, and prints what it says it prints."""
+"""The documentation's Python runs, block after block, and prints what it says it prints."""
 
 import contextlib
 import io
@@ -6,14 +6,20 @@ import re
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import dstlib
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def test_python_blocks_run_and_print_what_they_show():
-    blocks = re.findall(r"```(python|text)\n(.*?)```", README, flags=re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") >= 5
+@pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/methods.md", 1)])
+def test_python_blocks_run_and_print_what_they_show(page, least):
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```(python|text)\n(.*?)```", text, flags=re.DOTALL)
+    assert [kind for kind, _ in blocks].count("python") >= least
     namespace, printed = {}, ""
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -23,12 +29,17 @@ def test_python_blocks_run_and_print_what_they_show():
                 assert printed.strip() == text.strip()
                 continue
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(text, "README.md", "exec"), namespace)
+                exec(compile(text, page, "exec"), namespace)
             printed = out.getvalue()
 
 
+def test_every_method_has_a_row():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "methods.md").read_text(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(dstlib.METHODS)
+
+
 def test_every_command_of_the_makefile_that_is_named_exists():
-    targets = set(re.findall(r"^(\w+):", (Path(__file__).parents[1] / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
     assert named == {"demo", "test"}
     assert named <= targets
@@ -36,4 +47,4 @@ def test_every_command_of_the_makefile_that_is_named_exists():
 
 def test_files_that_are_linked_or_run_exist():
     for path in re.findall(r"\]\(([\w/.]+)\)|python (examples/\w+\.py)", README):
-        assert (Path(__file__).parents[1] / (path[0] or path[1])).is_file(), path
+        assert (ROOT / (path[0] or path[1])).is_file(), path

@@ -1,15 +1,18 @@
 """Which weights are selected, why the others are not, and how each is turned."""
 
+import copy
 import re
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from models import assert_zero_outside
 from torch import nn
 
 import dstlib
 from dstlib import NM, RIGL, Block, FanIn, Kernel, SelectionError, SettingError, uniform
+from dstlib.slots import fused_parts
 from dstlib.targets import plain_name, select
 
 
@@ -40,7 +43,7 @@ class Zoo(nn.Module):
 
 def test_every_matrix_gets_a_verdict():
     assert verdicts(Zoo()) == {
-        "position": "position of Zoo: no weight of Linear, Conv or attention",
+        "position": "raw parameter of Zoo: sparse only if included by name",
         "embed.weight": "weight of Embedding: no weight of Linear, Conv or attention",
         "attention.in_proj_weight": "",
         "attention.out_proj.weight": "",
@@ -55,7 +58,7 @@ def test_every_matrix_gets_a_verdict():
         "up_grouped.weight": "grouped transposed convolution",
         "rnn.weight_ih_l0": "recurrent: sparse only if included by name",
         "rnn.weight_hh_l0": "recurrent: sparse only if included by name",
-        "bilinear.weight": "weight of Bilinear: no weight of Linear, Conv or attention",
+        "bilinear.weight": "bilinear: sparse only if included by name",
         "frozen.weight": "frozen (requires_grad is False)",
         "head.weight": "",
     }
@@ -160,7 +163,11 @@ def test_overrides_take_weights_out_of_the_budget():
     assert [row.density for row in sparsifier.summary().rows] == [0.2, 0.2, 1.0]
 
 
-def test_weight_standardisation_and_parametrisations_are_left_dense():
+def centre(weight):
+    return weight - weight.mean()
+
+
+def test_weight_standardisation_is_left_dense():
     class StdConv(nn.Conv2d):
         def forward(self, x):
             w = self.weight
@@ -171,19 +178,20 @@ def test_weight_standardisation_and_parametrisations_are_left_dense():
         def forward(self, x):
             return self._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
-    model = nn.ModuleDict(
-        {
-            "std": StdConv(4, 4, 3),
-            "same": SamePadding(4, 4, 3),
-            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
-            "spectral": nn.utils.spectral_norm(nn.Linear(4, 4)),
-        }
-    )
+    class ByHelper(StdConv):
+        """Two calls away, as BitLinear does it."""
+
+        def centred(self):
+            return centre(self.weight)
+
+        def forward(self, x):
+            return self._conv_forward(x, self.centred(), self.bias)
+
+    model = nn.ModuleDict({"std": StdConv(4, 4, 3), "same": SamePadding(4, 4, 3), "helper": ByHelper(4, 4, 3)})
     found = verdicts(model)
     assert "standardises" in found["std.weight"]
+    assert "standardises" in found["helper.weight"]
     assert found["same.weight"] == ""
-    assert "ParametrizationList" in found["normed.parametrizations.weight.original1"]
-    assert found["spectral.weight_orig"] != ""
     with pytest.raises(SelectionError, match="standardises"):
         select(model, include=("std",))
 
@@ -323,3 +331,216 @@ def test_gates_and_attention_parts_compete_for_themselves():
         lstm.weight_ih_l0[:5] *= 0.01
     masks = dstlib.sparsify(lstm, sparsity=0.5, method=method, include="weight_ih_l0").masks
     assert masks["weight_ih_l0"].view(4, 30).sum(dim=1).tolist() == [15] * 4
+
+
+def parts(model, **kwargs):
+    """Of each sparse weight that is several matrices: their names and rows."""
+    weights = select(model, **kwargs)
+    return {w.name: {s.name: s.rows for s in w.slots} for w in weights if len(w.slots) > 1 and not w.reason}
+
+
+class Attention(nn.Module):
+    """Of one head, with a fused projection of any name: (B, N, width) → (B, N, width)."""
+
+    def __init__(self, name="qkv", width=8):
+        super().__init__()
+        self.fused = name
+        self.add_module(name, nn.Linear(width, 3 * width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.get_submodule(self.fused)(x).chunk(3, dim=-1)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("name", ["qkv", "to_qkv", "in_proj", "qkv_proj", "Wqkv", "c_attn", "W_pack"])
+def test_fused_projections_are_three_matrices_by_themselves(name):
+    found = parts(nn.Sequential(Attention(name)))
+    rows = {"q": (0, 8), "k": (8, 16), "v": (16, 24)}
+    assert found == {f"0.{name}.weight": {f"0.{name}.weight.{part}": span for part, span in rows.items()}}
+
+
+def test_other_layers_stay_joint():
+    model = nn.ModuleDict(
+        {
+            "grouped": nn.ModuleDict({"qkv": nn.Linear(8, 16)}),  # 8 queries, 4 keys, 4 values
+            "mlp": nn.Linear(8, 24),
+            "neox": Attention("query_key_value"),  # its rows alternate between the three, head by head
+            "conv": nn.ModuleDict({"qkv": nn.Conv1d(8, 24, 1)}),
+            "cross": nn.ModuleDict({"kv": nn.Linear(8, 16), "to_kv": nn.Linear(4, 16)}),
+            "scores": nn.ModuleDict({"qk": nn.Linear(8, 16)}),
+        }
+    )
+    found = parts(model)
+    assert {name: [slot.rpartition(".")[2] for slot in slots] for name, slots in found.items()} == {
+        "cross.kv.weight": ["k", "v"],
+        "scores.qk.weight": ["q", "k"],
+    }
+
+
+def test_owners_that_alternate_between_the_three_stay_joint():
+    linear = nn.Linear(8, 24)
+    assert fused_parts("attn.qkv_proj", linear.weight, Attention()) == "qkv"
+    code_gen = type("CodeGenAttention", (nn.Module,), {"__module__": "transformers.models.codegen.modeling_codegen"})
+    assert fused_parts("attn.qkv_proj", linear.weight, code_gen()) == ""
+    assert parts(nn.Sequential(torch.compile(Attention())))["0.qkv.weight"]
+
+
+def test_a_budget_for_all_three_starves_the_queries_and_one_each_does_not():
+    """Of three matrices of scales 1 : 3 : 9, the largest fifth of all entries lies almost wholly in the third."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(width=64))
+    with torch.no_grad():
+        model[0].qkv.weight.normal_().view(3, 64, 64).mul_(torch.tensor([1.0, 3.0, 9.0]).view(3, 1, 1))
+    method = replace(dstlib.STATIC, init=dstlib.masking.magnitude, distribution=uniform)
+
+    def densities(**kwargs):
+        sparsifier = dstlib.sparsify(copy.deepcopy(model), sparsity=0.8, method=method, **kwargs)
+        mask = sparsifier.masks["0.qkv.weight"]
+        return [round(share, 2) for share in mask.view(3, -1).double().mean(dim=1).tolist()]
+
+    starved = densities(split={"*.qkv": 1})
+    assert starved[0] == 0.0
+    assert starved[2] > 0.5
+    assert densities() == densities(split={"*.qkv": 3}) == [0.2, 0.2, 0.2]
+
+
+def test_each_part_keeps_its_density_over_updates():
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    method = replace(RIGL, interval=1, distribution=uniform)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, total_steps=12, split={"1": 2})
+    assert set(sparsifier.plan.densities) == {
+        *(f"0.qkv.weight.{part}" for part in "qkv"),
+        "0.proj.weight",
+        "1.weight.0",
+        "1.weight.1",
+    }
+    before = sparsifier.masks["0.qkv.weight"].clone()
+    for step in range(6):
+        optimizer.zero_grad()
+        x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(step))
+        model(x).square().sum().backward()
+        optimizer.step()
+        assert sparsifier.masks["0.qkv.weight"].view(3, 64).sum(dim=1).tolist() == [32] * 3
+        assert sparsifier.masks["1.weight"].sum(dim=1).tolist() == [4, 4]
+    assert not torch.equal(before, sparsifier.masks["0.qkv.weight"])
+    assert_zero_outside(model, sparsifier.masks, optimizer)
+
+
+def test_split_by_globs_of_which_the_last_wins():
+    model = nn.ModuleDict({"gate_up": nn.Linear(4, 6), "conv": nn.Conv2d(2, 6, 3), "attn": Attention()})
+    assert parts(model, split={"gate_up": 2, "conv": 3}) == {
+        "gate_up.weight": {"gate_up.weight.0": (0, 3), "gate_up.weight.1": (3, 6)},
+        "conv.weight": {"conv.weight.0": (0, 2), "conv.weight.1": (2, 4), "conv.weight.2": (4, 6)},
+        "attn.qkv.weight": {f"attn.qkv.weight.{part}": (8 * i, 8 * i + 8) for i, part in enumerate("qkv")},
+    }
+    assert parts(model, split={"attn.*": 2, "*.qkv": 1}).keys() == {"attn.proj.weight"}
+    assert parts(model, split={"*.qkv": 6})["attn.qkv.weight"]["attn.qkv.weight.5"] == (20, 24)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ({"heads": 2}, r"glob 'heads' of the sparse weights, as a split: expected a match"),
+        ({"embed": 2}, r"glob 'embed' of the sparse weights, as a split"),
+        ({"head": 3}, r"split 'head' of head\.weight: expected a divisor of its 10 rows, got 3"),
+        ({"head": 0}, r"split 'head' of head\.weight: expected a divisor of its 10 rows, got 0"),
+        ({"head": 20}, r"divisor of its 10 rows, got 20"),
+        ({"head": 2.0}, r"divisor of its 10 rows, got 2\.0"),
+        ({"head": True}, r"divisor of its 10 rows, got True"),
+        ({"up": 2}, r"split 'up' of up\.weight: expected no split, as ConvTranspose3d is 1 matrix by its making"),
+        ({"attention": 1}, r"expected no split, as MultiheadAttention is 3 matrices by its making, got 1"),
+        ({"rnn": 2}, r"expected no split, as LSTM is 4 matrices by its making, got 2"),
+    ],
+    ids=str,
+)
+def test_a_split_that_cannot_be_is_refused(split, message):
+    with pytest.raises(SelectionError, match=message):
+        select(Zoo(), include=("*", "rnn"), split=split)
+
+
+def test_overlapping_weights_are_left_dense():
+    """As in autoencoders that tie by a view: a mask of the one would be written through to the other."""
+    model = nn.ModuleDict({"encoder": nn.Linear(6, 4), "decoder": nn.Linear(4, 6), "conv": nn.Conv2d(6, 4, 1)})
+    model["decoder"].weight = nn.Parameter(model["encoder"].weight.data.t())
+    model["head"] = nn.Linear(4, 2)
+    found = verdicts(model)
+    assert found["decoder.weight"].startswith("a view of the memory of encoder.weight")
+    assert found["encoder.weight"].startswith("a view of the memory of decoder.weight")
+    assert found["conv.weight"] == found["head.weight"] == ""
+    model["conv"].weight = nn.Parameter(model["encoder"].weight.data.view(4, 6, 1, 1))
+    assert "a view of the memory" in verdicts(model)["conv.weight"]
+    with pytest.raises(SelectionError, match="a view of the memory"):
+        select(model, include=("encoder",))
+
+
+def test_neighbours_in_one_buffer_are_not_overlapping():
+    flat = torch.zeros(40)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    for i, layer in enumerate(model):
+        layer.weight = nn.Parameter(flat[20 * i : 20 * (i + 1)].view_as(layer.weight))
+    assert verdicts(model) == {"0.weight": "", "1.weight": ""}
+
+
+def test_a_tied_weight_is_asked_for_by_any_of_its_names():
+    model = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1, groups=4), "b": nn.Linear(4, 4), "c": nn.Conv2d(4, 4, 1, groups=4)})
+    model["c"].weight = model["a"].weight
+    assert verdicts(model, include=("b", "c"))["a.weight"] == ""
+    model["table"] = nn.ParameterDict({"raw": model["b"].weight})
+    assert verdicts(model, include=("a",))["b.weight"] == "not included"
+    assert verdicts(model, include=("*", "a"))["b.weight"].startswith("tied to table.raw, raw parameter")
+    assert verdicts(model, include=("*", "table.raw"))["b.weight"] == ""
+
+
+def test_a_module_or_a_parameter_under_two_names_counts_once():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    model["b"] = model["a"]
+    assert verdicts(model) == {"a.weight": ""}
+    assert verdicts(model, include=("b.weight",)) == {"a.weight": ""}
+    model["head"] = nn.Linear(4, 2)
+    assert verdicts(model, exclude=("b",)) == {"a.weight": "excluded", "head.weight": ""}
+
+
+def test_raw_parameters_are_asked_for_by_their_own_name_only():
+    model = nn.Sequential(Zoo())
+    assert verdicts(model, include=("*", "0.position"))["0.position"] == ""
+    assert verdicts(model, include=("*", "0.pos*"))["0.position"] != "", "a glob is no request"
+    with pytest.raises(SelectionError, match=r"weight of 0\.position.*raw parameter of Zoo"):
+        select(model, include=("*", "0"))
+
+
+@pytest.mark.parametrize(("granularity", "expected"), [(FanIn(), (8, 18)), (Kernel(), (32, 9))], ids=str)
+def test_grouped_convolutions_count_their_own_inputs(granularity, expected):
+    """8 outputs of 4 inputs each, as 2 groups; taps 3×3."""
+    conv = nn.Conv2d(8, 8, 3, groups=2)
+    method = replace(dstlib.STATIC, granularity=granularity, distribution=uniform)
+    mask = dstlib.sparsify(conv, sparsity=0.5, method=method).masks["weight"]
+    assert mask.shape == (8, 4, 3, 3)
+    if isinstance(granularity, FanIn):
+        assert mask.sum(dim=(1, 2, 3)).tolist() == [expected[1]] * expected[0]
+    else:
+        assert set(mask.sum(dim=(2, 3)).flatten().tolist()) == {0, expected[1]}
+        assert int(mask.any(dim=(2, 3)).sum()) == expected[0] // 2
+
+
+def test_bilinear_is_a_matrix_for_each_output_on_request():
+    model = nn.Bilinear(3, 4, 5)
+    assert verdicts(model, include=("weight",)) == {"weight": ""}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = replace(RIGL, interval=1)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, include="weight", total_steps=4)
+    for _ in range(2):
+        model(torch.ones(2, 3), torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+    assert int(sparsifier.masks["weight"].sum()) == 30
+    assert_zero_outside(model, sparsifier.masks, optimizer)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_are_refused_by_name(kind):
+    model = nn.ModuleDict({"table": kind(10, 4), "head": nn.Linear(4, 2)})
+    assert verdicts(model)["table.weight"] == f"weight of {kind.__name__}: no weight of Linear, Conv or attention"
+    with pytest.raises(SelectionError, match=kind.__name__):
+        select(model, include=("table",))

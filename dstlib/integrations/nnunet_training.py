@@ -25,7 +25,8 @@ from dstlib.integrations.nnunet_checkpoint import (
     write_checkpoint,
 )
 from dstlib.masking import MaskUpdate, Site
-from dstlib.methods import Method, find_method
+from dstlib.method import Method
+from dstlib.methods import find_method
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import plain_name, unwrap
 from dstlib.zoo.e2enet.files import write_json

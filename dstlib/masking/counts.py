@@ -1,6 +1,7 @@
 """From shares to whole numbers: the only place where a density or a fraction is rounded."""
 
 import math
+from collections.abc import Mapping
 
 # A decimal such as 0.29 lies a hair below itself in binary, and 0.29 · 100 must still be 29: products are
 # nudged up by this factor before rounding down. It is far above the rounding error of a float (1e-16) and
@@ -17,6 +18,16 @@ def round_down(product: float) -> int:
     return math.floor(product * NUDGE)
 
 
+def round_up(product: float) -> int:
+    """The smallest whole number from a product of a count and a decimal share up.
+
+    >>> import math
+    >>> math.ceil(0.55 * 100), round_up(0.55 * 100)
+    (56, 55)
+    """
+    return math.ceil(product / NUDGE)
+
+
 def num_units(num_total: int, density: float) -> int:
     """The number of active units out of ``num_total``: the nearest integer, halves up, and at least one.
 
@@ -24,3 +35,61 @@ def num_units(num_total: int, density: float) -> int:
     (461, 3, 1)
     """
     return min(max(math.floor(num_total * density * NUDGE + 0.5), 1), num_total)
+
+
+def apportion(num: int, shares: Mapping[str, float], caps: Mapping[str, int], *, least: int = 0) -> dict[str, int]:
+    """Splits ``num`` into whole numbers that add up to it, as near to proportional to ``shares`` as can be.
+
+    None exceeds its cap: what a capped one leaves goes to the others, again by their shares. None falls below
+    ``least``. Remainders go to the largest, ties to the earlier name. A negative share counts as zero; where all
+    shares left are zero, the caps take their place. Whole numbers throughout, so shares may be as large or small
+    as floats can be.
+
+    >>> apportion(10, {"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 100, "c": 100})
+    {'a': 4, 'b': 3, 'c': 3}
+    """
+    fits = all(least <= cap for cap in caps.values()) and least * len(caps) <= num <= sum(caps.values())
+    assert fits, "no way to split"
+    parts = _in_whole({name: max(shares[name], 0.0) for name in caps})
+    fixed: dict[str, int] = {}
+    while len(fixed) < len(caps):
+        free = {name: parts[name] for name in caps if name not in fixed}
+        if not any(free.values()):
+            free = {name: max(caps[name], 1) for name in free}
+        rest = num - sum(fixed.values())
+        bounds = _beyond(rest, free, caps, least)
+        if not bounds:
+            fixed |= _largest_remainders(rest, free)
+        fixed |= bounds
+    return {name: fixed[name] for name in caps}
+
+
+def _in_whole(shares: Mapping[str, float]) -> dict[str, int]:
+    """The same ratios as whole numbers, exactly: the denominator of a float is a power of two."""
+    ratios = {name: share.as_integer_ratio() for name, share in shares.items()}
+    unit = max((denominator for _, denominator in ratios.values()), default=1)
+    return {name: numerator * (unit // denominator) for name, (numerator, denominator) in ratios.items()}
+
+
+def _beyond(rest: int, free: Mapping[str, int], caps: Mapping[str, int], least: int) -> dict[str, int]:
+    """Those that a proportional split takes to a bound or past it, at that bound; empty where there is none.
+
+    If it takes too many units past the caps, the others get more, and those at their caps stay there for good;
+    if too few to reach ``least``, the others get less, and those stay for good.
+    """
+    total = sum(free.values())
+    over = {name: rest * part - caps[name] * total for name, part in free.items()}
+    under = {name: least * total - rest * part for name, part in free.items()}
+    balance = sum(max(x, 0) for x in over.values()) - sum(max(x, 0) for x in under.values())
+    full = {name: caps[name] for name, x in over.items() if x >= 0} if balance >= 0 else {}
+    low = {name: least for name, x in under.items() if x > 0} if balance <= 0 else {}
+    return low | full
+
+
+def _largest_remainders(rest: int, free: Mapping[str, int]) -> dict[str, int]:
+    total = sum(free.values())
+    whole = {name: rest * part // total for name, part in free.items()}
+    by_remainder = sorted(free, key=lambda name: -(rest * free[name] % total))
+    for name in by_remainder[: rest - sum(whole.values())]:
+        whole[name] += 1
+    return whole

@@ -8,7 +8,7 @@ that add up exactly, and rounding n·(k/n) gives k back.
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from dstlib.masking.counts import round_down
+from dstlib.masking.counts import apportion, round_down
 
 Distribution = Callable[[Mapping[str, Sequence[int]], float], dict[str, float]]
 
@@ -65,29 +65,5 @@ def _proportional(
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     num_all = sum(sizes.values())
     num_active = max(num_all - round_down((1 - density) * num_all), len(sizes))
-    ideal = _saturate(sizes, num_active, propensity)
-    return {name: num / sizes[name] for name, num in _whole(ideal, sizes, num_active).items()}
-
-
-def _saturate(sizes: Mapping[str, int], num_active: int, propensity: Mapping[str, float]) -> dict[str, float]:
-    """Real numbers of active weights, proportional to size · propensity but never above the size."""
-    dense: set[str] = set()
-    while True:
-        free = [name for name in sizes if name not in dense]
-        budget = num_active - sum(sizes[name] for name in dense)
-        scale = budget / sum(sizes[n] * propensity[n] for n in free) if free else 0.0
-        full = {name for name in free if scale * propensity[name] >= 1}
-        if not full:
-            return {n: float(sizes[n]) if n in dense else scale * propensity[n] * sizes[n] for n in sizes}
-        dense |= full  # for good: what they leave to the others only raises the scale
-
-
-def _whole(ideal: Mapping[str, float], sizes: Mapping[str, int], num_active: int) -> dict[str, int]:
-    """Whole numbers in [1, size] that add up to ``num_active``, by largest remainders of the ideal ones."""
-    num = {name: min(max(math.floor(x), 1), sizes[name]) for name, x in ideal.items()}
-    missing = num_active - sum(num.values())
-    step = 1 if missing > 0 else -1
-    for _ in range(abs(missing)):
-        movable = [n for n in num if 1 <= num[n] + step <= sizes[n]]
-        num[max(movable, key=lambda n: step * (ideal[n] - num[n]))] += step
-    return num
+    shares = {name: size * propensity[name] for name, size in sizes.items()}
+    return {name: num / sizes[name] for name, num in apportion(num_active, shares, sizes, least=1).items()}

@@ -1,10 +1,16 @@
-"""What a weight starts from when it grows: functions from a site to values of the weight's shape."""
+"""What a weight starts from when it grows: functions from a site to values of the weight's shape.
+
+They see the new mask. Where a bound depends on the number of inputs, those that are active count, each output's
+for itself: a sparse neuron that starts as if it were dense hears too little.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dstlib.errors import SettingError, explain
 from dstlib.masking.site import Site
 
 GrownInit = Callable[[Site], Tensor]
@@ -22,3 +28,51 @@ def uniform_fan_out(site: Site) -> Tensor:
     """
     bound = (6 / site.weight.shape[0]) ** 0.5
     return ((2 * site.rand() - 1) * bound).to(site.weight.dtype)
+
+
+def uniform_fan_in(site: Site) -> Tensor:
+    """Uniform in ±1/√fan-in, the active inputs of each output being its fan-in.
+
+    Reference: the default of torch's linear and convolution layers, with the fan-in of Evci et al. 2022
+    ("Gradient flow in sparse neural networks and how lottery tickets win").
+    """
+    return ((2 * site.rand() - 1) * _fan_in(site) ** -0.5).to(site.weight.dtype)
+
+
+@dataclass(frozen=True)
+class NormalFanIn:
+    """Normal with mean 0 and variance ``gain``² / fan-in, the active inputs of each output being its fan-in.
+
+    Errors: SettingError for a gain that is negative or infinite.
+
+    Reference: Evci et al. 2022 ("Gradient flow in sparse neural networks and how lottery tickets win"), after He
+    et al. 2015, whose gain is √2 for a layer before a ReLU.
+    """
+
+    gain: float = 2**0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gain < float("inf"):
+            remedy = "√2 suits a layer before a ReLU."
+            raise SettingError(
+                explain("gain", "NormalFanIn", allowed="a number, 0 or more", given=self.gain, remedy=remedy)
+            )
+
+    def __call__(self, site: Site) -> Tensor:
+        shape, dtype = site.weight.shape, torch.float32
+        z = torch.randn(shape, generator=site.generator, dtype=dtype, device="cpu").to(site.weight.device)
+        return (z * self.gain * _fan_in(site) ** -0.5).to(site.weight.dtype)
+
+
+def stored(site: Site) -> Tensor:
+    """The weight itself: under a method's dense storage, it resumes the value it had under the mask.
+
+    Without such storage the weights under a mask are zero, and this is ``zeros``. Not a copy.
+    """
+    return site.weight
+
+
+def _fan_in(site: Site) -> Tensor:
+    """Active inputs of each output, 1 at least; (O, 1, ..., 1), in single precision."""
+    num_O = site.mask.flatten(1).sum(dim=1).clamp(min=1).float()
+    return num_O.view(-1, *(1,) * (site.mask.dim() - 1))

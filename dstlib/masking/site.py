@@ -15,9 +15,11 @@ class Site:
     Tensors are (O, I, *K): outputs, inputs, kernel taps; transposed convolutions are turned that way round,
     and each of the three matrices of an attention's in_proj is a site of its own. ``grad`` is the full
     gradient of the step, reduced over ranks, accumulated and unscaled; None at initialisation.
-    ``momentum`` is the optimizer's first moment, None where it keeps none. ``step`` is the optimizer step,
-    from 1; 0 at initialisation. ``generator`` depends on the seed, the step and the name alone, so ranks,
-    devices and resumed runs draw alike.
+    ``momentum`` is the optimizer's first moment, None where it keeps none. ``trace`` is what the method's
+    ``trace`` has gathered over the steps before; None where it gathers nothing. ``step`` is the optimizer step,
+    from 1; 0 at initialisation. ``progress`` is the share of the way to the last update, in [0, 1].
+    ``generator`` depends on the seed, the step and the name alone, so ranks, devices and resumed runs draw
+    alike.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Site:
     momentum: Tensor | None
     step: int
     generator: torch.Generator
+    trace: Tensor | None = None
+    progress: float = 0.0
 
     def __repr__(self) -> str:
         return f"Site({self.name!r}, step {self.step}, shape {tuple(self.weight.shape)})"

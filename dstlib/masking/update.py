@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import ScoreError, SettingError, explain
-from dstlib.masking.counts import NUDGE
+from dstlib.errors import ScoreError, explain
+from dstlib.masking.budget import Budget, spend
 from dstlib.masking.granularity import Granularity
 from dstlib.masking.selection import select_top
 
@@ -56,25 +56,37 @@ def update_mask(
     >>> update.mask, update.dropped
     (tensor([[ True, False,  True, False]]), tensor([[False,  True, False, False]]))
     """
-    if not 0 <= drop_fraction <= 1:
-        raise SettingError(
-            explain(
-                "drop fraction",
-                "a mask update",
-                allowed="a number in [0, 1]",
-                given=drop_fraction,
-                remedy="Look at the method's drop_fraction curve.",
-            )
-        )
-    active_GU = granularity.fold(mask)[..., 0]
-    num_active_G = active_GU.sum(dim=1)
-    num_target_G = torch.as_tensor(num_target, device=mask.device).expand_as(num_active_G)
-    num_dropped_G = (num_active_G.double() * (drop_fraction * NUDGE)).floor().long()
-    num_kept_G = torch.minimum(num_active_G - num_dropped_G, num_target_G)
+    num_active_G = granularity.fold(mask)[..., 0].sum(dim=1)
+    budget = spend(num_active_G, num_target=num_target, drop_fraction=drop_fraction)
+    drop_GU, grow_GU = (unit_score(score, mask.shape, granularity) for score in (drop_score, grow_score))
+    return exchange(mask, drop_GU, grow_GU, granularity=granularity, budget=budget)
 
-    kept_GU = select_top(_unit_score(drop_score, mask, granularity), num_kept_G, among_GU=active_GU)
-    grow_score_GU = _unit_score(grow_score, mask, granularity)
-    grown_GU = select_top(grow_score_GU, num_target_G - num_kept_G, among_GU=~kept_GU)
+
+def exchange(
+    mask: Tensor, drop_GU: Tensor, grow_GU: Tensor, *, granularity: Granularity, budget: Budget, regrow: bool = True
+) -> MaskUpdate:
+    """Keeps the best active units by one score and grows the best others by another, as many as the budget says.
+
+    Without ``regrow``, units that are dropped now grow back only where too few others are left to meet the
+    target, which always holds.
+
+    >>> from dstlib.masking import Element
+    >>> mask, score = torch.tensor([[True, True, False]]), torch.tensor([[3.0, 2.0, 1.0]])
+    >>> budget = Budget(torch.tensor([1]), torch.tensor([2]))
+    >>> exchange(mask, score, score, granularity=Element(), budget=budget).mask
+    tensor([[ True,  True, False]])
+    >>> exchange(mask, score, score, granularity=Element(), budget=budget, regrow=False).mask
+    tensor([[ True, False,  True]])
+    """
+    active_GU = granularity.fold(mask)[..., 0]
+    kept_GU = select_top(drop_GU, budget.num_kept_G, among_GU=active_GU)
+    num_grown_G = budget.num_target_G - budget.num_kept_G
+    grown_GU = torch.zeros_like(kept_GU)
+    if not regrow:
+        num_fresh_G = torch.minimum(num_grown_G, (~active_GU).sum(dim=1))
+        grown_GU = select_top(grow_GU, num_fresh_G, among_GU=~active_GU)
+        num_grown_G = num_grown_G - num_fresh_G
+    grown_GU = grown_GU | select_top(grow_GU, num_grown_G, among_GU=~kept_GU & ~grown_GU)
     new = unit_mask(kept_GU | grown_GU, granularity, mask.shape)
     return MaskUpdate(mask=new, dropped=mask & ~new, grown=new & ~mask)
 
@@ -91,14 +103,17 @@ def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) ->
     return granularity.unfold(active_GU[..., None].repeat(1, 1, num_elements), shape)
 
 
-def _unit_score(score: Tensor, mask: Tensor, granularity: Granularity) -> Tensor:
-    """(O, I, *K) → (G, U): the mean over each unit, in single precision at least."""
-    if not isinstance(score, Tensor) or score.shape != mask.shape:
+def unit_score(score: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
+    """(O, I, *K) → (G, U): the mean over each unit, in single precision at least.
+
+    Errors: ScoreError for scores of another shape than ``shape``, or not finite.
+    """
+    if not isinstance(score, Tensor) or score.shape != shape:
         raise ScoreError(
             explain(
                 "scores",
                 "a mask update",
-                allowed=f"a tensor of shape {tuple(mask.shape)}",
+                allowed=f"a tensor of shape {tuple(shape)}",
                 given=f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__,
                 remedy="A criterion returns one score per weight; the granularity does the averaging.",
             )
@@ -106,15 +121,15 @@ def _unit_score(score: Tensor, mask: Tensor, granularity: Granularity) -> Tensor
     if score.dtype not in (torch.float32, torch.float64):
         score = score.float()
     score_GUE = granularity.fold(score)
-    unit_score = score_GUE[..., 0] if score_GUE.shape[-1] == 1 else score_GUE.mean(dim=-1)
-    if not bool(unit_score.isfinite().all()):
+    score_GU = score_GUE[..., 0] if score_GUE.shape[-1] == 1 else score_GUE.mean(dim=-1)
+    if not bool(score_GU.isfinite().all()):
         raise ScoreError(
             explain(
                 "scores",
                 "a mask update",
                 allowed="finite numbers",
-                given=f"{int((~unit_score.isfinite()).sum())} that are NaN or infinite",
+                given=f"{int((~score_GU.isfinite()).sum())} that are NaN or infinite",
                 remedy="Look at the criterion, and at whether the loss has diverged.",
             )
         )
-    return unit_score
+    return score_GU

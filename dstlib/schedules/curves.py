@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dstlib.errors import SettingError, explain
+
 Curve = Callable[[float], float]
 
 
@@ -98,3 +100,40 @@ class InversePower:
 
     def __call__(self, progress: float) -> float:
         return float(self.start * (1 - _clamp(progress)) ** self.power)
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """0 and 1 in turn: 0 until ``warmup``, then 1, 0, 1, ... for ``phase`` each, and 1 from ``settle`` on.
+
+    A dense phase that would reach past ``settle`` ends there.
+
+    Reference: Peste et al. 2021 (AC/DC), section 3: a dense warm-up, alternating phases, a long sparse end.
+
+    >>> [Alternating()(progress) for progress in (0.0, 0.1, 0.2, 0.3, 0.99)]
+    [0.0, 1.0, 0.0, 1.0, 1.0]
+    """
+
+    warmup: float = 0.1
+    phase: float = 0.1
+    settle: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.warmup <= self.settle <= 1 and self.phase > 0):
+            given = (self.warmup, self.phase, self.settle)
+            raise SettingError(
+                explain(
+                    "warmup, phase, settle",
+                    "Alternating",
+                    allowed="0 ≤ warmup ≤ settle ≤ 1 and a phase above 0",
+                    given=given,
+                    remedy="All are shares of the run.",
+                )
+            )
+
+    def __call__(self, progress: float) -> float:
+        p = _clamp(progress)
+        if p < self.warmup:
+            return 0.0
+        # 1e-9 of a phase: (0.3 - 0.1) / 0.1 is a hair below 2
+        return 1.0 if p >= self.settle or int((p - self.warmup) / self.phase + 1e-9) % 2 == 0 else 0.0

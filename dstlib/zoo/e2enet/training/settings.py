@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 
 from dstlib.errors import SettingError, explain, similar
-from dstlib.methods import DSFF, METHODS, Method
+from dstlib.method import Method
+from dstlib.methods import DSFF, METHODS
 
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -1,0 +1,96 @@
+"""What every method costs beside static: optimizer steps and mask updates on the weights of a ResNet-50.
+
+    python benchmarks/presets.py [--methods rigl granet] [--threads 2] [--repeats 5]
+
+One method after the other, each beside a fresh static of the same weights, their steps interleaved: an ordinary
+step over static's, the additional seconds of an update, and both together per step at the method's own interval.
+Gradients are random and the same for all; forward and backward passes are not run, as they are the same for all.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from overhead import fill_gradients, resnet50
+
+import dstlib
+from dstlib import NM, Method
+from dstlib.masking import uniform
+
+
+class Prepared:
+    """A ResNet-50 under one method, whose next step is an ordinary one or one with an update, as asked."""
+
+    def __init__(self, method: Method, interval: int | None) -> None:
+        torch.manual_seed(0)
+        self.model = resnet50()
+        # N:M needs inputs that divide: all but the first convolution
+        exclude = ["0"] if isinstance(method.granularity, NM) else []
+        sparsity = 0.5 if isinstance(method.granularity, NM) else 0.9
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+        self.sparsifier = dstlib.sparsify(
+            self.model,
+            self.optimizer,
+            sparsity=sparsity,
+            method=replace(method, interval=interval),
+            total_steps=1_000,
+            exclude=exclude,
+        )
+        self.step()  # makes the optimizer's state
+
+    def step(self) -> float:
+        """Seconds of one optimizer step on fresh gradients."""
+        fill_gradients(self.model)
+        start = time.perf_counter()
+        self.optimizer.step()
+        return time.perf_counter() - start
+
+
+def interleaved(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, one of each in turn."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repeats):
+        for name, action in actions.items():
+            times[name].append(action())
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def measure(method: Method, repeats: int) -> tuple[float, float, float]:
+    """Seconds of a static step, of an ordinary step, and what an update adds to it."""
+    static = Prepared(replace(dstlib.STATIC, distribution=uniform), None)
+    # an interval that never comes, so that traces are gathered and nothing else happens
+    ordinary = Prepared(method, None if method.interval is None else 500)
+    times = interleaved({"static": static.step, "ordinary": ordinary.step}, repeats)
+    if method.interval is None:
+        return times["static"], times["ordinary"], 0.0
+    del static, ordinary
+    updating = Prepared(method, 1)
+    update = interleaved({"update": updating.step}, max(repeats // 2, 2))["update"]
+    return times["static"], times["ordinary"], update - times["ordinary"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(dstlib.METHODS), default=list(dstlib.METHODS))
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind, median taken (default 5)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.repeats}, SGD with momentum")
+    print("method         static step  ordinary step   × static  update adds  interval  per step, × static")
+    for name in args.methods:
+        method = dstlib.METHODS[name]
+        static, ordinary, update = measure(method, args.repeats)
+        per_step = ordinary + (update / method.interval if method.interval else 0.0)
+        print(
+            f"{name:14} {1e3 * static:8.1f} ms {1e3 * ordinary:11.1f} ms {ordinary / static:10.2f} {update:10.2f} s "
+            f"{method.interval or '–':>9} {per_step / static:13.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What happened to the masks of a run: how they moved, and how much of the dense network they have seen.
+
+An observer that changes nothing: it is told of each mask update, and keeps whole numbers.
+
+>>> import torch, dstlib
+>>> from torch import nn
+>>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+>>> sparsifier = dstlib.sparsify(model, sparsity=0.75, method="set", total_steps=400)
+>>> history = History(sparsifier)
+>>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+>>> for _ in range(400):
+...     optimizer.zero_grad(); model(torch.ones(8, 64)).square().sum().backward(); optimizer.step()
+>>> history.arrays()["step"]
+array([  0, 100, 200, 300])
+>>> 0.25 < history.explored < 1
+True
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dstlib.errors import StateError, explain
+from dstlib.masking import MaskUpdate, Site
+from dstlib.report import align
+from dstlib.sparsifier import Sparsifier
+from dstlib.tracks import Change, DeadChannels, Track, dead_channels
+
+VERSION = 1
+_COUNTS = Change._fields[1:]
+
+
+class History:
+    """Records what the mask updates of a sparsifier change, from now until :meth:`close`.
+
+    Nothing of the run depends on it. Memory: 64 bytes per update of a layer, and one byte per weight of the
+    sparse layers, which holds what has ever been active. Layers are the sparsifier's slots: the three matrices of
+    an attention's in_proj are three. To go on after a resumption, save ``state_dict`` beside the sparsifier's.
+
+    ``print`` shows a row per layer; :meth:`arrays` has all numbers; :mod:`dstlib.plot` draws them.
+    """
+
+    def __init__(self, sparsifier: Sparsifier) -> None:
+        self.sparsifier = sparsifier
+        self._tracks = {name: Track(mask, sparsifier.step) for name, mask in _live(sparsifier).items()}
+        sparsifier.observers.append(self._observe)
+
+    def close(self) -> None:
+        """Stops recording; what was recorded stays. A second call changes nothing."""
+        if self._observe in self.sparsifier.observers:
+            self.sparsifier.observers.remove(self._observe)
+
+    @property
+    def explored(self) -> float:
+        """R_s: entries of the sparse layers that have been active since the attachment, over all of them.
+
+        Reference: Liu et al. 2021 (ITOP), the in-time over-parameterization rate.
+        """
+        tracks = self._tracks.values()
+        return sum(track.last.explored for track in tracks) / sum(track.marks.numel() for track in tracks)
+
+    def changes(self) -> dict[str, NDArray[np.int64]]:
+        """Per layer all that was recorded, (updates + 1, fields of :class:`Change`)."""
+        return {name: track.changes for name, track in self._tracks.items()}
+
+    def dead_channels(self) -> dict[str, DeadChannels]:
+        """Per layer the channels that are dead at this moment, from the live masks."""
+        return {name: dead_channels(mask) for name, mask in _live(self.sparsifier).items()}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All numbers on one time axis, for plotting: L layers; T steps, that of the attachment and of updates.
+
+        - "name", "size", "num_outputs", "num_inputs" (L,): the layers, their entries and channels; "step" (T,).
+        - counts (L, T): "active", "dropped", "grown", "explored", "from_first", "dead_outputs", "dead_inputs", as
+          in :class:`Change`; "updated": whether the layer was updated at that step. Where it was not, nothing is
+          dropped or grown, and the rest is as before.
+        - shares (L, T): "density"; "explored_share", R_s; of a mask and the one before, "churn" = exchanged over
+          active before, min(dropped, grown) / A, "overlap" = |A∩B| / |A|, and "jaccard" = |A∩B| / |A∪B|;
+          "first_overlap" = |A∩B| / |A| with A the mask at attachment. At attachment, churn is 0, the overlaps 1.
+        - the same shares of all layers together (T,): "total_density", "total_churn", and so on.
+        """
+        tracks = [track.changes for track in self._tracks.values()]
+        step = np.unique(np.concatenate([changes[:, 0] for changes in tracks]))
+        index = [np.searchsorted(changes[:, 0], step, side="right") - 1 for changes in tracks]
+        counts = {
+            name: np.stack([c[i, column] for c, i in zip(tracks, index, strict=True)])
+            for column, name in enumerate(_COUNTS, 1)
+        }
+        updated = np.stack([np.isin(step, changes[1:, 0]) for changes in tracks])
+        for name in ("dropped", "grown"):
+            counts[name] = counts[name] * updated
+        shapes = [track.marks.shape for track in self._tracks.values()]
+        size = np.array([shape.numel() for shape in shapes])
+        total = _shares({name: values.sum(axis=0) for name, values in counts.items()}, size.sum())
+        return {
+            "name": np.array(list(self._tracks)),
+            "size": size,
+            "num_outputs": np.array([shape[0] for shape in shapes]),
+            "num_inputs": np.array([shape[1] for shape in shapes]),
+            "step": step,
+            "updated": updated,
+            **counts,
+            **_shares(counts, size[:, None]),
+            **{f"total_{name}": values for name, values in total.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was recorded, as tensors: ``torch.load`` reads it with ``weights_only=True``."""
+        layers = {
+            n: {"changes": torch.from_numpy(t.changes), "marks": t.marks.clone()} for n, t in self._tracks.items()
+        }
+        return {"version": VERSION, "layers": layers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what another history of the same layers had recorded, forgetting its own.
+
+        Before or after ``Sparsifier.load_state_dict``, it makes no difference.
+
+        Errors: StateError, before anything is changed, for a state that is damaged or of other layers.
+        """
+        layers = _checked(state, self._tracks)
+        for name, track in self._tracks.items():
+            track.replace(layers[name]["changes"], layers[name]["marks"])
+
+    def __str__(self) -> str:
+        """A row per layer: how it is now, its mean churn per update, and what has become of its first mask."""
+        a = self.arrays()
+        cells = [("layer", "size", "density", "updates", "churn", "first kept", "explored", "dead out", "dead in")]
+        num_updates = [int(n) for n in a["updated"].sum(axis=1)]
+        for i, (name, size) in enumerate(zip(a["name"], a["size"], strict=True)):
+            churn = a["churn"][i].sum() / max(num_updates[i], 1)
+            shares = (a["density"][i, -1], churn, a["first_overlap"][i, -1], a["explored_share"][i, -1])
+            density, *others = (f"{share:.4f}" for share in shares)
+            dead = (f"{a[key][i, -1]:,}" for key in ("dead_outputs", "dead_inputs"))
+            cells.append((name, f"{size:,}", density, f"{num_updates[i]:,}", *others, *dead))
+        first, last = a["step"][0], a["step"][-1]
+        total = (
+            f"all: density {a['total_density'][-1]:.4f}, explored {a['total_explored_share'][-1]:.4f}, "
+            f"of the first mask {a['total_first_overlap'][-1]:.4f} still active"
+        )
+        title = f"{self.sparsifier.plan.method.name}, masks of steps {first:,} to {last:,}"
+        return "\n".join([title, *align(cells, left=(0,)), total])
+
+    def __repr__(self) -> str:
+        num_updates = sum(len(changes) - 1 for changes in self.changes().values())
+        return f"History({len(self._tracks)} layers, {num_updates:,} mask updates, explored {self.explored:.4f})"
+
+    def _observe(self, site: Site, update: MaskUpdate) -> None:
+        self._tracks[site.name].record(update, site.step)
+
+
+def _live(sparsifier: Sparsifier) -> dict[str, Tensor]:
+    """The live masks by layer, (O, I, *K); views, in the model's order."""
+    masks = sparsifier.masks
+    return {slot.name: slot.view(masks[weight.name]) for weight in sparsifier.weights for slot in weight.slots}
+
+
+def _shares(counts: Mapping[str, NDArray[np.int64]], size: Any) -> dict[str, NDArray[np.float64]]:
+    """From counts (..., T) and numbers of entries to shares (..., T); nothing of nothing is all of it."""
+
+    def share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.divide(part, whole, out=np.ones(part.shape), where=whole > 0)
+
+    active, dropped, grown = counts["active"], counts["dropped"], counts["grown"]
+    before, both = active - grown + dropped, active - grown
+    return {
+        "density": active / size,
+        "explored_share": counts["explored"] / size,
+        "churn": np.minimum(dropped, grown) / np.maximum(before, 1),
+        "overlap": share(both, before),
+        "jaccard": share(both, active + dropped),
+        "first_overlap": share(counts["from_first"], np.broadcast_to(active[..., :1], active.shape)),
+    }
+
+
+def _checked(state: Any, tracks: Mapping[str, Track]) -> Mapping[str, Mapping[str, Tensor]]:
+    """The layers of a saved state, if every one fits."""
+    layers = state.get("layers") if isinstance(state, Mapping) and state.get("version") == VERSION else None
+    if not isinstance(layers, Mapping):
+        raise _misfit(
+            "contents", "the saved history", f"those of state_dict(), version {VERSION}", type(state).__name__
+        )
+    if odd := sorted(set(layers) ^ set(tracks)):
+        raise _misfit("layers", "the saved history", f"the {len(tracks)} at hand", f"others ({', '.join(odd[:3])})")
+    for name, track in tracks.items():
+        saved = layers[name] if isinstance(layers[name], Mapping) else {}
+        changes, marks, width = saved.get("changes"), saved.get("marks"), len(Change._fields)
+        if not (
+            isinstance(changes, Tensor)
+            and changes.dtype == torch.int64
+            and changes.shape[1:] == (width,)
+            and len(changes)
+        ):
+            raise _misfit("changes", name, f"whole numbers of shape (updates, {width})", changes)
+        if not (isinstance(marks, Tensor) and marks.dtype == torch.uint8 and marks.shape == track.marks.shape):
+            raise _misfit("marks", name, f"bytes of shape {tuple(track.marks.shape)}", marks)
+    return layers
+
+
+def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:
+    shown = (tuple(given.shape), given.dtype) if isinstance(given, Tensor) else given
+    remedy = "Load it into a history of the same model, sparsified alike."
+    return StateError(explain(what, where, allowed=allowed, given=shown, remedy=remedy))

@@ -1,0 +1,231 @@
+"""Allocators: how the active units are shared out among weights, or among the neurons of one, at an update.
+
+An allocator is a function (accounts, terms) → allocation; without one, each weight keeps its own number. Those
+here are frozen values. Every one of them meets ``terms.num_total`` exactly where weights have a single group
+(elements, kernels, blocks, channels). With several groups of equal quotas (constant fan-in), what does not
+divide stays unspent: fewer units than there are groups.
+
+Shapes: G groups, U units per group.
+
+>>> scores = {"strong": torch.tensor([[4.0, 3.0, 2.0]]), "weak": torch.tensor([[1.0, 0.5, 0.2]])}
+>>> accounts = [
+...     Account(name=name, active_GU=score > 0, drop_GU=score, grow_GU=score, num_planned=2)
+...     for name, score in scores.items()
+... ]
+>>> allocation = global_units(accounts, Terms(num_total=4, drop_fraction=0.0))
+>>> [int(budget.num_target_G) for budget in allocation.budgets]
+[3, 1]
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dstlib.masking.budget import Account, Allocation, Budget, Terms, num_dropped
+from dstlib.masking.counts import apportion, round_up
+from dstlib.masking.selection import select_top
+
+Rescale = Callable[[Tensor, Tensor], Tensor]
+
+
+def as_they_are(score_GU: Tensor, active_GU: Tensor) -> Tensor:
+    """Scores of different weights compare directly."""
+    return score_GU
+
+
+def lamp_scores(score_GU: Tensor, active_GU: Tensor) -> Tensor:
+    """s² / Σ s² over the active units that score no less: the best of each weight scores 1.
+
+    Reference: Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning, ICLR, equation 3.
+
+    >>> lamp_scores(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[True, True, True]]))
+    tensor([[0.0714, 1.0000, 0.3077]], dtype=torch.float64)
+    """
+    square = score_GU.double().square().masked_fill(~active_GU, 0).flatten()
+    ranked, order = square.sort(descending=True, stable=True)
+    lamp = torch.empty_like(square)
+    lamp[order] = ranked / ranked.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return lamp.view(score_GU.shape)
+
+
+@dataclass(frozen=True)
+class GlobalRank:
+    """Ranks the active units of all weights together, after ``rescale``, and prunes the lowest.
+
+    A drop fraction then exchanges that share of what each weight has left. Where the total grows, units are
+    grown by their rank over all weights. At least one unit per group stays, unless ``may_empty``.
+
+    Reference: Liu et al. 2021 (GraNet), Algorithm 1: pruning over all layers, regeneration within each.
+    """
+
+    rescale: Rescale = as_they_are
+    may_empty: bool = False
+
+    def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
+        active = [a.active_GU for a in accounts]
+        scores = [self.rescale(a.drop_GU, a.active_GU) for a in accounts]
+        num_active = sum(int(x.sum()) for x in active)
+        counts = self._counts(scores, active, min(terms.num_total, num_active))
+        if terms.num_total > num_active:
+            inactive = [~x for x in active]
+            grown = _ranked([a.grow_GU for a in accounts], inactive, terms.num_total - num_active)
+            counts = [n + int(x.sum()) for n, x in zip(counts, grown, strict=True)]
+        budgets = []
+        for account, num_target in zip(accounts, _even(accounts, counts), strict=True):
+            stays_G = torch.minimum(account.active_GU.sum(dim=1), num_target)
+            budgets.append(Budget(stays_G - num_dropped(stays_G, terms.drop_fraction), num_target))
+        return Allocation(tuple(budgets))
+
+    def _counts(self, scores: Sequence[Tensor], among: Sequence[Tensor], num: int) -> list[int]:
+        """How many of the ``num`` best lie in each weight."""
+        if not self.may_empty:
+            scores = [_first_of_group_first(s, a) for s, a in zip(scores, among, strict=True)]
+        return [int(x.sum()) for x in _ranked(scores, among, num)]
+
+
+global_units = GlobalRank()
+lamp = GlobalRank(lamp_scores)
+
+
+def momentum_share(accounts: Sequence[Account], terms: Terms) -> Allocation:
+    """Each weight drops its fraction; what all dropped grows where the mean growth score of actives is large.
+
+    With growth by the magnitude of momentum, this is the redistribution of SNFS. A weight that is full leaves
+    the rest to the others, by their shares.
+
+    Reference: Dettmers & Zettlemoyer 2019 (SNFS), Algorithm 1. Deviates: shares are whole numbers that add up
+    exactly, where the published code lets rounding move the density.
+    """
+    active = {a.name: a.active_GU.sum(dim=1) for a in accounts}
+    kept = {a.name: active[a.name] - num_dropped(active[a.name], terms.drop_fraction) for a in accounts}
+    shares = {a.name: float(a.grow_GU[a.active_GU].double().mean()) if a.active_GU.any() else 0.0 for a in accounts}
+    return _regrow(accounts, terms, kept, shares)
+
+
+@dataclass(frozen=True)
+class AdaptiveThreshold:
+    """Drops all that scores below one threshold; regrows in proportion to what survives in each weight.
+
+    The threshold starts at ``initial`` and moves by ``factor`` whenever the number dropped misses the drop
+    fraction of all active units by more than ``tolerance``, a share of it. It rises no further than beyond the
+    highest score.
+
+    Reference: Mostafa & Wang 2019 (DSR), Algorithm 1. Deviates: at least one unit per group survives.
+    """
+
+    initial: float = 1e-3
+    tolerance: float = 0.1
+    factor: float = 2.0
+
+    def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
+        threshold = terms.memory or self.initial
+        active = {a.name: a.active_GU.sum(dim=1) for a in accounts}
+        above = {a.name: (a.active_GU & (a.drop_GU >= threshold)).sum(dim=1) for a in accounts}
+        kept = {name: torch.minimum(num_G.clamp(min=1), active[name]) for name, num_G in above.items()}
+        num_active, num_kept = (sum(int(x.sum()) for x in num.values()) for num in (active, kept))
+        wanted = terms.drop_fraction * num_active
+        if num_active - num_kept < (1 - self.tolerance) * wanted:
+            threshold *= self.factor if any(bool(num_G.any()) for num_G in above.values()) else 1.0
+        elif num_active - num_kept > (1 + self.tolerance) * wanted:
+            threshold /= self.factor
+        survivors = {name: float(num_G.sum()) for name, num_G in kept.items()}
+        return Allocation(_regrow(accounts, terms, kept, survivors).budgets, threshold)
+
+
+@dataclass(frozen=True)
+class NeuronAblation:
+    """Constant fan-in over the neurons that are worth it; the others lose all their inputs, for good.
+
+    The weakest f·A active weights of the layer are dropped, wherever they sit. A neuron whose salient weights
+    (survivors, and the f·A inactive ones that would grow first) are fewer than ``min_share`` of the fan-in is
+    ablated, and the fan-in of the others rises as far as the layer's number of weights allows. The last layer
+    keeps all neurons. Groups are neurons: for the granularity ``FanIn``.
+
+    Reference: Lasby et al. 2024 (SRigL), section 3: min_share γ = 0.3 for convolutional networks, 0.95 for
+    vision transformers.
+    """
+
+    min_share: float = 0.3
+
+    def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
+        return Allocation(tuple(self._budget(account, terms.drop_fraction) for account in accounts))
+
+    def _budget(self, account: Account, drop_fraction: float) -> Budget:
+        active_GU = account.active_GU
+        fan_in_G = active_GU.sum(dim=1)
+        num_moved = num_dropped(fan_in_G.sum(), drop_fraction)
+        survivors_GU = _layer_top(account.drop_GU, active_GU, int(fan_in_G.sum() - num_moved))
+        alive_G = fan_in_G > 0
+        candidates_GU = ~active_GU & alive_G[:, None]
+        num_grown = min(int(num_moved), int(candidates_GU.sum()))
+        salient_G = (survivors_GU | _layer_top(account.grow_GU, candidates_GU, num_grown)).sum(dim=1)
+        if not account.is_last:
+            least = max(1, round_up(self.min_share * int(fan_in_G.max())))
+            num_needed = -(-account.num_planned // active_GU.shape[1])  # no neuron takes more than all inputs
+            num_worthy = int((alive_G & (salient_G >= least)).sum())
+            num_alive = min(max(num_worthy, num_needed, 1), int(alive_G.sum()))
+            alive_G = _layer_top(salient_G.double(), alive_G, num_alive)
+        fan_in = min(account.num_planned // int(alive_G.sum()), active_GU.shape[1])
+        num_target_G = alive_G * fan_in
+        return Budget(torch.minimum(survivors_GU.sum(dim=1), num_target_G), num_target_G)
+
+
+def _regrow(accounts: Sequence[Account], terms: Terms, kept: dict[str, Tensor], shares: dict[str, float]) -> Allocation:
+    """What is missing to the total grows by these shares, up to all units of a weight.
+
+    Where more is kept than the total allows, each weight gives up in proportion to what it keeps.
+    """
+    # at least one unit per group, whatever the share
+    least = {a.name: len(a.active_GU) for a in accounts}
+    sure = {name: max(int(kept[name].sum()), least[name]) for name in kept}
+    missing = terms.num_total - sum(sure.values())
+    if missing < 0:  # the total falls by more than is dropped: all give up of what they keep
+        shares, sure = {name: float(sure[name] - least[name]) for name in sure}, least
+        missing, caps = terms.num_total - sum(least.values()), {name: int(x) for name, x in shares.items()}
+    else:
+        caps = {a.name: a.num_units - sure[a.name] for a in accounts}
+    grown = apportion(missing, shares, caps)
+    counts = [sure[a.name] + grown[a.name] for a in accounts]
+    return Allocation(
+        tuple(
+            Budget(torch.minimum(kept[account.name], num_target_G), num_target_G)
+            for account, num_target_G in zip(accounts, _even(accounts, counts), strict=True)
+        )
+    )
+
+
+def _even(accounts: Sequence[Account], counts: Sequence[int]) -> list[Tensor]:
+    """Numbers of units per weight as equal quotas of its groups.
+
+    What does not divide goes to weights that can still take one more per group, the largest remainder first.
+    """
+    groups = [a.active_GU.shape[0] for a in accounts]
+    quotas = [n // g for n, g in zip(counts, groups, strict=True)]
+    spare = sum(counts) - sum(q * g for q, g in zip(quotas, groups, strict=True))
+    by_remainder = sorted(range(len(accounts)), key=lambda i: -(counts[i] % groups[i]) / groups[i])
+    for i in by_remainder:
+        if counts[i] % groups[i] and quotas[i] < accounts[i].active_GU.shape[1] and groups[i] <= spare:
+            quotas[i] += 1
+            spare -= groups[i]
+    return [torch.full((g,), q, device=a.active_GU.device) for a, g, q in zip(accounts, groups, quotas, strict=True)]
+
+
+def _ranked(scores: Sequence[Tensor], among: Sequence[Tensor], num: int) -> list[Tensor]:
+    """Marks the ``num`` highest of all weights together; ties go to the earlier weight, then the lower index."""
+    device = among[0].device  # a model may lie on several
+    flat, candidates = (torch.cat([x.flatten().to(device) for x in parts])[None] for parts in (scores, among))
+    chosen = select_top(flat, torch.tensor([num], device=device), among_GU=candidates)[0]
+    parts = chosen.split([x.numel() for x in among])
+    return [part.view(x.shape).to(x.device) for part, x in zip(parts, among, strict=True)]
+
+
+def _layer_top(score_GU: Tensor, among_GU: Tensor, num: int) -> Tensor:
+    return _ranked([score_GU], [among_GU], num)[0]
+
+
+def _first_of_group_first(score_GU: Tensor, among_GU: Tensor) -> Tensor:
+    """The best candidate of each group ahead of all others, so that no group is left empty."""
+    best_G1 = score_GU.masked_fill(~among_GU, -torch.inf).argmax(dim=1, keepdim=True)
+    return score_GU.scatter(1, best_G1, torch.inf)

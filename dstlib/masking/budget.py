@@ -1,0 +1,103 @@
+"""How many units a weight keeps and how many it then has: the integers behind every mask update.
+
+Shapes: G groups, U units per group.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dstlib.errors import SettingError, explain
+from dstlib.masking.counts import NUDGE
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Whole numbers per group: the active units that stay, and the active units after growth."""
+
+    num_kept_G: Tensor
+    num_target_G: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """One weight at an update, as an allocator sees it.
+
+    ``drop_GU`` and ``grow_GU`` are the unit scores. ``num_planned`` is the number of units, over all groups,
+    that its own density asks for. ``is_last``: no other sparse weight of the model comes after it.
+    """
+
+    name: str
+    active_GU: Tensor
+    drop_GU: Tensor
+    grow_GU: Tensor
+    num_planned: int
+    is_last: bool = False
+
+    @property
+    def num_units(self) -> int:
+        """All units, active or not."""
+        return self.active_GU.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What weights that share a budget have to meet together.
+
+    ``num_total`` units are active in all of them after the update; ``drop_fraction`` is the share of active
+    units to exchange; ``memory`` is the number that the allocator returned at its last update, 0 at first.
+    """
+
+    num_total: int
+    drop_fraction: float
+    memory: float = 0.0
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A budget per account, in their order, and a number to be given back at the next update."""
+
+    budgets: tuple[Budget, ...]
+    memory: float = 0.0
+
+
+Allocator = Callable[[Sequence[Account], Terms], Allocation]
+
+
+def num_dropped(num_active: Tensor, drop_fraction: float) -> Tensor:
+    """floor(f·A), elementwise.
+
+    Errors: SettingError for a fraction outside [0, 1].
+
+    >>> num_dropped(torch.tensor([100, 7]), 0.29)
+    tensor([29,  2])
+    """
+    if not 0 <= drop_fraction <= 1:
+        raise SettingError(
+            explain(
+                "drop fraction",
+                "a mask update",
+                allowed="a number in [0, 1]",
+                given=drop_fraction,
+                remedy="Look at the method's drop_fraction curve.",
+            )
+        )
+    return (num_active.double() * (drop_fraction * NUDGE)).floor().long()
+
+
+def spend(
+    num_active_G: Tensor, *, num_target: int | Tensor, drop_fraction: float, num_kept: int | None = None
+) -> Budget:
+    """A weight by itself: of A active units per group, min(A - floor(f·A), target) are kept.
+
+    ``num_kept``, where given, is a lower ceiling than the target on what is kept.
+
+    >>> spend(torch.tensor([10]), num_target=8, drop_fraction=0.3)
+    Budget(num_kept_G=tensor([7]), num_target_G=tensor([8]))
+    """
+    num_target_G = torch.as_tensor(num_target, device=num_active_G.device).expand_as(num_active_G)
+    ceiling_G = num_target_G if num_kept is None else num_target_G.clamp(max=num_kept)
+    num_kept_G = torch.minimum(num_active_G - num_dropped(num_active_G, drop_fraction), ceiling_G)
+    return Budget(num_kept_G, num_target_G)

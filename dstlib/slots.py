@@ -1,0 +1,67 @@
+"""Matrices within a parameter: each competes for itself, so that none is starved by its neighbours."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+# Linear layers that hold several projections one above the other, by the last part of their name, lower case.
+# Not "query_key_value" (GPT-NeoX, BLOOM, Falcon, Persimmon): its rows alternate between the three, head by head.
+_FUSED = {
+    "qkv": ("qkv", "to_qkv", "qkv_proj", "in_proj", "in_proj_qkv", "wqkv", "c_attn", "w_pack"),
+    "kv": ("kv", "to_kv", "kv_proj", "wkv"),
+    "qk": ("qk", "to_qk", "qk_proj", "wqk"),
+}
+# Owners of a layer of such a name whose rows alternate head by head all the same: no range of rows is the queries.
+_ALTERNATING = (
+    "timm.models.tiny_vit.Attention",
+    "timm.models.maxxvit.AttentionCl",
+    "lightglue.SelfBlock",
+    ".CodeGenAttention",
+    ".DisentangledSelfAttention",
+    ".GPTBigCodeAttention",
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One matrix within a parameter, as a view of (O, I, *K); ``rows`` of the parameter, from and up to."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def view(self, x: Tensor) -> Tensor:
+        """The part of ``x``, a tensor of the parameter's shape, sharing its memory."""
+        part = x if self.rows is None else x[slice(*self.rows)]
+        return part.transpose(0, 1) if self.transposed else part
+
+
+def chunks(name: str, parts: Iterable[object], num_rows: int) -> tuple[Slot, ...]:
+    """Matrices of equal height, stacked in one parameter.
+
+    >>> [slot.rows for slot in chunks("qkv.weight", "qkv", 12)]
+    [(0, 4), (4, 8), (8, 12)]
+    """
+    names = [f"{name}.{part}" for part in parts]
+    height = num_rows // len(names)
+    assert height * len(names) == num_rows, "rows left over"
+    return tuple(Slot(n, (i * height, (i + 1) * height)) for i, n in enumerate(names))
+
+
+def fused_parts(module_name: str, weight: Tensor, owner: nn.Module | None) -> str:
+    """The projections that a linear layer of this name holds, a letter each, or "" where it holds one.
+
+    Only those of equal height, each as high as the layer is wide: grouped queries, which are higher than
+    their keys, stay joint, and so do layers whose rows alternate between the projections.
+
+    >>> import torch
+    >>> fused_parts("blocks.0.attn.qkv", torch.empty(24, 8), None), fused_parts("attn.qkv", torch.empty(16, 8), None)
+    ('qkv', '')
+    """
+    cls = type(owner)
+    if f"{cls.__module__}.{cls.__qualname__}".endswith(_ALTERNATING):
+        return ""
+    last = module_name.rpartition(".")[2].lower()
+    fits = (parts for parts, names in _FUSED.items() if last in names and len(weight) == len(parts) * weight.shape[1])
+    return next(fits, "")
