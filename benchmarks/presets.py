@@ -1,9 +1,10 @@
 """What every method costs beside static: optimizer steps and mask updates on the weights of a ResNet-50.
 
-    python benchmarks/presets.py [--methods rigl granet] [--threads 2] [--repeats 5]
+    python benchmarks/presets.py [--methods rigl granet] [--repeats 5]
 
 One method after the other, each beside a fresh static of the same weights, their steps interleaved: an ordinary
-step over static's, the additional seconds of an update, and both together per step at the method's own interval.
+step over static's, the additional time of an update, and both together per step at the method's own interval.
+CPU seconds of one thread, which programs beside it lengthen less than those of the clock.
 Gradients are random and the same for all; forward and backward passes are not run, as they are the same for all.
 """
 
@@ -42,11 +43,11 @@ class Prepared:
         self.step()  # makes the optimizer's state
 
     def step(self) -> float:
-        """Seconds of one optimizer step on fresh gradients."""
+        """CPU seconds of one optimizer step on fresh gradients."""
         fill_gradients(self.model)
-        start = time.perf_counter()
+        start = time.process_time()
         self.optimizer.step()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def interleaved(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
@@ -75,11 +76,10 @@ def measure(method: Method, repeats: int) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(dstlib.METHODS), default=list(dstlib.METHODS))
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind, median taken (default 5)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.repeats}, SGD with momentum")
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, CPU time of one thread, medians of {args.repeats}, SGD with momentum")
     print("method         static step  ordinary step   × static  update adds  interval  per step, × static")
     for name in args.methods:
         method = dstlib.METHODS[name]

@@ -5,8 +5,10 @@
 The training loop stays as it is. See :func:`sparsify`, :mod:`dstlib.methods` and :func:`profile`.
 """
 
+from dstlib.cost import TrainingCost
 from dstlib.door import sparsify
 from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, SettingError, StateError
+from dstlib.history import History
 from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
 from dstlib.masking.update import MaskUpdate
 from dstlib.method import Method
@@ -30,6 +32,7 @@ __all__ = [
     "DstlibError",
     "Element",
     "FanIn",
+    "History",
     "Kernel",
     "MaskUpdate",
     "Method",
@@ -40,6 +43,7 @@ __all__ = [
     "Site",
     "Sparsifier",
     "StateError",
+    "TrainingCost",
     "er",
     "erk",
     "profile",

@@ -34,6 +34,8 @@ def sparsify(
     the share of inactive entries over the selected weights, ``total_steps`` the number of optimizer steps of
     the run. ``include`` and ``exclude`` are globs over qualified names ("fusion.*"); ``overrides`` maps such
     globs to sparsities of their own, outside the budget of the others; of several that match, the last wins.
+    ``split`` maps globs to the number of matrices stacked in a weight, each to compete for itself: known fused
+    projections (``qkv``, say) are split without it, and 1 keeps one together.
     Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
 
     Errors: SettingError for a setting out of range, SelectionError for weights that do not exist, cannot be
@@ -47,7 +49,7 @@ def sparsify(
     >>> int((model[0].weight != 0).sum() + (model[2].weight != 0).sum())  # a tenth of 64·32 + 32·10
     237
     """
-    _check_types(model, include=include, exclude=exclude, overrides=overrides or {}, seed=seed)
+    _check_types(model, include=include, exclude=exclude, overrides=overrides or {}, split=split or {}, seed=seed)
     _check_optimizers(optimizers, model)
     plan = make_plan(
         model,
@@ -70,7 +72,9 @@ def sparsify(
     return sparsifier
 
 
-def _check_types(model: object, *, include: object, exclude: object, overrides: object, seed: object) -> None:
+def _check_types(
+    model: object, *, include: object, exclude: object, overrides: object, split: object, seed: object
+) -> None:
     """One message for what would else fail far from the call."""
 
     def are_globs(value: object) -> bool:
@@ -78,12 +82,13 @@ def _check_types(model: object, *, include: object, exclude: object, overrides: 
             isinstance(value, Sequence) and all(isinstance(pattern, str) for pattern in value)
         )
 
-    by_glob = isinstance(overrides, Mapping) and are_globs(list(overrides))
+    by_glob, splits = (isinstance(x, Mapping) and are_globs(list(x)) for x in (overrides, split))
     checks = (
         ("model", isinstance(model, nn.Module), "an nn.Module", model, "Pass the module itself."),
         ("include", are_globs(include), "a glob or several", include, 'Pass "encoder.*", say; "*" is all.'),
         ("exclude", are_globs(exclude), "a glob or several", exclude, 'Pass "head", say; () is none.'),
         ("overrides", by_glob, "globs with their sparsities", overrides, 'Pass {"head": 0.0}, say.'),
+        ("split", splits, "globs with numbers of matrices", split, 'Pass {"*.fused": 3}, say.'),
         ("seed", type(seed) is int, "a whole number", seed, "The same seed gives the same masks; pass 0, say."),
     )
     for what, holds, allowed, given, remedy in checks:

@@ -89,7 +89,8 @@ SNFS = Method(
     name="snfs",
     reference="Dettmers & Zettlemoyer 2019, Sparse networks from scratch: faster training without losing "
     "performance, arXiv:1907.04840. Momentum is a trace of the dense gradient, as the optimizer's is masked. "
-    "Deviates: an update each 100 steps, not each epoch, until 75 % of the run.",
+    "Deviates: an update each 100 steps, not each epoch, until 75 % of the run; what a full layer leaves goes to the "
+    "others by their shares, not evenly.",
     grow=traced_magnitude,
     distribution=uniform,
     drop_fraction=Cosine(0.5),
@@ -186,7 +187,8 @@ SRIGL = Method(
     name="srigl",
     reference="Lasby et al. 2024, Dynamic sparse training with structured sparsity, ICLR: constant fan-in with "
     "neuron ablation, γ = 0.3 as for convolutional networks; replace(SRIGL, allocate=NeuronAblation(0.95)) for "
-    "vision transformers.",
+    "vision transformers. Deviates: an ablated neuron stays so, where the published code looks at all neurons anew, "
+    "and γ is of the present fan-in, which rises as neurons go.",
     grow=gradient,
     granularity=FanIn(),
     allocate=NeuronAblation(0.3),

@@ -152,7 +152,9 @@ def _check_folds(weight: Weight, method: Method) -> None:
         try:
             method.granularity.fold(matrix)
         except SettingError as error:
-            raise SettingError(f"{slot.name}, {tuple(matrix.shape)} as outputs, inputs, taps: {error}") from error
+            joined = f' Or keep its {len(weight.slots)} parts together: split={{"{weight.name}": 1}}.'
+            hint = joined if weight.can_split and len(weight.slots) > 1 else ""
+            raise SettingError(f"{slot.name}, {tuple(matrix.shape)} as outputs, inputs, taps: {error}{hint}") from error
 
 
 def _checked_density(name: str, density: float | None, method: Method) -> float:

@@ -16,6 +16,7 @@ from strategies import folds, generator, kernel_taps, percents, seeds
 from test_counts import split
 from torch import Tensor
 
+from dstlib.errors import SettingError
 from dstlib.masking import (
     NM,
     Account,
@@ -336,6 +337,18 @@ def test_what_does_not_divide_goes_to_another_layer_or_is_unspent() -> None:
         )
     # remainders: 2 of 4 and 2 of 3; the larger share is b's, and 1 unit is left, too few for a's 4 outputs
     assert targets(global_units(accounts, Terms(num_total=11, drop_fraction=0.0))) == [[1] * 4, [2] * 3]
+
+
+def test_two_layers_share_one_row_that_does_not_divide() -> None:
+    """Of 6 by rank 3 and 3, over 2 outputs each: the first has 2 per output and the second 1, and none is unspent."""
+    score_GU = torch.tensor([[9.0, 7, 5, 3], [8, 0, 0, 0]])
+    accounts = [
+        Account(
+            name=name, active_GU=score_GU > -1, drop_GU=score_GU + less, grow_GU=score_GU, num_planned=score_GU.numel()
+        )
+        for name, less in (("a", 0.5), ("b", 0.4))
+    ]
+    assert targets(global_units(accounts, Terms(num_total=6, drop_fraction=0.0))) == [[2, 2], [1, 1]]
 
 
 # One rank over all: oracles
@@ -665,6 +678,9 @@ def ablation_reference(a: Account, percent: int, share: Fraction) -> tuple[list[
     num_neurons, num_inputs = len(active), len(active[0])
     everywhere = [(g, u) for g in range(num_neurons) for u in range(num_inputs)]
     alive = [g for g in range(num_neurons) if any(active[g])]
+    fewest = math.ceil(Fraction(a.num_planned, num_inputs))
+    gone = sorted((g for g in range(num_neurons) if g not in alive), key=lambda g: (-sum(map(Fraction, grow[g])), g))
+    alive = sorted(alive + gone[: max(fewest - len(alive), 0)])
     ones = [(g, u) for g, u in everywhere if active[g][u]]
     num_moved = len(ones) * percent // 100
     survivors = sorted(ones, key=lambda at: (-drop[at[0]][at[1]], at))[: len(ones) - num_moved]
@@ -674,29 +690,34 @@ def ablation_reference(a: Account, percent: int, share: Fraction) -> tuple[list[
     if not a.is_last:
         fan_in = max(sum(row) for row in active)
         worthy = [g for g in alive if salient[g] >= max(1, share * fan_in)]
-        fewest = max(len(worthy), math.ceil(Fraction(a.num_planned, num_inputs)), 1)
-        alive = sorted(alive, key=lambda g: (-salient[g], g))[:fewest]
+        alive = sorted(alive, key=lambda g: (-salient[g], g))[: max(len(worthy), fewest, 1)]
     new_fan_in = min(a.num_planned // len(alive), num_inputs)
     target = [new_fan_in if g in alive else 0 for g in range(num_neurons)]
     return target, [min(sum(h == g for h, _ in survivors), n) for g, n in enumerate(target)]
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> Account:
-    """A constant fan-in over the neurons that are left; as many units planned as they hold, and a remainder."""
+def layers(draw: st.DrawFn, constant: bool = True) -> Account:
+    """A constant fan-in over the neurons that are left, and as many units planned as they hold, and a remainder.
+
+    Unless the density is to be ``constant``, any number may be planned, from one per neuron up.
+    """
     num_neurons, num_inputs = draw(st.integers(1, 7)), draw(st.integers(1, 8))
     num_alive = draw(st.integers(1, num_neurons))
     fan_in = draw(st.integers(1, num_inputs))
     alive_G = torch.randperm(num_neurons, generator=generator(draw(seeds))) < num_alive
     active_GU = evenly_active(num_neurons, num_inputs, fan_in, draw(seeds)) & alive_G[:, None]
     rest = draw(st.integers(0, num_alive - 1)) if fan_in < num_inputs else 0
+    num_planned = fan_in * num_alive + rest
+    if not constant:
+        num_planned = draw(st.integers(num_neurons, num_neurons * num_inputs))
     kind = draw(st.sampled_from(KINDS))
     return Account(
         name="w",
         active_GU=active_GU,
         drop_GU=scores_like(active_GU, kind, draw(seeds)),
         grow_GU=scores_like(active_GU, kind, draw(seeds)),
-        num_planned=fan_in * num_alive + rest,
+        num_planned=num_planned,
         is_last=draw(st.sampled_from([False, False, True])),
     )
 
@@ -748,6 +769,17 @@ def test_no_neuron_takes_more_inputs_than_there_are() -> None:
     assert targets(found) == [[3, 0, 3]]  # the first two tie, each with one that would grow; the lower stays
 
 
+def test_neurons_come_back_where_a_rising_density_needs_them() -> None:
+    """One neuron of 3 inputs is left of 3; 5 planned take two, and the third has the larger gradient."""
+    active_GU = torch.tensor([[False] * 3, [True] * 3, [False] * 3])
+    grow_GU = torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 0, 3]])
+    a = Account(name="w", active_GU=active_GU, drop_GU=active_GU.float(), grow_GU=grow_GU, num_planned=5)
+    found = NeuronAblation()([a], Terms(num_total=5, drop_fraction=0.0))
+    assert (targets(found), kept(found)) == ([[0, 2, 2]], [[0, 2, 0]])
+    with_last = NeuronAblation()([replace(a, is_last=True, num_planned=9)], Terms(num_total=9, drop_fraction=0.0))
+    assert targets(with_last) == [[3, 3, 3]]
+
+
 def test_a_decimal_share_of_the_fan_in_is_what_its_digits_say() -> None:
     """0.55 · 100 is 55.00000000000001, and 55 salient weights of 100 are enough."""
     active_GU = torch.arange(200)[None].expand(2, -1) < 100
@@ -761,11 +793,24 @@ def test_a_decimal_share_of_the_fan_in_is_what_its_digits_say() -> None:
     assert targets(NeuronAblation(0.551)([a], terms)) == [[200, 0]]
 
 
-@given(layers(), percents, st.sampled_from([0.0, 0.3, 0.5, 0.55, 0.95, 1.0, 3.0]))
+@given(layers() | layers(constant=False), percents, st.sampled_from([0.0, 0.3, 0.5, 0.55, 0.95, 1.0, 3.0]))
 def test_ablation_equals_plain_python(a: Account, percent: int, share: float) -> None:
     found = NeuronAblation(share)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100))
     expected = ablation_reference(a, percent, Fraction(repr(share)))
     assert (targets(found), kept(found)) == tuple([part] for part in expected)
+
+
+@given(layers(constant=False), percents, st.sampled_from([0.3, 0.95, 1.0]))
+def test_the_plan_of_a_layer_is_met_at_any_density(a: Account, percent: int, share: float) -> None:
+    """Where it falls or rises too, to less than one unit per neuron."""
+    (budget,) = NeuronAblation(share)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100)).budgets
+    after_G = carried_out(a, budget).sum(dim=1)
+    assert len(after_G[after_G > 0].unique()) == 1
+    assert a.num_planned - int((after_G > 0).sum()) < int(after_G.sum()) <= a.num_planned
+    came_back_G = (after_G > 0) & (a.active_GU.sum(dim=1) == 0)
+    assert int(came_back_G.sum()) == max(
+        -(-a.num_planned // a.active_GU.shape[1]) - int(a.active_GU.any(dim=1).sum()), 0
+    )
 
 
 @given(layers(), percents, st.sampled_from([0.3, 0.95, 1.0]))
@@ -828,3 +873,18 @@ def test_any_granularity_gives_accounts(fold: tuple[object, torch.Size], seed: i
     for allocate in (global_units, momentum_share):
         (budget,) = allocate([a], Terms(num_total=total, drop_fraction=0.0)).budgets
         assert int(budget.num_target_G.sum()) == total
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AdaptiveThreshold(initial=0.0),
+        lambda: AdaptiveThreshold(tolerance=-0.1),
+        lambda: AdaptiveThreshold(factor=1.0),
+        lambda: NeuronAblation(-0.1),
+        lambda: NeuronAblation(1.1),
+    ],
+)
+def test_settings_out_of_range_are_refused(make) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SettingError, match=r"(settings of AdaptiveThreshold|min_share of NeuronAblation): expected"):
+        make()

@@ -25,7 +25,8 @@ def problems(draw: st.DrawFn, share: st.SearchStrategy[float] = any_shares) -> t
     least = draw(st.sampled_from([0, 0, 1, 3]))
     size = st.integers(0, 20) | st.sampled_from([0, 1, 1000, 10**8])
     caps = {f"n{i}": least + cap for i, cap in enumerate(draw(st.lists(size, min_size=1, max_size=8)))}
-    shares = {name: draw(share) for name in caps}
+    idle = draw(st.sampled_from([False, False, True]))
+    shares = {name: 0.0 if idle else draw(share) for name in caps}
     lowest, highest = least * len(caps), sum(caps.values())
     return draw(st.integers(lowest, highest) | st.sampled_from([lowest, highest])), shares, caps, least
 
@@ -80,6 +81,7 @@ def split(num: int, shares: Shares, caps: Caps, least: int = 0) -> dict[str, int
         (3, [1, 0], [5, 5], 0, [3, 0]),
         (5, [1, 0, 0], [2, 6, 3], 0, [2, 2, 1]),
         (3, [0, 0, 0], [0, 6, 3], 0, [0, 2, 1]),
+        (4, [0, 0], [3, 9], 0, [1, 3]),
         (3, [-7, 1, -1], [9, 9, 9], 0, [0, 3, 0]),
         (3, [-7, -1], [4, 2], 0, [2, 1]),
         # at least 2: they are taken from the others in proportion, so 100 : 300 stays 1 : 3

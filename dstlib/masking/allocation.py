@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dstlib.errors import SettingError, explain
 from dstlib.masking.budget import Account, Allocation, Budget, Terms, num_dropped
 from dstlib.masking.counts import apportion, round_up
 from dstlib.masking.selection import select_top
@@ -36,7 +37,7 @@ def as_they_are(score_GU: Tensor, active_GU: Tensor) -> Tensor:
 
 
 def lamp_scores(score_GU: Tensor, active_GU: Tensor) -> Tensor:
-    """s² / Σ s² over the active units that score no less: the best of each weight scores 1.
+    """s² / Σ s² over the active units up to its rank: the best of each weight scores 1. For scores that are magnitudes.
 
     Reference: Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning, ICLR, equation 3.
 
@@ -119,6 +120,12 @@ class AdaptiveThreshold:
     tolerance: float = 0.1
     factor: float = 2.0
 
+    def __post_init__(self) -> None:
+        if not (self.initial > 0 and self.tolerance >= 0 and self.factor > 1):
+            given = (self.initial, self.tolerance, self.factor)
+            allowed, remedy = "initial > 0, tolerance ≥ 0, factor > 1", "The paper doubles and halves."
+            raise SettingError(explain("settings", "AdaptiveThreshold", allowed=allowed, given=given, remedy=remedy))
+
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
         threshold = terms.memory or self.initial
         active = {a.name: a.active_GU.sum(dim=1) for a in accounts}
@@ -141,13 +148,21 @@ class NeuronAblation:
     The weakest f·A active weights of the layer are dropped, wherever they sit. A neuron whose salient weights
     (survivors, and the f·A inactive ones that would grow first) are fewer than ``min_share`` of the fan-in is
     ablated, and the fan-in of the others rises as far as the layer's number of weights allows. The last layer
-    keeps all neurons. Groups are neurons: for the granularity ``FanIn``.
+    keeps all neurons. Only where a layer is to hold more weights than its neurons have inputs do some come back,
+    by their mean growth score. Groups are neurons: for the granularity ``FanIn``.
 
     Reference: Lasby et al. 2024 (SRigL), section 3: min_share γ = 0.3 for convolutional networks, 0.95 for
     vision transformers.
     """
 
     min_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_share <= 1:
+            remedy = "0.3 suits convolutional networks, 0.95 transformers."
+            allowed = "a share in [0, 1]"
+            given = self.min_share
+            raise SettingError(explain("min_share", "NeuronAblation", allowed=allowed, given=given, remedy=remedy))
 
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
         return Allocation(tuple(self._budget(account, terms.drop_fraction) for account in accounts))
@@ -158,12 +173,15 @@ class NeuronAblation:
         num_moved = num_dropped(fan_in_G.sum(), drop_fraction)
         survivors_GU = _layer_top(account.drop_GU, active_GU, int(fan_in_G.sum() - num_moved))
         alive_G = fan_in_G > 0
+        num_needed = -(-account.num_planned // active_GU.shape[1])  # no neuron takes more than all inputs
+        if num_needed > int(alive_G.sum()):
+            back_G = account.grow_GU.double().mean(dim=1).masked_fill(alive_G, torch.inf)
+            alive_G = _layer_top(back_G, torch.ones_like(alive_G), num_needed)
         candidates_GU = ~active_GU & alive_G[:, None]
         num_grown = min(int(num_moved), int(candidates_GU.sum()))
         salient_G = (survivors_GU | _layer_top(account.grow_GU, candidates_GU, num_grown)).sum(dim=1)
         if not account.is_last:
             least = max(1, round_up(self.min_share * int(fan_in_G.max())))
-            num_needed = -(-account.num_planned // active_GU.shape[1])  # no neuron takes more than all inputs
             num_worthy = int((alive_G & (salient_G >= least)).sum())
             num_alive = min(max(num_worthy, num_needed, 1), int(alive_G.sum()))
             alive_G = _layer_top(salient_G.double(), alive_G, num_alive)

@@ -46,8 +46,9 @@ class Account:
 class Terms:
     """What weights that share a budget have to meet together.
 
-    ``num_total`` units are active in all of them after the update; ``drop_fraction`` is the share of active
-    units to exchange; ``memory`` is the number that the allocator returned at its last update, 0 at first.
+    ``num_total`` units, at least one per group, are active in all of them after the update; ``drop_fraction`` is
+    the share of active units to exchange; ``memory`` is the number that the allocator returned at its last update,
+    0 at first.
     """
 
     num_total: int

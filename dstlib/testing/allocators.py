@@ -1,0 +1,166 @@
+"""What every allocator keeps to: budgets that can be met, and that meet the total.
+
+Shapes: G groups, U units per group.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from dstlib.masking import Account, Allocation, Allocator, Budget, Terms, num_units
+from dstlib.testing.laws import attempt, broken, global_state, named, world
+
+# (G, U) of each weight: without groups, and outputs that compete within themselves
+MODELS = {"elements": ((1, 40), (1, 9), (1, 120)), "fan-in": ((4, 10), (3, 3), (8, 15)), "one weight": ((1, 30),)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Accounts and terms, with words for them."""
+
+    what: str
+    accounts: tuple[Account, ...]
+    terms: Terms
+
+    def __str__(self) -> str:
+        t = self.terms
+        return f"{self.what}: {t.num_total} units, drop fraction {t.drop_fraction:g}, memory {t.memory:g}"
+
+    @property
+    def slack(self) -> int:
+        """What may stay unspent, as it does not divide into groups."""
+        return sum(len(account.active_GU) - 1 for account in self.accounts)
+
+
+def check_allocator(allocator: Allocator) -> None:
+    """Holds an allocator to its laws: a third of the units active, and a total that stays, falls or rises.
+
+    - *an allocation*: a budget for each account, in their order, of whole numbers (G,), and a finite memory.
+    - *feasible*: in each group, 0 ≤ kept ≤ active and kept ≤ target ≤ all.
+    - *total*: the targets add up to ``num_total``; with several groups, to less than one unit per group below it.
+    - *repeatable*: the same accounts and terms, memory included, give the same budgets, under any global seed,
+      whose generators it leaves where they stand.
+    - *changes nothing*: the accounts stay as they were.
+
+    Errors: LawError for the first law that is broken.
+
+    >>> from dstlib.masking import AdaptiveThreshold, lamp
+    >>> check_allocator(lamp)
+    >>> check_allocator(AdaptiveThreshold(tolerance=0.2))
+    """
+    subject = named("allocator", allocator)
+    for problem in _problems():
+        allocation = _allocate(allocator, subject, problem)
+        _check_budgets(allocation, subject, problem)
+        _check_repeatable(allocator, allocation, subject, problem)
+
+
+def _problems() -> Iterator[Problem]:
+    ways = (("stays", 1 / 3), ("falls", 0.2), ("rises", 0.7), ("is one per group", 0.0), ("is all", 1.0))
+    for model, shapes in MODELS.items():
+        for way, density in ways:
+            for scores, drop_fraction, memory in (
+                ("distinct", 0.0, 0.0),
+                ("distinct", 0.3, 0.25),
+                ("distinct", 1.0, 0.0),
+                ("zero", 0.3, 0.0),
+            ):
+                accounts = _accounts(shapes, scores, density)
+                num_total = sum(account.num_planned for account in accounts)
+                terms = Terms(num_total=num_total, drop_fraction=drop_fraction, memory=memory)
+                yield Problem(f"{model}, {scores} scores, the total {way}", accounts, terms)
+
+
+def _accounts(shapes: Sequence[tuple[int, int]], scores: str, density: float) -> tuple[Account, ...]:
+    accounts = []
+    for i, (num_groups, num_all) in enumerate(shapes):
+        order_GU, drop_GU, grow_GU = (_noise(num_groups, num_all, 3 * i + k) for k in range(3))
+        if scores == "zero":
+            drop_GU, grow_GU = torch.zeros_like(drop_GU), torch.zeros_like(grow_GU)
+        accounts.append(
+            Account(
+                name=f"layer{i}",
+                active_GU=order_GU.argsort(dim=1).argsort(dim=1) < num_units(num_all, 1 / 3),
+                drop_GU=drop_GU.abs(),
+                grow_GU=grow_GU.abs(),
+                num_planned=num_groups * num_units(num_all, density),
+                is_last=i == len(shapes) - 1,
+            )
+        )
+    return tuple(accounts)
+
+
+def _noise(num_groups: int, num_all: int, seed: int) -> Tensor:
+    return torch.randn(num_groups, num_all, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+
+
+def _allocate(allocator: Allocator, subject: str, problem: Problem) -> Allocation:
+    """What comes back, once it is known to be an allocation."""
+    law, remedy = "an allocation", "Return Allocation(tuple of Budget(num_kept_G, num_target_G)), int64 tensors each."
+    expected = f"an Allocation with {len(problem.accounts)} budgets of whole numbers per group"
+    given = copy.deepcopy(problem)
+    with world(0):
+        found = attempt(
+            lambda: allocator(given.accounts, given.terms), law, subject, on=str(problem), expected=expected, remedy=remedy
+        )
+    got = repr(found)
+    if isinstance(found, Allocation):
+        fits = len(found.budgets) == len(problem.accounts) and all(
+            isinstance(budget, Budget) and all(_is_whole(x, a) for x in (budget.num_kept_G, budget.num_target_G))
+            for budget, a in zip(found.budgets, problem.accounts, strict=True)
+        )
+        if fits and isinstance(found.memory, Real) and math.isfinite(found.memory):
+            _check_untouched(given, subject, problem)
+            return found
+    raise broken(law, subject, on=str(problem), expected=expected, got=got, remedy=remedy)
+
+
+def _is_whole(num_G: Tensor, account: Account) -> bool:
+    is_tensor = isinstance(num_G, Tensor) and num_G.shape == account.active_GU.shape[:1]
+    return is_tensor and num_G.dtype in (torch.int32, torch.int64)
+
+
+def _check_untouched(given: Problem, subject: str, problem: Problem) -> None:
+    for before, after in zip(problem.accounts, given.accounts, strict=True):
+        for name in ("active_GU", "drop_GU", "grow_GU"):
+            if not torch.equal(getattr(before, name), getattr(after, name)):
+                expected, got = f"{name} of {before.name} as it was", "other values"
+                remedy = "An allocator only looks: the exchange of units is the library's."
+                raise broken("changes nothing", subject, on=str(problem), expected=expected, got=got, remedy=remedy)
+
+
+def _check_budgets(allocation: Allocation, subject: str, problem: Problem) -> None:
+    for account, budget in zip(problem.accounts, allocation.budgets, strict=True):
+        kept_G, target_G = budget.num_kept_G, budget.num_target_G
+        active_G, num_all = account.active_GU.sum(dim=1), account.active_GU.shape[1]
+        is_met = (kept_G >= 0) & (kept_G <= active_G) & (kept_G <= target_G) & (target_G <= num_all)
+        if not bool(is_met.all()):
+            expected = f"0 ≤ kept ≤ active and kept ≤ target ≤ all in {account.name}"
+            got = f"kept {kept_G.tolist()}, active {active_G.tolist()}, target {target_G.tolist()}, all {num_all}"
+            remedy = "kept = torch.minimum(kept, target); what does not fit into one weight goes to another."
+            raise broken("feasible", subject, on=str(problem), expected=expected, got=got, remedy=remedy)
+    num_given, num_total = sum(int(b.num_target_G.sum()) for b in allocation.budgets), problem.terms.num_total
+    if not num_total - problem.slack <= num_given <= num_total:
+        expected = f"targets that add up to {num_total}" + f", or up to {problem.slack} below" * bool(problem.slack)
+        remedy = "Round last: dstlib.masking.counts.apportion splits a total into whole numbers that add up."
+        raise broken("total", subject, on=str(problem), expected=expected, got=num_given, remedy=remedy)
+
+
+def _check_repeatable(allocator: Allocator, allocation: Allocation, subject: str, problem: Problem) -> None:
+    with world(1):
+        before = global_state()
+        again = allocator(problem.accounts, problem.terms)
+        has_moved = global_state() != before
+    same = again.memory == allocation.memory and all(
+        torch.equal(x.num_kept_G, y.num_kept_G) and torch.equal(x.num_target_G, y.num_target_G)
+        for x, y in zip(allocation.budgets, again.budgets, strict=True)
+    )
+    if has_moved or not same:
+        expected, got = "the same budgets again", "draws from a global generator" if has_moved else "others"
+        remedy = "What it is to remember goes into Allocation.memory, a number that is saved and handed back."
+        raise broken("repeatable", subject, on=str(problem), expected=expected, got=got, remedy=remedy)

@@ -1,0 +1,145 @@
+"""A small training with every kind of weight that can be sparse, to try a method on."""
+
+import copy
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dstlib.door import sparsify
+from dstlib.method import Method
+from dstlib.sparsifier import Sparsifier
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.005),
+}
+NUM_STEPS = 32
+
+
+class SmallModel(nn.Module):
+    """A convolution, a transposed one, an attention and a linear layer: (B, width, 4, 4) → (B, width).
+
+    The norm bounds the logits, so that a method whose grown weights are large does not diverge here.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3)
+        self.up = nn.ConvTranspose2d(width, width, 2)
+        self.attention = nn.MultiheadAttention(width, 1, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        x = self.up(self.conv(x).relu()).relu().flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(self.norm(self.attention(x, x, x, need_weights=False)[0].mean(dim=1)))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a run is made from; the model's first weights and the batches are always the same."""
+
+    method: Method
+    sparsity: float
+    width: int
+    optimizer: str = "SGD with momentum"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"a small model of width {self.width} under {self.optimizer}, sparsity {self.sparsity:g}"
+
+
+@dataclass
+class Run:
+    """A training under way."""
+
+    setting: Setting
+    model: nn.Module = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    sparsifier: Sparsifier = field(init=False)
+    num_steps: int = 0
+
+    def __post_init__(self) -> None:
+        s = self.setting
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.model = SmallModel(s.width)
+        self.optimizer = OPTIMIZERS[s.optimizer](self.model.parameters())
+        self.sparsifier = sparsify(
+            self.model, self.optimizer, sparsity=s.sparsity, method=s.method, total_steps=NUM_STEPS, seed=s.seed
+        )
+
+    def steps(self, until: int = NUM_STEPS) -> Iterator[int]:
+        """Trains, and stops after each optimizer step to tell its number."""
+        while self.num_steps < until:
+            x, y = _batch(self.num_steps, self.setting.width)
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(x), y).backward()
+            self.optimizer.step()
+            self.num_steps += 1
+            yield self.num_steps
+
+    def train(self, until: int = NUM_STEPS) -> "Run":
+        """Trains without a stop."""
+        for _ in self.steps(until):
+            pass
+        return self
+
+    def copied(self) -> "Run":
+        """Model, optimizer and sparsifier copied together."""
+        return copy.deepcopy(self)
+
+    def saved_and_loaded(self) -> "Run":
+        """Made anew, with the three states through a file."""
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in self._parts], file)
+        file.seek(0)
+        fresh = Run(self.setting)
+        fresh.num_steps = self.num_steps
+        for part, state in zip(fresh._parts, torch.load(file, weights_only=True), strict=True):
+            part.load_state_dict(state)
+        return fresh
+
+    def end(self) -> None:
+        """Lets go of the optimizers' hooks."""
+        self.sparsifier.detach()
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks as they are now."""
+        return {name: mask.clone() for name, mask in self.sparsifier.masks.items()}
+
+    def difference(self, other: "Run") -> str:
+        """The first tensor or number in which two runs differ, by name; empty where they agree bit for bit."""
+        parts = ("model", "optimizer", "sparsifier")
+        found = (_difference(getattr(self, p).state_dict(), getattr(other, p).state_dict(), p) for p in parts)
+        return next((path for path in found if path), "")
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.model, self.optimizer, self.sparsifier
+
+
+def _batch(step: int, width: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cpu").manual_seed(step)
+    x = torch.randn(4, width, 4, 4, generator=generator, device="cpu", dtype=torch.float32)
+    y = torch.randint(0, width, (4,), generator=generator, device="cpu")
+    return x.to(torch.get_default_dtype()), y
+
+
+def _difference(first: Any, second: Any, path: str) -> str:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        same = first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
+        return "" if same else path
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        return next((p for k in first if (p := _difference(first[k], second[k], f"{path} {k}"))), "")
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        pairs = enumerate(zip(first, second, strict=True))
+        return next((p for i, (x, y) in pairs if (p := _difference(x, y, f"{path} {i}"))), "")
+    return "" if first == second else path
