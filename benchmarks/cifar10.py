@@ -8,7 +8,8 @@
 Every cell is one run of examples/cifar10.py with its preset quick: the small network, 3 passes over the images, the
 same schedule for all, tuned for the dense network and for no method. All methods share the density among the layers
 by ERK, which for dsff is not the paper's choice, and update their masks at the same steps: each sixtieth of the run,
-for three quarters of it (dsff to its end). Runs this short support orderings, not the accuracies of papers.
+for three quarters of it (dsff to its end). Runs this short support orderings, not the accuracies of papers; granet
+starts dense, so it trains with more weights than the others and only ends with as few.
 
 Each finished cell is a file in --results and is not repeated, so the command may be stopped at any time and given
 again. Cells are run seed by seed: a part of the grid is a whole comparison with fewer seeds.

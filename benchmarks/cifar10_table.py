@@ -2,14 +2,13 @@
 
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from cifar10_training import Settings
+from cifar10_training import Settings, write_whole
 
 from dstlib.errors import SettingError, StateError, explain
 from dstlib.report import align
@@ -83,8 +82,8 @@ def read_cell(path: Path, settings: Settings) -> Result | None:
 def spread(values: Sequence[float]) -> Spread:
     """Mean and standard error of the mean.
 
-    >>> spread([0.70, 0.72, 0.74]) == (0.72, 0.02 / 3**0.5) or spread([0.70, 0.72, 0.74])
-    (0.72, 0.011547005383792527)
+    >>> [round(number, 4) for number in spread([0.70, 0.72, 0.74])]
+    [0.72, 0.0115]
     """
     return mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
@@ -131,14 +130,14 @@ def table(results: Mapping[Cell, Result], methods: Sequence[str], sparsities: Se
 def notes(results: Mapping[Cell, Result]) -> list[str]:
     """What the numbers of a table are, and are not."""
     any_run = next(iter(results.values()))
-    s = any_run["settings"]
+    network, passes = any_run["settings"]["model"], any_run["settings"]["epochs"]
     num = min(len({cell.seed for cell in results}), max(INTERVAL_95))
     factor = INTERVAL_95.get(num)
-    wide = "no error without a second one" if factor is None else f"a 95 % interval is {factor} times as wide for {num}"
+    wide = "none without a second one" if factor is None else f"for {num} seeds a 95 % interval is ± {factor} of them"
     return [
         f"± is the standard error over the seeds ({wide}); minus static is paired by seed.",
-        f"{s['model']} network, {s['epochs']} passes over {any_run['num_train']:,} images of {any_run['data']}; test "
-        f"accuracy on {any_run['num_test']:,} after the last step.",
+        f"{network} network, {passes} pass{'es' * (passes > 1)} over {any_run['num_train']:,} images of "
+        f"{any_run['data']}. Test accuracy on {any_run['num_test']:,} after the last step.",
         "Weights: active of those made sparse; FLOPs: of one image, the final network over the dense one, as counted.",
     ]
 
@@ -180,12 +179,4 @@ def _write_figure(drawing: Any, path: Path) -> None:
     except ValueError as error:
         allowed, remedy = "a name that ends in .png, .pdf or .svg", "Rename it."
         raise SettingError(explain("--figure", str(path), allowed=allowed, given=kind, remedy=remedy)) from error
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        allowed, remedy = "a folder to write to", "Make room, or pass another --figure."
-        raise StateError(explain("figure", str(path), allowed=allowed, given=error, remedy=remedy)) from error
+    write_whole(path, buffer.getvalue())

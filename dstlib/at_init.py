@@ -71,7 +71,8 @@ def synflow(model: nn.Module, *inputs: Tensor, rounds: int = 100) -> AtInit:
 
     ``inputs`` are examples of the model's arguments, of which only shapes count. Each round removes a share
     of the weights and looks again, so that no layer is cut through. In double precision, as products over
-    many layers overflow a float; in eval mode, so that batch norms are linear.
+    many layers overflow a float; in eval mode, so that batch norms are linear. Biases and running means count as
+    zero, as in the paper's R: else flow would begin in the middle, and layers before it could be cut off.
 
     Reference: Tanaka et al. 2020, Pruning neural networks without any data by iteratively conserving synaptic
     flow, NeurIPS, Algorithm 1: 100 rounds.
@@ -83,10 +84,11 @@ def synflow(model: nn.Module, *inputs: Tensor, rounds: int = 100) -> AtInit:
         raise SettingError(explain("inputs", "synflow()", allowed="tensors", given=given, remedy=remedy))
 
     def scores(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        positive = {name: p.detach().abs().double() for name, p in bare.named_parameters()}
+        positive = {name: _without_offset(name, p.detach()) for name, p in bare.named_parameters()}
         for name, parameter in bare.named_parameters():
             positive[name].requires_grad_(any(parameter is p for p in parameters))
-        state = positive | {n: b.abs().double() if b.is_floating_point() else b for n, b in bare.named_buffers()}
+        buffers = dict(bare.named_buffers())
+        state = positive | {n: _without_offset(n, b) if b.is_floating_point() else b for n, b in buffers.items()}
         names = {id(p): name for name, p in bare.named_parameters()}
         weights = [positive[names[id(p)]] if id(p) in names else None for p in parameters]
         with _as_it_was(model, training=False), torch.enable_grad():
@@ -96,6 +98,10 @@ def synflow(model: nn.Module, *inputs: Tensor, rounds: int = 100) -> AtInit:
         return [None if w is None or g is None else w.detach() * g for w, g in zip(weights, grads, strict=True)]
 
     return AtInit("synflow", scores, _checked_rounds(rounds))
+
+
+def _without_offset(name: str, x: Tensor) -> Tensor:
+    return torch.zeros_like(x).double() if name.endswith(("bias", "running_mean")) else x.abs().double()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -142,7 +143,7 @@ def train(settings: Settings, images: Images, *, device: str = "cpu", show: bool
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        mean_loss, accuracy = float(torch.stack(losses).mean()), tested(model, images)
+        mean_loss, accuracy = float(torch.stack(losses).mean()), accuracy_on(model, images)
         _check_loss(mean_loss, epoch)
         epochs.append({"epoch": epoch, "step": end, "loss": mean_loss, "accuracy": accuracy})
         if show:
@@ -160,7 +161,7 @@ def train(settings: Settings, images: Images, *, device: str = "cpu", show: bool
 
 
 @torch.no_grad()
-def tested(model: nn.Module, images: Images) -> float:
+def accuracy_on(model: nn.Module, images: Images) -> float:
     """The share of the test images that the model names rightly; the model is left in training mode."""
     model.eval()
     right = sum(
@@ -223,7 +224,12 @@ def _with_bar(steps: range, title: str, *, show: bool) -> Iterable[int]:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result as JSON, whole or not at all: under another name, then renamed.
+    """Writes a result as JSON, whole or not at all."""
+    write_whole(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under another name, then renames it: a reader, or a crash, meets the old file or the new one.
 
     Raises:
         StateError: The folder cannot be written to.
@@ -231,9 +237,10 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        allowed, remedy = "a folder to write to", "Make room, or pass another --out."
-        raise StateError(explain("result", f"file {path}", allowed=allowed, given=error, remedy=remedy)) from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        allowed, remedy = "a folder to write to", "Make room, or pass another one."
+        raise StateError(explain("output", f"file {path}", allowed=allowed, given=error, remedy=remedy)) from error

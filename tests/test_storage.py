@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dstlib
 from dstlib import StateError
-from dstlib.masking import Element, NM, Trace
+from dstlib.masking import Element, Trace
 from dstlib.methods import SRSTE, TOPKAST
 
 LAMBDA = 0.05  # strong, so that a pull that is missing or doubled shows within a few steps

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 
 import torch
@@ -105,10 +106,8 @@ def _allocate(allocator: Allocator, subject: str, problem: Problem) -> Allocatio
     expected = f"an Allocation with {len(problem.accounts)} budgets of whole numbers per group"
     given = copy.deepcopy(problem)
     with world(0):
-        found = attempt(
-            lambda: allocator(given.accounts, given.terms), law, subject, on=str(problem), expected=expected, remedy=remedy
-        )
-    got = repr(found)
+        call = partial(allocator, given.accounts, given.terms)
+        found = attempt(call, law, subject, on=str(problem), expected=expected, remedy=remedy)
     if isinstance(found, Allocation):
         fits = len(found.budgets) == len(problem.accounts) and all(
             isinstance(budget, Budget) and all(_is_whole(x, a) for x in (budget.num_kept_G, budget.num_target_G))
@@ -117,7 +116,7 @@ def _allocate(allocator: Allocator, subject: str, problem: Problem) -> Allocatio
         if fits and isinstance(found.memory, Real) and math.isfinite(found.memory):
             _check_untouched(given, subject, problem)
             return found
-    raise broken(law, subject, on=str(problem), expected=expected, got=got, remedy=remedy)
+    raise broken(law, subject, on=str(problem), expected=expected, got=repr(found), remedy=remedy)
 
 
 def _is_whole(num_G: Tensor, account: Account) -> bool:
@@ -142,7 +141,7 @@ def _check_budgets(allocation: Allocation, subject: str, problem: Problem) -> No
         if not bool(is_met.all()):
             expected = f"0 ≤ kept ≤ active and kept ≤ target ≤ all in {account.name}"
             got = f"kept {kept_G.tolist()}, active {active_G.tolist()}, target {target_G.tolist()}, all {num_all}"
-            remedy = "kept = torch.minimum(kept, target); what does not fit into one weight goes to another."
+            remedy = "Take torch.minimum of kept and target; what does not fit into one weight goes to another."
             raise broken("feasible", subject, on=str(problem), expected=expected, got=got, remedy=remedy)
     num_given, num_total = sum(int(b.num_target_G.sum()) for b in allocation.budgets), problem.terms.num_total
     if not num_total - problem.slack <= num_given <= num_total:

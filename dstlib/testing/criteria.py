@@ -188,14 +188,12 @@ def _check_defaults(criterion: Criterion, subject: str) -> None:
 
 
 def _check_autograd(criterion: Criterion, subject: str) -> None:
-    law, remedy = "autograd", "It is called under torch.no_grad(). Where you need gradients, detach() the scores."
+    law, expected = "autograd", "the same scores in gradient mode as under no_grad, without a graph"
+    remedy = "It is called under torch.no_grad(). Where you need gradients, detach() the scores."
     with world(0), torch.enable_grad():
-        found = attempt(
-            lambda: criterion(PLAIN.site()), law, subject, on=str(PLAIN), expected="scores in gradient mode", remedy=remedy
-        )
+        found = attempt(lambda: criterion(PLAIN.site()), law, subject, on=str(PLAIN), expected=expected, remedy=remedy)
     if found.requires_grad or not _same(found, _scored(criterion, PLAIN)):
-        expected, got = "the same scores as under no_grad, without a graph", "others"
-        got = "scores that require a gradient" if found.requires_grad else got
+        got = "scores that require a gradient" if found.requires_grad else "others"
         raise broken(law, subject, on=str(PLAIN), expected=expected, got=got, remedy=remedy)
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 from numbers import Real
 
 from dstlib.schedules import Curve
@@ -17,9 +18,9 @@ def check_curve(curve: Curve, *, low: float = -math.inf, high: float = math.inf)
     A drop fraction, a ramp and a surplus lie in [0, 1].
 
     - *finite*: a plain number, neither NaN nor infinite.
+    - *repeatable*: the same number each time, whatever was asked in between, under any global seed.
     - *in range*: from ``low`` to ``high``, both included.
     - *clamped*: progress outside [0, 1] counts as the nearer end.
-    - *repeatable*: the same number each time, whatever was asked in between, under any global seed.
     - *a value*: it equals its copies, and survives pickling, as workers and saved settings need.
 
     Errors: LawError for the first law that is broken.
@@ -32,19 +33,19 @@ def check_curve(curve: Curve, *, low: float = -math.inf, high: float = math.inf)
 number in [0, 1], got 2.0. Drop fractions, ramps and surpluses are shares.
     """
     subject = named("curve", curve)
-    for progress in _POINTS:
+    for progress in (*_POINTS, -0.5, 1.5):
         _check_number(curve, subject, progress)
+    _check_repeatable(curve, subject)
+    for progress in _POINTS:
         if not low <= curve(progress) <= high:
             expected, remedy = f"a number in [{low:g}, {high:g}]", "Drop fractions, ramps and surpluses are shares."
             on, got = f"progress {progress}", curve(progress)
             raise broken("in range", subject, on=on, expected=expected, got=got, remedy=remedy)
     for progress, end in ((-0.5, 0.0), (1.5, 1.0)):
-        _check_number(curve, subject, progress)
         if curve(progress) != curve(end):
             expected, got = f"its value at {end:g}, {curve(end)}", curve(progress)
             remedy = "Begin with progress = min(max(progress, 0.0), 1.0)."
             raise broken("clamped", subject, on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
-    _check_repeatable(curve, subject)
     _check_value(curve, subject)
 
 
@@ -72,7 +73,8 @@ def _check_value(curve: Curve, subject: str) -> None:
     remedy = "Write a function, or a @dataclass(frozen=True) with __call__, at the top level of a module; no lambda."
     for what, same in (("copy", copy.deepcopy), ("pickled copy", _pickled)):
         expected = f"a {what} that equals it"
-        found = attempt(lambda same=same: same(curve), "a value", subject, on="itself", expected=expected, remedy=remedy)  # type: ignore[misc]
+        call = partial(same, curve)
+        found = attempt(call, "a value", subject, on="itself", expected=expected, remedy=remedy)
         if found != curve:
             raise broken("a value", subject, on="itself", expected=expected, got="one that differs", remedy=remedy)
 

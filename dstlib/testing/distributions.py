@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Real
 
 from dstlib.masking import Distribution, num_units
@@ -63,8 +64,8 @@ def check_distribution(distribution: Distribution, *, keeps_total: bool = True) 
             before = found
         if sparse := [name for name, value in before.items() if value != 1]:
             expected, remedy = "density 1 for every weight", "Bound each density by 1, and share the rest out again."
-            got = f"{before[sparse[0]]} for {sparse[0]}"
-            raise broken("dense is dense", subject, on=f"{model} at density 1", expected=expected, got=got, remedy=remedy)
+            on, given = f"{model} at density 1", f"{before[sparse[0]]} for {sparse[0]}"
+            raise broken("dense is dense", subject, on=on, expected=expected, got=given, remedy=remedy)
 
 
 def _spread(distribution: Distribution, subject: str, shapes: Shapes, density: float, on: str) -> dict[str, float]:
@@ -72,22 +73,23 @@ def _spread(distribution: Distribution, subject: str, shapes: Shapes, density: f
     expected, remedy = f"densities of {', '.join(list(shapes)[:3])}, ...", "Return {name: density for name in shapes}."
     given = dict(copy.deepcopy(shapes))
     with world(0):
-        call = attempt(lambda: distribution(given, density), "every name", subject, on=on, expected=expected, remedy=remedy)
-    if not isinstance(call, Mapping) or set(call) != set(shapes):
-        got = f"a dict of {', '.join(map(str, call)) or 'nothing'}" if isinstance(call, Mapping) else repr(call)
+        call = partial(distribution, given, density)
+        found = attempt(call, "every name", subject, on=on, expected=expected, remedy=remedy)
+    if not isinstance(found, Mapping) or set(found) != set(shapes):
+        got = f"a dict of {', '.join(map(str, found)) or 'nothing'}" if isinstance(found, Mapping) else repr(call)
         raise broken("every name", subject, on=on, expected=expected, got=got, remedy=remedy)
-    for name, value in call.items():
+    for name, value in found.items():
         if not isinstance(value, Real) or not 0 <= value <= 1:
             remedy = "Weights that would exceed 1 stay dense; what they leave goes to the others."
             expected, got = "plain numbers in [0, 1]", f"{value!r} for {name}"
             raise broken("in range", subject, on=on, expected=expected, got=got, remedy=remedy)
     with world(1):
         again = distribution(given, density)
-    if again != call or list(given.items()) != list(shapes.items()):
+    if again != found or list(given.items()) != list(shapes.items()):
         expected, got = "the same densities twice, and shapes as they were", "something else the second time"
         remedy = "Compute from shapes and density alone: a resumed run must find the same."
         raise broken("repeatable", subject, on=on, expected=expected, got=got, remedy=remedy)
-    return dict(call)
+    return dict(found)
 
 
 def _check_total(found: Mapping[str, float], subject: str, sizes: Mapping[str, int], density: float, on: str) -> None:

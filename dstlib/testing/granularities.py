@@ -5,6 +5,7 @@ Shapes: O out, I in, K kernel taps; G groups, U units per group, E elements per 
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def _check_value(granularity: Granularity, subject: str) -> None:
 
 
 def _folds(granularity: Granularity, subject: str, shape: torch.Size) -> bool:
-    remedy = 'raise dstlib.SettingError("..."): sparsify() then names the weight.'
+    remedy = 'Raise dstlib.SettingError("..."): sparsify() then names the weight.'
     expected = "a fold, or a SettingError where the shape does not divide"
 
     def fold() -> bool:
@@ -83,18 +84,16 @@ def _folds(granularity: Granularity, subject: str, shape: torch.Size) -> bool:
 
 
 def _check_fold(granularity: Granularity, subject: str, shape: torch.Size) -> None:
-    index = torch.arange(shape.numel()).view(shape)
-    folded = granularity.fold(index)
+    law, remedy = "each entry once", "Rearrange only, as einops.rearrange does: no sum, no sort, no padding."
+    index, expected = torch.arange(shape.numel()).view(shape), f"each of {shape.numel()} entries once"
+    folded = attempt(partial(granularity.fold, index), law, subject, on=_on(shape), expected=expected, remedy=remedy)
     if folded.ndim != 3 or folded.dtype != index.dtype:
         got = f"{folded.ndim} axes of {folded.dtype}"
-        remedy = "Groups, units, elements: a single group or element is an axis of 1."
-        raise broken(
-            "three axes", subject, on=_on(shape), expected=f"(G, U, E) of {index.dtype}", got=got, remedy=remedy
-        )
-    law, remedy = "each entry once", "Rearrange only, as einops.rearrange does: no sum, no sort, no padding."
+        expected, remedy = f"(G, U, E) of {index.dtype}", "Groups, units, elements: a single one is an axis of 1."
+        raise broken("three axes", subject, on=_on(shape), expected=expected, got=got, remedy=remedy)
     if not torch.equal(folded.flatten().sort().values, index.flatten()):
         num_found = len(folded.flatten().unique())
-        expected, got = f"each of {shape.numel()} entries once", f"{folded.numel()} places with {num_found} of them"
+        got = f"{folded.numel()} places with {num_found} of them"
         raise broken(law, subject, on=_on(shape), expected=expected, got=got, remedy=remedy)
     noise = _noise(shape)
     if not torch.equal(granularity.fold(noise), noise.flatten()[folded]):
@@ -103,21 +102,16 @@ def _check_fold(granularity: Granularity, subject: str, shape: torch.Size) -> No
 
 
 def _check_inverses(granularity: Granularity, subject: str, shape: torch.Size) -> None:
-    noise = _noise(shape)
+    law, noise = "unfold undoes fold", _noise(shape)
     for x in (noise, noise.double(), noise > 0, torch.arange(shape.numel()).view(shape)):
         on, expected = f"{_on(shape)}, {x.dtype}", "unfold(fold(x), shape) equal to x"
         remedy = "Turn the pattern of fold round; (G, U, E) → (O, I, *K)."
-        back = attempt(
-            lambda x=x: granularity.unfold(granularity.fold(x), shape),  # type: ignore[misc]
-            "unfold undoes fold",
-            subject,
-            on=on,
-            expected=expected,
-            remedy=remedy,
-        )
+        folded = granularity.fold(x).contiguous()
+        call = partial(granularity.unfold, folded, shape)
+        back = attempt(call, law, subject, on=on, expected=expected, remedy=remedy)
         if not _same(back, x):
             got = f"shape {tuple(back.shape)} of {back.dtype}" if back.shape != shape else "other entries"
-            raise broken("unfold undoes fold", subject, on=on, expected=expected, got=got, remedy=remedy)
+            raise broken(law, subject, on=on, expected=expected, got=got, remedy=remedy)
 
 
 def _check_layout(granularity: Granularity, subject: str, shape: torch.Size) -> None:
@@ -125,10 +119,10 @@ def _check_layout(granularity: Granularity, subject: str, shape: torch.Size) -> 
     x = _noise(shape)
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     y = granularity.fold(x).contiguous()
-    turned_y = y.transpose(0, 1).contiguous().transpose(0, 1)
+    turned_y = y.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     for call, plain in (
-        (lambda: granularity.fold(turned), y),
-        (lambda: granularity.unfold(turned_y, shape), x),
+        (partial(granularity.fold, turned), y),
+        (partial(granularity.unfold, turned_y, shape), x),
     ):
         found = attempt(call, "memory layout", subject, on=_on(shape), expected=expected, remedy=remedy)
         if not _same(found, plain):

@@ -42,7 +42,7 @@ def attempt(call: Callable[[], T], law: str, subject: str, *, on: str, expected:
     except LawError:
         raise
     except Exception as error:
-        got = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        got = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
         raise broken(law, subject, on=on, expected=expected, got=got, remedy=remedy) from error
 
 
@@ -57,18 +57,20 @@ def named(kind: str, thing: object) -> str:
 
 @contextmanager
 def world(seed: int) -> Iterator[None]:
-    """Inside, the default device is the CPU and the global generators start from a seed; both are put back."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
+    """Inside, the device is the CPU, with one thread, and the global generators start from a seed; all is put back."""
+    numpy_state, python_state, num_threads = np.random.get_state(), random.getstate(), torch.get_num_threads()
     is_on_cpu = torch.get_default_device().type == "cpu"  # naming a device costs a call for each operation
     with torch.random.fork_rng(devices=[]), nullcontext() if is_on_cpu else torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
+        torch.set_num_threads(1)  # what is checked here is small: threads would only wait for each other
         try:
             yield
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+            torch.set_num_threads(num_threads)
 
 
 def global_state() -> tuple[object, ...]:

@@ -3,19 +3,19 @@
 Shapes: G groups, U units per group, E elements per unit.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dstlib.masking import NM, AtInit, Criterion, Site, num_units, random
+from dstlib.masking import NM, AtInit, Criterion, MaskUpdate, Site, num_units, random
 from dstlib.method import Method
 from dstlib.sparsifier import Sparsifier
 from dstlib.testing.laws import broken, named, world
-from dstlib.testing.small import NUM_STEPS, OPTIMIZERS, Run, Setting
-
-_HALFWAY = NUM_STEPS // 2 + 1  # odd, so between two updates
+from dstlib.testing.small import HALFWAY, OPTIMIZERS, Run, Setting
 
 
 def check_method(method: Method, *, sparsity: float | None = None, width: int = 16) -> None:
@@ -62,10 +62,10 @@ def check_method(method: Method, *, sparsity: float | None = None, width: int = 
                 _check_state(run, subject)
             run.end()
         _check_target(run, subject)
+        _check_resumption(run, subject)
         if name == setting.optimizer:
+            _check_copies(run, subject)
             _check_repeats(run, subject)
-            _check_seed(run, subject)
-        _check_interruptions(run, subject)
 
 
 def _legal_sparsity(method: Method) -> float:
@@ -87,7 +87,7 @@ def _check_state(run: Run, subject: str) -> None:
         for what, tensor in tensors.items():
             if num_wrong := int((tensor[~mask] != 0).sum()):
                 expected, got = f"zeros outside the mask in the {what} of {name}", f"{num_wrong} other entries"
-                remedy = "Only the optimizer and grown_init give weights values; no part of a method may write to site.weight."
+                remedy = "Only the optimizer and grown_init give weights values; no criterion may write to site.weight."
                 raise broken("zeros hold", subject, on=on, expected=expected, got=got, remedy=remedy)
         if num_bad := int((~parameters[name].isfinite()).sum()):
             expected, got = f"finite numbers in {name}", f"{num_bad} that are NaN or infinite"
@@ -111,7 +111,7 @@ def _check_counts(run: Run, subject: str, on: str) -> None:
     for name, mask_GUE, num_all in _unit_counts(run.sparsifier):
         if not torch.equal(mask_GUE.all(dim=-1), mask_GUE.any(dim=-1)):
             expected, got = f"whole units of {plan.method.granularity} in {name}", "units that are partly active"
-            remedy = "check_granularity(method.granularity) says more."
+            remedy = "Try check_granularity(method.granularity), which says more."
             raise broken("whole units", subject, on=on, expected=expected, got=got, remedy=remedy)
         num_G, num_target = mask_GUE[..., 0].sum(dim=1), plan.num_target(name, num_all, step)
         if plan.method.allocate is None and bool((num_G != num_target).any()):
@@ -151,85 +151,92 @@ def _check_target(run: Run, subject: str) -> None:
             raise broken("target", subject, on=on, expected=expected, got=got, remedy=remedy)
 
 
+def _check_resumption(first: Run, subject: str) -> None:
+    with world(0):
+        half = Run(first.setting).train(HALFWAY)
+        resumed = half.saved_and_loaded()
+        half.end()
+        resumed.train().end()
+    remedy = "Keep nothing between calls: masks, steps, traces and an allocator's memory are all that is saved."
+    _check_equal("resumes", subject, resumed, first, remedy, f", saved and loaded after step {HALFWAY}")
+
+
+def _check_copies(first: Run, subject: str) -> None:
+    """Halfway, a run is copied, and a copy frozen."""
+    on = f", copied after step {HALFWAY}"
+    with world(0):
+        half = Run(first.setting).train(HALFWAY)
+        copied, frozen = half.copied(), half.copied()
+        half.end()
+        copied.train().end()
+        _check_equal("copies", subject, copied, first, "Let parts of the method equal their copies.", on)
+        frozen.sparsifier.freeze()
+        masks = frozen.masks()
+        frozen.train().end()
+    for name, mask in frozen.sparsifier.masks.items():
+        if not torch.equal(mask, masks[name]):
+            expected, got = "masks that stay after freeze()", f"another mask of {name}"
+            remedy = "No part of a method may write to site.mask."
+            raise broken("freezes", subject, on=f"{first.setting}{on}", expected=expected, got=got, remedy=remedy)
+
+
 def _check_repeats(first: Run, subject: str) -> None:
-    """The same again, under another global seed; then with an observer, where nothing else is different."""
-    remedies = {
-        "repeatable": "Draw from site.generator alone and keep nothing between calls: check_criterion, on drop, grow and init.",
-        "observers look": "A method must not ask who is looking.",
-    }
-    for law, seed in (("repeatable", 1), ("observers look", 0)):
-        with world(seed):
-            run = Run(first.setting)
-            if law == "observers look":
-                run.sparsifier.observers.append(lambda site, update: None)
-            run.train().end()
-        if path := run.difference(first):
-            expected, got = "the same run bit for bit", f"another {path}"
-            raise broken(law, subject, on=str(first.setting), expected=expected, got=got, remedy=remedies[law])
-
-
-def _check_seed(first: Run, subject: str) -> None:
-    """Two seeds differ, if anything that decided was drawn."""
-    drawing: list[str] = []
-    m = first.setting.method
-    assert not isinstance(m.init, AtInit)
-    spied = replace(
-        m, **{part: _Spy(part, getattr(m, part), drawing) for part in ("drop", "grow", "init")}  # type: ignore[arg-type]
-    )
-    num_grown: list[int] = []
-    masks, runs = [], []
-    for seed in (0, 1):
-        with world(0):
-            run = Run(replace(first.setting, method=spied, seed=seed))
-            run.sparsifier.observers.append(lambda site, update: num_grown.append(int(update.grown.sum())))
-            masks.append(run.masks())
-            run.train().end()
-            runs.append(run)
-    chose_first = any(not bool(mask.all()) for mask in masks[0].values())
-    decisive = {part for part in drawing if (chose_first if part == "init" else any(num_grown))}
-    if decisive and not runs[0].difference(runs[1]):
-        parts = " and ".join(sorted(decisive))
-        expected, got = f"another run for another seed, as {parts} of the method draw", "the same"
+    """The same again under another global seed; then watched; then by another seed, if anything that decides draws."""
+    with world(1):
+        again = Run(first.setting).train()
+        again.end()
+    remedy = "Draw from site.generator alone: check_criterion, on drop, grow and init, says more."
+    _check_equal("repeatable", subject, again, first, remedy)
+    drawing: set[str] = set()
+    watched, other = (_watched(first.setting, seed, drawing) for seed in (first.setting.seed, first.setting.seed + 1))
+    _check_equal("observers look", subject, watched, first, "A method must not ask who is looking.")
+    if drawing and not watched.difference(other):
+        expected = f"another run for another seed, as {' and '.join(sorted(drawing))} of the method draw"
         remedy = "Use what you draw from site.generator; or draw nothing, as ties go to the lower index anyway."
-        raise broken("seeded", subject, on=str(first.setting), expected=expected, got=got, remedy=remedy)
+        raise broken("seeded", subject, on=str(first.setting), expected=expected, got="the same", remedy=remedy)
+
+
+def _check_equal(law: str, subject: str, run: Run, first: Run, remedy: str, on: str = "") -> None:
+    if path := run.difference(first):
+        expected, got = "the run that never stopped and nobody watched, bit for bit", f"another {path}"
+        raise broken(law, subject, on=f"{first.setting}{on}", expected=expected, got=got, remedy=remedy)
+
+
+def _watched(setting: Setting, seed: int, drawing: set[str]) -> Run:
+    """A run with an observer; adds to ``drawing`` the criteria that drew where it mattered."""
+    drew: set[str] = set()
+    m = setting.method
+    assert not isinstance(m.init, AtInit)
+    drop, grow, init = _Spy("drop", m.drop, drew), _Spy("grow", m.grow, drew), _Spy("init", m.init, drew)
+    spied = replace(m, drop=drop, grow=grow, init=init)
+    num_changed: dict[str, int] = {"drop": 0, "grow": 0, "init": 0}
+
+    def observe(site: Site, update: MaskUpdate) -> None:
+        num_changed["drop"] += int(update.dropped.sum())
+        num_changed["grow"] += int(update.grown.sum())
+
+    with world(0):
+        run = Run(replace(setting, method=spied, seed=seed))
+        num_changed["init"] = sum(int((~mask).sum()) for mask in run.sparsifier.masks.values())
+        run.sparsifier.observers.append(observe)
+        run.train().end()
+    drawing |= {part for part in drew if num_changed[part]}
+    return run
 
 
 class _Spy:
-    """A criterion that notes whether it drew from the site's generator."""
+    """A criterion that notes whether it drew from the site's generator; its copies note it in the same place."""
 
-    def __init__(self, part: str, criterion: Criterion, drawing: list[str]) -> None:
-        self.part, self.criterion, self.drawing = part, criterion, drawing
+    def __init__(self, part: str, criterion: Criterion, drew: set[str]) -> None:
+        self.part, self.criterion, self.drew = part, criterion, drew
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Spy":
+        return _Spy(self.part, copy.deepcopy(self.criterion, memo), self.drew)
 
     def __call__(self, site: Site) -> Tensor:
         """The scores, unchanged."""
         before = site.generator.get_state()
         scores = self.criterion(site)
         if not torch.equal(before, site.generator.get_state()):
-            self.drawing.append(self.part)
+            self.drew.add(self.part)
         return scores
-
-
-def _check_interruptions(first: Run, subject: str) -> None:
-    """Halfway, a run is saved, copied and frozen."""
-    on = f"{first.setting}, stopped after step {_HALFWAY}"
-    with world(0):
-        half = Run(first.setting).train(_HALFWAY)
-        resumed, copied, frozen = half.saved_and_loaded(), half.copied(), half.copied()
-        half.end()
-        remedies = {
-            "resumes": "Keep nothing between calls: masks, steps, traces and an allocator's memory are all that is saved.",
-            "copies": "Parts of a method are copied with it: let them equal their copies.",
-        }
-        for law, run in (("resumes", resumed), ("copies", copied)):
-            run.train().end()
-            if path := run.difference(first):
-                expected, got = "the run that never stopped, bit for bit", f"another {path}"
-                raise broken(law, subject, on=on, expected=expected, got=got, remedy=remedies[law])
-        frozen.sparsifier.freeze()
-        masks = frozen.masks()
-        frozen.train().end()
-        moved = [name for name, mask in frozen.sparsifier.masks.items() if not torch.equal(mask, masks[name])]
-        if moved:
-            expected, got = "masks that stay after freeze()", f"another mask of {moved[0]}"
-            remedy = "No part of a method may write to site.mask."
-            raise broken("freezes", subject, on=on, expected=expected, got=got, remedy=remedy)

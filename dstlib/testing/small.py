@@ -18,7 +18,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.005),
 }
-NUM_STEPS = 32
+NUM_STEPS = 30
+HALFWAY = 17  # between two updates, so that what is gathered in between has to be saved too
 
 
 class SmallModel(nn.Module):
@@ -44,7 +45,10 @@ class SmallModel(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a run is made from; the model's first weights and the batches are always the same."""
+    """What a run is made from; the model's first weights and the batches are always the same.
+
+    Each run takes a copy of the method as it is before all of them, as a new process would.
+    """
 
     method: Method
     sparsity: float
@@ -72,8 +76,9 @@ class Run:
             torch.default_generator.manual_seed(0)
             self.model = SmallModel(s.width)
         self.optimizer = OPTIMIZERS[s.optimizer](self.model.parameters())
+        method = copy.deepcopy(s.method)
         self.sparsifier = sparsify(
-            self.model, self.optimizer, sparsity=s.sparsity, method=s.method, total_steps=NUM_STEPS, seed=s.seed
+            self.model, self.optimizer, sparsity=s.sparsity, method=method, total_steps=NUM_STEPS, seed=s.seed
         )
 
     def steps(self, until: int = NUM_STEPS) -> Iterator[int]:

@@ -1,0 +1,53 @@
+"""Figures of a history: they draw, say what they show, and are written whole."""
+
+import sys
+
+import pytest
+import torch
+from models import small, train
+
+import dstlib
+from dstlib import History, SettingError, plot
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def history():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = dstlib.METHODS["set"]
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.6, method=method, total_steps=400)
+    history = History(sparsifier)
+    train(model, optimizer, 300)
+    return history
+
+
+@pytest.mark.parametrize("draw", [plot.layers, plot.exchange, plot.dead_channels])
+def test_figures_are_drawn_and_written(draw, history, tmp_path):
+    path = tmp_path / "figure.png"
+    figure = draw(history, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"], "nothing temporary is left"
+    assert any(axes.get_title() or axes.get_title(loc="left") for axes in figure.axes)
+
+
+def test_one_row_per_layer_and_the_shares_of_the_history(history):
+    figure = plot.layers(history)
+    labels = {text.get_text() for axes in figure.axes for text in axes.get_yticklabels()}
+    assert {"conv", "up", "head"} <= labels
+
+
+def test_a_failure_leaves_what_was_there(history, tmp_path):
+    path = tmp_path / "figure.unknown"
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="unknown"):
+        plot.layers(history, path)
+    assert path.read_bytes() == b"mine"
+
+
+def test_without_matplotlib_the_extra_is_named(history, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SettingError, match="viz"):
+        plot.layers(history)
