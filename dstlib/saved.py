@@ -106,7 +106,11 @@ def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> Sa
     if not all(isinstance(saved[name], int) for name in ("step", "updated_at", "traced_at")):
         raise _misfit("steps", weight.name, "whole numbers", (saved["step"], saved["updated_at"], saved["traced_at"]))
     ranked, num_ranked = saved["ranked"], len(weight.slots) if plan.is_ranked else 0
-    if not isinstance(ranked, Sequence) or len(ranked) != num_ranked or not all(isinstance(d, float) and 0 < d <= 1 for d in ranked):
+    if (
+        not isinstance(ranked, Sequence)
+        or len(ranked) != num_ranked
+        or not all(isinstance(d, float) and 0 < d <= 1 for d in ranked)
+    ):
         raise _misfit("ranked densities", weight.name, f"{num_ranked} of them", ranked)
     _check_tensors(weight, saved, current, plan)
     grain, mask = plan.method.granularity, saved["mask"]

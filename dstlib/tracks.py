@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dstlib.masking import MaskUpdate
 
-_SEEN, _FIRST = 1, 3  # a mark: 0 never active, 1 was active at some time, 3 also in the first mask
+_FIRST = 3  # a mark: 0 never active, 1 was active at some time, 3 also in the first mask
 
 
 class Change(NamedTuple):
@@ -85,8 +85,8 @@ class Track:
     def record(self, update: MaskUpdate, step: int) -> None:
         """Adds a mask update."""
         self.marks = self.marks.to(update.mask.device)
-        # also what was dropped: a mask that was loaded in between counts as seen
-        self.marks |= (update.mask | update.dropped).to(torch.uint8) * _SEEN
+        # also what was dropped: a mask that was loaded in between counts as seen; True is the mark 1
+        self.marks |= update.mask | update.dropped
         self._note(update.mask, update.dropped, update.grown, max(step, self.last.step))
 
     @property
@@ -108,4 +108,6 @@ class Track:
         dead = dead_channels(mask)
         from_first = mask & (self.marks == _FIRST)
         counted = (mask, dropped, grown, self.marks != 0, from_first, dead.outputs, dead.inputs)
-        self._numbers.extend([step, *torch.stack([x.sum() for x in counted]).tolist()])  # one wait for the device
+        self._numbers.extend(
+            [step, *torch.stack([x.count_nonzero() for x in counted]).tolist()]
+        )  # one wait for the device

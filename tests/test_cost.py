@@ -1,6 +1,7 @@
 """Training costs: the published fractions, and exact sums along runs whose densities move."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,3 +112,80 @@ def test_straight_through_learns_densely():
 
 def test_magnitude_reads_nothing():
     assert find_reading(replace(dstlib.RIGL, grow=magnitude), examples({"fc": torch.Size((8, 6))})) == Reading(0)
+
+
+def test_trying_criteria_out_leaves_the_random_state_alone():
+    drawn = replace(dstlib.SET, grow=lambda site: torch.rand(site.weight.shape))
+    before = torch.get_rng_state()
+    assert find_reading(drawn) == Reading(0), "what is drawn elsewhere is no gradient"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_moving_weights_need_no_dense_gradient():
+    """-w·g is zero wherever w is, so a trace of it reads what sparse training has."""
+    method = replace(dstlib.SET, drop=dstlib.masking.traced, trace=Trace(of=dstlib.masking.moved))
+    assert find_reading(method) == Reading(0)
+
+
+@pytest.mark.parametrize(("steps", "num_dense"), [(1, 4), (3, 12), (50, 16)])
+def test_a_trace_reads_the_last_steps_up_to_each_update(steps, num_dense):
+    """Updates at 4, 8, 12 and 16 of 20 steps."""
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = replace(dstlib.RIGL, trace=Trace(steps=steps), grow=dstlib.masking.traced_magnitude, interval=4, stop=0.8)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.6, method=method, total_steps=20)
+    cost = TrainingCost(History(sparsifier), model, INPUT)
+    train(model, optimizer, 20)
+    sparse, dense = (dstlib.profile(model, INPUT, sparsifier=s).flops for s in (sparsifier, None))
+    assert cost.so_far == 20 * 3 * sparse + num_dense * (dense - sparse)
+
+
+def test_a_momentum_of_dense_gradients_ends_with_the_updates():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = replace(dstlib.METHODS["snfs"], interval=4, allocate=None)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.6, method=method, total_steps=20)
+    cost = TrainingCost(History(sparsifier), model, INPUT)
+    sparse, dense = (dstlib.profile(model, INPUT, sparsifier=s).flops for s in (sparsifier, None))
+    train(model, optimizer, 6)
+    assert cost.so_far == 6 * (2 * sparse + dense)
+    train(model, optimizer, 14, start=6)
+    assert cost.so_far == 20 * 2 * sparse + 12 * dense + 8 * sparse
+
+
+def test_topkast_learns_a_little_more_than_it_uses():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.6, method="topkast", total_steps=8)
+    cost = TrainingCost(History(sparsifier), model, INPUT)
+    train(model, optimizer, 4)
+    learning = {name: torch.zeros_like(mask) for name, mask in sparsifier.masks.items()}
+    for name, mask in learning.items():
+        num_active, num_extra = int(sparsifier.masks[name].sum()), int(0.1 * mask.numel() + 0.5)
+        mask.view(-1)[: num_active + num_extra] = True
+    reach = SimpleNamespace(masks=learning)
+    sparse, learned = (dstlib.profile(model, INPUT, sparsifier=s).flops for s in (sparsifier, reach))
+    assert cost.so_far == 4 * (2 * sparse + learned)
+
+
+def test_the_cost_goes_on_after_a_resumption_and_begins_with_the_history():
+    def built():
+        model = small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        method = replace(dstlib.METHODS["granet"], interval=2)
+        return model, optimizer, dstlib.sparsify(model, optimizer, sparsity=0.6, method=method, total_steps=16)
+
+    whole, resumed = built(), built()
+    history = History(whole[2])
+    cost = TrainingCost(history, whole[0], INPUT)
+    train(*whole[:2], 8)
+    after = TrainingCost(resumed_history := History(resumed[2]), resumed[0], INPUT)
+    for part, source in zip((*resumed, resumed_history), (*whole, history), strict=True):
+        part.load_state_dict(source.state_dict())
+    late = TrainingCost(History(whole[2]), whole[0], INPUT)
+    so_far = cost.so_far
+    for run in (whole, resumed):
+        train(*run[:2], 8, start=8)
+    assert after.so_far == cost.so_far
+    assert late.steps == 8
+    assert late.so_far == cost.so_far - so_far

@@ -15,17 +15,21 @@ import dstlib
 from dstlib import RIGL, StateError
 
 STEPS = 9
-METHOD = replace(RIGL, interval=2)
+TRIED = ["rigl", "snfs", "granet", "topkast"]
+
+
+def tried(name):
+    return replace(dstlib.METHODS[name], interval=2)
 
 
 def loss(model, x, y):
     return nn.functional.cross_entropy(model(x), y)
 
 
-def one_process():
+def one_process(name):
     model = small().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=METHOD, total_steps=STEPS)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=tried(name), total_steps=STEPS)
     for step in range(STEPS):
         x, y = batch(step, 8)
         optimizer.zero_grad()
@@ -34,13 +38,13 @@ def one_process():
     return model, sparsifier
 
 
-def train_rank(rank, port, wrap_first, folder):
+def train_rank(rank, port, wrap_first, name, folder):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = small(seed=rank if wrap_first else 0).double()
     replica = DistributedDataParallel(model) if wrap_first else model  # takes the weights of rank 0
     if wrap_first:
         model.load_state_dict(small().double().state_dict())
-    sparsifier = dstlib.sparsify(replica, sparsity=0.7, method=METHOD, total_steps=STEPS)
+    sparsifier = dstlib.sparsify(replica, sparsity=0.7, method=tried(name), total_steps=STEPS)
     replica = replica if wrap_first else DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(STEPS):
@@ -78,10 +82,14 @@ def run(target, tmp_path, *args):
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("wrap_first", [True, False], ids=["wrapped before", "wrapped after"])
-def test_two_ranks_equal_one_process_with_the_doubled_batch(wrap_first, tmp_path):
-    (weights, masks), (other_weights, other_masks) = run(train_rank, tmp_path, wrap_first)
-    model, sparsifier = one_process()
+@pytest.mark.parametrize(
+    ("wrap_first", "method"),
+    [(True, "rigl"), *((False, name) for name in TRIED)],
+    ids=["wrapped before", *(f"wrapped after, {name}" for name in TRIED)],
+)
+def test_two_ranks_equal_one_process_with_the_doubled_batch(wrap_first, method, tmp_path):
+    (weights, masks), (other_weights, other_masks) = run(train_rank, tmp_path, wrap_first, method)
+    model, sparsifier = one_process(method)
     for name, saved in sparsifier.state_dict()["weights"].items():
         assert torch.equal(masks["weights"][name]["mask"], other_masks["weights"][name]["mask"])
         assert torch.equal(masks["weights"][name]["mask"], saved["mask"])

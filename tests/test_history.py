@@ -1,12 +1,16 @@
 """Histories: whole numbers against masks looked at one by one, and no trace of the observer in the run."""
 
 import copy
+import importlib.util
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import assert_same, small, train
 from torch import nn
 
@@ -83,6 +87,14 @@ def test_dead_channels_by_hand():
     assert dead.inputs.tolist() == [False, True]
 
 
+@given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([(), (1,), (2, 3)]), st.integers(0, 2**32 - 1))
+def test_dead_channels_against_a_search(num_out, num_in, taps, seed):
+    mask = torch.rand(num_out, num_in, *taps, generator=torch.Generator().manual_seed(seed)) < 0.3
+    dead = dead_channels(mask)
+    assert dead.outputs.tolist() == [not any(mask[o].flatten().tolist()) for o in range(num_out)]
+    assert dead.inputs.tolist() == [not any(mask[:, i].flatten().tolist()) for i in range(num_in)]
+
+
 def test_dead_channels_are_those_of_the_live_masks():
     _, _, sparsifier = built("static", distribution=dstlib.uniform)
     sparsifier.masks["head.weight"][1] = False
@@ -110,10 +122,78 @@ def test_a_history_goes_on_after_a_resumption():
         assert np.array_equal(values, history.arrays()[name]), name
 
 
+def test_attached_in_mid_run_it_begins_with_the_masks_of_that_moment():
+    model, optimizer, sparsifier = built("set")
+    train(model, optimizer, 5)
+    first = copy.deepcopy(sparsifier.masks)
+    history = History(sparsifier)
+    assert history.explored == sparsifier.density
+    train(model, optimizer, 7, start=5)
+    a = history.arrays()
+    assert a["step"].tolist() == [5, 6, 8, 10, 12]
+    assert a["active"][:, 0].tolist() == [int(mask.sum()) for mask in first.values()]
+    both = sum(int((mask & sparsifier.masks[name]).sum()) for name, mask in first.items())
+    assert a["total_first_overlap"][-1] == both / sum(int(mask.sum()) for mask in first.values())
+
+
+def test_what_is_exchanged_and_what_stays_is_all_there_was():
+    """Churn and overlap add up to 1 while the number of active entries holds; a ramp exchanges nothing."""
+    for name in ("set", "gmp"):
+        model, optimizer, sparsifier = built(name)
+        history = History(sparsifier)
+        train(model, optimizer, 16)
+        a = history.arrays()
+        if name == "set":
+            np.testing.assert_allclose(a["churn"] + a["overlap"], 1, rtol=1e-15)
+            assert (a["churn"][a["updated"]] > 0).any()
+        else:
+            assert not a["churn"].any()
+            assert (a["overlap"] < 1).any()
+
+
+def test_layers_are_slots():
+    """Query, key and value of one in_proj are three layers, and transposed convolutions are turned round."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "up": nn.ConvTranspose1d(3, 5, 2)})
+    sparsifier = dstlib.sparsify(model, sparsity=0.5, method="static")
+    a = History(sparsifier).arrays()
+    assert a["name"].tolist() == [
+        "attn.in_proj_weight.q", "attn.in_proj_weight.k", "attn.in_proj_weight.v", "attn.out_proj.weight", "up.weight"
+    ]  # fmt: skip
+    assert a["active"][0, 0] == sparsifier.masks["attn.in_proj_weight"][:8].sum()
+    assert (a["num_outputs"][-1], a["num_inputs"][-1]) == (5, 3)
+
+
+def test_masks_that_were_loaded_in_between_count_as_seen():
+    model, optimizer, sparsifier = built("set")
+    history = History(sparsifier)
+    method = replace(dstlib.SET, interval=2)
+    other = dstlib.sparsify(small(), sparsity=0.5, method=method, total_steps=16, seed=1).state_dict()
+    union = {name: mask | other["weights"][name]["mask"] for name, mask in copy.deepcopy(sparsifier.masks).items()}
+    sparsifier.load_state_dict(other)
+    train(model, optimizer, 2)
+    for i, (name, mask) in enumerate(union.items()):
+        assert history.arrays()["explored"][i, -1] == (mask | sparsifier.masks[name]).sum()
+
+
+def test_copies_record_for_themselves():
+    model, optimizer, sparsifier = built("set")
+    history = History(sparsifier)
+    twin_model, twin_optimizer, twin = copy.deepcopy((model, optimizer, sparsifier))
+    train(twin_model, twin_optimizer, 4)
+    assert history.arrays()["step"].tolist() == [0]
+    assert twin.observers[0].__self__.arrays()["step"].tolist() == [0, 2, 4]
+
+
 def test_a_history_of_another_model_is_refused():
     history = History(built()[2])
     for state in ({}, {"version": 1, "layers": {}}, {"version": 9, "layers": history.state_dict()["layers"]}):
         with pytest.raises(StateError, match="of the saved history: expected"):
+            history.load_state_dict(state)
+    for key, damaged in (("changes", torch.zeros(0, 8).long()), ("changes", None), ("marks", torch.zeros(3).byte())):
+        state = history.state_dict()
+        state["layers"]["conv.weight"][key] = damaged
+        with pytest.raises(StateError, match=f"{key} of conv.weight: expected"):
             history.load_state_dict(state)
 
 
@@ -152,3 +232,16 @@ def test_random_growth_explores_as_the_closed_form_says():
     expected = explored_by_chance(density, [0.25] * num_updates)  # 0.25 · 256 is whole
     error = np.std(shares, ddof=1) / len(shares) ** 0.5
     assert abs(np.mean(shares) - expected) < 5 * error < 0.01
+
+
+def test_the_benchmark_of_exploration_in_small():
+    """Fractions that fall and do not divide: within five standard errors by the exact variance of one run."""
+    spec = importlib.util.spec_from_file_location("explored", Path(__file__).parents[1] / "benchmarks" / "explored.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    drop, fraction = dstlib.masking.random, dstlib.schedules.Cosine(0.5)
+    result = benchmark.measure(drop, fraction, size=24, density=0.11, num_updates=8, seeds=range(30))
+    assert abs(result.z) < 5
+    assert 0.5 < np.std(result.seen, ddof=1) / result.law.deviation < 1.6  # χ² of 29: outside it 1 in 10⁵
+    whole = benchmark.law(1024, 256, [64] * 10)
+    assert whole.mean == pytest.approx(explored_by_chance(0.25, [0.25] * 10), rel=1e-12)

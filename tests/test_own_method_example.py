@@ -34,16 +34,10 @@ def example(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def as_main(monkeypatch):
-    """Makes what the script defines importable as __main__, as it is for a user, so that it pickles."""
-    main = types.ModuleType("__main__")
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    return main
-
-
 def test_the_users_part_is_short():
-    part = re.search(r"^# --- Your part begins.*?$(.*?)^# --- Your part ends", SCRIPT.read_text(), re.DOTALL | re.MULTILINE)
+    part = re.search(
+        r"^# --- Your part begins.*?$(.*?)^# --- Your part ends", SCRIPT.read_text(), re.DOTALL | re.MULTILINE
+    )
     lines = [line for line in part[1].splitlines() if line.strip() and not line.startswith("#")]
     assert 10 < len(lines) < 30
     assert {"def pull_then_size", "class Input", "class Restarts"} <= {re.split(r"[(:]", line)[0] for line in lines}
@@ -54,7 +48,9 @@ def test_it_checks_trains_and_finds_the_inputs_that_matter(example):
     assert code == 0, errors
     assert output.startswith("checked: ")
     losses = dict(re.findall(r"^([\w ]+?) +loss ([\d.]+) ", output, flags=re.MULTILINE))
-    accuracy = {name: float(x) for name, x in re.findall(r"^([\w ]+?) +loss .* accuracy ([\d.]+)", output, re.MULTILINE)}
+    accuracy = {
+        name: float(x) for name, x in re.findall(r"^([\w ]+?) +loss .* accuracy ([\d.]+)", output, re.MULTILINE)
+    }
     found = {name: int(n) for name, n in re.findall(r"^(\w+) .* reads (\d) of the 8", output, flags=re.MULTILINE)}
     assert list(losses) == list(accuracy) == ["all inputs", "static", "find_inputs"]
     # by chance one of eight: a random eighth of 64 inputs

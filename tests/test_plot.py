@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from models import small, train
+from torch import nn
 
 import dstlib
 from dstlib import History, SettingError, plot
@@ -36,6 +37,28 @@ def test_one_row_per_layer_and_the_shares_of_the_history(history):
     figure = plot.layers(history)
     labels = {text.get_text() for axes in figure.axes for text in axes.get_yticklabels()}
     assert {"conv", "up", "head"} <= labels
+
+
+@pytest.mark.parametrize("share", plot.SHARES)
+def test_every_share_can_be_drawn_also_before_the_first_update(share, history, tmp_path):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(70)))
+    fresh = History(dstlib.sparsify(model, sparsity=0.5, method="set", total_steps=400))
+    for recorded in (fresh, history):
+        plot.layers(recorded, tmp_path / f"{share}.png", share=share)
+    names = [text.get_text() for text in plot.layers(fresh, share=share).axes[1].get_yticklabels()]
+    assert names == [str(i) for i in range(0, 70, 2)], "of many layers every second has its name"
+
+
+def test_figures_without_an_update_can_be_drawn(tmp_path):
+    fresh = History(dstlib.sparsify(small(), sparsity=0.5, method="static"))
+    plot.exchange(fresh, tmp_path / "exchange.svg")
+    plot.dead_channels(fresh, str(tmp_path / "dead.pdf"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dead.pdf", "exchange.svg"]
+
+
+def test_an_unknown_share_is_refused(history):
+    with pytest.raises(SettingError, match=r"share of plot.layers\(\): expected density, "):
+        plot.layers(history, share="sparsity")
 
 
 def test_a_failure_leaves_what_was_there(history, tmp_path):

@@ -101,7 +101,8 @@ ALLOCATORS = [
 
 
 def name(thing: object) -> str:
-    return getattr(thing, "__name__", repr(thing))
+    """A function's name, or the value without addresses: processes of one run must collect the same tests."""
+    return getattr(thing, "__name__", re.sub(r" at 0x[0-9a-f]+", "", repr(thing)))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=name)

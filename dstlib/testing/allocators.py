@@ -42,11 +42,11 @@ def check_allocator(allocator: Allocator) -> None:
     """Holds an allocator to its laws: a third of the units active, and a total that stays, falls or rises.
 
     - *an allocation*: a budget for each account, in their order, of whole numbers (G,), and a finite memory.
+    - *changes nothing*: the accounts stay as they were.
     - *feasible*: in each group, 0 ≤ kept ≤ active and kept ≤ target ≤ all.
     - *total*: the targets add up to ``num_total``; with several groups, to less than one unit per group below it.
     - *repeatable*: the same accounts and terms, memory included, give the same budgets, under any global seed,
       whose generators it leaves where they stand.
-    - *changes nothing*: the accounts stay as they were.
 
     Errors: LawError for the first law that is broken.
 

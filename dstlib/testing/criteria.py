@@ -102,8 +102,8 @@ x / total.clamp_min(1e-30).
     _check_memory(criterion, subject)
     _check_randomness(criterion, subject)
     _check_defaults(criterion, subject)
-    _check_autograd(criterion, subject)
     _check_layout(criterion, subject)
+    _check_autograd(criterion, subject)
 
 
 def _scored(criterion: Criterion, case: Case, seed: int = 0) -> Tensor:

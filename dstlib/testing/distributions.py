@@ -36,10 +36,10 @@ def check_distribution(distribution: Distribution, *, keeps_total: bool = True) 
 
     - *every name*: a density for each name it was given, and for no other.
     - *in range*: plain numbers in [0, 1].
-    - *total*: the active weights, each weight's number rounded, are the density times all, to one per weight.
-    - *dense is dense*: density 1 leaves every weight dense.
-    - *monotone*: more density for all makes no weight sparser, but for one entry of rounding.
     - *repeatable*: the same answer each time, under any global seed; the shapes stay as they were.
+    - *total*: the active weights, each weight's number rounded, are the density times all, to one per weight.
+    - *monotone*: more density for all makes no weight sparser, but for one entry of rounding.
+    - *dense is dense*: density 1 leaves every weight dense.
 
     Errors: LawError for the first law that is broken.
 

@@ -32,12 +32,12 @@ def check_method(method: Method, *, sparsity: float | None = None, width: int = 
     - *zeros hold*: weights, and without dense storage the optimizer's state, are zero outside the masks.
     - *finite*: no weight becomes NaN or infinite.
     - *target*: the last masks have the density that the distribution gives for the sparsity asked for.
+    - *resumes*: a run through saved states (torch.load with weights_only=True) equals one that never stopped.
+    - *copies*: so does a deep copy of model, optimizer and sparsifier.
+    - *freezes*: freeze() fixes the masks.
     - *repeatable*: a second run equals the first bit for bit, under any global seed.
     - *observers look*: a run with an observer equals one without.
     - *seeded*: where drop, grow or init draw from the site's generator, another seed gives another run.
-    - *resumes*: a run through saved states (torch.load with weights_only=True) equals one that never stopped.
-    - *copies*: so does one of deep copies.
-    - *freezes*: freeze() fixes the masks.
 
     Check the parts first, by ``check_criterion`` and its kin, which say more.
 
