@@ -23,24 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dstlib.layers.fusion import FusionNode
+from dstlib.plot import ACCENT, FAINT, INK, STYLE
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.files import write_whole
 from dstlib.zoo.e2enet.network import E2ENet
 
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "text.color": "#222222",
-    "axes.labelcolor": "#222222",
-    "legend.frameon": False,
-}
-INK, ACCENT, FAINT = "#0b4f6c", "#d1495b", "#d9d9d9"
 FLOWS = {"forward": "#0b4f6c", "upward": "#edae49", "downward": "#66a182"}
 ON_FLOW = {"forward": "white", "upward": "#222222", "downward": "#222222"}  # readable on each
 PARTS = {  # of a fusion node, and how the density of each is shown
