@@ -102,7 +102,7 @@ def _slack(masks: Mapping[str, Tensor], plan: Plan) -> int:
 
 def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> SavedWeight:
     if not isinstance(saved, Mapping) or set(saved) != set(SavedWeight._fields):
-        raise _misfit("fields", weight.name, ", ".join(SavedWeight._fields), saved)
+        raise _misfit("fields", weight.name, ", ".join(SavedWeight._fields), _names(saved))
     if not all(isinstance(saved[name], int) for name in ("step", "updated_at", "traced_at")):
         raise _misfit("steps", weight.name, "whole numbers", (saved["step"], saved["updated_at"], saved["traced_at"]))
     ranked, num_ranked = saved["ranked"], len(weight.slots) if plan.is_ranked else 0
@@ -147,6 +147,10 @@ def _check_tensors(weight: Weight, saved: Mapping[str, Any], current: Tensor, pl
             given = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             allowed = "nothing" if expected is False else f"a {kind} tensor of shape {tuple(current.shape)}"
             raise _misfit(name, weight.name, allowed, given)
+
+
+def _names(saved: Any) -> str:
+    return ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
 
 
 def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:

@@ -35,14 +35,16 @@ def name_settings(name: str) -> tuple[str, dict[str, Any]]:
 
     >>> name_settings("nnUNetTrainerDST_rigl_90_250epochs")
     ('nnUNetTrainerDST', {'method': 'rigl', 'sparsity': 0.9, 'epochs': 250})
+    >>> name_settings("nnUNetTrainerDST_gmp_global_80")
+    ('nnUNetTrainerDST', {'method': 'gmp_global', 'sparsity': 0.8})
     >>> name_settings("nnUNetTrainerE2ENet")
     ('nnUNetTrainerE2ENet', {})
     """
-    trainer, *parts = name.split("_")
+    trainer, separator, rest = name.partition("_")
     if trainer not in TRAINERS:
         raise AttributeError(f"no trainer of dstlib is called {name!r}; similar: {similar(trainer, TRAINERS)}")
     settings: dict[str, Any] = {}
-    for part in parts:
+    for part in _parts(rest) if separator else ():
         setting, value = _setting(part, name)
         if setting in settings:
             raise AttributeError(f"{name!r} gives the {setting} twice")
@@ -50,6 +52,13 @@ def name_settings(name: str) -> tuple[str, dict[str, Any]]:
     if trainer == "nnUNetTrainerE2ENet" and settings.keys() - {"epochs"}:
         raise AttributeError(f"{name!r}: nnUNetTrainerE2ENet is dense; nnUNetTrainerE2ENetDST is the sparse one")
     return trainer, settings
+
+
+def _parts(rest: str) -> list[str]:
+    """What stands between underscores, of which the names of methods have some themselves."""
+    methods = "|".join(sorted(METHODS, key=len, reverse=True))
+    parts = re.findall(rf"(?:{methods})(?=_|$)|[^_]+", rest)
+    return parts if parts and "_".join(parts) == rest else rest.split("_")
 
 
 def _setting(part: str, name: str) -> tuple[str, Any]:

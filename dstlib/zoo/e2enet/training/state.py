@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -185,10 +185,11 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
         if saved is None:
             remedy = "Pass --sparsity 0, or begin from a sparse run."
             raise StateError(explain("masks", "--from", allowed="a sparse run", given="a dense one", remedy=remedy))
-        weights = {name: _renewed(weight["mask"]) for name, weight in saved["weights"].items()}
+        weights = {name: _renewed(weight) for name, weight in saved["weights"].items()}
         training.sparsifier.load_state_dict({**saved, "weights": weights, "frozen": freeze})
     return fresh
 
 
-def _renewed(mask: Tensor) -> dict[str, Any]:
-    return {"mask": mask, "step": 0, "updated_at": 0}
+def _renewed(weight: Mapping[str, Any]) -> dict[str, Any]:
+    """Its mask, and what lies under it, at the beginning of another run."""
+    return {**weight, "step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
