@@ -127,11 +127,12 @@ def random(site: Site) -> Tensor:
 class Drawn:
     """Random scores of any distribution: ``draw(shape, generator)`` says which.
 
-    Called on the CPU, whatever the default device is, and taken in single precision. Only the numbers that come
-    from the generator are the same on every rank and in a resumed run.
+    Called on the CPU, whatever the default device is, and taken in single precision: name the dtype of the draw, as
+    torch draws other numbers in another default. Only the numbers that come from the generator are the same on every
+    rank and in a resumed run.
 
     >>> from dstlib.masking import site_generator
-    >>> normal = Drawn(lambda shape, generator: torch.randn(shape, generator=generator))
+    >>> normal = Drawn(lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float32))
     >>> site = Site(name="fc", weight=torch.ones(2, 3), mask=torch.ones(2, 3) > 0, grad=None, momentum=None, step=1,
     ...             generator=site_generator(0, 1, "fc"))
     >>> normal(site).shape

@@ -141,8 +141,8 @@ def refuse_first(where: str, settings: object, checks: Sequence[Check]) -> None:
 def similar_to(method: str) -> str:
     """Methods of a similar name, in words.
 
-    >>> similar_to("rigle")
-    "Similar: 'rigl'."
+    >>> similar_to("statik")
+    "Similar: 'static'."
     """
     return f"Similar: {similar(method, METHODS)}."
 
