@@ -100,7 +100,7 @@ def test_synflow_conserves_flow_and_needs_no_data():
     scores = synflow(model, torch.full((1, 6), torch.nan)).scores([model[0].weight, model[2].weight])
     totals = [float(s.sum()) for s in scores]
     assert totals[0] == pytest.approx(totals[1], rel=1e-12)  # sums of 99 doubles
-    expected = (model[2].weight.abs().double() @ model[0].weight.abs().double()).sum()
+    expected = (model[2].weight.abs().double() @ model[0].weight.abs().double()).sum().detach()
     assert totals[0] == pytest.approx(float(expected), rel=1e-12)
 
 
