@@ -75,16 +75,25 @@ def peak_bytes(action: Callable[[], object]) -> int:
     return max(itertools.accumulate(size for _, size in changes), default=0)
 
 
-def interleaved(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each action; one of each in turn, so that a drifting machine slows all alike."""
+def timed(action: Callable[[], object]) -> Callable[[], float]:
+    """The action, returning its seconds."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def interleaved(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median of what each action returns; one of each in turn, so that a drifting machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
         action()
     for _ in range(repeats):
         for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(action())
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
@@ -110,11 +119,11 @@ def step_costs(repeats: int) -> None:
     optimizers[1].step()
     update_peak = peak_bytes(optimizers[1].step)
     fill_gradients(sparse)
-    update = interleaved({"update": lambda: (fill_gradients(sparse), optimizers[1].step())}, 3)["update"]
-    update -= interleaved({"fill": lambda: fill_gradients(sparse)}, 3)["fill"]
+    update = interleaved({"update": timed(lambda: (fill_gradients(sparse), optimizers[1].step()))}, 3)["update"]
+    update -= interleaved({"fill": timed(lambda: fill_gradients(sparse))}, 3)["fill"]
     sparsifier.freeze()
     step_peak = peak_bytes(optimizers[1].step)
-    times = interleaved({"bare": optimizers[0].step, "sparse": optimizers[1].step}, repeats)
+    times = interleaved({"bare": timed(optimizers[0].step), "sparse": timed(optimizers[1].step)}, repeats)
     extra = times["sparse"] - times["bare"]
     print(f"{num_weights:,} sparse weights, sparsity 0.9, SGD with momentum and weight decay")
     print(f"bare optimizer step        {1e3 * times['bare']:8.1f} ms")
@@ -140,7 +149,7 @@ def pass_costs(repeats: int) -> None:
         parametrize.register_parametrization(parametrized.get_submodule(owner), key, Masked(mask))
     x = torch.randn(8, 3, 96, 96)
     models = {"dense": dense, "masked in place (ours)": in_place, "torch parametrize": parametrized}
-    times = interleaved({name: lambda m=m: m(x).sum().backward() for name, m in models.items()}, repeats)
+    times = interleaved({name: timed(lambda m=m: m(x).sum().backward()) for name, m in models.items()}, repeats)
     print("forward and backward, batch 8 of 96²")
     for name, seconds in times.items():
         print(f"  {name:24} {1e3 * seconds:8.1f} ms   {seconds / times['dense']:.2f} × dense")

@@ -9,13 +9,11 @@ Gradients are random and the same for all; forward and backward passes are not r
 """
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from overhead import fill_gradients, resnet50
+from overhead import fill_gradients, interleaved, resnet50
 
 import dstlib
 from dstlib import NM, Method
@@ -48,15 +46,6 @@ class Prepared:
         start = time.process_time()
         self.optimizer.step()
         return time.process_time() - start
-
-
-def interleaved(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, one of each in turn."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats):
-        for name, action in actions.items():
-            times[name].append(action())
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def measure(method: Method, repeats: int) -> tuple[float, float, float]:

@@ -7,10 +7,10 @@ import torch
 
 from dstlib.errors import ScoreError, explain
 from dstlib.masked import Masked
-from dstlib.masking import NM, Account, AtInit, Budget, Terms, falling, num_units, random, spend
+from dstlib.masking import NM, AtInit, Budget, Terms, falling, num_units, random, spend
 from dstlib.masking.apply import zero_outside_
 from dstlib.plan import Plan
-from dstlib.updating import Scored, check_budgets, exchange_site, make_site, rank, slots_of
+from dstlib.updating import Scored, accounts_of, check_budgets, exchange_site, make_site, rank, slots_of
 
 
 def choose_first_masks(masked: Sequence[Masked], plan: Plan) -> Plan:
@@ -25,10 +25,8 @@ def choose_first_masks(masked: Sequence[Masked], plan: Plan) -> Plan:
         site = make_site(m, slot, plan, 0)
         score_GU = rank(site, init(site), plan)
         site.mask.zero_()
-        none_GU = torch.zeros_like(score_GU, dtype=torch.bool)
-        num_target = plan.num_target(site.name, score_GU.shape[1], 0)
-        budget = spend(none_GU.sum(dim=1), num_target=num_target, drop_fraction=0.0)
-        exchange_site(Scored(site, none_GU, score_GU, score_GU), budget, plan)
+        scored = Scored(site, torch.zeros_like(score_GU, dtype=torch.bool), score_GU, score_GU)
+        exchange_site(scored, _own_budget(scored, plan), plan)
     return plan
 
 
@@ -42,7 +40,7 @@ def _ranked_together(masked: Sequence[Masked], plan: Plan, init: AtInit) -> Plan
     num_all = sum(groups[n].numel() for n in shared)
     for num_total in falling(num_all, num_last, init.rounds) if shared else [0]:
         scored = _scores(masked, plan, init)
-        accounts = [_account(x, plan) for x in scored if x.site.name not in fixed]
+        accounts = accounts_of(scored, masked, plan, fixed=fixed)
         terms = Terms(num_total=max(num_total, sum(groups[n][0] for n in shared)), drop_fraction=0.0)
         given = init.allocate(accounts, terms).budgets if accounts else ()
         check_budgets(given, accounts, terms.num_total, init.name)
@@ -80,13 +78,6 @@ def _scores(masked: Sequence[Masked], plan: Plan, init: AtInit) -> list[Scored]:
     return found
 
 
-def _account(x: Scored, plan: Plan) -> Account:
-    num_planned = num_units(x.active_GU.shape[1], plan.densities[x.site.name]) * len(x.active_GU)
-    return Account(
-        name=x.site.name, active_GU=x.active_GU, drop_GU=x.drop_GU, grow_GU=x.grow_GU, num_planned=num_planned
-    )
-
-
 def _own_budget(x: Scored, plan: Plan) -> Budget:
-    num_target = num_units(x.active_GU.shape[1], plan.densities[x.site.name])
+    num_target = plan.num_target(x.site.name, x.active_GU.shape[1], 0)
     return spend(x.active_GU.sum(dim=1), num_target=num_target, drop_fraction=0.0)

@@ -4,9 +4,7 @@ A variant is ``dataclasses.replace(RIGL, interval=500)``; a method of your own i
 class per method and nothing to register. The field's methods are in :mod:`dstlib.methods`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from dstlib.errors import SettingError, explain
 from dstlib.masking import (
@@ -127,7 +125,10 @@ def _checks(m: Method) -> list[tuple[str, bool, str, str]]:
         *((f, callable(getattr(m, f)), "a function", some) for f in _FUNCTIONS),
         ("init", callable(m.init) or isinstance(m.init, AtInit), "a criterion, or one of dstlib.at_init", some),
         ("allocate", m.allocate is None or callable(m.allocate), "an allocator, or None", some),
-        *((f, _is_optional(getattr(m, f), kind), f"a {kind.__name__}, or None", hint) for f, kind, hint in instances),
+        *(
+            (f, isinstance(getattr(m, f), kind | None), f"a {kind.__name__}, or None", hint)
+            for f, kind, hint in instances
+        ),
         *((f, type(getattr(m, f)) is bool, "True or False", "It is an option of the update.") for f in flags),
         ("granularity", folds, "a value that folds and unfolds", "Pass dstlib.Element(), say."),
         ("interval", is_interval, "a whole number of steps from 1 up, or None", "None fixes the topology."),
@@ -148,7 +149,3 @@ def _checks(m: Method) -> list[tuple[str, bool, str, str]]:
             "Use ramp=Constant(1.0) and no surplus.",
         ),
     ]
-
-
-def _is_optional(value: Any, kind: Callable[..., Any]) -> bool:
-    return value is None or isinstance(value, kind)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import SettingError, explain
+from dstlib.files import write_whole
 from dstlib.history import History
 
 if TYPE_CHECKING:
@@ -220,16 +221,10 @@ def _drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) ->
 
 
 def _write(figure: "Figure", path: Path) -> None:
-    """Under a temporary name, then renamed: a reader meets the old picture or the new one."""
     kind, kinds = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if kind not in kinds:
         remedy = "Name it density.png, say."
         raise SettingError(explain("path", "a figure", allowed=f"*.{', *.'.join(kinds)}", given=path, remedy=remedy))
     content = BytesIO()
     figure.savefig(content, format=kind)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content.getbuffer())

@@ -1,6 +1,6 @@
 """What a sparsifier saves of each weight, and the checks before any of it is taken back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,23 +81,20 @@ def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str
 
 def _num_planned(masks: Mapping[str, Tensor], plan: Plan) -> int:
     """Active units of all weights at the end of the run."""
-    total = 0
-    for weight in plan.weights:
-        for slot in weight.slots if weight.name in masks else ():
-            num_groups, num_all = plan.method.granularity.fold(slot.view(masks[weight.name])).shape[:2]
-            total += num_groups * num_units(num_all, plan.densities[slot.name])
-    return total
+    return sum(num_groups * num_units(size, plan.densities[name]) for name, num_groups, size in _groups(masks, plan))
 
 
 def _slack(masks: Mapping[str, Tensor], plan: Plan) -> int:
     """How many units a look at another batch may leave idle, or use, as they do not divide into groups."""
-    folded = (
-        plan.method.granularity.fold(slot.view(masks[w.name]))
-        for w in plan.weights
-        if w.name in masks
-        for slot in w.slots
-    )
-    return sum(len(mask_GUE) - 1 for mask_GUE in folded)
+    return sum(num_groups - 1 for _, num_groups, _ in _groups(masks, plan))
+
+
+def _groups(masks: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """The name of each slot, its groups, and the units in each of them."""
+    for weight in plan.weights:
+        for slot in weight.slots if weight.name in masks else ():
+            num_groups, size = plan.method.granularity.fold(slot.view(masks[weight.name])).shape[:2]
+            yield slot.name, num_groups, size
 
 
 def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> SavedWeight:

@@ -3,7 +3,8 @@
 Called by the controller alone. Changes masks and grown weights; clearing what fell outside is the caller's.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,8 +91,7 @@ def update_together(
     sites = [make_site(m, slot, plan, step, seen) for m, seen in due for slot in m.weight.slots]
     scored = [score_site(site, plan) for site in sites]
     budgets = {x.site.name: plan.budget(x.site.name, x.active_GU, step) for x in scored if x.site.name in plan.own}
-    *_, (_, last) = slots_of(masked)
-    accounts = [_account(x, plan, last.name) for x in scored if x.site.name not in plan.own]
+    accounts = accounts_of(scored, masked, plan, fixed=plan.own)
     if accounts:
         terms = Terms(
             num_total=_shared_total(accounts, masked, plan), drop_fraction=plan.drop_fraction(step), memory=memory
@@ -110,11 +110,11 @@ def apply_together(updates: Iterable[tuple[Scored, Budget]], plan: Plan, observe
 
 
 def gather(m: Masked, plan: Plan, grad: Tensor) -> None:
-    """Adds a step's gradient to the trace, where the method keeps one and this is one of its steps."""
+    """Adds a step's gradient to the trace, if this is one of its steps and some update will read it."""
     trace, step = plan.method.trace, m.step + 1
-    if trace is None or m.traced_at == step:
-        return
-    if trace.steps is not None and plan.clock.latest(step + trace.steps - 1) <= m.updated_at:
+    assert trace is not None
+    horizon = sys.maxsize if trace.steps is None else step + trace.steps - 1
+    if m.traced_at == step or plan.clock.latest(horizon) <= m.updated_at:  # done, or no update is to come by then
         return
     if m.trace is None:
         m.trace = torch.zeros_like(m.parameter, dtype=torch.promote_types(m.parameter.dtype, torch.float32))
@@ -201,15 +201,23 @@ def _planned(plan: Plan, name: str, active_GU: Tensor, step: int) -> int:
     return plan.num_target(name, active_GU.shape[1], step) * len(active_GU)
 
 
-def _account(x: Scored, plan: Plan, last: str) -> Account:
-    return Account(
-        name=x.site.name,
-        active_GU=x.active_GU,
-        drop_GU=x.drop_GU,
-        grow_GU=x.grow_GU,
-        num_planned=_planned(plan, x.site.name, x.active_GU, x.site.step),
-        is_last=x.site.name == last,
-    )
+def accounts_of(
+    scored: Iterable[Scored], masked: Iterable[Masked], plan: Plan, *, fixed: Collection[str]
+) -> list[Account]:
+    """What an allocator sees of these sites, but for those whose numbers are ``fixed``."""
+    *_, (_, last) = slots_of(masked)
+    return [
+        Account(
+            name=x.site.name,
+            active_GU=x.active_GU,
+            drop_GU=x.drop_GU,
+            grow_GU=x.grow_GU,
+            num_planned=_planned(plan, x.site.name, x.active_GU, x.site.step),
+            is_last=x.site.name == last.name,
+        )
+        for x in scored
+        if x.site.name not in fixed
+    ]
 
 
 def score_site(site: Site, plan: Plan) -> Scored:

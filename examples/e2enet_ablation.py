@@ -22,12 +22,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from dstlib.errors import StateError, explain
+from dstlib.files import make_folder, write_json
 from dstlib.report import align
 from dstlib.zoo.e2enet.command import parser, run_command
 from dstlib.zoo.e2enet.compare import row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
-from dstlib.zoo.e2enet.files import make_folder, write_json
 from dstlib.zoo.e2enet.follow import follow
 from dstlib.zoo.e2enet.recipes import RECIPES, Recipe
 

@@ -17,6 +17,7 @@ FILES = sorted((ROOT / "dstlib").rglob("*.py"))
 # not know that they are sparse, the core does not know the zoo.
 LEVELS = {
     "errors": 0,
+    "files": 1,
     "schedules.curves": 1,
     "schedules.clock": 1,
     "schedules": 2,
@@ -78,7 +79,6 @@ LEVELS = {
     "layers.fusion": 3,
     "layers": 4,
     "zoo": 14,
-    "zoo.e2enet.files": 15,
     "zoo.e2enet.config": 15,
     "zoo.e2enet.network": 16,
     "zoo.e2enet": 17,

@@ -1,16 +1,13 @@
 """The tutorial of your own parts: the example as a user runs it, and the page that explains it, block by block."""
 
-import contextlib
-import io
 import re
 import runpy
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
+from pages import run_page
 
 import dstlib
 
@@ -76,20 +73,9 @@ def test_help_and_what_cannot_be_used(example):
 
 def test_the_pages_blocks_run_and_print_what_they_show(monkeypatch):
     """In a module that can be imported, as what a reader pastes into a file can: curves are pickled."""
-    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") >= 6
-    module, printed = types.ModuleType("your_own"), ""
+    module = types.ModuleType("your_own")
     monkeypatch.setitem(sys.modules, "your_own", module)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        for kind, text in blocks:
-            if kind == "text":
-                assert printed.strip() == text.strip()
-                continue
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(text, PAGE.name, "exec"), module.__dict__)
-            printed = out.getvalue()
+    run_page(PAGE, module.__dict__, least=6)
 
 
 def test_the_page_names_every_law():

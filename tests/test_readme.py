@@ -1,13 +1,10 @@
 """The documentation's Python runs, block after block, and prints what it says it prints."""
 
-import contextlib
-import io
 import re
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
+from pages import run_page
 
 import dstlib
 
@@ -17,20 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/methods.md", 1)])
 def test_python_blocks_run_and_print_what_they_show(page, least):
-    text = (ROOT / page).read_text()
-    blocks = re.findall(r"```(python|text)\n(.*?)```", text, flags=re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") >= least
-    namespace, printed = {}, ""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        for kind, text in blocks:
-            if kind == "text":
-                assert printed.strip() == text.strip()
-                continue
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(text, page, "exec"), namespace)
-            printed = out.getvalue()
+    run_page(ROOT / page, {}, least=least)
 
 
 def test_every_method_has_a_row():

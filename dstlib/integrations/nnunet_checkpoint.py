@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dstlib.errors import StateError, explain
-from dstlib.zoo.e2enet.files import write_whole
+from dstlib.files import write_whole
 
 KEY = "dstlib"
 STOCK = "nnUNetTrainer"

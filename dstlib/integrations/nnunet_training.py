@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dstlib.door import sparsify
 from dstlib.errors import SettingError, explain
+from dstlib.files import write_json
 from dstlib.integrations.nnunet_checkpoint import (
     KEY,
     VERSION,
@@ -29,7 +30,6 @@ from dstlib.method import Method
 from dstlib.methods import find_method
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import plain_name, unwrap
-from dstlib.zoo.e2enet.files import write_json
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Host

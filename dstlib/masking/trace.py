@@ -12,9 +12,9 @@ class Trace:
     """``trace ← decay · trace + of(site)``, at each step or at the last ``steps`` before an update.
 
     With ``steps``, a trace begins anew after each update: ``Trace(steps=8)`` ranks like the mean gradient of
-    eight steps. Without, it is never cleared: ``Trace(decay=0.9)`` is a momentum that inactive weights have
-    too, which the optimizer's, masked as it is, cannot be. Costs one tensor of the weight's size, and reads the
-    dense gradient at every step it gathers.
+    eight steps. Without, it is never cleared, and goes on until the last update: ``Trace(decay=0.9)`` is a
+    momentum that inactive weights have too, which the optimizer's, masked as it is, cannot be. Costs one tensor
+    of the weight's size, and reads the dense gradient at every step it gathers.
 
     Errors: SettingError for a decay outside [0, 1] or fewer than one step.
     """

@@ -18,8 +18,8 @@ import nibabel
 import numpy as np
 import pytest
 
+from dstlib import files as whole_files
 from dstlib.errors import DataError, SettingError, StateError
-from dstlib.zoo.e2enet import files as whole_files
 from dstlib.zoo.e2enet.data import cache, cache_entries
 from dstlib.zoo.e2enet.data.cache import measure, prepared_cases
 from dstlib.zoo.e2enet.data.fingerprint import fingerprint, plan_preparation

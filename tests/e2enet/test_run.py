@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dstlib.errors import StateError
-from dstlib.zoo.e2enet.files import write_whole
+from dstlib.files import write_whole
 from dstlib.zoo.e2enet.training.run import open_run
 
 CONFIG = {"training": {"seed": 0, "learning_rate": 0.05}, "patch": (4, 8, 8)}

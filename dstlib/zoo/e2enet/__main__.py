@@ -102,9 +102,9 @@ def _add_evaluate(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from dstlib.files import make_folder, write_json, write_whole
     from dstlib.zoo.e2enet.data.layouts import read_manifest
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder
-    from dstlib.zoo.e2enet.files import make_folder, write_json, write_whole
 
     if options.output:
         make_folder(options.output)  # before the work, not after

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import StateError
+from dstlib.files import write_json, write_whole
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.fingerprint import ScanFingerprint, scan_fingerprint
 from dstlib.zoo.e2enet.data.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.nifti import Fault, examine_scan
 from dstlib.zoo.e2enet.data.placement import ORIENTATION
 from dstlib.zoo.e2enet.data.preparation import Preparation, prepare_scan
-from dstlib.zoo.e2enet.files import write_json, write_whole
 
 FORMAT = 1  # to be raised whenever the same scan would be prepared otherwise than before: old entries are then remade
 

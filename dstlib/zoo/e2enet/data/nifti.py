@@ -20,6 +20,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
 from dstlib.errors import DataError, explain
+from dstlib.files import write_whole
 from dstlib.zoo.e2enet.data.defects import (
     Volume,
     affine_defects,
@@ -30,7 +31,6 @@ from dstlib.zoo.e2enet.data.defects import (
 )
 from dstlib.zoo.e2enet.data.layout_files import MAX_CLASSES
 from dstlib.zoo.e2enet.data.manifest import CaseFiles
-from dstlib.zoo.e2enet.files import write_whole
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
 _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError)

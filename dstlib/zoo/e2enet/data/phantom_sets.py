@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from tqdm import tqdm
 
 from dstlib.errors import DataError, SettingError, StateError, explain, similar
+from dstlib.files import write_json
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.drawing import Shape
 from dstlib.zoo.e2enet.data.organs import AMOS_ORGANS
@@ -27,7 +28,6 @@ from dstlib.zoo.e2enet.data.phantom_mri import (
     hippocampus_phantom,
     tumour_phantom,
 )
-from dstlib.zoo.e2enet.files import write_json
 
 VERSION = 1  # of the phantoms' voxels and of their layouts: a set of another version is another set
 RECORD = "phantoms.json"

@@ -22,10 +22,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dstlib.files import write_whole
 from dstlib.layers.fusion import FusionNode
 from dstlib.plot import ACCENT, FAINT, INK, STYLE
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.files import write_whole
 from dstlib.zoo.e2enet.network import E2ENet
 
 FLOWS = {"forward": "#0b4f6c", "upward": "#edae49", "downward": "#66a182"}

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dstlib.errors import DataError, SettingError, StateError, explain
+from dstlib.files import make_folder, write_json
 from dstlib.report import align
 from dstlib.zoo.e2enet.data.layouts import folder_cases
 from dstlib.zoo.e2enet.data.manifest import CaseFiles
@@ -23,7 +24,6 @@ from dstlib.zoo.e2enet.data.nifti import Scan, read_scan, write_label
 from dstlib.zoo.e2enet.data.preparation import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.evaluation.inference import probabilities
 from dstlib.zoo.e2enet.evaluation.postprocess import keep_largest
-from dstlib.zoo.e2enet.files import make_folder, write_json
 
 RECORD = "prediction.json"
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from dstlib.errors import StateError, explain
-from dstlib.zoo.e2enet.files import write_json, write_whole
+from dstlib.files import write_json, write_whole
 
 FORMAT = "dstlib.e2enet.run/1"
 MISSING = "nothing"  # how an error shows a field that one of two configurations lacks
