@@ -70,7 +70,7 @@ def test_closing_ends_the_workers(cases):
 
 def test_workers_survive_what_the_parent_is_to_decide_on(cases):
     drawn = batches(cases, PATCHES, seed=0, start=0, stop=8, workers=2)
-    seen = [next(drawn)]
+    seen = [next(drawn), next(drawn)]  # one of each worker: both have begun
     for child in multiprocessing.active_children():
         assert os.getpgid(child.pid) == child.pid != os.getpgid(0)  # Ctrl-C addresses the parent's group
         for number in (signal.SIGINT, signal.SIGHUP):
