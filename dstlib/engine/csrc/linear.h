@@ -1,0 +1,3 @@
+// Structs of the linear kernels.
+#pragma once
+#include "engine.h"

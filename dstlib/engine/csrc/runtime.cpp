@@ -1,0 +1,135 @@
+// Threads, scratch memory, and the choice of the instruction set.
+#include "runtime.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
+#endif
+
+#include "table.h"
+
+namespace {
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+#if defined(__linux__)
+// Two OpenMP runtimes in one process fight for the cores: threads of the one spin while the other's work. So the
+// engine borrows the one that torch has loaded; GNU's, Intel's and LLVM's all have this entry point.
+int find_openmp(dl_phdr_info* library, size_t, void* found) {
+    const char* name = library->dlpi_name;
+    if (!name || !(strstr(name, "libgomp") || strstr(name, "libiomp5") || strstr(name, "libomp"))) return 0;
+    void* handle = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+    void* entry = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
+    if (!entry) return 0;
+    *static_cast<void**>(found) = entry;
+    return 1;
+}
+
+Parallel openmp() {
+    static const Parallel found = [] {
+        void* entry = nullptr;
+        dl_iterate_phdr(find_openmp, &entry);
+        return reinterpret_cast<Parallel>(entry);
+    }();
+    return found;
+}
+#else
+Parallel openmp() { return nullptr; }
+#endif
+
+struct Team {
+    void (*work)(void*, int64_t);
+    void* context;
+    int64_t num_tasks;
+    std::atomic<int64_t> next{0};
+};
+
+void take_tasks(void* argument) {
+    Team& team = *static_cast<Team*>(argument);
+    for (int64_t task; (task = team.next.fetch_add(1, std::memory_order_relaxed)) < team.num_tasks;)
+        team.work(team.context, task);
+}
+
+struct Scratch {
+    float* data = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(data); }
+};
+
+}  // namespace
+
+void parallel(int64_t num_tasks, int num_threads, void (*work)(void*, int64_t), void* context) {
+    Team team{work, context, num_tasks};
+    const int threads = static_cast<int>(num_tasks < num_threads ? num_tasks : num_threads);
+    if (threads <= 1) return take_tasks(&team);
+    if (Parallel run = openmp()) return run(take_tasks, &team, static_cast<unsigned>(threads), 0);
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(take_tasks, &team);
+    take_tasks(&team);
+    for (std::thread& other : others) other.join();
+}
+
+float* scratch(size_t floats) {
+    thread_local Scratch mine;
+    if (mine.size < floats) {
+        constexpr size_t huge = size_t(2) << 20;  // a multiple of the size of a huge page
+        const size_t bytes = (floats * sizeof(float) + huge - 1) / huge * huge;
+        free(mine.data);
+        mine.size = 0;
+        mine.data = static_cast<float*>(aligned_alloc(huge, bytes));
+        if (!mine.data) return nullptr;
+        mine.size = bytes / sizeof(float);
+#if defined(__linux__)
+        madvise(mine.data, bytes, MADV_HUGEPAGE);  // advice: where the system has none, nothing is lost
+#endif
+    }
+    return mine.data;
+}
+
+namespace {
+
+const Kernels* const all[] = {
+#if defined(__x86_64__)
+    &kernels_avx512,
+    &kernels_avx2,
+#endif
+    &kernels_generic,
+};
+
+bool runs_here(const Kernels& kernels) {
+#if defined(__x86_64__)
+    if (&kernels == &kernels_avx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+    if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return &kernels == &kernels_generic;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The kernels of an instruction set ("avx512", "avx2", "generic"), null if this machine or build lacks it; the best
+// there are for null.
+EXPORT const Kernels* engine_kernels(const char* name) {
+    for (const Kernels* kernels : all)
+        if (runs_here(*kernels) && (!name || !strcmp(name, kernels->name))) return kernels;
+    return nullptr;
+}
+
+EXPORT const char* engine_threads() { return openmp() ? "torch's OpenMP" : "threads of its own"; }
+
+EXPORT int64_t engine_size(const char* name) {
+    const struct { const char* name; size_t size; } sizes[] = {STRUCT_SIZES};
+    for (const auto& each : sizes)
+        if (!strcmp(name, each.name)) return static_cast<int64_t>(each.size);
+    return -1;
+}
+}

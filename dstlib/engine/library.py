@@ -1,0 +1,181 @@
+"""The compiled kernels: found, loaded and described. Without them the engine computes with torch alone.
+
+The library is plain C++ without torch's headers, built while dstlib is installed where there is a compiler; it is
+called through pointers to the structs of ``csrc/engine.h``, which are mirrored here.
+"""
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dstlib.errors import SettingError, explain
+
+INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+VARIABLE = "DSTLIB_ENGINE"  # the name of an instruction set, or "torch": what is used instead of the best there is
+MAX_SOURCES = 3
+
+
+class Source(Structure):
+    """A feature map to read, with the norm and activation to apply while loading."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("offset", c_void_p),
+        ("channels", c_int64),
+        ("strides", c_int64 * 4),
+        ("slope", c_float),
+    )
+
+
+class Target(Structure):
+    """A feature map to write."""
+
+    _fields_ = (("data", c_void_p), ("strides", c_int64 * 4))
+
+
+class Pattern(Structure):
+    """Which connections exist, row by row."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("cols", c_void_p),
+        ("num_rows", c_int64),
+        ("num_cols", c_int64),
+        ("nnz", c_int64),
+    )
+
+
+class Conv(Structure):
+    """One convolution."""
+
+    _fields_ = (
+        ("sources", Source * MAX_SOURCES),
+        ("out", Target),
+        ("pattern", Pattern),
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("shifts", c_void_p),
+        ("sums", c_void_p),
+        ("num_sources", c_int64),
+        ("input_size", c_int64 * 4),  # N, D, H, W
+        ("output_size", c_int64 * 3),  # D, H, W
+        ("kernel_size", c_int64 * 2),  # H, W
+        ("stride", c_int64 * 3),  # D, H, W
+        ("padding", c_int64 * 2),  # H, W
+        ("lanes_per_block", c_int64),
+    )
+
+
+STRUCTS = (Source, Target, Pattern, Conv)
+
+
+class Kernels(Structure):
+    """The kernels of one instruction set: functions of a struct and a number of threads, 0 where all went well."""
+
+    _fields_ = (
+        ("name", c_char_p),
+        ("lanes", c_int64),
+        ("conv_winograd", ctypes.CFUNCTYPE(c_int, POINTER(Conv), c_int)),
+        ("conv_direct", ctypes.CFUNCTYPE(c_int, POINTER(Conv), c_int)),
+    )
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the engine computes with on this machine, and why.
+
+    >>> from dstlib.engine import info
+    >>> info().path in ("avx512", "avx2", "generic", "torch")
+    True
+    """
+
+    path: str  # an instruction set, or "torch"
+    reason: str
+    threads: int
+    threads_from: str
+    machine: str
+
+    def __str__(self) -> str:
+        return f"dstlib engine: {self.path} ({self.reason}), {self.threads} threads ({self.threads_from}), {self.machine}"
+
+
+def info() -> Info:
+    """Which kernels run here: those of an instruction set, or torch's own where none were built, and the reason."""
+    path, reason = _choice()
+    library = _library()
+    threads_from = library.engine_threads().decode() if library and path != "torch" else "torch"
+    return Info(path, reason, torch.get_num_threads(), threads_from, _machine())
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels to call; None where torch has to do."""
+    path, _ = _choice()
+    library = _library()
+    return None if library is None or path == "torch" else _kernels(library, path)
+
+
+def check(status: int, what: str) -> None:
+    """Raises MemoryError for a kernel that could not allocate what it needs."""
+    if status:
+        raise MemoryError(f"{what}: no memory for intermediate results. Use fewer threads or smaller inputs.")
+
+
+@cache
+def _choice() -> tuple[str, str]:
+    asked = os.environ.get(VARIABLE)
+    library = _library()
+    if asked is not None and asked not in (*INSTRUCTION_SETS, "torch"):
+        allowed = "one of " + ", ".join((*INSTRUCTION_SETS, "torch"))
+        raise SettingError(explain(VARIABLE, "the environment", allowed=allowed, given=asked, remedy="Or unset it."))
+    if asked == "torch":
+        return "torch", f"{VARIABLE}=torch"
+    if library is None:
+        return "torch", "the kernels were not built: install dstlib again where there is a C++ compiler"
+    if asked is None:
+        best = _kernels(library, None)
+        assert best is not None, "generic kernels run everywhere"
+        return best.name.decode(), "the best this processor has"
+    if _kernels(library, asked) is None:
+        remedy = "Unset it for the best there is."
+        allowed = "an instruction set of this processor"
+        raise SettingError(explain(VARIABLE, "the environment", allowed=allowed, given=asked, remedy=remedy))
+    return asked, f"{VARIABLE}={asked}"
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    files = sorted(Path(__file__).parent.glob("_kernels*.so")) + sorted(Path(__file__).parent.glob("_kernels*.pyd"))
+    if not files:
+        return None
+    library = ctypes.CDLL(str(files[0]))
+    library.engine_kernels.restype = POINTER(Kernels)
+    library.engine_kernels.argtypes = [c_char_p]
+    library.engine_threads.restype = c_char_p
+    library.engine_size.restype = c_int64
+    for struct in (*STRUCTS, Kernels):
+        built, here = library.engine_size(struct.__name__.encode()), ctypes.sizeof(struct)
+        assert built == here, f"{files[0].name} is of another version ({struct.__name__}): install dstlib again"
+    return library
+
+
+def _kernels(library: ctypes.CDLL, name: str | None) -> Kernels | None:
+    found = library.engine_kernels(name.encode() if name else None)
+    return found.contents if found else None
+
+
+def _machine() -> str:
+    names = Path("/proc/cpuinfo")
+    if names.exists():
+        for line in names.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
