@@ -1,0 +1,64 @@
+"""Feature maps as the kernels read and write them: depth last in memory, so that depths are the lanes of vectors.
+
+Shapes: N batch, C channels, D, H, W depth, height, width. A map is a tensor (N, C, D, H, W) in any memory layout; the
+kernels need the depths of a voxel column to lie side by side, as in ``x.permute(0, 1, 3, 4, 2).contiguous()``.
+Torch's own operations give the same results on such a map as on any other.
+"""
+
+import torch
+from torch import Tensor
+
+from dstlib.engine.library import Source, Target
+
+Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
+
+
+def depth_last(x: Tensor) -> Tensor:
+    """The same values with unit stride along depth; x itself where it has that already.
+
+    >>> depth_last(torch.zeros(1, 2, 3, 4, 5)).stride()
+    (120, 60, 1, 15, 3)
+    """
+    return x if _is_depth_last(x) else x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def empty_depth_last(size: tuple[int, int, int, int, int], like: Tensor) -> Tensor:
+    """A new map (N, C, D, H, W), depth last, of the type and place of ``like``."""
+    batch, channels, depth, height, width = size
+    return like.new_empty((batch, channels, height, width, depth)).permute(0, 1, 4, 2, 3)
+
+
+def source(x: Tensor, norm: Norm | None = None) -> Source:
+    """Describes a depth-last map to the kernels, with the norm and activation to apply while it is read."""
+    scale, offset, slope = norm or (None, None, 0.0)
+    return Source(
+        data=x.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        offset=None if offset is None else offset.data_ptr(),
+        channels=x.shape[1],
+        strides=_strides(x),
+        slope=slope,
+    )
+
+
+def target(x: Tensor) -> Target:
+    """Describes a depth-last map that the kernels are to fill."""
+    return Target(data=x.data_ptr(), strides=_strides(x))
+
+
+def activated(x: Tensor, norm: Norm | None) -> Tensor:
+    """What a reader of ``x`` sees: ``y = scale · x + offset``, then max(y, slope · y)."""
+    if norm is None:
+        return x
+    scale, offset, slope = norm
+    y = torch.addcmul(offset[:, :, None, None, None], x, scale[:, :, None, None, None])
+    return torch.maximum(y, y * slope)
+
+
+def _is_depth_last(x: Tensor) -> bool:
+    return x.stride(2) == 1 or x.shape[2] == 1
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    n, c, _, h, w = x.stride()
+    return n, c, h, w
