@@ -72,6 +72,21 @@ LEVELS = {
     "testing.allocators": 15,
     "testing.methods": 16,
     "testing": 17,
+    "engine.gpu.form": 5,
+    "engine.gpu.tables": 5,
+    "engine.gpu.kernels": 5,
+    "engine.gpu.blocks": 6,
+    "engine.gpu.launch": 6,
+    "engine.gpu.conv": 7,
+    "engine.gpu.module": 8,
+    "engine.gpu": 9,
+    "engine.tensors_file": 2,
+    "engine.semi_structured": 6,
+    "engine.compact": 10,
+    "engine.per_channel": 5,
+    "engine.channel_trace": 5,
+    "engine.channel_flow": 6,
+    "engine.dead": 7,
     "layers.shift": 1,
     "layers.blocks": 2,
     "layers.learned_shift": 2,
@@ -184,6 +199,7 @@ def test_imports_only_go_down(file):
             assert not (here.startswith("layers") and rest.split(".")[0] not in ("layers", "errors")), name
         elif not here.startswith(("zoo", "integrations")):
             lazily = {"matplotlib"} if here == "plot" else set()  # test_import_loads_only_what_it_may
+            lazily |= {"triton"} if here.startswith("engine.gpu") else set()
             assert top in THIRD_PARTY | lazily | set(sys.stdlib_module_names), f"{here} imports {name}"
 
 

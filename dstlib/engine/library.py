@@ -1,80 +1,30 @@
 """The compiled kernels: found, loaded and described. Without them the engine computes with torch alone.
 
 The library is plain C++ without torch's headers, built while dstlib is installed where there is a compiler; it is
-called through pointers to the structs of ``csrc/engine.h``, which are mirrored here.
+called through pointers to the structs of ``csrc/*.h``, which are mirrored here and in the modules ``structs*``.
 """
 
 import ctypes
 import os
 import platform
-from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int64
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from dstlib.engine import structs_conv as conv
+from dstlib.engine import structs_linear as linear
+from dstlib.engine import structs_spatial as spatial
+from dstlib.engine.structs import Pattern, Source, Target
 from dstlib.errors import SettingError, explain
 
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
 VARIABLE = "DSTLIB_ENGINE"  # the name of an instruction set, or "torch": what is used instead of the best there is
-MAX_SOURCES = 3
 
 
-class Source(Structure):
-    """A feature map to read, with the norm and activation to apply while loading."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("scale", c_void_p),
-        ("offset", c_void_p),
-        ("channels", c_int64),
-        ("strides", c_int64 * 4),
-        ("slope", c_float),
-    )
-
-
-class Target(Structure):
-    """A feature map to write."""
-
-    _fields_ = (("data", c_void_p), ("strides", c_int64 * 4))
-
-
-class Pattern(Structure):
-    """Which connections exist, row by row."""
-
-    _fields_ = (
-        ("rows", c_void_p),
-        ("cols", c_void_p),
-        ("num_rows", c_int64),
-        ("num_cols", c_int64),
-        ("nnz", c_int64),
-    )
-
-
-class Conv(Structure):
-    """One convolution."""
-
-    _fields_ = (
-        ("sources", Source * MAX_SOURCES),
-        ("out", Target),
-        ("pattern", Pattern),
-        ("weights", c_void_p),
-        ("bias", c_void_p),
-        ("shifts", c_void_p),
-        ("sums", c_void_p),
-        ("num_sources", c_int64),
-        ("input_size", c_int64 * 4),  # N, D, H, W
-        ("output_size", c_int64 * 3),  # D, H, W
-        ("kernel_size", c_int64 * 2),  # H, W
-        ("stride", c_int64 * 3),  # D, H, W
-        ("padding", c_int64 * 2),  # H, W
-        ("lanes_per_block", c_int64),
-    )
-
-
-STRUCTS = (Source, Target, Pattern, Conv)
+STRUCTS = (Source, Target, Pattern, *conv.STRUCTS, *linear.STRUCTS, *spatial.STRUCTS)
 
 
 class Kernels(Structure):
@@ -83,8 +33,21 @@ class Kernels(Structure):
     _fields_ = (
         ("name", c_char_p),
         ("lanes", c_int64),
-        ("conv_winograd", ctypes.CFUNCTYPE(c_int, POINTER(Conv), c_int)),
-        ("conv_direct", ctypes.CFUNCTYPE(c_int, POINTER(Conv), c_int)),
+        ("conv_squares", ctypes.CFUNCTYPE(c_int, POINTER(conv.Conv), c_int)),
+        ("conv_taps", ctypes.CFUNCTYPE(c_int, POINTER(conv.Conv), c_int)),
+        ("conv_weights_grad", ctypes.CFUNCTYPE(c_int, POINTER(conv.Conv), c_int)),
+        ("conv_prepare", ctypes.CFUNCTYPE(c_int, POINTER(conv.Prepare), c_int)),
+        ("linear_multiply", ctypes.CFUNCTYPE(c_int, POINTER(linear.Linear), c_int)),
+        ("linear_weight_gradient", ctypes.CFUNCTYPE(c_int, POINTER(linear.Linear), c_int)),
+        ("upsample", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Upsample), c_int)),
+        ("upsample_input_grad", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Upsample), c_int)),
+        ("upsample_weights_grad", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Upsample), c_int)),
+        ("max_pool", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Pool), c_int)),
+        ("max_pool_grad", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Pool), c_int)),
+        ("norm_backward", ctypes.CFUNCTYPE(c_int, POINTER(spatial.NormBackward), c_int)),
+        ("activation", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Activation), c_int)),
+        ("to_depth_last", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Relayout), c_int)),
+        ("to_channels_first", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Relayout), c_int)),
     )
 
 
@@ -104,7 +67,9 @@ class Info:
     machine: str
 
     def __str__(self) -> str:
-        return f"dstlib engine: {self.path} ({self.reason}), {self.threads} threads ({self.threads_from}), {self.machine}"
+        return (
+            f"dstlib engine: {self.path} ({self.reason}), {self.threads} threads ({self.threads_from}), {self.machine}"
+        )
 
 
 def info() -> Info:

@@ -42,14 +42,31 @@ struct Conv {
     Source sources[MAX_SOURCES];
     Target out;
     Pattern pattern;
-    const float* weights;   // tap-major (taps, nnz) for the direct form, position-major (36, nnz) for Winograd
+    const float* weights;   // as Prepare makes them for the form
     const float* bias;      // (num_rows) or null
     const int32_t* shifts;  // (num_cols): by how many voxels a channel moves towards higher depths
+    const int32_t* out_shifts;  // (num_rows) or null: the same for channels of y, as the gradient of x needs it
     double* sums;           // (N, num_rows, 2) or null: sum and sum of squares of y over D, H, W
     int64_t num_sources;
     int64_t batch, depth, height, width;              // of the input
     int64_t out_depth, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_h, pad_w;
-    int64_t lanes_per_block;  // vectors that one task works on at once (1, 2, 4 or 8); 0: the engine's choice
+    const int64_t* index;  // gradient of the weights only: (nnz), where each connection lies in weights_grad
+    float* weights_grad;   // (connections, kernel_h, kernel_w); there `out` is the gradient of y, which is read
+    float* bias_grad;      // (num_rows) or null
+    int64_t width_of_block;  // vectors that one task works on at once (1, 2, 4 or 8); 0: the engine's choice
+};
+
+// How a convolution is computed: Winograd's F(4x4, 3x3), or tap by tap.
+enum { FORM_SQUARES = 0, FORM_TAPS = 1 };
+
+enum { MAX_TAPS = 64 };
+
+// Takes the active kernels out of a weight (connections, taps) and transforms them for a form.
+struct Prepare {
+    const float* weight;
+    const int64_t* index;  // (nnz): the connection of each, in the order of the pattern
+    float* out;            // (6, nnz, 6) or (nnz, taps)
+    int64_t nnz, taps, form, reflected;  // reflected: taps in reverse order, as the gradient of the input needs them
 };
 }

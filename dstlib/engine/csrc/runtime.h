@@ -11,6 +11,6 @@ void parallel(int64_t num_tasks, int num_threads, void (*work)(void* context, in
 float* scratch(size_t floats);
 
 template <class Work>
-void parallel(int64_t num_tasks, int num_threads, Work&& work) {
+void parallel(int64_t num_tasks, int num_threads, Work& work) {
     parallel(num_tasks, num_threads, [](void* context, int64_t task) { (*static_cast<Work*>(context))(task); }, &work);
 }

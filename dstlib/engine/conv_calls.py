@@ -1,0 +1,207 @@
+"""The calls of the convolution kernels, and what torch computes in their place.
+
+Shapes: as in :mod:`dstlib.engine.convolution`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from dstlib.engine.calls import kernels_for, norm_of
+from dstlib.engine.layouts import to_depth_last
+from dstlib.engine.library import check
+from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
+from dstlib.engine.structs import Pattern
+from dstlib.engine.structs_conv import Conv, Prepare
+
+SQUARES, TAPS = 0, 1  # the forms of csrc/engine.h: Winograd's F(4x4, 3x3), or tap by tap
+
+
+class Call(NamedTuple):
+    """A convolution as operators take it: tensors and numbers alone."""
+
+    maps: list[Tensor]
+    norms: list[Tensor]  # scale and offset of each map; empty ones where it has no norm
+    slopes: list[float]
+    parameters: list[Tensor]  # weight (O, C, kh, kw) or (O, C, 1, kh, kw), and bias (O) where there is one
+    pattern: list[Tensor]  # rows, cols, index of the active connections, of the transposed, and of the graded
+    shifts: Tensor
+    stride: list[int]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+        return self.parameters[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, or None."""
+        return self.parameters[1] if len(self.parameters) > 1 else None
+
+    def norm(self, i: int) -> Norm | None:
+        """The norm of map i."""
+        scale, offset = self.norms[2 * i : 2 * i + 2]
+        return norm_of([scale, offset] if scale.numel() else [], self.slopes[i])
+
+
+def output_size(x: Tensor, weight: Tensor, stride: Sequence[int]) -> tuple[int, int, int, int, int]:
+    """(N, O, D, H, W) of the convolution of a map."""
+    batch, _, *size = x.shape
+    depth, height, width = (-(-n // step) for n, step in zip(size, stride, strict=True))
+    return batch, weight.shape[0], depth, height, width
+
+
+def form_of(weight: Tensor, stride: Sequence[int]) -> int:
+    """The form in which a convolution is computed."""
+    return SQUARES if tuple(weight.shape[-2:]) == (3, 3) and tuple(stride) == (1, 1, 1) else TAPS
+
+
+def prepare(weight: Tensor, index: Tensor, form: int, *, reflected: bool = False) -> Tensor | None:
+    """The active kernels of a weight as a form reads them; None where there are no kernels to read them."""
+    found = kernels_for(weight)
+    if not found:
+        return None
+    weight = weight.detach().contiguous()
+    taps = weight.shape[-2] * weight.shape[-1]
+    out = weight.new_empty(index.numel() * (36 if form == SQUARES else taps))
+    job = Prepare(weight.data_ptr(), index.data_ptr(), out.data_ptr(), index.numel(), taps, form, reflected)
+    check(found.conv_prepare(job, torch.get_num_threads()), "prepare()")
+    return out
+
+
+def convolve(call: Call, *, with_sums: bool, prepared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output (N, O, D, H, W), and (N, O, 2) in float64: sums over its voxels of y and y², empty unless wanted."""
+    found = kernels_for(*call.maps, *call.parameters)
+    y = empty_depth_last(output_size(call.maps[0], call.weight, call.stride), call.maps[0])
+    sums = y.new_empty((*y.shape[:2], 2) if with_sums else 0, dtype=torch.float64)
+    if not found:
+        y.copy_(F.conv3d(_input(call), _active(call), call.bias, tuple(call.stride), _padding(call.weight)))
+        if with_sums:
+            double = y.double()
+            sums = torch.stack([double.sum((2, 3, 4)), double.square().sum((2, 3, 4))], dim=2)
+        return y, sums
+    form = form_of(call.weight, call.stride)
+    rows, cols, index = call.pattern[:3]
+    if prepared is None:
+        prepared = prepare(call.weight, index, form)
+    maps = [to_depth_last(x) for x in call.maps]
+    job = _job(maps, call, y)
+    job.pattern = Pattern(rows.data_ptr(), cols.data_ptr(), y.shape[1], call.weight.shape[1], cols.numel())
+    job.weights, job.shifts = prepared.data_ptr(), call.shifts.data_ptr()
+    if call.bias is not None:
+        job.bias = call.bias.data_ptr()
+    if with_sums:
+        job.sums = sums.data_ptr()
+    kernel = found.conv_squares if form == SQUARES else found.conv_taps
+    check(kernel(job, torch.get_num_threads()), "convolution")
+    return y, sums
+
+
+def map_grad(call: Call, grad: Tensor) -> Tensor:
+    """The gradient (N, C, D, H, W) of the concatenated, activated maps, from that of the output.
+
+    It is a convolution with the transposed, reflected kernels; with a stride torch does it.
+    """
+    batch, _, *size = call.maps[0].shape
+    weight = call.weight.detach()
+    found = kernels_for(*call.maps, weight, grad)
+    if not found or list(call.stride) != [1, 1, 1]:
+        whole = (batch, weight.shape[1], *size)
+        strided = torch.nn.grad.conv3d_input(whole, _active(call), grad, tuple(call.stride), _padding(weight))
+        return shifted(strided, -call.shifts)
+    grad = to_depth_last(grad)
+    rows, cols, index = call.pattern[3:6]
+    form = form_of(weight, call.stride)
+    prepared = prepare(weight, index, form, reflected=True)
+    out = empty_depth_last((batch, weight.shape[1], *size), grad)
+    still, back = torch.zeros(grad.shape[1], dtype=torch.int32), -call.shifts
+    job = Conv(
+        out=target(out),
+        pattern=Pattern(rows.data_ptr(), cols.data_ptr(), out.shape[1], grad.shape[1], cols.numel()),
+        weights=prepared.data_ptr(),
+        shifts=still.data_ptr(),
+        out_shifts=back.data_ptr(),
+        num_sources=1,
+    )
+    job.sources[0] = source(grad)
+    _set_sizes(job, grad, out, weight, call.stride)
+    kernel = found.conv_squares if form == SQUARES else found.conv_taps
+    check(kernel(job, torch.get_num_threads()), "gradient of a convolution")
+    return out
+
+
+def parameter_grads(call: Call, grad: Tensor) -> list[Tensor]:
+    """Gradients of weight and, where there is one, bias; the weight's with zeros where no connection is graded."""
+    found = kernels_for(*call.maps, *call.parameters, grad)
+    if not found:
+        five = _five(call.weight).shape
+        dense = torch.nn.grad.conv3d_weight(_input(call), five, grad, tuple(call.stride), _padding(call.weight))
+        weight = torch.where(_mask(call.pattern[6:9], call.weight), dense.reshape(call.weight.shape), 0)
+        return [weight] if call.bias is None else [weight, grad.sum((0, 2, 3, 4))]
+    grad = to_depth_last(grad)
+    rows, cols, index = call.pattern[6:9]
+    grads = [torch.zeros_like(call.weight, memory_format=torch.contiguous_format)]
+    grads += [torch.empty_like(call.bias)] if call.bias is not None else []
+    maps = [to_depth_last(x) for x in call.maps]
+    job = _job(maps, call, grad)
+    job.pattern = Pattern(rows.data_ptr(), cols.data_ptr(), grad.shape[1], call.weight.shape[1], cols.numel())
+    job.shifts, job.index, job.weights_grad = call.shifts.data_ptr(), index.data_ptr(), grads[0].data_ptr()
+    if call.bias is not None:
+        job.bias_grad = grads[1].data_ptr()
+    check(found.conv_weights_grad(job, torch.get_num_threads()), "gradient of a convolution's weights")
+    return grads
+
+
+def _job(maps: list[Tensor], call: Call, y: Tensor) -> Conv:
+    job = Conv(out=target(y), num_sources=len(maps))
+    for i, x in enumerate(maps):
+        job.sources[i] = source(x, call.norm(i))
+    _set_sizes(job, maps[0], y, call.weight, call.stride)
+    return job
+
+
+def _set_sizes(job: Conv, x: Tensor, y: Tensor, weight: Tensor, stride: Sequence[int]) -> None:
+    height, width = weight.shape[-2:]
+    job.input_size = (x.shape[0], *x.shape[2:])
+    job.output_size = tuple(y.shape[2:])
+    job.kernel_size, job.padding = (height, width), (height // 2, width // 2)
+    job.stride = tuple(stride)
+
+
+def shifted(x: Tensor, shifts: Tensor) -> Tensor:
+    """Each channel moved along depth by its own number of voxels, zeros flowing in: with torch alone."""
+    out, depth = torch.zeros_like(x), x.shape[2]
+    for size in shifts.unique().tolist():
+        channels = (shifts == size).nonzero().flatten()
+        if abs(size) < depth:
+            moved = x[:, channels].narrow(2, max(-size, 0), depth - abs(size))
+            out[:, channels, max(size, 0) : depth + min(size, 0)] = moved
+    return out
+
+
+def _input(call: Call) -> Tensor:
+    """What the convolution sees: the maps activated, concatenated and shifted."""
+    return shifted(torch.cat([activated(x, call.norm(i)) for i, x in enumerate(call.maps)], dim=1), call.shifts)
+
+
+def _active(call: Call) -> Tensor:
+    """The weight (O, C, 1, kh, kw) with zeros where no connection is active."""
+    return _five(torch.where(_mask(call.pattern[:3], call.weight), call.weight, 0))
+
+
+def _five(weight: Tensor) -> Tensor:
+    return weight.reshape(*weight.shape[:2], 1, *weight.shape[-2:])
+
+
+def _padding(weight: Tensor) -> tuple[int, int, int]:
+    return 0, weight.shape[-2] // 2, weight.shape[-1] // 2
+
+
+def _mask(pattern: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Which connections there are, (O, C, 1, ...)."""
+    mask = torch.zeros(weight.shape[:2].numel(), dtype=torch.bool, device=weight.device)
+    mask[pattern[2]] = True
+    return mask.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))

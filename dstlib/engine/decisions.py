@@ -1,0 +1,92 @@
+"""What was measured of each layer, and which form of it runs."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dstlib.engine.library import info
+from dstlib.errors import SettingError, StateError, explain
+from dstlib.files import write_json
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One layer: milliseconds as it was and on the engine, or why the engine cannot compute it."""
+
+    name: str
+    kind: str
+    plain_ms: float | None
+    fast_ms: float | None
+    obstacle: str | None
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the layer runs on the engine."""
+        return self.plain_ms is not None and self.fast_ms is not None and self.fast_ms < self.plain_ms
+
+    def __str__(self) -> str:
+        if self.obstacle:
+            return f"{self.name:32} {self.kind:12} plain: {self.obstacle}"
+        if self.plain_ms is None or self.fast_ms is None:
+            return f"{self.name:32} {self.kind:12} plain: the example did not reach it"
+        form = "engine" if self.is_fast else "plain"
+        ratio = self.plain_ms / self.fast_ms
+        return f"{self.name:32} {self.kind:12} {self.plain_ms:9.2f} ms → {self.fast_ms:9.2f} ms {ratio:6.2f}× {form}"
+
+
+@dataclass(frozen=True)
+class Decisions(Mapping[str, Decision]):
+    """The decisions about a model, layer by layer, and the machine on which they were taken; printable.
+
+    >>> print(Decisions.of([Decision("conv", "Conv2d", 2.0, 1.0, None)]))  # doctest: +ELLIPSIS
+    conv                             Conv2d            2.00 ms →      1.00 ms   2.00× engine
+    dstlib engine: ...
+    """
+
+    rows: tuple[Decision, ...]
+    machine: str
+
+    @classmethod
+    def of(cls, rows: Iterable[Decision]) -> "Decisions":
+        """Decisions taken here and now."""
+        return cls(tuple(rows), str(info()))
+
+    def check(self, layers: Iterable[str]) -> None:
+        """A SettingError unless the decisions are about these layers."""
+        if set(layers) != set(self):
+            allowed, remedy = "those of this model", "Leave them out to measure anew."
+            raise SettingError(explain("decisions", "accelerate()", allowed=allowed, given=list(self), remedy=remedy))
+
+    def save(self, path: Path) -> None:
+        """Writes the decisions as JSON."""
+        write_json(path, {"machine": self.machine, "rows": [asdict(row) for row in self.rows]})
+
+    @classmethod
+    def load(cls, path: Path) -> "Decisions":
+        """Reads what :meth:`save` has written.
+
+        Errors: StateError for another file.
+        """
+        try:
+            content: Any = json.loads(path.read_text())
+            return cls(tuple(Decision(**row) for row in content["rows"]), str(content["machine"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            remedy = "Measure anew, and save the decisions."
+            where = f"folder {path.parent}"
+            raise StateError(
+                explain(path.name, where, allowed="saved decisions", given=repr(error), remedy=remedy)
+            ) from error
+
+    def __getitem__(self, name: str) -> Decision:
+        return {row.name: row for row in self.rows}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.name for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.rows), self.machine])

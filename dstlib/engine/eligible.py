@@ -1,0 +1,67 @@
+"""Which layers the engine has kernels for, and why not."""
+
+from torch import nn
+
+from dstlib.engine.fast_layers import FastConv, FastFusionNode, FastUnit
+from dstlib.engine.linear import SparseLinear
+from dstlib.layers.blocks import Unit
+from dstlib.layers.fusion import FusionNode
+from dstlib.layers.shift import Shift
+
+CANDIDATES = (FusionNode, Unit, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def fast_form(layer: nn.Module) -> nn.Module:
+    """The layer on the engine's kernels, sharing its parameters; for one without :func:`obstacle` alone."""
+    if isinstance(layer, FusionNode):
+        return FastFusionNode(layer)
+    if isinstance(layer, Unit):
+        return FastUnit(layer)
+    return SparseLinear(layer) if isinstance(layer, nn.Linear) else FastConv(layer)
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why the engine cannot compute a layer; None where it can.
+
+    >>> obstacle(nn.Conv2d(4, 4, 3, padding=1)), obstacle(nn.Conv2d(4, 4, 3))
+    (None, 'its padding is not half its kernel')
+    """
+    if isinstance(layer, FusionNode):
+        return _node(layer)
+    if isinstance(layer, Unit):
+        return _unit(layer)
+    if isinstance(layer, nn.Conv2d | nn.Conv3d):
+        return _conv(layer)
+    return None if type(layer) is nn.Linear else f"it is a {type(layer).__name__}"
+
+
+def _node(node: FusionNode) -> str | None:
+    up, down = node.upward, node.downward
+    if type(up) is not nn.ConvTranspose3d or up.bias is not None or up.kernel_size != up.stride:
+        return "its upward flow is not a transposed convolution by its stride"
+    if down is not None and (down.stride != down.kernel_size or down.padding != 0 or down.ceil_mode):
+        return "its pooling windows overlap"
+    return next(filter(None, map(_unit, node.units)), None)
+
+
+def _unit(unit: Unit) -> str | None:
+    norm, slope = unit.norm, getattr(unit.activation, "negative_slope", None)
+    if not isinstance(unit.norm, nn.InstanceNorm3d) or not norm.affine or norm.track_running_stats:
+        return "its norm is not an affine instance norm"
+    if not isinstance(unit.activation, nn.LeakyReLU) or slope is None or not 0 <= slope <= 1:
+        return "its activation is not a leaky ReLU with a slope from 0 to 1"
+    if unit.shift is not None and not (isinstance(unit.shift, Shift) and unit.shift.axis in (2, -3)):
+        return "its shift is learned, or not along depth"
+    return _conv(unit.conv)
+
+
+def _conv(conv: nn.Conv2d | nn.Conv3d) -> str | None:
+    if type(conv) not in (nn.Conv2d, nn.Conv3d):
+        return f"it is a {type(conv).__name__}"
+    *depth, height, width = conv.kernel_size
+    half = tuple(n // 2 for n in conv.kernel_size)
+    if any(n != 1 for n in depth) or (height, width) not in ((1, 1), (3, 3)):
+        return f"its kernel is {conv.kernel_size}"
+    if conv.groups != 1 or any(n != 1 for n in conv.dilation) or conv.padding_mode != "zeros":
+        return "it has groups, dilation or a padding other than zeros"
+    return None if conv.padding == half else "its padding is not half its kernel"

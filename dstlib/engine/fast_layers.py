@@ -1,0 +1,130 @@
+"""Layers that run on the kernels, made from the plain ones, whose parameters and names they keep.
+
+Shapes: N batch, C input channels, O output channels, D, H, W depth, height, width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dstlib.engine.connections import Connections
+from dstlib.engine.conv_calls import form_of, prepare
+from dstlib.engine.convolution import Geometry, Mapped, Weights, conv, unit
+from dstlib.engine.layouts import to_channels_first
+from dstlib.engine.pending import Pending, mapped
+from dstlib.engine.pooling import max_pool
+from dstlib.engine.upsampling import upsample
+from dstlib.layers.blocks import Unit
+from dstlib.layers.fusion import FusionNode
+from dstlib.layers.shift import Shift, channel_groups
+
+
+class _Kernels:
+    """The connections of one weight, and its kernels as the engine reads them."""
+
+    def __init__(self, weight: nn.Parameter, mask: Tensor, *, transposed: bool = False) -> None:
+        self.weight = weight
+        self.transposed = transposed
+        self.dense_gradient = False  # whether backward passes are to give the gradients of inactive kernels too
+        self.set_mask(mask)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Follows a mask of the weight's shape: a connection is active where any of its taps is."""
+        pairs = mask.flatten(2).any(dim=2)
+        self.active = Connections.of(pairs.T if self.transposed else pairs)
+        self.all = Connections.of(torch.ones_like(pairs.T if self.transposed else pairs))
+        self._prepared: tuple[tuple[object, ...], Tensor | None] | None = None
+
+    @property
+    def graded(self) -> Connections:
+        """The connections whose gradient is wanted."""
+        return self.all if self.dense_gradient else self.active
+
+    def prepared(self, stride: Sequence[int]) -> Tensor | None:
+        """The kernels transformed once for all calls between two changes of the weight, where nobody trains it."""
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return None
+        state = (self.weight.data_ptr(), self.weight._version)
+        if self._prepared is None or self._prepared[0] != state:
+            self._prepared = state, prepare(self.weight, self.active.index, form_of(self.weight, stride))
+        return self._prepared[1]
+
+
+class FastConv(nn.Module):
+    """A convolution of two axes: ``nn.Conv2d``, or ``nn.Conv3d`` with a kernel that is flat along depth."""
+
+    def __init__(self, plain: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = plain.weight, plain.bias
+        self.stride = (1, *plain.stride) if isinstance(plain, nn.Conv2d) else plain.stride
+        self.kernels = _Kernels(plain.weight, plain.weight.detach() != 0)
+        self.geometry = Geometry(torch.zeros(plain.in_channels, dtype=torch.int32), self.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), whose samples then take the place of depths."""
+        flat = x.ndim == 4
+        source = (x.transpose(0, 1).unsqueeze(0), None) if flat else mapped(x)
+        weights = Weights(self.weight, self.bias, self.kernels.active, self.kernels.graded)
+        y = to_channels_first(conv([source], weights, self.geometry, prepared=self.kernels.prepared(self.stride)))
+        return y.squeeze(0).transpose(0, 1) if flat else y
+
+
+class FastUnit(nn.Module):
+    """A :class:`~dstlib.layers.Unit` as one operation, whose norm and activation its readers apply."""
+
+    def __init__(self, plain: Unit) -> None:
+        super().__init__()
+        self.shift, self.conv, self.norm, self.activation = plain.shift, plain.conv, plain.norm, plain.activation
+        self.kernels = _Kernels(plain.conv.weight, plain.conv.weight.detach() != 0)
+        shifts = torch.zeros(plain.conv.in_channels, dtype=torch.int32)
+        if isinstance(plain.shift, Shift):
+            groups = channel_groups(shifts[None], len(plain.shift.sizes))
+            for group, size in zip(groups, plain.shift.sizes, strict=False):
+                group.fill_(size)
+        self.geometry = Geometry(shifts, plain.conv.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) → (N, O, D / stride, H / stride, W / stride)."""
+        return self.fuse([mapped(x)])
+
+    def fuse(self, sources: Sequence[Mapped]) -> Tensor:
+        """The unit on the concatenation of maps."""
+        weights = Weights(self.conv.weight, self.conv.bias, self.kernels.active, self.kernels.graded)
+        prepared = self.kernels.prepared(self.conv.stride)
+        slope = self.activation.negative_slope
+        return Pending.of(*unit(sources, weights, self.geometry, self.norm, slope, prepared=prepared))
+
+
+class FastUpsample(nn.Module):
+    """An ``nn.ConvTranspose3d`` whose kernel is its stride, without bias."""
+
+    def __init__(self, plain: nn.ConvTranspose3d) -> None:
+        super().__init__()
+        self.weight, self.stride = plain.weight, plain.stride
+        self.kernels = _Kernels(plain.weight, plain.weight.detach() != 0, transposed=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) → (N, O, D · stride, H · stride, W · stride)."""
+        return upsample(*mapped(x), self.weight, self.kernels.active, self.stride)
+
+
+class FastFusionNode(nn.Module):
+    """A :class:`~dstlib.layers.FusionNode` that neither concatenates nor shifts in memory."""
+
+    def __init__(self, plain: FusionNode) -> None:
+        super().__init__()
+        self.upward = FastUpsample(plain.upward)
+        self.downward = plain.downward
+        self.units = nn.Sequential(*(FastUnit(each) for each in plain.units))
+
+    def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
+        """The maps of this level, the coarser and the finer one, as of the plain node."""
+        sources = [mapped(same), (self.upward(coarser), None)]
+        if finer is not None:
+            window = self.downward.kernel_size
+            sources.append((max_pool(*mapped(finer), window), None))
+        x = self.units[0].fuse(sources)
+        for each in self.units[1:]:
+            x = each(x)
+        return x

@@ -1,0 +1,12 @@
+"""Block-sparse convolutions on a GPU: only connected blocks of channels are computed, by Triton, on matrix units.
+
+Triton is an extra (``pip install dstlib[gpu]``); it is loaded when the first kernel runs, never by an import. Train
+with ``replace(dstlib.DSFF, granularity=dstlib.Block(16, 16))``, say, and make a :class:`BlockConv` of each layer.
+"""
+
+from dstlib.engine.gpu.blocks import Blocks
+from dstlib.engine.gpu.conv import block_conv
+from dstlib.engine.gpu.form import Launch
+from dstlib.engine.gpu.module import BlockConv
+
+__all__ = ["BlockConv", "Blocks", "Launch", "block_conv"]

@@ -1,0 +1,121 @@
+"""Maps written anew: in another order of memory, or with norm and activation applied.
+
+Shapes: N batch, C channels, D, H, W depth, height, width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstlib.engine.calls import flat, is_plain, kernels_for, norm_of
+from dstlib.engine.library import check
+from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
+from dstlib.engine.structs_spatial import Activation, Relayout
+
+
+def to_depth_last(x: Tensor) -> Tensor:
+    """The same map (N, C, D, H, W) with depths side by side in memory; x itself where they are.
+
+    >>> to_depth_last(torch.zeros(1, 2, 3, 4, 5)).stride()
+    (120, 60, 1, 15, 3)
+    """
+    if x.stride(2) == 1 or x.shape[2] == 1:
+        return x
+    return _to_depth_last(x) if is_plain(x) else _to_depth_last_op(x)
+
+
+def to_channels_first(x: Tensor) -> Tensor:
+    """The same map (N, C, D, H, W) in torch's default order of memory; x itself where it is.
+
+    >>> to_channels_first(to_depth_last(torch.zeros(1, 2, 3, 4, 5))).is_contiguous()
+    True
+    """
+    if x.is_contiguous():
+        return x
+    return _to_channels_first(x) if is_plain(x) else _to_channels_first_op(x)
+
+
+def materialise(x: Tensor, norm: Norm | None) -> Tensor:
+    """What readers of a map (N, C, D, H, W) see, written out, depth last; for autograd the map's value itself.
+
+    >>> x = torch.tensor([-2.0, 1.0]).reshape(1, 1, 2, 1, 1)
+    >>> materialise(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5)).flatten()
+    tensor([-1.5000,  3.0000])
+    """
+    if norm is None:
+        return to_depth_last(x)
+    tensors, slope = flat(norm)
+    return _materialise(x, tensors, slope) if is_plain(x) else _materialise_op(x, tensors, slope)
+
+
+def _to_depth_last(x: Tensor) -> Tensor:
+    out = _empty(x)
+    found = kernels_for(x)
+    if found and x.stride(4) == 1:
+        check(found.to_depth_last(_relayout(x, out), torch.get_num_threads()), "to_depth_last()")
+        return out
+    return out.copy_(x)
+
+
+def _to_channels_first(x: Tensor) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    found = kernels_for(x)
+    if found and x.stride(2) == 1:
+        check(found.to_channels_first(_relayout(x, out), torch.get_num_threads()), "to_channels_first()")
+        return out
+    return out.copy_(x)
+
+
+def _materialise(x: Tensor, norm: list[Tensor], slope: float) -> Tensor:
+    found = kernels_for(x)
+    if not found:
+        return _empty(x).copy_(activated(x, norm_of(norm, slope)))
+    x = to_depth_last(x)
+    out = _empty(x)
+    n, _, d, h, w = x.shape
+    call = Activation(source(x, norm_of(norm, slope)), target(out), (n, d, h, w))
+    check(found.activation(call, torch.get_num_threads()), "materialise()")
+    return out
+
+
+def _empty(x: Tensor) -> Tensor:
+    n, c, d, h, w = x.shape
+    return empty_depth_last((n, c, d, h, w), x)
+
+
+def _relayout(x: Tensor, out: Tensor) -> Relayout:
+    return Relayout(x.data_ptr(), out.data_ptr(), x.stride(), out.stride(), tuple(x.shape))
+
+
+_to_depth_last_op = torch.library.custom_op("dstlib::to_depth_last", _to_depth_last, mutates_args=())
+_to_channels_first_op = torch.library.custom_op("dstlib::to_channels_first", _to_channels_first, mutates_args=())
+_materialise_op = torch.library.custom_op("dstlib::materialise", _materialise, mutates_args=())
+
+
+@_to_depth_last_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return _empty(x)
+
+
+@_to_channels_first_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_materialise_op.register_fake
+def _(x: Tensor, norm: list[Tensor], slope: float) -> Tensor:
+    return _empty(x)
+
+
+def _pass_on(ctx: Any, grad: Tensor) -> Tensor:
+    return grad
+
+
+def _pass_on_to_map(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
+    return grad, [None, None], None
+
+
+_to_depth_last_op.register_autograd(_pass_on)
+_to_channels_first_op.register_autograd(_pass_on)
+_materialise_op.register_autograd(_pass_on_to_map)

@@ -1,0 +1,102 @@
+"""Max-pooling over windows that lie side by side, on depth-last maps.
+
+Shapes: N batch, C channels, D, H, W depth, height, width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from dstlib.engine.calls import flat, is_plain, kernels_for, norm_of
+from dstlib.engine.layouts import to_depth_last
+from dstlib.engine.library import check
+from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
+from dstlib.engine.structs_spatial import Pool
+
+
+def max_pool(x: Tensor, norm: Norm | None, window: Sequence[int]) -> Tensor:
+    """The maximum of the activated map (N, C, D, H, W) over each window (d, h, w): (N, C, D // d, H // h, W // w).
+
+    As torch's max-pooling with stride = window: what is left at the end of an axis is in no window, a NaN stays, and
+    of equal values the first has the gradient. That is the gradient of the activated map.
+
+    >>> x = torch.arange(8.0).reshape(1, 1, 2, 2, 2)
+    >>> max_pool(x, None, (2, 2, 1)).flatten()
+    tensor([6., 7.])
+    """
+    tensors, slope = flat(norm)
+    return _max_pool(x, tensors, slope, window) if is_plain(x) else _max_pool_op(x, tensors, slope, window)
+
+
+def _max_pool(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]) -> Tensor:
+    found = kernels_for(x)
+    out = _empty(x, window)
+    if not found:
+        return out.copy_(F.max_pool3d(activated(x, norm_of(norm, slope)), tuple(window)))
+    x = to_depth_last(x)
+    call = _call(x, norm, slope, window, out)
+    check(found.max_pool(call, torch.get_num_threads()), "max_pool()")
+    return out
+
+
+def _max_pool_grad(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], grad: Tensor) -> Tensor:
+    """The gradient of the activated map, of the shape of x."""
+    found = kernels_for(x, grad)
+    if not found:
+        _, index = F.max_pool3d(activated(x, norm_of(norm, slope)), tuple(window), return_indices=True)
+        flat_grad = grad.new_zeros(*x.shape[:2], x[0, 0].numel())
+        flat_grad.scatter_(2, index.flatten(2), grad.flatten(2))
+        return _empty_input(x).copy_(flat_grad.view(x.shape))
+    out = _empty_input(x)
+    if any(extent % step for extent, step in zip(x.shape[2:], window, strict=True)):
+        out.zero_()  # what is in no window is not written
+    x, grad = to_depth_last(x), to_depth_last(grad)
+    call = _call(x, norm, slope, window, out)
+    call.grad = source(grad)
+    check(found.max_pool_grad(call, torch.get_num_threads()), "gradient of max_pool()")
+    return out
+
+
+def _call(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], out: Tensor) -> Pool:
+    n, _, d, h, w = x.shape
+    return Pool(input=source(x, norm_of(norm, slope)), out=target(out), size=(n, d, h, w), window=tuple(window))
+
+
+def _empty(x: Tensor, window: Sequence[int]) -> Tensor:
+    n, c, d, h, w = x.shape
+    return empty_depth_last((n, c, d // window[0], h // window[1], w // window[2]), x)
+
+
+def _empty_input(x: Tensor) -> Tensor:
+    n, c, d, h, w = x.shape
+    return empty_depth_last((n, c, d, h, w), x)
+
+
+_max_pool_op = torch.library.custom_op("dstlib::max_pool", _max_pool, mutates_args=())
+_max_pool_grad_op = torch.library.custom_op("dstlib::max_pool_grad", _max_pool_grad, mutates_args=())
+
+
+@_max_pool_op.register_fake
+def _(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]) -> Tensor:
+    return _empty(x, window)
+
+
+@_max_pool_grad_op.register_fake
+def _(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], grad: Tensor) -> Tensor:
+    return _empty_input(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, norm, ctx.slope, ctx.window = inputs
+    ctx.save_for_backward(x, *norm)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, *norm = ctx.saved_tensors
+    return _max_pool_grad_op(x, norm, ctx.slope, ctx.window, grad), [None] * len(norm), None, None
+
+
+_max_pool_op.register_autograd(_backward, setup_context=_keep)

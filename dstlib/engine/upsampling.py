@@ -1,0 +1,173 @@
+"""Transposed convolution whose kernel is its stride, with sparse kernels, on depth-last maps.
+
+Shapes: N batch, C input channels, O output channels, D, H, W depth, height, width of the input, d, h, w the stride.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from dstlib.engine.calls import flat, is_plain, kernels_for, norm_of
+from dstlib.engine.connections import Connections
+from dstlib.engine.layouts import to_depth_last
+from dstlib.engine.library import check
+from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
+from dstlib.engine.structs import Pattern
+from dstlib.engine.structs_spatial import Upsample
+
+
+def upsample(x: Tensor, norm: Norm | None, weight: Tensor, connections: Connections, stride: Sequence[int]) -> Tensor:
+    """Transposed convolution of the activated map (N, C, D, H, W) → (N, O, D · d, H · h, W · w).
+
+    ``weight`` (C, O, d, h, w) is that of an ``nn.ConvTranspose3d``; of it only the kernels of the connections, whose
+    rows are output channels, are read. Its gradient has zeros at the others; that of x is of the activated map.
+
+    >>> one = Connections.of(torch.tensor([[True, False]]))  # the second input is not connected
+    >>> x, weight = torch.tensor([2.0, 5.0]).reshape(1, 2, 1, 1, 1), torch.ones(2, 1, 1, 2, 2)
+    >>> upsample(x, None, weight, one, (1, 2, 2)).flatten()
+    tensor([2., 2., 2., 2.])
+    """
+    tensors, slope = flat(norm)
+    if is_plain(x, weight):
+        return _upsample(x, tensors, slope, weight, [connections.rows, connections.cols], stride)
+    back = connections.transposed
+    pattern = [connections.rows, connections.cols, back.rows, back.cols]
+    return _upsample_op(x, tensors, slope, weight, pattern, stride)
+
+
+def _upsample(
+    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]
+) -> Tensor:
+    found = kernels_for(x, weight)
+    out = _empty(x, weight, stride)
+    if not found:
+        z = activated(x, norm_of(norm, slope))
+        return out.copy_(F.conv_transpose3d(z, _active(weight, pattern), stride=tuple(stride)))
+    x, weight = to_depth_last(x), weight.contiguous()
+    call = Upsample(
+        coarse=source(x, norm_of(norm, slope)),
+        out=target(out),
+        pattern=_pattern(pattern[0], pattern[1], weight.shape[0]),
+        weights=weight.data_ptr(),
+        weight_strides=(weight.stride(1), weight.stride(0)),
+        size=_size(x),
+        stride=tuple(stride),
+    )
+    check(found.upsample(call, torch.get_num_threads()), "upsample()")
+    return out
+
+
+def _input_grad(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]) -> Tensor:
+    """The gradient (N, C, D, H, W) of the activated map; ``pattern`` ends with rows and columns of the transposed."""
+    found = kernels_for(grad, weight)
+    out = _empty_input(grad, weight, stride)
+    if not found:
+        return out.copy_(F.conv3d(grad, _active(weight, pattern), stride=tuple(stride)))
+    grad, weight = to_depth_last(grad), weight.contiguous()
+    call = Upsample(
+        fine=source(grad),
+        out=target(out),
+        pattern=_pattern(pattern[2], pattern[3], weight.shape[1]),
+        weights=weight.data_ptr(),
+        weight_strides=(weight.stride(0), weight.stride(1)),
+        size=_size(out),
+        stride=tuple(stride),
+    )
+    check(found.upsample_input_grad(call, torch.get_num_threads()), "gradient of upsample()")
+    return out
+
+
+def _weight_grad(
+    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, pattern: list[Tensor], stride: Sequence[int]
+) -> Tensor:
+    """The gradient (C, O, d, h, w) of the weight, zeros where there is no connection."""
+    found = kernels_for(x, grad)
+    out = x.new_zeros(x.shape[1], grad.shape[1], *stride)
+    if not found:
+        z = activated(x, norm_of(norm, slope))
+        taps = grad.reshape(*grad.shape[:2], *(n for pair in zip(x.shape[2:], stride, strict=True) for n in pair))
+        return out.copy_(_active(torch.einsum("ncdhw,nodihjwk->coijk", z, taps), pattern))
+    x, grad = to_depth_last(x), to_depth_last(grad)
+    call = Upsample(
+        coarse=source(x, norm_of(norm, slope)),
+        fine=source(grad),
+        pattern=_pattern(pattern[0], pattern[1], x.shape[1]),
+        weights_grad=out.data_ptr(),
+        weight_strides=(out.stride(1), out.stride(0)),
+        size=_size(x),
+        stride=tuple(stride),
+    )
+    check(found.upsample_weights_grad(call, torch.get_num_threads()), "gradient of upsample()")
+    return out
+
+
+def _empty(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    n, _, d, h, w = x.shape
+    return empty_depth_last((n, weight.shape[1], d * stride[0], h * stride[1], w * stride[2]), x)
+
+
+def _empty_input(grad: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    n, _, d, h, w = grad.shape
+    return empty_depth_last((n, weight.shape[0], d // stride[0], h // stride[1], w // stride[2]), grad)
+
+
+def _size(x: Tensor) -> tuple[int, int, int, int]:
+    n, _, d, h, w = x.shape
+    return n, d, h, w
+
+
+def _pattern(rows: Tensor, cols: Tensor, num_cols: int) -> Pattern:
+    return Pattern(rows.data_ptr(), cols.data_ptr(), rows.numel() - 1, num_cols, cols.numel())
+
+
+def _active(weight: Tensor, pattern: list[Tensor]) -> Tensor:
+    """The weight (C, O, d, h, w) with zeros where there is no connection."""
+    rows, cols = pattern[:2]
+    outputs = torch.arange(len(rows) - 1, device=rows.device).repeat_interleave(rows.diff())
+    mask_CO = torch.zeros(weight.shape[:2], dtype=torch.bool, device=rows.device)
+    mask_CO[cols, outputs] = True
+    return torch.where(mask_CO[:, :, None, None, None], weight, 0)
+
+
+_upsample_op = torch.library.custom_op("dstlib::upsample", _upsample, mutates_args=())
+_input_grad_op = torch.library.custom_op("dstlib::upsample_input_grad", _input_grad, mutates_args=())
+_weight_grad_op = torch.library.custom_op("dstlib::upsample_weight_grad", _weight_grad, mutates_args=())
+
+
+@_upsample_op.register_fake
+def _(
+    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]
+) -> Tensor:
+    return _empty(x, weight, stride)
+
+
+@_input_grad_op.register_fake
+def _(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]) -> Tensor:
+    return _empty_input(grad, weight, stride)
+
+
+@_weight_grad_op.register_fake
+def _(
+    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, pattern: list[Tensor], stride: Sequence[int]
+) -> Tensor:
+    return x.new_empty(x.shape[1], grad.shape[1], *stride)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, norm, ctx.slope, weight, pattern, ctx.stride = inputs
+    ctx.save_for_backward(x, weight, *pattern, *norm)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, *rest = ctx.saved_tensors
+    pattern, norm = rest[:4], rest[4:]
+    for_x, _, _, for_weight, *_ = ctx.needs_input_grad
+    grad_x = _input_grad_op(grad, weight, pattern, ctx.stride) if for_x else None
+    grad_weight = _weight_grad_op(x, norm, ctx.slope, grad, pattern, ctx.stride) if for_weight else None
+    return grad_x, [None] * len(norm), None, grad_weight, [None] * len(pattern), None
+
+
+_upsample_op.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,326 @@
+"""What happens between convolutions, by every path of the engine, beside float64 torch.
+
+Shapes: N batch, C input channels, O output channels, D, H, W depth, height, width.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from dstlib.engine import calls, layouts, library, maps, norms, pooling, upsampling
+from dstlib.engine.connections import Connections
+from dstlib.engine.maps import Norm, activated
+from dstlib.engine.spatial import (
+    materialise,
+    max_pool,
+    norm_backward,
+    to_channels_first,
+    to_depth_last,
+    upsample,
+)
+
+Size = tuple[int, int, int, int, int]
+# float32 rounds each product and sum by 6e-8 of it; sums here have up to a few hundred terms of size 1 to 10
+CLOSE = {"rtol": 1e-5, "atol": 2e-5}
+PATHS = (*library.INSTRUCTION_SETS, "torch")
+many = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=PATHS, autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs by each path that this machine has."""
+    found = None
+    if request.param != "torch":
+        binary = library._library()
+        found = binary and library._kernels(binary, request.param)
+        if not found:
+            pytest.skip(f"no kernels for {request.param} here")
+    monkeypatch.setattr(calls, "kernels", lambda: found)
+    return request.param
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels first": lambda x: x.contiguous(),
+    "depth last": lambda x: x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+    "part of a larger map": lambda x: _part(x),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+}
+
+
+def _part(x: Tensor) -> Tensor:
+    """Depth last, with NaNs on all sides: whoever reads too far will show it."""
+    n, c, d, h, w = x.shape
+    whole = x.new_full((n + 1, c + 1, h + 2, w + 1, d + 3), torch.nan).permute(0, 1, 4, 2, 3)
+    part = whole[1:, 1:, 1 : d + 1, 1 : h + 1, 1:]
+    return part.copy_(x)
+
+
+layout_names = st.sampled_from(sorted(LAYOUTS))
+depths = st.sampled_from([1, 2, 3, 4, 7, 8, 12, 16, 20, 33, 64]) | st.integers(1, 40)
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 6), depths, st.integers(1, 6), st.integers(1, 6))
+steps = st.tuples(*[st.integers(1, 2)] * 3) | st.tuples(*[st.integers(1, 4)] * 3)
+slopes = st.sampled_from([0.0, 0.01, 0.3, 1.0])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def _random(*size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def _norm(size: Size, slope: float, seed: int) -> Norm:
+    return _random(*size[:2], seed=seed + 1), _random(*size[:2], seed=seed + 2), slope
+
+
+def _exact(x: Tensor, norm: Norm | None) -> Tensor:
+    """The activated map in float64, a leaf."""
+    double = (norm[0].double(), norm[1].double(), norm[2]) if norm else None
+    return activated(x.double(), double).detach().requires_grad_()
+
+
+def _mask(outputs: int, inputs: int, seed: int) -> Tensor:
+    """About half of the connections, the last output without any."""
+    mask = _random(outputs, inputs, seed=seed + 3) > 0
+    mask[-1] = False
+    return mask
+
+
+def _assert_close(got: Tensor, exact: Tensor, **tolerance: float) -> None:
+    torch.testing.assert_close(got.double(), exact.detach(), **(tolerance or CLOSE))
+
+
+@many
+@given(size=sizes, layout=layout_names, seed=seeds)
+def test_layouts_hold_the_same_values(size: Size, layout: str, seed: int):
+    x = LAYOUTS[layout](_random(*size, seed=seed))
+    last, first = to_depth_last(x), to_channels_first(x)
+    assert torch.equal(last, x)
+    assert torch.equal(first, x)
+    assert last.stride(2) == 1 or size[2] == 1
+    assert first.is_contiguous()
+    assert torch.equal(to_channels_first(last), x)
+
+
+@many
+@given(size=sizes, layout=layout_names, slope=slopes, seed=seeds)
+def test_materialise_writes_what_readers_see(size: Size, layout: str, slope: float, seed: int):
+    x, norm = LAYOUTS[layout](_random(*size, seed=seed)), _norm(size, slope, seed)
+    z = materialise(x, norm)
+    _assert_close(z, _exact(x, norm))
+    assert z.stride(2) == 1 or size[2] == 1
+    assert torch.equal(materialise(x, None), x)
+
+
+@many
+@given(size=sizes, layout=layout_names, window=steps, slope=slopes, seed=seeds, with_norm=st.booleans())
+def test_max_pool_and_its_gradient(
+    size: Size, layout: str, window: Sequence[int], slope: float, seed: int, with_norm: bool
+):
+    window = tuple(min(step, extent) for step, extent in zip(window, size[2:], strict=True))
+    # few different values: many ties, and with a slope of 0 many more
+    x = LAYOUTS[layout](_random(*size, seed=seed).mul(2).round()).requires_grad_()
+    norm = (torch.full(size[:2], 2.0), torch.full(size[:2], -1.0), slope) if with_norm else None
+    exact = _exact(x, norm)
+    y, expected = max_pool(x, norm, window), F.max_pool3d(exact, window)
+    _assert_close(y, expected, rtol=0, atol=1e-6)  # one rounding
+    grad = _random(*y.shape, seed=seed + 5)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert torch.equal(x.grad.double(), exact.grad)
+
+
+@pytest.mark.parametrize("depth", [2, 40])
+@pytest.mark.parametrize("window", [(1, 2, 2), (2, 2, 2), (2, 1, 1)])
+def test_max_pool_passes_a_nan_on_as_torch_does(depth: int, window: tuple[int, int, int]):
+    x = _random(1, 2, depth, 4, 4, seed=0)
+    x[x > 1] = torch.nan
+    x = to_depth_last(x).requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    y, expected = max_pool(x, None, window), F.max_pool3d(again, window)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    y.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(x.grad, again.grad)
+
+
+@many
+@given(size=sizes, outputs=st.integers(1, 5), layout=layout_names, stride=steps, seed=seeds, with_norm=st.booleans())
+def test_upsample_and_its_gradients(
+    size: Size, outputs: int, layout: str, stride: Sequence[int], seed: int, with_norm: bool
+):
+    x = LAYOUTS[layout](_random(*size, seed=seed)).requires_grad_()
+    norm = _norm(size, 0.01, seed) if with_norm else None
+    mask_OC = _mask(outputs, size[1], seed)
+    weight = _random(size[1], outputs, *stride, seed=seed + 4).requires_grad_()
+    exact, exact_weight = _exact(x, norm), weight.detach().double().requires_grad_()
+    y = upsample(x, norm, weight, Connections.of(mask_OC), stride)
+    kept = exact_weight * mask_OC.T[:, :, None, None, None]
+    expected = F.conv_transpose3d(exact, kept, stride=tuple(stride))
+    _assert_close(y, expected)
+    assert y.stride(2) == 1 or y.shape[2] == 1
+    grad = LAYOUTS[layout](_random(*y.shape, seed=seed + 5))
+    y.backward(grad)
+    expected.backward(grad.double())
+    _assert_close(x.grad, exact.grad)
+    # sums over all voxels of the map: the absolute error grows with them
+    _assert_close(weight.grad, exact_weight.grad, rtol=1e-5, atol=1e-4)
+    assert not weight.grad[~mask_OC.T].any()
+
+
+@many
+@given(size=sizes, layout=layout_names, slope=slopes, seed=seeds)
+def test_norm_backward_is_that_of_instance_norm_and_leaky_relu(size: Size, layout: str, slope: float, seed: int):
+    if size[2] * size[3] * size[4] == 1:
+        size = (*size[:2], size[2] + 1, *size[3:])  # one voxel has no deviation
+    y = LAYOUTS[layout](_random(*size, seed=seed) * 2 + 3)
+    gamma, beta, eps = _random(size[1], seed=seed + 1), _random(size[1], seed=seed + 2), 1e-2
+    dz = LAYOUTS[layout](_random(*size, seed=seed + 3))
+    exact = [x.double().requires_grad_() for x in (y, gamma, beta)]
+    z = F.leaky_relu(F.instance_norm(exact[0], weight=exact[1], bias=exact[2], eps=eps), slope)
+    z.backward(dz.double())
+    var, mean = torch.var_mean(y.double(), dim=(2, 3, 4), correction=0)
+    rstd = (var + eps).rsqrt()
+    scale = gamma * rstd
+    norm = (scale.float(), (beta - scale * mean).float(), slope)
+    # A voxel at the kink may take the other slope in float32: give those no gradient.
+    off_kink = (F.instance_norm(y.double(), weight=gamma.double(), bias=beta.double(), eps=eps).abs() > 1e-4).all()
+    got = norm_backward(y, norm, dz, mean.float(), rstd.float(), gamma)
+    if off_kink:
+        for one, leaf in zip(got, exact, strict=True):
+            _assert_close(one, leaf.grad, rtol=1e-4, atol=2e-4)  # rstd is up to 10 here, and enters squared
+
+
+def test_norm_backward_at_zero_is_the_slope():
+    y, dz = torch.zeros(1, 1, 9, 2, 2), torch.ones(1, 1, 9, 2, 2)
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    assert norm_backward(y, (one, zero, 0.25), dz, zero, one, one[0])[2].item() == 9.0
+
+
+def test_threads_share_the_work():
+    size = (2, 24, 16, 24, 24)
+    x, weight = _random(*size, seed=0), _random(24, 8, 2, 2, 2, seed=1)
+    norm, connections = _norm(size, 0.01, 0), Connections.of(_mask(8, 24, 0))
+
+    def results() -> list[Tensor]:
+        z, kernels = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        pooled, up = max_pool(z, norm, (2, 2, 2)), upsample(z, norm, kernels, connections, (2, 2, 2))
+        (pooled.square().sum() + up.square().sum()).backward()
+        back = norm_backward(x, norm, x, norm[1], norm[0], norm[0][0])
+        layouts = [to_depth_last(x), to_channels_first(to_depth_last(x)), materialise(x, norm)]
+        return [pooled, up, z.grad, kernels.grad, *back, *layouts]
+
+    before = torch.get_num_threads()
+    alone = results()
+    try:
+        torch.set_num_threads(4)
+        together = results()
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(alone, together, strict=True):
+        # only the weights' gradient is summed in shares; 4e5 terms
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2)
+
+
+def test_large_maps_are_written_past_the_caches(path: str):
+    """16 MiB and more: the streaming stores, of depths that are whole vectors and of others."""
+    if path == "torch":
+        pytest.skip("there are no stores to choose")
+    for depth in (32, 36):
+        size = (2, 8, depth, 32, 64)
+        x, weight = to_depth_last(_random(*size, seed=0)), _random(8, 8, 2, 2, 2, seed=1)
+        norm = _norm(size, 0.01, 0)
+        exact = _exact(x, norm)
+        up = upsample(x, norm, weight, Connections.of(torch.ones(8, 8, dtype=torch.bool)), (2, 2, 2))
+        _assert_close(up, F.conv_transpose3d(exact, weight.double(), stride=2))
+        flat = upsample(x, norm, weight[:, :, :1], Connections.of(torch.ones(8, 8, dtype=torch.bool)), (1, 2, 2))
+        _assert_close(flat, F.conv_transpose3d(exact, weight[:, :, :1].double(), stride=(1, 2, 2)))
+        ones = torch.ones(1, 8)
+        _assert_close(materialise(up, (ones, ones, 0.5)), _exact(up, (ones, ones, 0.5)))
+
+
+def test_other_numbers_are_left_to_torch():
+    x = _random(1, 3, 3, 2, 2, seed=0).double().requires_grad_()
+    weight = _random(3, 2, 2, 2, 2, seed=1).double().requires_grad_()
+    norm = (torch.rand(1, 3).double() + 0.5, torch.rand(1, 3).double(), 1.0)
+    connections = Connections.of(torch.tensor([[True, False, True], [True, True, False]]))
+    # slope 1: there is no kink, and the gradient of the activated map is that of x over scale
+    plain = lambda x, weight: upsample(x, None, weight, connections, (2, 2, 2))  # noqa: E731
+    inactive = torch.tensor([[False, False], [True, False], [False, True]])
+    with torch.no_grad():
+        weight[inactive] = 0
+    assert torch.autograd.gradcheck(lambda x: plain(x, weight), x)
+    assert torch.autograd.gradcheck(lambda x: max_pool(x, None, (2, 2, 2)), x)
+    assert materialise(x.detach(), norm).dtype == torch.float64
+
+
+def test_values_of_autograd_are_activated_maps():
+    x, norm = _random(1, 2, 3, 4, 5, seed=0).requires_grad_(), _norm((1, 2, 3, 4, 5), 0.01, 0)
+    for out in (materialise(x, norm), to_depth_last(x), to_channels_first(to_depth_last(x))):
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        assert torch.equal(grad, torch.ones_like(x))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is guarded by Linux's mprotect")
+@pytest.mark.parametrize(
+    "size", [(1, 2, 3, 3, 3), (2, 3, 17, 2, 3), (1, 1, 8, 1, 1), (1, 2, 13, 4, 4), (1, 1, 1, 5, 3)]
+)
+@pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (1, 1, 1)])
+def test_nothing_beyond_the_end_is_read_or_written(
+    size: Size, stride: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+):
+    """Maps end where readable memory does, so that one value too far ends the process."""
+    window = tuple(min(step, extent) for step, extent in zip(stride, size[2:], strict=True))
+    with_end = lambda size, like: _guarded((*size[:2], *size[3:], size[2])).permute(0, 1, 4, 2, 3)  # noqa: E731
+    for module in (layouts, maps, norms, pooling, upsampling):
+        monkeypatch.setattr(module, "empty_depth_last", with_end)
+    plain = _guarded(size).copy_(_random(*size, seed=0))
+    x = with_end(size, plain).copy_(plain).requires_grad_()
+    weight = _guarded((size[1], 3, *stride)).copy_(_random(size[1], 3, *stride, seed=1)).requires_grad_()
+    norm = _norm(size, 0.01, 0)
+    assert torch.equal(to_depth_last(plain), plain)
+    assert torch.equal(to_channels_first(x.detach()), plain)
+    _assert_close(materialise(x.detach(), norm), _exact(x, norm))
+    connections = Connections.of(torch.ones(3, size[1], dtype=torch.bool))
+    for y in (upsample(x, norm, weight, connections, stride), max_pool(x, norm, window)):
+        y.backward(with_end(tuple(y.shape), y).copy_(y.detach()))
+    dy, _, _ = norm_backward(x.detach(), norm, x.detach(), norm[1], norm[0], norm[0][0].clone())
+    assert dy.isfinite().all()
+
+
+def _guarded(size: Sequence[int]) -> Tensor:
+    """An empty tensor whose last value is followed by memory that nobody may touch."""
+    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    num_bytes = 4 * torch.Size(size).numel()
+    pages = -(-num_bytes // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
+    whole = torch.frombuffer(memory, dtype=torch.float32, count=pages * page // 4)
+    return whole[pages * page // 4 - num_bytes // 4 :].view(*size)
+
+
+def test_operators_keep_torchs_rules():
+    """Fake tensors, autograd and schemas, as torch.compile and torch.export rely on them."""
+    size = (1, 2, 3, 4, 4)
+    x, norm = to_depth_last(_random(*size, seed=0)).requires_grad_(), [*_norm(size, 0.01, 0)[:2]]
+    weight = _random(2, 3, 2, 2, 2, seed=1).requires_grad_()
+    connections = Connections.of(_mask(3, 2, 0))
+    back = connections.transposed
+    pattern = [connections.rows, connections.cols, back.rows, back.cols]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, arguments in (
+        (upsampling._upsample_op, (x, norm, 0.01, weight, pattern, [2, 2, 2])),
+        (pooling._max_pool_op, (x, norm, 0.01, [2, 2, 2])),
+        (layouts._materialise_op, (x, norm, 0.01)),
+        (layouts._to_channels_first_op, (x,)),
+        (layouts._to_depth_last_op, (x.contiguous(),)),
+        (norms._norm_backward_op, (x.detach(), [*norm, *norm], 0.01, x.detach(), norm[0][0].clone())),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=tests)
