@@ -4,13 +4,13 @@ Shapes: as in :mod:`dstlib.engine.convolution`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.calls import kernels_for, norm_of
+from dstlib.engine.calls import kernels_for
 from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import check
 from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
@@ -20,16 +20,14 @@ from dstlib.engine.structs_conv import Conv, Prepare
 SQUARES, TAPS = 0, 1  # the forms of csrc/engine.h: Winograd's F(4x4, 3x3), or tap by tap
 
 
-class Call(NamedTuple):
-    """A convolution as operators take it: tensors and numbers alone."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A convolution as operators take it: lists of tensors and numbers."""
 
     maps: list[Tensor]
-    norms: list[Tensor]  # scale and offset of each map; empty ones where it has no norm
-    slopes: list[float]
-    parameters: list[Tensor]  # weight (O, C, kh, kw) or (O, C, 1, kh, kw), and bias (O) where there is one
-    pattern: list[Tensor]  # rows, cols, index of the active connections, of the transposed, and of the graded
-    shifts: Tensor
-    stride: list[int]
+    parameters: list[Tensor]  # weight (O, C, kh, kw) or (O, C, 1, kh, kw); bias (O) where there is one
+    fixed: list[Tensor]  # scale and offset of each map, empty without a norm; nine tensors of connections; the shifts
+    numbers: list[float]  # the slope of each map; the stride (d, h, w)
 
     @property
     def weight(self) -> Tensor:
@@ -43,8 +41,24 @@ class Call(NamedTuple):
 
     def norm(self, i: int) -> Norm | None:
         """The norm of map i."""
-        scale, offset = self.norms[2 * i : 2 * i + 2]
-        return norm_of([scale, offset] if scale.numel() else [], self.slopes[i])
+        scale, offset = self.fixed[2 * i : 2 * i + 2]
+        return (scale, offset, self.numbers[i]) if scale.numel() else None
+
+    @property
+    def pattern(self) -> list[Tensor]:
+        """Rows, cols and index of the active connections, of these transposed, and of the graded ones."""
+        return self.fixed[-10:-1]
+
+    @property
+    def shifts(self) -> Tensor:
+        """The shift (C) of each input channel."""
+        return self.fixed[-1]
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """The stride (d, h, w)."""
+        depth, height, width = map(int, self.numbers[-3:])
+        return depth, height, width
 
 
 def output_size(x: Tensor, weight: Tensor, stride: Sequence[int]) -> tuple[int, int, int, int, int]:
@@ -78,7 +92,7 @@ def convolve(call: Call, *, with_sums: bool, prepared: Tensor | None = None) -> 
     y = empty_depth_last(output_size(call.maps[0], call.weight, call.stride), call.maps[0])
     sums = y.new_empty((*y.shape[:2], 2) if with_sums else 0, dtype=torch.float64)
     if not found:
-        y.copy_(F.conv3d(_input(call), _active(call), call.bias, tuple(call.stride), _padding(call.weight)))
+        y.copy_(F.conv3d(_input(call), _active(call), call.bias, call.stride, _padding(call.weight)))
         if with_sums:
             double = y.double()
             sums = torch.stack([double.sum((2, 3, 4)), double.square().sum((2, 3, 4))], dim=2)
@@ -108,9 +122,9 @@ def map_grad(call: Call, grad: Tensor) -> Tensor:
     batch, _, *size = call.maps[0].shape
     weight = call.weight.detach()
     found = kernels_for(*call.maps, weight, grad)
-    if not found or list(call.stride) != [1, 1, 1]:
+    if not found or call.stride != (1, 1, 1):
         whole = (batch, weight.shape[1], *size)
-        strided = torch.nn.grad.conv3d_input(whole, _active(call), grad, tuple(call.stride), _padding(weight))
+        strided = torch.nn.grad.conv3d_input(whole, _active(call), grad, call.stride, _padding(weight))
         return shifted(strided, -call.shifts)
     grad = to_depth_last(grad)
     rows, cols, index = call.pattern[3:6]
@@ -138,7 +152,7 @@ def parameter_grads(call: Call, grad: Tensor) -> list[Tensor]:
     found = kernels_for(*call.maps, *call.parameters, grad)
     if not found:
         five = _five(call.weight).shape
-        dense = torch.nn.grad.conv3d_weight(_input(call), five, grad, tuple(call.stride), _padding(call.weight))
+        dense = torch.nn.grad.conv3d_weight(_input(call), five, grad, call.stride, _padding(call.weight))
         weight = torch.where(_mask(call.pattern[6:9], call.weight), dense.reshape(call.weight.shape), 0)
         return [weight] if call.bias is None else [weight, grad.sum((0, 2, 3, 4))]
     grad = to_depth_last(grad)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.calls import is_plain
 from dstlib.engine.connections import Connections
 from dstlib.engine.conv_calls import Call, convolve, map_grad, output_size, parameter_grads
 from dstlib.engine.maps import Norm, empty_depth_last
@@ -50,9 +49,7 @@ class Weights:
         return [tensor for c in each for tensor in (c.rows, c.cols, c.index)]
 
 
-def conv(
-    sources: Sequence[Mapped], weights: Weights, geometry: Geometry, *, prepared: Tensor | None = None
-) -> Tensor:
+def conv(sources: Sequence[Mapped], weights: Weights, geometry: Geometry, *, prepared: Tensor | None = None) -> Tensor:
     """The convolution of the concatenated, activated sources: (N, O, D / d, H / h, W / w), rounded up, depth last.
 
     Gradients are those of the activated sources; the weight's has zeros where no connection is graded. ``prepared``
@@ -65,9 +62,9 @@ def conv(
     tensor([0., 1.])
     """
     call = _call(sources, weights, geometry)
-    if is_plain(*call.maps, *call.parameters):
+    if _is_plain(*call.maps, *call.parameters):
         return convolve(call, with_sums=False, prepared=prepared)[0]
-    return _conv_op(*call)
+    return _conv_op(call.maps, call.parameters, call.fixed, call.numbers)
 
 
 def unit(
@@ -83,51 +80,36 @@ def unit(
 
     Returns the convolution's output with its norm; its gradient is that of the activated map.
     """
-    call = _call(sources, weights, geometry)
-    affine = [norm.weight, norm.bias]
-    if is_plain(*call.maps, *call.parameters, *affine):
-        y, scale, offset, _, _ = _unit(*call, affine, norm.eps, slope, prepared)
+    call, affine = _call(sources, weights, geometry), [norm.weight, norm.bias]
+    if _is_plain(*call.maps, *call.parameters, *affine):
+        y, scale, offset, _, _ = _normed(call, affine, norm.eps, prepared)
     else:
-        y, scale, offset, _, _ = _unit_op(*call, affine, norm.eps, slope)
+        parameters, numbers = [*call.parameters, *affine], [norm.eps, slope, *call.numbers]
+        y, scale, offset, _, _ = _unit_op(call.maps, parameters, call.fixed, numbers)
     return y, (scale, offset, slope)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody records what becomes of the tensors: the kernel then is called past torch's dispatcher."""
+    if torch.compiler.is_compiling():
+        return False
+    records = torch.is_grad_enabled()
+    return all(type(x) in (Tensor, nn.Parameter) and not (records and x.requires_grad) for x in tensors)
 
 
 def _call(sources: Sequence[Mapped], weights: Weights, geometry: Geometry) -> Call:
     maps = [x for x, _ in sources]
     empty = maps[0].new_empty(0)
     norms = [tensor for _, norm in sources for tensor in (norm[:2] if norm else (empty, empty))]
-    slopes = [norm[2] if norm else 1.0 for _, norm in sources]
     parameters = [weights.weight] if weights.bias is None else [weights.weight, weights.bias]
-    return Call(maps, norms, slopes, parameters, weights.pattern, geometry.shifts, list(geometry.stride))
+    slopes = [norm[2] if norm else 1.0 for _, norm in sources]
+    return Call(maps, parameters, [*norms, *weights.pattern, geometry.shifts], [*slopes, *map(float, geometry.stride)])
 
 
-def _conv(
-    maps: list[Tensor],
-    norms: list[Tensor],
-    slopes: list[float],
-    parameters: list[Tensor],
-    pattern: list[Tensor],
-    shifts: Tensor,
-    stride: list[int],
-) -> Tensor:
-    return convolve(Call(maps, norms, slopes, parameters, pattern, shifts, stride), with_sums=False)[0]
-
-
-def _unit(
-    maps: list[Tensor],
-    norms: list[Tensor],
-    slopes: list[float],
-    parameters: list[Tensor],
-    pattern: list[Tensor],
-    shifts: Tensor,
-    stride: list[int],
-    affine: list[Tensor],
-    eps: float,
-    slope: float,
-    prepared: Tensor | None = None,
+def _normed(
+    call: Call, affine: Sequence[Tensor], eps: float, prepared: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and of each of its channels scale, offset, mean and 1 / √(variance + eps), all (N, O)."""
-    call = Call(maps, norms, slopes, parameters, pattern, shifts, stride)
     y, sums = convolve(call, with_sums=True, prepared=prepared)
     mean, square = (sums / y[0, 0].numel()).unbind(dim=2)
     rstd = (torch.addcmul(square, mean, mean, value=-1).clamp_(min=0) + eps).rsqrt_().to(y.dtype)
@@ -136,117 +118,87 @@ def _unit(
     return y, scale, torch.addcmul(beta, scale, mean, value=-1), mean, rstd
 
 
-_conv_op = torch.library.custom_op("dstlib::conv", _conv, mutates_args=())
+@torch.library.custom_op("dstlib::conv", mutates_args=())
+def _conv_op(maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]) -> Tensor:
+    return convolve(Call(maps, parameters, fixed, numbers), with_sums=False)[0]
 
 
 @torch.library.custom_op("dstlib::unit", mutates_args=())
 def _unit_op(
-    maps: list[Tensor],
-    norms: list[Tensor],
-    slopes: list[float],
-    parameters: list[Tensor],
-    pattern: list[Tensor],
-    shifts: Tensor,
-    stride: list[int],
-    affine: list[Tensor],
-    eps: float,
-    slope: float,
+    maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _unit(maps, norms, slopes, parameters, pattern, shifts, stride, affine, eps, slope)
+    """``parameters`` end with gamma and beta, ``numbers`` begin with eps and the slope."""
+    return _normed(Call(maps, parameters[:-2], fixed, numbers[2:]), parameters[-2:], numbers[0])
 
 
 @torch.library.custom_op("dstlib::conv_backward", mutates_args=())
 def _backward_op(
-    maps: list[Tensor],
-    norms: list[Tensor],
-    slopes: list[float],
-    parameters: list[Tensor],
-    pattern: list[Tensor],
-    shifts: Tensor,
-    stride: list[int],
-    grad: Tensor,
-    for_maps: bool,
+    maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float], grad: Tensor, whole: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of the concatenated maps, empty unless wanted, and those of the parameters."""
-    call = Call(maps, norms, slopes, parameters, pattern, shifts, stride)
-    return map_grad(call, grad) if for_maps else grad.new_empty(0), parameter_grads(call, grad)
+    """The gradient of the concatenated maps where the ``whole`` is wanted, else none, and those of the parameters."""
+    call = Call(maps, parameters, fixed, numbers)
+    return map_grad(call, grad) if whole else grad.new_empty(0), parameter_grads(call, grad)
 
 
 @_conv_op.register_fake
-def _(
-    maps: list[Tensor],
-    norms: list[Tensor],
-    slopes: list[float],
-    parameters: list[Tensor],
-    pattern: list[Tensor],
-    shifts: Tensor,
-    stride: list[int],
-) -> Tensor:
-    return empty_depth_last(output_size(maps[0], parameters[0], stride), maps[0])
+def _(maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]) -> Tensor:
+    return _empty(Call(maps, parameters, fixed, numbers))
 
 
 @_unit_op.register_fake
 def _(
-    maps: list[Tensor],
-    norms: list[Tensor],
-    slopes: list[float],
-    parameters: list[Tensor],
-    pattern: list[Tensor],
-    shifts: Tensor,
-    stride: list[int],
-    affine: list[Tensor],
-    eps: float,
-    slope: float,
+    maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y = empty_depth_last(output_size(maps[0], parameters[0], stride), maps[0])
-    each = [maps[0].new_empty(y.shape[:2]) for _ in range(4)]
-    return y, each[0], each[1], each[2], each[3]
+    y = _empty(Call(maps, parameters, fixed, numbers))
+    scale, offset, mean, rstd = (y.new_empty(y.shape[:2]) for _ in range(4))
+    return y, scale, offset, mean, rstd
 
 
 @_backward_op.register_fake
 def _(
-    maps: list[Tensor],
-    norms: list[Tensor],
-    slopes: list[float],
-    parameters: list[Tensor],
-    pattern: list[Tensor],
-    shifts: Tensor,
-    stride: list[int],
-    grad: Tensor,
-    for_maps: bool,
+    maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float], grad: Tensor, whole: bool
 ) -> tuple[Tensor, list[Tensor]]:
     batch, _, depth, height, width = maps[0].shape
     size = (batch, parameters[0].shape[1], depth, height, width)
-    whole = empty_depth_last(size, grad) if for_maps else grad.new_empty(0)
-    return whole, [torch.empty_like(x) for x in parameters]
+    out = empty_depth_last(size, grad) if whole else grad.new_empty(0)
+    return out, [torch.empty_like(x) for x in parameters]
+
+
+def _empty(call: Call) -> Tensor:
+    return empty_depth_last(output_size(call.maps[0], call.weight, call.stride), call.maps[0])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    maps, norms, ctx.slopes, parameters, pattern, shifts, ctx.stride, *unit_only = inputs
-    ctx.counts = [len(maps), len(norms), len(parameters), len(pattern), 1]
-    kept = [*maps, *norms, *parameters, *pattern, shifts]
-    if unit_only:
-        affine, ctx.eps, ctx.slope = unit_only
-        y, scale, offset, mean, rstd = output
-        kept += [y, scale, offset, mean, rstd, affine[0]]
-        ctx.mark_non_differentiable(scale, offset, mean, rstd)
-    ctx.save_for_backward(*kept)
+    maps, parameters, fixed, ctx.numbers = inputs
+    ctx.counts = len(maps), len(parameters), len(fixed)
+    computed = [] if isinstance(output, Tensor) else list(output)
+    ctx.mark_non_differentiable(*computed[1:])
+    ctx.save_for_backward(*maps, *parameters, *fixed, *computed)
+
+
+def _backward(ctx: Any, tensors: Sequence[Tensor], numbers: list[float], grad: Tensor) -> tuple[Any, ...]:
+    num_maps, _, num_fixed = ctx.counts
+    maps, rest = list(tensors[:num_maps]), list(tensors[num_maps:])
+    parameters, fixed = rest[:-num_fixed], rest[-num_fixed:]
+    whole = any(ctx.needs_input_grad[0])
+    joined, for_parameters = _backward_op(maps, parameters, fixed, numbers, grad, whole)
+    grads = list(joined.split([x.shape[1] for x in maps], dim=1)) if whole else [None] * num_maps
+    return grads, for_parameters, [None] * num_fixed, None
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    parts = iter(ctx.saved_tensors)
-    maps, norms, parameters, pattern, (shifts,) = ([next(parts) for _ in range(n)] for n in ctx.counts)
-    arguments = (maps, norms, ctx.slopes, parameters, pattern, shifts, ctx.stride)
-    for_maps = any(ctx.needs_input_grad[0])
-    whole, for_parameters = _backward_op(*arguments, grad, for_maps)
-    grads = whole.split([x.shape[1] for x in maps], dim=1) if for_maps else [None] * len(maps)
-    return list(grads), [None] * len(norms), None, for_parameters, [None] * len(pattern), None, None
+    return _backward(ctx, ctx.saved_tensors, ctx.numbers, grad)
 
 
 def _unit_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    y, scale, offset, mean, rstd, gamma = ctx.saved_tensors[-6:]
-    dy, dgamma, dbeta = norm_backward(y, (scale, offset, ctx.slope), grad, mean, rstd, gamma)
-    return *_conv_backward(ctx, dy), [dgamma, dbeta], None, None
+    num_maps, num_parameters, _ = ctx.counts
+    *tensors, y, scale, offset, mean, rstd = ctx.saved_tensors
+    gamma_at = num_maps + num_parameters - 2
+    gamma = tensors[gamma_at]
+    del tensors[gamma_at : gamma_at + 2]
+    dy, dgamma, dbeta = norm_backward(y, (scale, offset, ctx.numbers[1]), grad, mean, rstd, gamma)
+    maps, parameters, *others = _backward(ctx, tensors, ctx.numbers[2:], dy)
+    return maps, [*parameters, dgamma, dbeta], *others
 
 
 _conv_op.register_autograd(_conv_backward, setup_context=_keep)

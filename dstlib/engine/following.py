@@ -1,6 +1,6 @@
 """Fast layers follow what is active: masks that change, or weights that become zero."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,8 @@ class _Followed:
 def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
     """Lets every fast layer look, before each forward pass, whether its pattern has changed."""
     by_weight = {id(p): masks.get(name) for name, p in model.named_parameters()} if masks else {}
-    followed = [
-        _Followed(layer, weight, by_weight.get(id(weight))) for layer, weight in map(_layer_and_weight, fast.modules()) if layer
-    ]
+    pairs = [pair for module in fast.modules() for pair in _layer_and_weight(module)]
+    followed = [_Followed(layer, weight, by_weight.get(id(weight))) for layer, weight in pairs]
 
     def refresh(*_: Any) -> None:
         for each in followed:
@@ -49,9 +48,7 @@ def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor] | None
     refresh()
 
 
-def _layer_and_weight(module: nn.Module) -> tuple[Any, Any]:
+def _layer_and_weight(module: nn.Module) -> list[tuple[Any, nn.Parameter]]:
     if isinstance(module, SparseLinear):
-        return module, module.weight
-    if isinstance(module, FastConv | FastUnit | FastUpsample):
-        return module.kernels, module.kernels.weight
-    return None, None
+        return [(module, module.weight)]
+    return [(module.kernels, module.kernels.weight)] if isinstance(module, FastConv | FastUnit | FastUpsample) else []

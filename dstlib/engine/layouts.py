@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dstlib.engine.calls import flat, is_plain, kernels_for, norm_of
+from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.library import check
 from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
 from dstlib.engine.structs_spatial import Activation, Relayout
@@ -22,7 +22,8 @@ def to_depth_last(x: Tensor) -> Tensor:
     """
     if x.stride(2) == 1 or x.shape[2] == 1:
         return x
-    return _to_depth_last(x) if is_plain(x) else _to_depth_last_op(x)
+    out: Tensor = TO_DEPTH_LAST(x)
+    return out
 
 
 def to_channels_first(x: Tensor) -> Tensor:
@@ -33,7 +34,8 @@ def to_channels_first(x: Tensor) -> Tensor:
     """
     if x.is_contiguous():
         return x
-    return _to_channels_first(x) if is_plain(x) else _to_channels_first_op(x)
+    out: Tensor = TO_CHANNELS_FIRST(x)
+    return out
 
 
 def materialise(x: Tensor, norm: Norm | None) -> Tensor:
@@ -45,8 +47,8 @@ def materialise(x: Tensor, norm: Norm | None) -> Tensor:
     """
     if norm is None:
         return to_depth_last(x)
-    tensors, slope = flat(norm)
-    return _materialise(x, tensors, slope) if is_plain(x) else _materialise_op(x, tensors, slope)
+    out: Tensor = MATERIALISE(x, *flat(norm))
+    return out
 
 
 def _to_depth_last(x: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def _to_depth_last(x: Tensor) -> Tensor:
 
 
 def _to_channels_first(x: Tensor) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = _empty_contiguous(x)
     found = kernels_for(x)
     if found and x.stride(2) == 1:
         check(found.to_channels_first(_relayout(x, out), torch.get_num_threads()), "to_channels_first()")
@@ -88,23 +90,11 @@ def _relayout(x: Tensor, out: Tensor) -> Relayout:
     return Relayout(x.data_ptr(), out.data_ptr(), x.stride(), out.stride(), tuple(x.shape))
 
 
-_to_depth_last_op = torch.library.custom_op("dstlib::to_depth_last", _to_depth_last, mutates_args=())
-_to_channels_first_op = torch.library.custom_op("dstlib::to_channels_first", _to_channels_first, mutates_args=())
-_materialise_op = torch.library.custom_op("dstlib::materialise", _materialise, mutates_args=())
-
-
-@_to_depth_last_op.register_fake
-def _(x: Tensor) -> Tensor:
-    return _empty(x)
-
-
-@_to_channels_first_op.register_fake
-def _(x: Tensor) -> Tensor:
+def _empty_contiguous(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_materialise_op.register_fake
-def _(x: Tensor, norm: list[Tensor], slope: float) -> Tensor:
+def _empty_like_input(x: Tensor, norm: list[Tensor], slope: float) -> Tensor:
     return _empty(x)
 
 
@@ -112,10 +102,10 @@ def _pass_on(ctx: Any, grad: Tensor) -> Tensor:
     return grad
 
 
-def _pass_on_to_map(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
-    return grad, [None, None], None
+def _pass_on_to_map(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad, None, None
 
 
-_to_depth_last_op.register_autograd(_pass_on)
-_to_channels_first_op.register_autograd(_pass_on)
-_materialise_op.register_autograd(_pass_on_to_map)
+TO_DEPTH_LAST = Operator("to_depth_last", _to_depth_last, _empty, _pass_on)
+TO_CHANNELS_FIRST = Operator("to_channels_first", _to_channels_first, _empty_contiguous, _pass_on)
+MATERIALISE = Operator("materialise", _materialise, _empty_like_input, _pass_on_to_map)

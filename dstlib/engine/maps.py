@@ -5,9 +5,12 @@ kernels need the depths of a voxel column to lie side by side, as in ``x.permute
 Torch's own operations give the same results on such a map as on any other.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
+from dstlib.engine.buffers import buffer
 from dstlib.engine.library import Source, Target
 
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
@@ -25,7 +28,10 @@ def depth_last(x: Tensor) -> Tensor:
 def empty_depth_last(size: tuple[int, int, int, int, int], like: Tensor) -> Tensor:
     """A new map (N, C, D, H, W), depth last, of the type and place of ``like``."""
     batch, channels, depth, height, width = size
-    return like.new_empty((batch, channels, height, width, depth)).permute(0, 1, 4, 2, 3)
+    shape = (batch, channels, height, width, depth)
+    reusable = like.dtype == torch.float32 and type(like) is Tensor and like.device.type == "cpu"
+    memory = buffer(prod(shape)).view(shape) if reusable else like.new_empty(shape)
+    return memory.permute(0, 1, 4, 2, 3)
 
 
 def source(x: Tensor, norm: Norm | None = None) -> Source:

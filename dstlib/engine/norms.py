@@ -6,7 +6,7 @@ Shapes: N batch, C channels, D, H, W depth, height, width.
 import torch
 from torch import Tensor
 
-from dstlib.engine.calls import is_plain, kernels_for
+from dstlib.engine.calls import Operator, kernels_for
 from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import check
 from dstlib.engine.maps import Norm, empty_depth_last, source, target
@@ -30,8 +30,7 @@ def norm_backward(
     tensor([1.5000])
     """
     scale, offset, slope = norm
-    call = _norm_backward if is_plain(y, dz) else _norm_backward_op
-    dy, sums = call(y, [scale, offset, mean, rstd], slope, dz, gamma)
+    dy, sums = NORM_BACKWARD(y, [scale, offset, mean, rstd], slope, dz, gamma)
     dbeta, dgamma = sums.sum(dim=0).to(gamma.dtype).unbind(dim=1)
     return dy, dgamma, dbeta
 
@@ -77,9 +76,10 @@ def _empty(y: Tensor) -> Tensor:
     return empty_depth_last((n, c, d, h, w), y)
 
 
-_norm_backward_op = torch.library.custom_op("dstlib::norm_backward", _norm_backward, mutates_args=())
-
-
-@_norm_backward_op.register_fake
-def _(y: Tensor, per_channel: list[Tensor], slope: float, dz: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_outputs(
+    y: Tensor, per_channel: list[Tensor], slope: float, dz: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor]:
     return _empty(y), y.new_empty(*y.shape[:2], 2, dtype=torch.float64)
+
+
+NORM_BACKWARD = Operator("norm_backward", _norm_backward, _empty_outputs)

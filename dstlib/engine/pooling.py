@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.calls import flat, is_plain, kernels_for, norm_of
+from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import check
 from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
@@ -27,8 +27,8 @@ def max_pool(x: Tensor, norm: Norm | None, window: Sequence[int]) -> Tensor:
     >>> max_pool(x, None, (2, 2, 1)).flatten()
     tensor([6., 7.])
     """
-    tensors, slope = flat(norm)
-    return _max_pool(x, tensors, slope, window) if is_plain(x) else _max_pool_op(x, tensors, slope, window)
+    out: Tensor = MAX_POOL(x, *flat(norm), window)
+    return out
 
 
 def _max_pool(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]) -> Tensor:
@@ -75,17 +75,11 @@ def _empty_input(x: Tensor) -> Tensor:
     return empty_depth_last((n, c, d, h, w), x)
 
 
-_max_pool_op = torch.library.custom_op("dstlib::max_pool", _max_pool, mutates_args=())
-_max_pool_grad_op = torch.library.custom_op("dstlib::max_pool_grad", _max_pool_grad, mutates_args=())
-
-
-@_max_pool_op.register_fake
-def _(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]) -> Tensor:
+def _empty_output(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]) -> Tensor:
     return _empty(x, window)
 
 
-@_max_pool_grad_op.register_fake
-def _(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], grad: Tensor) -> Tensor:
+def _empty_grad(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], grad: Tensor) -> Tensor:
     return _empty_input(x)
 
 
@@ -96,7 +90,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *norm = ctx.saved_tensors
-    return _max_pool_grad_op(x, norm, ctx.slope, ctx.window, grad), [None] * len(norm), None, None
+    return MAX_POOL_GRAD(x, norm, ctx.slope, ctx.window, grad), None, None, None
 
 
-_max_pool_op.register_autograd(_backward, setup_context=_keep)
+MAX_POOL_GRAD = Operator("max_pool_grad", _max_pool_grad, _empty_grad)
+MAX_POOL = Operator("max_pool", _max_pool, _empty_output, _backward, _keep)

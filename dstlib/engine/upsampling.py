@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.calls import flat, is_plain, kernels_for, norm_of
+from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.connections import Connections
 from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import check
@@ -30,12 +30,8 @@ def upsample(x: Tensor, norm: Norm | None, weight: Tensor, connections: Connecti
     >>> upsample(x, None, weight, one, (1, 2, 2)).flatten()
     tensor([2., 2., 2., 2.])
     """
-    tensors, slope = flat(norm)
-    if is_plain(x, weight):
-        return _upsample(x, tensors, slope, weight, [connections.rows, connections.cols], stride)
-    back = connections.transposed
-    pattern = [connections.rows, connections.cols, back.rows, back.cols]
-    return _upsample_op(x, tensors, slope, weight, pattern, stride)
+    out: Tensor = UPSAMPLE(x, *flat(norm), weight, [connections.rows, connections.cols], stride)
+    return out
 
 
 def _upsample(
@@ -61,7 +57,7 @@ def _upsample(
 
 
 def _input_grad(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]) -> Tensor:
-    """The gradient (N, C, D, H, W) of the activated map; ``pattern`` ends with rows and columns of the transposed."""
+    """The gradient (N, C, D, H, W) of the activated map."""
     found = kernels_for(grad, weight)
     out = _empty_input(grad, weight, stride)
     if not found:
@@ -70,9 +66,9 @@ def _input_grad(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Seq
     call = Upsample(
         fine=source(grad),
         out=target(out),
-        pattern=_pattern(pattern[2], pattern[3], weight.shape[1]),
+        pattern=_pattern(pattern[0], pattern[1], weight.shape[0]),
         weights=weight.data_ptr(),
-        weight_strides=(weight.stride(0), weight.stride(1)),
+        weight_strides=(weight.stride(1), weight.stride(0)),
         size=_size(out),
         stride=tuple(stride),
     )
@@ -125,32 +121,24 @@ def _pattern(rows: Tensor, cols: Tensor, num_cols: int) -> Pattern:
 
 def _active(weight: Tensor, pattern: list[Tensor]) -> Tensor:
     """The weight (C, O, d, h, w) with zeros where there is no connection."""
-    rows, cols = pattern[:2]
+    rows, cols = pattern
     outputs = torch.arange(len(rows) - 1, device=rows.device).repeat_interleave(rows.diff())
     mask_CO = torch.zeros(weight.shape[:2], dtype=torch.bool, device=rows.device)
     mask_CO[cols, outputs] = True
     return torch.where(mask_CO[:, :, None, None, None], weight, 0)
 
 
-_upsample_op = torch.library.custom_op("dstlib::upsample", _upsample, mutates_args=())
-_input_grad_op = torch.library.custom_op("dstlib::upsample_input_grad", _input_grad, mutates_args=())
-_weight_grad_op = torch.library.custom_op("dstlib::upsample_weight_grad", _weight_grad, mutates_args=())
-
-
-@_upsample_op.register_fake
-def _(
+def _empty_output(
     x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]
 ) -> Tensor:
     return _empty(x, weight, stride)
 
 
-@_input_grad_op.register_fake
-def _(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]) -> Tensor:
+def _empty_input_grad(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]) -> Tensor:
     return _empty_input(grad, weight, stride)
 
 
-@_weight_grad_op.register_fake
-def _(
+def _empty_weight_grad(
     x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, pattern: list[Tensor], stride: Sequence[int]
 ) -> Tensor:
     return x.new_empty(x.shape[1], grad.shape[1], *stride)
@@ -163,11 +151,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *rest = ctx.saved_tensors
-    pattern, norm = rest[:4], rest[4:]
+    pattern, norm = rest[:2], rest[2:]
     for_x, _, _, for_weight, *_ = ctx.needs_input_grad
-    grad_x = _input_grad_op(grad, weight, pattern, ctx.stride) if for_x else None
-    grad_weight = _weight_grad_op(x, norm, ctx.slope, grad, pattern, ctx.stride) if for_weight else None
-    return grad_x, [None] * len(norm), None, grad_weight, [None] * len(pattern), None
+    grad_x = INPUT_GRAD(grad, weight, pattern, ctx.stride) if for_x else None
+    grad_weight = WEIGHT_GRAD(x, norm, ctx.slope, grad, pattern, ctx.stride) if for_weight else None
+    return grad_x, None, None, grad_weight, None, None
 
 
-_upsample_op.register_autograd(_backward, setup_context=_keep)
+INPUT_GRAD = Operator("upsample_input_grad", _input_grad, _empty_input_grad)
+WEIGHT_GRAD = Operator("upsample_weight_grad", _weight_grad, _empty_weight_grad)
+UPSAMPLE = Operator("upsample", _upsample, _empty_output, _backward, _keep)

@@ -7,8 +7,8 @@ extern "C" {
 // Transposed convolution whose kernel is its stride, so that no two inputs meet in an output voxel:
 //     fine[n, o, d * stride_d + i, h * stride_h + j, w * stride_w + k] =
 //         sum over active (o, c) of weights[c, o, i, j, k] * coarse[n, c, d, h, w]
-// Three kernels: the output (reads coarse, writes out), the gradient of coarse (reads fine, writes out; rows of the
-// pattern are input channels) and that of the weights (reads both; writes weights_grad at the active connections).
+// Three kernels: the output (reads coarse, writes out), the gradient of coarse (reads fine, writes out) and that of the
+// weights (reads both; writes weights_grad at the active connections). Rows of the pattern are output channels.
 struct Upsample {
     Source coarse, fine;
     Target out;

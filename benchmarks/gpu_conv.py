@@ -1,0 +1,250 @@
+"""Block-sparse convolutions on a GPU beside dense ones of cuDNN: the fusion layers of E2ENet, one by one.
+
+    python benchmarks/gpu_conv.py                                  # 128³ patches in bfloat16; needs a GPU and Triton
+    python benchmarks/gpu_conv.py --size 64 --dtype float16 --json conv.json --figure conv.png
+    python benchmarks/gpu_conv.py --tune                           # tries other cuts of the work for every layer
+
+Each layer is the first convolution (1, 3, 3) of a fusion node, at stage 1, of the paper's network. Dense is conv3d on
+channels-last tensors with cudnn.benchmark; "shift + dense" moves the channels first, as the network does. Ours shifts
+while it reads. Patterns, all of random connections:
+
+    16x16    blocks of 16 outputs and 16 inputs, as trained by replace(DSFF, granularity=Block(16, 16))
+    16x1     each input connected to 16 outputs or none, Block(16, 1)
+    kernel   single connections, as DSFF has them, through blocks of (1, 1): 15/16 of each matrix unit idle
+    covered  the same connections inside the blocks of (16, 1) that cover them: at 80 % and 90 %, 97 % and 81 % of all
+
+Rows give how many times faster than dense alone first, and than shift + dense; then milliseconds, and the products
+that the pattern needs per second. Medians over rounds in which every row takes its turn. Before anything is timed,
+outputs and gradients are compared with dense ones; "error" is the largest difference, as a share of the largest value.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv3d
+
+from dstlib.engine.gpu import Blocks, Launch, block_conv
+from dstlib.files import write_json, write_whole
+from dstlib.layers import shift
+from dstlib.report import align
+from dstlib.zoo.e2enet import AMOS
+
+PATTERNS = {  # what a random connection is, and the blocks that are computed
+    "16x16": ((16, 16), (16, 16)),
+    "16x1": ((16, 1), (16, 1)),
+    "kernel": ((1, 1), (1, 1)),
+    "covered": ((1, 1), (16, 1)),
+}
+SHIFTS = (-1, 0, 1)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEADER = ("level", "shape", "s", "pattern", "pass", "× dense", "× shift + dense", "ms", "dense ms", "TFLOP/s", "error")
+CUTS = [Launch(*cut) for cut in product((64, 128, 256), (4, 8), (2, 3, 4))]
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A fusion convolution."""
+
+    level: int
+    inputs: int
+    outputs: int
+    extent: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured; times are in milliseconds."""
+
+    layer: Layer
+    sparsity: float
+    pattern: str
+    passes: str  # "forward", or "step": forward and all gradients
+    time: float
+    dense: float
+    shift_dense: float
+    tflops: float
+    error: float
+    launch: Launch | None
+
+
+class Tensors:
+    """Input, dense weight and output gradient of a layer, on the GPU, channels last."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            x = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            return x.contiguous(memory_format=torch.channels_last_3d)
+
+        self.x = normal(1, layer.inputs, *layer.extent).requires_grad_()
+        self.weight = (normal(layer.outputs, layer.inputs, 1, 3, 3) / (9 * layer.inputs) ** 0.5).requires_grad_()
+        self.grad = normal(1, layer.outputs, *layer.extent)
+
+    def dense(self, mask: Tensor | None = None, *, shifted: bool) -> Tensor:
+        """The output of cuDNN, of the weights inside a mask."""
+        weight = self.weight if mask is None else self.weight * mask[:, :, None, None, None]
+        return conv3d(shift(self.x, SHIFTS, axis=2) if shifted else self.x, weight, padding=(0, 1, 1))
+
+    def blocks(self, blocks: Blocks, launch: Launch | None = None) -> Tensor:
+        """The output by blocks."""
+        return block_conv(self.x, self.weight, blocks, shifts=SHIFTS, launch=launch)
+
+    def step(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of input and weight."""
+        return torch.autograd.grad(y, (self.x, self.weight), self.grad)
+
+
+def layers(size: int) -> list[Layer]:
+    """The first convolution of each level's fusion node."""
+    extent, found = (size, size, size), []
+    for level, width in enumerate(AMOS.channels[:-1], 1):
+        finer = AMOS.channels[level - 2] if level > 1 else 0
+        found.append(Layer(level, 2 * width + finer, width, extent))
+        depth, height, columns = (e // s for e, s in zip(extent, AMOS.strides[level - 1], strict=True))
+        extent = (depth, height, columns)
+    return found
+
+
+def random_mask(layer: Layer, unit: tuple[int, int], sparsity: float, device: str) -> Tensor:
+    """Connections (outputs, inputs): so many units of the pattern, at random."""
+    shape = (layer.outputs // unit[0], layer.inputs // unit[1])
+    total = shape[0] * shape[1]
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[torch.randperm(total, generator=torch.Generator().manual_seed(0))[: round(total * (1 - sparsity))]] = True
+    return mask.reshape(shape).repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1).to(device)
+
+
+def milliseconds(action: Action) -> float:
+    """Of one run, by the GPU's own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def medians(actions: Mapping[Any, Action], rounds: int) -> dict[Any, float]:
+    """Milliseconds of each action, taking turns, after three rounds to warm up."""
+    times = [{name: milliseconds(action) for name, action in actions.items()} for _ in range(rounds + 3)][3:]
+    return {name: median(taken[name] for taken in times) for name in actions}
+
+
+def largest_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """As a share of the largest value."""
+    return max(float((g - w).detach().abs().max() / w.detach().abs().max()) for g, w in zip(got, wanted, strict=True))
+
+
+def measure(layer: Layer, sparsity: float, options: argparse.Namespace) -> list[Row]:
+    """All patterns of one layer at one sparsity, in both passes."""
+    tensors = Tensors(layer, DTYPES[options.dtype], options.device)
+    actions: dict[Any, Action] = {}
+    errors, cuts = {}, {}
+    for name, wanted in (("dense", False), ("shift + dense", True)):
+        actions[name, "forward"] = torch.no_grad()(lambda wanted=wanted: tensors.dense(shifted=wanted))
+        actions[name, "step"] = lambda wanted=wanted: tensors.step(tensors.dense(shifted=wanted))
+    for pattern, (unit, size) in PATTERNS.items():
+        mask = random_mask(layer, unit, sparsity, options.device)
+        blocks = Blocks.of(mask, size)
+        y, dense = tensors.blocks(blocks), tensors.dense(blocks.cover, shifted=True)
+        errors[pattern] = largest_error((y, *tensors.step(y)), (dense, *tensors.step(dense)))
+        cut = cuts[pattern] = tuned(tensors, blocks, options.rounds) if options.tune else None
+        run = lambda blocks=blocks, cut=cut: tensors.blocks(blocks, cut)  # noqa: E731
+        actions[pattern, "forward"] = torch.no_grad()(run)
+        actions[pattern, "step"] = lambda run=run: tensors.step(run())
+    times = medians(actions, options.rounds)
+    needed = 2 * 9 * layer.inputs * layer.outputs * prod(layer.extent) * (1 - sparsity)
+    rows = []
+    for pattern, passes in product(PATTERNS, ("forward", "step")):
+        taken = times[pattern, passes]
+        rate = needed * (1 if passes == "forward" else 3) / taken / 1e9
+        beside = (times["dense", passes], times["shift + dense", passes])
+        rows.append(Row(layer, sparsity, pattern, passes, taken, *beside, rate, errors[pattern], cuts[pattern]))
+    return rows
+
+
+def tuned(tensors: Tensors, blocks: Blocks, rounds: int) -> Launch:
+    """The fastest cut of a whole step."""
+    times = medians({c: lambda c=c: tensors.step(tensors.blocks(blocks, c)) for c in CUTS}, rounds)
+    return min(times, key=times.__getitem__)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A line of the table."""
+    return (
+        str(row.layer.level),
+        f"{row.layer.inputs}→{row.layer.outputs}, {'×'.join(map(str, row.layer.extent))}",
+        f"{row.sparsity:g}",
+        row.pattern,
+        row.passes,
+        f"{row.dense / row.time:.2f}",
+        f"{row.shift_dense / row.time:.2f}",
+        f"{row.time:.3f}",
+        f"{row.dense:.3f}",
+        f"{row.tflops:.1f}",
+        f"{row.error:.1e}" + (f"  {tuple(row.launch)}" if row.launch else ""),
+    )
+
+
+def draw(rows: Sequence[Row], title: str, suffix: str) -> bytes:
+    """How many times faster than dense each layer is, a panel for each pass and sparsity."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row.passes, row.sparsity) for row in rows))
+    drawing = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axes, (passes, sparsity) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        shown = [row for row in rows if (row.passes, row.sparsity) == (passes, sparsity)]
+        for number, pattern in enumerate(PATTERNS):
+            bars = [(r.layer.level + 0.2 * (number - 1.5), r.dense / r.time) for r in shown if r.pattern == pattern]
+            axes.bar(*zip(*bars, strict=True), width=0.18, label=pattern)
+        axes.axhline(1, color="#222222", linewidth=0.8)
+        axes.axhline(1 / (1 - sparsity), color="#999999", linestyle="--", linewidth=0.8)  # the products saved
+        axes.set(title=f"{passes}, {sparsity:.0%} sparse", xlabel="level", ylabel="× dense", xticks=range(1, 6))
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    drawing.suptitle(title)
+    drawing.savefig(file := io.BytesIO(), format=suffix)
+    return file.getvalue()
+
+
+def main() -> None:
+    """Measures, and prints the table as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=128, help="voxels of the patch along each axis (default 128)")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tune", action="store_true", help="time 18 cuts of the work for each pattern first")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("This benchmark needs a CUDA GPU, and torch sees none.")
+    options.device = "cuda"
+    torch.backends.cudnn.benchmark = True
+    rows: list[Row] = []
+    for layer, sparsity in product(layers(options.size), options.sparsity):
+        rows += measure(layer, sparsity, options)
+        print(f"level {layer.level}, {sparsity:.0%} done", file=sys.stderr)
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, medians of {options.rounds}"
+    print("\n".join([*align([HEADER, *map(cells, rows)], left=(1, 3, 4)), where]))
+    if options.json:
+        write_json(options.json, {"where": where, "rows": [asdict(row) for row in rows]})
+    if options.figure:
+        write_whole(options.figure, draw(rows, where, options.figure.suffix[1:] or "png"))
+
+
+if __name__ == "__main__":
+    main()
