@@ -2,15 +2,15 @@
 
     sparsifier = dstlib.sparsify(model, sparsity=0.9)
 
-The training loop stays as it is. See :func:`sparsify`, :mod:`dstlib.methods` and :func:`profile`.
+The training loop stays as it is. See :func:`sparsify`, :mod:`dstlib.methods`, :func:`profile` and :func:`accelerate`.
 """
 
 from dstlib.cost import TrainingCost
 from dstlib.door import sparsify
+from dstlib.engine.accelerate import accelerate
 from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, SettingError, StateError
 from dstlib.history import History
 from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
-from dstlib.masking.update import MaskUpdate
 from dstlib.method import Method
 from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC
 from dstlib.profile import Profile, profile
@@ -34,7 +34,6 @@ __all__ = [
     "FanIn",
     "History",
     "Kernel",
-    "MaskUpdate",
     "Method",
     "Profile",
     "ScoreError",
@@ -44,6 +43,7 @@ __all__ = [
     "Sparsifier",
     "StateError",
     "TrainingCost",
+    "accelerate",
     "er",
     "erk",
     "profile",

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dstlib.engine.accelerate import accelerate
+from dstlib.engine.decisions import Decisions
 from dstlib.first_masks import with_densities
 from dstlib.hooks import forget, listen
 from dstlib.masked import Masked, places
 from dstlib.masking.apply import zero_outside_
+from dstlib.masking.criteria import random
 from dstlib.optimizer_state import all_finite, overflowed, parameter_ids, refuse_unsupported
 from dstlib.plan import Plan
 from dstlib.report import Row, Summary
@@ -159,6 +162,23 @@ class Sparsifier:
     def after_optimizer(self, optimizer: Optimizer) -> None:
         """``after_step`` for the weights of one optimizer, called by its hook."""
         self._walk.finish(self._held_by(optimizer), (optimizer,))
+
+    def accelerate(self, model: nn.Module, example_input: Any, *, decisions: Decisions | None = None) -> nn.Module:
+        """The model on the engine, for training and after: it computes what is active, and follows every mask update.
+
+        Call the result in place of the model; parameters and optimizer stay. Its backward pass gives the gradients
+        of active weights, and of the others where the method reads them: at the steps whose update may grow by them,
+        at all steps if gradients are traced, never if growth is random. See :func:`dstlib.accelerate`.
+        """
+        masked = {m.weight.name: m for m in self._walk.masked}
+        method = self.plan.method
+        always = method.trace is not None or method.storage is not None
+        never = not always and method.grow is random and method.allocate is None
+
+        def reads(name: str) -> bool:
+            return name in masked and (always or (not never and self._walk.is_due(masked[name])))
+
+        return accelerate(model, example_input, masks=self.masks, dense_gradient=reads, decisions=decisions)
 
     def freeze(self) -> None:
         """Fixes the topology from now on: zeros hold, masks no longer change."""

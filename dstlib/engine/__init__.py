@@ -1,5 +1,27 @@
-"""Sparse networks that really run faster: kernels, and the modules that call them."""
+"""Sparse networks that really run faster, and take less room: kernels, the layers on them, files, exports.
 
+:func:`accelerate` is all that most need; :func:`info` says what this machine computes with.
+"""
+
+from dstlib.engine.accelerate import accelerate
+from dstlib.engine.buffers import release_memory
+from dstlib.engine.compact import load_compact, save_compact
+from dstlib.engine.dead import remove_dead_channels
+from dstlib.engine.decisions import Decision, Decisions
 from dstlib.engine.library import Info, info
+from dstlib.engine.linear import SparseLinear
+from dstlib.engine.semi_structured import to_semi_structured
 
-__all__ = ["Info", "info"]
+__all__ = [
+    "Decision",
+    "Decisions",
+    "Info",
+    "SparseLinear",
+    "accelerate",
+    "info",
+    "load_compact",
+    "release_memory",
+    "remove_dead_channels",
+    "save_compact",
+    "to_semi_structured",
+]

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import Any
 
@@ -17,11 +17,16 @@ from dstlib.engine.following import follow
 REPEATS = 3
 
 
+def _never(name: str) -> bool:
+    return False
+
+
 def accelerate(
     model: nn.Module,
     example_input: Any,
     *,
     masks: Mapping[str, Tensor] | None = None,
+    dense_gradient: Callable[[str], bool] = _never,
     decisions: Decisions | None = None,
 ) -> nn.Module:
     """A module with the outputs, parameters and ``state_dict`` of the model that runs on the engine where that pays.
@@ -31,9 +36,12 @@ def accelerate(
     and why, is in ``decisions`` of the result: print it, save it, and pass it in to measure nothing the next time.
 
     The parameters are those of the model, not copies. Active are the weights under ``masks`` (by parameter name, as
-    of :attr:`Sparsifier.masks`, followed as they change), else those that are not zero; without masks a training step
-    gives all gradients. The result is for the CPU; its maps lie depth last in memory. Outputs differ from the plain
-    ones by rounding, about 1e-5 of the largest.
+    of :attr:`Sparsifier.masks`, followed as they change), else those that are not zero. With masks a training step
+    gives the gradients of active weights, and those of the others where ``dense_gradient`` says so of a parameter:
+    :meth:`Sparsifier.accelerate` passes both. Without masks it gives all.
+
+    The result is for the CPU; its maps lie depth last in memory. Outputs differ from the plain ones by rounding,
+    about 1e-5 of the largest.
 
     Errors: SettingError for decisions about other layers.
 
@@ -48,7 +56,7 @@ def accelerate(
     obstacles = {name: obstacle(layer) for name, layer in candidates.items()}
     able = [name for name, reason in obstacles.items() if reason is None]
     for name in able:
-        fast.set_submodule(name, fast_form(candidates[name])) if name else None
+        fast.set_submodule(name, fast_form(candidates[name]))
     if decisions is None:
         plain_ms, fast_ms = _measure(model, fast, able, arguments)
         decisions = Decisions.of(
@@ -59,8 +67,8 @@ def accelerate(
     for name in able:
         if not decisions[name].is_fast:
             fast.set_submodule(name, candidates[name])
-    follow(fast, model, masks)
-    fast.decisions = decisions
+    follow(fast, masks or {}, dense_gradient)
+    object.__setattr__(fast, "decisions", decisions)  # not a module, a parameter or a buffer
     return fast
 
 
@@ -86,7 +94,7 @@ def _measure(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of each layer in either model, medians of whole passes in turn."""
     modes = [(module, module.training) for module in model.modules()]
-    seconds = [defaultdict(list), defaultdict(list)]
+    seconds: list[dict[str, list[float]]] = [defaultdict(list), defaultdict(list)]
     try:
         for network in (model, fast):
             network.eval()  # norms that keep statistics must not learn from the example

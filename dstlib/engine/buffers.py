@@ -34,8 +34,9 @@ def buffer(num: int) -> Tensor:
             _bytes["idle"] -= size
         _bytes["used"] += size
         _bytes["peak"] = max(_bytes["peak"], _bytes["used"])
-    view = memoryview(block or _allocate(size))  # torch holds this very object for as long as it uses the memory
-    weakref.finalize(view, _give_back, view.obj, size).atexit = False
+    block = block or _allocate(size)
+    view = memoryview(block)  # torch holds this very object for as long as it uses the memory
+    weakref.finalize(view, _give_back, block, size).atexit = False
     return torch.frombuffer(view, dtype=torch.float32, count=num)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dstlib.engine.library import Kernels, kernels
 from dstlib.engine.maps import Norm
+from dstlib.errors import SettingError, explain
 
 
 class Operator:
@@ -99,13 +100,20 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
     return found if readable else None
 
 
-def flat(norm: Norm | None) -> tuple[list[Tensor], float]:
-    """A norm as operators take it: [scale, offset] or nothing, and the slope.
+def flat(norm: Norm | None, x: Tensor) -> tuple[list[Tensor], float]:
+    """The norm of a map (N, C, ...) as operators take it: [scale, offset] or nothing, and the slope.
 
-    >>> flat(None)
+    >>> flat(None, torch.zeros(1, 2, 3))
     ([], 1.0)
     """
-    return ([norm[0], norm[1]], norm[2]) if norm else ([], 1.0)
+    if norm is None:
+        return [], 1.0
+    scale, offset, slope = norm
+    if scale.shape != x.shape[:2] or offset.shape != x.shape[:2]:
+        given = f"scale {tuple(scale.shape)}, offset {tuple(offset.shape)}"
+        allowed, remedy = f"both (N, C) = {tuple(x.shape[:2])}", "Each channel of each sample has its own."
+        raise SettingError(explain("norm", "a map", allowed=allowed, given=given, remedy=remedy))
+    return [scale.contiguous(), offset.contiguous()], slope
 
 
 def norm_of(tensors: Sequence[Tensor], slope: float) -> Norm | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.grad import conv3d_input, conv3d_weight
 
 from dstlib.engine.calls import kernels_for
 from dstlib.engine.layouts import to_depth_last
@@ -73,11 +74,11 @@ def form_of(weight: Tensor, stride: Sequence[int]) -> int:
     return SQUARES if tuple(weight.shape[-2:]) == (3, 3) and tuple(stride) == (1, 1, 1) else TAPS
 
 
-def prepare(weight: Tensor, index: Tensor, form: int, *, reflected: bool = False) -> Tensor | None:
-    """The active kernels of a weight as a form reads them; None where there are no kernels to read them."""
+def prepare(weight: Tensor, index: Tensor, form: int, *, reflected: bool = False) -> Tensor:
+    """The active kernels of a weight as a form reads them; empty where there is no code to read them."""
     found = kernels_for(weight)
     if not found:
-        return None
+        return weight.new_empty(0)
     weight = weight.detach().contiguous()
     taps = weight.shape[-2] * weight.shape[-1]
     out = weight.new_empty(index.numel() * (36 if form == SQUARES else taps))
@@ -119,18 +120,18 @@ def map_grad(call: Call, grad: Tensor) -> Tensor:
 
     It is a convolution with the transposed, reflected kernels; with a stride torch does it.
     """
-    batch, _, *size = call.maps[0].shape
+    batch, _, depth, height, width = call.maps[0].shape
     weight = call.weight.detach()
+    size = (batch, weight.shape[1], depth, height, width)
     found = kernels_for(*call.maps, weight, grad)
     if not found or call.stride != (1, 1, 1):
-        whole = (batch, weight.shape[1], *size)
-        strided = torch.nn.grad.conv3d_input(whole, _active(call), grad, call.stride, _padding(weight))
+        strided = conv3d_input(size, _active(call), grad, call.stride, _padding(weight))
         return shifted(strided, -call.shifts)
     grad = to_depth_last(grad)
     rows, cols, index = call.pattern[3:6]
     form = form_of(weight, call.stride)
     prepared = prepare(weight, index, form, reflected=True)
-    out = empty_depth_last((batch, weight.shape[1], *size), grad)
+    out = empty_depth_last(size, grad)
     still, back = torch.zeros(grad.shape[1], dtype=torch.int32), -call.shifts
     job = Conv(
         out=target(out),
@@ -152,7 +153,7 @@ def parameter_grads(call: Call, grad: Tensor) -> list[Tensor]:
     found = kernels_for(*call.maps, *call.parameters, grad)
     if not found:
         five = _five(call.weight).shape
-        dense = torch.nn.grad.conv3d_weight(_input(call), five, grad, call.stride, _padding(call.weight))
+        dense = conv3d_weight(_input(call), five, grad, call.stride, _padding(call.weight))
         weight = torch.where(_mask(call.pattern[6:9], call.weight), dense.reshape(call.weight.shape), 0)
         return [weight] if call.bias is None else [weight, grad.sum((0, 2, 3, 4))]
     grad = to_depth_last(grad)

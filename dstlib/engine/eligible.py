@@ -17,7 +17,10 @@ def fast_form(layer: nn.Module) -> nn.Module:
         return FastFusionNode(layer)
     if isinstance(layer, Unit):
         return FastUnit(layer)
-    return SparseLinear(layer) if isinstance(layer, nn.Linear) else FastConv(layer)
+    if isinstance(layer, nn.Linear):
+        return SparseLinear(layer)
+    assert isinstance(layer, nn.Conv2d | nn.Conv3d)
+    return FastConv(layer)
 
 
 def obstacle(layer: nn.Module) -> str | None:
@@ -44,7 +47,9 @@ def _node(node: FusionNode) -> str | None:
     return next(filter(None, map(_unit, node.units)), None)
 
 
-def _unit(unit: Unit) -> str | None:
+def _unit(unit: nn.Module) -> str | None:
+    if not isinstance(unit, Unit):
+        return f"it has a {type(unit).__name__} for a unit"
     norm, slope = unit.norm, getattr(unit.activation, "negative_slope", None)
     if not isinstance(unit.norm, nn.InstanceNorm3d) or not norm.affine or norm.track_running_stats:
         return "its norm is not an affine instance norm"

@@ -23,7 +23,7 @@ from dstlib.layers.shift import Shift, channel_groups
 class _Kernels:
     """The connections of one weight, and its kernels as the engine reads them."""
 
-    def __init__(self, weight: nn.Parameter, mask: Tensor, *, transposed: bool = False) -> None:
+    def __init__(self, weight: Tensor, mask: Tensor, *, transposed: bool = False) -> None:
         self.weight = weight
         self.transposed = transposed
         self.dense_gradient = False  # whether backward passes are to give the gradients of inactive kernels too
@@ -34,7 +34,7 @@ class _Kernels:
         pairs = mask.flatten(2).any(dim=2)
         self.active = Connections.of(pairs.T if self.transposed else pairs)
         self.all = Connections.of(torch.ones_like(pairs.T if self.transposed else pairs))
-        self._prepared: tuple[tuple[object, ...], Tensor | None] | None = None
+        self._prepared: tuple[tuple[object, ...], Tensor] | None = None
 
     @property
     def graded(self) -> Connections:
@@ -57,7 +57,7 @@ class FastConv(nn.Module):
     def __init__(self, plain: nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
         self.weight, self.bias = plain.weight, plain.bias
-        self.stride = (1, *plain.stride) if isinstance(plain, nn.Conv2d) else plain.stride
+        self.stride = three(plain.stride)
         self.kernels = _Kernels(plain.weight, plain.weight.detach() != 0)
         self.geometry = Geometry(torch.zeros(plain.in_channels, dtype=torch.int32), self.stride)
 
@@ -82,7 +82,7 @@ class FastUnit(nn.Module):
             groups = channel_groups(shifts[None], len(plain.shift.sizes))
             for group, size in zip(groups, plain.shift.sizes, strict=False):
                 group.fill_(size)
-        self.geometry = Geometry(shifts, plain.conv.stride)
+        self.geometry = Geometry(shifts, three(plain.conv.stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D / stride, H / stride, W / stride)."""
@@ -93,7 +93,9 @@ class FastUnit(nn.Module):
         weights = Weights(self.conv.weight, self.conv.bias, self.kernels.active, self.kernels.graded)
         prepared = self.kernels.prepared(self.conv.stride)
         slope = self.activation.negative_slope
-        return Pending.of(*unit(sources, weights, self.geometry, self.norm, slope, prepared=prepared))
+        y, norm = unit(sources, weights, self.geometry, self.norm, slope, prepared=prepared)
+        assert norm is not None
+        return Pending.of(y, norm)
 
 
 class FastUpsample(nn.Module):
@@ -101,7 +103,7 @@ class FastUpsample(nn.Module):
 
     def __init__(self, plain: nn.ConvTranspose3d) -> None:
         super().__init__()
-        self.weight, self.stride = plain.weight, plain.stride
+        self.weight, self.stride = plain.weight, three(plain.stride)
         self.kernels = _Kernels(plain.weight, plain.weight.detach() != 0, transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,15 +118,27 @@ class FastFusionNode(nn.Module):
         super().__init__()
         self.upward = FastUpsample(plain.upward)
         self.downward = plain.downward
-        self.units = nn.Sequential(*(FastUnit(each) for each in plain.units))
+        units = [each for each in plain.units if isinstance(each, Unit)]
+        self.units = nn.Sequential(*map(FastUnit, units))
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
         """The maps of this level, the coarser and the finer one, as of the plain node."""
         sources = [mapped(same), (self.upward(coarser), None)]
-        if finer is not None:
-            window = self.downward.kernel_size
-            sources.append((max_pool(*mapped(finer), window), None))
-        x = self.units[0].fuse(sources)
-        for each in self.units[1:]:
+        if finer is not None and self.downward is not None:
+            sources.append((max_pool(*mapped(finer), three(self.downward.kernel_size)), None))
+        first, *others = self.units
+        assert isinstance(first, FastUnit)
+        x = first.fuse(sources)
+        for each in others:
             x = each(x)
         return x
+
+
+def three(sizes: int | Sequence[int]) -> tuple[int, int, int]:
+    """Sizes along depth, height and width, of what has one size for all, or two, being flat along depth.
+
+    >>> three(2), three((2, 2))
+    ((2, 2, 2), (1, 2, 2))
+    """
+    depth, height, width = (sizes,) * 3 if isinstance(sizes, int) else ([1] * 3 + list(sizes))[-3:]
+    return depth, height, width

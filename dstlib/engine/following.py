@@ -1,7 +1,8 @@
 """Fast layers follow what is active: masks that change, or weights that become zero."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ class _Followed:
     """A layer, its weight, and the mask it follows; without one, the zeros of the weight."""
 
     layer: Any  # has set_mask() and dense_gradient
-    weight: nn.Parameter
+    weight: Tensor
     mask: Tensor | None
+    wants_all: Callable[[], bool]
     seen: tuple[object, ...] | None = None
 
     def refresh(self) -> None:
-        """Tells the layer where the pattern has changed since."""
+        """Tells the layer where the pattern has changed since, and which gradients this pass is to give."""
+        self.layer.dense_gradient = self.wants_all()
         trains = self.mask is None and torch.is_grad_enabled() and self.weight.requires_grad
         watched = self.weight if self.mask is None else self.mask
         state = ("all", None) if trains else (id(watched), watched._version)
@@ -34,11 +37,17 @@ class _Followed:
         self.seen = state
 
 
-def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
-    """Lets every fast layer look, before each forward pass, whether its pattern has changed."""
-    by_weight = {id(p): masks.get(name) for name, p in model.named_parameters()} if masks else {}
+def follow(fast: nn.Module, masks: Mapping[str, Tensor], wants_all: Callable[[str], bool]) -> None:
+    """Lets every fast layer look, before each forward pass, whether its pattern has changed.
+
+    ``wants_all`` says of a parameter whether this pass is to give the gradients of its inactive weights too.
+    """
+    names = {id(parameter): name for name, parameter in fast.named_parameters()}
     pairs = [pair for module in fast.modules() for pair in _layer_and_weight(module)]
-    followed = [_Followed(layer, weight, by_weight.get(id(weight))) for layer, weight in pairs]
+    followed = [
+        _Followed(layer, weight, masks.get(names[id(weight)]), partial(wants_all, names[id(weight)]))
+        for layer, weight in pairs
+    ]
 
     def refresh(*_: Any) -> None:
         for each in followed:
@@ -48,7 +57,7 @@ def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor] | None
     refresh()
 
 
-def _layer_and_weight(module: nn.Module) -> list[tuple[Any, nn.Parameter]]:
+def _layer_and_weight(module: nn.Module) -> list[tuple[Any, Tensor]]:
     if isinstance(module, SparseLinear):
         return [(module, module.weight)]
     return [(module.kernels, module.kernels.weight)] if isinstance(module, FastConv | FastUnit | FastUpsample) else []

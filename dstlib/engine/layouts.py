@@ -47,7 +47,7 @@ def materialise(x: Tensor, norm: Norm | None) -> Tensor:
     """
     if norm is None:
         return to_depth_last(x)
-    out: Tensor = MATERIALISE(x, *flat(norm))
+    out: Tensor = MATERIALISE(x, *flat(norm, x))
     return out
 
 

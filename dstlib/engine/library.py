@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from dstlib.engine import structs_conv as conv
-from dstlib.engine import structs_linear as linear
-from dstlib.engine import structs_spatial as spatial
+import dstlib.engine.structs_conv as conv
+import dstlib.engine.structs_linear as linear
+import dstlib.engine.structs_spatial as spatial
 from dstlib.engine.structs import Pattern, Source, Target
 from dstlib.errors import SettingError, explain
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine import structs_linear as structs
+import dstlib.engine.structs_linear as structs
 from dstlib.engine.calls import kernels_for
 from dstlib.engine.library import Kernels, check
 from dstlib.engine.linear_patterns import LinearPattern

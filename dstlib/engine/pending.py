@@ -26,13 +26,13 @@ class Pending(Tensor):
     (torch.Size([1, 1, 2, 1, 1]), tensor([-1.5000,  3.0000]))
     """
 
-    norm: Norm
+    to_apply: Norm
 
     @staticmethod
     def of(y: Tensor, norm: Norm) -> "Pending":
         """The map y, to be read with the norm."""
         pending = y.as_subclass(Pending)
-        pending.norm = norm
+        pending.to_apply = norm
         return pending
 
     @classmethod
@@ -55,7 +55,7 @@ def mapped(x: Tensor) -> Mapped:
     """A map as the engine reads it: raw values and norm of what is pending, any other tensor as it is."""
     if not isinstance(x, Pending):
         return x, None
-    norm = x.norm
+    norm = x.to_apply
     with torch._C.DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor), norm
 

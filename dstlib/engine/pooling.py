@@ -27,7 +27,7 @@ def max_pool(x: Tensor, norm: Norm | None, window: Sequence[int]) -> Tensor:
     >>> max_pool(x, None, (2, 2, 1)).flatten()
     tensor([6., 7.])
     """
-    out: Tensor = MAX_POOL(x, *flat(norm), window)
+    out: Tensor = MAX_POOL(x, *flat(norm, x), window)
     return out
 
 

@@ -17,6 +17,7 @@ from dstlib.engine.library import check
 from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
 from dstlib.engine.structs import Pattern
 from dstlib.engine.structs_spatial import Upsample
+from dstlib.errors import SettingError, explain
 
 
 def upsample(x: Tensor, norm: Norm | None, weight: Tensor, connections: Connections, stride: Sequence[int]) -> Tensor:
@@ -25,12 +26,20 @@ def upsample(x: Tensor, norm: Norm | None, weight: Tensor, connections: Connecti
     ``weight`` (C, O, d, h, w) is that of an ``nn.ConvTranspose3d``; of it only the kernels of the connections, whose
     rows are output channels, are read. Its gradient has zeros at the others; that of x is of the activated map.
 
+    Raises:
+        SettingError: the norm, or the weight, is not of the shape that the other arguments ask for.
+
     >>> one = Connections.of(torch.tensor([[True, False]]))  # the second input is not connected
     >>> x, weight = torch.tensor([2.0, 5.0]).reshape(1, 2, 1, 1, 1), torch.ones(2, 1, 1, 2, 2)
     >>> upsample(x, None, weight, one, (1, 2, 2)).flatten()
     tensor([2., 2., 2., 2.])
     """
-    out: Tensor = UPSAMPLE(x, *flat(norm), weight, [connections.rows, connections.cols], stride)
+    expected = (x.shape[1], connections.size[0], *stride)
+    if weight.shape != expected or connections.size[1] != x.shape[1]:
+        given = f"{tuple(weight.shape)}, connections {connections.size}"
+        remedy = "Connections are (O, C), the weight is that of an nn.ConvTranspose3d."
+        raise SettingError(explain("weight", "upsample()", allowed=f"{expected}", given=given, remedy=remedy))
+    out: Tensor = UPSAMPLE(x, *flat(norm, x), weight, [connections.rows, connections.cols], stride)
     return out
 
 

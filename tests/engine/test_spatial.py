@@ -26,6 +26,7 @@ from dstlib.engine.spatial import (
     to_depth_last,
     upsample,
 )
+from dstlib.errors import SettingError
 
 Size = tuple[int, int, int, int, int]
 # float32 rounds each product and sum by 6e-8 of it; sums here have up to a few hundred terms of size 1 to 10
@@ -304,6 +305,16 @@ def _guarded(size: Sequence[int]) -> Tensor:
     assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
     whole = torch.frombuffer(memory, dtype=torch.float32, count=pages * page // 4)
     return whole[pages * page // 4 - num_bytes // 4 :].view(*size)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    x, weight, both = torch.zeros(2, 3, 4, 4, 4), torch.zeros(3, 2, 2, 2, 2), Connections.of(torch.ones(2, 3) > 0)
+    with pytest.raises(SettingError, match=r"norm of a map: expected both \(N, C\) = \(2, 3\), got scale \(1, 3\)"):
+        materialise(x, (torch.ones(1, 3), torch.ones(2, 3), 0.1))
+    with pytest.raises(SettingError, match=r"weight of upsample\(\): expected \(3, 2, 1, 2, 2\)"):
+        upsample(x, None, weight, both, (1, 2, 2))
+    with pytest.raises(SettingError, match=r"connections \(3, 2\)"):
+        upsample(x, None, weight, both.transposed, (2, 2, 2))
 
 
 def test_operators_keep_torchs_rules():
