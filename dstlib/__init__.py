@@ -5,9 +5,10 @@
 The training loop stays as it is. See :func:`sparsify`, :mod:`dstlib.methods`, :func:`profile` and :func:`accelerate`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dstlib.cost import TrainingCost
 from dstlib.door import sparsify
-from dstlib.engine.accelerate import accelerate
 from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, SettingError, StateError
 from dstlib.history import History
 from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
@@ -15,6 +16,9 @@ from dstlib.method import Method
 from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC
 from dstlib.profile import Profile, profile
 from dstlib.sparsifier import Sparsifier
+
+if TYPE_CHECKING:
+    from dstlib.engine.accelerate import accelerate
 
 __version__ = "0.1.0"
 
@@ -50,3 +54,12 @@ __all__ = [
     "sparsify",
     "uniform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the engine when it is asked for: its operators take as long to define as all the rest."""
+    if name == "accelerate":
+        from dstlib.engine.accelerate import accelerate
+
+        return accelerate
+    raise AttributeError(f"module 'dstlib' has no attribute {name!r}")

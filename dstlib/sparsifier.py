@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.engine.accelerate import accelerate
-from dstlib.engine.decisions import Decisions
 from dstlib.first_masks import with_densities
 from dstlib.hooks import forget, listen
 from dstlib.masked import Masked, places
@@ -23,6 +21,9 @@ from dstlib.saved import check_saved, save
 from dstlib.targets import Weight, find_weights
 from dstlib.updating import Observer
 from dstlib.walk import Walk
+
+if TYPE_CHECKING:
+    from dstlib.engine.decisions import Decisions
 
 
 class Sparsifier:
@@ -163,13 +164,15 @@ class Sparsifier:
         """``after_step`` for the weights of one optimizer, called by its hook."""
         self._walk.finish(self._held_by(optimizer), (optimizer,))
 
-    def accelerate(self, model: nn.Module, example_input: Any, *, decisions: Decisions | None = None) -> nn.Module:
+    def accelerate(self, model: nn.Module, example_input: Any, *, decisions: "Decisions | None" = None) -> nn.Module:
         """The model on the engine, for training and after: it computes what is active, and follows every mask update.
 
         Call the result in place of the model; parameters and optimizer stay. Its backward pass gives the gradients
         of active weights, and of the others where the method reads them: at the steps whose update may grow by them,
         at all steps if gradients are traced, never if growth is random. See :func:`dstlib.accelerate`.
         """
+        from dstlib.engine.accelerate import accelerate  # not before it is asked for: see dstlib.__getattr__
+
         masked = {m.weight.name: m for m in self._walk.masked}
         method = self.plan.method
         always = method.trace is not None or method.storage is not None
