@@ -1,0 +1,159 @@
+"""Convolutions with sparse kernels beside the dense ones of oneDNN: the fusion layers of E2ENet, level by level.
+
+    python benchmarks/conv.py                                      # a 64³ image, four sparsities: about two minutes
+    python benchmarks/conv.py --size 32 --sparsities 0.9 --levels 1 2
+
+Each layer is the first convolution (1, 3, 3) of a fusion node of the paper's network; a sparsity of 0.9 keeps a random
+tenth of its kernels, 0 all of them. Columns:
+
+    × dense    milliseconds of oneDNN's dense convolution, in whichever memory format is faster, over the engine's
+    of limit   the share of 1 / (1 - sparsity), which is what the products left out would give alone; above 100 % the
+               engine gains more than that, as Winograd's transform saves products of the remaining kernels too
+    error      largest difference to float64, as a share of the largest value
+
+The engine's time includes the shift along depth, oneDNN's does not. The weights are ready in the engine's form, as in a
+network that is not in training. Medians over rounds in which every row takes its turn.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from _measure import FORMATS, Action, bars, begin, command_line, medians, progress, write
+from torch import Tensor
+from torch.nn.functional import conv3d
+
+from dstlib.engine.connections import Connections
+from dstlib.engine.conv_calls import form_of, prepare
+from dstlib.engine.convolution import Geometry, Weights, conv
+from dstlib.engine.maps import depth_last
+from dstlib.layers import shift
+from dstlib.report import align
+from dstlib.zoo.e2enet import AMOS
+
+SHIFTS = (-1, 0, 1)
+HEADER = ("level", "shape", "sparsity", "× dense", "of limit", "ms", "first, ms", "last, ms", "error")
+MOST_DEPTHS = 8  # of the output that is compared with float64
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A fusion convolution."""
+
+    level: int
+    inputs: int
+    outputs: int
+    extent: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"{self.inputs}→{self.outputs}, {'×'.join(map(str, self.extent))}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a layer at a sparsity; times are in milliseconds."""
+
+    layer: Layer
+    sparsity: float
+    time: float
+    dense_first: float
+    dense_last: float
+    error: float
+
+    @property
+    def speedup(self) -> float:
+        """Over the faster dense form."""
+        return min(self.dense_first, self.dense_last) / self.time
+
+    def cells(self) -> tuple[str, ...]:
+        """A line of the table."""
+        times = (f"{t:.2f}" for t in (self.time, self.dense_first, self.dense_last))
+        share = f"{self.speedup * (1 - self.sparsity):.0%}"
+        about = (str(self.layer.level), str(self.layer), f"{self.sparsity:g}")
+        return (*about, f"{self.speedup:.2f}", share, *times, f"{self.error:.1e}")
+
+
+def main() -> None:
+    lines = command_line(__doc__)
+    default = " (default: %(default)s)"
+    lines.add_argument("--size", type=int, default=64, help="voxels of the image along each axis" + default)
+    lines.add_argument(
+        "--sparsities", type=float, nargs="+", default=[0, 0.8, 0.9, 0.95], help="(default: %(default)s)"
+    )
+    lines.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="finest first" + default)
+    options = begin(lines)
+    rows: list[Row] = []
+    for layer in layers(options.size):
+        if layer.level in options.levels:
+            progress(f"level {layer.level}: {layer}")
+            rows += measure(layer, options.sparsities, options.repeats)
+    print("\n".join(align([HEADER, *(row.cells() for row in rows)], left=(1,))))
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault(f"level {row.layer.level}", {})[f"sparsity {row.sparsity:g}"] = row.speedup
+    bars(options.out / "conv.png", groups, "× oneDNN dense")
+    write(options, "conv", [{**asdict(row), "speedup": row.speedup} for row in rows])
+
+
+def layers(size: int) -> list[Layer]:
+    """The first convolution of each level's fusion node."""
+    extent, found = (size, size, size), []
+    for level, width in enumerate(AMOS.channels[:-1], 1):
+        finer = AMOS.channels[level - 2] if level > 1 else 0
+        found.append(Layer(level, 2 * width + finer, width, extent))
+        depth, height, columns = (e // s for e, s in zip(extent, AMOS.strides[level - 1], strict=True))
+        extent = (depth, height, columns)
+    return found
+
+
+@torch.no_grad()
+def measure(layer: Layer, sparsities: list[float], repeats: int) -> list[Row]:
+    """A row for each sparsity."""
+    x = torch.randn(1, layer.inputs, *layer.extent)
+    weight = torch.randn(layer.outputs, layer.inputs, 1, 3, 3) / (9 * layer.inputs) ** 0.5
+    bias = torch.randn(layer.outputs)
+    dense = {name: in_memory(x, weight, bias, memory) for name, memory in FORMATS.items()}
+    masks = {f"{s:g}": random_mask(layer, s) for s in sparsities}
+    ours = {name: on_engine(x, weight, bias, mask) for name, mask in masks.items()}
+    errors = {name: error(action(), x, weight * masks[name], bias) for name, action in ours.items()}
+    times = medians({**dense, **ours}, repeats)
+    return [
+        Row(layer, s, times[name], times["first"], times["last"], errors[name])
+        for s, name in zip(sparsities, masks, strict=True)
+    ]
+
+
+def in_memory(x: Tensor, weight: Tensor, bias: Tensor, memory: torch.memory_format) -> Action:
+    """The dense convolution, input and weight in a memory format."""
+    placed, weights = x.to(memory_format=memory), weight.to(memory_format=memory)
+    return lambda: conv3d(placed, weights, bias, padding=(0, 1, 1))
+
+
+def on_engine(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Action:
+    """The convolution with the kernels under the mask (O, C, 1, 1, 1)."""
+    active = Connections.of(mask.flatten(1))
+    weights = Weights(weight, bias, active, active)
+    channels = torch.arange(x.shape[1], dtype=torch.int32)
+    geometry = Geometry(channels // -(-len(channels) // len(SHIFTS)) - 1)  # the shift of each: SHIFTS, by thirds
+    prepared, placed = prepare(weight, active.index, form_of(weight, geometry.stride)), depth_last(x)
+    return lambda: conv([(placed, None)], weights, geometry, prepared=prepared)
+
+
+def random_mask(layer: Layer, sparsity: float) -> Tensor:
+    """So many connections, at random: (O, C, 1, 1, 1)."""
+    total = layer.outputs * layer.inputs
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[torch.randperm(total)[: round(total * (1 - sparsity))]] = True
+    return mask.reshape(layer.outputs, layer.inputs, 1, 1, 1)
+
+
+def error(got: object, x: Tensor, weight: Tensor, bias: Tensor) -> float:
+    """Largest difference to float64 at some depths, as a share of the largest value there; depths do not mix."""
+    assert isinstance(got, Tensor)
+    step = max(1, x.shape[2] // MOST_DEPTHS)
+    inputs = shift(x, SHIFTS, axis=2)[:, :, ::step].double()
+    wanted = conv3d(inputs, weight.double(), bias.double(), padding=(0, 1, 1))
+    return float((got[:, :, ::step] - wanted).abs().max() / wanted.abs().max())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""E2ENet on the engine beside E2ENet as it is and nnU-Net: one image through the whole network, without gradients.
+
+    python benchmarks/e2enet_inference.py                          # 32³ and 64³: about five minutes
+    python benchmarks/e2enet_inference.py --sizes 96 --repeats 2 --sparsities 0.9
+    python benchmarks/e2enet_inference.py --sizes 64 --memory      # the peak memory of each network too
+
+The networks are the paper's for AMOS, of random weights, with only the finest head. The sparse ones have the first
+masks of DSFF in their fusion nodes, encoder and heads stay dense. Dense E2ENet and nnU-Net (its PlainConvUNet; needs the
+extra "baselines") run in torch, with channels first and last in memory; what counts is the faster. Columns:
+
+    × dense     milliseconds of the faster dense E2ENet over those of the row
+    × nnU-Net   milliseconds of the faster nnU-Net over those of the row
+
+Then what each kind of layer takes in the accelerated network, in milliseconds of either form, as measured when it was
+decided which layers run on the engine. At 32³ the first stride is (1, 2, 2), for both: E2ENet refuses a coarsest level
+of one voxel. Medians over rounds in which every row takes its turn.
+"""
+
+import multiprocessing
+import resource
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _measure import FORMATS, Action, bars, begin, command_line, config, e2enet, in_format, medians, progress, write
+from torch import Tensor, nn
+
+import dstlib
+from dstlib.engine import Decisions, accelerate
+from dstlib.report import align
+from dstlib.zoo.e2enet import E2ENet
+from dstlib.zoo.e2enet.baselines import build_model
+
+HEADER = ("image", "network", "× dense", "× nnU-Net", "ms", "peak memory, MiB")
+NUM_CLASSES = 15
+Result = dict[str, Any]
+
+
+def main() -> None:
+    lines = command_line(__doc__)
+    default = " (default: %(default)s)"
+    lines.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="voxels along each axis" + default)
+    lines.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95], help=default.strip())
+    lines.add_argument("--memory", action="store_true", help="run each network alone too, for its peak memory")
+    options = begin(lines)
+    warnings.simplefilter("ignore")  # DSFF would know for how long it trains: not at all
+    results = [
+        row for size in options.sizes for row in measure(size, options.sparsities, options.repeats, options.memory)
+    ]
+    print("\n".join(align([HEADER, *map(cells, results)], left=(0, 1))))
+    print("\n".join(align(kinds(results), left=(0, 1, 2))))
+    groups: dict[str, dict[str, float]] = {}
+    for row in results:
+        groups.setdefault(f"{row['size']}³", {})[row["network"]] = row["over_dense"]
+    bars(options.out / "e2enet_inference.png", groups, "× dense E2ENet")
+    write(options, "e2enet_inference", results)
+
+
+@torch.no_grad()
+def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> list[Result]:
+    """A row for each network."""
+    x = torch.randn(1, 1, size, size, size)
+    actions: dict[str, Action] = {}
+    decisions: dict[str, Decisions] = {}
+    for name in FORMATS:
+        actions[f"E2ENet, channels {name}"] = run(*in_format(dense(size), x, name))
+        actions[f"nnU-Net, channels {name}"] = run(*in_format(nnunet(size), x, name))
+    for sparsity in sparsities:
+        name = f"E2ENet, engine, sparsity {sparsity:g}"
+        progress(f"{size}³: deciding on the layers at sparsity {sparsity:g}")
+        fast = accelerate(sparse(size, sparsity), x)
+        decisions[name] = fast.decisions
+        actions[name] = run(fast, x)
+    progress(f"{size}³: measuring")
+    times = medians(actions, repeats)
+    best = {kind: min(times[f"{kind}, channels {name}"] for name in FORMATS) for kind in ("E2ENet", "nnU-Net")}
+    return [
+        {
+            "size": size,
+            "network": name,
+            "ms": taken,
+            "over_dense": best["E2ENet"] / taken,
+            "over_nnunet": best["nnU-Net"] / taken,
+            "peak_mib": alone(name, size, decisions.get(name)) if memory else None,
+            "kinds": by_kind(decisions[name]) if name in decisions else {},
+        }
+        for name, taken in times.items()
+    ]
+
+
+def run(model: nn.Module, x: Tensor) -> Action:
+    """A forward pass."""
+    return lambda: model(x)
+
+
+def dense(size: int) -> E2ENet:
+    """E2ENet as it is."""
+    model = e2enet(size).eval()
+    model.deep_supervision = False
+    return model
+
+
+def sparse(size: int, sparsity: float) -> E2ENet:
+    """E2ENet with zeros outside the first masks of DSFF."""
+    model = dense(size)
+    dstlib.sparsify(model, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=1000)
+    return model
+
+
+def nnunet(size: int) -> nn.Module:
+    """The plain U-Net of nnU-Net, of the same strides."""
+    torch.manual_seed(0)
+    patch = (size, size, size)
+    model = build_model("nnunet", in_channels=1, num_classes=NUM_CLASSES, patch_size=patch, config=config(size)).eval()
+    model.host.decoder.deep_supervision = False
+    model.read = lambda logits: (logits,)
+    model.deep_supervision = False
+    return model
+
+
+def by_kind(decisions: Decisions) -> dict[str, Result]:
+    """Milliseconds of all layers of a kind in either form, and how many of them run on the engine."""
+    found: dict[str, Result] = defaultdict(lambda: {"layers": 0, "on_engine": 0, "plain_ms": 0.0, "fast_ms": 0.0})
+    for row in decisions.values():
+        kind = found[f"{row.kind} ({'fusion' if row.name.startswith('fusion') else row.name.split('.')[0]})"]
+        kind["layers"] += 1
+        kind["on_engine"] += row.is_fast
+        kind["plain_ms"] += row.plain_ms or 0.0
+        kind["fast_ms"] += row.fast_ms or 0.0
+    return dict(found)
+
+
+def alone(name: str, size: int, decisions: Decisions | None) -> float:
+    """The most memory, in MiB, that a process took which ran this network only, torch and weights included."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, (name, size, decisions, torch.get_num_threads()))
+
+
+@torch.no_grad()
+def peak(name: str, size: int, decisions: Decisions | None, threads: int) -> float:
+    """Of this process, once it has run the network twice."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    x, word = torch.randn(1, 1, size, size, size), name.split()[-1]
+    if decisions is None:
+        build: Callable[[int], nn.Module] = dense if name.startswith("E2ENet") else nnunet
+        model, x = in_format(build(size), x, word)
+    else:
+        model = accelerate(sparse(size, float(word)), x, decisions=decisions)
+    for _ in range(2):
+        model(x)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return used / 2**20 if sys.platform == "darwin" else used / 2**10
+
+
+def cells(row: Result) -> tuple[str, ...]:
+    """A line of the table."""
+    ratios = (f"{row['over_dense']:.2f}", f"{row['over_nnunet']:.2f}")
+    memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    return (f"{row['size']}³", row["network"], *ratios, f"{row['ms']:.1f}", memory)
+
+
+def kinds(results: list[Result]) -> list[tuple[str, ...]]:
+    """The table of the kinds of layers."""
+    lines = [("image", "network", "layers", "ratio", "on engine", "plain, ms", "engine, ms")]
+    for row in results:
+        for kind, sums in row["kinds"].items():
+            ratio = sums["plain_ms"] / sums["fast_ms"] if sums["fast_ms"] else 0.0
+            times = (f"{sums['plain_ms']:.1f}", f"{sums['fast_ms']:.1f}")
+            share = f"{sums['on_engine']} of {sums['layers']}"
+            lines.append((f"{row['size']}³", row["network"], kind, f"{ratio:.2f}", share, *times))
+    return lines
+
+
+if __name__ == "__main__":
+    main()

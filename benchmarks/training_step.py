@@ -1,0 +1,157 @@
+"""A training step of E2ENet on the engine beside the same in torch: forward, loss, backward, and the step of SGD.
+
+    python benchmarks/training_step.py                             # a 64³ image, two sparsities: about five minutes
+    python benchmarks/training_step.py --size 32 --repeats 3
+    python benchmarks/training_step.py --size 32 --losses 20       # the losses of both, from the same start
+
+The network is the paper's for AMOS with all its heads; the loss is a stand-in, a sum of mean squares. "dense" has no
+masks and runs in torch, with channels first and last in memory; what counts is the faster. The others train under DSFF
+in their fusion nodes, masks applied after each step, on the engine. No mask changes during what is timed.
+
+With --losses nothing is timed: a masked network trains in torch and its twin on the engine, by the same steps, and the
+largest difference of their losses is printed. Medians over rounds in which every row takes its turn.
+"""
+
+import argparse
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from _measure import FORMATS, bars, begin, command_line, e2enet, in_format, progress, write
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+import dstlib
+from dstlib.engine import accelerate
+from dstlib.report import align
+from dstlib.zoo.e2enet import E2ENet
+
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass
+class Training:
+    """A network that trains on one image, and milliseconds of each part of its steps."""
+
+    network: nn.Module
+    optimizer: Optimizer
+    x: Tensor
+    taken: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def step(self) -> float:
+        """One step, timed; returns its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        times = [time.perf_counter()]
+        loss = loss_of(self.network(self.x))
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        self.optimizer.step()
+        times.append(time.perf_counter())
+        for part, start, end in zip(PARTS, times[:-1], times[1:], strict=True):
+            self.taken[part].append(1e3 * (end - start))
+        return loss.item()
+
+    def result(self) -> dict[str, float]:
+        """Medians of the parts and of whole steps, without the first, which warms up."""
+        parts = {part: median(self.taken[part][1:]) for part in PARTS}
+        return {"step": median(map(sum, list(zip(*self.taken.values(), strict=True))[1:])), **parts}
+
+
+def main() -> None:
+    lines = command_line(__doc__)
+    default = " (default: %(default)s)"
+    lines.add_argument("--size", type=int, default=64, help="voxels of the image along each axis" + default)
+    lines.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9], help=default.strip())
+    lines.add_argument("--losses", type=int, metavar="N", help="compare the losses of N steps instead")
+    options = begin(lines)
+    warnings.simplefilter("ignore")  # of memory formats in backward passes
+    x = torch.randn(1, 1, options.size, options.size, options.size)
+    if options.losses:
+        for sparsity in options.sparsities:
+            compare_losses(x, sparsity, options.losses)
+    else:
+        compare_times(x, options)
+
+
+def compare_times(x: Tensor, options: argparse.Namespace) -> None:
+    """Prints and writes how long the steps take."""
+    rows: dict[str, Training] = {f"dense, channels {name}": in_torch(x, name) for name in FORMATS}
+    for sparsity in options.sparsities:
+        progress(f"deciding on the layers at sparsity {sparsity:g}")
+        rows[f"engine, sparsity {sparsity:g}"] = sparse(x, sparsity, on_engine=True)
+    for i in range(options.repeats + 1):
+        progress(f"round {i} of {options.repeats}")
+        for row in rows.values():
+            row.step()
+    times = {name: row.result() for name, row in rows.items()}
+    best = min((times[f"dense, channels {name}"] for name in FORMATS), key=lambda row: row["step"])
+    results = [result(name, row, best) for name, row in times.items()]
+    print(
+        "\n".join(
+            align(
+                [("network", "× dense", *(f"× {p}" for p in PARTS), "step, ms", *PARTS), *map(cells, results)],
+                left=(0,),
+            )
+        )
+    )
+    bars(options.out / "training_step.png", {row["network"]: row["ratios"] for row in results}, "× dense")
+    write(options, "training_step", results)
+
+
+def compare_losses(x: Tensor, sparsity: float, steps: int) -> None:
+    """Prints by how much the losses differ, at most, as a share of those in torch."""
+    twins = [sparse(x, sparsity, on_engine=on_engine) for on_engine in (False, True)]
+    losses = [[twin.step() for twin in twins] for _ in range(steps)]
+    worst = max(abs(fast - plain) / abs(plain) for plain, fast in losses)
+    first, last = losses[0][0], losses[-1][0]
+    print(
+        f"sparsity {sparsity:g}: {steps} steps, loss {first:.4f} → {last:.4f}, largest relative difference {worst:.1e}"
+    )
+
+
+def in_torch(x: Tensor, name: str) -> Training:
+    """A dense network, channels first or last."""
+    model, placed = in_format(e2enet(x.shape[-1]), x, name)
+    return Training(model, optimizer_of(model), placed)
+
+
+def sparse(x: Tensor, sparsity: float, *, on_engine: bool) -> Training:
+    """A network under DSFF; the same start and masks each time."""
+    model = e2enet(x.shape[-1])
+    optimizer = optimizer_of(model)
+    sparsifier = dstlib.sparsify(
+        model, optimizer, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=100_000
+    )
+    network = accelerate(model, x, masks=sparsifier.masks) if on_engine else model
+    return Training(network, optimizer, x)
+
+
+def optimizer_of(model: nn.Module) -> Optimizer:
+    """The paper's, with a small step, as the loss has no meaning."""
+    return SGD(model.parameters(), lr=1e-3, momentum=0.99, nesterov=True)
+
+
+def loss_of(outputs: Sequence[Tensor]) -> Tensor:
+    """Half the weight for each coarser head."""
+    return torch.stack([y.square().mean() / 2**i for i, y in enumerate(outputs)]).sum()
+
+
+def result(name: str, times: dict[str, float], best: dict[str, float]) -> dict[str, Any]:
+    """A row: milliseconds, and the ratios of the faster dense network to it."""
+    return {"network": name, "ms": times, "ratios": {part: best[part] / taken for part, taken in times.items()}}
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    ratios = (f"{row['ratios'][part]:.2f}" for part in ("step", *PARTS))
+    return (row["network"], *ratios, *(f"{row['ms'][part]:.0f}" for part in ("step", *PARTS)))
+
+
+if __name__ == "__main__":
+    main()
