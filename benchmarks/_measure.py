@@ -22,7 +22,7 @@ PLAIN = tuple(FORMATS)
 
 
 def medians(actions: Mapping[str, Action], repeats: int) -> dict[str, float]:
-    """Milliseconds of each action, taking turns so that whatever else the machine does falls on all; the first warms up.
+    """Milliseconds of each action, taking turns so that what else the machine does falls on all; the first warms up.
 
     >>> list(medians({"nothing": lambda: None}, repeats=1))
     ['nothing']

@@ -13,7 +13,6 @@ from dstlib.first_masks import with_densities
 from dstlib.hooks import forget, listen
 from dstlib.masked import Masked, places
 from dstlib.masking.apply import zero_outside_
-from dstlib.masking.criteria import random
 from dstlib.optimizer_state import all_finite, overflowed, parameter_ids, refuse_unsupported
 from dstlib.plan import Plan
 from dstlib.report import Row, Summary
@@ -168,18 +167,17 @@ class Sparsifier:
         """The model on the engine, for training and after: it computes what is active, and follows every mask update.
 
         Call the result in place of the model; parameters and optimizer stay. Its backward pass gives the gradients
-        of active weights, and of the others where the method reads them: at the steps whose update may grow by them,
-        at all steps if gradients are traced, never if growth is random. See :func:`dstlib.accelerate`.
+        of active weights, and those of the others at the steps of an update, which may grow by them and lets what it
+        has grown take that very step; at all steps if the method traces gradients. See :func:`dstlib.accelerate`.
         """
         from dstlib.engine.accelerate import accelerate  # not before it is asked for: see dstlib.__getattr__
 
         masked = {m.weight.name: m for m in self._walk.masked}
         method = self.plan.method
         always = method.trace is not None or method.storage is not None
-        never = not always and method.grow is random and method.allocate is None
 
         def reads(name: str) -> bool:
-            return name in masked and (always or (not never and self._walk.is_due(masked[name])))
+            return name in masked and (always or self._walk.is_due(masked[name]))
 
         return accelerate(model, example_input, masks=self.masks, dense_gradient=reads, decisions=decisions)
 

@@ -108,7 +108,8 @@ class FastUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D · stride, H · stride, W · stride)."""
-        return upsample(*mapped(x), self.weight, self.kernels.active, self.stride)
+        # the weights of inactive connections are zero: to compute them too is what gives their gradients
+        return upsample(*mapped(x), self.weight, self.kernels.graded, self.stride)
 
 
 class FastFusionNode(nn.Module):

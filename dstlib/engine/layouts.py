@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dstlib.engine.buffers import buffer
 from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.library import check
 from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
@@ -61,12 +62,12 @@ def _to_depth_last(x: Tensor) -> Tensor:
 
 
 def _to_channels_first(x: Tensor) -> Tensor:
-    out = _empty_contiguous(x)
     found = kernels_for(x)
     if found and x.stride(2) == 1:
+        out = buffer(x.numel()).view(x.shape)
         check(found.to_channels_first(_relayout(x, out), torch.get_num_threads()), "to_channels_first()")
         return out
-    return out.copy_(x)
+    return _empty_contiguous(x).copy_(x)
 
 
 def _materialise(x: Tensor, norm: list[Tensor], slope: float) -> Tensor:

@@ -294,7 +294,9 @@ def test_unit_is_the_plain_one(kernel: int, stride: tuple[int, int, int], batch:
         plain.conv.bias.normal_()
     sources = _varied(batch=batch).sources()
     weights = Weights(plain.conv.weight, plain.conv.bias, Connections.of(active), Connections.of(active))
-    y, norm = unit(sources, weights, Geometry(torch.tensor(EXAMPLE.shifts, dtype=torch.int32), stride), plain.norm, 0.01)
+    y, norm = unit(
+        sources, weights, Geometry(torch.tensor(EXAMPLE.shifts, dtype=torch.int32), stride), plain.norm, 0.01
+    )
     assert norm is not None
     double = Unit(9, 6, kernel_size=(1, kernel, kernel), stride=stride, shift=Shift((-1, 0, 1), axis=2)).double()
     double.load_state_dict(plain.state_dict())
@@ -311,8 +313,9 @@ def test_unit_is_the_plain_one(kernel: int, stride: tuple[int, int, int], batch:
         got, one = plain.get_parameter(name).grad, double.get_parameter(name).grad
         kept = one if name != "conv.weight" else one * active[:, :, None, None, None]
         torch.testing.assert_close(got.double(), kept, rtol=1e-3, atol=1e-4 * one.abs().max().item())
-    # the norm takes away any bias: its gradient is zero, up to the rounding of sums; the empty row's times 1 / √1e-5
-    assert plain.conv.bias.grad[1:].abs().max() < 1e-3
+    # The norm takes away any bias: its gradient is zero but for the rounding of 1260 terms of about 1, and in the
+    # empty row of about 1 / √1e-5.
+    assert plain.conv.bias.grad[1:].abs().max() < 1e-2
     assert plain.conv.bias.grad.abs().max() < 0.1
 
 
@@ -348,7 +351,9 @@ def test_compiled_functions_call_the_operators():
     def network(*maps: Tensor) -> Tensor:
         given = [(x, norm) for x, (_, norm) in zip(maps, sources, strict=True)]
         y = conv(given, weights, geometry)
-        return materialise(*unit([(y, None)], Weights(weights.weight, None, *[weights.active] * 2), geometry, norm, 0.1))
+        return materialise(
+            *unit([(y, None)], Weights(weights.weight, None, *[weights.active] * 2), geometry, norm, 0.1)
+        )
 
     maps = [x for x, _ in sources]
     once = network(*maps)

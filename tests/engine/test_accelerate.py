@@ -1,0 +1,363 @@
+"""Accelerated models beside the plain ones; what runs fast is decided here, not measured."""
+
+import copy
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dstlib
+from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
+from dstlib.engine.eligible import obstacle
+from dstlib.engine.fast_layers import FastConv, FastFusionNode, FastUnit
+from dstlib.engine.pending import Pending, mapped
+from dstlib.errors import SettingError, StateError
+from dstlib.layers import LearnedShift, Shift, ShiftedConv3d, Unit
+from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
+
+MODULE = importlib.import_module("dstlib.engine.accelerate")  # the package has the function under this name
+SMALL = E2ENetConfig(channels=(8, 16, 24), strides=((2, 2, 2),) * 2, heads=2, num_classes=3)
+
+
+def _forced(model: nn.Module, *, fast: bool = True) -> Decisions:
+    """Decisions for the engine wherever it can, or against it."""
+    return Decisions.of(
+        Decision(name, type(layer).__name__, *((None, None) if obstacle(layer) else (2.0, 1.0 if fast else 3.0)), None)
+        for name, layer in MODULE._candidates(model)
+    )
+
+
+def _images(seed: int = 0, *, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 1, 8, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def _sparse(*, interval: int = 5, seed: int = 0, method: Any = None) -> tuple[E2ENet, dstlib.Sparsifier]:
+    torch.manual_seed(seed)
+    network = E2ENet(SMALL)
+    method = method or replace(dstlib.DSFF, interval=interval)
+    return network, dstlib.sparsify(network, sparsity=0.7, method=method, total_steps=100, include=E2ENet.FUSION)
+
+
+def _assert_close(got: Any, expected: Any, share: float = 1e-4) -> None:
+    """Within a share of the largest: float32 rounds by 6e-8, and a dozen layers multiply that by about 10 each."""
+    if isinstance(expected, tuple):
+        assert type(got) is tuple
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            _assert_close(one, other, share)
+    else:
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got + 0, expected, rtol=0, atol=share * expected.abs().max().item() + 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("supervised", [True, False], ids=["deep supervision", "one head"])
+def test_e2enet_gives_the_same(mode: str, supervised: bool):
+    network, sparsifier = _sparse()
+    network.train(mode == "train").deep_supervision = supervised
+    fast = accelerate(network, _images(), masks=sparsifier.masks, decisions=_forced(network))
+    kinds = {type(module) for module in fast.modules()}
+    assert {FastFusionNode, FastUnit, FastConv} <= kinds
+    assert type(fast) is E2ENet
+    assert fast.training == network.training
+    for batch in (1, 2):
+        x = _images(1, batch=batch)
+        _assert_close(fast(x), network(x))
+        with torch.no_grad():
+            _assert_close(fast(x), network(x))
+
+
+def test_where_the_plain_layer_was_faster_it_stays():
+    network, _ = _sparse()
+    fast = accelerate(network, _images(), decisions=_forced(network, fast=False))
+    assert [type(m) for m in fast.modules()] == [type(m) for m in network.modules()]
+    _assert_close(fast(_images()), network(_images()), share=0)
+
+
+def test_parameters_are_shared_and_states_exchanged():
+    network, _ = _sparse()
+    before = [type(m) for m in network.modules()]
+    fast = accelerate(network, _images(), decisions=_forced(network))
+    assert [type(m) for m in network.modules()] == before
+    assert list(fast.state_dict()) == list(network.state_dict())
+    ours, theirs = dict(fast.named_parameters()), dict(network.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] is theirs[name] for name in theirs)
+    other = E2ENet(SMALL)
+    other.load_state_dict(fast.state_dict())
+    _assert_close(other(_images()), fast(_images()))
+    fresh = E2ENet(SMALL)
+    fast.load_state_dict(fresh.state_dict())  # without masks the zeros of the new weights are followed
+    _assert_close(fast(_images()), fresh(_images()))
+    with torch.no_grad():
+        _assert_close(fast(_images()), fresh(_images()))
+
+
+def _train(model: nn.Module, network: nn.Module, steps: int) -> Iterator[float]:
+    """Losses of steps of SGD; ``network`` has the parameters."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    for step in range(steps):
+        finest, coarse = model(_images(step))
+        loss = (finest - 1).square().mean() + coarse.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+@pytest.mark.parametrize("method", ["DSFF", "RIGL"])
+def test_training_follows_the_masks(method: str):
+    """Random growth, and growth by the gradients of what is not active."""
+    chosen = replace(getattr(dstlib, method), interval=5, granularity=dstlib.DSFF.granularity)
+    plain, _ = _sparse(method=chosen)
+    expected = list(_train(plain, plain, 30))
+    network, sparsifier = _sparse(method=chosen)
+    first = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    fast = sparsifier.accelerate(network, _images(), decisions=_forced(network))
+    losses = list(_train(fast, network, 30))
+    # masks that differ in many kernels show at once (0.14); rounding grows slowly with the steps, and may turn round a
+    # choice between two kernels whose gradients differ by less
+    assert losses[:20] == pytest.approx(expected[:20], rel=1e-3)
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert any(not torch.equal(first[name], mask) for name, mask in sparsifier.masks.items())
+    parameters = dict(network.named_parameters())
+    assert all(not parameters[name][~mask].any() for name, mask in sparsifier.masks.items())
+    _assert_close(fast(_images()), network(_images()))
+
+
+def test_a_step_gives_the_gradients_of_active_weights():
+    network, sparsifier = _sparse()
+    plain = copy.deepcopy(network)
+    masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    fast = accelerate(network, _images(), masks=masks, decisions=_forced(network))
+    for model in (fast, plain):
+        sum(y.square().mean() for y in model(_images())).backward()
+    for name, parameter in plain.named_parameters():
+        got, kept = network.get_parameter(name).grad, parameter.grad * masks.get(name, True)
+        if name.endswith("conv.bias"):
+            continue  # zero but for rounding, as a norm follows
+        _assert_close(got, kept, share=1e-3)
+        if name in masks:
+            assert not got[~masks[name]].any()
+
+
+@pytest.mark.parametrize("wanted", ["without masks", "dense gradient"])
+def test_a_step_gives_all_gradients(wanted: str):
+    network, sparsifier = _sparse()
+    plain = copy.deepcopy(network)
+    asked: dict[str, Any] = {}
+    if wanted == "dense gradient":
+        asked = {"masks": sparsifier.masks, "dense_gradient": lambda name: name.startswith("fusion.")}
+    fast = accelerate(network, _images(), decisions=_forced(network), **asked)
+    for model in (fast, plain):
+        sum(y.square().mean() for y in model(_images())).backward()
+    for name, parameter in plain.named_parameters():
+        if not name.endswith("conv.bias"):
+            _assert_close(network.get_parameter(name).grad, parameter.grad, share=1e-3)
+
+
+def test_without_masks_weights_zeroed_in_place_are_followed():
+    network, _ = _sparse()
+    fast = accelerate(network, _images(), decisions=_forced(network)).eval()
+    unit = fast.get_submodule("fusion.stage1_level1.units.0")
+    with torch.no_grad():
+        fast(_images())
+        before = unit.kernels.active.num_active
+        network.get_parameter("fusion.stage1_level1.units.0.conv.weight")[:4] = 0
+        _assert_close(fast(_images()), network.eval()(_images()))
+        assert unit.kernels.active.num_active < before
+        network.get_parameter("fusion.stage1_level1.units.0.conv.weight")[:2] = 1
+        _assert_close(fast(_images()), network(_images()))
+
+
+CNN = (
+    lambda: nn.Conv2d(3, 8, 3, padding=1),
+    nn.ReLU,
+    lambda: nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False),
+    lambda: nn.BatchNorm2d(8),
+    lambda: nn.Conv2d(8, 6, 1),
+    nn.Flatten,
+    lambda: nn.Linear(6 * 5 * 5, 4),
+)
+
+
+def _networks() -> dict[str, tuple[nn.Module, Tensor]]:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+    return {
+        "cnn": (nn.Sequential(*(make() for make in CNN)), torch.randn(4, 3, 9, 9)),
+        "mlp": (mlp, torch.randn(7, 20)),
+    }
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_other_networks_too(name: str):
+    model, x = _networks()[name]
+    dstlib.sparsify(model, sparsity=0.5, method="static").detach()
+    plain = copy.deepcopy(model)
+    fast = accelerate(model, x, decisions=_forced(model))
+    assert sum(isinstance(m, FastConv | SparseLinear) for m in fast.modules()) == {"cnn": 4, "mlp": 2}[name]
+    for _ in range(3):
+        for network in (fast, plain):
+            network(x).square().sum().backward()
+        _assert_close(fast(x), plain(x))
+    for key, parameter in plain.named_parameters():
+        _assert_close(model.get_parameter(key).grad, parameter.grad, share=1e-3)
+    for key, buffer in plain.named_buffers():
+        assert torch.allclose(model.get_buffer(key), buffer, atol=1e-5)
+    _assert_close(fast.eval()(x), plain.eval()(x))
+
+
+class _Batch(Unit):
+    def __init__(self) -> None:
+        super().__init__(4, 4, kernel_size=(1, 3, 3))
+        self.norm = nn.BatchNorm3d(4)
+
+
+FLAT = {"kernel_size": (1, 3, 3)}
+OBSTACLES = {
+    "groups": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2), "groups"),
+    "dilation": (lambda: nn.Conv2d(4, 4, 3, padding=1, dilation=2), "dilation"),
+    "padding mode": (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding other than zeros"),
+    "kernel": (lambda: nn.Conv2d(4, 4, 5, padding=2), r"kernel is \(5, 5\)"),
+    "deep kernel": (lambda: nn.Conv3d(4, 4, 3, padding=1), r"kernel is \(3, 3, 3\)"),
+    "subclass": (lambda: ShiftedConv3d(4, 4, (1, 3, 3), padding=(0, 1, 1), sizes=(1,)), "ShiftedConv3d"),
+    "padding": (lambda: nn.Conv2d(4, 4, 3), "padding is not half"),
+    "learned shift": (lambda: Unit(4, 4, shift=LearnedShift((-1, 1), axis=2), **FLAT), "shift is learned"),
+    "other axis": (lambda: Unit(4, 4, shift=Shift((-1, 1), axis=3), **FLAT), "not along depth"),
+    "batch norm": (_Batch, "not an affine instance norm"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_obstacles_are_named(name: str):
+    make, reason = OBSTACLES[name]
+    layer = make()
+    pattern = pytest.raises(AssertionError, match=reason)
+    with pattern:
+        raise AssertionError(obstacle(layer))
+    is_flat = isinstance(layer, nn.Conv2d)
+    model, x = nn.Sequential(layer), torch.randn(2, 4, *(() if is_flat else (5,)), 8, 8)
+    fast = accelerate(model, x)
+    assert type(fast[0]) is type(layer)
+    assert fast.decisions["0"].obstacle == obstacle(layer)
+    assert "plain: " in str(fast.decisions["0"])
+    _assert_close(fast(x), model(x))
+
+
+def test_decisions_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, x = _networks()["mlp"]
+    taken = accelerate(model, x).decisions
+    taken.save(tmp_path / "decisions.json")
+    loaded = Decisions.load(tmp_path / "decisions.json")
+    assert loaded == taken
+    monkeypatch.setattr(MODULE, "_measure", lambda *_: pytest.fail("measured again"))
+    again = accelerate(model, x, decisions=loaded)
+    assert again.decisions == taken
+    assert [isinstance(again[i], SparseLinear) for i in (0, 2)] == [taken[str(i)].is_fast for i in (0, 2)]
+    with pytest.raises(SettingError, match=r"decisions of accelerate\(\): expected those of this model"):
+        accelerate(_networks()["cnn"][0], _networks()["cnn"][1], decisions=loaded)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"machine": "a", "rows": [{"name": "b"}]}'])
+def test_other_files_are_not_decisions(tmp_path: Path, text: str | None):
+    if text is not None:
+        (tmp_path / "decisions.json").write_text(text)
+    with pytest.raises(StateError, match=r"decisions\.json"):
+        Decisions.load(tmp_path / "decisions.json")
+
+
+def test_decisions_print_as_a_table():
+    rows = [
+        Decision("a", "Unit", 3.0, 1.5, None),
+        Decision("b", "Conv2d", 1.0, 2.0, None),
+        Decision("c", "Conv2d", None, None, "its kernel is (5, 5)"),
+        Decision("d", "Linear", None, None, None),
+    ]
+    decisions = Decisions.of(rows)
+    lines = str(decisions).splitlines()
+    assert [row.is_fast for row in rows] == [True, False, False, False]
+    assert lines[0].endswith("2.00× engine")
+    assert lines[1].endswith("0.50× plain")
+    assert lines[2].endswith("plain: its kernel is (5, 5)")
+    assert lines[3].endswith("plain: the example did not reach it")
+    assert lines[4] == str(dstlib.engine.info())
+
+
+class _Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
+        return y
+
+
+def test_a_layer_that_the_example_does_not_reach_stays():
+    model = _Branching()
+    fast = accelerate(model, torch.randn(2, 6))
+    assert type(fast.unused) is nn.Linear
+    assert "did not reach" in str(fast.decisions["unused"])
+
+
+def test_measuring_leaves_no_trace():
+    model, x = _networks()["cnn"]
+    model.train()
+    model[4].eval()  # a part that is frozen
+    state = copy.deepcopy(model.state_dict())
+    fast = accelerate(model, x)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == [
+        not isinstance(m, nn.Conv2d) or m is not model[4] for m in model.modules()
+    ]
+    assert not any(m._forward_hooks for m in [*model.modules(), *fast.modules()])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def _pending() -> tuple[Tensor, Tensor]:
+    """A map whose norm is to be applied, and its values."""
+    x = torch.randn(2, 3, 5, 4, 4, requires_grad=True)
+    scale, offset = torch.rand(2, 3) + 0.5, torch.randn(2, 3)
+    y = scale[:, :, None, None, None] * x.detach() + offset[:, :, None, None, None]
+    return Pending.of(x + 0, (scale, offset, 0.01)), torch.maximum(y, 0.01 * y)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda z: z + 1,
+        lambda z: torch.cat([z, z], dim=1),
+        lambda z: z.mean((2, 3, 4)),
+        lambda z: nn.functional.max_pool3d(z, 2),
+        lambda z: z[:, 1:],
+        lambda z: z.T if z.ndim == 2 else z.flatten(1),
+    ],
+    ids=["add", "cat", "mean", "pool", "index", "flatten"],
+)
+def test_any_other_operation_sees_the_values(operation: Any):
+    pending, values = _pending()
+    result = operation(pending)
+    assert type(result) is Tensor
+    torch.testing.assert_close(result, operation(values))
+
+
+def test_gradients_pass_through_foreign_operations():
+    unit = Unit(3, 4, kernel_size=(1, 3, 3))
+    plain = copy.deepcopy(unit)
+    x = torch.randn(2, 3, 5, 6, 6, requires_grad=True)
+    again = x.detach().clone().requires_grad_()
+    pending = FastUnit(unit)(x)
+    assert isinstance(pending, Pending)
+    assert pending.shape == (2, 4, 5, 6, 6)
+    assert pending.requires_grad
+    assert mapped(pending)[1] is pending.to_apply
+    for z in (pending, plain(again)):
+        (torch.sin(z) * z).sum().backward()
+    _assert_close(x.grad, again.grad, share=1e-3)
+    _assert_close(unit.norm.weight.grad, plain.norm.weight.grad, share=1e-3)

@@ -1,0 +1,163 @@
+"""Memory of large maps: used again when nobody can see it any more, and never before."""
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from torch import Tensor
+
+from dstlib.engine import buffers
+from dstlib.engine.buffers import GRAIN, SMALLEST, buffer, release_memory
+from dstlib.engine.maps import empty_depth_last
+
+NUM = SMALLEST // 4  # the fewest numbers whose memory is kept
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    gc.collect()
+    release_memory()
+    yield
+    release_memory()
+
+
+def test_memory_is_used_again():
+    x = buffer(NUM)
+    place = x.data_ptr()
+    del x
+    assert buffer(NUM).data_ptr() == place
+    assert buffer(NUM - 1).data_ptr() == place  # of the same size in whole grains
+
+
+def test_two_at_once_do_not_share():
+    x, y = buffer(NUM), buffer(NUM)
+    assert abs(x.data_ptr() - y.data_ptr()) >= SMALLEST
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[5:],
+        lambda x: x.view(4, -1)[2],
+        lambda x: x.detach(),
+        lambda x: x.numpy(),
+        lambda x: x.untyped_storage(),
+        lambda x: memoryview(x.numpy()),
+    ],
+    ids=["slice", "row", "detached", "numpy", "storage", "memoryview"],
+)
+def test_a_view_keeps_the_memory(view):
+    x = buffer(NUM)
+    place, kept = x.data_ptr(), view(x)
+    del x
+    assert buffer(NUM).data_ptr() != place
+    del kept
+    gc.collect()
+    assert place in {buffer(NUM).data_ptr(), (buffer(NUM), buffer(NUM))[1].data_ptr()}
+
+
+def test_autograd_keeps_the_memory_it_saved():
+    weight = torch.ones(1, requires_grad=True)
+    x = buffer(NUM).fill_(3)
+    y = (x * weight).sum()
+    del x
+    buffer(NUM).fill_(7)
+    y.backward()
+    assert weight.grad.item() == 3 * NUM
+
+
+def test_small_ones_are_torchs_own():
+    used = buffers._bytes["used"]
+    x = buffer(SMALLEST // 4 - GRAIN // 4)
+    assert x.shape == (SMALLEST // 4 - GRAIN // 4,)
+    assert buffers._bytes["used"] == used
+    assert buffer(0).shape == (0,)
+
+
+def test_release_memory_gives_back_what_is_idle_alone():
+    kept, gone = buffer(NUM).fill_(1), buffer(2 * NUM)
+    del gone
+    assert buffers._bytes["idle"] == 2 * SMALLEST
+    release_memory()
+    assert buffers._bytes["idle"] == 0
+    assert not any(buffers._idle.values())
+    assert kept.sum() == NUM
+
+
+def test_no_more_is_kept_than_was_of_use_at_one_time():
+    for factor in range(1, 8):
+        x = buffer(factor * NUM)
+        del x
+    assert buffers._bytes["idle"] <= buffers._bytes["peak"] == buffers._bytes["used"] + 7 * SMALLEST
+
+
+def test_maps_use_it():
+    like = torch.zeros(1)
+    x = empty_depth_last((1, 4, 32, 64, 64), like)
+    assert x.stride() == (4 * 32 * 64 * 64, 32 * 64 * 64, 1, 64 * 32, 32)
+    place = x.data_ptr()
+    del x
+    assert empty_depth_last((1, 8, 16, 64, 64), like).data_ptr() == place
+    assert empty_depth_last((1, 8, 16, 64, 64), like.double()).dtype == torch.float64
+
+
+@settings(max_examples=25, stateful_step_count=20)
+class Owners(RuleBasedStateMachine):
+    """Tensors come and go in any order; each holds a number of its own that nobody else may write over."""
+
+    tensors = Bundle("tensors")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, Tensor] = {}
+        self.count = 0
+
+    @rule(target=tensors, grains=st.integers(0, 4), short=st.integers(0, 100))
+    def make(self, grains: int, short: int) -> int:
+        self.count += 1
+        self.alive[self.count] = buffer(NUM + grains * GRAIN // 4 - short).fill_(self.count)
+        return self.count
+
+    @rule(key=consumes(tensors))
+    def forget(self, key: int) -> None:
+        del self.alive[key]
+
+    @rule(key=tensors, start=st.integers(0, NUM - 200))
+    def keep_a_part(self, key: int, start: int) -> None:
+        self.alive[key] = self.alive[key][start:][:100] if self.alive[key].numel() > NUM - 200 else self.alive[key]
+
+    @rule()
+    def release(self) -> None:
+        release_memory()
+
+    @invariant()
+    def everyone_has_his_own(self) -> None:
+        assert all(bool((x == key).all()) for key, x in self.alive.items())
+        assert buffers._bytes["idle"] == sum(size * len(blocks) for size, blocks in buffers._idle.items())
+        assert buffers._bytes["idle"] <= buffers._bytes["peak"]
+
+
+TestOwners = Owners.TestCase
+
+
+def test_threads_do_not_share():
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for i in range(60):
+            x, y = buffer(NUM).fill_(number), buffer(NUM + i % 3 * GRAIN).fill_(-number)
+            if not (x == number).all() or not (y == -number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert buffers._bytes["used"] == 0
