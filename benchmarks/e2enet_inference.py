@@ -106,7 +106,7 @@ def dense(size: int) -> E2ENet:
 def sparse(size: int, sparsity: float) -> E2ENet:
     """E2ENet with zeros outside the first masks of DSFF."""
     model = dense(size)
-    dstlib.sparsify(model, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=1000)
+    dstlib.sparsify(model, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=10_000)
     return model
 
 
