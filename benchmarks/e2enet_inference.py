@@ -5,8 +5,8 @@
     python benchmarks/e2enet_inference.py --sizes 64 --memory      # the peak memory of each network too
 
 The networks are the paper's for AMOS, of random weights, with only the finest head. The sparse ones have the first
-masks of DSFF in their fusion nodes, encoder and heads stay dense. Dense E2ENet and nnU-Net (its PlainConvUNet; needs the
-extra "baselines") run in torch, with channels first and last in memory; what counts is the faster. Columns:
+masks of DSFF in their fusion nodes, encoder and heads stay dense. Dense E2ENet and nnU-Net (its PlainConvUNet, of the
+extra "medical") run in torch, with channels first and last in memory; what counts is the faster. Columns:
 
     × dense     milliseconds of the faster dense E2ENet over those of the row
     × nnU-Net   milliseconds of the faster nnU-Net over those of the row

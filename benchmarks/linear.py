@@ -81,7 +81,7 @@ def compare(size: tuple[int, int], batch: int, sparsity: float, pattern: str, op
     dense, mask = nn.Linear(inputs, outputs), PATTERNS[pattern](size, 1 - sparsity)
     x, grad = torch.randn(batch, inputs), torch.randn(batch, outputs)
     pairs = actions(dense, mask, x, grad)
-    times = {name: [1e6 * seconds for seconds in medians(pair, options)] for name, pair in pairs.items()}
+    times = {name: [1e6 * taken for taken in medians(pair, options)] for name, pair in pairs.items()}
     speedup = {name: dense_us / sparse_us for name, (dense_us, sparse_us) in times.items()}
     about = {"size": f"{outputs}x{inputs}", "batch": batch, "sparsity": sparsity, "pattern": pattern}
     return {**about, "microseconds": times, "speedup": speedup}
@@ -113,20 +113,26 @@ def actions(dense: nn.Linear, mask: Tensor, x: Tensor, grad: Tensor) -> dict[str
 
 @torch.no_grad()
 def medians(pair: tuple[Action, Action], options: argparse.Namespace) -> list[float]:
-    """Seconds of both, interleaved."""
+    """Seconds of both, interleaved: a call with --cold, else the mean of calls for some milliseconds."""
     filler = torch.zeros(8 << 20 if options.cold else 0)  # 32 MiB
-    repeats = 1 if options.cold else 3
+    once = [seconds(action, 1) for action in pair for _ in range(2)][1::2]  # the first call warms up
+    repeats = [1 if options.cold else max(1, round(3e-3 / taken)) for taken in once]
     times: list[list[float]] = [[], []]
-    for _ in range(options.rounds + 1):
-        for action, taken in zip(pair, times, strict=True):
+    for _ in range(options.rounds):
+        for action, count, taken in zip(pair, repeats, times, strict=True):
             if not options.cold:
                 action()  # what the other one has put out of the caches comes back
             filler.add_(1)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                action()
-            taken.append((time.perf_counter() - start) / repeats)
-    return [statistics.median(taken[1:]) for taken in times]
+            taken.append(seconds(action, count))
+    return [statistics.median(taken) for taken in times]
+
+
+def seconds(action: Action, count: int) -> float:
+    """Of one call, as the mean of ``count``."""
+    start = time.perf_counter()
+    for _ in range(count):
+        action()
+    return (time.perf_counter() - start) / count
 
 
 def cells(result: Result) -> list[str]:

@@ -1,0 +1,29 @@
+"""The engine's benchmarks run as a stranger would run them, and leave their files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(name: str, *options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["conv.py", "e2enet_inference.py", "training_step.py", "linear.py", "linear_training.py", "gpu_conv.py"]
+)
+def test_help_shows_a_command(name):
+    assert f"python benchmarks/{name}" in run(name, "--help")
+
+
+def test_a_small_run_writes_what_it_prints(tmp_path):
+    options = ["--size", "16", "--levels", "4", "--sparsities", "0.9", "--repeats", "1", "--out", str(tmp_path)]
+    assert "832→320, 2×2×2" in run("conv.py", *options)
+    assert (tmp_path / "conv.png").is_file()
+    assert "832" in json.dumps(json.loads((tmp_path / "conv.json").read_text()))
