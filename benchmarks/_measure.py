@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -14,11 +15,35 @@ from torch import Tensor, nn
 
 from dstlib.engine import info
 from dstlib.files import make_folder, write_json, write_whole
-from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
+from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
 
 Action = Callable[[], object]
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last_3d}  # where the channels lie in memory
 PLAIN = tuple(FORMATS)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A fusion convolution."""
+
+    level: int
+    inputs: int
+    outputs: int
+    extent: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"{self.inputs}→{self.outputs}, {'×'.join(map(str, self.extent))}"
+
+
+def layers(size: int) -> list[Layer]:
+    """The first convolution of each level's fusion node."""
+    extent, found = (size, size, size), []
+    for level, width in enumerate(AMOS.channels[:-1], 1):
+        finer = AMOS.channels[level - 2] if level > 1 else 0
+        found.append(Layer(level, 2 * width + finer, width, extent))
+        depth, height, columns = (e // s for e, s in zip(extent, AMOS.strides[level - 1], strict=True))
+        extent = (depth, height, columns)
+    return found
 
 
 def medians(actions: Mapping[str, Action], repeats: int) -> dict[str, float]:

@@ -18,34 +18,20 @@ network that is not in training. Medians over rounds in which every row takes it
 from dataclasses import asdict, dataclass
 
 import torch
-from _measure import FORMATS, Action, bars, begin, command_line, medians, progress, write
+from _measure import FORMATS, Action, Layer, bars, begin, command_line, layers, medians, progress, write
 from torch import Tensor
 from torch.nn.functional import conv3d
 
 from dstlib.engine.connections import Connections
 from dstlib.engine.conv_calls import form_of, prepare
 from dstlib.engine.convolution import Geometry, Weights, conv
-from dstlib.engine.maps import depth_last
+from dstlib.engine.layouts import to_depth_last
 from dstlib.layers import shift
 from dstlib.report import align
-from dstlib.zoo.e2enet import AMOS
 
 SHIFTS = (-1, 0, 1)
 HEADER = ("level", "shape", "sparsity", "× dense", "of limit", "ms", "first, ms", "last, ms", "error")
 MOST_DEPTHS = 8  # of the output that is compared with float64
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A fusion convolution."""
-
-    level: int
-    inputs: int
-    outputs: int
-    extent: tuple[int, int, int]
-
-    def __str__(self) -> str:
-        return f"{self.inputs}→{self.outputs}, {'×'.join(map(str, self.extent))}"
 
 
 @dataclass(frozen=True)
@@ -94,17 +80,6 @@ def main() -> None:
     write(options, "conv", [{**asdict(row), "speedup": row.speedup} for row in rows])
 
 
-def layers(size: int) -> list[Layer]:
-    """The first convolution of each level's fusion node."""
-    extent, found = (size, size, size), []
-    for level, width in enumerate(AMOS.channels[:-1], 1):
-        finer = AMOS.channels[level - 2] if level > 1 else 0
-        found.append(Layer(level, 2 * width + finer, width, extent))
-        depth, height, columns = (e // s for e, s in zip(extent, AMOS.strides[level - 1], strict=True))
-        extent = (depth, height, columns)
-    return found
-
-
 @torch.no_grad()
 def measure(layer: Layer, sparsities: list[float], repeats: int) -> list[Row]:
     """A row for each sparsity."""
@@ -134,7 +109,7 @@ def on_engine(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Action:
     weights = Weights(weight, bias, active, active)
     channels = torch.arange(x.shape[1], dtype=torch.int32)
     geometry = Geometry(channels // -(-len(channels) // len(SHIFTS)) - 1)  # the shift of each: SHIFTS, by thirds
-    prepared, placed = prepare(weight, active.index, form_of(weight, geometry.stride)), depth_last(x)
+    prepared, placed = prepare(weight, active.index, form_of(weight, geometry.stride)), to_depth_last(x)
     return lambda: conv([(placed, None)], weights, geometry, prepared=prepared)
 
 

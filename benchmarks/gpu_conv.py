@@ -21,7 +21,7 @@ outputs and gradients are compared with dense ones; "error" is the largest diffe
 import argparse
 import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
@@ -30,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _measure import Action, Layer, layers
 from torch import Tensor
 from torch.nn.functional import conv3d
 
@@ -37,7 +38,6 @@ from dstlib.engine.gpu import Blocks, Launch, block_conv
 from dstlib.files import write_json, write_whole
 from dstlib.layers import shift
 from dstlib.report import align
-from dstlib.zoo.e2enet import AMOS
 
 PATTERNS = {  # what a random connection is, and the blocks that are computed
     "16x16": ((16, 16), (16, 16)),
@@ -49,17 +49,6 @@ SHIFTS = (-1, 0, 1)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEADER = ("level", "shape", "s", "pattern", "pass", "× dense", "× shift + dense", "ms", "dense ms", "TFLOP/s", "error")
 CUTS = [Launch(*cut) for cut in product((64, 128, 256), (4, 8), (2, 3, 4))]
-Action = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A fusion convolution."""
-
-    level: int
-    inputs: int
-    outputs: int
-    extent: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -104,17 +93,6 @@ class Tensors:
     def step(self, y: Tensor) -> tuple[Tensor, ...]:
         """The gradients of input and weight."""
         return torch.autograd.grad(y, (self.x, self.weight), self.grad)
-
-
-def layers(size: int) -> list[Layer]:
-    """The first convolution of each level's fusion node."""
-    extent, found = (size, size, size), []
-    for level, width in enumerate(AMOS.channels[:-1], 1):
-        finer = AMOS.channels[level - 2] if level > 1 else 0
-        found.append(Layer(level, 2 * width + finer, width, extent))
-        depth, height, columns = (e // s for e, s in zip(extent, AMOS.strides[level - 1], strict=True))
-        extent = (depth, height, columns)
-    return found
 
 
 def random_mask(layer: Layer, unit: tuple[int, int], sparsity: float, device: str) -> Tensor:

@@ -90,7 +90,6 @@ LEVELS = {
     "engine.pooling": 6,
     "engine.upsampling": 6,
     "engine.conv_calls": 6,
-    "engine.spatial": 7,
     "engine.convolution": 7,
     "engine.pending": 8,
     "engine.fast_layers": 9,

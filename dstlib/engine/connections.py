@@ -9,8 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dstlib.engine.library import Pattern
-
 
 @dataclass(frozen=True, eq=False)
 class Connections:
@@ -36,9 +34,7 @@ class Connections:
         """The connections where the mask (O, C) is True."""
         outputs, inputs = mask_OC.shape
         index = mask_OC.flatten().nonzero().flatten()
-        counts = mask_OC.sum(dim=1)
-        rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-        return cls(rows, (index % inputs).int(), index, (outputs, inputs))
+        return cls(_rows(mask_OC.sum(dim=1)), (index % inputs).int(), index, (outputs, inputs))
 
     @cached_property
     def transposed(self) -> "Connections":
@@ -46,8 +42,7 @@ class Connections:
         outputs, inputs = self.size
         row, col = self.index // inputs, self.index % inputs
         order = (col * outputs + row).argsort()
-        counts = torch.bincount(col, minlength=inputs)
-        rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        rows = _rows(torch.bincount(col, minlength=inputs))
         return Connections(rows, row[order].int(), self.index[order], (inputs, outputs))
 
     @property
@@ -55,6 +50,7 @@ class Connections:
         """A, the number of active connections."""
         return self.index.numel()
 
-    def pattern(self) -> Pattern:
-        """Describes the connections to the kernels; keep this object alive while they run."""
-        return Pattern(self.rows.data_ptr(), self.cols.data_ptr(), *self.size, self.num_active)
+
+def _rows(counts: Tensor) -> Tensor:
+    """Where each row begins, and where the last one ends, from how many connections each has."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()

@@ -13,9 +13,8 @@ from torch.nn.grad import conv3d_input, conv3d_weight
 
 from dstlib.engine.calls import kernels_for
 from dstlib.engine.layouts import to_depth_last
-from dstlib.engine.library import check
-from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
-from dstlib.engine.structs import Pattern
+from dstlib.engine.library import Kernels, check
+from dstlib.engine.maps import Norm, activated, empty_depth_last, pattern, source, target
 from dstlib.engine.structs_conv import Conv, Prepare
 
 SQUARES, TAPS = 0, 1  # the forms of csrc/engine.h: Winograd's F(4x4, 3x3), or tap by tap
@@ -104,14 +103,13 @@ def convolve(call: Call, *, with_sums: bool, prepared: Tensor | None = None) -> 
         prepared = prepare(call.weight, index, form)
     maps = [to_depth_last(x) for x in call.maps]
     job = _job(maps, call, y)
-    job.pattern = Pattern(rows.data_ptr(), cols.data_ptr(), y.shape[1], call.weight.shape[1], cols.numel())
+    job.pattern = pattern(rows, cols, call.weight.shape[1])
     job.weights, job.shifts = prepared.data_ptr(), call.shifts.data_ptr()
     if call.bias is not None:
         job.bias = call.bias.data_ptr()
     if with_sums:
         job.sums = sums.data_ptr()
-    kernel = found.conv_squares if form == SQUARES else found.conv_taps
-    check(kernel(job, torch.get_num_threads()), "convolution")
+    _run(found, job, form)
     return y, sums
 
 
@@ -135,16 +133,14 @@ def map_grad(call: Call, grad: Tensor) -> Tensor:
     still, back = torch.zeros(grad.shape[1], dtype=torch.int32), -call.shifts
     job = Conv(
         out=target(out),
-        pattern=Pattern(rows.data_ptr(), cols.data_ptr(), out.shape[1], grad.shape[1], cols.numel()),
+        pattern=pattern(rows, cols, grad.shape[1]),
         weights=prepared.data_ptr(),
         shifts=still.data_ptr(),
         out_shifts=back.data_ptr(),
-        num_sources=1,
     )
     job.sources[0] = source(grad)
     _set_sizes(job, grad, out, weight, call.stride)
-    kernel = found.conv_squares if form == SQUARES else found.conv_taps
-    check(kernel(job, torch.get_num_threads()), "gradient of a convolution")
+    _run(found, job, form)
     return out
 
 
@@ -162,7 +158,7 @@ def parameter_grads(call: Call, grad: Tensor) -> list[Tensor]:
     grads += [torch.empty_like(call.bias)] if call.bias is not None else []
     maps = [to_depth_last(x) for x in call.maps]
     job = _job(maps, call, grad)
-    job.pattern = Pattern(rows.data_ptr(), cols.data_ptr(), grad.shape[1], call.weight.shape[1], cols.numel())
+    job.pattern = pattern(rows, cols, call.weight.shape[1])
     job.shifts, job.index, job.weights_grad = call.shifts.data_ptr(), index.data_ptr(), grads[0].data_ptr()
     if call.bias is not None:
         job.bias_grad = grads[1].data_ptr()
@@ -171,11 +167,16 @@ def parameter_grads(call: Call, grad: Tensor) -> list[Tensor]:
 
 
 def _job(maps: list[Tensor], call: Call, y: Tensor) -> Conv:
-    job = Conv(out=target(y), num_sources=len(maps))
+    job = Conv(out=target(y))
     for i, x in enumerate(maps):
         job.sources[i] = source(x, call.norm(i))
     _set_sizes(job, maps[0], y, call.weight, call.stride)
     return job
+
+
+def _run(found: Kernels, job: Conv, form: int) -> None:
+    kernel = found.conv_squares if form == SQUARES else found.conv_taps
+    check(kernel(job, torch.get_num_threads()), "convolution")
 
 
 def _set_sizes(job: Conv, x: Tensor, y: Tensor, weight: Tensor, stride: Sequence[int]) -> None:
@@ -215,8 +216,8 @@ def _padding(weight: Tensor) -> tuple[int, int, int]:
     return 0, weight.shape[-2] // 2, weight.shape[-1] // 2
 
 
-def _mask(pattern: Sequence[Tensor], weight: Tensor) -> Tensor:
+def _mask(connections: Sequence[Tensor], weight: Tensor) -> Tensor:
     """Which connections there are, (O, C, 1, ...)."""
     mask = torch.zeros(weight.shape[:2].numel(), dtype=torch.bool, device=weight.device)
-    mask[pattern[2]] = True
+    mask[connections[2]] = True
     return mask.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))

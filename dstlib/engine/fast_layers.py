@@ -27,14 +27,17 @@ class _Kernels:
         self.weight = weight
         self.transposed = transposed
         self.dense_gradient = False  # whether backward passes are to give the gradients of inactive kernels too
+        self.all = self._connections(torch.ones_like(weight, dtype=torch.bool))
         self.set_mask(mask)
 
     def set_mask(self, mask: Tensor) -> None:
         """Follows a mask of the weight's shape: a connection is active where any of its taps is."""
-        pairs = mask.flatten(2).any(dim=2)
-        self.active = Connections.of(pairs.T if self.transposed else pairs)
-        self.all = Connections.of(torch.ones_like(pairs.T if self.transposed else pairs))
+        self.active = self._connections(mask)
         self._prepared: tuple[tuple[object, ...], Tensor] | None = None
+
+    def _connections(self, mask: Tensor) -> Connections:
+        pairs = mask.flatten(2).any(dim=2)
+        return Connections.of(pairs.T if self.transposed else pairs)
 
     @property
     def graded(self) -> Connections:

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from dstlib.engine.buffers import buffer
-from dstlib.engine.library import Source, Target
+from dstlib.engine.structs import Pattern, Source, Target
 
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
-
-
-def depth_last(x: Tensor) -> Tensor:
-    """The same values with unit stride along depth; x itself where it has that already.
-
-    >>> depth_last(torch.zeros(1, 2, 3, 4, 5)).stride()
-    (120, 60, 1, 15, 3)
-    """
-    return x if _is_depth_last(x) else x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def empty_depth_last(size: tuple[int, int, int, int, int], like: Tensor) -> Tensor:
@@ -52,6 +43,11 @@ def target(x: Tensor) -> Target:
     return Target(data=x.data_ptr(), strides=_strides(x))
 
 
+def pattern(rows: Tensor, cols: Tensor, num_cols: int) -> Pattern:
+    """Describes connections in compressed rows to the kernels."""
+    return Pattern(rows.data_ptr(), cols.data_ptr(), rows.numel() - 1, num_cols, cols.numel())
+
+
 def activated(x: Tensor, norm: Norm | None) -> Tensor:
     """What a reader of ``x`` sees: ``y = scale · x + offset``, then max(y, slope · y)."""
     if norm is None:
@@ -59,10 +55,6 @@ def activated(x: Tensor, norm: Norm | None) -> Tensor:
     scale, offset, slope = norm
     y = torch.addcmul(offset[:, :, None, None, None], x, scale[:, :, None, None, None])
     return torch.maximum(y, y * slope)
-
-
-def _is_depth_last(x: Tensor) -> bool:
-    return x.stride(2) == 1 or x.shape[2] == 1
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:

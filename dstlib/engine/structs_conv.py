@@ -19,7 +19,6 @@ class Conv(Structure):
         ("shifts", c_void_p),
         ("out_shifts", c_void_p),
         ("sums", c_void_p),
-        ("num_sources", c_int64),
         ("input_size", c_int64 * 4),  # N, D, H, W
         ("output_size", c_int64 * 3),  # D, H, W
         ("kernel_size", c_int64 * 2),  # H, W
@@ -28,7 +27,6 @@ class Conv(Structure):
         ("index", c_void_p),
         ("weights_grad", c_void_p),
         ("bias_grad", c_void_p),
-        ("width_of_block", c_int64),
     )
 
 

@@ -14,8 +14,7 @@ from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.connections import Connections
 from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import check
-from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
-from dstlib.engine.structs import Pattern
+from dstlib.engine.maps import Norm, activated, empty_depth_last, pattern, source, target
 from dstlib.engine.structs_spatial import Upsample
 from dstlib.errors import SettingError, explain
 
@@ -44,49 +43,35 @@ def upsample(x: Tensor, norm: Norm | None, weight: Tensor, connections: Connecti
 
 
 def _upsample(
-    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]
+    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, connections: list[Tensor], stride: Sequence[int]
 ) -> Tensor:
     found = kernels_for(x, weight)
     out = _empty(x, weight, stride)
     if not found:
         z = activated(x, norm_of(norm, slope))
-        return out.copy_(F.conv_transpose3d(z, _active(weight, pattern), stride=tuple(stride)))
+        return out.copy_(F.conv_transpose3d(z, _active(weight, connections), stride=tuple(stride)))
     x, weight = to_depth_last(x), weight.contiguous()
-    call = Upsample(
-        coarse=source(x, norm_of(norm, slope)),
-        out=target(out),
-        pattern=_pattern(pattern[0], pattern[1], weight.shape[0]),
-        weights=weight.data_ptr(),
-        weight_strides=(weight.stride(1), weight.stride(0)),
-        size=_size(x),
-        stride=tuple(stride),
-    )
+    call = _call(x, weight, connections, stride)
+    call.coarse, call.out, call.weights = source(x, norm_of(norm, slope)), target(out), weight.data_ptr()
     check(found.upsample(call, torch.get_num_threads()), "upsample()")
     return out
 
 
-def _input_grad(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]) -> Tensor:
+def _input_grad(grad: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Tensor:
     """The gradient (N, C, D, H, W) of the activated map."""
     found = kernels_for(grad, weight)
     out = _empty_input(grad, weight, stride)
     if not found:
-        return out.copy_(F.conv3d(grad, _active(weight, pattern), stride=tuple(stride)))
+        return out.copy_(F.conv3d(grad, _active(weight, connections), stride=tuple(stride)))
     grad, weight = to_depth_last(grad), weight.contiguous()
-    call = Upsample(
-        fine=source(grad),
-        out=target(out),
-        pattern=_pattern(pattern[0], pattern[1], weight.shape[0]),
-        weights=weight.data_ptr(),
-        weight_strides=(weight.stride(1), weight.stride(0)),
-        size=_size(out),
-        stride=tuple(stride),
-    )
+    call = _call(out, weight, connections, stride)
+    call.fine, call.out, call.weights = source(grad), target(out), weight.data_ptr()
     check(found.upsample_input_grad(call, torch.get_num_threads()), "gradient of upsample()")
     return out
 
 
 def _weight_grad(
-    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, pattern: list[Tensor], stride: Sequence[int]
+    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, connections: list[Tensor], stride: Sequence[int]
 ) -> Tensor:
     """The gradient (C, O, d, h, w) of the weight, zeros where there is no connection."""
     found = kernels_for(x, grad)
@@ -94,17 +79,10 @@ def _weight_grad(
     if not found:
         z = activated(x, norm_of(norm, slope))
         taps = grad.reshape(*grad.shape[:2], *(n for pair in zip(x.shape[2:], stride, strict=True) for n in pair))
-        return out.copy_(_active(torch.einsum("ncdhw,nodihjwk->coijk", z, taps), pattern))
+        return out.copy_(_active(torch.einsum("ncdhw,nodihjwk->coijk", z, taps), connections))
     x, grad = to_depth_last(x), to_depth_last(grad)
-    call = Upsample(
-        coarse=source(x, norm_of(norm, slope)),
-        fine=source(grad),
-        pattern=_pattern(pattern[0], pattern[1], x.shape[1]),
-        weights_grad=out.data_ptr(),
-        weight_strides=(out.stride(1), out.stride(0)),
-        size=_size(x),
-        stride=tuple(stride),
-    )
+    call = _call(x, out, connections, stride)
+    call.coarse, call.fine, call.weights_grad = source(x, norm_of(norm, slope)), source(grad), out.data_ptr()
     check(found.upsample_weights_grad(call, torch.get_num_threads()), "gradient of upsample()")
     return out
 
@@ -119,18 +97,21 @@ def _empty_input(grad: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
     return empty_depth_last((n, weight.shape[0], d // stride[0], h // stride[1], w // stride[2]), grad)
 
 
-def _size(x: Tensor) -> tuple[int, int, int, int]:
-    n, _, d, h, w = x.shape
-    return n, d, h, w
+def _call(coarse: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Upsample:
+    """What all kernels are told: sizes, and where the connections of a weight, or of its gradient, lie."""
+    n, channels, d, h, w = coarse.shape
+    rows, cols = connections
+    return Upsample(
+        pattern=pattern(rows, cols, channels),
+        weight_strides=(weight.stride(1), weight.stride(0)),
+        size=(n, d, h, w),
+        stride=tuple(stride),
+    )
 
 
-def _pattern(rows: Tensor, cols: Tensor, num_cols: int) -> Pattern:
-    return Pattern(rows.data_ptr(), cols.data_ptr(), rows.numel() - 1, num_cols, cols.numel())
-
-
-def _active(weight: Tensor, pattern: list[Tensor]) -> Tensor:
+def _active(weight: Tensor, connections: list[Tensor]) -> Tensor:
     """The weight (C, O, d, h, w) with zeros where there is no connection."""
-    rows, cols = pattern
+    rows, cols = connections
     outputs = torch.arange(len(rows) - 1, device=rows.device).repeat_interleave(rows.diff())
     mask_CO = torch.zeros(weight.shape[:2], dtype=torch.bool, device=rows.device)
     mask_CO[cols, outputs] = True
@@ -138,32 +119,32 @@ def _active(weight: Tensor, pattern: list[Tensor]) -> Tensor:
 
 
 def _empty_output(
-    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]
+    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, connections: list[Tensor], stride: Sequence[int]
 ) -> Tensor:
     return _empty(x, weight, stride)
 
 
-def _empty_input_grad(grad: Tensor, weight: Tensor, pattern: list[Tensor], stride: Sequence[int]) -> Tensor:
+def _empty_input_grad(grad: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Tensor:
     return _empty_input(grad, weight, stride)
 
 
 def _empty_weight_grad(
-    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, pattern: list[Tensor], stride: Sequence[int]
+    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, connections: list[Tensor], stride: Sequence[int]
 ) -> Tensor:
     return x.new_empty(x.shape[1], grad.shape[1], *stride)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, norm, ctx.slope, weight, pattern, ctx.stride = inputs
-    ctx.save_for_backward(x, weight, *pattern, *norm)
+    x, norm, ctx.slope, weight, connections, ctx.stride = inputs
+    ctx.save_for_backward(x, weight, *connections, *norm)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *rest = ctx.saved_tensors
-    pattern, norm = rest[:2], rest[2:]
+    connections, norm = rest[:2], rest[2:]
     for_x, _, _, for_weight, *_ = ctx.needs_input_grad
-    grad_x = INPUT_GRAD(grad, weight, pattern, ctx.stride) if for_x else None
-    grad_weight = WEIGHT_GRAD(x, norm, ctx.slope, grad, pattern, ctx.stride) if for_weight else None
+    grad_x = INPUT_GRAD(grad, weight, connections, ctx.stride) if for_x else None
+    grad_weight = WEIGHT_GRAD(x, norm, ctx.slope, grad, connections, ctx.stride) if for_weight else None
     return grad_x, None, None, grad_weight, None, None
 
 

@@ -19,31 +19,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine import calls, conv_calls, convolution, library
+from dstlib.engine import conv_calls, convolution, library
 from dstlib.engine.connections import Connections
 from dstlib.engine.convolution import Geometry, Mapped, Weights, conv, unit
 from dstlib.engine.layouts import materialise
 from dstlib.engine.maps import activated
 from dstlib.layers import Shift, Unit
 
-PATHS = (*library.INSTRUCTION_SETS, "torch")
+pytestmark = pytest.mark.usefixtures("path")
 # Float32 rounds by 6e-8; Winograd's transforms multiply that by up to about 30. It is a share of what a sum could be
 # at most, all its terms having one sign, since they may cancel.
 SHARE = 2e-6
 many = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=PATHS, autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs by each path that this machine has."""
-    found = None
-    if request.param != "torch":
-        binary = library._library()
-        found = binary and library._kernels(binary, request.param)
-        if not found:
-            pytest.skip(f"no kernels for {request.param} here")
-    monkeypatch.setattr(calls, "kernels", lambda: found)
-    return request.param
 
 
 def _part(x: Tensor) -> Tensor:

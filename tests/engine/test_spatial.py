@@ -15,37 +15,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine import calls, layouts, library, maps, norms, pooling, upsampling
+from dstlib.engine import layouts, maps, norms, pooling, upsampling
 from dstlib.engine.connections import Connections
+from dstlib.engine.layouts import materialise, to_channels_first, to_depth_last
 from dstlib.engine.maps import Norm, activated
-from dstlib.engine.spatial import (
-    materialise,
-    max_pool,
-    norm_backward,
-    to_channels_first,
-    to_depth_last,
-    upsample,
-)
+from dstlib.engine.norms import norm_backward
+from dstlib.engine.pooling import max_pool
+from dstlib.engine.upsampling import upsample
 from dstlib.errors import SettingError
 
 Size = tuple[int, int, int, int, int]
 # float32 rounds each product and sum by 6e-8 of it; sums here have up to a few hundred terms of size 1 to 10
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
-PATHS = (*library.INSTRUCTION_SETS, "torch")
+pytestmark = pytest.mark.usefixtures("path")
 many = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=PATHS, autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs by each path that this machine has."""
-    found = None
-    if request.param != "torch":
-        binary = library._library()
-        found = binary and library._kernels(binary, request.param)
-        if not found:
-            pytest.skip(f"no kernels for {request.param} here")
-    monkeypatch.setattr(calls, "kernels", lambda: found)
-    return request.param
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

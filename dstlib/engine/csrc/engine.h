@@ -2,7 +2,7 @@
 //
 // Feature maps are "depth-last": logically (N, C, D, H, W), in memory N, C, H, W, D with D contiguous. Consecutive
 // depths are then the lanes of a vector, and no kernel ever shuffles within one. All numbers are float32, all strides
-// count elements. dstlib/engine/library.py mirrors these structs field by field; tests compare their sizes.
+// count elements. dstlib/engine/structs*.py mirror these structs field by field; tests compare their sizes.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -47,14 +47,12 @@ struct Conv {
     const int32_t* shifts;  // (num_cols): by how many voxels a channel moves towards higher depths
     const int32_t* out_shifts;  // (num_rows) or null: the same for channels of y, as the gradient of x needs it
     double* sums;           // (N, num_rows, 2) or null: sum and sum of squares of y over D, H, W
-    int64_t num_sources;
     int64_t batch, depth, height, width;              // of the input
     int64_t out_depth, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_h, pad_w;
     const int64_t* index;  // gradient of the weights only: (nnz), where each connection lies in weights_grad
     float* weights_grad;   // (connections, kernel_h, kernel_w); there `out` is the gradient of y, which is read
     float* bias_grad;      // (num_rows) or null
-    int64_t width_of_block;  // vectors that one task works on at once (1, 2, 4 or 8); 0: the engine's choice
 };
 
 // How a convolution is computed: Winograd's F(4x4, 3x3), or tap by tap.
