@@ -15,6 +15,8 @@ from dstlib.engine.eligible import CANDIDATES, fast_form, obstacle
 from dstlib.engine.following import follow
 
 REPEATS = 3
+Times = dict[str, float]
+_Seconds = dict[str, list[float]]
 
 
 def _never(name: str) -> bool:
@@ -31,9 +33,10 @@ def accelerate(
 ) -> nn.Module:
     """A module with the outputs, parameters and ``state_dict`` of the model that runs on the engine where that pays.
 
-    Every layer that the engine has kernels for is timed in the model and on the kernels, in whole forward passes of
-    ``example_input`` (a tensor, or a tuple of arguments); it stays as it is where that was faster. What was decided,
-    and why, is in ``decisions`` of the result: print it, save it, and pass it in to measure nothing the next time.
+    Every layer that the engine has kernels for is timed on them and as it was, with the same inputs, in whole forward
+    passes of ``example_input`` (a tensor, or a tuple of arguments); it stays as it is where that was faster. What was
+    decided, and why, is in ``decisions`` of the result: print it, save it, and pass it in to measure nothing the next
+    time.
 
     The parameters are those of the model, not copies. Active are the weights under ``masks`` (by parameter name, as
     of :attr:`Sparsifier.masks`, followed as they change), else those that are not zero. With masks a training step
@@ -58,7 +61,7 @@ def accelerate(
     for name in able:
         fast.set_submodule(name, fast_form(candidates[name]))
     if decisions is None:
-        plain_ms, fast_ms = _measure(model, fast, able, arguments)
+        plain_ms, fast_ms = _measure(fast, {name: candidates[name] for name in able}, arguments)
         decisions = Decisions.of(
             Decision(name, type(layer).__name__, plain_ms.get(name), fast_ms.get(name), obstacles[name])
             for name, layer in candidates.items()
@@ -89,38 +92,41 @@ def _candidates(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 @torch.no_grad()
-def _measure(
-    model: nn.Module, fast: nn.Module, names: list[str], arguments: tuple[Any, ...]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of each layer in either model, medians of whole passes in turn."""
-    modes = [(module, module.training) for module in model.modules()]
-    seconds: list[dict[str, list[float]]] = [defaultdict(list), defaultdict(list)]
+def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> tuple[Times, Times]:
+    """Milliseconds of each layer in both forms, medians of whole passes; the plain form gets the maps of the fast one.
+
+    A layer that stays plain has neighbours on the engine: what it takes to change the order of their maps is its cost.
+    """
+    layers = [fast, *plain.values()]
+    modes = [(module, module.training) for layer in layers for module in layer.modules()]
+    seconds: tuple[_Seconds, _Seconds] = (defaultdict(list), defaultdict(list))
+    hooks = [hook for name in plain for hook in _timed(fast, name, plain[name], seconds)]
     try:
-        for network in (model, fast):
-            network.eval()  # norms that keep statistics must not learn from the example
-        hooks = [hook for i, network in enumerate((model, fast)) for hook in _timed(network, names, seconds[i])]
+        for layer in layers:
+            layer.eval()  # norms that keep statistics must not learn from the example
         for _ in range(REPEATS + 1):  # the first warms up
-            model(*arguments)
             fast(*arguments)
+    finally:
         for hook in hooks:
             hook.remove()
-    finally:
         for module, training in modes:
             module.training = training
-        fast.train(model.training)
     first, second = ({name: median(taken[1:]) * 1e3 for name, taken in each.items()} for each in seconds)
     return first, second
 
 
-def _timed(network: nn.Module, names: list[str], seconds: dict[str, list[float]]) -> Iterator[Any]:
-    for name in names:
-        layer, began = network.get_submodule(name), [0.0]
+def _timed(fast: nn.Module, name: str, plain: nn.Module, seconds: tuple[_Seconds, _Seconds]) -> Iterator[Any]:
+    """Hooks that note what each pass takes in a layer of the fast model, and in its plain form."""
+    layer, began = fast.get_submodule(name), [0.0]
 
-        def start(*_: Any, began: list[float] = began) -> None:
-            began[0] = time.perf_counter()
+    def start(*_: Any) -> None:
+        began[0] = time.perf_counter()
 
-        def stop(*_: Any, name: str = name, began: list[float] = began) -> None:
-            seconds[name].append(time.perf_counter() - began[0])
+    def stop(_: nn.Module, arguments: Any, named: dict[str, Any], __: Any) -> None:
+        finished = time.perf_counter()
+        seconds[1][name].append(finished - began[0])
+        plain(*arguments, **named)
+        seconds[0][name].append(time.perf_counter() - finished)
 
-        yield layer.register_forward_pre_hook(start)
-        yield layer.register_forward_hook(stop)
+    yield layer.register_forward_pre_hook(start)
+    yield layer.register_forward_hook(stop, with_kwargs=True)

@@ -15,8 +15,9 @@ from dstlib.engine.calls import kernels_for
 from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import Kernels, check
 from dstlib.engine.maps import Norm, activated, empty_depth_last, pattern, source, target
-from dstlib.engine.structs_conv import Conv, Prepare
+from dstlib.engine.structs_conv import Conv, InstanceNorm, Prepare
 
+Affine = tuple[Tensor, Tensor, float]  # gamma (O), beta (O), eps
 SQUARES, TAPS = 0, 1  # the forms of csrc/engine.h: Winograd's F(4x4, 3x3), or tap by tap
 
 
@@ -86,17 +87,16 @@ def prepare(weight: Tensor, index: Tensor, form: int, *, reflected: bool = False
     return out
 
 
-def convolve(call: Call, *, with_sums: bool, prepared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The output (N, O, D, H, W), and (N, O, 2) in float64: sums over its voxels of y and y², empty unless wanted."""
+def convolve(call: Call, affine: Affine | None = None, prepared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output (N, O, D, H, W), and what the instance norm after it finds.
+
+    That is (4, N, O): scale, offset, mean and 1 / √(variance + eps); empty without gamma, beta and eps of a norm.
+    """
     found = kernels_for(*call.maps, *call.parameters)
     y = empty_depth_last(output_size(call.maps[0], call.weight, call.stride), call.maps[0])
-    sums = y.new_empty((*y.shape[:2], 2) if with_sums else 0, dtype=torch.float64)
     if not found:
         y.copy_(F.conv3d(_input(call), _active(call), call.bias, call.stride, _padding(call.weight)))
-        if with_sums:
-            double = y.double()
-            sums = torch.stack([double.sum((2, 3, 4)), double.square().sum((2, 3, 4))], dim=2)
-        return y, sums
+        return y, _norm_of(y, affine) if affine else y.new_empty(0)
     form = form_of(call.weight, call.stride)
     rows, cols, index = call.pattern[:3]
     if prepared is None:
@@ -107,10 +107,21 @@ def convolve(call: Call, *, with_sums: bool, prepared: Tensor | None = None) -> 
     job.weights, job.shifts = prepared.data_ptr(), call.shifts.data_ptr()
     if call.bias is not None:
         job.bias = call.bias.data_ptr()
-    if with_sums:
-        job.sums = sums.data_ptr()
+    normed = y.new_empty(4, *y.shape[:2]) if affine else y.new_empty(0)
+    if affine:
+        gamma, beta, eps = affine
+        job.norm = InstanceNorm(gamma.data_ptr(), beta.data_ptr(), eps, normed.data_ptr())
     _run(found, job, form)
-    return y, sums
+    return y, normed
+
+
+def _norm_of(y: Tensor, affine: Affine) -> Tensor:
+    gamma, beta, eps = affine
+    double = y.double()
+    mean = double.mean((2, 3, 4))
+    rstd = (double.var((2, 3, 4), correction=0) + eps).rsqrt()
+    scale = gamma * rstd
+    return torch.stack([scale, beta - scale * mean, mean, rstd]).to(y.dtype)
 
 
 def map_grad(call: Call, grad: Tensor) -> Tensor:

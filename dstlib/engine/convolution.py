@@ -63,7 +63,7 @@ def conv(sources: Sequence[Mapped], weights: Weights, geometry: Geometry, *, pre
     """
     call = _call(sources, weights, geometry)
     if _is_plain(*call.maps, *call.parameters):
-        return convolve(call, with_sums=False, prepared=prepared)[0]
+        return convolve(call, prepared=prepared)[0]
     return _conv_op(call.maps, call.parameters, call.fixed, call.numbers)
 
 
@@ -82,11 +82,11 @@ def unit(
     """
     call, affine = _call(sources, weights, geometry), [norm.weight, norm.bias]
     if _is_plain(*call.maps, *call.parameters, *affine):
-        y, scale, offset, _, _ = _normed(call, affine, norm.eps, prepared)
+        y, normed = convolve(call, (norm.weight, norm.bias, norm.eps), prepared)
     else:
         parameters, numbers = [*call.parameters, *affine], [norm.eps, slope, *call.numbers]
-        y, scale, offset, _, _ = _unit_op(call.maps, parameters, call.fixed, numbers)
-    return y, (scale, offset, slope)
+        y, normed = _unit_op(call.maps, parameters, call.fixed, numbers)
+    return y, (normed[0], normed[1], slope)
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -106,29 +106,18 @@ def _call(sources: Sequence[Mapped], weights: Weights, geometry: Geometry) -> Ca
     return Call(maps, parameters, [*norms, *weights.pattern, geometry.shifts], [*slopes, *map(float, geometry.stride)])
 
 
-def _normed(
-    call: Call, affine: Sequence[Tensor], eps: float, prepared: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and of each of its channels scale, offset, mean and 1 / √(variance + eps), all (N, O)."""
-    y, sums = convolve(call, with_sums=True, prepared=prepared)
-    mean, square = (sums / y[0, 0].numel()).unbind(dim=2)
-    rstd = (torch.addcmul(square, mean, mean, value=-1).clamp_(min=0) + eps).rsqrt_().to(y.dtype)
-    mean, (gamma, beta) = mean.to(y.dtype), affine
-    scale = gamma * rstd
-    return y, scale, torch.addcmul(beta, scale, mean, value=-1), mean, rstd
-
-
 @torch.library.custom_op("dstlib::conv", mutates_args=())
 def _conv_op(maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]) -> Tensor:
-    return convolve(Call(maps, parameters, fixed, numbers), with_sums=False)[0]
+    return convolve(Call(maps, parameters, fixed, numbers))[0]
 
 
 @torch.library.custom_op("dstlib::unit", mutates_args=())
 def _unit_op(
     maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """``parameters`` end with gamma and beta, ``numbers`` begin with eps and the slope."""
-    return _normed(Call(maps, parameters[:-2], fixed, numbers[2:]), parameters[-2:], numbers[0])
+    *weights, gamma, beta = parameters
+    return convolve(Call(maps, weights, fixed, numbers[2:]), (gamma, beta, numbers[0]))
 
 
 @torch.library.custom_op("dstlib::conv_backward", mutates_args=())
@@ -146,12 +135,9 @@ def _(maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers
 
 
 @_unit_op.register_fake
-def _(
-    maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(maps: list[Tensor], parameters: list[Tensor], fixed: list[Tensor], numbers: list[float]) -> tuple[Tensor, Tensor]:
     y = _empty(Call(maps, parameters, fixed, numbers))
-    scale, offset, mean, rstd = (y.new_empty(y.shape[:2]) for _ in range(4))
-    return y, scale, offset, mean, rstd
+    return y, y.new_empty(4, *y.shape[:2])
 
 
 @_backward_op.register_fake
@@ -192,7 +178,8 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _unit_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
     num_maps, num_parameters, _ = ctx.counts
-    *tensors, y, scale, offset, mean, rstd = ctx.saved_tensors
+    *tensors, y, normed = ctx.saved_tensors
+    scale, offset, mean, rstd = normed.unbind()
     gamma_at = num_maps + num_parameters - 2
     gamma = tensors[gamma_at]
     del tensors[gamma_at : gamma_at + 2]

@@ -5,24 +5,30 @@ kernels need the depths of a voxel column to lie side by side, as in ``x.permute
 Torch's own operations give the same results on such a map as on any other.
 """
 
-from math import prod
-
 import torch
 from torch import Tensor
 
 from dstlib.engine.buffers import buffer
 from dstlib.engine.structs import Pattern, Source, Target
 
+PAGE, PADDING = 1024, 32  # numbers
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
 
 
 def empty_depth_last(size: tuple[int, int, int, int, int], like: Tensor) -> Tensor:
-    """A new map (N, C, D, H, W), depth last, of the type and place of ``like``."""
+    """A new map (N, C, D, H, W), depth last, of the type and place of ``like``.
+
+    Rows that would begin a multiple of ``PAGE`` apart are padded: all rows and channels would otherwise share the same
+    few places of the caches.
+    """
     batch, channels, depth, height, width = size
-    shape = (batch, channels, height, width, depth)
+    row = width * depth
+    row += PADDING if row % PAGE == 0 else 0
+    channel = height * row + (PADDING // 2 if row > width * depth else 0)
+    strides = (channels * channel, channel, 1, row, depth)
     reusable = like.dtype == torch.float32 and type(like) is Tensor and like.device.type == "cpu"
-    memory = buffer(prod(shape)).view(shape) if reusable else like.new_empty(shape)
-    return memory.permute(0, 1, 4, 2, 3)
+    memory = buffer(batch * channels * channel) if reusable else like.new_empty(batch * channels * channel)
+    return memory.as_strided(size, strides)
 
 
 def source(x: Tensor, norm: Norm | None = None) -> Source:

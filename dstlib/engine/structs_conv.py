@@ -1,10 +1,16 @@
 """The structs of convolutions, as ``csrc/engine.h`` has them."""
 
-from ctypes import Structure, c_int64, c_void_p
+from ctypes import Structure, c_double, c_int64, c_void_p
 
 from dstlib.engine.structs import Pattern, Source, Target
 
 MAX_SOURCES = 3
+
+
+class InstanceNorm(Structure):
+    """The affine instance norm that follows a convolution; none where ``found`` is null."""
+
+    _fields_ = (("gamma", c_void_p), ("beta", c_void_p), ("eps", c_double), ("found", c_void_p))
 
 
 class Conv(Structure):
@@ -18,7 +24,7 @@ class Conv(Structure):
         ("bias", c_void_p),
         ("shifts", c_void_p),
         ("out_shifts", c_void_p),
-        ("sums", c_void_p),
+        ("norm", InstanceNorm),
         ("input_size", c_int64 * 4),  # N, D, H, W
         ("output_size", c_int64 * 3),  # D, H, W
         ("kernel_size", c_int64 * 2),  # H, W
@@ -44,4 +50,4 @@ class Prepare(Structure):
     )
 
 
-STRUCTS = (Conv, Prepare)
+STRUCTS = (InstanceNorm, Conv, Prepare)

@@ -110,9 +110,13 @@ def _train(model: nn.Module, network: nn.Module, steps: int) -> Iterator[float]:
         yield loss.item()
 
 
-@pytest.mark.parametrize("method", ["DSFF", "RIGL"])
-def test_training_follows_the_masks(method: str):
-    """Random growth, and growth by the gradients of what is not active."""
+@pytest.mark.parametrize(("method", "close"), [("DSFF", 1e-3), ("RIGL", 3e-2)])
+def test_training_follows_the_masks(method: str, close: float):
+    """Random growth, and growth by the gradients of what is not active.
+
+    Rounding grows slowly with the steps. Two kernels whose gradients differ by less than it may be chosen the other way
+    round by RigL, which moves the loss by 1 %; masks that differ in many kernels move it by 14 %.
+    """
     chosen = replace(getattr(dstlib, method), interval=5, granularity=dstlib.DSFF.granularity)
     plain, _ = _sparse(method=chosen)
     expected = list(_train(plain, plain, 30))
@@ -120,10 +124,9 @@ def test_training_follows_the_masks(method: str):
     first = {name: mask.clone() for name, mask in sparsifier.masks.items()}
     fast = sparsifier.accelerate(network, _images(), decisions=_forced(network))
     losses = list(_train(fast, network, 30))
-    # masks that differ in many kernels show at once (0.14); rounding grows slowly with the steps, and may turn round a
-    # choice between two kernels whose gradients differ by less
-    assert losses[:20] == pytest.approx(expected[:20], rel=1e-3)
-    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses[:10] == pytest.approx(expected[:10], rel=1e-3)
+    assert losses[:20] == pytest.approx(expected[:20], rel=close)
+    assert losses == pytest.approx(expected, rel=max(close, 1e-2))
     assert any(not torch.equal(first[name], mask) for name, mask in sparsifier.masks.items())
     parameters = dict(network.named_parameters())
     assert all(not parameters[name][~mask].any() for name, mask in sparsifier.masks.items())

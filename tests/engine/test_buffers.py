@@ -99,11 +99,17 @@ def test_no_more_is_kept_than_was_of_use_at_one_time():
 def test_maps_use_it():
     like = torch.zeros(1)
     x = empty_depth_last((1, 4, 32, 64, 64), like)
-    assert x.stride() == (4 * 32 * 64 * 64, 32 * 64 * 64, 1, 64 * 32, 32)
     place = x.data_ptr()
     del x
-    assert empty_depth_last((1, 8, 16, 64, 64), like).data_ptr() == place
+    assert empty_depth_last((1, 4, 32, 64, 64), like).data_ptr() == place
     assert empty_depth_last((1, 8, 16, 64, 64), like.double()).dtype == torch.float64
+
+
+def test_rows_of_maps_do_not_share_their_places_in_the_caches():
+    like = torch.zeros(1)
+    row, channel = 64 * 32 + 32, 64 * (64 * 32 + 32) + 16
+    assert empty_depth_last((2, 4, 32, 64, 64), like).stride() == (4 * channel, channel, 1, row, 32)
+    assert empty_depth_last((2, 4, 31, 64, 63), like).permute(0, 1, 3, 4, 2).is_contiguous()
 
 
 @settings(max_examples=25, stateful_step_count=20)

@@ -352,13 +352,30 @@ def test_compiled_functions_call_the_operators():
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3)  # sums in another order
 
 
+def test_maps_larger_than_the_caches():
+    """They are written past the caches, and rows of them are padded."""
+    x, weight, bias = _random(1, 3, 16, 120, 128, seed=0), _random(9, 3, 1, 3, 3, seed=1), _random(9, seed=2)
+    active = Connections.of(_random(9, 3, seed=3) > 0)
+    weight *= torch.zeros(27).index_fill(0, active.index, 1).reshape(9, 3, 1, 1, 1)
+    norm = nn.InstanceNorm3d(9, affine=True)
+    geometry = Geometry(torch.zeros(3, dtype=torch.int32))
+    with torch.no_grad():
+        y, found = unit([(x, None)], Weights(weight, bias, active, active), geometry, norm, 0.01)
+        wanted = F.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
+        torch.testing.assert_close(y.double(), wanted, rtol=0, atol=27 * 9 * SHARE)  # terms are of size 1 to 9
+        torch.testing.assert_close(
+            materialise(y, found), F.leaky_relu(norm(wanted.float()), 0.01), rtol=0, atol=1e-4
+        )  # sums over 245,760 voxels
+
+
 def _results(case: Case) -> list[Tensor]:
-    """Outputs, sums and all gradients."""
+    """The norm, outputs and all gradients."""
     sources, weights, geometry = case.sources(), case.weights(), case.geometry()
-    _, sums = conv_calls.convolve(convolution._call(sources, weights, geometry), with_sums=True)
+    affine = (torch.ones(case.outputs), torch.zeros(case.outputs), 1e-5)
+    _, normed = conv_calls.convolve(convolution._call(sources, weights, geometry), affine)
     y = conv(sources, weights, geometry)
     leaves = [*(x for x, _ in sources), weights.weight, weights.bias]
-    return [sums, y.detach(), *torch.autograd.grad(y, leaves, case.grad(y))]
+    return [normed, y.detach(), *torch.autograd.grad(y, leaves, case.grad(y))]
 
 
 @variants

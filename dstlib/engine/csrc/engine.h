@@ -35,6 +35,13 @@ struct Pattern {
 
 enum { MAX_SOURCES = 3 };
 
+// The affine instance norm that follows a convolution, as its readers apply it: y * scale + offset.
+struct InstanceNorm {
+    const float *gamma, *beta;  // (num_rows) each
+    double eps;
+    float* found;  // (4, N, num_rows): scale, offset, mean, 1 / sqrt(variance + eps); or null: no norm follows
+};
+
 // y[n, o, d, h, w] = bias[o] + sum over active (o, c) and taps (i, j) of
 //     weights[i, j, (o, c)] * x[n, c, d * stride_d - shifts[c], h * stride_h + i - pad_h, w * stride_w + j - pad_w]
 // where x is the concatenation of the sources, and zero outside.
@@ -46,7 +53,7 @@ struct Conv {
     const float* bias;      // (num_rows) or null
     const int32_t* shifts;  // (num_cols): by how many voxels a channel moves towards higher depths
     const int32_t* out_shifts;  // (num_rows) or null: the same for channels of y, as the gradient of x needs it
-    double* sums;           // (N, num_rows, 2) or null: sum and sum of squares of y over D, H, W
+    InstanceNorm norm;
     int64_t batch, depth, height, width;              // of the input
     int64_t out_depth, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_h, pad_w;

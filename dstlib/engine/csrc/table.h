@@ -34,6 +34,7 @@ extern "C" struct Kernels {
 extern const Kernels kernels_avx512, kernels_avx2, kernels_generic;
 
 #define STRUCT_SIZES {"Source", sizeof(Source)}, {"Target", sizeof(Target)}, {"Pattern", sizeof(Pattern)}, \
-    {"Conv", sizeof(Conv)}, {"Prepare", sizeof(Prepare)}, {"Upsample", sizeof(Upsample)}, {"Pool", sizeof(Pool)}, \
-    {"NormBackward", sizeof(NormBackward)}, {"Activation", sizeof(Activation)}, {"Relayout", sizeof(Relayout)}, \
-    {"LinearPattern", sizeof(LinearPattern)}, {"Linear", sizeof(Linear)}, {"Kernels", sizeof(Kernels)}
+    {"InstanceNorm", sizeof(InstanceNorm)}, {"Conv", sizeof(Conv)}, {"Prepare", sizeof(Prepare)}, \
+    {"Upsample", sizeof(Upsample)}, {"Pool", sizeof(Pool)}, {"NormBackward", sizeof(NormBackward)}, \
+    {"Activation", sizeof(Activation)}, {"Relayout", sizeof(Relayout)}, {"LinearPattern", sizeof(LinearPattern)}, \
+    {"Linear", sizeof(Linear)}, {"Kernels", sizeof(Kernels)}
