@@ -61,6 +61,22 @@ def test_a_sound_set_has_no_defects_and_a_damaged_one_has_exit_code_one(work, tm
     assert errors.startswith("error: ")
 
 
+def test_the_engine_predicts_the_same(work, tmp_path, command):
+    images = work / "data" / "imagesTs"
+    plain, fast = tmp_path / "plain", tmp_path / "fast"
+    for output, options in ((plain, ("--device", "cpu")), (fast, ("--engine",))):
+        code, table, _ = command("predict", work / "fold0", "--images", images, "--output", output, *options)
+        assert code == 0, table
+    for image in images.glob("*.nii.gz"):
+        one, other = (np.asarray(nibabel.load(folder / image.name).dataobj) for folder in (plain, fast))
+        assert (one != other).mean() < 1e-3  # voxels of two classes that are probable alike go by rounding
+    code, _, errors = command(
+        "predict", work / "fold0", "--images", images, "--output", fast, "--engine", "--device", "cuda"
+    )
+    assert code == 2
+    assert "engine of Execution: expected float32 on a CPU" in errors
+
+
 def test_predict_goes_on_past_a_damaged_file_and_is_continued(work, tmp_path, command):
     images, output = shutil.copytree(work / "data" / "imagesTs", tmp_path / "images"), tmp_path / "out"
     (images / "broken.nii.gz").write_bytes(b"no image")

@@ -262,6 +262,8 @@ def test_a_wrong_setting_is_named(wrong):
         ({"precision": "fp8"}, "precision of Execution: expected float32 or bf16 or fp16"),
         ({"workers": -1}, "workers of Execution"),
         ({"device": "abacus"}, "device of Execution: expected one that torch can use"),
+        ({"engine": True, "precision": "bf16"}, "engine of Execution: expected float32 on a CPU"),
+        ({"engine": True, "device": "cuda"}, "engine of Execution"),
     ],
     ids=str,
 )
@@ -283,6 +285,27 @@ def test_workers_and_layout_change_the_time_alone(begin):
     for name, mask in last.sparsifier.masks.items():
         assert mask.sum() == plain.sparsifier.masks[name].sum()
         assert not last.model.get_parameter(name)[~mask].any()
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.0])
+def test_the_engine_changes_the_time_and_the_rounding_alone(begin, sparsity):
+    settings = TrainSettings(
+        epochs=2, iterations=2, interval=2, momentum=0.9, sparsity=sparsity, val_iterations=1, learning_rate=1e-3
+    )
+    plain, fast = begin(settings), begin(settings, execution=Execution(engine=True))
+    for training in (plain, fast):
+        go(training, held_out=CASES)
+    assert type(fast.on_engine) is E2ENet
+    assert fast.predictor is not fast.model
+    assert plain.predictor is plain.model
+    for ours, theirs in zip(fast.metrics, plain.metrics, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)  # rounding grows by each step
+        assert ours["val_dice"] == pytest.approx(theirs["val_dice"], abs=0.01)
+    if sparsity:
+        assert_same(dict(fast.sparsifier.masks), dict(plain.sparsifier.masks))  # random growth, drawn by the same seed
+    go_on = begin(settings)
+    go_on.load_state_dict(fast.state_dict())
+    assert_same(go_on.model.state_dict(), fast.on_engine.state_dict())
 
 
 def test_half_precision_trains_and_keeps_every_zero(begin):

@@ -26,7 +26,8 @@ struct Target {
     int64_t stride_n, stride_c, stride_h, stride_w;  // depth has stride 1
 };
 
-// Which connections exist: for row r (an output channel, say) the columns cols[rows[r]] .. cols[rows[r + 1] - 1].
+// Which connections exist: for row r (an output channel, say) the columns cols[rows[r]] .. cols[rows[r + 1] - 1], in
+// rising order.
 struct Pattern {
     const int32_t* rows;  // (num_rows + 1)
     const int32_t* cols;  // (nnz)

@@ -119,6 +119,9 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
     group.add_argument("--compile", action="store_true", help="compile the network by torch.compile")
     group.add_argument(
+        "--engine", action="store_true", help="compute on dstlib's engine: faster on a CPU, rounds otherwise"
+    )
+    group.add_argument(
         "--workers",
         type=int,
         default=8 if on_gpu else 0,

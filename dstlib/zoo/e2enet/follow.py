@@ -49,6 +49,7 @@ def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
             precision=options.precision,
             channels_last=options.channels_last,
             compile=options.compile,
+            engine=options.engine,
             workers=options.workers,
         )
         _refuse_unequal_shares(preset.patches.batch_size, ranks.num)
@@ -173,7 +174,7 @@ def _train(
 def _evaluate(training: Training, data: Dataset, preset: Preset, run: Run, *, workers: int) -> Evaluation:
     """Predicts the held-out scans as files in their own geometry, and scores the files."""
     trained = Trained(
-        models=(training.model,),
+        models=(training.predictor,),
         preparation=data.preparation,
         patch_size=preset.patches.patch_size,
         mirror=preset.patches.mirror,

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dstlib.engine.accelerate import accelerate
 from dstlib.errors import StateError, explain
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.preparation import Preparation
+from dstlib.zoo.e2enet.evaluation.inference import predicting
 from dstlib.zoo.e2enet.evaluation.predict import Trained
 
 
@@ -43,6 +46,17 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
         classes=tuple(first["data"]["classes"]),
         postprocessing=tuple(sorted(set.intersection(*processed))) if len(processed) == len(runs) else (),
     )
+
+
+def on_engine(trained: Trained) -> Trained:
+    """The same networks by :func:`dstlib.accelerate`, which measures for some passes; they must be on the CPU."""
+    example = torch.zeros(1, len(trained.channels), *trained.patch_size)
+
+    def fast(model: nn.Module) -> nn.Module:
+        with predicting(model):
+            return accelerate(model, example)
+
+    return replace(trained, models=tuple(map(fast, trained.models)))
 
 
 def network_config(values: dict[str, Any]) -> E2ENetConfig:

@@ -84,6 +84,9 @@ class TrainSettings:
         return self.learning_rate * (1 - epoch / self.epochs) ** self.poly_exponent
 
 
+_ENGINE = ("float32 on a CPU, neither channels last nor compiled", "Leave the engine out, or the other.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """Where and how a training runs: it changes the seconds, and the result by rounding alone.
@@ -91,6 +94,7 @@ class Execution:
     - ``precision``: of the forward pass; ``fp16`` scales the loss, as the paper's training does.
     - ``channels_last``: lays features out as (D, H, W, C), which GPUs like.
     - ``compile``: through torch.compile.
+    - ``engine``: through :func:`dstlib.accelerate`, which is for float32 on a CPU.
     - ``workers``: processes that draw the batches ahead; 0 draws them in between.
 
     Raises:
@@ -104,12 +108,14 @@ class Execution:
     precision: Precision = "float32"
     channels_last: bool = False
     compile: bool = False
+    engine: bool = False
     workers: int = 0
 
     def __post_init__(self) -> None:
         count = "a whole number from 0 up"
         checks: list[Check] = [
             ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS), "Pass float32 on a CPU."),
+            ("engine", not self.engine or self._fits_engine, *_ENGINE),
             ("workers", self.workers >= 0, count, "0 draws the batches in the training's own process."),
         ]
         refuse_first("Execution", self, checks)
@@ -119,6 +125,11 @@ class Execution:
             reason = str(error).splitlines()[0].split(". ")[0]
             allowed, remedy = "one that torch can use", "Leave --device out, or pass cpu or cuda."
             raise SettingError(explain("device", "Execution", allowed=allowed, given=reason, remedy=remedy)) from error
+
+    @property
+    def _fits_engine(self) -> bool:
+        plain = self.precision == "float32" and not self.channels_last and not self.compile
+        return plain and self.device.partition(":")[0] == "cpu"
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dstlib.door import sparsify
+from dstlib.engine.accelerate import accelerate
 from dstlib.errors import SettingError, StateError, explain
 from dstlib.masking.distribution import erk
 from dstlib.masking.site import Site
@@ -41,6 +42,12 @@ class Training:
     loss_sum: float = 0.0  # over the epoch under way
     metrics: list[dict[str, float]] = field(default_factory=list)
     updates: list[dict[str, int]] = field(default_factory=list)
+    on_engine: nn.Module | None = None  # the model there, of the same parameters, where the execution asks for it
+
+    @property
+    def predictor(self) -> nn.Module:
+        """What predicts as the model does, the faster way."""
+        return self.on_engine or self.model
 
     @property
     def device(self) -> torch.device:
@@ -147,21 +154,37 @@ def _refuse_late_updates(settings: TrainSettings) -> None:
         )
 
 
-def parallel(training: Training) -> nn.Module:
-    """What the forward pass goes through: the model, compiled if asked for, under DDP where there are ranks.
+def parallel(training: Training, example: Tensor) -> nn.Module:
+    """What the forward pass goes through: the model, compiled or on the engine if asked for, under DDP if on ranks.
 
-    The model's own type, names and state stay as they are.
+    The model's own type, names and state stay as they are. The engine is measured with ``example``, a batch.
     """
+    network = training.model
     if training.execution.compile:
-        training.model.compile()
+        network.compile()
+    if training.execution.engine:
+        network = training.on_engine = _accelerated(training, example)
     if training.ranks.num == 1:
-        return training.model
+        return network
     device = training.device
     return DistributedDataParallel(
-        training.model,
+        network,
         device_ids=[device] if device.type == "cuda" else None,
         find_unused_parameters=not isinstance(training.model, E2ENet),  # UNETR of MONAI has some
     )
+
+
+def as_trained(model: nn.Module) -> None:
+    """Puts a segmenter into the mode in which it is trained."""
+    model.train()
+    model.deep_supervision = True  # type: ignore[assignment]
+
+
+def _accelerated(training: Training, example: Tensor) -> nn.Module:
+    as_trained(training.model)
+    if training.sparsifier:
+        return training.sparsifier.accelerate(training.model, example)
+    return accelerate(training.model, example)
 
 
 def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) -> list[str]:

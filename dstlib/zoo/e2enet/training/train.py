@@ -19,7 +19,7 @@ from dstlib.zoo.e2enet.data.patches import PatchSettings
 from dstlib.zoo.e2enet.evaluation.inference import predicting
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.settings import TrainSettings
-from dstlib.zoo.e2enet.training.state import Training, parallel
+from dstlib.zoo.e2enet.training.state import Training, as_trained, parallel
 
 
 def train(
@@ -40,7 +40,7 @@ def train(
         DstlibError: The loss is not a finite number. Nothing is saved then.
     """
     settings, ranks = training.settings, training.ranks
-    network, total = parallel(training), settings.num_iterations
+    network, total = None, settings.num_iterations
     drawn = batches(
         cases,
         patches,
@@ -55,6 +55,7 @@ def train(
     )
     with bar, _worker_deaths():
         for images, labels in drawn:
+            network = network or parallel(training, _on_device(images, training))
             loss = _iterate(training, network, images, labels)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
@@ -86,8 +87,7 @@ def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Ten
     """One batch, one optimizer step; the loss, as the mean over the ranks."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     settings, device = training.settings, training.device
-    model.train()
-    model.deep_supervision = True  # type: ignore[assignment]
+    as_trained(model)
     torch.manual_seed(hash((settings.seed, training.iteration, training.ranks.rank)) % 2**63)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate_at(training.iteration // settings.iterations)
@@ -144,9 +144,9 @@ def validate(training: Training, held_out: Sequence[Case], patches: PatchSetting
     settings = training.settings
     plain = patches.plain()
     overlap, sizes = np.zeros(256), np.zeros(256)
-    with predicting(training.model), _autocast(training):
+    with predicting(training.predictor) as model, _autocast(training):
         for images, labels in batches(held_out, plain, seed=settings.seed, start=0, stop=settings.val_iterations):
-            predicted = training.model(_on_device(images, training)).argmax(dim=1).cpu().numpy()
+            predicted = model(_on_device(images, training)).argmax(dim=1).cpu().numpy()
             truth = labels[:, 0].numpy()
             overlap += np.bincount(truth[truth == predicted], minlength=256)
             sizes += np.bincount(truth.ravel(), minlength=256) + np.bincount(predicted.ravel(), minlength=256)
