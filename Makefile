@@ -18,7 +18,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/python examples/e2enet_amos.py
+	$(BIN)/python examples/e2enet_amos.py --engine
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q -n 2

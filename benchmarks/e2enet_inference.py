@@ -12,7 +12,7 @@ extra "medical") run in torch, with channels first and last in memory; what coun
     × nnU-Net   milliseconds of the faster nnU-Net over those of the row
 
 Then what each kind of layer takes in the accelerated network, in milliseconds of either form, as measured when it was
-decided which layers run on the engine. At 32³ the first stride is (1, 2, 2), for both: E2ENet refuses a coarsest level
+decided which layers run on the engine; the plain form there pays for changing the order of its maps in memory, too. At 32³ the first stride is (1, 2, 2), for both: E2ENet refuses a coarsest level
 of one voxel. Medians over rounds in which every row takes its turn.
 """
 
