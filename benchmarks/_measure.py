@@ -1,8 +1,11 @@
 """What the benchmarks of the engine share: times of actions in turn, the machine, options, and files of results."""
 
 import argparse
+import multiprocessing
+import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -44,6 +47,25 @@ def layers(size: int) -> list[Layer]:
         depth, height, columns = (e // s for e, s in zip(extent, AMOS.strides[level - 1], strict=True))
         extent = (depth, height, columns)
     return found
+
+
+def peak_memory(build: Callable[..., Action], *arguments: object) -> float:
+    """The most memory, in MiB, that a process took which only built an action and ran it twice, torch included."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (build, arguments, torch.get_num_threads()))
+
+
+def _peak(build: Callable[..., Action], arguments: Sequence[object], threads: int) -> float:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    action = build(*arguments)
+    for _ in range(2):
+        action()
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says includes the peak of the process that started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10  # KiB
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return used / 2**20 if sys.platform == "darwin" else used / 2**10
 
 
 def medians(actions: Mapping[str, Action], repeats: int) -> dict[str, float]:

@@ -12,20 +12,31 @@ extra "medical") run in torch, with channels first and last in memory; what coun
     × nnU-Net   milliseconds of the faster nnU-Net over those of the row
 
 Then what each kind of layer takes in the accelerated network, in milliseconds of either form, as measured when it was
-decided which layers run on the engine; the plain form there pays for changing the order of its maps in memory, too. At 32³ the first stride is (1, 2, 2), for both: E2ENet refuses a coarsest level
-of one voxel. Medians over rounds in which every row takes its turn.
+decided which layers run on the engine; the plain form there pays for changing the order of its maps in memory, too. At
+32³ the first stride is (1, 2, 2), for both: E2ENet refuses a coarsest level of one voxel. Medians over rounds in which
+every row takes its turn.
 """
 
-import multiprocessing
-import resource
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _measure import FORMATS, Action, bars, begin, command_line, config, e2enet, in_format, medians, progress, write
+from _measure import (
+    FORMATS,
+    Action,
+    bars,
+    begin,
+    command_line,
+    config,
+    e2enet,
+    in_format,
+    medians,
+    peak_memory,
+    progress,
+    write,
+)
 from torch import Tensor, nn
 
 import dstlib
@@ -84,7 +95,7 @@ def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> l
             "ms": taken,
             "over_dense": best["E2ENet"] / taken,
             "over_nnunet": best["nnU-Net"] / taken,
-            "peak_mib": alone(name, size, decisions.get(name)) if memory else None,
+            "peak_mib": peak_memory(alone, name, size, decisions.get(name)) if memory else None,
             "kinds": by_kind(decisions[name]) if name in decisions else {},
         }
         for name, taken in times.items()
@@ -92,8 +103,8 @@ def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> l
 
 
 def run(model: nn.Module, x: Tensor) -> Action:
-    """A forward pass."""
-    return lambda: model(x)
+    """A forward pass without gradients."""
+    return torch.no_grad()(lambda: model(x))
 
 
 def dense(size: int) -> E2ENet:
@@ -135,27 +146,13 @@ def by_kind(decisions: Decisions) -> dict[str, Result]:
     return dict(found)
 
 
-def alone(name: str, size: int, decisions: Decisions | None) -> float:
-    """The most memory, in MiB, that a process took which ran this network only, torch and weights included."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak, (name, size, decisions, torch.get_num_threads()))
-
-
-@torch.no_grad()
-def peak(name: str, size: int, decisions: Decisions | None, threads: int) -> float:
-    """Of this process, once it has run the network twice."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
+def alone(name: str, size: int, decisions: Decisions | None) -> Action:
+    """The forward pass of one network."""
     x, word = torch.randn(1, 1, size, size, size), name.split()[-1]
-    if decisions is None:
-        build: Callable[[int], nn.Module] = dense if name.startswith("E2ENet") else nnunet
-        model, x = in_format(build(size), x, word)
-    else:
-        model = accelerate(sparse(size, float(word)), x, decisions=decisions)
-    for _ in range(2):
-        model(x)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
-    return used / 2**20 if sys.platform == "darwin" else used / 2**10
+    if decisions is not None:
+        return run(accelerate(sparse(size, float(word)), x, decisions=decisions), x)
+    build: Callable[[int], nn.Module] = dense if name.startswith("E2ENet") else nnunet
+    return run(*in_format(build(size), x, word))
 
 
 def cells(row: Result) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A training step of E2ENet on the engine beside the same in torch: forward, loss, backward, and the step of SGD.
 
     python benchmarks/training_step.py                             # a 64³ image, two sparsities: about five minutes
-    python benchmarks/training_step.py --size 32 --repeats 3
+    python benchmarks/training_step.py --size 32 --repeats 3 --memory
     python benchmarks/training_step.py --size 32 --losses 20       # the losses of both, from the same start
 
 The network is the paper's for AMOS with all its heads; the loss is a stand-in, a sum of mean squares. "dense" has no
@@ -22,12 +22,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from _measure import FORMATS, bars, begin, command_line, e2enet, in_format, progress, write
+from _measure import FORMATS, Action, bars, begin, command_line, e2enet, in_format, peak_memory, progress, write
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import dstlib
-from dstlib.engine import accelerate
+from dstlib.engine import Decisions, accelerate
 from dstlib.report import align
 from dstlib.zoo.e2enet import E2ENet
 
@@ -68,6 +68,7 @@ def main() -> None:
     default = " (default: %(default)s)"
     lines.add_argument("--size", type=int, default=64, help="voxels of the image along each axis" + default)
     lines.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9], help=default.strip())
+    lines.add_argument("--memory", action="store_true", help="run each network alone too, for its peak memory")
     lines.add_argument("--losses", type=int, metavar="N", help="compare the losses of N steps instead")
     options = begin(lines)
     warnings.simplefilter("ignore")  # of memory formats in backward passes
@@ -92,14 +93,13 @@ def compare_times(x: Tensor, options: argparse.Namespace) -> None:
     times = {name: row.result() for name, row in rows.items()}
     best = min((times[f"dense, channels {name}"] for name in FORMATS), key=lambda row: row["step"])
     results = [result(name, row, best) for name, row in times.items()]
-    print(
-        "\n".join(
-            align(
-                [("network", "× dense", *(f"× {p}" for p in PARTS), "step, ms", *PARTS), *map(cells, results)],
-                left=(0,),
-            )
-        )
-    )
+    if options.memory:
+        progress("measuring the memory")
+        for row in results:
+            name = row["network"]
+            row["peak_mib"] = peak_memory(alone, name, options.size, getattr(rows[name].network, "decisions", None))
+    header = ("network", "× dense", *(f"× {p}" for p in PARTS), "step, ms", *PARTS, "peak memory, MiB")
+    print("\n".join(align([header, *map(cells, results)], left=(0,))))
     bars(options.out / "training_step.png", {row["network"]: row["ratios"] for row in results}, "× dense")
     write(options, "training_step", results)
 
@@ -115,20 +115,27 @@ def compare_losses(x: Tensor, sparsity: float, steps: int) -> None:
     )
 
 
+def alone(name: str, size: int, decisions: Decisions | None) -> Action:
+    """The step of one network."""
+    x, word = torch.randn(1, 1, size, size, size), name.split()[-1]
+    training = in_torch(x, word) if decisions is None else sparse(x, float(word), on_engine=True, decisions=decisions)
+    return training.step
+
+
 def in_torch(x: Tensor, name: str) -> Training:
     """A dense network, channels first or last."""
     model, placed = in_format(e2enet(x.shape[-1]), x, name)
     return Training(model, optimizer_of(model), placed)
 
 
-def sparse(x: Tensor, sparsity: float, *, on_engine: bool) -> Training:
+def sparse(x: Tensor, sparsity: float, *, on_engine: bool, decisions: Decisions | None = None) -> Training:
     """A network under DSFF; the same start and masks each time."""
     model = e2enet(x.shape[-1])
     optimizer = optimizer_of(model)
     sparsifier = dstlib.sparsify(
         model, optimizer, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=100_000
     )
-    network = accelerate(model, x, masks=sparsifier.masks) if on_engine else model
+    network = accelerate(model, x, masks=sparsifier.masks, decisions=decisions) if on_engine else model
     return Training(network, optimizer, x)
 
 
@@ -150,7 +157,8 @@ def result(name: str, times: dict[str, float], best: dict[str, float]) -> dict[s
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
     ratios = (f"{row['ratios'][part]:.2f}" for part in ("step", *PARTS))
-    return (row["network"], *ratios, *(f"{row['ms'][part]:.0f}" for part in ("step", *PARTS)))
+    memory = f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-"
+    return (row["network"], *ratios, *(f"{row['ms'][part]:.0f}" for part in ("step", *PARTS)), memory)
 
 
 if __name__ == "__main__":

@@ -109,18 +109,13 @@ def _add_run(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
 
 def _add_execution(group: argparse._ArgumentGroup) -> None:
     on_gpu = torch.cuda.is_available()
-    group.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
+    group.add_argument("--device", help="(default: cuda if there is one, else cpu)")
     group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp16" if on_gpu else "float32",
-        help="of the forward pass (default: %(default)s)",
+        "--precision", choices=PRECISIONS, help="of the forward pass (default: fp16 on a GPU, else float32)"
     )
     group.add_argument("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
     group.add_argument("--compile", action="store_true", help="compile the network by torch.compile")
-    group.add_argument(
-        "--engine", action="store_true", help="compute on dstlib's engine: faster on a CPU, rounds otherwise"
-    )
+    group.add_argument("--engine", action="store_true", help="compute on dstlib's engine, on the CPU, which is faster")
     group.add_argument(
         "--workers",
         type=int,

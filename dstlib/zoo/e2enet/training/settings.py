@@ -137,6 +137,15 @@ class Execution:
         return {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
+def chosen_device(given: str | None, *, engine: bool) -> str:
+    """The device that was given, else a GPU, if there is one and the engine is not asked for, which is for CPUs.
+
+    >>> chosen_device(None, engine=True), chosen_device("cuda:1", engine=False)
+    ('cpu', 'cuda:1')
+    """
+    return given or ("cuda" if torch.cuda.is_available() and not engine else "cpu")
+
+
 def refuse_first(where: str, settings: object, checks: Sequence[Check]) -> None:
     """Raises for the first check that does not hold.
 

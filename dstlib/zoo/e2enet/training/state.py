@@ -47,7 +47,7 @@ class Training:
     @property
     def predictor(self) -> nn.Module:
         """What predicts as the model does, the faster way."""
-        return self.on_engine or self.model
+        return self.model if self.on_engine is None else self.on_engine
 
     @property
     def device(self) -> torch.device:

@@ -55,7 +55,8 @@ def train(
     )
     with bar, _worker_deaths():
         for images, labels in drawn:
-            network = network or parallel(training, _on_device(images, training))
+            if network is None:
+                network = parallel(training, _on_device(images, training))
             loss = _iterate(training, network, images, labels)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
