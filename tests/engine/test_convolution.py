@@ -368,6 +368,17 @@ def test_maps_larger_than_the_caches():
         )  # sums over 245,760 voxels
 
 
+def test_no_samples_give_no_outputs_and_no_gradients():
+    active = Connections.of(torch.ones(5, 3, dtype=torch.bool))
+    for kernel in (1, 3):
+        x, weight = torch.zeros(0, 3, 4, 6, 5), torch.ones(5, 3, 1, kernel, kernel, requires_grad=True)
+        y = conv([(x, None)], Weights(weight, None, active, active), Geometry(torch.zeros(3, dtype=torch.int32)))
+        assert y.shape == (0, 5, 4, 6, 5)
+        y.sum().backward()
+        assert weight.grad is not None
+        assert not weight.grad.any()
+
+
 def _results(case: Case) -> list[Tensor]:
     """The norm, outputs and all gradients."""
     sources, weights, geometry = case.sources(), case.weights(), case.geometry()
