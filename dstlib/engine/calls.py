@@ -92,11 +92,13 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def kernels_for(*tensors: Tensor) -> Kernels | None:
     """The kernels, where there are any and they can read these tensors; None where torch has to do.
 
+    That is for another type, another device, and where there is nothing to compute.
+
     >>> kernels_for(torch.zeros(1, dtype=torch.float64)) is None
     True
     """
     found = kernels()
-    readable = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    readable = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in tensors)
     return found if readable else None
 
 

@@ -47,7 +47,7 @@ def _max_pool_grad(x: Tensor, norm: list[Tensor], slope: float, window: Sequence
     found = kernels_for(x, grad)
     if not found:
         _, index = F.max_pool3d(activated(x, norm_of(norm, slope)), tuple(window), return_indices=True)
-        flat_grad = grad.new_zeros(*x.shape[:2], x[0, 0].numel())
+        flat_grad = grad.new_zeros(*x.shape[:2], x.shape[2:].numel())
         flat_grad.scatter_(2, index.flatten(2), grad.flatten(2))
         return _empty_input(x).copy_(flat_grad.view(x.shape))
     out = _empty_input(x)

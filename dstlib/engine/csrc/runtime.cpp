@@ -68,12 +68,12 @@ struct Scratch {
 }  // namespace
 
 void parallel(int64_t num_tasks, int num_threads, void (*work)(void*, int64_t), void* context) {
-    // neighbours read much the same memory, so a thread takes some at a time, where enough are left for the others
-    const int64_t share = num_tasks / (16 * static_cast<int64_t>(num_threads));
-    const int64_t run = share < 1 ? 1 : share > 4 ? 4 : share;
-    Team team{work, context, num_tasks, run};
+    Team team{work, context, num_tasks, 1};
     const int threads = static_cast<int>(num_tasks < num_threads ? num_tasks : num_threads);
     if (threads <= 1) return take_tasks(&team);
+    // neighbours read much the same memory, so a thread takes some at a time, where enough are left for the others
+    const int64_t share = num_tasks / (16 * threads);
+    team.run = share < 1 ? 1 : share > 4 ? 4 : share;
     if (Parallel run = openmp()) return run(take_tasks, &team, static_cast<unsigned>(threads), 0);
     std::vector<std::thread> others;
     for (int i = 1; i < threads; ++i) others.emplace_back(take_tasks, &team);
