@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dstlib.engine.accelerate import accelerate
 from dstlib.errors import StateError, explain
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.config import E2ENetConfig
@@ -50,6 +49,8 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
 
 def on_engine(trained: Trained) -> Trained:
     """The same networks by :func:`dstlib.accelerate`, which measures for some passes; they must be on the CPU."""
+    from dstlib.engine.accelerate import accelerate  # not before it is asked for
+
     example = torch.zeros(1, len(trained.channels), *trained.patch_size)
 
     def fast(model: nn.Module) -> nn.Module:

@@ -84,9 +84,6 @@ class TrainSettings:
         return self.learning_rate * (1 - epoch / self.epochs) ** self.poly_exponent
 
 
-_ENGINE = ("float32 on a CPU, neither channels last nor compiled", "Leave the engine out, or the other.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """Where and how a training runs: it changes the seconds, and the result by rounding alone.
@@ -112,10 +109,10 @@ class Execution:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        count = "a whole number from 0 up"
+        count, alone = "a whole number from 0 up", "float32 on a CPU, neither channels last nor compiled"
         checks: list[Check] = [
             ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS), "Pass float32 on a CPU."),
-            ("engine", not self.engine or self._fits_engine, *_ENGINE),
+            ("engine", not self.engine or self._fits_engine, alone, "Leave the engine out, or the other."),
             ("workers", self.workers >= 0, count, "0 draws the batches in the training's own process."),
         ]
         refuse_first("Execution", self, checks)

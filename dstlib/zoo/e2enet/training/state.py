@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dstlib.door import sparsify
-from dstlib.engine.accelerate import accelerate
 from dstlib.errors import SettingError, StateError, explain
 from dstlib.masking.distribution import erk
 from dstlib.masking.site import Site
@@ -181,6 +180,8 @@ def as_trained(model: nn.Module) -> None:
 
 
 def _accelerated(training: Training, example: Tensor) -> nn.Module:
+    from dstlib.engine.accelerate import accelerate  # not before it is asked for
+
     as_trained(training.model)
     if training.sparsifier:
         return training.sparsifier.accelerate(training.model, example)
