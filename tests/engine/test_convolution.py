@@ -290,8 +290,8 @@ def test_unit_is_the_plain_one(kernel: int, stride: tuple[int, int, int], batch:
     double.load_state_dict(plain.state_dict())
     exact = _exact_inputs(sources)
     expected = double(torch.cat(exact, dim=1))
-    # instance norms divide by a deviation of about 1, and the empty row by √1e-5
-    torch.testing.assert_close(materialise(y.detach(), norm).double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    # outputs round by 1e-7, and instance norms divide by deviations of 0.02 to 1, the empty row by √1e-5
+    torch.testing.assert_close(materialise(y.detach(), norm).double(), expected.detach(), rtol=2e-5, atol=2e-5)
     grad = EXAMPLE.grad(y) * (expected.detach().abs() > 1e-3)  # at the kink either slope is right
     y.backward(grad)
     expected.backward(grad.double())
