@@ -101,10 +101,11 @@ LEVELS = {
     "engine.gpu.tables": 5,
     "engine.gpu.kernels": 5,
     "engine.gpu.blocks": 6,
-    "engine.gpu.launch": 6,
-    "engine.gpu.conv": 7,
-    "engine.gpu.module": 8,
-    "engine.gpu": 9,
+    "engine.gpu.tiles": 6,
+    "engine.gpu.launch": 7,
+    "engine.gpu.conv": 8,
+    "engine.gpu.module": 9,
+    "engine.gpu": 10,
     "engine.tensors_file": 2,
     "engine.semi_structured": 6,
     "engine.compact": 10,
@@ -224,7 +225,7 @@ def test_imports_only_go_down(file):
             assert not (here.startswith("layers") and rest.split(".")[0] not in ("layers", "errors")), name
         elif not here.startswith(("zoo", "integrations")):
             lazily = {"matplotlib"} if here == "plot" else set()  # test_import_loads_only_what_it_may
-            lazily |= {"triton"} if here.startswith("engine.gpu") else set()
+            lazily |= {"triton", "cuda"} if here.startswith("engine.gpu") else set()
             assert top in THIRD_PARTY | lazily | set(sys.stdlib_module_names), f"{here} imports {name}"
 
 

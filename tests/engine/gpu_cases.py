@@ -70,6 +70,15 @@ SLOW = (
     Case("2D, stride, shared by 16", (16, 1), extent=(6, 7), kernel=(3, 3), stride=(2, 2), shifts=(0,), density=0.2),
 )
 
+TILED = (  # what the kernels of tiles.cu compute
+    Case("tiles, bfloat16", (16, 16), channels=(32, 48), extent=(3, 5, 7), batch=2, dtype=torch.bfloat16),
+    Case("tiles, float16", (16, 16), channels=(48, 32), extent=(2, 18, 35), dtype=torch.float16),
+    Case("tiles of ragged channels", (16, 16), (40, 56), (3, 4, 6), shifts=(-1, 0, 2), dtype=torch.bfloat16),
+    Case("tiles shifted beyond the map", (16, 16), extent=(3, 4, 5), shifts=(5, -7, 1), dtype=torch.float16),
+    Case("tiles of larger blocks, no bias", (32, 64), (64, 64), (2, 4, 6), bias=False, dtype=torch.bfloat16),
+    Case("tiles in 2D", (16, 32), (32, 64), (9, 33), (3, 3), (1, 1), shifts=(0,), dtype=torch.float16),
+)
+
 
 def layer(case: Case) -> tuple[Tensor, Tensor, Tensor | None, Blocks]:
     """Input, weight and bias of a case in float64, but with values of its type; and the blocks."""

@@ -3,8 +3,10 @@
 Shapes: O output channels, C input channels, G blocks of outputs, J blocks of inputs, K entries, N columns.
 """
 
+import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import QUICK, SLOW, Case, errors, results
+from gpu_cases import QUICK, SLOW, TILED, Case, errors, results
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,11 +25,11 @@ from torch.nn.functional import conv2d
 
 import dstlib
 from dstlib import SettingError
-from dstlib.engine.gpu import BlockConv, Blocks, block_conv
-from dstlib.engine.gpu.tables import Plan, Table, make_plan
+from dstlib.engine.gpu import BlockConv, Blocks, block_conv, conv, tiles
+from dstlib.engine.gpu.tables import NARROW, TAPS, Plan, Table, make_plan, plan_tiles
 from dstlib.layers import Shift, ShiftedConv3d, Unit
 
-CASES = [pytest.param(case, id=case.name, marks=[] if case in QUICK else pytest.mark.long) for case in QUICK + SLOW]
+CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.long] * (c in SLOW)) for c in QUICK + TILED + SLOW]
 # Products are summed in float32, some hundreds of them; inputs are exact, so that what is left is that sum's rounding
 # and the rounding of the results themselves: half a unit of 2⁻¹⁰ or 2⁻⁷, once more where a sum of slots is rounded.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -81,6 +83,47 @@ def test_kernels_compile_for_a_gpu_that_is_not_there_and_use_its_matrix_units(
     assert all(units == (name != "add_terms") for name, units in made)
 
 
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, ctypes.CDLL]:
+    """The kernels of tiles.cu, compiled for this CPU."""
+    compiler = shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs g++ on Linux, whose fibers stand for threads of a GPU")
+    source, kernels = Path(__file__).with_name("emulated.cpp"), Path(tiles.__file__).parent
+    libraries = {}
+    for dtype, macro in ((torch.bfloat16, "-DBFLOAT16"), (torch.float16, "-DFLOAT16")):
+        library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+        options = ("-O2", "-std=c++17", "-shared", "-fPIC", "-w", macro, f"-I{kernels}")
+        subprocess.run([compiler, *options, source, "-o", library], check=True)
+        libraries[dtype] = ctypes.CDLL(str(library))
+    return libraries
+
+
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+def test_emulated_kernels_compute_tiles(
+    case: Case, emulated: dict[torch.dtype, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def launch(name: str, size: tuple[tuple[int, int], int], x: Tensor, arguments: Sequence[Any]) -> None:
+        (wide, high), threads = size
+        numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
+        emulated[x.dtype][f"emulate_{name}"](wide, high, threads, (ctypes.c_longlong * len(numbers))(*numbers))
+        launched.append(name)
+
+    monkeypatch.setattr(conv, "interpreted", lambda: True)
+    monkeypatch.setattr(tiles, "suit", lambda *_: True)
+    monkeypatch.setattr(tiles, "launch", launch)
+    monkeypatch.setattr(tiles, "PROGRAMS", 16)
+    assert max(errors(*results(case, "cpu"))) <= TOLERANCE[case.dtype]
+    assert launched == ["convolve", "convolve", "find_weights_grad"]
+
+
+def test_what_tiles_compute_is_decided_by_type_and_shape() -> None:
+    x = torch.zeros(1, 32, 2, 4, 4, dtype=torch.float16)
+    assert not tiles.suit(x, (16, 16), (32, 32, 1, 3, 3), (1, 1, 1))  # not on a GPU
+
+
 @needs_gpu
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
@@ -124,6 +167,18 @@ def test_each_connection_is_listed_once_in_each_direction(drawn: tuple[Plan, Ten
         assert table.rows[0] == 0
         assert table.rows[-1] == len(table.index) == len(table.channels) == len(table.shifts)
         assert (table.rows.diff() % table.run == 0).all()
+
+
+def test_weights_of_tiles_are_listed_once_for_each_tap() -> None:
+    active = torch.rand(2, 3, generator=torch.Generator().manual_seed(0)) < 0.6
+    outputs, inputs = 56, 40
+    plan = plan_tiles(active, (32, 16), (outputs, inputs), (-1, 0, 1))
+    whole = active.repeat_interleave(32, 0).repeat_interleave(16, 1)[:outputs, :inputs]
+    expected = whole.flatten().long().repeat_interleave(TAPS)
+    for order in (plan.order, plan.back_order):
+        assert order.shape[1:] == (TAPS, NARROW * NARROW)
+        listed = torch.bincount(order.flatten(), minlength=outputs * inputs * TAPS + TAPS)
+        assert torch.equal(listed[: len(expected)], expected)
 
 
 @given(plans())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dstlib.engine.gpu.tables import Plan, make_plan
+from dstlib.engine.gpu.tables import Plan, make_plan, plan_tiles
 from dstlib.errors import SettingError, explain
 
 LARGEST = 64
@@ -37,7 +37,7 @@ class Blocks:
     active: Tensor  # (G, J) bool
     size: tuple[int, int]
     channels: tuple[int, int]  # O, C
-    _plans: dict[tuple[tuple[int, ...], torch.device], Plan] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[tuple[tuple[int, ...], torch.device, bool], Plan] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, mask: Tensor, size: tuple[int, int]) -> "Blocks":
@@ -67,9 +67,13 @@ class Blocks:
         outputs, inputs = self.channels
         return self.active.repeat_interleave(out, 0).repeat_interleave(into, 1)[:outputs, :inputs]
 
-    def plan(self, shifts: Sequence[int], device: torch.device) -> Plan:
-        """The kernels' tables on a device, made once; groups of input channels move by ``shifts`` along depth."""
-        key = (tuple(shifts), device)
+    def plan(self, shifts: Sequence[int], device: torch.device, *, tiled: bool = False) -> Plan:
+        """The kernels' tables on a device, made once; groups of input channels move by ``shifts`` along depth.
+
+        ``tiled``: for the kernels that compute tiles, which take blocks of multiples of 16.
+        """
+        key = (tuple(shifts), device, tiled)
         if key not in self._plans:
-            self._plans[key] = make_plan(self.active.cpu(), self.size, self.channels, key[0]).to(device)
+            make = plan_tiles if tiled else make_plan
+            self._plans[key] = make(self.active.cpu(), self.size, self.channels, key[0]).to(device)
         return self._plans[key]

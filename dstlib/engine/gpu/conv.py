@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv3d
 
+import dstlib.engine.gpu.tiles as tiles
 from dstlib.engine.gpu.blocks import Blocks
 from dstlib.engine.gpu.form import Launch, Shape
 from dstlib.engine.gpu.launch import convolve, input_gradient, interpreted, weight_gradient
@@ -39,7 +40,10 @@ def block_conv(
 
     Products are summed in float32. Under autocast, inputs are converted as for torch's own convolutions. The weight's
     gradient is that of the active blocks, and zero elsewhere; all gradients are the same in every run.
-    ``launch`` overrides how the work is cut.
+    ``launch`` overrides how the work of Triton's kernels is cut.
+
+    On a GPU of capability 8.0 or more, kernels (1, 3, 3) without stride, in float16 or bfloat16 and blocks of multiples
+    of 16, are computed in CUDA, where cuda-core is installed to compile it; everything else by Triton, more slowly.
 
     On a CPU, torch computes the same with a dense convolution.
 
@@ -63,7 +67,8 @@ def block_conv(
     if not (x.is_cuda or interpreted()):
         return _dense(x, weight * blocks.cover.to(x.device)[:, :, None, None, None], bias, steps, shifts)
     _check_types(x, weight, bias)
-    tensors, numbers = blocks.plan(shifts, x.device).parts()
+    tiled = launch is None and tiles.suit(x, blocks.size, weight.shape, steps)
+    tensors, numbers = blocks.plan(shifts, x.device, tiled=tiled).parts()
     # float32 tiles take twice the room
     chosen = launch or (Launch(tile=64, stages=2) if x.dtype == torch.float32 else Launch())
     return _block_conv(x, weight, bias, tensors, [*numbers, *steps, *chosen])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+import dstlib.engine.gpu.tiles as tiles
 from dstlib.engine.gpu.form import Form, Launch, Shape, Size, Terms
 from dstlib.engine.gpu.tables import NARROW, Plan, Table
 from dstlib.errors import SettingError, explain
@@ -23,6 +24,8 @@ PROGRAMS = 512  # of a weight gradient: they keep a large GPU busy, and more onl
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, shape: Shape, launch: Launch) -> Tensor:
     """The convolution of x (B, D, H, W, C): (B, D', H', W', O)."""
+    if len(plan.order):
+        return tiles.convolve(x, weight, bias, plan)
     y = x.new_empty((x.shape[0], *shape.of_output(x.shape[1:4]), weight.shape[0]))
     form = _form(x, y, plan.forward, shape, launch, back=False, shifted=plan.shifted)
     _gather_gemm(x, (_pack(weight, plan.forward), bias), y, plan.forward, plan.moves, form, launch)
@@ -33,6 +36,8 @@ def input_gradient(
     grad: Tensor, weight: Tensor, size: Sequence[int], plan: Plan, shape: Shape, launch: Launch
 ) -> Tensor:
     """The gradient of an input of depth, height and width ``size``, from the output's (B, D', H', W', O)."""
+    if len(plan.order):
+        return tiles.input_gradient(grad, weight, plan)
     channels, by_slots = weight.shape[1], plan.terms.numel() > 0
     create = torch.zeros if plan.shifted else torch.empty  # voxels that left the map have no gradient
     dtype = torch.float32 if by_slots else grad.dtype
@@ -51,6 +56,17 @@ def input_gradient(
 
 def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, plan: Plan, shape: Shape, launch: Launch) -> Tensor:
     """The gradient of a weight, shaped ``like`` it: of its active blocks, and zero elsewhere."""
+    tiled = len(plan.order) > 0
+    parts = tiles.partial_weights(x, grad, plan) if tiled else _partial_weights(x, grad, like, plan, shape, launch)
+    packed = parts.sum(dim=0).transpose(1, 2).flatten(0, 1)  # (K · N, T)
+    connections = like.shape[0] * like.shape[1]
+    unpacked = packed.new_zeros((connections + 1, packed.shape[1]))  # the last is where entries without a weight go
+    unpacked[plan.forward.index.flatten()] = packed
+    return unpacked[:connections].reshape(like.shape).to(like.dtype)
+
+
+def _partial_weights(x: Tensor, grad: Tensor, like: Tensor, plan: Plan, shape: Shape, launch: Launch) -> Tensor:
+    """Gradients (S, K, T, N) of the weights of each entry, from S parts of the map."""
     table, taps = plan.forward, like[0, 0].numel()
     programs = taps * len(plan.chunks)
     tiles = _cdiv(grad.shape[:-1].numel(), launch.tile)
@@ -63,11 +79,7 @@ def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, plan: Plan, shape: Sh
         _kernels().gather_gemm_weight[taps, len(plan.chunks), shares](
             x, grad, parts, tables, _size(x, grad), form, num_warps=warps, num_stages=launch.stages
         )
-    packed = parts.sum(dim=0).transpose(1, 2).flatten(0, 1)  # (K · N, T)
-    connections = like.shape[0] * like.shape[1]
-    unpacked = packed.new_zeros((connections + 1, taps))  # the last is where entries without a weight go
-    unpacked[table.index.flatten()] = packed
-    return unpacked[:connections].reshape(like.shape).to(like.dtype)
+    return parts
 
 
 def interpreted() -> bool:

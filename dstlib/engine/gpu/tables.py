@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 NARROW = 16  # the least that a matrix unit multiplies at once, in each direction
+TAPS = 9  # of the kernels that are computed by tiles
 Pair = tuple[int, int]
 _TENSORS = ("rows", "channels", "shifts", "index")  # of a table
+_NONE = torch.empty(0, TAPS, NARROW * NARROW, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,9 @@ class Plan:
     The input gradient gathers output channels: those of all blocks above a block of inputs, if the latter are wide.
     If they are narrow, it has one column, or slot, per entry of the forward table instead, and ``terms`` says which
     slots add up to which input channel: so matrix units stay full. ``moves`` is the shift of each of its columns.
+
+    ``order`` and ``back_order`` say where in the weight (O · C · T, then T zeros) the weights of each block of 16 × 16
+    lie, as the lanes of the kernels in tiles.cu read them; empty where Triton's kernels compute.
     """
 
     forward: Table
@@ -51,20 +56,25 @@ class Plan:
     moves: Tensor  # (C) or (S) int32
     terms: Tensor  # (C, most) int32, -1 for none; (0, 0): the columns are the channels
     shifted: bool  # whether any channel moves
+    order: Tensor  # (M, T, 256) int64, or empty
+    back_order: Tensor  # likewise, of the input gradient's table, with the taps turned round
 
     def parts(self) -> tuple[list[Tensor], list[int]]:
         """The plan as an operator of torch can take it."""
         tables = [getattr(table, name) for table in (self.forward, self.back) for name in _TENSORS]
-        return [*tables, self.chunks, self.moves, self.terms], [self.forward.run, self.back.run, int(self.shifted)]
+        others = (self.chunks, self.moves, self.terms, self.order, self.back_order)
+        return [*tables, *others], [self.forward.run, self.back.run, int(self.shifted)]
 
     @classmethod
     def of_parts(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "Plan":
         """The inverse of ``parts``."""
-        rows, entries, shifts, index, back_rows, back_entries, back_shifts, back_index, chunks, moves, terms = tensors
         run, back_run, shifted = numbers
+        rows, entries, shifts, index, *others = tensors
         forward = Table(rows, entries, shifts, index, run)
-        back = Table(back_rows, back_entries, back_shifts, back_index, back_run)
-        return cls(forward, back, chunks, moves, terms, bool(shifted))
+        rows, entries, shifts, index, *others = others
+        back = Table(rows, entries, shifts, index, back_run)
+        chunks, moves, terms, order, back_order = others
+        return cls(forward, back, chunks, moves, terms, bool(shifted), order, back_order)
 
     def to(self, device: torch.device) -> "Plan":
         """The same tables on a device."""
@@ -82,13 +92,32 @@ def make_plan(active_GJ: Tensor, size: Pair, channels: Pair, shifts: tuple[int, 
     out, into = size
     if into < NARROW <= out:
         back, terms, moves = _slots(forward, chunks, channels, moves)
-        return Plan(forward, back, chunks, moves, terms, any(shifts))
+        return Plan(forward, back, chunks, moves, terms, any(shifts), _NONE, _NONE)
     still = torch.zeros(outputs, dtype=torch.int32)
     back = _table(active_GJ.T, (into, out), (inputs, outputs), still)
     turned = back.index % outputs * inputs + back.index // outputs  # from c · O + o
     none = back.index == outputs * inputs
     back = replace(back, index=turned.masked_fill(none, outputs * inputs))
-    return Plan(forward, back, chunks, moves, torch.empty(0, 0, dtype=torch.int32), any(shifts))
+    return Plan(forward, back, chunks, moves, torch.empty(0, 0, dtype=torch.int32), any(shifts), _NONE, _NONE)
+
+
+def plan_tiles(active_GJ: Tensor, size: Pair, channels: Pair, shifts: tuple[int, ...]) -> Plan:
+    """The tables for kernels that compute tiles, in blocks of 16 × 16, whose multiples ``size`` are."""
+    out, into = (extent // NARROW for extent in size)
+    fine = active_GJ.repeat_interleave(out, 0).repeat_interleave(into, 1)
+    outputs, inputs = (-(-extent // NARROW) for extent in channels)
+    plan = make_plan(fine[:outputs, :inputs], (NARROW, NARROW), channels, shifts)
+    tap = torch.arange(TAPS)
+    return replace(plan, order=_order(plan.forward, tap), back_order=_order(plan.back, tap.flip(0)))
+
+
+def _order(table: Table, tap: Tensor) -> Tensor:
+    """Where the weights of each block lie, for each tap in the order of the lanes: see multiply() in tiles.cu."""
+    lane, four, pair = torch.meshgrid(torch.arange(32), torch.arange(4), torch.arange(2), indexing="ij")
+    k = 2 * (lane % 4) + 8 * (four % 2) + pair
+    n = 4 * (lane // 8) + 2 * (four // 2) + lane // 4 % 2  # so that a lane's results are four channels side by side
+    blocks = table.index.reshape(-1, NARROW * NARROW)[:, (k * NARROW + n).flatten()]
+    return blocks[:, None] * TAPS + tap[:, None]
 
 
 def _table(active_GJ: Tensor, size: Pair, channels: Pair, moves: Tensor) -> Table:
