@@ -1,7 +1,8 @@
-"""Block-sparse convolutions on a GPU: only connected blocks of channels are computed, by Triton, on matrix units.
+"""Block-sparse convolutions on a GPU: only connected blocks of channels are computed, on matrix units.
 
-Triton is an extra (``pip install dstlib[gpu]``); it is loaded when the first kernel runs, never by an import. Train
-with ``replace(dstlib.DSFF, granularity=dstlib.Block(16, 16))``, say, and make a :class:`BlockConv` of each layer.
+By kernels in CUDA for the common case (``tiles.cu``), in Triton for every other. What compiles them, cuda-core and
+Triton, are extras (``pip install dstlib[gpu]``), loaded when the first kernel runs, never by an import. Train with
+``replace(dstlib.DSFF, granularity=dstlib.Block(16, 16))``, say, and make a :class:`BlockConv` of each layer.
 """
 
 from dstlib.engine.gpu.blocks import Blocks
