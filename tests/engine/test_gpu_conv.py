@@ -119,9 +119,9 @@ def test_emulated_kernels_compute_tiles(
     assert launched == ["convolve", "convolve", "find_weights_grad"]
 
 
-def test_what_tiles_compute_is_decided_by_type_and_shape() -> None:
+def test_tiles_are_computed_on_a_gpu_alone() -> None:
     x = torch.zeros(1, 32, 2, 4, 4, dtype=torch.float16)
-    assert not tiles.suit(x, (16, 16), (32, 32, 1, 3, 3), (1, 1, 1))  # not on a GPU
+    assert not tiles.suit(x, (16, 16), (32, 32, 1, 3, 3), (1, 1, 1))
 
 
 @needs_gpu
