@@ -211,7 +211,7 @@ def main() -> None:
     """Measures, and prints the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128, help="voxels of the patch along each axis (default 128)")
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: all five)")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=20)

@@ -24,7 +24,7 @@ PROGRAMS = 512  # of a weight gradient: they keep a large GPU busy, and more onl
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, shape: Shape, launch: Launch) -> Tensor:
     """The convolution of x (B, D, H, W, C): (B, D', H', W', O)."""
-    if len(plan.order):
+    if plan.tiled:
         return tiles.convolve(x, weight, bias, plan)
     y = x.new_empty((x.shape[0], *shape.of_output(x.shape[1:4]), weight.shape[0]))
     form = _form(x, y, plan.forward, shape, launch, back=False, shifted=plan.shifted)
@@ -36,7 +36,7 @@ def input_gradient(
     grad: Tensor, weight: Tensor, size: Sequence[int], plan: Plan, shape: Shape, launch: Launch
 ) -> Tensor:
     """The gradient of an input of depth, height and width ``size``, from the output's (B, D', H', W', O)."""
-    if len(plan.order):
+    if plan.tiled:
         return tiles.input_gradient(grad, weight, plan)
     channels, by_slots = weight.shape[1], plan.terms.numel() > 0
     create = torch.zeros if plan.shifted else torch.empty  # voxels that left the map have no gradient
@@ -56,8 +56,7 @@ def input_gradient(
 
 def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, plan: Plan, shape: Shape, launch: Launch) -> Tensor:
     """The gradient of a weight, shaped ``like`` it: of its active blocks, and zero elsewhere."""
-    tiled = len(plan.order) > 0
-    parts = tiles.partial_weights(x, grad, plan) if tiled else _partial_weights(x, grad, like, plan, shape, launch)
+    parts = tiles.partial_weights(x, grad, plan) if plan.tiled else _partial_weights(x, grad, like, plan, shape, launch)
     packed = parts.sum(dim=0).transpose(1, 2).flatten(0, 1)  # (K · N, T)
     connections = like.shape[0] * like.shape[1]
     unpacked = packed.new_zeros((connections + 1, packed.shape[1]))  # the last is where entries without a weight go

@@ -59,6 +59,11 @@ class Plan:
     order: Tensor  # (M, T, 256) int64, or empty
     back_order: Tensor  # likewise, of the input gradient's table, with the taps turned round
 
+    @property
+    def tiled(self) -> bool:
+        """Whether the kernels of tiles.cu compute."""
+        return len(self.order) > 0
+
     def parts(self) -> tuple[list[Tensor], list[int]]:
         """The plan as an operator of torch can take it."""
         tables = [getattr(table, name) for table in (self.forward, self.back) for name in _TENSORS]

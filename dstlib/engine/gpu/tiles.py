@@ -78,7 +78,7 @@ def launch(name: str, size: tuple[Grid, int], x: Tensor, arguments: Sequence[Ten
 
     Device(x.device.index).set_current()
     stream = Stream.from_handle(torch.cuda.current_stream(x.device).cuda_stream)
-    kernel = _compiled(x.dtype, torch.cuda.get_device_capability(x.device), x.device.index).get_kernel(name)
+    kernel = _compiled(x.dtype, x.device).get_kernel(name)
     numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
     start(stream, LaunchConfig(grid=size[0], block=size[1]), kernel, *numbers)
 
@@ -104,11 +104,12 @@ def _count(plane: tuple[int, int], tile: tuple[int, int]) -> int:
 
 
 @cache
-def _compiled(dtype: torch.dtype, capability: tuple[int, int], device: int) -> Any:
+def _compiled(dtype: torch.dtype, device: torch.device) -> Any:
     """The kernels, compiled for a type and a device: a second or two, once in a process."""
     from cuda.core import Program, ProgramOptions
 
     source = Path(__file__).with_name("tiles.cu").read_text(encoding="utf-8")
     macros = ["BFLOAT16"] if dtype == torch.bfloat16 else None
-    options = ProgramOptions(std="c++17", arch=f"sm_{capability[0]}{capability[1]}", define_macro=macros)
+    major, minor = torch.cuda.get_device_capability(device)
+    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", define_macro=macros)
     return Program(source, code_type="c++", options=options).compile("cubin")
