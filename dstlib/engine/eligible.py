@@ -3,6 +3,8 @@
 from torch import nn
 
 from dstlib.engine.fast_layers import FastConv, FastFusionNode, FastUnit
+from dstlib.engine.gpu.eligible import gpu_form, gpu_obstacle
+from dstlib.engine.gpu.module import obstacle_to_blocks
 from dstlib.engine.linear import SparseLinear
 from dstlib.layers.blocks import Unit
 from dstlib.layers.fusion import FusionNode
@@ -12,7 +14,9 @@ CANDIDATES = (FusionNode, Unit, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def fast_form(layer: nn.Module) -> nn.Module:
-    """The layer on the engine's kernels, sharing its parameters; for one without :func:`obstacle` alone."""
+    """The layer on the kernels of its device, sharing its parameters; for one without :func:`obstacle` alone."""
+    if _on_gpu(layer):
+        return gpu_form(layer)
     if isinstance(layer, FusionNode):
         return FastFusionNode(layer)
     if isinstance(layer, Unit):
@@ -33,12 +37,20 @@ def obstacle(layer: nn.Module) -> str | None:
         return _node(layer)
     if isinstance(layer, Unit):
         return _unit(layer)
+    if _on_gpu(layer):
+        return gpu_obstacle(layer)
     if isinstance(layer, nn.Conv2d | nn.Conv3d):
         return _conv(layer)
     return None if type(layer) is nn.Linear else f"it is a {type(layer).__name__}"
 
 
+def _on_gpu(layer: nn.Module) -> bool:
+    return next(layer.parameters()).is_cuda
+
+
 def _node(node: FusionNode) -> str | None:
+    if _on_gpu(node):
+        return next(filter(None, map(_unit, node.units)), None)
     up, down = node.upward, node.downward
     if type(up) is not nn.ConvTranspose3d or up.bias is not None or up.kernel_size != up.stride:
         return "its upward flow is not a transposed convolution by its stride"
@@ -57,7 +69,7 @@ def _unit(unit: nn.Module) -> str | None:
         return "its activation is not a leaky ReLU with a slope from 0 to 1"
     if unit.shift is not None and not (isinstance(unit.shift, Shift) and unit.shift.axis in (2, -3)):
         return "its shift is learned, or not along depth"
-    return _conv(unit.conv)
+    return obstacle_to_blocks(unit.conv) if _on_gpu(unit) else _conv(unit.conv)
 
 
 def _conv(conv: nn.Conv2d | nn.Conv3d) -> str | None:

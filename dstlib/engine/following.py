@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.engine.fast_layers import FastConv, FastUnit, FastUpsample
+from dstlib.engine.gpu.module import BlockConv
 from dstlib.engine.linear import SparseLinear
 
 
@@ -58,6 +59,6 @@ def follow(fast: nn.Module, masks: Mapping[str, Tensor], wants_all: Callable[[st
 
 
 def _layer_and_weight(module: nn.Module) -> list[tuple[Any, Tensor]]:
-    if isinstance(module, SparseLinear):
+    if isinstance(module, SparseLinear | BlockConv):
         return [(module, module.weight)]
     return [(module.kernels, module.kernels.weight)] if isinstance(module, FastConv | FastUnit | FastUpsample) else []

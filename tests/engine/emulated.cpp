@@ -1,10 +1,12 @@
-// The kernels of tiles.cu on a CPU: each thread of a program is a fiber, and those of a warp meet where they exchange.
+// The kernels of tiles.cu and maps.cu on a CPU: each thread of a program is a fiber, and those of a warp meet where they exchange.
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #define EMULATED
 #define SHARED alignas(16) static
@@ -22,9 +24,10 @@ struct float2 {
     float x, y;
 };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
-constexpr unsigned MOST = 128, STACK = 1 << 16;
+constexpr unsigned MOST = 256, STACK = 1 << 16;
 struct Dim {
     unsigned x, y;
 };
@@ -132,6 +135,7 @@ inline void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
 }
 
 #include "tiles.cu"
+#include "maps.cu"
 
 static void (*body)();
 
@@ -166,24 +170,43 @@ static void run(unsigned wide, unsigned high, unsigned threads, void (*kernel)()
     }
 }
 
-static const Int* given;
-template <class T>
-T* pointer(int i) {
-    return reinterpret_cast<T*>(given[i]);
-}
+// An argument, as the kernel takes it.
+struct Argument {
+    Int bits;
 
-extern "C" void emulate_convolve(unsigned wide, unsigned high, unsigned threads, const Int* arguments) {
-    given = arguments;
-    run(wide, high, threads, [] {
-        convolve(pointer<Half>(0), pointer<Half>(1), pointer<float>(2), pointer<Half>(3), pointer<int>(4), pointer<int>(5),
-                 pointer<int>(6), pointer<int>(7), given[8], given[9], given[10], given[11], given[12], given[13]);
-    });
-}
+    template <class T>
+    operator T*() const { return reinterpret_cast<T*>(bits); }
+    operator Int() const { return bits; }
+    operator double() const {
+        double x;
+        memcpy(&x, &bits, sizeof x);
+        return x;
+    }
+};
+static const Argument* given;
 
-extern "C" void emulate_find_weights_grad(unsigned wide, unsigned high, unsigned threads, const Int* arguments) {
-    given = arguments;
-    run(wide, high, threads, [] {
-        find_weights_grad(pointer<Half>(0), pointer<Half>(1), pointer<float>(2), pointer<int>(3), pointer<int>(4),
-                          pointer<int>(5), given[6], given[7], given[8], given[9], given[10], given[11], given[12]);
-    });
-}
+template <auto KERNEL>
+struct Call;
+template <class... Types, void (*KERNEL)(Types...)>
+struct Call<KERNEL> {
+    template <size_t... I>
+    static void with(std::index_sequence<I...>) { KERNEL(static_cast<Types>(given[I])...); }
+    static void now() { with(std::index_sequence_for<Types...>()); }
+};
+
+#define EMULATE(kernel)                                                                                           \
+    extern "C" void emulate_##kernel(unsigned wide, unsigned high, unsigned threads, const Argument* arguments) { \
+        given = arguments;                                                                                        \
+        run(wide, high, threads, Call<kernel>::now);                                                              \
+    }
+
+EMULATE(convolve)
+EMULATE(pack)
+EMULATE(find_weights_grad)
+EMULATE(move)
+EMULATE(sum_squares)
+EMULATE(finish_norm)
+EMULATE(apply_norm)
+EMULATE(sum_grads)
+EMULATE(finish_sums)
+EMULATE(apply_grads)

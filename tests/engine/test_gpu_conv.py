@@ -3,10 +3,8 @@
 Shapes: O output channels, C input channels, G blocks of outputs, J blocks of inputs, K entries, N columns.
 """
 
-import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -83,40 +81,12 @@ def test_kernels_compile_for_a_gpu_that_is_not_there_and_use_its_matrix_units(
     assert all(units == (name != "add_terms") for name, units in made)
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, ctypes.CDLL]:
-    """The kernels of tiles.cu, compiled for this CPU."""
-    compiler = shutil.which("g++")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("needs g++ on Linux, whose fibers stand for threads of a GPU")
-    source, kernels = Path(__file__).with_name("emulated.cpp"), Path(tiles.__file__).parent
-    libraries = {}
-    for dtype, macro in ((torch.bfloat16, "-DBFLOAT16"), (torch.float16, "-DFLOAT16")):
-        library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-        options = ("-O2", "-std=c++17", "-shared", "-fPIC", "-w", macro, f"-I{kernels}")
-        subprocess.run([compiler, *options, source, "-o", library], check=True)
-        libraries[dtype] = ctypes.CDLL(str(library))
-    return libraries
-
-
 @pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
-def test_emulated_kernels_compute_tiles(
-    case: Case, emulated: dict[torch.dtype, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched = []
-
-    def launch(name: str, size: tuple[tuple[int, int], int], x: Tensor, arguments: Sequence[Any]) -> None:
-        (wide, high), threads = size
-        numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
-        emulated[x.dtype][f"emulate_{name}"](wide, high, threads, (ctypes.c_longlong * len(numbers))(*numbers))
-        launched.append(name)
-
+def test_emulated_kernels_compute_tiles(case: Case, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv, "interpreted", lambda: True)
-    monkeypatch.setattr(tiles, "suit", lambda *_: True)
-    monkeypatch.setattr(tiles, "launch", launch)
     monkeypatch.setattr(tiles, "PROGRAMS", 16)
     assert max(errors(*results(case, "cpu"))) <= TOLERANCE[case.dtype]
-    assert launched == ["convolve", "convolve", "find_weights_grad"]
+    assert launched == ["pack", "convolve", "pack", "convolve", "find_weights_grad"]
 
 
 def test_tiles_are_computed_on_a_gpu_alone() -> None:

@@ -6,6 +6,7 @@ of a row, M chunks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Blocks:
         active = whole.unflatten(1, (-1, into)).unflatten(0, (-1, out)).any(dim=3).any(dim=1)
         return cls(active, (out, into), (outputs, inputs))
 
-    @property
+    @cached_property
     def density(self) -> float:
         """The share of blocks that are active: what there is to compute, relative to a dense layer."""
         return float(self.active.float().mean())

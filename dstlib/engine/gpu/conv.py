@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import conv3d
 
 import dstlib.engine.gpu.tiles as tiles
+from dstlib.engine.calls import Operator
 from dstlib.engine.gpu.blocks import Blocks
 from dstlib.engine.gpu.form import Launch, Shape
 from dstlib.engine.gpu.launch import convolve, input_gradient, interpreted, weight_gradient
+from dstlib.engine.gpu.maps import channels_first, channels_last
 from dstlib.engine.gpu.tables import Plan
 from dstlib.errors import SettingError, explain
 from dstlib.layers.shift import shift
@@ -62,8 +64,7 @@ def block_conv(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.ndim == 4:
-        y = block_conv(x[:, :, None], weight[:, :, None], blocks, bias, (1, *steps), (0,), launch)
-        return y[:, :, 0]
+        return block_conv(x[:, :, None], weight[:, :, None], blocks, bias, (1, *steps), (0,), launch)[:, :, 0]
     if not (x.is_cuda or interpreted()):
         return _dense(x, weight * blocks.cover.to(x.device)[:, :, None, None, None], bias, steps, shifts)
     _check_types(x, weight, bias)
@@ -71,7 +72,8 @@ def block_conv(
     tensors, numbers = blocks.plan(shifts, x.device, tiled=tiled).parts()
     # float32 tiles take twice the room
     chosen = launch or (Launch(tile=64, stages=2) if x.dtype == torch.float32 else Launch())
-    return _block_conv(x, weight, bias, tensors, [*numbers, *steps, *chosen])
+    y: Tensor = _block_conv(x, weight, bias, tensors, [*numbers, *steps, *chosen])
+    return y
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], shifts: Sequence[int]) -> Tensor:
@@ -79,44 +81,46 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
     return conv3d(moved, weight, bias, tuple(stride), tuple(extent // 2 for extent in weight.shape[2:]))
 
 
-@torch.library.custom_op("dstlib::block_conv", mutates_args=())
-def _block_conv(
+def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], numbers: Sequence[int]
 ) -> Tensor:
     plan, shape, launch = _settings(weight, tensors, numbers)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        return _channels_first(convolve(_channels_last(x), weight, bias, plan, shape, launch))
+        return channels_first(convolve(channels_last(x), weight, bias, plan, shape, launch))
 
 
-@torch.library.custom_op("dstlib::block_conv_input_grad", mutates_args=())
-def _input_grad(
+def _convolve_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> Tensor:
+    shape = _shape(weight, numbers)
+    return channels_first(x.new_empty((x.shape[0], *shape.of_output(x.shape[2:]), weight.shape[0])))
+
+
+def _input_gradient(
     grad: Tensor, weight: Tensor, size: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
 ) -> Tensor:
     plan, shape, launch = _settings(weight, tensors, numbers)
     with torch.cuda.device_of(grad):
-        return _channels_first(input_gradient(_channels_last(grad), weight, size, plan, shape, launch))
+        return channels_first(input_gradient(channels_last(grad), weight, size, plan, shape, launch))
 
 
-@torch.library.custom_op("dstlib::block_conv_weight_grad", mutates_args=())
-def _weight_grad(x: Tensor, grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+def _input_gradient_fake(
+    grad: Tensor, weight: Tensor, size: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> Tensor:
+    return channels_first(grad.new_empty((grad.shape[0], *size, weight.shape[1])))
+
+
+def _weight_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> Tensor:
     plan, shape, launch = _settings(weight, tensors, numbers)
     with torch.cuda.device_of(x):
-        return weight_gradient(_channels_last(x), _channels_last(grad), weight, plan, shape, launch)
+        return weight_gradient(channels_last(x), channels_last(grad), weight, plan, shape, launch)
 
 
-@_block_conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
-    shape = _shape(weight, numbers)
-    return _channels_first(x.new_empty((x.shape[0], *shape.of_output(x.shape[2:]), weight.shape[0])))
-
-
-@_input_grad.register_fake
-def _(grad: Tensor, weight: Tensor, size: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
-    return _channels_first(grad.new_empty((grad.shape[0], *size, weight.shape[1])))
-
-
-@_weight_grad.register_fake
-def _(x: Tensor, grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+def _weight_gradient_fake(
+    x: Tensor, grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -133,12 +137,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _input_grad(grad, weight, x.shape[2:], tensors, ctx.numbers) if for_x else None,
         _weight_grad(x, grad, weight, tensors, ctx.numbers) if for_weight else None,
         grad.sum(dim=(0, 2, 3, 4)) if for_bias else None,
-        [None] * len(tensors),
+        None,
         None,
     )
 
 
-_block_conv.register_autograd(_backward, setup_context=_remember)
+_input_grad = Operator("block_conv_input_grad", _input_gradient, _input_gradient_fake)
+_weight_grad = Operator("block_conv_weight_grad", _weight_gradient, _weight_gradient_fake)
+_block_conv = Operator("block_conv", _convolve, _convolve_fake, _backward, _remember)
 
 
 def _settings(weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Plan, Shape, Launch]:
@@ -148,14 +154,6 @@ def _settings(weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int])
 def _shape(weight: Tensor, numbers: Sequence[int]) -> Shape:
     depth, height, width = weight.shape[2:]
     return Shape((depth, height, width), (numbers[3], numbers[4], numbers[5]))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 4, 1).contiguous()
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 4, 1, 2, 3)
 
 
 def _check(x: Tensor, weight: Tensor, blocks: Blocks, stride: tuple[int, ...], shifts: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from dstlib.engine.gpu.blocks import Blocks
@@ -17,7 +18,8 @@ class BlockConv(nn.Module):
 
     Optimizers, sparsifiers and state dicts go on as before: parameters and their names stay. After each change of the
     mask, and of loading a state, give the present one to :meth:`set_mask`: weights outside the blocks are not computed
-    with, and blocks are not part of a state.
+    with, and blocks are not part of a state. With ``dense_gradient`` set, they are, and get their gradients.
+    :func:`dstlib.accelerate` makes and follows such layers by itself.
 
     Shapes: (B, C, D, H, W) or (B, C, H, W), as for :func:`block_conv`.
 
@@ -44,6 +46,8 @@ class BlockConv(nn.Module):
         self.blocks = blocks
         self.stride = tuple(stride)
         self.shifts = tuple(shifts)
+        self.dense_gradient = False
+        self._all = Blocks.of(torch.ones(weight.shape[:2], dtype=torch.bool, device=weight.device), blocks.size)
 
     @classmethod
     def of(
@@ -71,7 +75,8 @@ class BlockConv(nn.Module):
         self.blocks = Blocks.of(mask, self.blocks.size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return block_conv(x, self.weight, self.blocks, self.bias, self.stride, self.shifts)
+        blocks = self._all if self.dense_gradient else self.blocks
+        return block_conv(x, self.weight, blocks, self.bias, self.stride, self.shifts)
 
     def extra_repr(self) -> str:
         outputs, inputs = self.blocks.channels
@@ -81,22 +86,32 @@ class BlockConv(nn.Module):
         )
 
 
+def obstacle_to_blocks(conv: nn.Module) -> str | None:
+    """Why a layer cannot be computed by blocks; None where it can."""
+    if not isinstance(conv, nn.Conv2d | nn.Conv3d):
+        return f"it is a {type(conv).__name__}"
+    return next((f"its {what} is {given}" for what, holds, _, given in _checks(conv) if not holds), None)
+
+
 def _check(conv: nn.Module) -> None:
     if not isinstance(conv, nn.Conv2d | nn.Conv3d):
         remedy = "Transposed convolutions and others stay as they are."
         given = type(conv).__name__
         raise SettingError(explain("layer", _WHERE, allowed="a Conv2d or Conv3d", given=given, remedy=remedy))
+    for what, holds, allowed, got in _checks(conv):
+        if not holds:
+            remedy = "Leave this layer as it is."
+            raise SettingError(explain(what, _WHERE, allowed=allowed, given=got, remedy=remedy))
+
+
+def _checks(conv: nn.Conv2d | nn.Conv3d) -> tuple[tuple[str, bool, str, object], ...]:
     half = tuple(extent // 2 for extent in conv.kernel_size)
     same = conv.padding == "same" and all(extent % 2 for extent in conv.kernel_size)
     along_depth = not isinstance(conv, ShiftedConv3d) or conv.axis == "depth"
-    checks: tuple[tuple[str, bool, str, object], ...] = (
+    return (
         ("groups", conv.groups == 1, "1", conv.groups),
         ("dilation", max(conv.dilation) == 1, "1", conv.dilation),
         ("padding", same or conv.padding == half, f"{half}, half the kernel", conv.padding),
         ("padding_mode", conv.padding_mode == "zeros", "'zeros'", repr(conv.padding_mode)),
         ("axis of the shift", along_depth, "'depth'", repr(getattr(conv, "axis", None))),
     )
-    for what, holds, allowed, got in checks:
-        if not holds:
-            remedy = "Leave this layer as it is."
-            raise SettingError(explain(what, _WHERE, allowed=allowed, given=got, remedy=remedy))

@@ -1,21 +1,16 @@
 // Convolutions (1, 3, 3) by blocks of 16 × 16 channels on matrix units: a tile of the map lies in shared memory while
 // all nine taps read it, and each of its rows, once in registers, is multiplied by the three taps that see it.
 //
-// Compiled when first called, for bfloat16 where BFLOAT16 is defined and for float16 else; for a CPU, to be tested there,
-// where EMULATED is. Maps lie channels last: of each voxel, `channels` numbers. A plane is one depth of one sample. What
-// the tables say is in tables.py.
+// Maps lie channels last: of each voxel, `channels` numbers. A plane is one depth of one sample. What the tables say is
+// in tables.py.
 
-typedef long long Int;
-typedef unsigned short Half;
+#include "half.cuh"
 
 constexpr int RUN = 16;  // channels of a block, on either side
 constexpr int TAPS = 9;
 constexpr int SHARE = 8;  // rows of the tile that one warp computes, 16 columns wide
-constexpr int PIECE = 8;  // numbers of one copy, 16 bytes
 
 #ifndef EMULATED
-#define SHARED __shared__ __align__(16) static
-
 // Copies 16 bytes to shared memory, or zeros, while computing goes on.
 __device__ inline void start_copy(char* to, const void* from, bool there) {
     const unsigned at = __cvta_generic_to_shared(to);
@@ -38,23 +33,12 @@ __device__ inline void load_transposed(unsigned (&to)[4], const char* row) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
 }
 
-#ifdef BFLOAT16
-#define NUMBER "bf16"
-#else
-#define NUMBER "f16"
-#endif
 // sum (16 × 8) += a (16 × 16) · b (16 × 8), spread over the lanes of a warp.
 __device__ inline void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." NUMBER "." NUMBER ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// Two numbers, the first in the lower half.
-__device__ inline unsigned rounded(float first, float second) {
-    unsigned both;
-    asm("cvt.rn." NUMBER "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
 }
 #endif
 
@@ -223,6 +207,13 @@ extern "C" __global__ __launch_bounds__(128, 4) void convolve(
             const float four[4] = {sums[r][0][2 * i], sums[r][0][2 * i + 1], sums[r][1][2 * i], sums[r][1][2 * i + 1]};
             if (h < height && w < width) writer.write(h * width + w, four);
         }
+}
+
+// packed[i] = weight[order[i]]; zeros where that is `most` or more.
+extern "C" __global__ __launch_bounds__(256) void pack(const Half* weight, const Int* order, Half* packed, Int count,
+                                                       Int most) {
+    const Int i = blockIdx.x * static_cast<Int>(256) + threadIdx.x;
+    if (i < count) packed[i] = order[i] < most ? weight[order[i]] : 0;
 }
 
 using Narrow = Tile<2, 2, 1>;

@@ -1,30 +1,23 @@
 """Calls of the kernels in tiles.cu: (1, 3, 3) convolutions without stride, in blocks of 16 × 16 channels.
 
-They are compiled when first called, by cuda-core, NVIDIA's own library: an extra (``pip install dstlib[gpu]``).
-
 Shapes: B batch, C input channels, O output channels, D, H, W depth, height, width; K entries, T taps, M chunks.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+import dstlib.engine.gpu.cuda as cuda
 from dstlib.engine.gpu.tables import NARROW, TAPS, Plan, Table
 
-Grid = tuple[int, int]
 KERNEL = (1, 3, 3)
+_SOURCE = "tiles.cu"
 PROGRAMS = 2048  # of a weight gradient: they keep a large GPU busy, and more only write more partial sums
 _TILE = (16, 32)  # rows and columns of what one program of `convolve` computes
-_THREADS = 128
+_THREADS, _PACKED = 128, 256  # of a program of `convolve`, and of `pack`
 _WEIGHTS_TILE, _WEIGHTS_WARPS = (16, 16), 2  # of `find_weights_grad`
-_INSTALLED = find_spec("cuda") is not None and find_spec("cuda.core") is not None
 _MOST = 2**31  # numbers of a plane, which the kernels count in 32 bits
 
 
@@ -32,15 +25,12 @@ def suit(x: Tensor, size: tuple[int, int], weight: Sequence[int], stride: Sequen
     """Whether the kernels compute this: x (B, C, D, H, W), the blocks' size, the weight's shape (O, C, \\*kernel)."""
     outputs, inputs, *kernel = weight
     return (
-        x.is_cuda
-        and x.dtype in (torch.float16, torch.bfloat16)
+        cuda.computes(x)
         and tuple(kernel) == KERNEL
         and max(stride) == 1
         and not any(extent % NARROW for extent in size)
         and not (outputs % 8 or inputs % 8)  # channels are copied by eights
         and max(outputs, inputs) * prod(x.shape[3:]) < _MOST
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and _INSTALLED
     )
 
 
@@ -67,20 +57,9 @@ def partial_weights(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     parts = x.new_empty((_WEIGHTS_WARPS * shares, len(table.index), TAPS, NARROW), dtype=torch.float32)
     sizes = (len(table.index), channels, grad.shape[-1], planes, depth, height, width)
     tensors = (x, grad, parts, plan.chunks, table.channels, table.shifts)
-    launch("find_weights_grad", ((len(plan.chunks), shares), 32 * _WEIGHTS_WARPS), x, (*tensors, *sizes))
+    size = (len(plan.chunks), shares), 32 * _WEIGHTS_WARPS
+    cuda.launch(_SOURCE, "find_weights_grad", size, x, (*tensors, *sizes))
     return parts
-
-
-def launch(name: str, size: tuple[Grid, int], x: Tensor, arguments: Sequence[Tensor | int | None]) -> None:
-    """Runs a kernel of ``size`` = (grid, threads) for the type and on the device of x; None is a null pointer."""
-    from cuda.core import Device, LaunchConfig, Stream
-    from cuda.core import launch as start
-
-    Device(x.device.index).set_current()
-    stream = Stream.from_handle(torch.cuda.current_stream(x.device).cuda_stream)
-    kernel = _compiled(x.dtype, x.device).get_kernel(name)
-    numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
-    start(stream, LaunchConfig(grid=size[0], block=size[1]), kernel, *numbers)
 
 
 def _convolve(x: Tensor, operands: tuple[Tensor, Tensor | None], y: Tensor, table: Table, moves: Tensor | None) -> None:
@@ -91,25 +70,17 @@ def _convolve(x: Tensor, operands: tuple[Tensor, Tensor | None], y: Tensor, tabl
     tensors = (x, weights, None if bias is None else bias.float(), y, table.rows, table.channels, table.shifts, moves)
     if programs:
         sizes = (num_rows, channels, y.shape[-1], depth, height, width)
-        launch("convolve", ((programs, 1), _THREADS), x, (*tensors, *sizes))
+        cuda.launch(_SOURCE, "convolve", ((programs, 1), _THREADS), x, (*tensors, *sizes))
 
 
 def _packed(weight: Tensor, order: Tensor) -> Tensor:
     """The weights (M, T, 256) as lanes read them."""
-    return pad(weight.flatten(), (0, TAPS))[order]
+    packed = weight.new_empty(order.shape)
+    if count := order.numel():
+        arguments = (weight.contiguous(), order, packed, count, weight.numel())
+        cuda.launch(_SOURCE, "pack", ((-(-count // _PACKED), 1), _PACKED), weight, arguments)
+    return packed
 
 
 def _count(plane: tuple[int, int], tile: tuple[int, int]) -> int:
     return prod(-(-extent // step) for extent, step in zip(plane, tile, strict=True))
-
-
-@cache
-def _compiled(dtype: torch.dtype, device: torch.device) -> Any:
-    """The kernels, compiled for a type and a device: a second or two, once in a process."""
-    from cuda.core import Program, ProgramOptions
-
-    source = Path(__file__).with_name("tiles.cu").read_text(encoding="utf-8")
-    macros = ["BFLOAT16"] if dtype == torch.bfloat16 else None
-    major, minor = torch.cuda.get_device_capability(device)
-    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", define_macro=macros)
-    return Program(source, code_type="c++", options=options).compile("cubin")

@@ -1,0 +1,60 @@
+"""Kernels in CUDA: compiled when first called, by cuda-core, NVIDIA's own library (``pip install dstlib[gpu]``)."""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+Argument = Tensor | int | float | None
+HALVES = (torch.float16, torch.bfloat16)
+_FOLDER = Path(__file__).parent
+_INSTALLED = find_spec("cuda") is not None and find_spec("cuda.core") is not None
+
+
+def computes(x: Tensor) -> bool:
+    """Whether there are kernels for the type and the device of x, and what compiles them."""
+    return x.is_cuda and x.dtype in HALVES and _INSTALLED and _capability(x.device) >= (8, 0)
+
+
+def launch(source: str, name: str, size: tuple[Grid, int], x: Tensor, arguments: Sequence[Argument]) -> None:
+    """Runs a kernel of the file ``source`` in ``size`` = (grid, threads), for the type and on the device of x.
+
+    It takes 64-bit integers, doubles and pointers, of which None is null.
+    """
+    from cuda.core import Device, LaunchConfig, Stream
+    from cuda.core import launch as start
+
+    Device(x.device.index).set_current()
+    stream = Stream.from_handle(torch.cuda.current_stream(x.device).cuda_stream)
+    numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
+    kernel = _kernel(source, name, x.dtype, x.device)
+    start(stream, LaunchConfig(grid=size[0], block=size[1]), kernel, *numbers)
+
+
+@cache
+def _kernel(source: str, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    return _compiled(source, dtype, device).get_kernel(name)
+
+
+@cache
+def _compiled(source: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The kernels, compiled for a type and a device: a second or two, once in a process."""
+    from cuda.core import Program, ProgramOptions
+
+    macros = ["BFLOAT16"] if dtype == torch.bfloat16 else None
+    major, minor = _capability(device)
+    options = ProgramOptions(
+        std="c++17", arch=f"sm_{major}{minor}", define_macro=macros, include_path=str(_FOLDER), name=source
+    )
+    text = (_FOLDER / source).read_text(encoding="utf-8")
+    return Program(text, code_type="c++", options=options).compile("cubin")
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
