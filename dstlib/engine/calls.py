@@ -48,8 +48,7 @@ class Operator:
         self.function: Any = None
         if backward:
             keep = keep or _keep_nothing
-            parts = {"forward": kernel, "backward": backward, "setup_context": keep}
-            methods = {key: staticmethod(part) for key, part in parts.items()}
+            methods = {"forward": staticmethod(_keeping(kernel, keep)), "backward": staticmethod(backward)}
             self.function = type(name, (torch.autograd.Function,), methods)
             arguments = self.registered.default._schema.arguments
             lists = [i for i, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]"]
@@ -65,6 +64,17 @@ class Operator:
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self.function.apply(*args) if self.function else self.registered(*args)
         return self.kernel(*args)
+
+
+def _keeping(kernel: Callable[..., Any], keep: Callable[..., None]) -> Callable[..., Any]:
+    """Both as one ``forward``: apart, as ``setup_context``, torch would look at their signatures in every call."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        result = kernel(*args)
+        keep(ctx, args, result)
+        return result
+
+    return forward
 
 
 def _spell_out(

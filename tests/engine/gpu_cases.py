@@ -128,7 +128,7 @@ def check_properties() -> dict[str, bool]:
     with torch.autocast("cpu", torch.bfloat16):
         half = block_conv(inputs[0], inputs[1], blocks, inputs[2])
     tensors, numbers = blocks.plan((-1, 0, 1), x.device).parts()
-    arguments = (*inputs, tensors, [*numbers, 1, 1, 1, *Launch()])
+    arguments = (inputs[0], None, None, *inputs[1:], tensors, [*numbers, 1, 1, 1, *Launch()])
     checked = torch.library.opcheck(torch.ops.dstlib.block_conv.default, arguments)
     return {
         "the same in every run": all(map(torch.equal, first, again)),
@@ -163,9 +163,9 @@ def compiled(architecture: int, sizes: Sequence[tuple[int, int]] = ((16, 16), (1
     x, shape = torch.zeros(1, 4, 8, 8, 48, dtype=torch.bfloat16), Shape((1, 3, 3), (1, 1, 1))
     for size in sizes:
         plan = Blocks.of(torch.ones(32, 48, dtype=torch.bool), size).plan((-1, 0, 1), x.device)
-        y = launch.convolve(x, weight, weight[:, 0, 0, 0, 0].contiguous(), plan, shape, Launch())
-        launch.input_gradient(y, weight, (4, 8, 8), plan, shape, Launch())
-        launch.weight_gradient(x, y, weight, plan, shape, Launch())
+        y = launch.convolve([x], weight, weight[:, 0, 0, 0, 0].contiguous(), plan, shape, Launch())
+        launch.input_gradient(y, weight, (4, 8, 8, 48), plan, shape, Launch())
+        launch.weight_gradient([x], y, weight, plan, shape, Launch())
     return made
 
 

@@ -91,7 +91,7 @@ def test_emulated_kernels_compute_tiles(case: Case, launched: list[str], monkeyp
 
 def test_tiles_are_computed_on_a_gpu_alone() -> None:
     x = torch.zeros(1, 32, 2, 4, 4, dtype=torch.float16)
-    assert not tiles.suit(x, (16, 16), (32, 32, 1, 3, 3), (1, 1, 1))
+    assert not tiles.suit([x], (16, 16), (32, 32, 1, 3, 3), (1, 1, 1))
 
 
 @needs_gpu

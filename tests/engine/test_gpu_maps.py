@@ -228,4 +228,5 @@ def test_a_network_is_accelerated_on_a_gpu() -> None:
         expected = parameter.grad if name not in sparsifier.masks else parameter.grad * sparsifier.masks[name]
         mine = grads[name] if name not in sparsifier.masks else grads[name] * sparsifier.masks[name]
         if not name.endswith("conv.bias"):
-            assert error(mine, expected.double().cpu()) <= 0.1, name
+            distance = float((mine - expected).norm() / expected.norm())
+            assert distance <= 0.05, name  # numbers that rounding takes across zero have another gradient

@@ -15,7 +15,7 @@ from dstlib.engine.calls import Operator
 from dstlib.engine.gpu.blocks import Blocks
 from dstlib.engine.gpu.form import Launch, Shape
 from dstlib.engine.gpu.launch import convolve, input_gradient, interpreted, weight_gradient
-from dstlib.engine.gpu.maps import channels_first, channels_last
+from dstlib.engine.gpu.maps import channels_first, channels_last, present
 from dstlib.engine.gpu.tables import Plan
 from dstlib.errors import SettingError, explain
 from dstlib.layers.shift import shift
@@ -25,7 +25,7 @@ _WHERE = "block_conv()"
 
 
 def block_conv(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     weight: Tensor,
     blocks: Blocks,
     bias: Tensor | None = None,
@@ -39,6 +39,7 @@ def block_conv(
     divided by its stride, rounded up (for odd kernels), channels last in memory. x is read channels last, too: in
     another layout it is copied first. In 3D, contiguous groups of input channels move by ``shifts`` voxels towards
     higher depths, as by :func:`dstlib.layers.shift.shift`, while they are read; one number per channel is allowed.
+    Several x stand for their concatenation, which kernels in CUDA do without.
 
     Products are summed in float32. Under autocast, inputs are converted as for torch's own convolutions. The weight's
     gradient is that of the active blocks, and zero elsewhere; all gradients are the same in every run.
@@ -58,22 +59,33 @@ def block_conv(
     >>> block_conv(torch.randn(1, 64, 5, 8, 8), weight, blocks, stride=(1, 2, 2), shifts=(-1, 0, 1)).shape
     torch.Size([1, 32, 5, 4, 4])
     """
-    steps = (stride,) * (x.ndim - 2) if isinstance(stride, int) else tuple(stride)
-    _check(x, weight, blocks, steps, shifts)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.ndim == 4:
-        return block_conv(x[:, :, None], weight[:, :, None], blocks, bias, (1, *steps), (0,), launch)[:, :, 0]
-    if not (x.is_cuda or interpreted()):
-        return _dense(x, weight * blocks.cover.to(x.device)[:, :, None, None, None], bias, steps, shifts)
-    _check_types(x, weight, bias)
-    tiled = launch is None and tiles.suit(x, blocks.size, weight.shape, steps)
-    tensors, numbers = blocks.plan(shifts, x.device, tiled=tiled).parts()
+    sources = [x] if isinstance(x, Tensor) else list(x)
+    steps = (stride,) * (sources[0].ndim - 2) if isinstance(stride, int) else tuple(stride)
+    _check(sources, weight, blocks, steps, shifts)
+    if torch.is_autocast_enabled(kind := weight.device.type):
+        dtype = torch.get_autocast_dtype(kind)
+        sources = [each.to(dtype) for each in sources]
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if weight.ndim == 4:
+        flat = [each[:, :, None] for each in sources]
+        return block_conv(flat, weight[:, :, None], blocks, bias, (1, *steps), (0,), launch)[:, :, 0]
+    if not (weight.is_cuda or interpreted()):
+        own = weight * blocks.cover.to(weight.device)[:, :, None, None, None]
+        return _dense(_whole(sources), own, bias, steps, shifts)
+    _check_types(sources, weight, bias)
+    tiled = launch is None and tiles.suit(sources, blocks.size, weight.shape, steps)
+    if not tiled:
+        sources = [_whole(sources)]
+    tensors, numbers = blocks.plan(shifts, weight.device, tiled=tiled).parts()
     # float32 tiles take twice the room
-    chosen = launch or (Launch(tile=64, stages=2) if x.dtype == torch.float32 else Launch())
-    y: Tensor = _block_conv(x, weight, bias, tensors, [*numbers, *steps, *chosen])
+    chosen = launch or (Launch(tile=64, stages=2) if weight.dtype == torch.float32 else Launch())
+    first, second, third = (*sources, None, None)[: tiles.MOST_SOURCES]
+    y: Tensor = _block_conv(first, second, third, weight, bias, tensors, [*numbers, *steps, *chosen])
     return y
+
+
+def _whole(sources: Sequence[Tensor]) -> Tensor:
+    return sources[0] if len(sources) == 1 else torch.cat(list(sources), dim=1)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], shifts: Sequence[int]) -> Tensor:
@@ -82,67 +94,98 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], numbers: Sequence[int]
+    x: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
 ) -> Tensor:
     plan, shape, launch = _settings(weight, tensors, numbers)
+    sources = [channels_last(each) for each in present(x, second, third)]
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        return channels_first(convolve(channels_last(x), weight, bias, plan, shape, launch))
+        return channels_first(convolve(sources, weight, bias, plan, shape, launch))
 
 
 def _convolve_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], numbers: Sequence[int]
+    x: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
 ) -> Tensor:
     shape = _shape(weight, numbers)
     return channels_first(x.new_empty((x.shape[0], *shape.of_output(x.shape[2:]), weight.shape[0])))
 
 
-def _input_gradient(
-    grad: Tensor, weight: Tensor, size: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
-) -> Tensor:
+def _input_gradients(
+    grad: Tensor, weight: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> list[Tensor]:
     plan, shape, launch = _settings(weight, tensors, numbers)
     with torch.cuda.device_of(grad):
-        return channels_first(input_gradient(channels_last(grad), weight, size, plan, shape, launch))
+        found = input_gradient(channels_last(grad), weight, sizes, plan, shape, launch)
+    return list(map(channels_first, found))
 
 
-def _input_gradient_fake(
-    grad: Tensor, weight: Tensor, size: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
-) -> Tensor:
-    return channels_first(grad.new_empty((grad.shape[0], *size, weight.shape[1])))
+def _input_gradients_fake(
+    grad: Tensor, weight: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> list[Tensor]:
+    return [channels_first(grad.new_empty((grad.shape[0], *sizes[:3], width))) for width in sizes[3:]]
 
 
 def _weight_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]
+    x: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    grad: Tensor,
+    weight: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
 ) -> Tensor:
     plan, shape, launch = _settings(weight, tensors, numbers)
+    sources = [channels_last(each) for each in present(x, second, third)]
     with torch.cuda.device_of(x):
-        return weight_gradient(channels_last(x), channels_last(grad), weight, plan, shape, launch)
+        return weight_gradient(sources, channels_last(grad), weight, plan, shape, launch)
 
 
 def _weight_gradient_fake(
-    x: Tensor, grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]
+    x: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    grad: Tensor,
+    weight: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
 ) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, tensors, numbers = inputs
-    ctx.save_for_backward(x, weight, *tensors)
-    ctx.numbers = numbers
+    *sources, weight, _, tensors, ctx.numbers = inputs
+    ctx.save_for_backward(*sources, weight, *tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, *tensors = ctx.saved_tensors
-    for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+    x, second, third, weight, *tensors = ctx.saved_tensors
+    *for_sources, for_weight, for_bias = ctx.needs_input_grad[:5]
+    widths = [each.shape[1] for each in present(x, second, third)]
+    grads: list[Tensor | None] = [None] * 3
+    if any(for_sources):
+        found = _input_grads(grad, weight, [*x.shape[2:], *widths], tensors, ctx.numbers)
+        grads = [*found, None, None][: tiles.MOST_SOURCES]
     return (
-        _input_grad(grad, weight, x.shape[2:], tensors, ctx.numbers) if for_x else None,
-        _weight_grad(x, grad, weight, tensors, ctx.numbers) if for_weight else None,
+        *grads,
+        _weight_grad(x, second, third, grad, weight, tensors, ctx.numbers) if for_weight else None,
         grad.sum(dim=(0, 2, 3, 4)) if for_bias else None,
         None,
         None,
     )
 
 
-_input_grad = Operator("block_conv_input_grad", _input_gradient, _input_gradient_fake)
+_input_grads = Operator("block_conv_input_grads", _input_gradients, _input_gradients_fake)
 _weight_grad = Operator("block_conv_weight_grad", _weight_gradient, _weight_gradient_fake)
 _block_conv = Operator("block_conv", _convolve, _convolve_fake, _backward, _remember)
 
@@ -156,11 +199,15 @@ def _shape(weight: Tensor, numbers: Sequence[int]) -> Shape:
     return Shape((depth, height, width), (numbers[3], numbers[4], numbers[5]))
 
 
-def _check(x: Tensor, weight: Tensor, blocks: Blocks, stride: tuple[int, ...], shifts: Sequence[int]) -> None:
-    outputs, inputs = blocks.channels
-    fits = x.ndim in (4, 5) and x.shape[1] == inputs
+def _check(
+    sources: Sequence[Tensor], weight: Tensor, blocks: Blocks, stride: tuple[int, ...], shifts: Sequence[int]
+) -> None:
+    (outputs, inputs), x = blocks.channels, sources[0]
+    fits = x.ndim in (4, 5) and sum(each.shape[1] for each in sources) == inputs
+    alike = all(each.shape[2:] == x.shape[2:] and len(each) == len(x) for each in sources)
     checks = (
-        ("x", fits, f"(B, {inputs}, [D,] H, W), as the blocks have it", tuple(x.shape)),
+        ("x", fits, f"(B, {inputs}, [D,] H, W), as the blocks have it", _shapes(sources)),
+        ("x", alike, "maps that agree but for their channels", _shapes(sources)),
         ("weight", weight.shape[:2] == (outputs, inputs), f"({outputs}, {inputs}, *kernel)", tuple(weight.shape)),
         ("weight", weight.ndim == x.ndim, f"{x.ndim} axes, like x", weight.ndim),
         ("stride", len(stride) == x.ndim - 2 and min(stride) > 0, f"{x.ndim - 2} numbers from 1", stride),
@@ -172,9 +219,13 @@ def _check(x: Tensor, weight: Tensor, blocks: Blocks, stride: tuple[int, ...], s
             raise SettingError(explain(what, _WHERE, allowed=allowed, given=given, remedy=remedy))
 
 
-def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    types = {x.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
-    if len(types) > 1 or x.dtype not in DTYPES:
+def _shapes(sources: Sequence[Tensor]) -> str:
+    return ", ".join(str(tuple(each.shape)) for each in sources)
+
+
+def _check_types(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> None:
+    types = {each.dtype for each in present(*sources, weight, bias)}
+    if len(types) > 1 or weight.dtype not in DTYPES:
         allowed, given = "one of float16, bfloat16, float32 for all tensors", ", ".join(sorted(map(str, types)))
         remedy = "Use torch.autocast, or convert them."
         raise SettingError(explain("type", _WHERE, allowed=allowed, given=given, remedy=remedy))

@@ -22,10 +22,13 @@ from dstlib.errors import SettingError, explain
 PROGRAMS = 512  # of a weight gradient: they keep a large GPU busy, and more only write more partial sums
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, shape: Shape, launch: Launch) -> Tensor:
-    """The convolution of x (B, D, H, W, C): (B, D', H', W', O)."""
+def convolve(
+    sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None, plan: Plan, shape: Shape, launch: Launch
+) -> Tensor:
+    """The convolution of maps (B, D, H, W, C), of which only tiles read several: (B, D', H', W', O)."""
     if plan.tiled:
-        return tiles.convolve(x, weight, bias, plan)
+        return tiles.convolve(sources, weight, bias, plan)
+    (x,) = sources
     y = x.new_empty((x.shape[0], *shape.of_output(x.shape[1:4]), weight.shape[0]))
     form = _form(x, y, plan.forward, shape, launch, back=False, shifted=plan.shifted)
     _gather_gemm(x, (_pack(weight, plan.forward), bias), y, plan.forward, plan.moves, form, launch)
@@ -33,11 +36,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, shape: 
 
 
 def input_gradient(
-    grad: Tensor, weight: Tensor, size: Sequence[int], plan: Plan, shape: Shape, launch: Launch
-) -> Tensor:
-    """The gradient of an input of depth, height and width ``size``, from the output's (B, D', H', W', O)."""
+    grad: Tensor, weight: Tensor, sizes: Sequence[int], plan: Plan, shape: Shape, launch: Launch
+) -> list[Tensor]:
+    """The gradients of maps, from the output's (B, D', H', W', O); ``sizes``: D, H, W, then the channels of each."""
+    size, widths = sizes[:3], sizes[3:]
     if plan.tiled:
-        return tiles.input_gradient(grad, weight, plan)
+        return tiles.input_gradient(grad, weight, widths, plan)
     channels, by_slots = weight.shape[1], plan.terms.numel() > 0
     create = torch.zeros if plan.shifted else torch.empty  # voxels that left the map have no gradient
     dtype = torch.float32 if by_slots else grad.dtype
@@ -45,18 +49,23 @@ def input_gradient(
     form = _form(grad, columns, plan.back, shape, launch, back=True, shifted=plan.shifted)
     _gather_gemm(grad, (_pack(weight, plan.back), None), columns, plan.back, plan.moves, form, launch)
     if not by_slots:
-        return columns
+        return [columns]
     x_grad = grad.new_empty((grad.shape[0], *size, channels))
     positions = columns.shape[:-1].numel()
     terms = Terms(channels=channels, slots=len(plan.moves), most=plan.terms.shape[1])
     grid = (_cdiv(positions, terms.tile), _cdiv(channels, terms.lanes))
     _kernels().add_terms[grid](columns, x_grad, plan.terms, positions, terms)
-    return x_grad
+    return [x_grad]
 
 
-def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, plan: Plan, shape: Shape, launch: Launch) -> Tensor:
+def weight_gradient(
+    sources: Sequence[Tensor], grad: Tensor, like: Tensor, plan: Plan, shape: Shape, launch: Launch
+) -> Tensor:
     """The gradient of a weight, shaped ``like`` it: of its active blocks, and zero elsewhere."""
-    parts = tiles.partial_weights(x, grad, plan) if plan.tiled else _partial_weights(x, grad, like, plan, shape, launch)
+    if plan.tiled:
+        parts = tiles.partial_weights(sources, grad, plan)
+    else:
+        parts = _partial_weights(sources[0], grad, like, plan, shape, launch)
     packed = parts.sum(dim=0).transpose(1, 2).flatten(0, 1)  # (K · N, T)
     connections = like.shape[0] * like.shape[1]
     unpacked = packed.new_zeros((connections + 1, packed.shape[1]))  # the last is where entries without a weight go

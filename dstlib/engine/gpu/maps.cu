@@ -112,19 +112,20 @@ struct Total {
     int channel;
     bool here;
 
-    __device__ Total(const float* parts, Int shares, Int channels) : channel(blockIdx.x * 32 + threadIdx.x % 32) {
+    __device__ Total(const float* parts, Int shares, Int channels)
+        : channel(blockIdx.x * PIECE + threadIdx.x % PIECE) {
         SHARED float memory[2][THREADS];
-        const int row = threadIdx.x / 32;
+        const int row = threadIdx.x / PIECE;
         sums[0] = sums[1] = 0;
         if (channel < channels)
-            for (Int share = row; share < shares; share += THREADS / 32)
+            for (Int share = row; share < shares; share += THREADS / PIECE)
                 for (int k = 0; k < 2; ++k)
                     sums[k] += parts[((blockIdx.y * shares + share) * 2 + k) * channels + channel];
         for (int k = 0; k < 2; ++k) memory[k][threadIdx.x] = sums[k];
         __syncthreads();
         here = row == 0 && channel < channels;
-        for (int other = 1; other < THREADS / 32; ++other)
-            for (int k = 0; k < 2; ++k) sums[k] += memory[k][(threadIdx.x + 32 * other) % THREADS];
+        for (int other = 1; here && other < THREADS / PIECE; ++other)
+            for (int k = 0; k < 2; ++k) sums[k] += memory[k][threadIdx.x + PIECE * other];
     }
 };
 

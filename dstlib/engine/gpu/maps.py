@@ -20,7 +20,7 @@ from dstlib.layers.shift import channel_groups, shift
 
 _SOURCE = "maps.cu"
 _THREADS, _PIECE = 256, 8  # of a program; numbers that a thread reads at once
-_VISITS, _PROGRAMS = 8, 2048  # voxels that a thread visits at least; programs that keep a large GPU busy
+_VISITS, _PROGRAMS = 8, 1024  # voxels that a thread visits at least; programs that keep a large GPU busy
 
 
 def gather(sources: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -58,12 +58,13 @@ def channels_first(x: Tensor) -> Tensor:
     return x.permute(0, 4, 1, 2, 3)
 
 
-def _given(x: Tensor, second: Tensor | None, third: Tensor | None) -> list[Tensor]:
-    return [each for each in (x, second, third) if each is not None]
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    """Those that are there."""
+    return [each for each in tensors if each is not None]
 
 
 def _gather_now(x: Tensor, second: Tensor | None, third: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    sources = list(map(channels_last, _given(x, second, third)))
+    sources = list(map(channels_last, present(x, second, third)))
     y = x.new_empty((*sources[0].shape[:4], sum(each.shape[4] for each in sources)))
     first = 0
     for each in sources:
@@ -73,7 +74,7 @@ def _gather_now(x: Tensor, second: Tensor | None, third: Tensor | None, sizes: S
 
 
 def _gather_fake(x: Tensor, second: Tensor | None, third: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    channels = sum(each.shape[1] for each in _given(x, second, third))
+    channels = sum(each.shape[1] for each in present(x, second, third))
     return channels_first(x.new_empty((x.shape[0], *x.shape[2:], channels)))
 
 
@@ -190,5 +191,5 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def _of_channels(x: Tensor) -> tuple[tuple[int, int], int]:
-    """The size of a launch whose programs each add up 32 channels of a sample."""
-    return (-(-x.shape[4] // 32), len(x)), _THREADS
+    """The size of a launch whose programs each add up eight channels of a sample."""
+    return (x.shape[4] // _PIECE, len(x)), _THREADS

@@ -44,8 +44,27 @@ __device__ inline void multiply(float (&sum)[4], const unsigned (&a)[4], unsigne
 
 // A map of planes × height × width voxels.
 struct Map {
-    const Half* data;
-    Int channels, height, width;
+    Half* data;
+    Int channels;
+};
+
+// One to three maps that stand for their concatenation; such as are not there have no channels.
+struct Maps {
+    Half *first, *second, *third;
+    Int first_channels, second_channels, third_channels;
+
+    // The map in which a channel lies, which becomes the number that it has there.
+    __device__ Map of(int& channel) const {
+        if (channel < first_channels) return {first, first_channels};
+        channel -= static_cast<int>(first_channels);
+        if (channel < second_channels) return {second, second_channels};
+        channel -= static_cast<int>(second_channels);
+        return {third, third_channels};
+    }
+};
+
+struct Plane {
+    Int height, width;
 };
 
 // A tile in shared memory, BORDER voxels wider on each side than what is computed from it: 16 channels of each voxel, in
@@ -60,26 +79,27 @@ struct Tile {
     // Where a piece of a voxel lies.
     __device__ static int place(int voxel, int piece) { return voxel * 32 + ((piece ^ (voxel >> 2 & 1)) << 4); }
 
-    int offsets[COPIES];  // of the pieces that this thread copies, from the plane's first number; -1: outside
+    int voxels[COPIES];  // of the pieces that this thread copies, counted in the plane; -1: outside
 
-    __device__ void find_offsets(const Map& map, int top, int left) {
+    __device__ void find_voxels(const Plane& plane, int top, int left) {
         for (int i = 0; i < COPIES; ++i) {
             const int piece = threadIdx.x + i * THREADS, voxel = piece >> 1;
             const int h = top - BORDER + voxel / WIDTH, w = left - BORDER + voxel % WIDTH;
-            const bool inside = h >= 0 && h < map.height && w >= 0 && w < map.width && piece < PIECES;
-            offsets[i] = inside ? (h * map.width + w) * map.channels + (piece & 1) * PIECE : -1;
+            const bool inside = h >= 0 && h < plane.height && w >= 0 && w < plane.width && piece < PIECES;
+            voxels[i] = inside ? static_cast<int>(h * plane.width + w) : -1;
         }
     }
 
-    // Starts to copy 16 channels of a plane, zeros where they are outside.
-    __device__ void start(char* tile, const Map& map, Int plane, bool there, int channel) const {
-        const Half* from = map.data + plane * map.height * map.width * map.channels + channel;
-        there = there && channel + static_cast<int>(threadIdx.x & 1) * PIECE < map.channels;
+    // Starts to copy 16 channels of the plane that begins at voxel `first`, zeros where they are outside.
+    __device__ void start(char* tile, const Map& map, Int first, bool there, int channel) const {
+        const int own = channel + static_cast<int>(threadIdx.x & 1) * PIECE, stride = static_cast<int>(map.channels);
+        const Half* from = map.data + first * map.channels + own;
+        there = there && own < stride;
         char* to = tile + place(threadIdx.x >> 1, threadIdx.x & 1);  // later copies lie a multiple of 8 voxels on
         for (int i = 0; i < COPIES; ++i) {
-            const bool inside = there && offsets[i] >= 0;
+            const bool inside = there && voxels[i] >= 0;
             if ((i + 1) * THREADS <= PIECES || threadIdx.x + i * THREADS < PIECES)
-                start_copy(to + i * THREADS * 16, inside ? from + offsets[i] : map.data, inside);
+                start_copy(to + i * THREADS * 16, inside ? from + voxels[i] * stride : map.data, inside);
         }
     }
 };
@@ -89,8 +109,8 @@ struct Place {
     Int plane;
     int top, left;
 
-    __device__ Place(Int tile, const Map& map, int height, int width) {
-        const Int across = (map.width + width - 1) / width, down = (map.height + height - 1) / height;
+    __device__ Place(Int tile, const Plane& size, int height, int width) {
+        const Int across = (size.width + width - 1) / width, down = (size.height + height - 1) / height;
         left = static_cast<int>(tile % across) * width;
         top = static_cast<int>(tile / across % down) * height;
         plane = tile / across / down;
@@ -134,15 +154,18 @@ struct Writer {
     float bias[4];
     bool inside[4], together;
 
-    __device__ Writer(Half* data, const Map& map, Int depth, Int plane, int channel, const float* biases,
+    // `whole` is the channel in the concatenation, of which biases and moves are.
+    __device__ Writer(const Maps& maps, const Plane& size, Int depth, Int plane, int whole, const float* biases,
                       const int* moved)
-        : data(data), channels(map.channels), channel(channel), together(true) {
+        : channel(whole), together(true) {
+        const Map map = maps.of(channel);
+        data = map.data, channels = map.channels;
         for (int i = 0; i < 4; ++i) {
             const bool there = channel + i < channels;
-            const Int d = plane % depth - (moved && there ? moved[channel + i] : 0);
+            const Int d = plane % depth - (moved && there ? moved[whole + i] : 0);
             inside[i] = d >= 0 && d < depth;
-            planes[i] = (plane / depth * depth + (d % depth + depth) % depth) * map.height * map.width * channels;
-            bias[i] = biases && there ? biases[channel + i] : 0;
+            planes[i] = (plane / depth * depth + (d % depth + depth) % depth) * size.height * size.width * channels;
+            bias[i] = biases && there ? biases[whole + i] : 0;
             together = together && planes[i] == planes[0] && inside[i] == inside[0];
         }
     }
@@ -162,22 +185,27 @@ struct Writer {
 };
 
 // y[plane, :, :, 16 · row ...] = bias + sum over the blocks of row: x, moved along depth by `shifts`, times weights.
-// A program is a tile and a row; `weights` lie as lanes read them, 9 · 256 numbers a block.
+// Both stand for concatenations, in which no block of 16 channels is of two maps. A program is a tile and a row; `weights` lie as lanes read them, 9 · 256 numbers a block.
 extern "C" __global__ __launch_bounds__(128, 4) void convolve(
-    const Half* x, const Half* weights, const float* bias, Half* y, const int* rows, const int* channels,
-    const int* shifts, const int* moves, Int num_rows, Int x_channels, Int y_channels, Int depth, Int height,
-    Int width) {
+    Half* first, Half* second, Half* third, const Half* weights, const float* bias, Half* first_y, Half* second_y,
+    Half* third_y, const int* rows, const int* channels, const int* shifts, const int* moves, Int first_channels,
+    Int second_channels, Int third_channels, Int first_width, Int second_width, Int third_width, Int num_rows, Int depth,
+    Int height, Int width) {
     SHARED char memory[2][Wide::BYTES + WEIGHTS];
-    const Map map{x, x_channels, height, width};
+    const Maps x{first, second, third, first_channels, second_channels, third_channels};
+    const Maps y{first_y, second_y, third_y, first_width, second_width, third_width};
+    const Plane size{height, width};
     const int row = blockIdx.x % num_rows, begin = rows[row] / RUN, end = rows[row + 1] / RUN;
-    const Place place(blockIdx.x / num_rows, map, Wide::HEIGHT - 2, Wide::WIDTH - 2);
+    const Place place(blockIdx.x / num_rows, size, Wide::HEIGHT - 2, Wide::WIDTH - 2);
     Wide tile;
-    tile.find_offsets(map, place.top, place.left);
+    tile.find_voxels(size, place.top, place.left);
     const int own = place.plane % depth;
     auto start = [&](int block) {
         char* to = memory[(block - begin) & 1];
         const int shift = shifts[block * RUN];
-        tile.start(to, map, place.plane - shift, own >= shift && own < depth + shift, channels[block * RUN]);
+        int channel = channels[block * RUN];
+        const Map map = x.of(channel);
+        tile.start(to, map, (place.plane - shift) * height * width, own >= shift && own < depth + shift, channel);
         for (int i = threadIdx.x; i < WEIGHTS / 16; i += Wide::THREADS)
             start_copy(to + Wide::BYTES + i * 16, weights + static_cast<Int>(block) * TAPS * 256 + i * PIECE, true);
         end_group();
@@ -197,8 +225,7 @@ extern "C" __global__ __launch_bounds__(128, 4) void convolve(
         add_block(from, from + Wide::BYTES, top, left, sums);
         __syncthreads();
     }
-    const Map on{y, y_channels, height, width};
-    const Writer writer(y, on, depth, place.plane, row * RUN + (lane() & 3) * 4, bias, moves);
+    const Writer writer(y, size, depth, place.plane, row * RUN + (lane() & 3) * 4, bias, moves);
 #pragma unroll
     for (int r = 0; r < SHARE; ++r)
 #pragma unroll
@@ -245,22 +272,26 @@ __device__ inline void add_products(const char* tile, const char* grad, int top,
 // out[part, k, tap, n] = sum over a part of the map of x[voxel at tap, channel k] · grad[voxel, 16 · row + n], where k
 // are the entries of a block. A program is a block and a share of the tiles; each of its warps writes a part of its own.
 extern "C" __global__ __launch_bounds__(64, 5) void find_weights_grad(
-    const Half* x, const Half* grad, float* out, const int* blocks, const int* channels, const int* shifts,
-    Int num_entries, Int x_channels, Int y_channels, Int planes, Int depth, Int height, Int width) {
+    Half* first, Half* second, Half* third, Half* grad, float* out, const int* blocks, const int* channels,
+    const int* shifts, Int first_channels, Int second_channels, Int third_channels, Int y_channels, Int num_entries,
+    Int planes, Int depth, Int height, Int width) {
     SHARED char memory[2][Narrow::BYTES + Inner::BYTES];
-    const Map in{x, x_channels, height, width}, on{grad, y_channels, height, width};
+    const Plane size{height, width};
     const int row = blocks[2 * blockIdx.x], entry = blocks[2 * blockIdx.x + 1], shift = shifts[entry];
+    int channel = channels[entry];
+    const Map in = Maps{first, second, third, first_channels, second_channels, third_channels}.of(channel);
+    const Map on{grad, y_channels};
     const Int across = (width + Inner::WIDTH - 1) / Inner::WIDTH, down = (height + Inner::HEIGHT - 1) / Inner::HEIGHT;
-    const Int tiles = planes * across * down;
+    const Int tiles = planes * across * down, voxels = height * width;
     Narrow tile;
     Inner inner;
     auto start = [&](Int number, int half) {
-        const Place place(number, in, Inner::HEIGHT, Inner::WIDTH);
+        const Place place(number, size, Inner::HEIGHT, Inner::WIDTH);
         const Int from = place.plane % depth - shift;
-        tile.find_offsets(in, place.top, place.left);
-        tile.start(memory[half], in, place.plane - shift, from >= 0 && from < depth, channels[entry]);
-        inner.find_offsets(on, place.top, place.left);
-        inner.start(memory[half] + Narrow::BYTES, on, place.plane, true, row * RUN);
+        tile.find_voxels(size, place.top, place.left);
+        tile.start(memory[half], in, (place.plane - shift) * voxels, from >= 0 && from < depth, channel);
+        inner.find_voxels(size, place.top, place.left);
+        inner.start(memory[half] + Narrow::BYTES, on, place.plane * voxels, true, row * RUN);
         end_group();
     };
     const int warp = threadIdx.x >> 5;

@@ -45,8 +45,8 @@ class GPUUnit(nn.Module):
         if torch.is_autocast_enabled(kind := sources[0].device.type):
             sources = [each.to(torch.get_autocast_dtype(kind)) for each in sources]
         by_blocks = not conv.dense_gradient and conv.blocks.density < DENSE
-        if by_blocks and tiles.suit(sources[0], BLOCK, conv.weight.shape, conv.stride):
-            y = block_conv(gather(sources, (0,)), conv.weight, conv.blocks, shifts=conv.shifts)
+        if by_blocks and tiles.suit(sources, BLOCK, conv.weight.shape, conv.stride):
+            y = block_conv(sources, conv.weight, conv.blocks, shifts=conv.shifts)
         else:
             y = _dense(gather(sources, conv.shifts), conv.weight, conv.stride)
         bias = norm.bias if conv.bias is None or not torch.is_grad_enabled() else norm.bias + 0 * conv.bias
