@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_conv.py                                  # 128³ patches in bfloat16; needs a GPU and Triton
     python benchmarks/gpu_conv.py --size 64 --dtype float16 --json conv.json --figure conv.png
+    python benchmarks/gpu_conv.py --single                         # each call by itself, Python and launches included
     python benchmarks/gpu_conv.py --tune                           # tries other cuts of the work for every layer
 
 Each layer is the first convolution (1, 3, 3) of a fusion node, at stage 1, of the paper's network. Dense is the faster
@@ -15,23 +16,24 @@ channels before conv3d, as the network does. Ours shifts while it reads. Pattern
     covered  the same connections inside the blocks of (16, 1) that cover them: at 80 % and 90 %, 97 % and 81 % of all
 
 Rows give how many times faster than dense alone first, and than shift + dense; then milliseconds, and the products
-that the pattern needs per second. Medians over rounds in which every row takes its turn. Before anything is timed,
+that the pattern needs per second. Everything is recorded in CUDA graphs, so that the GPU's time is measured and not
+Python's, ours and dense ones alike. Medians over rounds in which every row takes its turn. Before anything is timed,
 outputs and gradients are compared with dense ones; "error" is the largest difference, as a share of the largest value.
 """
 
 import argparse
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from _gpu import medians, needs_gpu, recorded
 from _measure import Action, Layer, layers
 from torch import Tensor
 from torch.nn.functional import conv2d, conv3d
@@ -113,22 +115,6 @@ def random_mask(layer: Layer, unit: tuple[int, int], sparsity: float, device: st
     return whole[: layer.outputs, : layer.inputs].to(device)
 
 
-def milliseconds(action: Action) -> float:
-    """Of one run, by the GPU's own clock."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    action()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def medians(actions: Mapping[Any, Action], rounds: int) -> dict[Any, float]:
-    """Milliseconds of each action, taking turns, after three rounds to warm up."""
-    times = [{name: milliseconds(action) for name, action in actions.items()} for _ in range(rounds + 3)][3:]
-    return {name: median(taken[name] for taken in times) for name in actions}
-
-
 def largest_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """As a share of the largest value."""
     return max(float((g - w).detach().abs().max() / w.detach().abs().max()) for g, w in zip(got, wanted, strict=True))
@@ -152,6 +138,8 @@ def measure(layer: Layer, sparsity: float, options: argparse.Namespace) -> list[
         run = lambda blocks=blocks, cut=cut: tensors.blocks(blocks, cut)  # noqa: E731
         actions[pattern, "forward"] = torch.no_grad()(run)
         actions[pattern, "step"] = lambda run=run: tensors.step(run())
+    if not options.single:
+        actions = {name: recorded(action) for name, action in actions.items()}
     times = medians(actions, options.rounds)
     needed = 2 * 9 * layer.inputs * layer.outputs * prod(layer.extent) * (1 - sparsity)
     rows = []
@@ -215,14 +203,13 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--single", action="store_true", help="no CUDA graphs")
     parser.add_argument("--tune", action="store_true", help="time 18 cuts of the work for each pattern first")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA GPU, and torch sees none.")
+    needs_gpu()
     options.device = "cuda"
-    torch.backends.cudnn.benchmark = True
     rows: list[Row] = []
     chosen = [layer for layer in layers(options.size) if layer.level in options.levels]
     for layer, sparsity in product(chosen, options.sparsity):

@@ -263,7 +263,8 @@ def test_a_wrong_setting_is_named(wrong):
         ({"workers": -1}, "workers of Execution"),
         ({"device": "abacus"}, "device of Execution: expected one that torch can use"),
         ({"engine": True, "precision": "bf16"}, "engine of Execution: expected float32 on a CPU"),
-        ({"engine": True, "device": "cuda"}, "engine of Execution"),
+        ({"engine": True, "device": "cuda"}, "engine of Execution.*half precision on a GPU"),
+        ({"engine": True, "compile": True}, "engine of Execution"),
     ],
     ids=str,
 )
@@ -306,6 +307,16 @@ def test_the_engine_changes_the_time_and_the_rounding_alone(begin, sparsity):
     go_on = begin(settings)
     go_on.load_state_dict(fast.state_dict())
     assert_same(go_on.model.state_dict(), fast.on_engine.state_dict())
+
+
+def test_blocks_of_channels_are_connected_or_not(begin):
+    settings = TrainSettings(epochs=1, iterations=3, interval=2, momentum=0.9, sparsity=0.5, block=2)
+    training = begin(settings)
+    go(training)
+    for mask in training.sparsifier.masks.values():
+        outputs, inputs = mask.shape[:2]
+        blocks = mask.reshape(outputs // 2, 2, inputs // 2, -1).transpose(1, 2).flatten(2)
+        assert torch.equal(blocks.any(2), blocks.all(2))
 
 
 def test_half_precision_trains_and_keeps_every_zero(begin):

@@ -16,7 +16,16 @@ def run(name: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["conv.py", "e2enet_inference.py", "training_step.py", "linear.py", "linear_training.py", "gpu_conv.py"]
+    "name",
+    [
+        "conv.py",
+        "e2enet_inference.py",
+        "training_step.py",
+        "linear.py",
+        "linear_training.py",
+        "gpu_conv.py",
+        "gpu_e2enet.py",
+    ],
 )
 def test_help_shows_a_command(name):
     assert f"python benchmarks/{name}" in run(name, "--help")

@@ -1,7 +1,7 @@
 """Kernels in CUDA: compiled when first called, by cuda-core, NVIDIA's own library (``pip install dstlib[gpu]``)."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,30 @@ def launch(source: str, name: str, size: tuple[Grid, int], x: Tensor, arguments:
 
     It takes 64-bit integers, doubles and pointers, of which None is null.
     """
-    from cuda.core import Device, LaunchConfig, Stream
-    from cuda.core import launch as start
-
-    Device(x.device.index).set_current()
-    stream = Stream.from_handle(torch.cuda.current_stream(x.device).cuda_stream)
+    core = _core()
+    core.Device(x.device.index).set_current()  # of this thread, in which torch may not have computed yet
+    stream = _stream(torch.cuda.current_stream(x.device).cuda_stream)
     numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
-    kernel = _kernel(source, name, x.dtype, x.device)
-    start(stream, LaunchConfig(grid=size[0], block=size[1]), kernel, *numbers)
+    core.launch(stream, _config(size), _kernel(source, name, x.dtype, x.device), *numbers)
+
+
+@cache
+def _core() -> Any:
+    """Loaded when the first kernel runs: it is an extra."""
+    import cuda.core
+
+    return cuda.core
+
+
+@cache
+def _stream(handle: int) -> Any:
+    return _core().Stream.from_handle(handle)
+
+
+@lru_cache(maxsize=1024)
+def _config(size: tuple[Grid, int]) -> Any:
+    grid, threads = size
+    return _core().LaunchConfig(grid=grid, block=threads)
 
 
 @cache
@@ -44,15 +60,14 @@ def _kernel(source: str, name: str, dtype: torch.dtype, device: torch.device) ->
 @cache
 def _compiled(source: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The kernels, compiled for a type and a device: a second or two, once in a process."""
-    from cuda.core import Program, ProgramOptions
-
+    core = _core()
     macros = ["BFLOAT16"] if dtype == torch.bfloat16 else None
     major, minor = _capability(device)
-    options = ProgramOptions(
+    options = core.ProgramOptions(
         std="c++17", arch=f"sm_{major}{minor}", define_macro=macros, include_path=str(_FOLDER), name=source
     )
     text = (_FOLDER / source).read_text(encoding="utf-8")
-    return Program(text, code_type="c++", options=options).compile("cubin")
+    return core.Program(text, code_type="c++", options=options).compile("cubin")
 
 
 @cache

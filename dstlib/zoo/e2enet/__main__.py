@@ -64,7 +64,7 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     lines.add_argument("--no-mirror", action="store_true", help="one pass, not one per mirror image: up to 8× faster")
     lines.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
     lines.add_argument("--device", default=None, help="(default: cuda if there is one, else cpu)")
-    lines.add_argument("--engine", action="store_true", help="compute on dstlib's engine, on the CPU, which is faster")
+    lines.add_argument("--engine", action="store_true", help="compute on dstlib's engine, which is faster")
     lines.set_defaults(command=_predict)
 
 
@@ -73,10 +73,10 @@ def _predict(options: argparse.Namespace) -> int:
 
     from dstlib.zoo.e2enet.evaluation.predict import outcome_table, predict_folder
     from dstlib.zoo.e2enet.trained import load_trained, on_engine
-    from dstlib.zoo.e2enet.training.settings import Execution, chosen_device
+    from dstlib.zoo.e2enet.training.settings import Execution, chosen_device, usual_precision
 
-    device = chosen_device(options.device, engine=options.engine)
-    execution = Execution(device=device, engine=options.engine)
+    device = chosen_device(options.device)
+    execution = Execution(device=device, precision=usual_precision(device), engine=options.engine)
     trained = load_trained(options.runs, device=execution.device)
     if execution.engine:
         trained = on_engine(trained)

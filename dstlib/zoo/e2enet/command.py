@@ -25,6 +25,7 @@ HELP = {
     "sparsity": "share of the fusion's connections that stay off, in [0, 1); 0 trains a dense network",
     "method": "how the sparse connections are chosen; 'dense' is the same as --sparsity 0",
     "interval": "iterations between mask updates, for the methods that have any",
+    "block": "channels on each side of what is connected or not: 1 as in the paper, 16 to compute less on a GPU",
     "val_iterations": "batches of the held-out cases to validate on after each epoch; 0 for none",
     "seed": "of the weights, the batches and the masks",
 }
@@ -115,7 +116,7 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
     group.add_argument("--compile", action="store_true", help="compile the network by torch.compile")
-    group.add_argument("--engine", action="store_true", help="compute on dstlib's engine, on the CPU, which is faster")
+    group.add_argument("--engine", action="store_true", help="compute on dstlib's engine, which is faster")
     group.add_argument(
         "--workers",
         type=int,

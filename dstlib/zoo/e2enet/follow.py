@@ -24,7 +24,7 @@ from dstlib.zoo.e2enet.training.interrupt import interruptible
 from dstlib.zoo.e2enet.training.log import Log
 from dstlib.zoo.e2enet.training.ranks import process_group
 from dstlib.zoo.e2enet.training.run import Run, open_run, read_checkpoint
-from dstlib.zoo.e2enet.training.settings import Execution, chosen_device
+from dstlib.zoo.e2enet.training.settings import Execution, chosen_device, usual_precision
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
 from dstlib.zoo.e2enet.training.train import train
 
@@ -43,10 +43,10 @@ def follow(recipe: Recipe, options: argparse.Namespace) -> Evaluation | None:
     """
     _check_options(options)
     preset = chosen_preset(recipe, options)
-    with process_group(chosen_device(options.device, engine=options.engine)) as (ranks, device):
+    with process_group(chosen_device(options.device)) as (ranks, device):
         execution = Execution(
             device=device,
-            precision=options.precision or ("fp16" if device.startswith("cuda") else "float32"),
+            precision=options.precision or usual_precision(device),
             channels_last=options.channels_last,
             compile=options.compile,
             engine=options.engine,

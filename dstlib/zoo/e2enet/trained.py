@@ -48,13 +48,14 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
 
 
 def on_engine(trained: Trained) -> Trained:
-    """The same networks by :func:`dstlib.accelerate`, which measures for some passes; they must be on the CPU."""
+    """The same networks by :func:`dstlib.accelerate`, which measures for some passes."""
     from dstlib.engine.accelerate import accelerate  # not before it is asked for
 
-    example = torch.zeros(1, len(trained.channels), *trained.patch_size)
-
     def fast(model: nn.Module) -> nn.Module:
-        with predicting(model):
+        device = next(model.parameters()).device
+        example = torch.zeros(1, len(trained.channels), *trained.patch_size, device=device)
+        # in the precision in which probabilities() will call it
+        with predicting(model), torch.autocast(device.type, enabled=device.type == "cuda"):
             return accelerate(model, example)
 
     return replace(trained, models=tuple(map(fast, trained.models)))

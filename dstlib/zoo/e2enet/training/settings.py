@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from dstlib.errors import SettingError, explain, similar
+from dstlib.masking.granularity import Block
 from dstlib.method import Method
 from dstlib.methods import DSFF, METHODS
 
@@ -24,9 +25,10 @@ class TrainSettings:
 
     ``optimizer`` is the paper's SGD with Nesterov ``momentum``, or AdamW, which has its own momenta and finds small
     structures in hundreds of iterations where SGD takes thousands. The learning rate falls by epoch as
-    (1 - epoch / epochs) ^ ``poly_exponent``. ``sparsity`` is the share of
-    the fusion's connections that stay off, 0 for a dense network; ``interval`` counts the iterations between
-    mask updates of the methods that have any. After each epoch the Dice of ``val_iterations`` batches of the
+    (1 - epoch / epochs) ^ ``poly_exponent``. ``sparsity`` is the share of the fusion's connections that stay off, 0 for
+    a dense network; ``interval`` counts the iterations between mask updates of the methods that have any. Connections
+    are on or off by blocks of ``block`` × ``block`` channels: single ones, as in the paper, or blocks of 16, with which
+    a GPU computes less. After each epoch the Dice of ``val_iterations`` batches of the
     held-out cases is taken, always the same ones; 0 for none.
 
     Raises:
@@ -46,6 +48,7 @@ class TrainSettings:
     sparsity: float = 0.8
     method: str = "dsff"
     interval: int = 1200
+    block: int = 1
     val_iterations: int = 0
     seed: int = 0
 
@@ -65,6 +68,7 @@ class TrainSettings:
             ("sparsity", 0 <= self.sparsity < 1, "a number in [0, 1)", "Pass 0.8 to keep a fifth, 0 for dense."),
             ("method", self.method in METHODS, f"one of {', '.join(METHODS)}", similar_to(self.method)),
             ("interval", self.interval >= 1, count, "The paper's is 1200, of 250,000 iterations."),
+            ("block", self.block >= 1, count, "The paper's is 1; 16 suits a GPU."),
             ("val_iterations", self.val_iterations >= 0, "a whole number from 0 up", "Pass 0 for no validation."),
             ("seed", 0 <= self.seed < 2**63, "a whole number from 0 up to 2^63", "Pass 0, say."),
         ]
@@ -91,7 +95,7 @@ class Execution:
     - ``precision``: of the forward pass; ``fp16`` scales the loss, as the paper's training does.
     - ``channels_last``: lays features out as (D, H, W, C), which GPUs like.
     - ``compile``: through torch.compile.
-    - ``engine``: through :func:`dstlib.accelerate`, which is for float32 on a CPU.
+    - ``engine``: through :func:`dstlib.accelerate`, for float32 on a CPU, or half precision on a GPU.
     - ``workers``: processes that draw the batches ahead; 0 draws them in between.
 
     Raises:
@@ -109,7 +113,7 @@ class Execution:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        count, alone = "a whole number from 0 up", "float32 on a CPU, neither channels last nor compiled"
+        count, alone = "a whole number from 0 up", "float32 on a CPU, half precision on a GPU, nothing else"
         checks: list[Check] = [
             ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS), "Pass float32 on a CPU."),
             ("engine", not self.engine or self._fits_engine, alone, "Leave the engine out, or the other."),
@@ -125,8 +129,8 @@ class Execution:
 
     @property
     def _fits_engine(self) -> bool:
-        plain = self.precision == "float32" and not self.channels_last and not self.compile
-        return plain and self.device.partition(":")[0] == "cpu"
+        plain = not self.channels_last and not self.compile
+        return plain and (self.precision != "float32") == self.device.startswith("cuda")
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -134,13 +138,22 @@ class Execution:
         return {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
-def chosen_device(given: str | None, *, engine: bool) -> str:
-    """The device that was given, else a GPU, if there is one and the engine is not asked for, which is for CPUs.
+def chosen_device(given: str | None) -> str:
+    """The device that was given, else a GPU, if there is one.
 
-    >>> chosen_device(None, engine=True), chosen_device("cuda:1", engine=False)
-    ('cpu', 'cuda:1')
+    >>> chosen_device("cuda:1")
+    'cuda:1'
     """
-    return given or ("cuda" if torch.cuda.is_available() and not engine else "cpu")
+    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usual_precision(device: str) -> Precision:
+    """That of a device, if none was asked for.
+
+    >>> usual_precision("cuda:1"), usual_precision("cpu")
+    ('fp16', 'float32')
+    """
+    return "fp16" if device.startswith("cuda") else "float32"
 
 
 def refuse_first(where: str, settings: object, checks: Sequence[Check]) -> None:
@@ -164,8 +177,10 @@ def similar_to(method: str) -> str:
     return f"Similar: {similar(method, METHODS)}."
 
 
-def kernel_method(name: str, interval: int) -> Method:
+def kernel_method(name: str, interval: int, block: int = 1) -> Method:
     """A method as the recipes compare it: on whole kernels at one density, as DSFF, whatever its paper did.
+
+    With ``block`` above 1, on blocks of so many output and input channels.
 
     Two runs that differ in the method then differ in its rule alone.
 
@@ -177,7 +192,7 @@ def kernel_method(name: str, interval: int) -> Method:
     method = METHODS[name]
     return replace(
         method,
-        granularity=DSFF.granularity,
+        granularity=DSFF.granularity if block == 1 else Block(block, block),
         distribution=DSFF.distribution,
         interval=None if method.interval is None else interval,
     )

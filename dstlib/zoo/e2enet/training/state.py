@@ -128,7 +128,7 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
 
 def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -> Sparsifier:
     _refuse_late_updates(settings)
-    method = kernel_method(settings.method, settings.interval)
+    method = kernel_method(settings.method, settings.interval, settings.block)
     is_e2enet = isinstance(model, E2ENet)
     return sparsify(
         model,
@@ -143,7 +143,7 @@ def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -
 
 def _refuse_late_updates(settings: TrainSettings) -> None:
     """In the words of the command line; sparsify() would say the same of its own arguments."""
-    method = kernel_method(settings.method, settings.interval)
+    method = kernel_method(settings.method, settings.interval, settings.block)
     clock = method.clock(settings.num_iterations)
     if isinstance(clock, Every) and clock.last == clock.start:
         given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
@@ -179,13 +179,20 @@ def as_trained(model: nn.Module) -> None:
     model.deep_supervision = True  # type: ignore[assignment]
 
 
+def autocast(training: Training) -> torch.autocast:
+    """In which the model computes in the training's precision."""
+    dtype = training.execution.autocast_dtype
+    return torch.autocast(training.device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def _accelerated(training: Training, example: Tensor) -> nn.Module:
     from dstlib.engine.accelerate import accelerate  # not before it is asked for
 
     as_trained(training.model)
-    if training.sparsifier:
-        return training.sparsifier.accelerate(training.model, example)
-    return accelerate(training.model, example)
+    with autocast(training):
+        if training.sparsifier:
+            return training.sparsifier.accelerate(training.model, example)
+        return accelerate(training.model, example)
 
 
 def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) -> list[str]:

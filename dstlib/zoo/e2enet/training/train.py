@@ -19,7 +19,7 @@ from dstlib.zoo.e2enet.data.patches import PatchSettings
 from dstlib.zoo.e2enet.evaluation.inference import predicting
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.settings import TrainSettings
-from dstlib.zoo.e2enet.training.state import Training, as_trained, parallel
+from dstlib.zoo.e2enet.training.state import Training, as_trained, autocast, parallel
 
 
 def train(
@@ -93,7 +93,7 @@ def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Ten
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate_at(training.iteration // settings.iterations)
     optimizer.zero_grad(set_to_none=True)
-    with _autocast(training):
+    with autocast(training):
         logits = network(_on_device(images, training))
     loss = deep_supervision_loss(logits, labels.to(device, non_blocking=True))
     value = training.ranks.mean(float(loss.detach()), device)
@@ -108,11 +108,6 @@ def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Ten
     training.iteration += 1
     training.loss_sum += value
     return value
-
-
-def _autocast(training: Training) -> torch.autocast:
-    dtype = training.execution.autocast_dtype
-    return torch.autocast(training.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _on_device(images: Tensor, training: Training) -> Tensor:
@@ -145,7 +140,7 @@ def validate(training: Training, held_out: Sequence[Case], patches: PatchSetting
     settings = training.settings
     plain = patches.plain()
     overlap, sizes = np.zeros(256), np.zeros(256)
-    with predicting(training.predictor) as model, _autocast(training):
+    with predicting(training.predictor) as model, autocast(training):
         for images, labels in batches(held_out, plain, seed=settings.seed, start=0, stop=settings.val_iterations):
             predicted = model(_on_device(images, training)).argmax(dim=1).cpu().numpy()
             truth = labels[:, 0].numpy()
