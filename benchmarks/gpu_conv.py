@@ -115,6 +115,12 @@ def random_mask(layer: Layer, unit: tuple[int, int], sparsity: float, device: st
     return whole[: layer.outputs, : layer.inputs].to(device)
 
 
+def checked_error(tensors: Tensors, blocks: Blocks) -> float:
+    """Of output and gradients. Their graphs end here: steps cannot be recorded while one of this stream lives."""
+    got, wanted = tensors.blocks(blocks), tensors.dense(blocks.cover, shifted=True)
+    return largest_error((got, *tensors.step(got)), (wanted, *tensors.step(wanted)))
+
+
 def largest_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """As a share of the largest value."""
     return max(float((g - w).detach().abs().max() / w.detach().abs().max()) for g, w in zip(got, wanted, strict=True))
@@ -132,8 +138,7 @@ def measure(layer: Layer, sparsity: float, options: argparse.Namespace) -> list[
     for pattern, (unit, size) in PATTERNS.items():
         mask = random_mask(layer, unit, sparsity, options.device)
         blocks = Blocks.of(mask, size)
-        y, dense = tensors.blocks(blocks), tensors.dense(blocks.cover, shifted=True)
-        errors[pattern] = largest_error((y, *tensors.step(y)), (dense, *tensors.step(dense)))
+        errors[pattern] = checked_error(tensors, blocks)
         cut = cuts[pattern] = tuned(tensors, blocks, options.rounds) if options.tune else None
         run = lambda blocks=blocks, cut=cut: tensors.blocks(blocks, cut)  # noqa: E731
         actions[pattern, "forward"] = torch.no_grad()(run)
