@@ -32,7 +32,7 @@ from dstlib.report import align
 from dstlib.zoo.e2enet import E2ENet
 from dstlib.zoo.e2enet.baselines import build_model
 
-PASSES = ("forward", "forward in a graph", "step", "step in a graph")
+PASSES = ("forward", "forward graph", "step", "step graph")
 HEADER = ("image", "network", *(f"{what}: × plain" for what in PASSES), *(f"{what}: × nnU-Net" for what in PASSES))
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Result = dict[str, Any]
@@ -69,9 +69,7 @@ def measure(size: int, options: Any) -> list[Result]:
         progress(f"{size}³: {name}")
         forward, step = passes(model, image, dtype)
         times[name] = medians({"forward": forward, "step": step}, options.repeats)
-        times[name] |= medians(
-            {"forward in a graph": recorded(forward), "step in a graph": recorded(step)}, options.repeats
-        )
+        times[name] |= medians({"forward graph": recorded(forward), "step graph": recorded(step)}, options.repeats)
         torch.cuda.reset_peak_memory_stats()
         step()
         memory[name] = torch.cuda.max_memory_allocated() / 2**30

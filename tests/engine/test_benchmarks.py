@@ -25,6 +25,7 @@ def run(name: str, *options: str) -> str:
         "linear_training.py",
         "gpu_conv.py",
         "gpu_e2enet.py",
+        "gpu_losses.py",
     ],
 )
 def test_help_shows_a_command(name):
