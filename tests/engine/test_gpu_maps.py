@@ -89,6 +89,11 @@ def test_maps_are_normalised_and_activated(
     assert max(error(*pair) for pair in zip(others, wanted[1:], strict=True)) <= 1e-4
 
 
+def test_more_channels_than_threads_have_are_shifted_by_torch(device: str) -> None:
+    x = normal(1, 2056, 3, 1, 1, dtype=torch.bfloat16)
+    assert torch.equal(maps.gather([x.to(device)], (1, -1)).cpu(), shift(x, (1, -1), axis=2))
+
+
 def test_other_channels_and_types_are_normalised_by_torch(device: str) -> None:
     for x in (normal(1, 12, 2, 3, 3).half(), normal(1, 8, 2, 3, 3)):
         x, weight = x.to(device), torch.ones(x.shape[1], device=device, dtype=x.dtype)

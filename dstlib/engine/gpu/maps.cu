@@ -64,7 +64,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void move(
 }
 
 // out (2, channels) = what the threads of a program have summed up.
-__device__ inline void add_threads(const float (&first)[PIECE], const float (&second)[PIECE], float* out, int channels) {
+__device__ inline void add_threads(const float (&first)[PIECE], const float (&second)[PIECE], float* out,
+                                   int channels) {
     SHARED float memory[THREADS][2 * PIECE + 1];  // one more, so that neighbours lie in different banks
     const int pieces = channels / PIECE;
     for (int i = 0; i < PIECE; ++i) {
@@ -88,7 +89,8 @@ __device__ inline float* own_part(float* parts, Int channels) {
 
 // parts (B, shares, 2, C) = sums of x - p and of its squares, where p is the first voxel's number, so that what all
 // voxels have in common does not cost digits.
-extern "C" __global__ __launch_bounds__(THREADS) void sum_squares(const Half* x, float* parts, Int voxels, Int channels) {
+extern "C" __global__ __launch_bounds__(THREADS) void sum_squares(const Half* x, float* parts, Int voxels,
+                                                                  Int channels) {
     const Walk walk(voxels, static_cast<int>(channels / PIECE));
     x += blockIdx.y * voxels * channels + walk.channel;
     float pivot[PIECE], sums[PIECE] = {}, squares[PIECE] = {};

@@ -20,6 +20,7 @@ from dstlib.layers.shift import channel_groups, shift
 
 _SOURCE = "maps.cu"
 _THREADS, _PIECE = 256, 8  # of a program; numbers that a thread reads at once
+_MOST = _THREADS * _PIECE  # channels of a map: each thread keeps to eight
 _VISITS, _PROGRAMS = 8, 1024  # voxels that a thread visits at least; programs that keep a large GPU busy
 
 
@@ -30,7 +31,7 @@ def gather(sources: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """
     if len(sources) == 1 and not any(sizes):
         return sources[0]
-    if len(sources) > 3 or not all(map(cuda.computes, sources)):
+    if len(sources) > 3 or not all(map(cuda.computes, sources)) or max(x.shape[1] for x in sources) > _MOST:
         return shift(torch.cat(list(sources), dim=1), sizes, axis=2)
     first, second, third = (*sources, None, None)[:3]
     return _gather(first, second, third, list(sizes))
@@ -42,7 +43,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float)
     Sums, weights and biases are of float32, whatever the type of x.
     """
     channels = x.shape[1]
-    if not cuda.computes(x) or channels % _PIECE or channels > _THREADS * _PIECE or not x.numel():
+    if not cuda.computes(x) or channels % _PIECE or channels > _MOST or not x.numel():
         return leaky_relu(instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
     y: Tensor = _normalise(x, weight, bias, eps, slope)[0]
     return y

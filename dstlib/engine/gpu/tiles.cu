@@ -185,7 +185,8 @@ struct Writer {
 };
 
 // y[plane, :, :, 16 · row ...] = bias + sum over the blocks of row: x, moved along depth by `shifts`, times weights.
-// Both stand for concatenations, in which no block of 16 channels is of two maps. A program is a tile and a row; `weights` lie as lanes read them, 9 · 256 numbers a block.
+// Both stand for concatenations, in which no block of 16 channels is of two maps. A program is a tile and a row;
+// `weights` lie as lanes read them, 9 · 256 numbers a block.
 extern "C" __global__ __launch_bounds__(128, 4) void convolve(
     Half* first, Half* second, Half* third, const Half* weights, const float* bias, Half* first_y, Half* second_y,
     Half* third_y, const int* rows, const int* channels, const int* shifts, const int* moves, Int first_channels,
