@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.functional import conv3d
 
 from dstlib.engine.connections import Connections
-from dstlib.engine.conv_calls import form_of, prepare
 from dstlib.engine.convolution import Geometry, Weights, conv
 from dstlib.engine.layouts import to_depth_last
+from dstlib.engine.ready import Ready
 from dstlib.layers import shift
 from dstlib.report import align
 
@@ -109,8 +109,13 @@ def on_engine(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Action:
     weights = Weights(weight, bias, active, active)
     channels = torch.arange(x.shape[1], dtype=torch.int32)
     geometry = Geometry(channels // -(-len(channels) // len(SHIFTS)) - 1)  # the shift of each: SHIFTS, by thirds
-    prepared, placed = prepare(weight, active.index, form_of(weight, geometry.stride)), to_depth_last(x)
-    return lambda: conv([(placed, None)], weights, geometry, prepared=prepared)
+    ready, placed = Ready(weights, geometry), to_depth_last(x)
+
+    def action() -> Tensor:
+        found = ready([(placed, None)])
+        return found[0] if found else conv([(placed, None)], weights, geometry)
+
+    return action
 
 
 def random_mask(layer: Layer, sparsity: float) -> Tensor:

@@ -92,6 +92,7 @@ LEVELS = {
     "engine.conv_calls": 6,
     "engine.convolution": 7,
     "engine.pending": 8,
+    "engine.ready": 8,
     "engine.fast_layers": 9,
     "engine.eligible": 10,
     "engine.following": 10,

@@ -49,11 +49,10 @@ class Weights:
         return [tensor for c in each for tensor in (c.rows, c.cols, c.index)]
 
 
-def conv(sources: Sequence[Mapped], weights: Weights, geometry: Geometry, *, prepared: Tensor | None = None) -> Tensor:
+def conv(sources: Sequence[Mapped], weights: Weights, geometry: Geometry) -> Tensor:
     """The convolution of the concatenated, activated sources: (N, O, D / d, H / h, W / w), rounded up, depth last.
 
-    Gradients are those of the activated sources; the weight's has zeros where no connection is graded. ``prepared``
-    is what :func:`~dstlib.engine.conv_calls.prepare` made of the weight, where it has not changed since.
+    Gradients are those of the activated sources; the weight's has zeros where no connection is graded.
 
     >>> full = Connections.of(torch.ones(1, 1, dtype=torch.bool))
     >>> moved = Geometry(torch.ones(1, dtype=torch.int32))  # depth 1 reads depth 0
@@ -61,28 +60,22 @@ def conv(sources: Sequence[Mapped], weights: Weights, geometry: Geometry, *, pre
     >>> conv([(x, None)], Weights(torch.ones(1, 1, 1, 1, 1), None, full, full), moved).flatten()
     tensor([0., 1.])
     """
-    call = _call(sources, weights, geometry)
+    call = call_of(sources, weights, geometry)
     if _is_plain(*call.maps, *call.parameters):
-        return convolve(call, prepared=prepared)[0]
+        return convolve(call)[0]
     return _conv_op(call.maps, call.parameters, call.fixed, call.numbers)
 
 
 def unit(
-    sources: Sequence[Mapped],
-    weights: Weights,
-    geometry: Geometry,
-    norm: nn.InstanceNorm3d,
-    slope: float,
-    *,
-    prepared: Tensor | None = None,
+    sources: Sequence[Mapped], weights: Weights, geometry: Geometry, norm: nn.InstanceNorm3d, slope: float
 ) -> Mapped:
     """The convolution, then the affine instance norm and max(y, slope · y), which readers apply.
 
     Returns the convolution's output with its norm; its gradient is that of the activated map.
     """
-    call, affine = _call(sources, weights, geometry), [norm.weight, norm.bias]
+    call, affine = call_of(sources, weights, geometry), [norm.weight, norm.bias]
     if _is_plain(*call.maps, *call.parameters, *affine):
-        y, normed = convolve(call, (norm.weight, norm.bias, norm.eps), prepared)
+        y, normed = convolve(call, (norm.weight, norm.bias, norm.eps))
     else:
         parameters, numbers = [*call.parameters, *affine], [norm.eps, slope, *call.numbers]
         y, normed = _unit_op(call.maps, parameters, call.fixed, numbers)
@@ -97,7 +90,8 @@ def _is_plain(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, nn.Parameter) and not (records and x.requires_grad) for x in tensors)
 
 
-def _call(sources: Sequence[Mapped], weights: Weights, geometry: Geometry) -> Call:
+def call_of(sources: Sequence[Mapped], weights: Weights, geometry: Geometry) -> Call:
+    """The convolution as operators take it."""
     maps = [x for x, _ in sources]
     empty = maps[0].new_empty(0)
     norms = [tensor for _, norm in sources for tensor in (norm[:2] if norm else (empty, empty))]

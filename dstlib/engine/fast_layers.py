@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.engine.connections import Connections
-from dstlib.engine.conv_calls import form_of, prepare
+from dstlib.engine.conv_calls import Affine
 from dstlib.engine.convolution import Geometry, Mapped, Weights, conv, unit
 from dstlib.engine.layouts import to_channels_first
 from dstlib.engine.pending import Pending, mapped
 from dstlib.engine.pooling import max_pool
+from dstlib.engine.ready import Ready
 from dstlib.engine.upsampling import upsample
 from dstlib.layers.blocks import Unit
 from dstlib.layers.fusion import FusionNode
@@ -33,7 +34,7 @@ class _Kernels:
     def set_mask(self, mask: Tensor) -> None:
         """Follows a mask of the weight's shape: a connection is active where any of its taps is."""
         self.active = self._connections(mask)
-        self._prepared: tuple[tuple[object, ...], Tensor] | None = None
+        self._ready: tuple[tuple[object, ...], Ready] | None = None
 
     def _connections(self, mask: Tensor) -> Connections:
         pairs = mask.flatten(2).any(dim=2)
@@ -44,14 +45,19 @@ class _Kernels:
         """The connections whose gradient is wanted."""
         return self.all if self.dense_gradient else self.active
 
-    def prepared(self, stride: Sequence[int]) -> Tensor | None:
-        """The kernels transformed once for all calls between two changes of the weight, where nobody trains it."""
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+    def weights(self, bias: Tensor | None) -> Weights:
+        """The weight and its connections, with a bias."""
+        return Weights(self.weight, bias, self.active, self.graded)
+
+    def ready(self, bias: Tensor | None, geometry: Geometry, affine: Affine | None = None) -> Ready | None:
+        """The convolution ready to run until one of its parameters changes; None where somebody may record it."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        state = (self.weight.data_ptr(), self.weight._version)
-        if self._prepared is None or self._prepared[0] != state:
-            self._prepared = state, prepare(self.weight, self.active.index, form_of(self.weight, stride))
-        return self._prepared[1]
+        others = [x for x in (bias, *(affine or ())[:2]) if x is not None]
+        state = (self.weight._version, self.weight.data_ptr(), *[x.data_ptr() for x in others])
+        if self._ready is None or self._ready[0] != state:
+            self._ready = state, Ready(self.weights(bias), geometry, affine)
+        return self._ready[1]
 
 
 class FastConv(nn.Module):
@@ -68,8 +74,9 @@ class FastConv(nn.Module):
         """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), whose samples then take the place of depths."""
         flat = x.ndim == 4
         source = (x.transpose(0, 1).unsqueeze(0), None) if flat else mapped(x)
-        weights = Weights(self.weight, self.bias, self.kernels.active, self.kernels.graded)
-        y = to_channels_first(conv([source], weights, self.geometry, prepared=self.kernels.prepared(self.stride)))
+        ready = self.kernels.ready(self.bias, self.geometry)
+        found = ready and ready([source])
+        y = to_channels_first(found[0] if found else conv([source], self.kernels.weights(self.bias), self.geometry))
         return y.squeeze(0).transpose(0, 1) if flat else y
 
 
@@ -93,10 +100,13 @@ class FastUnit(nn.Module):
 
     def fuse(self, sources: Sequence[Mapped]) -> Tensor:
         """The unit on the concatenation of maps."""
-        weights = Weights(self.conv.weight, self.conv.bias, self.kernels.active, self.kernels.graded)
-        prepared = self.kernels.prepared(self.conv.stride)
-        slope = self.activation.negative_slope
-        y, norm = unit(sources, weights, self.geometry, self.norm, slope, prepared=prepared)
+        slope, bias, after = self.activation.negative_slope, self.conv.bias, self.norm
+        ready = self.kernels.ready(bias, self.geometry, (after.weight, after.bias, after.eps))
+        found = ready and ready(sources)
+        if found:
+            y, normed = found
+            return Pending.of(y, (normed[0], normed[1], slope))
+        y, norm = unit(sources, self.kernels.weights(bias), self.geometry, after, slope)
         assert norm is not None
         return Pending.of(y, norm)
 

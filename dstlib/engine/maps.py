@@ -21,14 +21,23 @@ def empty_depth_last(size: tuple[int, int, int, int, int], like: Tensor) -> Tens
     Rows that would begin a multiple of ``PAGE`` apart are padded: all rows and channels would otherwise share the same
     few places of the caches.
     """
+    num, strides = depth_last(size)
+    reusable = like.dtype == torch.float32 and type(like) is Tensor and like.device.type == "cpu"
+    memory = buffer(num) if reusable else like.new_empty(num)
+    return memory.as_strided(size, strides)
+
+
+def depth_last(size: tuple[int, int, int, int, int]) -> tuple[int, tuple[int, int, int, int, int]]:
+    """How many numbers such a map takes, and its strides.
+
+    >>> depth_last((1, 2, 3, 4, 5))
+    (120, (120, 60, 1, 15, 3))
+    """
     batch, channels, depth, height, width = size
     row = width * depth
     row += PADDING if row % PAGE == 0 else 0
     channel = height * row + (PADDING // 2 if row > width * depth else 0)
-    strides = (channels * channel, channel, 1, row, depth)
-    reusable = like.dtype == torch.float32 and type(like) is Tensor and like.device.type == "cpu"
-    memory = buffer(batch * channels * channel) if reusable else like.new_empty(batch * channels * channel)
-    return memory.as_strided(size, strides)
+    return batch * channels * channel, (channels * channel, channel, 1, row, depth)
 
 
 def source(x: Tensor, norm: Norm | None = None) -> Source:

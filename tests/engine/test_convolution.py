@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine import conv_calls, convolution, library
+from dstlib.engine import calls, conv_calls, convolution, library
 from dstlib.engine.connections import Connections
 from dstlib.engine.convolution import Geometry, Mapped, Weights, conv, unit
 from dstlib.engine.layouts import materialise
 from dstlib.engine.maps import activated
+from dstlib.engine.ready import Ready
 from dstlib.layers import Shift, Unit
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -307,16 +308,24 @@ def test_unit_is_the_plain_one(kernel: int, stride: tuple[int, int, int], batch:
     assert plain.conv.bias.grad.abs().max() < 0.1
 
 
-def test_a_prepared_weight_gives_the_same():
-    sources, weights, geometry = EXAMPLE.sources(), EXAMPLE.weights(), EXAMPLE.geometry()
-    prepared = conv_calls.prepare(weights.weight, weights.active.index, conv_calls.SQUARES)
-    with torch.no_grad():
-        again = conv(sources, weights, geometry, prepared=prepared)
-    assert torch.equal(again, conv(sources, weights, geometry))
+@many
+@given(case=cases())
+def test_a_convolution_that_is_ready_gives_the_same(case: Case):
+    sources, weights, geometry = case.sources(), case.weights(), case.geometry()
+    affine = (_random(case.outputs, seed=1), _random(case.outputs, seed=2), 1e-5)
+    ready, call = Ready(weights, geometry, affine), convolution.call_of(sources, weights, geometry)
+    readable = calls.kernels() and all(x.stride(2) == 1 or x.shape[2] == 1 for x, _ in sources)
+    for seed in (1, 2):  # the second call is described by the first
+        for x, _ in sources:
+            x.data.copy_(_random(*x.shape, seed=case.seed + 100 * seed))
+        with torch.no_grad():
+            found, wanted = ready(sources), conv_calls.convolve(call, affine)
+        assert (found is not None) == bool(readable)
+        assert not found or (torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1]))
 
 
 def _arguments(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
-    call = convolution._call(case.sources(), case.weights(), case.geometry())
+    call = convolution.call_of(case.sources(), case.weights(), case.geometry())
     return call.maps, call.parameters, call.fixed, call.numbers
 
 
@@ -383,7 +392,7 @@ def _results(case: Case) -> list[Tensor]:
     """The norm, outputs and all gradients."""
     sources, weights, geometry = case.sources(), case.weights(), case.geometry()
     affine = (torch.ones(case.outputs), torch.zeros(case.outputs), 1e-5)
-    _, normed = conv_calls.convolve(convolution._call(sources, weights, geometry), affine)
+    _, normed = conv_calls.convolve(convolution.call_of(sources, weights, geometry), affine)
     y = conv(sources, weights, geometry)
     leaves = [*(x for x, _ in sources), weights.weight, weights.bias]
     return [normed, y.detach(), *torch.autograd.grad(y, leaves, case.grad(y))]
