@@ -115,7 +115,8 @@ def describe(
 ) -> Conv:
     """The call as its kernel reads it, of maps that lie depth last; ``norm`` is gamma, beta, eps, and what it finds."""
     job = _job(maps, call, y)
-    job.pattern = pattern(*call.pattern[:2], call.weight.shape[1])
+    rows, cols = call.pattern[:2]
+    job.pattern = pattern(rows, cols, call.weight.shape[1])
     job.weights, job.shifts = prepared.data_ptr(), call.shifts.data_ptr()
     if call.bias is not None:
         job.bias = call.bias.data_ptr()

@@ -11,9 +11,8 @@ from dstlib.engine.convolution import Mapped
 from dstlib.engine.layouts import materialise
 from dstlib.engine.maps import Norm
 
-_ABOUT = {
-    getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn", "layout")
-}
+_PROPERTIES = ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn", "layout")
+_ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
 _ABOUT |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__}  # what needs no value
 
 

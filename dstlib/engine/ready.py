@@ -44,7 +44,7 @@ class Ready:
         self._jobs: dict[Key, _Job | None] = {}
 
     def __call__(self, sources: Sequence[Mapped]) -> tuple[Tensor, Tensor] | None:
-        """The output and what the norm finds, as of ``convolve``; None for maps that kernels cannot read as they lie."""
+        """The output and what the norm finds, as of ``convolve``; None for maps that kernels cannot read so."""
         key = tuple([(type(x), x.dtype, x.is_cpu, x.shape, x.stride(), norm is None) for x, norm in sources])
         if key not in self._jobs:
             self._jobs[key] = self._job(sources)

@@ -361,6 +361,20 @@ def test_any_other_operation_sees_the_values(operation: Any):
     torch.testing.assert_close(result, operation(values))
 
 
+@pytest.mark.parametrize("about", ["shape", "ndim", "dtype", "device", "requires_grad", "layout"])
+def test_what_is_asked_about_a_pending_map_writes_nothing(about: str, monkeypatch: pytest.MonkeyPatch):
+    pending, values = _pending()
+
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("written out")
+
+    monkeypatch.setattr("dstlib.engine.pending.materialise", refuse)
+    expected = True if about == "requires_grad" else getattr(values, about)
+    assert getattr(pending, about) == expected
+    with pytest.raises(AssertionError, match="written out"):
+        pending + 0
+
+
 def test_gradients_pass_through_foreign_operations():
     unit = Unit(3, 4, kernel_size=(1, 3, 3))
     plain = copy.deepcopy(unit)
