@@ -13,6 +13,7 @@ from dstlib.engine.buffers import buffer
 from dstlib.engine.calls import kernels_for
 from dstlib.engine.conv_calls import SQUARES, Affine, describe, form_of, output_size, prepare
 from dstlib.engine.convolution import Geometry, Mapped, Weights, call_of
+from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import check
 from dstlib.engine.maps import depth_last, empty_depth_last
 from dstlib.engine.structs_conv import Conv
@@ -44,7 +45,7 @@ class Ready:
         self._jobs: dict[Key, _Job | None] = {}
 
     def __call__(self, sources: Sequence[Mapped]) -> tuple[Tensor, Tensor] | None:
-        """The output and what the norm finds, as of ``convolve``; None for maps that kernels cannot read so."""
+        """The output and what the norm finds, as of ``convolve``; None for maps that kernels cannot read."""
         key = tuple([(type(x), x.dtype, x.is_cpu, x.shape, x.stride(), norm is None) for x, norm in sources])
         if key not in self._jobs:
             self._jobs[key] = self._job(sources)
@@ -52,7 +53,8 @@ class Ready:
         if job is None:
             return None
         conv = Conv.from_buffer_copy(job.conv)
-        for source, (x, norm) in zip(conv.sources, sources, strict=False):
+        maps = [to_depth_last(x) for x, _ in sources]
+        for source, x, (_, norm) in zip(conv.sources, maps, sources, strict=False):
             source.data = x.data_ptr()
             if norm:
                 source.scale, source.offset, source.slope = norm[0].data_ptr(), norm[1].data_ptr(), norm[2]
@@ -67,14 +69,14 @@ class Ready:
     def _job(self, sources: Sequence[Mapped]) -> _Job | None:
         call = call_of(sources, self.weights, self.geometry)
         found = kernels_for(*call.maps, *call.parameters)
-        plain = all(type(x) is Tensor and (x.stride(2) == 1 or x.shape[2] == 1) for x in call.maps)
-        if not found or not plain:
+        if not found or any(type(x) is not Tensor for x in call.maps):
             return None
-        size = output_size(call.maps[0], call.weight, call.stride)
-        y = empty_depth_last(size, call.maps[0])
+        maps = [to_depth_last(x) for x in call.maps]
+        size = output_size(maps[0], call.weight, call.stride)
+        y = empty_depth_last(size, maps[0])
         norm = (*self.affine, y) if self.affine else None  # where it finds what is an address like those of the maps
         form = form_of(call.weight, call.stride, size[3:])
         if form not in self._prepared:
             self._prepared[form] = prepare(call.weight, call.pattern[2], form)
         kernel = found.conv_squares if form == SQUARES else found.conv_taps
-        return _Job(describe(call.maps, call, self._prepared[form], y, norm), kernel, size, *depth_last(size))
+        return _Job(describe(maps, call, self._prepared[form], y, norm), kernel, size, *depth_last(size))
