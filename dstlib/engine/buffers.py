@@ -7,15 +7,15 @@ the C library gives blocks of that size back at once.
 import mmap
 import threading
 import weakref
-from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes from which it pays; the C library keeps smaller blocks by itself
 GRAIN = 1 << 16
-_lock = threading.Lock()
-_idle: dict[int, list[mmap.mmap]] = defaultdict(list)
+MOST = 2  # times what has been of use at one time is kept: sizes are not all wanted at the same time
+_lock = threading.RLock()  # the garbage of a thread that holds it may give blocks back
+_idle: list[tuple[int, mmap.mmap]] = []  # sizes in bytes and blocks, in the order in which they came back
 _bytes = {"idle": 0, "used": 0, "peak": 0}
 
 
@@ -29,11 +29,12 @@ def buffer(num: int) -> Tensor:
     if size < SMALLEST:
         return torch.empty(num)
     with _lock:
-        block = _idle[size].pop() if _idle[size] else None
-        if block:
-            _bytes["idle"] -= size
+        block = _take(size)
         _bytes["used"] += size
         _bytes["peak"] = max(_bytes["peak"], _bytes["used"])
+        while _idle and _bytes["idle"] + _bytes["used"] > MOST * _bytes["peak"]:
+            oldest, _ = _idle.pop(0)
+            _bytes["idle"] -= oldest
     block = block or _allocate(size)
     view = memoryview(block)  # torch holds this very object for as long as it uses the memory
     weakref.finalize(view, _give_back, block, size).atexit = False
@@ -45,6 +46,15 @@ def release_memory() -> None:
     with _lock:
         _idle.clear()
         _bytes.update(idle=0, peak=_bytes["used"])
+
+
+def _take(size: int) -> mmap.mmap | None:
+    """The idle block of this size that was used last, which caches may still know."""
+    for i in reversed(range(len(_idle))):
+        if _idle[i][0] == size:
+            _bytes["idle"] -= size
+            return _idle.pop(i)[1]
+    return None
 
 
 def _allocate(size: int) -> mmap.mmap:
@@ -59,6 +69,5 @@ def _allocate(size: int) -> mmap.mmap:
 def _give_back(block: mmap.mmap, size: int) -> None:
     with _lock:
         _bytes["used"] -= size
-        if _bytes["idle"] + size <= _bytes["peak"]:  # never more than has been of use at one time
-            _idle[size].append(block)
-            _bytes["idle"] += size
+        _bytes["idle"] += size
+        _idle.append((size, block))

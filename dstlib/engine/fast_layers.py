@@ -137,15 +137,18 @@ class FastFusionNode(nn.Module):
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
         """The maps of this level, the coarser and the finer one, as of the plain node."""
-        sources = [mapped(same), (self.upward(coarser), None)]
-        if finer is not None and self.downward is not None:
-            sources.append((max_pool(*mapped(finer), three(self.downward.kernel_size)), None))
         first, *others = self.units
         assert isinstance(first, FastUnit)
-        x = first.fuse(sources)
+        x = first.fuse(self._sources(same, coarser, finer))  # whose memory serves again from here on
         for each in others:
             x = each(x)
         return x
+
+    def _sources(self, same: Tensor, coarser: Tensor, finer: Tensor | None) -> list[Mapped]:
+        sources = [mapped(same), (self.upward(coarser), None)]
+        if finer is not None and self.downward is not None:
+            sources.append((max_pool(*mapped(finer), three(self.downward.kernel_size)), None))
+        return sources
 
 
 def three(sizes: int | Sequence[int]) -> tuple[int, int, int]:

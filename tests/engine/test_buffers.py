@@ -85,15 +85,39 @@ def test_release_memory_gives_back_what_is_idle_alone():
     assert buffers._bytes["idle"] == 2 * SMALLEST
     release_memory()
     assert buffers._bytes["idle"] == 0
-    assert not any(buffers._idle.values())
+    assert not buffers._idle
     assert kept.sum() == NUM
 
 
-def test_no_more_is_kept_than_was_of_use_at_one_time():
+def test_what_is_kept_is_twice_what_was_of_use_at_one_time_at_most():
+    before = buffers._bytes["used"]
     for factor in range(1, 8):
         x = buffer(factor * NUM)
         del x
-    assert buffers._bytes["idle"] <= buffers._bytes["peak"] == buffers._bytes["used"] + 7 * SMALLEST
+    assert buffers._bytes["peak"] == before + 7 * SMALLEST
+    assert [size // SMALLEST for size, _ in buffers._idle] == [5, 6, 7][-2:]  # the oldest went first
+
+
+def test_sizes_that_take_turns_are_all_kept():
+    small, large = buffer(NUM), buffer(3 * NUM)
+    places = {small.data_ptr(), large.data_ptr()}
+    for _ in range(3):
+        del small
+        other = buffer(2 * NUM)
+        del large, other
+        small, large = buffer(NUM), buffer(3 * NUM)
+        assert {small.data_ptr(), large.data_ptr()} == places
+
+
+def test_sizes_no_longer_wanted_make_room():
+    old = [buffer(NUM) for _ in range(4)]
+    del old
+    for _ in range(2):
+        new = [buffer(3 * NUM // 2) for _ in range(4)]
+        places = {x.data_ptr() for x in new}
+        del new
+    assert {buffer(3 * NUM // 2).data_ptr()} <= places
+    assert buffers._bytes["idle"] <= 2 * buffers._bytes["peak"]
 
 
 def test_maps_use_it():
@@ -144,8 +168,8 @@ class Owners(RuleBasedStateMachine):
     @invariant()
     def everyone_has_his_own(self) -> None:
         assert all(bool((x == key).all()) for key, x in self.alive.items())
-        assert buffers._bytes["idle"] == sum(size * len(blocks) for size, blocks in buffers._idle.items())
-        assert buffers._bytes["idle"] <= buffers._bytes["peak"]
+        assert buffers._bytes["idle"] == sum(size for size, _ in buffers._idle)
+        assert buffers._bytes["idle"] + buffers._bytes["used"] <= 2 * buffers._bytes["peak"]
 
 
 TestOwners = Owners.TestCase
@@ -167,3 +191,25 @@ def test_threads_do_not_share():
         thread.join()
     assert not wrong
     assert buffers._bytes["used"] == 0
+
+
+def test_memory_may_come_back_at_any_time():
+    """The collector of garbage runs wherever objects are made, also while a thread looks for memory."""
+
+    def work() -> None:
+        for _ in range(300):
+            cycle: list[object] = [buffer(NUM)]
+            cycle.append(cycle)
+
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+    finally:
+        gc.set_threshold(*before)
+    assert not thread.is_alive()
+    gc.collect()
+    assert buffers._bytes["used"] == 0
+    assert buffers._bytes["idle"] == sum(size for size, _ in buffers._idle)
