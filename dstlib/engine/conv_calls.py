@@ -211,7 +211,12 @@ def _set_sizes(job: Conv, x: Tensor, y: Tensor, weight: Tensor, stride: Sequence
 
 
 def shifted(x: Tensor, shifts: Tensor) -> Tensor:
-    """Each channel moved along depth by its own number of voxels, zeros flowing in: with torch alone."""
+    """Each channel moved along depth by its own number of voxels, zeros flowing in: with torch alone.
+
+    The map itself where no channel moves.
+    """
+    if not shifts.any():
+        return x
     out, depth = torch.zeros_like(x), x.shape[2]
     for size in shifts.unique().tolist():
         channels = (shifts == size).nonzero().flatten()
