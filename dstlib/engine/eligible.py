@@ -33,6 +33,8 @@ def obstacle(layer: nn.Module) -> str | None:
     >>> obstacle(nn.Conv2d(4, 4, 3, padding=1)), obstacle(nn.Conv2d(4, 4, 3))
     (None, 'its padding is not half its kernel')
     """
+    if any(parameter.is_inference() for parameter in layer.parameters()):
+        return "its parameters were made in inference mode, in which changes go unnoticed"
     if isinstance(layer, FusionNode):
         return _node(layer)
     if isinstance(layer, Unit):

@@ -334,6 +334,14 @@ def test_measuring_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_layers_made_in_inference_mode_stay_plain():
+    with torch.inference_mode():
+        model, x = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Linear(9, 4)), torch.randn(2, 8, 9, 9)
+        fast = accelerate(model, x)
+        assert ["inference mode" in row.obstacle for row in fast.decisions.values()] == [True, True]
+        assert torch.equal(fast(x), model(x))
+
+
 def _pending() -> tuple[Tensor, Tensor]:
     """A map whose norm is to be applied, and its values."""
     x = torch.randn(2, 3, 5, 4, 4, requires_grad=True)
