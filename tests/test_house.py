@@ -83,6 +83,7 @@ LEVELS = {
     "engine.linear_patterns": 3,
     "engine.decisions": 3,
     "engine.calls": 4,
+    "engine.templates": 4,
     "engine.layouts": 5,
     "engine.linear_ops": 5,
     "engine.linear": 6,

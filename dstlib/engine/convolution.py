@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from dstlib.engine.connections import Connections
 from dstlib.engine.conv_calls import Call, convolve, map_grad, output_size, parameter_grads
-from dstlib.engine.maps import Norm, empty_depth_last
+from dstlib.engine.maps import Mapped, empty_depth_last
 from dstlib.engine.norms import norm_backward
-
-Mapped = tuple[Tensor, Norm | None]
 
 
 @dataclass(frozen=True, eq=False)

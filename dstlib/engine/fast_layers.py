@@ -3,22 +3,25 @@
 Shapes: N batch, C input channels, O output channels, D, H, W depth, height, width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dstlib.engine.connections import Connections
-from dstlib.engine.conv_calls import Affine
-from dstlib.engine.convolution import Geometry, Mapped, Weights, conv, unit
+from dstlib.engine.convolution import Geometry, Weights, conv, unit
 from dstlib.engine.layouts import to_channels_first
+from dstlib.engine.maps import Mapped
 from dstlib.engine.pending import Pending, mapped
-from dstlib.engine.pooling import max_pool
+from dstlib.engine.pooling import ReadyPool, max_pool
 from dstlib.engine.ready import Ready
-from dstlib.engine.upsampling import upsample
+from dstlib.engine.upsampling import ReadyUpsample, upsample
 from dstlib.layers.blocks import Unit
 from dstlib.layers.fusion import FusionNode
 from dstlib.layers.shift import Shift, channel_groups
+
+Made = TypeVar("Made")
 
 
 class _Kernels:
@@ -34,7 +37,7 @@ class _Kernels:
     def set_mask(self, mask: Tensor) -> None:
         """Follows a mask of the weight's shape: a connection is active where any of its taps is."""
         self.active = self._connections(mask)
-        self._ready: tuple[tuple[object, ...], Ready] | None = None
+        self._ready: tuple[tuple[object, ...], Any] | None = None
 
     def _connections(self, mask: Tensor) -> Connections:
         pairs = mask.flatten(2).any(dim=2)
@@ -49,15 +52,18 @@ class _Kernels:
         """The weight and its connections, with a bias."""
         return Weights(self.weight, bias, self.active, self.graded)
 
-    def ready(self, bias: Tensor | None, geometry: Geometry, affine: Affine | None = None) -> Ready | None:
-        """The convolution ready to run until one of its parameters changes; None where somebody may record it."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def ready(self, make: Callable[[], Made], *others: Tensor | None) -> Made | None:
+        """What was made to run until the weight or another parameter changes; None where somebody may record it."""
+        if _may_be_recorded():
             return None
-        others = [x for x in (bias, *(affine or ())[:2]) if x is not None]
-        state = (self.weight._version, self.weight.data_ptr(), *[x.data_ptr() for x in others])
+        state = (self.weight._version, self.weight.data_ptr(), *[x.data_ptr() for x in others if x is not None])
         if self._ready is None or self._ready[0] != state:
-            self._ready = state, Ready(self.weights(bias), geometry, affine)
+            self._ready = state, make()
         return self._ready[1]
+
+
+def _may_be_recorded() -> bool:
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class FastConv(nn.Module):
@@ -74,10 +80,13 @@ class FastConv(nn.Module):
         """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), whose samples then take the place of depths."""
         flat = x.ndim == 4
         source = (x.transpose(0, 1).unsqueeze(0), None) if flat else mapped(x)
-        ready = self.kernels.ready(self.bias, self.geometry)
+        ready = self.kernels.ready(self._ready, self.bias)
         found = ready and ready([source])
         y = to_channels_first(found[0] if found else conv([source], self.kernels.weights(self.bias), self.geometry))
         return y.squeeze(0).transpose(0, 1) if flat else y
+
+    def _ready(self) -> Ready:
+        return Ready(self.kernels.weights(self.bias), self.geometry)
 
 
 class FastUnit(nn.Module):
@@ -101,7 +110,7 @@ class FastUnit(nn.Module):
     def fuse(self, sources: Sequence[Mapped]) -> Tensor:
         """The unit on the concatenation of maps."""
         slope, bias, after = self.activation.negative_slope, self.conv.bias, self.norm
-        ready = self.kernels.ready(bias, self.geometry, (after.weight, after.bias, after.eps))
+        ready = self.kernels.ready(self._ready, bias, after.weight, after.bias)
         found = ready and ready(sources)
         if found:
             y, normed = found
@@ -109,6 +118,10 @@ class FastUnit(nn.Module):
         y, norm = unit(sources, self.kernels.weights(bias), self.geometry, after, slope)
         assert norm is not None
         return Pending.of(y, norm)
+
+    def _ready(self) -> Ready:
+        affine = self.norm.weight, self.norm.bias, self.norm.eps
+        return Ready(self.kernels.weights(self.conv.bias), self.geometry, affine)
 
 
 class FastUpsample(nn.Module):
@@ -121,8 +134,15 @@ class FastUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D · stride, H · stride, W · stride)."""
+        source, ready = mapped(x), self.kernels.ready(self._ready)
+        found = ready(*source) if ready else None
+        if found is not None:
+            return found
         # the weights of inactive connections are zero: to compute them too is what gives their gradients
-        return upsample(*mapped(x), self.weight, self.kernels.graded, self.stride)
+        return upsample(*source, self.weight, self.kernels.graded, self.stride)
+
+    def _ready(self) -> ReadyUpsample:
+        return ReadyUpsample(self.weight, self.kernels.active, self.stride)
 
 
 class FastFusionNode(nn.Module):
@@ -132,6 +152,7 @@ class FastFusionNode(nn.Module):
         super().__init__()
         self.upward = FastUpsample(plain.upward)
         self.downward = plain.downward
+        self.pool = ReadyPool(three(plain.downward.kernel_size)) if plain.downward is not None else None
         units = [each for each in plain.units if isinstance(each, Unit)]
         self.units = nn.Sequential(*map(FastUnit, units))
 
@@ -146,8 +167,10 @@ class FastFusionNode(nn.Module):
 
     def _sources(self, same: Tensor, coarser: Tensor, finer: Tensor | None) -> list[Mapped]:
         sources = [mapped(same), (self.upward(coarser), None)]
-        if finer is not None and self.downward is not None:
-            sources.append((max_pool(*mapped(finer), three(self.downward.kernel_size)), None))
+        if finer is not None and self.pool is not None:
+            source = mapped(finer)
+            pooled = None if _may_be_recorded() else self.pool(*source)
+            sources.append((max_pool(*source, self.pool.window) if pooled is None else pooled, None))
         return sources
 
 

@@ -13,6 +13,7 @@ from dstlib.engine.structs import Pattern, Source, Target
 
 PAGE, PADDING = 1024, 32  # numbers
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
+Mapped = tuple[Tensor, Norm | None]  # a map, and the norm to apply while reading it
 
 
 def empty_depth_last(size: tuple[int, int, int, int, int], like: Tensor) -> Tensor:

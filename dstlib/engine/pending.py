@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dstlib.engine.convolution import Mapped
 from dstlib.engine.layouts import materialise
-from dstlib.engine.maps import Norm
+from dstlib.engine.maps import Mapped, Norm
 
 _PROPERTIES = ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn", "layout")
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES}

@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.layouts import to_depth_last
 from dstlib.engine.library import check
-from dstlib.engine.maps import Norm, activated, empty_depth_last, source, target
+from dstlib.engine.maps import Mapped, Norm, activated, empty_depth_last, source, target
 from dstlib.engine.structs_spatial import Pool
+from dstlib.engine.templates import Template, Templates, point
 
 
 def max_pool(x: Tensor, norm: Norm | None, window: Sequence[int]) -> Tensor:
@@ -40,6 +41,38 @@ def _max_pool(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]
     call = _call(x, norm, slope, window, out)
     check(found.max_pool(call, torch.get_num_threads()), "max_pool()")
     return out
+
+
+class ReadyPool:
+    """:func:`max_pool` where nobody records it: its calls are described once for each shape.
+
+    >>> out = ReadyPool((1, 1, 2))(torch.tensor([3.0, 7.0]).reshape(1, 1, 1, 1, 2), None)
+    >>> out is None or out.item() == 7  # None where there are no kernels
+    True
+    """
+
+    def __init__(self, window: Sequence[int]) -> None:
+        self.window = window
+        self._templates: Templates[Pool] = Templates()
+
+    def __call__(self, x: Tensor, norm: Norm | None) -> Tensor | None:
+        """The maxima; None for a map that kernels cannot read."""
+        template = self._templates.find([(x, norm)], self._describe)
+        if template is None:
+            return None
+        call, out = template.start()
+        x = to_depth_last(x)
+        point(call.input, x, norm)
+        check(template.kernel(call, torch.get_num_threads()), "max_pool()")
+        return out
+
+    def _describe(self, sources: Sequence[Mapped]) -> Template[Pool] | None:
+        ((x, norm),) = sources
+        found = kernels_for(x)
+        if not found or type(x) is not Tensor:
+            return None
+        x, out = to_depth_last(x), _empty(x, self.window)
+        return Template.of(_call(x, *flat(norm, x), self.window, out), found.max_pool, _five(out))
 
 
 def _max_pool_grad(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], grad: Tensor) -> Tensor:
@@ -71,8 +104,12 @@ def _empty(x: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _empty_input(x: Tensor) -> Tensor:
+    return empty_depth_last(_five(x), x)
+
+
+def _five(x: Tensor) -> tuple[int, int, int, int, int]:
     n, c, d, h, w = x.shape
-    return empty_depth_last((n, c, d, h, w), x)
+    return n, c, d, h, w
 
 
 def _empty_output(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]) -> Tensor:

@@ -342,6 +342,18 @@ def test_layers_made_in_inference_mode_stay_plain():
         assert torch.equal(fast(x), model(x))
 
 
+def test_a_copy_of_what_has_run_begins_anew():
+    (network, _), x = _sparse(), _images()
+    fast = accelerate(network, x, decisions=_forced(network))
+    with torch.no_grad():
+        expected = fast(x)
+        again = copy.deepcopy(fast)
+        for parameter in fast.parameters():
+            parameter.zero_()
+        _assert_close(again(x), expected)
+        assert all(not out.any() for out in fast(x))
+
+
 def _pending() -> tuple[Tensor, Tensor]:
     """A map whose norm is to be applied, and its values."""
     x = torch.randn(2, 3, 5, 4, 4, requires_grad=True)

@@ -21,9 +21,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from dstlib.engine import calls, conv_calls, convolution, library
 from dstlib.engine.connections import Connections
-from dstlib.engine.convolution import Geometry, Mapped, Weights, conv, unit
+from dstlib.engine.convolution import Geometry, Weights, conv, unit
 from dstlib.engine.layouts import materialise
-from dstlib.engine.maps import activated
+from dstlib.engine.maps import Mapped, activated
 from dstlib.engine.ready import Ready
 from dstlib.layers import Shift, Unit
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine import layouts, maps, norms, pooling, upsampling
+from dstlib.engine import calls, layouts, maps, norms, pooling, upsampling
 from dstlib.engine.connections import Connections
 from dstlib.engine.layouts import materialise, to_channels_first, to_depth_last
 from dstlib.engine.maps import Norm, activated
 from dstlib.engine.norms import norm_backward
-from dstlib.engine.pooling import max_pool
-from dstlib.engine.upsampling import upsample
+from dstlib.engine.pooling import ReadyPool, max_pool
+from dstlib.engine.upsampling import ReadyUpsample, upsample
 from dstlib.errors import SettingError
 
 Size = tuple[int, int, int, int, int]
@@ -118,6 +118,22 @@ def test_max_pool_and_its_gradient(
     y.backward(grad)
     expected.backward(grad.double())
     assert torch.equal(x.grad.double(), exact.grad)
+
+
+@many
+@given(size=sizes, layout=layout_names, steps=st.tuples(*[st.integers(1, 2)] * 3), seed=seeds, with_norm=st.booleans())
+def test_what_is_ready_gives_the_same(size: Size, layout: str, steps: Sequence[int], seed: int, with_norm: bool):
+    window = tuple(min(step, extent) for step, extent in zip(steps, size[2:], strict=True))
+    weight, connections = _random(size[1], 3, *steps, seed=seed), Connections.of(_mask(3, size[1], seed))
+    pool, fine = ReadyPool(window), ReadyUpsample(weight, connections, steps)
+    for again in (0, 10):  # the second call is described by the first
+        x = LAYOUTS[layout](_random(*size, seed=seed + again))
+        norm = _norm(size, 0.1, seed + again) if with_norm else None
+        with torch.no_grad():
+            pairs = [(pool(x, norm), max_pool(x, norm, window))]
+            pairs += [(fine(x, norm), upsample(x, norm, weight, connections, steps))]
+        assert [got is None for got, _ in pairs] == [calls.kernels() is None] * 2
+        assert all(got is None or torch.equal(got, wanted) for got, wanted in pairs)
 
 
 @pytest.mark.parametrize("depth", [2, 40])
