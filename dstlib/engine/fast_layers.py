@@ -114,7 +114,8 @@ class FastUnit(nn.Module):
         found = ready and ready(sources)
         if found:
             y, normed = found
-            return Pending.of(y, (normed[0], normed[1], slope))
+            scale, offset, *_ = normed.unbind()
+            return Pending.of(y, (scale, offset, slope))
         y, norm = unit(sources, self.kernels.weights(bias), self.geometry, after, slope)
         assert norm is not None
         return Pending.of(y, norm)

@@ -26,13 +26,14 @@ class Pending(Tensor):
     (torch.Size([1, 1, 2, 1, 1]), tensor([-1.5000,  3.0000]))
     """
 
+    raw: Tensor
     to_apply: Norm
 
     @staticmethod
     def of(y: Tensor, norm: Norm) -> "Pending":
         """The map y, to be read with the norm."""
         pending = y.as_subclass(Pending)
-        pending.to_apply = norm
+        pending.raw, pending.to_apply = y, norm
         return pending
 
     @classmethod
@@ -53,11 +54,7 @@ class Pending(Tensor):
 
 def mapped(x: Tensor) -> Mapped:
     """A map as the engine reads it: raw values and norm of what is pending, any other tensor as it is."""
-    if not isinstance(x, Pending):
-        return x, None
-    norm = x.to_apply
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.as_subclass(Tensor), norm
+    return (x.raw, x.to_apply) if isinstance(x, Pending) else (x, None)
 
 
 def _written(x: Any) -> Any:
