@@ -12,10 +12,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.layouts import to_depth_last
-from dstlib.engine.library import check
+from dstlib.engine.library import Kernels, check
 from dstlib.engine.maps import Mapped, Norm, activated, empty_depth_last, source, target
 from dstlib.engine.structs_spatial import Pool
-from dstlib.engine.templates import Template, Templates, point
+from dstlib.engine.templates import Template, Templates
 
 
 def max_pool(x: Tensor, norm: Norm | None, window: Sequence[int]) -> Tensor:
@@ -53,26 +53,16 @@ class ReadyPool:
 
     def __init__(self, window: Sequence[int]) -> None:
         self.window = window
-        self._templates: Templates[Pool] = Templates()
+        self._templates: Templates[Pool] = Templates("max_pool()")
 
     def __call__(self, x: Tensor, norm: Norm | None) -> Tensor | None:
         """The maxima; None for a map that kernels cannot read."""
-        template = self._templates.find([(x, norm)], self._describe)
-        if template is None:
-            return None
-        call, out = template.start()
-        x = to_depth_last(x)
-        point(call.input, x, norm)
-        check(template.kernel(call, torch.get_num_threads()), "max_pool()")
-        return out
+        return self._templates.run([(x, norm)], self._describe)
 
-    def _describe(self, sources: Sequence[Mapped]) -> Template[Pool] | None:
+    def _describe(self, found: Kernels, sources: Sequence[Mapped]) -> Template[Pool]:
         ((x, norm),) = sources
-        found = kernels_for(x)
-        if not found or type(x) is not Tensor:
-            return None
-        x, out = to_depth_last(x), _empty(x, self.window)
-        return Template.of(_call(x, *flat(norm, x), self.window, out), found.max_pool, _five(out))
+        out = _empty(x, self.window)
+        return Template.of(_call(x, *flat(norm, x), self.window, out), found.max_pool, out)
 
 
 def _max_pool_grad(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], grad: Tensor) -> Tensor:
@@ -104,12 +94,8 @@ def _empty(x: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _empty_input(x: Tensor) -> Tensor:
-    return empty_depth_last(_five(x), x)
-
-
-def _five(x: Tensor) -> tuple[int, int, int, int, int]:
     n, c, d, h, w = x.shape
-    return n, c, d, h, w
+    return empty_depth_last((n, c, d, h, w), x)
 
 
 def _empty_output(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]) -> Tensor:

@@ -20,6 +20,11 @@ class Upsample(Structure):
         ("stride", c_int64 * 3),  # D, H, W
     )
 
+    @property
+    def sources(self) -> list[Source]:
+        """What the transposed convolution itself reads."""
+        return [self.coarse]
+
 
 class Pool(Structure):
     """A max-pooling, or its gradient."""
@@ -31,6 +36,11 @@ class Pool(Structure):
         ("size", c_int64 * 4),  # N, D, H, W of the input
         ("window", c_int64 * 3),  # D, H, W
     )
+
+    @property
+    def sources(self) -> list[Source]:
+        """What the max-pooling itself reads."""
+        return [self.input]
 
 
 class NormBackward(Structure):

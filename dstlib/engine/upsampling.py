@@ -13,10 +13,10 @@ from torch.nn import functional as F  # noqa: N812
 from dstlib.engine.calls import Operator, flat, kernels_for, norm_of
 from dstlib.engine.connections import Connections
 from dstlib.engine.layouts import to_depth_last
-from dstlib.engine.library import check
+from dstlib.engine.library import Kernels, check
 from dstlib.engine.maps import Mapped, Norm, activated, empty_depth_last, pattern, source, target
 from dstlib.engine.structs_spatial import Upsample
-from dstlib.engine.templates import Template, Templates, point
+from dstlib.engine.templates import Template, Templates
 from dstlib.errors import SettingError, explain
 
 
@@ -70,28 +70,18 @@ class ReadyUpsample:
 
     def __init__(self, weight: Tensor, connections: Connections, stride: Sequence[int]) -> None:
         self.weight, self.connections, self.stride = weight.detach().contiguous(), connections, stride
-        self._templates: Templates[Upsample] = Templates()
+        self._templates: Templates[Upsample] = Templates("upsample()", self.weight)
 
     def __call__(self, x: Tensor, norm: Norm | None) -> Tensor | None:
         """The fine map; None for a map that kernels cannot read."""
-        template = self._templates.find([(x, norm)], self._describe)
-        if template is None:
-            return None
-        call, out = template.start()
-        x = to_depth_last(x)
-        point(call.coarse, x, norm)
-        check(template.kernel(call, torch.get_num_threads()), "upsample()")
-        return out
+        return self._templates.run([(x, norm)], self._describe)
 
-    def _describe(self, sources: Sequence[Mapped]) -> Template[Upsample] | None:
+    def _describe(self, found: Kernels, sources: Sequence[Mapped]) -> Template[Upsample]:
         ((x, norm),) = sources
-        found = kernels_for(x, self.weight)
-        if not found or type(x) is not Tensor:
-            return None
-        x, out = to_depth_last(x), _empty(x, self.weight, self.stride)
+        out = _empty(x, self.weight, self.stride)
         call = _call(x, self.weight, [self.connections.rows, self.connections.cols], self.stride)
         call.coarse, call.out, call.weights = source(x, norm), target(out), self.weight.data_ptr()
-        return Template.of(call, found.upsample, _five(out))
+        return Template.of(call, found.upsample, out)
 
 
 def _input_grad(grad: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Tensor:
@@ -127,11 +117,6 @@ def _weight_grad(
 def _empty(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
     n, _, d, h, w = x.shape
     return empty_depth_last((n, weight.shape[1], d * stride[0], h * stride[1], w * stride[2]), x)
-
-
-def _five(x: Tensor) -> tuple[int, int, int, int, int]:
-    n, c, d, h, w = x.shape
-    return n, c, d, h, w
 
 
 def _empty_input(grad: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
