@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from monai import transforms as mt
 
-from dstlib.zoo.e2enet.data.augment import Augmentation, Chance
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.augment import Augmentation, Chance
+from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
 
 Draw = Callable[[int], object]
 

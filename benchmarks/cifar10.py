@@ -38,7 +38,7 @@ from cifar10_data import Images, open_images
 from cifar10_table import Cell, Result, cells, figure, read_cell, table
 from cifar10_training import CHOICES, PRESETS, Settings, train, write_result
 
-from dstlib.errors import DstlibError, SettingError, StateError, explain
+from dstlib.errors import DstlibError, SettingError, StateError
 
 WANTED = ("dense", "static", "set", "rigl", "granet", "srigl", "dsff")
 SCALE = ("model", "epochs", "batch_size", "images", "distribution")  # settings of all cells that the command may change
@@ -126,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.workers < 1:
         remedy = "Pass the number of cores to use."
-        raise SettingError(
-            explain("--workers", "the command line", allowed="1 or more", given=options.workers, remedy=remedy)
+        raise SettingError.of(
+            "--workers", "the command line", allowed="1 or more", given=options.workers, remedy=remedy
         )
     base = replace(PRESETS["quick"], **{name: getattr(options, name) for name in SCALE})
     grid = {cell: cell.settings(base) for cell in cells(options.methods, options.sparsities, options.seeds)}
@@ -149,9 +149,7 @@ def report(results: dict[Cell, Result], options: argparse.Namespace) -> None:
     """
     if not results:
         remedy = "Leave --table out to run them, or check --results."
-        raise StateError(
-            explain("cells", f"folder {options.results}", allowed="finished ones", given="none", remedy=remedy)
-        )
+        raise StateError.of("cells", f"folder {options.results}", allowed="finished ones", given="none", remedy=remedy)
     print(table(results, options.methods, options.sparsities))
     if options.figure or find_spec("matplotlib"):
         path = options.figure or options.results / "accuracy.png"

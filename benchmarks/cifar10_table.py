@@ -10,7 +10,7 @@ from typing import Any
 
 from cifar10_training import Settings, write_whole
 
-from dstlib.errors import SettingError, StateError, explain
+from dstlib.errors import SettingError, StateError
 from dstlib.report import align
 
 INTERVAL_95 = {2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8, 6: 2.6, 7: 2.4, 8: 2.4, 9: 2.3, 10: 2.3}  # Student's t by seeds
@@ -69,13 +69,13 @@ def read_cell(path: Path, settings: Settings) -> Result | None:
         held, accuracy = result["settings"], float(result["accuracy"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         given, remedy = f"{type(error).__name__}: {error}", "Delete it: the cell is run again."
-        raise StateError(explain("cell", f"file {path}", allowed="a result", given=given, remedy=remedy)) from error
+        raise StateError.of("cell", f"file {path}", allowed="a result", given=given, remedy=remedy) from error
     asked = asdict(settings)
     if held != asked or not 0 <= accuracy <= 1:
         other = {name: held.get(name) for name in asked if held.get(name) != asked[name]}
         allowed = ", ".join(f"{name} {asked[name]}" for name in other)
         remedy = "Give the options it was run with, or another --results."
-        raise StateError(explain("settings", f"file {path}", allowed=allowed, given=other, remedy=remedy))
+        raise StateError.of("settings", f"file {path}", allowed=allowed, given=other, remedy=remedy)
     return result
 
 
@@ -153,7 +153,7 @@ def figure(results: Mapping[Cell, Result], methods: Sequence[str], sparsities: S
     except ImportError as error:
         remedy = "pip install 'dstlib[viz]', or leave --figure out."
         allowed = "matplotlib installed"
-        raise SettingError(explain("--figure", "the benchmark", allowed=allowed, given=error, remedy=remedy)) from error
+        raise SettingError.of("--figure", "the benchmark", allowed=allowed, given=error, remedy=remedy) from error
     drawing = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = drawing.subplots()
     for number, method in enumerate(methods):
@@ -178,5 +178,5 @@ def _write_figure(drawing: Any, path: Path) -> None:
         drawing.savefig(buffer, format=kind, dpi=150)
     except ValueError as error:
         allowed, remedy = "a name that ends in .png, .pdf or .svg", "Rename it."
-        raise SettingError(explain("--figure", str(path), allowed=allowed, given=kind, remedy=remedy)) from error
+        raise SettingError.of("--figure", str(path), allowed=allowed, given=kind, remedy=remedy) from error
     write_whole(path, buffer.getvalue())

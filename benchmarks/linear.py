@@ -31,8 +31,8 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from dstlib.engine import info
-from dstlib.engine.linear import SparseLinear
-from dstlib.engine.linear_ops import multiply, weight_gradient
+from dstlib.engine.layers.linear import SparseLinear
+from dstlib.engine.ops.linear import multiply, weight_gradient
 from dstlib.files import make_folder, write_json, write_whole
 from dstlib.report import align
 

@@ -8,14 +8,14 @@ The training loop stays as it is. See :func:`sparsify`, :mod:`dstlib.methods`, :
 from typing import TYPE_CHECKING, Any
 
 from dstlib.cost import TrainingCost
-from dstlib.door import sparsify
 from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, SettingError, StateError
 from dstlib.history import History
 from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
-from dstlib.method import Method
 from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC
+from dstlib.methods.method import Method
 from dstlib.profile import Profile, profile
 from dstlib.sparsifier import Sparsifier
+from dstlib.sparsifier.api import sparsify
 
 if TYPE_CHECKING:
     from dstlib.engine.accelerate import accelerate

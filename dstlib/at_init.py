@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import ScoreError, SettingError, explain
+from dstlib.errors import ScoreError, SettingError
 from dstlib.masking import AtInit
 from dstlib.targets import unwrap
 
@@ -81,7 +81,7 @@ def synflow(model: nn.Module, *inputs: Tensor, rounds: int = 100) -> AtInit:
     if not inputs or not all(isinstance(x, Tensor) for x in inputs):
         remedy = "Pass what the model takes: synflow(model, torch.empty(1, 3, 32, 32)), say."
         given = [type(x).__name__ for x in inputs]
-        raise SettingError(explain("inputs", "synflow()", allowed="tensors", given=given, remedy=remedy))
+        raise SettingError.of("inputs", "synflow()", allowed="tensors", given=given, remedy=remedy)
 
     def scores(parameters: Sequence[Tensor]) -> list[Tensor | None]:
         positive = {name: _without_offset(name, p.detach()) for name, p in bare.named_parameters()}
@@ -136,12 +136,12 @@ def _checked(loss: object, name: str) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
         given = f"a tensor of shape {tuple(loss.shape)}: {loss.detach()}" if isinstance(loss, Tensor) else repr(loss)
         remedy = "Return one finite number that depends on the weights."
-        raise ScoreError(explain("loss", f"{name} at initialisation", allowed="a number", given=given, remedy=remedy))
+        raise ScoreError.of("loss", f"{name} at initialisation", allowed="a number", given=given, remedy=remedy)
     return loss
 
 
 def _checked_rounds(rounds: int) -> int:
     if type(rounds) is not int or rounds < 1:
         remedy = "1 looks once; SynFlow takes 100."
-        raise SettingError(explain("rounds", "AtInit", allowed="a whole number from 1", given=rounds, remedy=remedy))
+        raise SettingError.of("rounds", "AtInit", allowed="a whole number from 1", given=rounds, remedy=remedy)
     return rounds

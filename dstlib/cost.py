@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dstlib.history import History
 from dstlib.masking import num_units
+from dstlib.methods.reading import Reading, examples, find_reading
 from dstlib.profile import Convention, Profile, Shape, profile
-from dstlib.reading import Reading, examples, find_reading
 from dstlib.schedules import Every
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import plain_name, unwrap

@@ -1,4 +1,4 @@
-"""The exceptions of dstlib, and the one function that words them.
+"""The exceptions of dstlib, and the one wording of them.
 
 Every error that a user can cause is a :class:`DstlibError`, hence a ``ValueError``. A failed ``assert`` is
 our own bug.
@@ -6,10 +6,21 @@ our own bug.
 
 from collections.abc import Collection
 from difflib import get_close_matches
+from typing import Self
 
 
 class DstlibError(ValueError):
     """Something given to dstlib cannot be used; the message says what, where, and what to do."""
+
+    @classmethod
+    def of(cls, what: str, where: str, *, allowed: str, given: object, remedy: str) -> Self:
+        """Words the error as :func:`explain` does.
+
+        >>> raise SettingError.of("sparsity", "sparsify()", allowed="a number in [0, 1)", given=1.5, remedy="Pass 0.9.")
+        Traceback (most recent call last):
+        dstlib.errors.SettingError: sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9.
+        """
+        return cls(explain(what, where, allowed=allowed, given=given, remedy=remedy))
 
 
 class SettingError(DstlibError):
@@ -39,6 +50,15 @@ def explain(what: str, where: str, *, allowed: str, given: object, remedy: str) 
     'sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9, say.'
     """
     return f"{what} of {where}: expected {allowed}, got {given}. {remedy}"
+
+
+def require(holds: bool, what: str, where: str, *, allowed: str, given: object, remedy: str) -> None:
+    """Raises a :class:`SettingError` unless a condition on a setting holds.
+
+    >>> require(0 <= 0.9 < 1, "sparsity", "sparsify()", allowed="a number in [0, 1)", given=0.9, remedy="Pass 0.9.")
+    """
+    if not holds:
+        raise SettingError.of(what, where, allowed=allowed, given=given, remedy=remedy)
 
 
 def similar(name: str, known: Collection[str]) -> str:

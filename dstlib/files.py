@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -31,8 +31,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         _remove(temporary)
         remedy = "What was written before is whole. Make room, then repeat the command (a training: with --resume)."
-        raise StateError(
-            explain(path.name, f"folder {path.parent}", allowed="a disk to write to", given=error, remedy=remedy)
+        raise StateError.of(
+            path.name, f"folder {path.parent}", allowed="a disk to write to", given=error, remedy=remedy
         ) from error
     except BaseException:
         _remove(temporary)
@@ -49,8 +49,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         given, remedy = error.strerror, "Pass a folder you may write to."
-        raise StateError(
-            explain("output", f"folder {folder}", allowed="a folder to write to", given=given, remedy=remedy)
+        raise StateError.of(
+            "output", f"folder {folder}", allowed="a folder to write to", given=given, remedy=remedy
         ) from error
 
 

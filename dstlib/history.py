@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError
 from dstlib.masking import MaskUpdate, Site
 from dstlib.report import align
 from dstlib.sparsifier import Sparsifier
@@ -204,4 +204,4 @@ def _checked(state: Any, tracks: Mapping[str, Track]) -> Mapping[str, Mapping[st
 def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:
     shown = (tuple(given.shape), given.dtype) if isinstance(given, Tensor) else given
     remedy = "Load it into a history of the same model, sparsified alike."
-    return StateError(explain(what, where, allowed=allowed, given=shown, remedy=remedy))
+    return StateError.of(what, where, allowed=allowed, given=shown, remedy=remedy)

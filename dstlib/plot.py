@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.files import write_whole
 from dstlib.history import History
 
@@ -65,9 +65,7 @@ def layers(history: History, path: str | os.PathLike[str] | None = None, *, shar
     """
     if share not in SHARES:
         remedy = "They are described at History.arrays."
-        raise SettingError(
-            explain("share", "plot.layers()", allowed=", ".join(SHARES), given=repr(share), remedy=remedy)
-        )
+        raise SettingError.of("share", "plot.layers()", allowed=", ".join(SHARES), given=repr(share), remedy=remedy)
     a = history.arrays()
     edges, values, start = _edges(history, a), a[share], _first_of(share, a)
     num_layers = len(values)
@@ -210,8 +208,8 @@ def _drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) ->
         from matplotlib.figure import Figure
     except ImportError as error:
         remedy = 'Install it with the extra: pip install "dstlib[viz]".'
-        raise SettingError(
-            explain("matplotlib", "dstlib.plot", allowed="an installed package", given=error, remedy=remedy)
+        raise SettingError.of(
+            "matplotlib", "dstlib.plot", allowed="an installed package", given=error, remedy=remedy
         ) from error
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -224,7 +222,7 @@ def _write(figure: "Figure", path: Path) -> None:
     kind, kinds = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if kind not in kinds:
         remedy = "Name it density.png, say."
-        raise SettingError(explain("path", "a figure", allowed=f"*.{', *.'.join(kinds)}", given=path, remedy=remedy))
+        raise SettingError.of("path", "a figure", allowed=f"*.{', *.'.join(kinds)}", given=path, remedy=remedy)
     content = BytesIO()
     figure.savefig(content, format=kind)
     write_whole(path, content.getbuffer())

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import DataError, SelectionError, SettingError, explain, similar
+from dstlib.errors import DataError, SelectionError, SettingError, similar
 from dstlib.report import align
 from dstlib.targets import plain_name, unwrap
 
@@ -129,7 +129,7 @@ def profile(
     if convention not in get_args(Convention):
         allowed, given = " or ".join(get_args(Convention)), repr(convention)
         remedy = "They differ in transposed convolutions."
-        raise SettingError(explain("convention", _WHERE, allowed=allowed, given=given, remedy=remedy))
+        raise SettingError.of("convention", _WHERE, allowed=allowed, given=given, remedy=remedy)
     replica = _meta_copy(unwrap(model)).eval()
     active = _active(replica, sparsifier.masks if sparsifier is not None else {})
     count = partial(_flops, active=active, convention=convention)
@@ -163,7 +163,7 @@ def _shapes(given: Shape | Sequence[Shape]) -> list[torch.Size]:
     except TypeError as error:
         remedy = "Include the batch, as in (1, 1, 128, 128, 128)."
         allowed = "a shape, or a tuple of them"
-        raise SettingError(explain("input_shape", _WHERE, allowed=allowed, given=given, remedy=remedy)) from error
+        raise SettingError.of("input_shape", _WHERE, allowed=allowed, given=given, remedy=remedy) from error
 
 
 def _active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, int]:
@@ -174,11 +174,11 @@ def _active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, int]:
         if name not in named:
             allowed, given = "the name of a parameter", repr(name)
             remedy = f"Profile the model that the masks were made for. Similar: {similar(name, named)}."
-            raise SelectionError(explain("mask", _WHERE, allowed=allowed, given=given, remedy=remedy))
+            raise SelectionError.of("mask", _WHERE, allowed=allowed, given=given, remedy=remedy)
         if mask.shape != named[name].shape:
             allowed, given = f"shape {tuple(named[name].shape)}", str(tuple(mask.shape))
             remedy = "A mask has the shape of its parameter."
-            raise SelectionError(explain(f"mask {name}", _WHERE, allowed=allowed, given=given, remedy=remedy))
+            raise SelectionError.of(f"mask {name}", _WHERE, allowed=allowed, given=given, remedy=remedy)
         active[id(named[name])] = int(mask.count_nonzero())
     return active
 
@@ -204,7 +204,7 @@ def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Call
     except RuntimeError as error:
         allowed = f"one that runs without storage on inputs of {', '.join(str(tuple(s)) for s in shapes)}"
         remedy = "Check the shape. A forward that reads values (.item()) or names a device cannot be profiled."
-        raise DataError(explain("forward", _WHERE, allowed=allowed, given=error, remedy=remedy)) from error
+        raise DataError.of("forward", _WHERE, allowed=allowed, given=error, remedy=remedy) from error
     return calls
 
 

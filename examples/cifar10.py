@@ -21,7 +21,7 @@ import torch
 from cifar10_data import open_images
 from cifar10_training import CHOICES, PRESETS, UPDATES, Settings, train, write_result
 
-from dstlib.errors import DstlibError, SettingError, explain
+from dstlib.errors import DstlibError, SettingError
 from dstlib.report import align
 
 HELP = {
@@ -99,18 +99,14 @@ def prepare(options: argparse.Namespace) -> None:
         if options.threads < 1:
             remedy = "Leave it out for torch's own choice."
             given = options.threads
-            raise SettingError(
-                explain("--threads", "the command line", allowed="1 or more", given=given, remedy=remedy)
-            )
+            raise SettingError.of("--threads", "the command line", allowed="1 or more", given=given, remedy=remedy)
         torch.set_num_threads(options.threads)
     try:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         allowed, given = "a device of this machine", f"{options.device!r}: {str(error).splitlines()[0]}"
         remedy = "Pass cpu, or leave it out."
-        raise SettingError(
-            explain("--device", "the command line", allowed=allowed, given=given, remedy=remedy)
-        ) from error
+        raise SettingError.of("--device", "the command line", allowed=allowed, given=given, remedy=remedy) from error
 
 
 def table(result: dict[str, Any]) -> str:

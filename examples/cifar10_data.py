@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from dstlib.errors import DataError, SettingError, explain
+from dstlib.errors import DataError, SettingError
 
 SIZE, NUM_CLASSES = 32, 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
@@ -70,7 +70,7 @@ def open_images(folder: Path | None) -> Images:
             given = "neither" if folder.is_dir() else "no such folder"
             allowed = f"cifar10_train.npz and cifar10_test.npz, or {BINARY} with data_batch_1.bin and so on"
             remedy = "Check the path, or leave --data out for procedural images."
-            raise DataError(explain("images", f"folder {folder}", allowed=allowed, given=given, remedy=remedy))
+            raise DataError.of("images", f"folder {folder}", allowed=allowed, given=given, remedy=remedy)
         parts = [read_binary(official / f"data_batch_{i}.bin") for i in range(1, 6)]
         train, train_labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         test, test_labels = read_binary(official / "test_batch.bin")
@@ -85,7 +85,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     except ImportError as error:
         remedy = "pip install pillow, or use the official binary files."
         allowed = "Pillow, to decode JPEG"
-        raise SettingError(explain("--data", str(path), allowed=allowed, given=error, remedy=remedy)) from error
+        raise SettingError.of("--data", str(path), allowed=allowed, given=error, remedy=remedy) from error
     held = _arrays(path)
     jpeg, offsets, labels = held["jpeg"], held["offsets"], held["labels"]
     whole = offsets[0] == 0 and offsets[-1] == len(jpeg) and bool((np.diff(offsets) > 0).all())
@@ -153,7 +153,7 @@ def _labels(labels: NDArray[np.generic], path: Path) -> Tensor:
 
 
 def _refuse(what: str, path: Path, *, allowed: str, given: object) -> NoReturn:
-    raise DataError(explain(what, f"file {path}", allowed=allowed, given=given, remedy=RESTORE))
+    raise DataError.of(what, f"file {path}", allowed=allowed, given=given, remedy=RESTORE)
 
 
 def drawn(num: int, *, seed: int) -> tuple[Tensor, Tensor]:

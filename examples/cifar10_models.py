@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 
 SMALL = ((24, 2), (48, 2), (48, 1), (96, 2), (128, 2))  # channels and stride of each convolution
 
@@ -73,8 +73,8 @@ def vit(num_classes: int) -> nn.Module:
         from timm.models.vision_transformer import VisionTransformer
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that is not of this torch
         remedy = "pip install 'dstlib[timm]', with the torchvision of your torch; or take another --model."
-        raise SettingError(
-            explain("--model vit", "the run", allowed="timm installed and loading", given=error, remedy=remedy)
+        raise SettingError.of(
+            "--model vit", "the run", allowed="timm installed and loading", given=error, remedy=remedy
         ) from error
     return VisionTransformer(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=num_classes)
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 import dstlib
-from dstlib.errors import SettingError, StateError, explain
+from dstlib.errors import SettingError, StateError
 from dstlib.masking import erk, uniform
 
 UPDATES = 60  # mask updates that a short run would have, if they went on to its end
@@ -77,7 +77,7 @@ class Settings:
         for name, holds, allowed in checks:
             if not holds:
                 given, remedy = repr(getattr(self, name)), "See --help."
-                raise SettingError(explain(name, "the run", allowed=allowed, given=given, remedy=remedy))
+                raise SettingError.of(name, "the run", allowed=allowed, given=given, remedy=remedy)
 
 
 PRESETS: Mapping[str, Settings] = MappingProxyType(
@@ -177,7 +177,7 @@ def _ends(settings: Settings, num: int) -> list[int]:
     if settings.batch_size > num:
         remedy = "Lower it, or take more images."
         given = settings.batch_size
-        raise SettingError(explain("batch_size", "the run", allowed=f"at most {num}", given=given, remedy=remedy))
+        raise SettingError.of("batch_size", "the run", allowed=f"at most {num}", given=given, remedy=remedy)
     return [epoch * num // settings.batch_size for epoch in range(1, settings.epochs + 1)]
 
 
@@ -211,7 +211,7 @@ def _costs(model: nn.Module, sparsifier: dstlib.Sparsifier | None) -> dict[str, 
 def _check_loss(loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
         allowed, remedy = "a finite number", "Lower --learning-rate, or raise --warmup."
-        raise SettingError(explain("loss", f"epoch {epoch}", allowed=allowed, given=loss, remedy=remedy))
+        raise SettingError.of("loss", f"epoch {epoch}", allowed=allowed, given=loss, remedy=remedy)
 
 
 def _with_bar(steps: range, title: str, *, show: bool) -> Iterable[int]:
@@ -243,4 +243,4 @@ def write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         allowed, remedy = "a folder to write to", "Make room, or pass another one."
-        raise StateError(explain("output", f"file {path}", allowed=allowed, given=error, remedy=remedy)) from error
+        raise StateError.of("output", f"file {path}", allowed=allowed, given=error, remedy=remedy) from error

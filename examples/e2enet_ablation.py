@@ -21,15 +21,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError
 from dstlib.files import make_folder, write_json
 from dstlib.report import align
-from dstlib.zoo.e2enet.command import parser, run_command
+from dstlib.zoo.e2enet.cli import parser, run_command
 from dstlib.zoo.e2enet.compare import row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
-from dstlib.zoo.e2enet.follow import follow
 from dstlib.zoo.e2enet.recipes import RECIPES, Recipe
+from dstlib.zoo.e2enet.run import follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def refuse_other_grid(folder: Path, asked: dict[str, object]) -> None:
         write_json(record, asked)
     elif (held := json.loads(record.read_text())) != asked:
         remedy = "Give the same options to continue it, or another --runs."
-        raise StateError(explain("grid", f"folder {folder}", allowed=held, given=asked, remedy=remedy))
+        raise StateError.of("grid", f"folder {folder}", allowed=held, given=asked, remedy=remedy)
 
 
 def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> None:

@@ -18,9 +18,9 @@ procedural phantoms in the same layout: they show that everything works, not how
 
 import sys
 
-from dstlib.zoo.e2enet.command import parser, run_command
-from dstlib.zoo.e2enet.follow import follow
+from dstlib.zoo.e2enet.cli import parser, run_command
 from dstlib.zoo.e2enet.recipes import AMOS_RECIPE
+from dstlib.zoo.e2enet.run import follow
 
 
 def main() -> None:

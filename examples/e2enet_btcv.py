@@ -9,9 +9,9 @@
 
 import sys
 
-from dstlib.zoo.e2enet.command import parser, run_command
-from dstlib.zoo.e2enet.follow import follow
+from dstlib.zoo.e2enet.cli import parser, run_command
 from dstlib.zoo.e2enet.recipes import BTCV_RECIPE
+from dstlib.zoo.e2enet.run import follow
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ small phantoms show that everything works.
 
 import sys
 
-from dstlib.zoo.e2enet.command import parser, run_command
-from dstlib.zoo.e2enet.follow import follow
+from dstlib.zoo.e2enet.cli import parser, run_command
 from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
+from dstlib.zoo.e2enet.run import follow
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dstlib
-from dstlib.errors import DstlibError, SettingError, explain
+from dstlib.errors import DstlibError, SettingError
 from dstlib.layers import add_depth_shift
 from dstlib.layers.shift import AXES
-from dstlib.zoo.e2enet.data.normalization import MriNormalization
-from dstlib.zoo.e2enet.data.organs import AMOS_ORGANS
-from dstlib.zoo.e2enet.data.phantom import phantoms
+from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
+from dstlib.zoo.e2enet.data.phantoms.organs import AMOS_ORGANS
+from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization
 
 NUM_CLASSES = len(AMOS_ORGANS) + 1  # with the background
 WIDTHS = (12, 24, 48)
@@ -99,7 +99,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     for name, least in (("steps", 1), ("scans", 1), ("interval", 1)):
         if (given := getattr(options, name)) < least:
             allowed, remedy = f"a number from {least} up", "Leave it out for the default."
-            raise SettingError(explain(f"--{name}", "the command line", allowed=allowed, given=given, remedy=remedy))
+            raise SettingError.of(f"--{name}", "the command line", allowed=allowed, given=given, remedy=remedy)
     return options
 
 

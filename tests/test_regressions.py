@@ -29,7 +29,7 @@ def sgd(parameters, **settings):
 def test_listeners_are_told_in_the_order_in_which_they_came():
     """A WeakSet iterates by address, so ranks compared the masks of different sparsifiers and raised."""
     code = (
-        "import torch, dstlib; from torch import nn; from dstlib import hooks\n"
+        "import torch, dstlib; from torch import nn; from dstlib.sparsifier import hooks\n"
         "kept = [(nn.Linear(4, 4), bytearray(2000 * i)) for i in range(12)]\n"
         "made = [dstlib.sparsify(m, sparsity=0.5, method='static') for m, _ in kept]\n"
         "told = []\n"

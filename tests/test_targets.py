@@ -12,8 +12,8 @@ from torch import nn
 
 import dstlib
 from dstlib import NM, RIGL, Block, FanIn, Kernel, SelectionError, SettingError, uniform
-from dstlib.slots import fused_parts
 from dstlib.targets import plain_name, select
+from dstlib.targets.views import fused_parts
 
 
 def verdicts(model, **kwargs):

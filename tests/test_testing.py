@@ -63,6 +63,7 @@ from dstlib.masking import (
     uniform_fan_in,
 )
 from dstlib.schedules import Alternating, Constant, Cosine, Cubic, InversePower, Linear
+from dstlib.sparsifier.walk import Walk
 from dstlib.testing import (
     LawError,
     check_allocator,
@@ -73,7 +74,6 @@ from dstlib.testing import (
     check_method,
 )
 from dstlib.testing.laws import global_state, world
-from dstlib.walk import Walk
 
 NORMAL = Drawn(lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float32))
 CRITERIA = [
@@ -555,17 +555,17 @@ def test_laws_of_methods_bite(law, method):
 
 
 def test_the_law_of_zeros_bites(monkeypatch):
-    monkeypatch.setattr("dstlib.masked.zero_outside_", lambda x, mask: x)
+    monkeypatch.setattr("dstlib.sparsifier.masked.zero_outside_", lambda x, mask: x)
     assert law_of(check_method, RIGL) == "zeros hold"
 
 
 def test_the_law_of_zeros_bites_in_the_optimizer(monkeypatch):
-    monkeypatch.setattr("dstlib.masked.same_shape_state", lambda optimizer, parameter: ())
+    monkeypatch.setattr("dstlib.sparsifier.masked.same_shape_state", lambda optimizer, parameter: ())
     assert law_of(check_method, SET) == "zeros hold"
 
 
 def test_the_law_of_observers_bites(monkeypatch):
-    from dstlib import updating
+    from dstlib.sparsifier import update as updating
 
     apply = updating._apply
 
@@ -579,8 +579,8 @@ def test_the_law_of_observers_bites(monkeypatch):
 
 
 def test_the_law_of_seeds_bites(monkeypatch):
-    from dstlib import updating
     from dstlib.masking import site_generator
+    from dstlib.sparsifier import update as updating
 
     monkeypatch.setattr(updating, "site_generator", lambda seed, step, name: site_generator(0, step, name))
     assert law_of(check_method, SET) == "seeded"
@@ -588,7 +588,7 @@ def test_the_law_of_seeds_bites(monkeypatch):
 
 def test_the_law_of_resumption_bites(monkeypatch):
     """The trace is left out of what is restored."""
-    from dstlib.saved import SavedWeight
+    from dstlib.sparsifier.saved import SavedWeight
 
     restore = SavedWeight.restore
     monkeypatch.setattr(SavedWeight, "restore", lambda self, m: restore(self._replace(trace=None), m))
@@ -598,14 +598,15 @@ def test_the_law_of_resumption_bites(monkeypatch):
 def test_the_law_of_copies_bites(monkeypatch):
     """A copy that does not listen to its optimizer."""
     monkeypatch.setattr(
-        "dstlib.sparsifier.listen", lambda sparsifier: None if "_LOST" in vars(sparsifier) else LISTEN(sparsifier)
+        "dstlib.sparsifier.sparsifier.listen",
+        lambda sparsifier: None if "_LOST" in vars(sparsifier) else LISTEN(sparsifier),
     )
     set_state = dstlib.Sparsifier.__setstate__
     monkeypatch.setattr(dstlib.Sparsifier, "__setstate__", lambda self, state: set_state(self, state | {"_LOST": True}))
     assert law_of(check_method, RIGL) == "copies"
 
 
-LISTEN = dstlib.sparsifier.listen
+LISTEN = dstlib.sparsifier.sparsifier.listen
 
 
 def test_the_law_of_freezing_bites(monkeypatch):
@@ -651,7 +652,7 @@ def test_a_missing_gradient_is_not_held_against_three_lines():
 )
 def test_checks_leave_no_trace(check, part):
     """Global generators, defaults, and the listeners of optimizers."""
-    from dstlib.hooks import listeners
+    from dstlib.sparsifier.hooks import listeners
 
     before = global_state(), torch.get_default_dtype(), len(listeners()), torch.is_grad_enabled()
     check(part)

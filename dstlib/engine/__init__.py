@@ -4,13 +4,13 @@
 """
 
 from dstlib.engine.accelerate import accelerate
-from dstlib.engine.buffers import release_memory
-from dstlib.engine.compact import load_compact, save_compact
-from dstlib.engine.dead import remove_dead_channels
 from dstlib.engine.decisions import Decision, Decisions
-from dstlib.engine.library import Info, info
-from dstlib.engine.linear import SparseLinear
-from dstlib.engine.semi_structured import to_semi_structured
+from dstlib.engine.layers.linear import SparseLinear
+from dstlib.engine.runtime.buffers import release_memory
+from dstlib.engine.runtime.library import Info, info
+from dstlib.export.compact import load_compact, save_compact
+from dstlib.export.dead_channels import remove_dead_channels
+from dstlib.export.semi_structured import to_semi_structured
 
 __all__ = [
     "Decision",

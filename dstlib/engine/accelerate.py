@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.engine.decisions import Decision, Decisions
-from dstlib.engine.eligible import CANDIDATES, fast_form, obstacle
 from dstlib.engine.following import follow
+from dstlib.engine.registry import CANDIDATES, fast_form, obstacle
 
 REPEATS = 3
 Times = dict[str, float]

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dstlib.engine.library import info
-from dstlib.errors import SettingError, StateError, explain
+from dstlib.engine.runtime.library import info
+from dstlib.errors import SettingError, StateError
 from dstlib.files import write_json
 
 
@@ -57,7 +57,7 @@ class Decisions(Mapping[str, Decision]):
         """A SettingError unless the decisions are about these layers."""
         if set(layers) != set(self):
             allowed, remedy = "those of this model", "Leave them out to measure anew."
-            raise SettingError(explain("decisions", "accelerate()", allowed=allowed, given=list(self), remedy=remedy))
+            raise SettingError.of("decisions", "accelerate()", allowed=allowed, given=list(self), remedy=remedy)
 
     def save(self, path: Path) -> None:
         """Writes the decisions as JSON."""
@@ -75,8 +75,8 @@ class Decisions(Mapping[str, Decision]):
         except (OSError, ValueError, TypeError, KeyError) as error:
             remedy = "Measure anew, and save the decisions."
             where = f"folder {path.parent}"
-            raise StateError(
-                explain(path.name, where, allowed="saved decisions", given=repr(error), remedy=remedy)
+            raise StateError.of(
+                path.name, where, allowed="saved decisions", given=repr(error), remedy=remedy
             ) from error
 
     def __getitem__(self, name: str) -> Decision:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.fast_layers import FastConv, FastUnit, FastUpsample
 from dstlib.engine.gpu.module import BlockConv
-from dstlib.engine.linear import SparseLinear
+from dstlib.engine.layers.fast_layers import FastConv, FastUnit, FastUpsample
+from dstlib.engine.layers.linear import SparseLinear
 
 
 @dataclass(eq=False)

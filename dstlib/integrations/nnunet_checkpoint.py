@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError
 from dstlib.files import write_whole
 
 KEY = "dstlib"
@@ -46,12 +46,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader of damaged or foreign files raises whatever it stumbles over
         given = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing to read'}"
-        raise StateError(
-            explain(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy)
-        ) from error
+        raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy) from error
     if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name"} <= checkpoint.keys():
         given = f"a {type(checkpoint).__name__} of something else"
-        raise StateError(explain(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy))
+        raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy)
     return checkpoint
 
 
@@ -75,14 +73,12 @@ def sparse_part(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
     part = checkpoint.get(KEY)
     if not isinstance(part, dict) or part.get("version") != VERSION:
         given = "none" if part is None else f"version {part.get('version') if isinstance(part, dict) else None}"
-        raise StateError(
-            explain(
-                f"key {KEY!r}",
-                where,
-                allowed=f"the masks of a sparse training, version {VERSION}",
-                given=given,
-                remedy=f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks.",
-            )
+        raise StateError.of(
+            f"key {KEY!r}",
+            where,
+            allowed=f"the masks of a sparse training, version {VERSION}",
+            given=given,
+            remedy=f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks.",
         )
     return part
 
@@ -100,7 +96,7 @@ with the trainer and the settings that it was saved with.
     if names:
         allowed, given = (", ".join(f"{name} {side.get(name)}" for name in names) for side in (saved, settings))
         remedy = "Continue with the trainer and the settings that it was saved with."
-        raise StateError(explain("settings", where, allowed=allowed, given=given, remedy=remedy))
+        raise StateError.of("settings", where, allowed=allowed, given=given, remedy=remedy)
 
 
 def export_checkpoint(source: Path, target: Path) -> Exported:
@@ -114,7 +110,7 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
     _refuse_e2enet(checkpoint, source)
     if target.exists():
         remedy = "Choose another name, or remove it first."
-        raise StateError(explain("target", str(target), allowed="a new file", given="an existing one", remedy=remedy))
+        raise StateError.of("target", str(target), allowed="a new file", given="an existing one", remedy=remedy)
     counts = _count(checkpoint["network_weights"], sparse_part(checkpoint, source.name), source.name)
     stock = {key: value for key, value in checkpoint.items() if key != KEY} | {"trainer_name": STOCK}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,20 +118,18 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
     written, given = read_checkpoint(target), checkpoint["network_weights"]
     if KEY in written or written["trainer_name"] != STOCK or not _equal(written["network_weights"], given):
         remedy = "Look at the disk, and repeat the command."
-        raise StateError(explain("weights", str(target), allowed="those read", given="others", remedy=remedy))
+        raise StateError.of("weights", str(target), allowed="those read", given="others", remedy=remedy)
     return counts
 
 
 def _refuse_e2enet(checkpoint: Mapping[str, Any], source: Path) -> None:
     if any(name.startswith("fusion.") for name in checkpoint["network_weights"]):
-        raise StateError(
-            explain(
-                "network",
-                source.name,
-                allowed=f"one that {STOCK} builds from the plans",
-                given="an E2ENet",
-                remedy=f"Predict with the trainer that it was trained with, {checkpoint['trainer_name']}.",
-            )
+        raise StateError.of(
+            "network",
+            source.name,
+            allowed=f"one that {STOCK} builds from the plans",
+            given="an E2ENet",
+            remedy=f"Predict with the trainer that it was trained with, {checkpoint['trainer_name']}.",
         )
 
 
@@ -145,7 +139,7 @@ def _count(weights: Mapping[str, Tensor], part: Mapping[str, Any], where: str) -
         outside = int(torch.count_nonzero(weights[name][~mask]))
         if outside:
             remedy = "It was changed after the training; export the checkpoint that the training wrote."
-            raise StateError(explain(name, where, allowed="zeros outside the mask", given=outside, remedy=remedy))
+            raise StateError.of(name, where, allowed="zeros outside the mask", given=outside, remedy=remedy)
     num_active = sum(int(mask.sum()) for mask in masks.values())
     return Exported(len(masks), num_active, sum(mask.numel() for mask in masks.values()))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dstlib.errors import DstlibError, StateError, explain
+from dstlib.errors import DstlibError, StateError
 from dstlib.integrations.nnunet import TRAINERS, name_settings
 from dstlib.integrations.nnunet_checkpoint import STOCK, export_checkpoint
 
@@ -69,7 +69,7 @@ def _find(name: str) -> str:
 
 
 def _failure(what: str, where: str, allowed: str, given: str, remedy: str) -> StateError:
-    return StateError(explain(what, where, allowed=allowed, given=given, remedy=remedy))
+    return StateError.of(what, where, allowed=allowed, given=given, remedy=remedy)
 
 
 def _parser() -> argparse.ArgumentParser:

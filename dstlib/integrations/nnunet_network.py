@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.integrations.nnunet_training import Training
 from dstlib.targets import unwrap
 from dstlib.zoo.e2enet.config import E2ENetConfig
@@ -36,7 +36,7 @@ def planned_config(arch_kwargs: Mapping[str, Any], *, in_channels: int, num_clas
     given = {"strides": strides, "strides[0]": strides[0], "n_stages": stages}
     for what, holds, allowed, remedy in checks:
         if not holds:
-            raise SettingError(explain(what, "the plan", allowed=allowed, given=given[what], remedy=remedy))
+            raise SettingError.of(what, "the plan", allowed=allowed, given=given[what], remedy=remedy)
     return E2ENetConfig(
         in_channels=in_channels,
         num_classes=num_classes,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from dstlib.door import sparsify
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.files import write_json
 from dstlib.integrations.nnunet_checkpoint import (
     KEY,
@@ -26,9 +25,10 @@ from dstlib.integrations.nnunet_checkpoint import (
     write_checkpoint,
 )
 from dstlib.masking import MaskUpdate, Site
-from dstlib.method import Method
 from dstlib.methods import find_method
+from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
+from dstlib.sparsifier.api import sparsify
 from dstlib.targets import plain_name, unwrap
 
 if TYPE_CHECKING:
@@ -74,14 +74,12 @@ class Training(Host):
         """nnU-Net's, unless all of their weights in the loss would be 0 / 0: it leaves the coarsest one out."""
         scales: list[list[float]] | None = super()._get_deep_supervision_scales()
         if scales is not None and len(scales) < 2:
-            raise SettingError(
-                explain(
-                    "n_stages",
-                    f"configuration {self.configuration_name}",
-                    allowed="3 or more, as nnU-Net's deep supervision leaves out the coarsest output",
-                    given=len(scales) + 1,
-                    remedy="Plan with a larger patch, or set enable_deep_supervision = False in a trainer of yours.",
-                )
+            raise SettingError.of(
+                "n_stages",
+                f"configuration {self.configuration_name}",
+                allowed="3 or more, as nnU-Net's deep supervision leaves out the coarsest output",
+                given=len(scales) + 1,
+                remedy="Plan with a larger patch, or set enable_deep_supervision = False in a trainer of yours.",
             )
         return scales
 

@@ -9,7 +9,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.layers.shift import channel_groups, check_shift
 
 
@@ -79,7 +79,7 @@ class LearnedShift(nn.Module):
         super().__init__()
         if not len(sizes) or not all(isfinite(size) for size in sizes):
             allowed, remedy = "one finite number or more", "Offsets start from them; the paper's are (-1, 0, 1)."
-            raise SettingError(explain("sizes", "LearnedShift", allowed=allowed, given=sizes, remedy=remedy))
+            raise SettingError.of("sizes", "LearnedShift", allowed=allowed, given=sizes, remedy=remedy)
         self.sizes = tuple(sizes)
         self.axis = axis
         self.rounded = rounded

@@ -11,7 +11,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import SelectionError, SettingError, explain
+from dstlib.errors import SelectionError, SettingError
 from dstlib.layers.blocks import Triple
 from dstlib.layers.shift import AXES, Axis, channel_groups, shift
 
@@ -221,10 +221,10 @@ def _times(extents: Sequence[int]) -> str:
 def _check(sizes: Sequence[int], axis: str) -> None:
     if not len(sizes) or not all(type(size) is int for size in sizes):
         allowed, remedy = "one whole number of voxels or more", "The paper's are (-1, 0, 1)."
-        raise SettingError(explain("sizes", _WHERE, allowed=allowed, given=sizes, remedy=remedy))
+        raise SettingError.of("sizes", _WHERE, allowed=allowed, given=sizes, remedy=remedy)
     if axis not in AXES:
         remedy = "Name the axis to shift along."
-        raise SettingError(explain("axis", _WHERE, allowed=" or ".join(AXES), given=repr(axis), remedy=remedy))
+        raise SettingError.of("axis", _WHERE, allowed=" or ".join(AXES), given=repr(axis), remedy=remedy)
 
 
 def _check_globs(globs: Sequence[str], names: Mapping[nn.Module, Sequence[str]]) -> None:
@@ -232,7 +232,7 @@ def _check_globs(globs: Sequence[str], names: Mapping[nn.Module, Sequence[str]])
     for glob in globs:
         if known and not any(fnmatchcase(name, glob) for name in known):
             allowed, remedy = "a match with the name of a convolution", f"Names here: {', '.join(known[:5])}."
-            raise SelectionError(explain(f"glob {glob!r}", _WHERE, allowed=allowed, given="no match", remedy=remedy))
+            raise SelectionError.of(f"glob {glob!r}", _WHERE, allowed=allowed, given="no match", remedy=remedy)
 
 
 def _check_any(reasons: Mapping[str, str], names: Mapping[nn.Module, Sequence[str]]) -> None:
@@ -240,6 +240,6 @@ def _check_any(reasons: Mapping[str, str], names: Mapping[nn.Module, Sequence[st
         given = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in list(reasons.items())[:8])
         allowed = "a model with a convolution that can be shifted"
         remedy = "Plain Conv3d with kernels such as 3×3×3 or 1×3×3 can."
-        raise SelectionError(
-            explain("model", _WHERE, allowed=allowed, given=f"none ({given or 'no convolution'})", remedy=remedy)
+        raise SelectionError.of(
+            "model", _WHERE, allowed=allowed, given=f"none ({given or 'no convolution'})", remedy=remedy
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 
 Axis = Literal["depth", "height", "width"]
 AXES = get_args(Axis)  # in the order of the axes of (D, H, W)
@@ -62,11 +62,11 @@ def check_shift(x: Tensor, sizes: Sequence[float] | Tensor, axis: int, *, where:
     """A SettingError if there are no sizes, or ``axis`` is not a spatial axis of x."""
     if not len(sizes):
         remedy = "Pass (0,) to move nothing."
-        raise SettingError(explain("sizes", where, allowed="at least one", given=sizes, remedy=remedy))
+        raise SettingError.of("sizes", where, allowed="at least one", given=sizes, remedy=remedy)
     if axis not in (*range(2, x.ndim), *range(2 - x.ndim, 0)):
         allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
         remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
-        raise SettingError(explain("axis", where, allowed=allowed, given=axis, remedy=remedy))
+        raise SettingError.of("axis", where, allowed=allowed, given=axis, remedy=remedy)
 
 
 def _move(x: Tensor, size: int, axis: int) -> Tensor:

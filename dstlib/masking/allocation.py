@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.masking.budget import Account, Allocation, Budget, Terms, num_dropped
 from dstlib.masking.counts import apportion, round_up
 from dstlib.masking.selection import select_top
@@ -124,7 +124,7 @@ class AdaptiveThreshold:
         if not (self.initial > 0 and self.tolerance >= 0 and self.factor > 1):
             given = (self.initial, self.tolerance, self.factor)
             allowed, remedy = "initial > 0, tolerance ≥ 0, factor > 1", "The paper doubles and halves."
-            raise SettingError(explain("settings", "AdaptiveThreshold", allowed=allowed, given=given, remedy=remedy))
+            raise SettingError.of("settings", "AdaptiveThreshold", allowed=allowed, given=given, remedy=remedy)
 
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
         threshold = terms.memory or self.initial
@@ -162,7 +162,7 @@ class NeuronAblation:
             remedy = "0.3 suits convolutional networks, 0.95 transformers."
             allowed = "a share in [0, 1]"
             given = self.min_share
-            raise SettingError(explain("min_share", "NeuronAblation", allowed=allowed, given=given, remedy=remedy))
+            raise SettingError.of("min_share", "NeuronAblation", allowed=allowed, given=given, remedy=remedy)
 
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
         return Allocation(tuple(self._budget(account, terms.drop_fraction) for account in accounts))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.masking.counts import NUDGE
 
 
@@ -76,14 +76,12 @@ def num_dropped(num_active: Tensor, drop_fraction: float) -> Tensor:
     tensor([29,  2])
     """
     if not 0 <= drop_fraction <= 1:
-        raise SettingError(
-            explain(
-                "drop fraction",
-                "a mask update",
-                allowed="a number in [0, 1]",
-                given=drop_fraction,
-                remedy="Look at the method's drop_fraction curve.",
-            )
+        raise SettingError.of(
+            "drop fraction",
+            "a mask update",
+            allowed="a number in [0, 1]",
+            given=drop_fraction,
+            remedy="Look at the method's drop_fraction curve.",
         )
     return (num_active.double() * (drop_fraction * NUDGE)).floor().long()
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import ScoreError, SettingError, explain
+from dstlib.errors import ScoreError, SettingError
 from dstlib.masking.site import Site
 
 
@@ -83,14 +83,12 @@ class WeightAndGradient:
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor < float("inf"):
-            raise SettingError(
-                explain(
-                    "factor",
-                    "WeightAndGradient",
-                    allowed="a number, 0 or more",
-                    given=self.factor,
-                    remedy="0.01, say; 0 is magnitude.",
-                )
+            raise SettingError.of(
+                "factor",
+                "WeightAndGradient",
+                allowed="a number, 0 or more",
+                given=self.factor,
+                remedy="0.01, say; 0 is magnitude.",
             )
 
     def __call__(self, site: Site) -> Tensor:
@@ -213,7 +211,7 @@ _NO_TRACE = "Give the method a trace, replace(method, trace=Trace(steps=8)), say
 def _present(value: Tensor | None, what: str, site: Site, remedy: str = _NO_GRADIENT) -> Tensor:
     if value is None:
         where = f"{site.name} at step {site.step}"
-        raise ScoreError(explain(what, where, allowed="a tensor", given=None, remedy=remedy))
+        raise ScoreError.of(what, where, allowed="a tensor", given=None, remedy=remedy)
     return value
 
 

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 
 
 @runtime_checkable
@@ -93,8 +93,8 @@ class Block:
     def __post_init__(self) -> None:
         if min(self.out, self.into) < 1:
             given = (self.out, self.into)
-            raise SettingError(
-                explain("out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4), say.")
+            raise SettingError.of(
+                "out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4), say."
             )
 
     def fold(self, x_OIK: Tensor) -> Tensor:
@@ -141,8 +141,8 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
-            raise SettingError(
-                explain("n and m", "NM", allowed="1 ≤ n ≤ m", given=(self.n, self.m), remedy="Pass NM(2, 4), say.")
+            raise SettingError.of(
+                "n and m", "NM", allowed="1 ≤ n ≤ m", given=(self.n, self.m), remedy="Pass NM(2, 4), say."
             )
 
     def fold(self, x_OIK: Tensor) -> Tensor:
@@ -158,12 +158,10 @@ class NM:
 
 def _check_divides(size: int, divisor: int, what: str) -> None:
     if size % divisor:
-        raise SettingError(
-            explain(
-                f"number of {what}",
-                f"a weight with {size} of them",
-                allowed=f"a multiple of {divisor}",
-                given=size,
-                remedy="Choose another granularity, or leave this weight out by exclude=.",
-            )
+        raise SettingError.of(
+            f"number of {what}",
+            f"a weight with {size} of them",
+            allowed=f"a multiple of {divisor}",
+            given=size,
+            remedy="Choose another granularity, or leave this weight out by exclude=.",
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.masking.site import Site
 
 GrownInit = Callable[[Site], Tensor]
@@ -54,9 +54,7 @@ class NormalFanIn:
     def __post_init__(self) -> None:
         if not 0 <= self.gain < float("inf"):
             remedy = "√2 suits a layer before a ReLU."
-            raise SettingError(
-                explain("gain", "NormalFanIn", allowed="a number, 0 or more", given=self.gain, remedy=remedy)
-            )
+            raise SettingError.of("gain", "NormalFanIn", allowed="a number, 0 or more", given=self.gain, remedy=remedy)
 
     def __call__(self, site: Site) -> Tensor:
         shape, dtype = site.weight.shape, torch.float32

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import ScoreError, SettingError, explain
+from dstlib.errors import ScoreError, SettingError
 from dstlib.masking.site import Criterion, Site
 from dstlib.schedules.curves import Curve
 
@@ -95,14 +95,12 @@ def _scores(site: Site, criterion: Criterion) -> Tensor:
     score = criterion(site).double()
     is_fit = (score >= 0) & score.isfinite()
     if not bool(is_fit.all()):
-        raise ScoreError(
-            explain(
-                "scores to draw by",
-                f"{site.name} at step {site.step}",
-                allowed="finite numbers, 0 or more",
-                given=f"{int((~is_fit).sum())} that are not",
-                remedy="Draw by a criterion that is never negative, such as magnitude.",
-            )
+        raise ScoreError.of(
+            "scores to draw by",
+            f"{site.name} at step {site.step}",
+            allowed="finite numbers, 0 or more",
+            given=f"{int((~is_fit).sum())} that are not",
+            remedy="Draw by a criterion that is never negative, such as magnitude.",
         )
     return score
 
@@ -110,14 +108,12 @@ def _scores(site: Site, criterion: Criterion) -> Tensor:
 def _power(site: Site, exponent: Curve | float) -> float:
     power = exponent(site.progress) if callable(exponent) else exponent
     if not 0 <= power <= _MOST:
-        raise SettingError(
-            explain(
-                "exponent",
-                f"{site.name} at step {site.step}",
-                allowed=f"a number in [0, {_MOST:g}]",
-                given=power,
-                remedy="Beyond, chance has no say: use the criterion itself.",
-            )
+        raise SettingError.of(
+            "exponent",
+            f"{site.name} at step {site.step}",
+            allowed=f"a number in [0, {_MOST:g}]",
+            given=power,
+            remedy="Beyond, chance has no say: use the criterion itself.",
         )
     return power
 

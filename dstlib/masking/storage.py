@@ -8,7 +8,7 @@ again after it: the model's forward, its state-dict keys and its type stay what 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.schedules import Constant
 
 
@@ -43,6 +43,6 @@ class DenseStorage:
     def __post_init__(self) -> None:
         if self.extra is not None and not 0 < self.extra <= 1:
             remedy = "None lets all weights learn; without dense storage none outside the mask do."
-            raise SettingError(
-                explain("extra", "DenseStorage", allowed="a density in (0, 1]", given=self.extra, remedy=remedy)
+            raise SettingError.of(
+                "extra", "DenseStorage", allowed="a density in (0, 1]", given=self.extra, remedy=remedy
             )

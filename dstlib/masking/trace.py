@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.masking.criteria import plain_gradient
 from dstlib.masking.site import Criterion
 
@@ -26,7 +26,7 @@ class Trace:
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:
             remedy = "1 adds up; 0.9 forgets by a tenth a step."
-            raise SettingError(explain("decay", "Trace", allowed="a number in [0, 1]", given=self.decay, remedy=remedy))
+            raise SettingError.of("decay", "Trace", allowed="a number in [0, 1]", given=self.decay, remedy=remedy)
         if self.steps is not None and self.steps < 1:
             remedy = "None gathers at every step."
-            raise SettingError(explain("steps", "Trace", allowed="1 or more", given=self.steps, remedy=remedy))
+            raise SettingError.of("steps", "Trace", allowed="1 or more", given=self.steps, remedy=remedy)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import ScoreError, explain
+from dstlib.errors import ScoreError
 from dstlib.masking.budget import Budget, spend
 from dstlib.masking.granularity import Granularity
 from dstlib.masking.selection import select_top
@@ -109,27 +109,23 @@ def unit_score(score: Tensor, shape: torch.Size, granularity: Granularity) -> Te
     Errors: ScoreError for scores of another shape than ``shape``, or not finite.
     """
     if not isinstance(score, Tensor) or score.shape != shape:
-        raise ScoreError(
-            explain(
-                "scores",
-                "a mask update",
-                allowed=f"a tensor of shape {tuple(shape)}",
-                given=f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__,
-                remedy="A criterion returns one score per weight; the granularity does the averaging.",
-            )
+        raise ScoreError.of(
+            "scores",
+            "a mask update",
+            allowed=f"a tensor of shape {tuple(shape)}",
+            given=f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__,
+            remedy="A criterion returns one score per weight; the granularity does the averaging.",
         )
     if score.dtype not in (torch.float32, torch.float64):
         score = score.float()
     score_GUE = granularity.fold(score)
     score_GU = score_GUE[..., 0] if score_GUE.shape[-1] == 1 else score_GUE.mean(dim=-1)
     if not bool(score_GU.isfinite().all()):
-        raise ScoreError(
-            explain(
-                "scores",
-                "a mask update",
-                allowed="finite numbers",
-                given=f"{int((~score_GU.isfinite()).sum())} that are NaN or infinite",
-                remedy="Look at the criterion, and at whether the loss has diverged.",
-            )
+        raise ScoreError.of(
+            "scores",
+            "a mask update",
+            allowed="finite numbers",
+            given=f"{int((~score_GU.isfinite()).sum())} that are NaN or infinite",
+            remedy="Look at the criterion, and at whether the loss has diverged.",
         )
     return score_GU

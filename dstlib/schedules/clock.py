@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,12 @@ class Every:
 
     def __post_init__(self) -> None:
         if self.interval < 1:
-            raise SettingError(
-                explain(
-                    "interval",
-                    "the mask updates",
-                    allowed="a whole number of optimizer steps, at least 1",
-                    given=self.interval,
-                    remedy="Pass 100, say, or None for a fixed topology.",
-                )
+            raise SettingError.of(
+                "interval",
+                "the mask updates",
+                allowed="a whole number of optimizer steps, at least 1",
+                given=self.interval,
+                remedy="Pass 100, say, or None for a fixed topology.",
             )
 
     @property

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 
 Curve = Callable[[float], float]
 
@@ -121,14 +121,12 @@ class Alternating:
     def __post_init__(self) -> None:
         if not (0 <= self.warmup <= self.settle <= 1 and self.phase > 0):
             given = (self.warmup, self.phase, self.settle)
-            raise SettingError(
-                explain(
-                    "warmup, phase, settle",
-                    "Alternating",
-                    allowed="0 ≤ warmup ≤ settle ≤ 1 and a phase above 0",
-                    given=given,
-                    remedy="All are shares of the run.",
-                )
+            raise SettingError.of(
+                "warmup, phase, settle",
+                "Alternating",
+                allowed="0 ≤ warmup ≤ settle ≤ 1 and a phase above 0",
+                given=given,
+                remedy="All are shares of the run.",
             )
 
     def __call__(self, progress: float) -> float:

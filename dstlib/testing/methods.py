@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dstlib.masking import NM, AtInit, Criterion, MaskUpdate, Site, num_units, random
-from dstlib.method import Method
+from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
 from dstlib.testing.laws import broken, named, world
 from dstlib.testing.small import HALFWAY, OPTIMIZERS, Run, Setting

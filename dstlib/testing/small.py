@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.door import sparsify
-from dstlib.method import Method
+from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
+from dstlib.sparsifier.api import sparsify
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),

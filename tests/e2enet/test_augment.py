@@ -12,7 +12,8 @@ from monai.transforms import AdjustContrast, ScaleIntensityFixedMean
 from scipy import ndimage
 
 from dstlib.errors import SettingError
-from dstlib.zoo.e2enet.data.augment import (
+from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.dataloading.augment import (
     Augmentation,
     Chance,
     change_intensities,
@@ -21,9 +22,8 @@ from dstlib.zoo.e2enet.data.augment import (
     seen_box,
     thin_axis,
 )
-from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.intensities import blur, contrast, gamma, low_resolution
-from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.intensities import blur, contrast, gamma, low_resolution
+from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
 
 NAMES = [field.name for field in fields(Augmentation) if field.name != "per_channel"]
 NEVER = Augmentation(**{name: replace(getattr(Augmentation(), name), probability=0) for name in NAMES})

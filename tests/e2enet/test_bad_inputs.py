@@ -15,8 +15,8 @@ import pytest
 
 from dstlib.errors import StateError, explain
 from dstlib.zoo.e2enet.__main__ import main
-from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
-from dstlib.zoo.e2enet.evaluation import predict as predict_module
+from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
+from dstlib.zoo.e2enet.inference import predict as predict_module
 
 AMOS = Path(__file__).parents[2] / "examples" / "e2enet_amos.py"
 IMAGE, LABEL = "imagesTr/amos_0002.nii.gz", "labelsTr/amos_0002.nii.gz"

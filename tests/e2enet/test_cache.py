@@ -20,13 +20,13 @@ import pytest
 
 from dstlib import files as whole_files
 from dstlib.errors import DataError, SettingError, StateError
-from dstlib.zoo.e2enet.data import cache, cache_entries
-from dstlib.zoo.e2enet.data.cache import measure, prepared_cases
-from dstlib.zoo.e2enet.data.fingerprint import fingerprint, plan_preparation
-from dstlib.zoo.e2enet.data.layouts import read_manifest
-from dstlib.zoo.e2enet.data.manifest import CaseFiles, Manifest
-from dstlib.zoo.e2enet.data.nifti import examine_scan, read_scan
-from dstlib.zoo.e2enet.data.preparation import prepare_scan
+from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.preprocessing import cache, cache_entries
+from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import fingerprint, plan_preparation
+from dstlib.zoo.e2enet.data.preprocessing.preparation import prepare_scan
+from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_scan
 
 FORK = multiprocessing.get_context("fork")  # so that children see what a test has replaced
 
@@ -464,8 +464,8 @@ class IdlePool:
 SCRIPT = """
 import sys
 from pathlib import Path
-from dstlib.zoo.e2enet.data.cache import prepared_cases
-from dstlib.zoo.e2enet.data.layouts import read_manifest
+from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
+from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 if __name__ == "__main__":
     manifest = read_manifest(sys.argv[1])
     prepared_cases(manifest, manifest.train, modality="mri", folder=Path(sys.argv[2]), workers=2, progress=False)

@@ -12,13 +12,13 @@ import pytest
 
 from dstlib.errors import StateError
 from dstlib.zoo.e2enet.__main__ import main
-from dstlib.zoo.e2enet.command import parser
+from dstlib.zoo.e2enet.checkpoint import load_trained
+from dstlib.zoo.e2enet.cli import parser
 from dstlib.zoo.e2enet.compare import compare, row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
-from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
-from dstlib.zoo.e2enet.follow import follow
+from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE, RECIPES
-from dstlib.zoo.e2enet.trained import load_trained
+from dstlib.zoo.e2enet.run import follow
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "e2enet_ablation.py"
 SHORT = ("--preset", "demo", "--epochs", "1", "--iterations", "2", "--interval", "1", "--patch-size", "16", "16", "16")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.nifti import write_label
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.scans.nifti import write_label
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.evaluation.figures import _upright
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from dstlib.zoo.e2enet import E2ENet
-from dstlib.zoo.e2enet import follow as follow_module
-from dstlib.zoo.e2enet.command import HELP
-from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
-from dstlib.zoo.e2enet.trained import network_config
+from dstlib.zoo.e2enet import run as follow_module
+from dstlib.zoo.e2enet.checkpoint import network_config
+from dstlib.zoo.e2enet.cli import HELP
+from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.training import train as train_module
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

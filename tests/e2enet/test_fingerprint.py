@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError, StateError
-from dstlib.zoo.e2enet.data.fingerprint import (
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     NUM_SAMPLES,
     Fingerprint,
     Intensities,
@@ -21,8 +21,8 @@ from dstlib.zoo.e2enet.data.fingerprint import (
     scan_fingerprint,
     target_spacing,
 )
-from dstlib.zoo.e2enet.data.nifti import Scan
-from dstlib.zoo.e2enet.data.normalization import CtNormalization, MriNormalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization
+from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
 
 def scan_of(name="a", *, shape=(4, 5, 6), spacing=(3.0, 2.0, 1.0), num_channels=1, seed=0, foreground=0.5):

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.evaluation import inference
-from dstlib.zoo.e2enet.evaluation.inference import most_probable, predicting, probabilities
+from dstlib.zoo.e2enet.inference import sliding_window as inference
+from dstlib.zoo.e2enet.inference.sliding_window import most_probable, predicting, probabilities
 
 
 class ReadsTheImage(nn.Module):

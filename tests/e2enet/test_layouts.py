@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.cases import split
-from dstlib.zoo.e2enet.data.layouts import LAYOUTS, folder_cases, modalities, only, only_modality, read_manifest
+from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, modalities, only, only_modality, read_manifest
 
 
 def touch(folder: Path, *names: str) -> None:

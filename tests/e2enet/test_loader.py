@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, DstlibError, SettingError
-from dstlib.zoo.e2enet.data import loader
-from dstlib.zoo.e2enet.data.loader import batches
-from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
-from dstlib.zoo.e2enet.data.phantom import phantoms
+from dstlib.zoo.e2enet.data.dataloading import loader
+from dstlib.zoo.e2enet.data.dataloading.loader import batches
+from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 
 PATCHES = PatchSettings(patch_size=(8, 12, 12), batch_size=3)
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, StateError
-from dstlib.zoo.e2enet.data.layouts import read_manifest
-from dstlib.zoo.e2enet.data.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.nifti import examine_scan, read_label, read_scan, write_label
+from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_label, read_scan, write_label
 
 SHAPE = (5, 6, 7)  # x, y, z
 AFFINE = np.diag([0.5, 0.75, 3.0, 1.0])

@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.augment import Augmentation
 from dstlib.zoo.e2enet.data.cases import MAX_VOXELS, Case
-from dstlib.zoo.e2enet.data.patches import PatchSettings, draw_batch
-from dstlib.zoo.e2enet.data.phantom import phantoms
+from dstlib.zoo.e2enet.data.dataloading.augment import Augmentation
+from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 
 MM = (1.0, 1.0, 1.0)
 CHANCES = {f.name: getattr(Augmentation(), f.name) for f in fields(Augmentation) if f.name != "per_channel"}

@@ -6,8 +6,8 @@ from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.cases import Case, Cases, split
-from dstlib.zoo.e2enet.data.organs import AMOS_ORGANS, BTCV_ORGANS, ORGANS
-from dstlib.zoo.e2enet.data.phantom import FIELD_OF_VIEW, MIN_SHAPE, btcv_phantom, phantom, phantoms
+from dstlib.zoo.e2enet.data.phantoms.ct import FIELD_OF_VIEW, MIN_SHAPE, btcv_phantom, phantom, phantoms
+from dstlib.zoo.e2enet.data.phantoms.organs import AMOS_ORGANS, BTCV_ORGANS, ORGANS
 
 SHAPES = [MIN_SHAPE, (48, 64, 64), (40, 72, 48)]
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import SettingError
-from dstlib.zoo.e2enet.data.phantom_mri import (
+from dstlib.zoo.e2enet.data.phantoms.mri import (
     BRAIN_VIEW,
     MIN_BRAIN_SHAPE,
     TUMOUR_CHANNELS,

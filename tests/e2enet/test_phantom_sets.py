@@ -8,9 +8,9 @@ import pytest
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from dstlib.errors import DataError, SettingError, StateError
-from dstlib.zoo.e2enet.data import phantom_sets
-from dstlib.zoo.e2enet.data.phantom import MIN_SHAPE, patient_seed
-from dstlib.zoo.e2enet.data.phantom_sets import KINDS, NUM_TEST, RECORD, write_phantoms
+from dstlib.zoo.e2enet.data.phantoms import sets as phantom_sets
+from dstlib.zoo.e2enet.data.phantoms.ct import MIN_SHAPE, patient_seed
+from dstlib.zoo.e2enet.data.phantoms.sets import KINDS, NUM_TEST, RECORD, write_phantoms
 
 NUM_SCANS = 3
 

@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.normalization import CtNormalization
-from dstlib.zoo.e2enet.data.preparation import Preparation
-from dstlib.zoo.e2enet.evaluation import predict
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization
+from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
-from dstlib.zoo.e2enet.evaluation.predict import Trained, outcome_table, predict_folder, predict_scans
+from dstlib.zoo.e2enet.inference import predict
+from dstlib.zoo.e2enet.inference.predict import Trained, outcome_table, predict_folder, predict_scans
 
 AS_IT_IS = CtNormalization(low=0.0, high=2.0, mean=0.0, std=1.0)
 

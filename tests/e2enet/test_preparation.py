@@ -11,11 +11,22 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError, StateError
-from dstlib.zoo.e2enet.data.nifti import Scan
-from dstlib.zoo.e2enet.data.normalization import CtNormalization, MriNormalization
-from dstlib.zoo.e2enet.data.placement import Placement, uncropped
-from dstlib.zoo.e2enet.data.preparation import Preparation, place_back, prepare_image, prepare_label, prepare_scan
-from dstlib.zoo.e2enet.data.resample import coarse_axis, new_shape, resample_intensities, resample_linearly
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization
+from dstlib.zoo.e2enet.data.preprocessing.placement import Placement, uncropped
+from dstlib.zoo.e2enet.data.preprocessing.preparation import (
+    Preparation,
+    place_back,
+    prepare_image,
+    prepare_label,
+    prepare_scan,
+)
+from dstlib.zoo.e2enet.data.preprocessing.resample import (
+    coarse_axis,
+    new_shape,
+    resample_intensities,
+    resample_linearly,
+)
+from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
 RAS = np.eye(4)
 AS_IT_IS = CtNormalization(low=-1e6, high=1e6, mean=0.0, std=1.0)  # of intensities within ± a million

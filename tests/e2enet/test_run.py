@@ -9,7 +9,7 @@ import torch
 
 from dstlib.errors import StateError
 from dstlib.files import write_whole
-from dstlib.zoo.e2enet.training.run import open_run
+from dstlib.zoo.e2enet.training.run_directory import open_run
 
 CONFIG = {"training": {"seed": 0, "learning_rate": 0.05}, "patch": (4, 8, 8)}
 STATE = {"weight": torch.arange(3.0), "iteration": 7, "metrics": [{"loss": 0.5}]}

@@ -11,12 +11,12 @@ from torch import nn
 
 from dstlib.errors import DstlibError, SettingError, StateError
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
-from dstlib.zoo.e2enet.data.patches import PatchSettings
-from dstlib.zoo.e2enet.data.phantom import phantoms
+from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings
+from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 from dstlib.zoo.e2enet.training import train as module
 from dstlib.zoo.e2enet.training.interrupt import interruptible
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
-from dstlib.zoo.e2enet.training.run import open_run
+from dstlib.zoo.e2enet.training.run_directory import open_run
 from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
 from dstlib.zoo.e2enet.training.state import begin_from, start
 from dstlib.zoo.e2enet.training.train import train, validate

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstlib.engine import calls, library
 from dstlib.engine.gpu import cuda
+from dstlib.engine.ops import operator as calls
+from dstlib.engine.runtime import library
 
 
 @pytest.fixture(params=[*library.INSTRUCTION_SETS, "torch"])

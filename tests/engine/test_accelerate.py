@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
-from dstlib.engine.eligible import obstacle
-from dstlib.engine.fast_layers import FastConv, FastFusionNode, FastUnit
-from dstlib.engine.pending import Pending, mapped
+from dstlib.engine.layers.fast_layers import FastConv, FastFusionNode, FastUnit
+from dstlib.engine.layers.pending import Pending, mapped
+from dstlib.engine.registry import obstacle
 from dstlib.errors import SettingError, StateError
 from dstlib.layers import LearnedShift, Shift, ShiftedConv3d, Unit
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
@@ -388,7 +388,7 @@ def test_what_is_asked_about_a_pending_map_writes_nothing(about: str, monkeypatc
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("written out")
 
-    monkeypatch.setattr("dstlib.engine.pending.materialise", refuse)
+    monkeypatch.setattr("dstlib.engine.layers.pending.materialise", refuse)
     expected = True if about == "requires_grad" else getattr(values, about)
     assert getattr(pending, about) == expected
     with pytest.raises(AssertionError, match="written out"):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
-from dstlib.engine import buffers
-from dstlib.engine.buffers import GRAIN, SMALLEST, buffer, release_memory
-from dstlib.engine.maps import empty_depth_last
+from dstlib.engine.ops.feature_maps import empty_depth_last
+from dstlib.engine.runtime import buffers
+from dstlib.engine.runtime.buffers import GRAIN, SMALLEST, buffer, release_memory
 
 NUM = SMALLEST // 4  # the fewest numbers whose memory is kept
 

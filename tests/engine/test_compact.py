@@ -13,9 +13,9 @@ from strategies import folds, generator, random_mask, seeds
 from torch import nn
 
 import dstlib
-from dstlib.engine.compact import load_compact, load_masks, save_compact
-from dstlib.engine.tensors_file import read_tensors, write_tensors
 from dstlib.errors import StateError
+from dstlib.export.compact import load_compact, load_masks, save_compact
+from dstlib.export.tensors_file import read_tensors, write_tensors
 from dstlib.zoo.e2enet import AMOS, E2ENet
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint16, torch.complex64, torch.bool)

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine import calls, conv_calls, convolution, library
-from dstlib.engine.connections import Connections
-from dstlib.engine.convolution import Geometry, Weights, conv, unit
-from dstlib.engine.layouts import materialise
-from dstlib.engine.maps import Mapped, activated
-from dstlib.engine.ready import Ready
+from dstlib.engine.ops import conv_calls, convolution
+from dstlib.engine.ops import operator as calls
+from dstlib.engine.ops.connections import Connections
+from dstlib.engine.ops.convolution import Geometry, Weights, conv, unit
+from dstlib.engine.ops.feature_maps import Mapped, activated
+from dstlib.engine.ops.layouts import materialise
+from dstlib.engine.ops.ready import Ready
+from dstlib.engine.runtime import library
 from dstlib.layers import Shift, Unit
 
 pytestmark = pytest.mark.usefixtures("path")

@@ -14,7 +14,7 @@ from strategies import generator, seeds
 from torch import Tensor, nn
 
 import dstlib
-from dstlib.engine.dead import ShiftedGroups, remove_dead_channels
+from dstlib.export.dead_channels import ShiftedGroups, remove_dead_channels
 from dstlib.layers import Shift
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 
@@ -70,7 +70,7 @@ def whole_numbers(model: nn.Module, seed: int, *, density: float, dead: float, b
     return model
 
 
-def assert_same(model: nn.Module, *examples: Tensor) -> tuple[nn.Module, dstlib.engine.dead.Removal]:
+def assert_same(model: nn.Module, *examples: Tensor) -> tuple[nn.Module, dstlib.export.dead_channels.Removal]:
     """The outputs are equal to the last bit, for the example and for other inputs; the model is as it was."""
     state = copy.deepcopy(model.state_dict())
     smaller, removal = remove_dead_channels(model, examples)

@@ -165,7 +165,7 @@ def test_blocks_that_are_not_active_have_no_gradient_unless_it_is_asked_for(devi
 
 def test_masks_are_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As accelerate() would on a GPU: here it is told that this is one."""
-    from dstlib.engine import eligible
+    from dstlib.engine import registry as eligible
     from dstlib.engine.following import follow
 
     monkeypatch.setattr(eligible, "_on_gpu", lambda layer: True)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstlib.engine import calls, info, library
+from dstlib.engine import info
+from dstlib.engine.ops import operator as calls
+from dstlib.engine.runtime import library
 from dstlib.errors import SettingError
 
 built = pytest.mark.skipif(library._library() is None, reason="the kernels were not built")
@@ -34,7 +36,10 @@ def _run(code: str, asked: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
-SHOW = "from dstlib.engine import info, library; print(info().path, info().reason, library.kernels() is None, sep='|')"
+SHOW = (
+    "from dstlib.engine import info; from dstlib.engine.runtime import library; "
+    "print(info().path, info().reason, library.kernels() is None, sep='|')"
+)
 
 
 def test_the_environment_asks_for_torch():

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import dstlib
-from dstlib.engine import calls, library
-from dstlib.engine.linear import SparseLinear
-from dstlib.engine.linear_ops import multiply_op, sparse_linear, weight_gradient_op
-from dstlib.engine.linear_patterns import LinearPattern
+from dstlib.engine.layers.linear import SparseLinear
+from dstlib.engine.ops import operator as calls
+from dstlib.engine.ops.linear import multiply_op, sparse_linear, weight_gradient_op
+from dstlib.engine.ops.linear_patterns import LinearPattern
+from dstlib.engine.runtime import library
 from dstlib.masking import Element, FanIn
 
 RELATIVE = 1e-5  # float32 has 6e-8 per operation; sums of up to 600 terms, in any order, stay far below this

@@ -10,9 +10,9 @@ from strategies import random_mask, seeds
 from torch import nn
 
 import dstlib
-from dstlib.engine import semi_structured
-from dstlib.engine.semi_structured import is_two_of_four, to_semi_structured
 from dstlib.errors import SelectionError
+from dstlib.export import semi_structured
+from dstlib.export.semi_structured import is_two_of_four, to_semi_structured
 from dstlib.masking import NM
 
 has_sparse_cores = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

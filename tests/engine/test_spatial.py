@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine import calls, layouts, maps, norms, pooling, upsampling
-from dstlib.engine.connections import Connections
-from dstlib.engine.layouts import materialise, to_channels_first, to_depth_last
-from dstlib.engine.maps import Norm, activated
-from dstlib.engine.norms import norm_backward
-from dstlib.engine.pooling import ReadyPool, max_pool
-from dstlib.engine.upsampling import ReadyUpsample, upsample
+from dstlib.engine.ops import conv_transpose as upsampling
+from dstlib.engine.ops import feature_maps as maps
+from dstlib.engine.ops import layouts, norms, pooling
+from dstlib.engine.ops import operator as calls
+from dstlib.engine.ops.connections import Connections
+from dstlib.engine.ops.conv_transpose import ReadyUpsample, upsample
+from dstlib.engine.ops.feature_maps import Norm, activated
+from dstlib.engine.ops.layouts import materialise, to_channels_first, to_depth_last
+from dstlib.engine.ops.norms import norm_backward
+from dstlib.engine.ops.pooling import ReadyPool, max_pool
 from dstlib.errors import SettingError
 
 Size = tuple[int, int, int, int, int]

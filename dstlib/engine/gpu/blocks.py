@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dstlib.engine.gpu.tables import Plan, make_plan, plan_tiles
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 
 LARGEST = 64
 _SIZES = tuple(2**i for i in range(LARGEST.bit_length()))
@@ -45,10 +45,10 @@ class Blocks:
         """The blocks that cover the True entries of a mask (O, C, \\*taps)."""
         if len(size) != 2 or not all(extent in _SIZES for extent in size):
             allowed, remedy = f"two powers of two up to {LARGEST}", "Cover a mask of Block(48, 24) by (16, 8), say."
-            raise SettingError(explain("size", _WHERE, allowed=allowed, given=size, remedy=remedy))
+            raise SettingError.of("size", _WHERE, allowed=allowed, given=size, remedy=remedy)
         if mask.ndim < 2 or mask.dtype != torch.bool:
             given, remedy = f"{mask.dtype} {tuple(mask.shape)}", "Pass sparsifier.masks[name], or weight != 0."
-            raise SettingError(explain("mask", _WHERE, allowed="bool (O, C, *taps)", given=given, remedy=remedy))
+            raise SettingError.of("mask", _WHERE, allowed="bool (O, C, *taps)", given=given, remedy=remedy)
         outputs, inputs = mask.shape[:2]
         out, into = size
         connected = mask.detach().reshape(outputs, inputs, -1).any(dim=2)

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import conv3d
 
 import dstlib.engine.gpu.tiles as tiles
-from dstlib.engine.calls import Operator
 from dstlib.engine.gpu.blocks import Blocks
 from dstlib.engine.gpu.form import Launch, Shape
 from dstlib.engine.gpu.launch import convolve, input_gradient, interpreted, weight_gradient
 from dstlib.engine.gpu.maps import channels_first, channels_last, present
 from dstlib.engine.gpu.tables import Plan
-from dstlib.errors import SettingError, explain
+from dstlib.engine.ops.operator import Operator
+from dstlib.errors import SettingError
 from dstlib.layers.shift import shift
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -216,7 +216,7 @@ def _check(
     for what, holds, allowed, given in checks:
         if not holds:
             remedy = "Make the blocks of this weight's mask."
-            raise SettingError(explain(what, _WHERE, allowed=allowed, given=given, remedy=remedy))
+            raise SettingError.of(what, _WHERE, allowed=allowed, given=given, remedy=remedy)
 
 
 def _shapes(sources: Sequence[Tensor]) -> str:
@@ -228,4 +228,4 @@ def _check_types(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None)
     if len(types) > 1 or weight.dtype not in DTYPES:
         allowed, given = "one of float16, bfloat16, float32 for all tensors", ", ".join(sorted(map(str, types)))
         remedy = "Use torch.autocast, or convert them."
-        raise SettingError(explain("type", _WHERE, allowed=allowed, given=given, remedy=remedy))
+        raise SettingError.of("type", _WHERE, allowed=allowed, given=given, remedy=remedy)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 import dstlib.engine.gpu.tiles as tiles
 from dstlib.engine.gpu.form import Form, Launch, Shape, Size, Terms
 from dstlib.engine.gpu.tables import NARROW, Plan, Table
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 
 PROGRAMS = 512  # of a weight gradient: they keep a large GPU busy, and more only write more partial sums
 
@@ -156,5 +156,5 @@ def _kernels() -> ModuleType:
         import_module("triton")
     except ImportError as error:
         allowed, remedy = "Triton, which compiles the kernels", 'pip install "dstlib[gpu]", or pip install triton.'
-        raise SettingError(explain("triton", "block_conv()", allowed=allowed, given=error, remedy=remedy)) from error
+        raise SettingError.of("triton", "block_conv()", allowed=allowed, given=error, remedy=remedy) from error
     return import_module("dstlib.engine.gpu.kernels")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import instance_norm, leaky_relu
 
 import dstlib.engine.gpu.cuda as cuda
-from dstlib.engine.calls import Operator
+from dstlib.engine.ops.operator import Operator
 from dstlib.layers.shift import channel_groups, shift
 
 _SOURCE = "maps.cu"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dstlib.engine.gpu.blocks import Blocks
 from dstlib.engine.gpu.conv import block_conv
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.layers.plugin import ShiftedConv3d
 
 _WHERE = "BlockConv.of()"
@@ -97,11 +97,11 @@ def _check(conv: nn.Module) -> None:
     if not isinstance(conv, nn.Conv2d | nn.Conv3d):
         remedy = "Transposed convolutions and others stay as they are."
         given = type(conv).__name__
-        raise SettingError(explain("layer", _WHERE, allowed="a Conv2d or Conv3d", given=given, remedy=remedy))
+        raise SettingError.of("layer", _WHERE, allowed="a Conv2d or Conv3d", given=given, remedy=remedy)
     for what, holds, allowed, got in _checks(conv):
         if not holds:
             remedy = "Leave this layer as it is."
-            raise SettingError(explain(what, _WHERE, allowed=allowed, given=got, remedy=remedy))
+            raise SettingError.of(what, _WHERE, allowed=allowed, given=got, remedy=remedy)
 
 
 def _checks(conv: nn.Conv2d | nn.Conv3d) -> tuple[tuple[str, bool, str, object], ...]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dstlib.zoo.e2enet.command import run_command
+from dstlib.zoo.e2enet.cli import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +44,8 @@ def _add_check(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from dstlib.zoo.e2enet.data.check import check
-    from dstlib.zoo.e2enet.data.layouts import read_manifest
+    from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+    from dstlib.zoo.e2enet.data.scans.check import check
 
     findings = check(read_manifest(options.data, options.layout))
     print(findings.table())
@@ -71,8 +71,8 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
 def _predict(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from dstlib.zoo.e2enet.evaluation.predict import outcome_table, predict_folder
-    from dstlib.zoo.e2enet.trained import load_trained, on_engine
+    from dstlib.zoo.e2enet.checkpoint import load_trained, on_engine
+    from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_folder
     from dstlib.zoo.e2enet.training.settings import Execution, chosen_device, usual_precision
 
     device = chosen_device(options.device)
@@ -105,7 +105,7 @@ def _add_evaluate(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from dstlib.files import make_folder, write_json, write_whole
-    from dstlib.zoo.e2enet.data.layouts import read_manifest
+    from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder
 
     if options.output:
@@ -156,7 +156,7 @@ def _add_phantoms(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 
 def _phantoms(options: argparse.Namespace) -> int:
-    from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
+    from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 
     print(write_phantoms(options.folder, options.kind, num_scans=options.scans, seed=options.seed))
     return 0

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
+from dstlib.zoo.e2enet.checkpoint import read_of_run
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
-from dstlib.zoo.e2enet.trained import read_of_run
 
 
 def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = None, alpha: float = 0.5) -> str:
@@ -23,7 +23,7 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     """
     if beside is not None and beside not in PUBLISHED:
         allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
-        raise SettingError(explain("--beside", "compare", allowed=allowed, given=beside, remedy=remedy))
+        raise SettingError.of("--beside", "compare", allowed=allowed, given=beside, remedy=remedy)
     results = [_result(run) for run in runs]
     rows = [_row(run.name, result) for run, result in zip(runs, results, strict=True)]
     if pool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, get_args
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.layers.blocks import Triple
 from dstlib.layers.shift import AXES, Axis
 
@@ -103,7 +103,7 @@ number of channels, got 4. The coarsest level has no head.
             if not ok:
                 allowed, remedy = _WORDS[name]
                 given = getattr(self, name)
-                raise SettingError(explain(name, "E2ENetConfig", allowed=allowed, given=given, remedy=remedy))
+                raise SettingError.of(name, "E2ENetConfig", allowed=allowed, given=given, remedy=remedy)
 
     @property
     def divisor(self) -> Triple:

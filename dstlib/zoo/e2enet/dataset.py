@@ -8,13 +8,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dstlib.errors import SettingError, explain
-from dstlib.zoo.e2enet.data.cache import prepared_cases
+from dstlib.errors import SettingError
 from dstlib.zoo.e2enet.data.cases import Cases, split
-from dstlib.zoo.e2enet.data.layouts import only_modality, read_manifest
-from dstlib.zoo.e2enet.data.manifest import CaseFiles, Manifest
-from dstlib.zoo.e2enet.data.phantom_sets import write_phantoms
-from dstlib.zoo.e2enet.data.preparation import Preparation
+from dstlib.zoo.e2enet.data.layouts.detect import only_modality, read_manifest
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
+from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
+from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
 from dstlib.zoo.e2enet.recipes import Recipe
 from dstlib.zoo.e2enet.training.ranks import Ranks
 
@@ -119,11 +119,11 @@ def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ..
         return tuple(sorted(names)), tuple(sorted(files.name for files in manifest.validation))
     if not fold.isdecimal():
         remedy = "Pass 0 for the first fold."
-        raise SettingError(explain("--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy))
+        raise SettingError.of("--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy)
     if len(names) < NUM_FOLDS:
         remedy = "Pass --fold all to train on every case without holding any out."
         allowed, where = f"at least {NUM_FOLDS}, for as many folds", f"data set {manifest.name!r}"
-        raise SettingError(explain("training cases", where, allowed=allowed, given=len(names), remedy=remedy))
+        raise SettingError.of("training cases", where, allowed=allowed, given=len(names), remedy=remedy)
     return split(names, fold=int(fold), num_folds=NUM_FOLDS)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from dstlib.errors import DataError, explain
+from dstlib.errors import DataError
 from dstlib.layers.blocks import Triple, Unit
 from dstlib.layers.fusion import FusionNode
 from dstlib.layers.learned_shift import LearnedShift
@@ -98,12 +98,12 @@ class E2ENet(nn.Module):
         if x.ndim != 5 or x.shape[1] != channels:
             allowed = f"(B, {channels}, D, H, W)"
             remedy = "The config's in_channels says how many channels come in."
-            raise DataError(explain("shape", where, allowed=allowed, given=given, remedy=remedy))
+            raise DataError.of("shape", where, allowed=allowed, given=given, remedy=remedy)
         if any(extent % step for extent, step in zip(given[2:], divisor, strict=True)) or given[2:] == divisor:
             # a single voxel at the coarsest level would have no variance to normalise by
             allowed = f"D, H, W in multiples of {divisor}, and more than that"
             remedy = "Pad or crop the image, or choose other strides."
-            raise DataError(explain("size", where, allowed=allowed, given=given[2:], remedy=remedy))
+            raise DataError.of("size", where, allowed=allowed, given=given[2:], remedy=remedy)
 
 
 def _key(stage: int, level: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dstlib.errors import DataError, explain
+from dstlib.errors import DataError
 from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter
 
 STRIDE = 16  # of the features, relative to the image
@@ -42,7 +42,7 @@ class Pyramid(nn.Module):
         if self.training and len(x) == 1:
             remedy = "DeepLabv3 normalises over the batch: train it with two or more."
             allowed, given = "at least 2 in training", 1
-            raise DataError(explain("batch", "DeepLabv3", allowed=allowed, given=given, remedy=remedy))
+            raise DataError.of("batch", "DeepLabv3", allowed=allowed, given=given, remedy=remedy)
         image = self.image(x.mean(dim=(2, 3, 4), keepdim=True)).expand(-1, -1, *x.shape[2:])
         joined: Tensor = self.join(torch.cat([*(branch(x) for branch in self.branches), image], dim=1))
         return joined

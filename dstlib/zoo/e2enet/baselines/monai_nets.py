@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dstlib.errors import SettingError, explain
+from dstlib.errors import SettingError
 from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter, refuse_width
 
 HEAD_WIDTH = 64  # channels of one attention head of UNETR's ViT-Base
@@ -67,7 +67,7 @@ def vnet(request: Request) -> Segmenter:
     if 16 % request.in_channels:
         remedy = "V-Net adds the image to its 16 first features, so many times over."
         allowed, given = "a divisor of 16", request.in_channels
-        raise SettingError(explain("in_channels", "vnet", allowed=allowed, given=given, remedy=remedy))
+        raise SettingError.of("in_channels", "vnet", allowed=allowed, given=given, remedy=remedy)
     host = VNet(in_channels=request.in_channels, out_channels=request.num_classes)
     return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16))
 

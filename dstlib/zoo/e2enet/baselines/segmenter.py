@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dstlib.errors import DataError, SettingError, explain
+from dstlib.errors import DataError, SettingError
 from dstlib.layers.blocks import Triple
 from dstlib.zoo.e2enet.config import E2ENetConfig
 
@@ -54,7 +54,7 @@ class Request:
         for name in (f.name for f in fields(self) if not holds[f.name]):
             allowed, remedy = _WORDS[name]
             given = getattr(self, name)
-            raise SettingError(explain(name, "build_model()", allowed=allowed, given=given, remedy=remedy))
+            raise SettingError.of(name, "build_model()", allowed=allowed, given=given, remedy=remedy)
 
     def channels(self, number: int) -> int:
         """``number`` of the published network, at this width; at least 1."""
@@ -114,7 +114,7 @@ class Segmenter(nn.Module):
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             allowed, given = f"(B, {self.in_channels}, D, H, W)", tuple(x.shape)
             remedy = "The network was built for this number of channels."
-            raise DataError(explain("shape", self._where, allowed=allowed, given=given, remedy=remedy))
+            raise DataError.of("shape", self._where, allowed=allowed, given=given, remedy=remedy)
         size = tuple(x.shape[2:])
         missing = [-extent % step for extent, step in zip(size, self.multiple, strict=True)]
         self._check(size, missing)
@@ -142,13 +142,13 @@ class Segmenter(nn.Module):
             allowed = f"more than {self.multiple}"
         if allowed is not None:
             remedy = "Build the network for another patch size, or with other strides."
-            raise DataError(explain("size", self._where, allowed=allowed, given=size, remedy=remedy))
+            raise DataError.of("size", self._where, allowed=allowed, given=size, remedy=remedy)
 
 
 def refuse_width(request: Request, name: str, remedy: str) -> None:
     """Raises a SettingError where a network of one width only is asked for in another."""
     if request.width != 1:
-        raise SettingError(explain("width", name, allowed="1", given=request.width, remedy=remedy))
+        raise SettingError.of("width", name, allowed="1", given=request.width, remedy=remedy)
 
 
 def _counts(numbers: Sequence[int]) -> bool:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from dstlib.errors import SettingError, explain, similar
+from dstlib.errors import SettingError, similar
 from dstlib.layers.blocks import Triple
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
@@ -75,14 +75,12 @@ def build_model(
     if name not in BASELINES:
         remedy = f"Similar: {similar(name, BASELINES)}."
         allowed, given = "the name of a baseline", repr(name)
-        raise SettingError(explain("name", "build_model()", allowed=allowed, given=given, remedy=remedy))
+        raise SettingError.of("name", "build_model()", allowed=allowed, given=given, remedy=remedy)
     build, reason = BASELINES[name].build, BASELINES[name].reason
     if build is None:
         runnable = ", ".join(key for key, baseline in BASELINES.items() if baseline.build)
         remedy = f"Not runnable: {reason}"
-        raise SettingError(
-            explain("name", "build_model()", allowed=f"one of {runnable}", given=repr(name), remedy=remedy)
-        )
+        raise SettingError.of("name", "build_model()", allowed=f"one of {runnable}", given=repr(name), remedy=remedy)
     return build(
         Request(in_channels=in_channels, num_classes=num_classes, patch_size=patch_size, config=config, width=width)
     )

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, SettingError, explain
+from dstlib.errors import DataError, SettingError
 
 MAX_VOXELS = 10_000  # per class that a case remembers: enough to draw from, and little to keep
 
@@ -41,14 +41,12 @@ class Case:
         fits = self.image.ndim == 4 and self.image.shape[1:] == self.label.shape
         if not fits or self.image.dtype != np.float32 or self.label.dtype != np.uint8:
             given = f"{self.image.dtype} {self.image.shape} with {self.label.dtype} {self.label.shape}"
-            raise DataError(
-                explain(
-                    "image and label",
-                    f"case {self.name!r}",
-                    allowed="a float32 image (C, D, H, W) with a uint8 label (D, H, W)",
-                    given=given,
-                    remedy="Convert with astype(), and give an image of one channel a leading axis.",
-                )
+            raise DataError.of(
+                "image and label",
+                f"case {self.name!r}",
+                allowed="a float32 image (C, D, H, W) with a uint8 label (D, H, W)",
+                given=given,
+                remedy="Convert with astype(), and give an image of one channel a leading axis.",
             )
 
     @cached_property
@@ -90,24 +88,20 @@ class Cases:
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(
-                explain(
-                    "case names",
-                    f"data set {self.name!r}",
-                    allowed="one case per name",
-                    given=f"{', '.join(repeated)} more than once",
-                    remedy="Rename or remove the copies: folds are drawn over names.",
-                )
+            raise DataError.of(
+                "case names",
+                f"data set {self.name!r}",
+                allowed="one case per name",
+                given=f"{', '.join(repeated)} more than once",
+                remedy="Rename or remove the copies: folds are drawn over names.",
             )
         if odd := [c for c in self.cases if len(c.image) != len(self.channels)]:
-            raise DataError(
-                explain(
-                    "channels",
-                    f"data set {self.name!r}",
-                    allowed=f"{len(self.channels)} per case ({', '.join(self.channels)})",
-                    given=", ".join(f"{len(c.image)} in {c.name}" for c in odd),
-                    remedy="Give every case the same channels in the same order.",
-                )
+            raise DataError.of(
+                "channels",
+                f"data set {self.name!r}",
+                allowed=f"{len(self.channels)} per case ({', '.join(self.channels)})",
+                given=", ".join(f"{len(c.image)} in {c.name}" for c in odd),
+                remedy="Give every case the same channels in the same order.",
             )
 
 
@@ -129,24 +123,16 @@ def split(
     (('b', 'c', 'd', 'e'), ('a',))
     """
     if not 2 <= num_folds <= len(names):
-        raise SettingError(
-            explain(
-                "num_folds",
-                "split()",
-                allowed=f"2 to {len(names)}, the number of names",
-                given=num_folds,
-                remedy="Choose fewer folds, or pass more names.",
-            )
+        raise SettingError.of(
+            "num_folds",
+            "split()",
+            allowed=f"2 to {len(names)}, the number of names",
+            given=num_folds,
+            remedy="Choose fewer folds, or pass more names.",
         )
     if not 0 <= fold < num_folds:
-        raise SettingError(
-            explain(
-                "fold",
-                "split()",
-                allowed=f"0 to {num_folds - 1}",
-                given=fold,
-                remedy="Folds count from 0.",
-            )
+        raise SettingError.of(
+            "fold", "split()", allowed=f"0 to {num_folds - 1}", given=fold, remedy="Folds count from 0."
         )
     ordered = sorted(names)
     # The legacy generator on purpose: only its shuffle draws the published folds.

@@ -18,10 +18,10 @@ import torch
 from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
-from dstlib.errors import DataError, SettingError, explain
-from dstlib.zoo.e2enet.data.defects import Volume, mismatches
-from dstlib.zoo.e2enet.data.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.nifti import read_label
+from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.scans.defects import Volume, mismatches
+from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.evaluation.metrics import CaseScores, Scoring, score
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 
@@ -49,7 +49,7 @@ def evaluate_folder(
     scoring.tolerances(len(classes))
     if workers < 0:
         remedy = "0 scores in this process."
-        raise SettingError(explain("workers", "evaluate_folder()", allowed="0 or more", given=workers, remedy=remedy))
+        raise SettingError.of("workers", "evaluate_folder()", allowed="0 or more", given=workers, remedy=remedy)
     pairs = [(case.label, predictions / f"{case.name}.nii.gz") for case in files]
     work = partial(_score_files, num_classes=len(classes), scoring=scoring)
     results: dict[str, _Scored | str] = {}
@@ -61,8 +61,8 @@ def evaluate_folder(
     if len(reasons) == len(results):
         listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
         allowed, remedy = "a label and a NAME.nii.gz for some case", f"Predict into this folder first.{listed}"
-        raise DataError(
-            explain("predictions", str(predictions), allowed=allowed, given=f"none of {len(files)}", remedy=remedy)
+        raise DataError.of(
+            "predictions", str(predictions), allowed=allowed, given=f"none of {len(files)}", remedy=remedy
         )
     scored = {name: found for name, found in results.items() if isinstance(found, _Scored)}
     return _collect(scored, classes, scoring, left_out=reasons)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, find_objects
 from scipy.spatial import KDTree
 
-from dstlib.errors import DataError, SettingError, explain, similar
+from dstlib.errors import DataError, SettingError, similar
 
 METRICS = ("dice", "nsd", "hd95", "hd")
 Mask = NDArray[np.bool_]
@@ -43,11 +43,11 @@ class Scoring:
             allowed, remedy = f"'dice' and more of {', '.join(METRICS)}", "Leave it out for all."
             if unknown:
                 remedy = f"Similar to {unknown[0]!r}: {similar(unknown[0], METRICS)}."
-            raise SettingError(explain("metrics", "Scoring", allowed=allowed, given=self.metrics, remedy=remedy))
+            raise SettingError.of("metrics", "Scoring", allowed=allowed, given=self.metrics, remedy=remedy)
         values = self.tolerance if isinstance(self.tolerance, tuple) else (self.tolerance,)
         if not all(math.isfinite(value) and value >= 0 for value in values):
             allowed, remedy = "millimetres from 0 up", "Pass 1.0, say."
-            raise SettingError(explain("tolerance", "Scoring", allowed=allowed, given=self.tolerance, remedy=remedy))
+            raise SettingError.of("tolerance", "Scoring", allowed=allowed, given=self.tolerance, remedy=remedy)
 
     def tolerances(self, num_classes: int) -> tuple[float, ...]:
         """The tolerance of each class, in mm.
@@ -62,7 +62,7 @@ class Scoring:
                 f"one number, or {num_classes} of them",
                 "Give the tolerances in the order of the classes.",
             )
-            raise SettingError(explain("tolerance", "Scoring", allowed=allowed, given=self.tolerance, remedy=remedy))
+            raise SettingError.of("tolerance", "Scoring", allowed=allowed, given=self.tolerance, remedy=remedy)
         return self.tolerance
 
 
@@ -203,7 +203,7 @@ def _count(
     """Voxels of each class in both (K,), and in label and prediction (K, 2)."""
     if label.shape != prediction.shape:
         allowed, remedy = f"the label's shape {label.shape}", "Predict and score in the same geometry."
-        raise DataError(explain("shape", "a prediction", allowed=allowed, given=prediction.shape, remedy=remedy))
+        raise DataError.of("shape", "a prediction", allowed=allowed, given=prediction.shape, remedy=remedy)
     counts = np.zeros((3, num_classes + 1), np.int64)
     flat_label, flat_prediction = label.reshape(-1), prediction.reshape(-1)
     for start in range(0, label.size, CHUNK):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata, studentized_range
 
-from dstlib.errors import DataError, SettingError, explain
+from dstlib.errors import DataError, SettingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None,
     """
     if not (math.isfinite(alpha) and alpha >= 0):
         remedy = "The paper's is 0.5."
-        raise SettingError(explain("alpha", "pt_scores()", allowed="a number from 0 up", given=alpha, remedy=remedy))
+        raise SettingError.of("alpha", "pt_scores()", allowed="a number from 0 up", given=alpha, remedy=remedy)
     for row in rows:
         numbers = (row.dice, row.params, row.flops)
         if not all(number is None or (math.isfinite(number) and number > 0) for number in numbers):
             given = f"mDice {row.dice}, params {row.params}, FLOPs {row.flops}"
             remedy = "Leave the row out, or pass None for a cost that is unknown."
-            raise DataError(explain("row", repr(row.name), allowed="positive numbers", given=given, remedy=remedy))
+            raise DataError.of("row", repr(row.name), allowed="positive numbers", given=given, remedy=remedy)
     known = [(row.dice, row.params, row.flops) for row in rows if row.params is not None and row.flops is not None]
     if not known:
         return (None,) * len(rows)
@@ -98,11 +98,11 @@ def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> Ranks:
     """
     if not 0 < alpha < 1:
         allowed, remedy = "a level between 0 and 1", "Pass 0.05, say."
-        raise SettingError(explain("alpha", "nemenyi()", allowed=allowed, given=alpha, remedy=remedy))
+        raise SettingError.of("alpha", "nemenyi()", allowed=allowed, given=alpha, remedy=remedy)
     if scores_NM.ndim != 2 or scores_NM.shape[0] < 1 or scores_NM.shape[1] < 2 or not np.isfinite(scores_NM).all():
         given = f"{scores_NM.shape} with {int((~np.isfinite(scores_NM)).sum())} that are not finite"
         allowed, remedy = "finite scores (cases, two methods or more)", "Leave out cases that a method has no score of."
-        raise DataError(explain("scores", "nemenyi()", allowed=allowed, given=given, remedy=remedy))
+        raise DataError.of("scores", "nemenyi()", allowed=allowed, given=given, remedy=remedy)
     num_cases, num_methods = scores_NM.shape
     average = rankdata(-scores_NM, axis=1).mean(axis=0)
     q_alpha = float(studentized_range.ppf(1 - alpha, num_methods, np.inf)) / math.sqrt(2)

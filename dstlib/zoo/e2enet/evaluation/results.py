@@ -15,13 +15,13 @@ from dstlib.files import write_whole
 from dstlib.profile import Convention, profile
 from dstlib.report import align
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.nifti import read_label, read_scan
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.scans.nifti import read_label, read_scan
 from dstlib.zoo.e2enet.evaluation.figures import flow_figure, flow_shares, learning_curve, slice_comparison
-from dstlib.zoo.e2enet.evaluation.postprocess import choose_postprocessing
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.inference.postprocess import choose_postprocessing
 from dstlib.zoo.e2enet.network import E2ENet
-from dstlib.zoo.e2enet.training.run import Run
+from dstlib.zoo.e2enet.training.run_directory import Run
 from dstlib.zoo.e2enet.training.state import Training
 
 CONVENTIONS: tuple[Convention, ...] = ("exact", "paper")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, explain
+from dstlib.errors import DataError
 from dstlib.report import align
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
@@ -184,7 +184,7 @@ class Evaluation:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             remedy = "Pass the content of a result.json or scores.json that dstlib wrote."
             allowed, given = "the JSON of an evaluation", f"{type(error).__name__}: {error}"
-            raise DataError(explain("scores", "a file", allowed=allowed, given=given, remedy=remedy)) from error
+            raise DataError.of("scores", "a file", allowed=allowed, given=given, remedy=remedy) from error
 
 
 def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -201,7 +201,7 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         remedy = "Pool folds that hold out different cases."
         given = f"{', '.join(repeated)} more than once"
-        raise DataError(explain("cases", "pooled()", allowed="each case once", given=given, remedy=remedy))
+        raise DataError.of("cases", "pooled()", allowed="each case once", given=given, remedy=remedy)
     scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
     volumes = np.concatenate([e.volumes for e in evaluations])
     left_out = {name: why for e in evaluations for name, why in e.left_out.items()}
@@ -211,7 +211,7 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
 def _refuse_unlike(what: str, first: tuple[Any, ...], other: tuple[Any, ...]) -> None:
     if first != other:
         remedy = "Evaluate them alike."
-        raise DataError(explain(what, "pooled()", allowed=f"{first} in all", given=other, remedy=remedy))
+        raise DataError.of(what, "pooled()", allowed=f"{first} in all", given=other, remedy=remedy)
 
 
 def _mean(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:

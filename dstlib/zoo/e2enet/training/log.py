@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError
 
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -62,9 +62,7 @@ class Log:
                 file.write(line + "\n")
         except OSError as error:
             where, remedy = f"run {self._file.parent}", "Make room, then continue with --resume."
-            raise StateError(
-                explain("log.jsonl", where, allowed="a disk to write to", given=error, remedy=remedy)
-            ) from error
+            raise StateError.of("log.jsonl", where, allowed="a disk to write to", given=error, remedy=remedy) from error
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Ranks:
                 distributed.barrier()
             except RuntimeError as error:  # its own message says what happened
                 given, remedy = "one that has ended", "Look for the message of the first process above."
-                raise StateError(
-                    explain("processes", "torchrun", allowed="all of them", given=given, remedy=remedy)
+                raise StateError.of(
+                    "processes", "torchrun", allowed="all of them", given=given, remedy=remedy
                 ) from error
 
     def _sum(self, value: float, device: torch.device) -> float:

@@ -7,10 +7,10 @@ from typing import Literal, get_args
 
 import torch
 
-from dstlib.errors import SettingError, explain, similar
+from dstlib.errors import SettingError, similar
 from dstlib.masking.granularity import Block
-from dstlib.method import Method
 from dstlib.methods import DSFF, METHODS
+from dstlib.methods.method import Method
 
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -125,7 +125,7 @@ class Execution:
         except (RuntimeError, AssertionError) as error:  # no such device; none that this build of torch knows
             reason = str(error).splitlines()[0].split(". ")[0]
             allowed, remedy = "one that torch can use", "Leave --device out, or pass cpu or cuda."
-            raise SettingError(explain("device", "Execution", allowed=allowed, given=reason, remedy=remedy)) from error
+            raise SettingError.of("device", "Execution", allowed=allowed, given=reason, remedy=remedy) from error
 
     @property
     def _fits_engine(self) -> bool:
@@ -165,7 +165,7 @@ def refuse_first(where: str, settings: object, checks: Sequence[Check]) -> None:
     for name, holds, allowed, remedy in checks:
         if not holds:
             given = getattr(settings, name)
-            raise SettingError(explain(name, where, allowed=allowed, given=given, remedy=remedy))
+            raise SettingError.of(name, where, allowed=allowed, given=given, remedy=remedy)
 
 
 def similar_to(method: str) -> str:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dstlib.door import sparsify
-from dstlib.errors import SettingError, StateError, explain
+from dstlib.errors import SettingError, StateError
 from dstlib.masking.distribution import erk
 from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
 from dstlib.schedules import Every
 from dstlib.sparsifier import Sparsifier
+from dstlib.sparsifier.api import sparsify
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
@@ -83,7 +83,7 @@ class Training:
         except (KeyError, TypeError, RuntimeError) as error:
             allowed = "the state of a training of the same network with the same settings"
             remedy = "Resume with the configuration that the run was started with."
-            raise StateError(explain("state", "Training", allowed=allowed, given=error, remedy=remedy)) from error
+            raise StateError.of("state", "Training", allowed=allowed, given=error, remedy=remedy) from error
 
     def observe(self, site: Site, update: MaskUpdate) -> None:
         """Books one weight's share of a mask update."""
@@ -148,8 +148,8 @@ def _refuse_late_updates(settings: TrainSettings) -> None:
     if isinstance(clock, Every) and clock.last == clock.start:
         given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
         remedy = "Lower --interval, or raise --epochs or --iterations."
-        raise SettingError(
-            explain("interval", f"method {method.name}", allowed=f"at most {clock.stop}", given=given, remedy=remedy)
+        raise SettingError.of(
+            "interval", f"method {method.name}", allowed=f"at most {clock.stop}", given=given, remedy=remedy
         )
 
 
@@ -209,13 +209,13 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
     remedy = "Begin from a run of the same network: the same model, channels, strides and kernels."
     if any("head" not in name for name in fresh) or not set(theirs) <= set(own):
         given = ", ".join([*fresh[:3], *sorted(set(theirs) - set(own))[:3]])
-        raise StateError(explain("weights", "--from", allowed="those of this network", given=given, remedy=remedy))
+        raise StateError.of("weights", "--from", allowed="those of this network", given=given, remedy=remedy)
     training.model.load_state_dict({name: own[name] if name in fresh else theirs[name] for name in own})
     if training.sparsifier:
         saved = state["sparsifier"]
         if saved is None:
             remedy = "Pass --sparsity 0, or begin from a sparse run."
-            raise StateError(explain("masks", "--from", allowed="a sparse run", given="a dense one", remedy=remedy))
+            raise StateError.of("masks", "--from", allowed="a sparse run", given="a dense one", remedy=remedy)
         weights = {name: _renewed(weight) for name, weight in saved["weights"].items()}
         training.sparsifier.load_state_dict({**saved, "weights": weights, "frozen": freeze})
     return fresh

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dstlib.errors import DstlibError, explain
+from dstlib.errors import DstlibError
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.loader import batches
-from dstlib.zoo.e2enet.data.patches import PatchSettings
-from dstlib.zoo.e2enet.evaluation.inference import predicting
+from dstlib.zoo.e2enet.data.dataloading.loader import batches
+from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings
+from dstlib.zoo.e2enet.inference.sliding_window import predicting
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 from dstlib.zoo.e2enet.training.state import Training, as_trained, autocast, parallel
@@ -79,8 +79,8 @@ def _worker_deaths() -> Iterator[None]:
             raise
         remedy = "Continue with --resume and fewer --workers: each takes memory of its own."
         given = str(error).splitlines()[0]
-        raise DstlibError(
-            explain("workers", "the loader", allowed="processes that live", given=given, remedy=remedy)
+        raise DstlibError.of(
+            "workers", "the loader", allowed="processes that live", given=given, remedy=remedy
         ) from error
 
 
@@ -157,4 +157,4 @@ def _refuse_divergence(loss: float, iteration: int, settings: TrainSettings) -> 
             "the last checkpoint is untouched."
         )
         where = f"iteration {iteration}"
-        raise DstlibError(explain("loss", where, allowed="a finite number", given=loss, remedy=remedy))
+        raise DstlibError.of("loss", where, allowed="a finite number", given=loss, remedy=remedy)

@@ -1,0 +1,1 @@
+"""What the kernels compute, as functions of tensors that autograd and torch.compile know."""

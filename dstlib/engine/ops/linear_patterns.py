@@ -1,0 +1,107 @@
+"""The active weights of a linear layer in the order in which the kernels take them.
+
+Shapes: O outputs, I inputs of the layer; A active weights; R neighbouring rows that have the same active columns, found
+by looking at the mask (4 for blocks of 16 × 16, 1 for scattered weights); U = A / R columns of such groups of rows.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dstlib.errors import SettingError
+
+PART = 96  # outputs that are computed together: their sums stay in the first cache. As in csrc/linear.h
+STRETCH = 160  # inputs that are read together: for 64 samples they are about as large as the first cache
+MOST_WEIGHTS = 2**31 - 1  # what an int32 can number
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPattern:
+    """Which weights of an (O, I) matrix are active.
+
+    ``cols`` (U) are their inputs and ``source`` (A) says where each of them lies in the flattened matrix. ``segments``
+    (S, 3) are the stretches of ``cols`` that belong to one group of rows: group, begin, end. They are ordered by
+    ``parts`` (P + 1) of the outputs, then by stretches of the inputs, then by length.
+
+    >>> diagonal = LinearPattern.of(torch.eye(3, dtype=torch.bool))
+    >>> diagonal.cols.tolist(), diagonal.source.tolist(), diagonal.segments.tolist()
+    ([0, 1, 2], [0, 4, 8], [[0, 0, 1], [1, 1, 2], [2, 2, 3]])
+    >>> blocks = LinearPattern.of(torch.eye(2, dtype=torch.bool).repeat_interleave(4, 0).repeat_interleave(4, 1))
+    >>> blocks.rows_per_group, blocks.segments.tolist()
+    (4, [[0, 0, 4], [1, 4, 8]])
+    """
+
+    cols: Tensor
+    source: Tensor
+    segments: Tensor
+    parts: Tensor
+    rows_per_group: int
+    size: tuple[int, int]  # O, I
+
+    @classmethod
+    def of(cls, mask_OI: Tensor) -> "LinearPattern":
+        """The weights where the mask (O, I) is True.
+
+        Errors: SettingError for a matrix of 2³¹ entries or more.
+        """
+        if mask_OI.numel() > MOST_WEIGHTS:
+            remedy = "Split the layer, or leave it dense."
+            where = "a sparse linear layer"
+            given = mask_OI.numel()
+            raise SettingError.of("weights", where, allowed=f"≤ {MOST_WEIGHTS}", given=given, remedy=remedy)
+        mask_OI = mask_OI.cpu()
+        return _ordered(mask_OI)
+
+    @cached_property
+    def transposed(self) -> "LinearPattern":
+        """The same weights as a matrix (I, O); its ``source`` counts in the values ordered as this pattern says."""
+        numbers = torch.full((self.size[0] * self.size[1],), -1, dtype=torch.int32)
+        numbers[self.source] = torch.arange(self.source.numel(), dtype=torch.int32)
+        numbers_IO = numbers.view(self.size).t().contiguous()
+        return _ordered(numbers_IO >= 0, numbers_IO)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """``cols``, ``source``, ``segments`` and ``parts``."""
+        return [self.cols, self.source, self.segments, self.parts]
+
+    @property
+    def num_active(self) -> int:
+        """A, the number of active weights."""
+        return self.source.numel()
+
+
+def _ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None) -> LinearPattern:
+    """Orders the weights; ``numbers`` says where each lies, by default in the flattened matrix."""
+    outputs, inputs = mask_OI.shape
+    rows = _rows_alike(mask_OI)
+    group, col = mask_OI[::rows].nonzero(as_tuple=True)
+    num_stretches = -(-inputs // STRETCH)
+    lengths = (group * num_stretches + col // STRETCH).bincount(minlength=outputs // rows * num_stretches)
+    begins = lengths.cumsum(0) - lengths
+    filled = lengths.nonzero().flatten()
+    part, stretch = filled // num_stretches * rows // PART, filled % num_stretches
+    filled = filled[((part * num_stretches + stretch) * (STRETCH + 1) + lengths[filled]).argsort(stable=True)]
+    lengths = lengths[filled]
+    ends = lengths.cumsum(0)
+    order = torch.arange(col.numel()) + (begins[filled] - ends + lengths).repeat_interleave(lengths)
+    group, col = group[order], col[order]
+    source = ((group[:, None] * rows + torch.arange(rows)) * inputs + col[:, None]).flatten()
+    if numbers_OI is not None:
+        source = numbers_OI.flatten()[source]
+    segments = torch.stack([filled // num_stretches, ends - lengths, ends], dim=1)
+    parts = torch.searchsorted(part, torch.arange(-(-outputs // PART) + 1))
+    return LinearPattern(col.int(), source.int(), segments.int(), parts.int(), rows, (outputs, inputs))
+
+
+def _rows_alike(mask_OI: Tensor) -> int:
+    """How many neighbouring rows (at most 4) are alike throughout the mask, so that they can be computed together."""
+    outputs, inputs = mask_OI.shape
+    for rows in (4, 3, 2):
+        if outputs % rows == 0:
+            mask_GRI = mask_OI.reshape(outputs // rows, rows, inputs)
+            if torch.equal(mask_GRI[:, 1:], mask_GRI[:, :-1]):
+                return rows
+    return 1

@@ -1,0 +1,225 @@
+"""Sparse models on disk in the room that their active weights need, bit for bit.
+
+A compact file is a safetensors file. Each weight is stored as its active units only, in order, and a pattern that says
+where they belong. A unit is what follows the first axes of a weight: an element, a kernel, a row; the file says how
+many axes that is. What does not become smaller so, and every vector, is stored as it is; tied tensors are stored once.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dstlib.errors import StateError
+from dstlib.export.tensors_file import raw_bytes, read_tensors, write_tensors
+from dstlib.profile import Masked
+from dstlib.targets import plain_name, unwrap
+
+FORMAT = "dstlib.compact/1"
+_ENTRY = 128  # bytes that one more tensor takes in the header of a file, about
+
+
+def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | None = None) -> None:
+    """Writes the ``state_dict`` of a model, of which inactive weights take no room.
+
+    Without a sparsifier inactive is what is +0.0, so a model that was loaded or pruned elsewhere will do. Every bit
+    comes back, that of -0.0 too, which is stored as an active weight is: ``weight += 0.0`` makes +0.0 of what
+    ``weight * mask`` left. With a sparsifier, the file holds its masks as well (:func:`load_masks`), and active
+    weights that happen to be zero are among the stored ones.
+
+    The file appears whole or not at all. It is a safetensors file, though one that names weights in its own way: load
+    it by :func:`load_compact`.
+
+    Raises:
+        StateError: The model holds a state that is no tensor, or weights outside the masks that are not zero.
+
+    >>> import tempfile
+    >>> layer = nn.Linear(100, 100)
+    >>> with torch.no_grad():
+    ...     layer.weight[:, 10:] = 0
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_compact(layer, f"{folder}/layer.safetensors")
+    ...     kilobytes = Path(f"{folder}/layer.safetensors").stat().st_size // 1000
+    ...     same = torch.equal(load_compact(f"{folder}/layer.safetensors")["weight"], layer.weight)
+    >>> kilobytes, same
+    (6, True)
+    """
+    masks = dict(sparsifier.masks) if sparsifier is not None else {}
+    entries: dict[str, dict[str, Any]] = {}
+    stored: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    named = _named_state(model)
+    for name, tensor in named.items():
+        if (twin := first.setdefault(id(tensor), name)) != name:
+            entries[name] = {"same_as": twin}
+            continue
+        mask = next((masks.pop(n) for n, other in named.items() if other is tensor and n in masks), None)
+        _check_zero_outside(name, tensor, mask)
+        packed = _pack(tensor.detach().cpu(), mask)
+        if packed is None:
+            entries[name] = {}
+            stored[f"values/{name}"] = tensor
+        else:
+            entries[name] = {"shape": list(tensor.shape), "axes": packed.axes, "is_mask": mask is not None}
+            stored[f"values/{name}"], stored[f"pattern/{name}"] = packed.values, packed.pattern
+    if masks:
+        allowed, remedy = "weights of the model alone", "Pass the sparsifier of this model."
+        raise StateError.of("masks", "save_compact()", allowed=allowed, given=", ".join(masks), remedy=remedy)
+    text = json.dumps(entries)
+    described = json.dumps({"format": FORMAT, "entries": text, "checksum": _checksum(text, stored)})
+    write_tensors(path, stored, {"dstlib": described})
+
+
+def load_compact(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The ``state_dict`` that ``save_compact`` was given, and puts it into a model, if one is passed.
+
+    The tensors are on the CPU; those of the model stay where they are.
+
+    Raises:
+        StateError: The file is missing, cut off, damaged or of another format, or it belongs to a model of other
+            names, shapes or types. The model has not been changed then.
+    """
+    entries, stored = _read(Path(path))
+    state: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if "same_as" in entry:
+            state[name] = state[entry["same_as"]]
+        elif "axes" in entry:
+            values = stored[f"values/{name}"]
+            active = _active_units(stored[f"pattern/{name}"], entry)
+            units = values.new_zeros(len(active), values.shape[1])
+            units.view(torch.uint8)[active] = values.view(torch.uint8)  # not all types can be indexed
+            state[name] = units.reshape(entry["shape"])
+        else:
+            state[name] = stored[f"values/{name}"]
+    if model is not None:
+        _put(state, model, Path(path))
+    return state
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """The masks of the sparsifier that ``save_compact`` was given, by parameter name; none if there was none.
+
+    Raises:
+        StateError: As :func:`load_compact`.
+    """
+    entries, stored = _read(Path(path))
+    masks = {}
+    for name, entry in entries.items():
+        if entry.get("is_mask"):
+            active = _active_units(stored[f"pattern/{name}"], entry)
+            shape = entry["shape"]
+            masks[name] = active.reshape(-1, 1).expand(-1, prod(shape[entry["axes"] :])).reshape(shape)
+    return masks
+
+
+class _Packed(NamedTuple):
+    axes: int  # how many axes count units
+    values: Tensor  # active units × elements of each
+    pattern: Tensor  # a bit per unit in uint8, or the indices of the active ones in int32 or int64
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.values, self.pattern))
+
+
+def _pack(x: Tensor, mask: Tensor | None) -> _Packed | None:
+    """The smallest form there is, None where that is x as it is; the pattern is the mask where there is one."""
+    if x.ndim < 2 or x.numel() == 0:
+        return None
+    alive = mask.cpu().reshape(-1, 1) if mask is not None else _has_bits(x)
+    forms = []
+    for axes in sorted({1, 2, x.ndim}):
+        num_units = prod(x.shape[:axes])
+        alive_UE = alive.reshape(num_units, -1)
+        active_U = alive_UE.any(dim=1)
+        if mask is not None and not torch.equal(active_U, alive_UE.all(dim=1)):
+            continue  # a mask is to come back as it was
+        index = active_U.nonzero().flatten().to(torch.int32 if num_units < 2**31 else torch.int64)
+        bits = torch.from_numpy(np.packbits(active_U.numpy(), bitorder="little"))
+        pattern = min(bits, index, key=lambda pattern: pattern.numel() * pattern.element_size())
+        forms.append(_Packed(axes, x.reshape(num_units, -1)[active_U], pattern))
+    best = min(forms, key=lambda form: form.num_bytes)
+    pays = best.num_bytes + _ENTRY < x.numel() * x.element_size()
+    return best if pays or mask is not None else None
+
+
+def _has_bits(x: Tensor) -> Tensor:
+    """Where x is anything but +0.0, as a column; NaN and -0.0 are."""
+    return x.contiguous().reshape(-1, 1).view(torch.uint8).any(dim=1).bool()
+
+
+def _active_units(pattern: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    num_units = prod(entry["shape"][: entry["axes"]])
+    if pattern.dtype == torch.uint8:
+        return torch.from_numpy(np.unpackbits(pattern.numpy(), count=num_units, bitorder="little").astype(bool))
+    active = torch.zeros(num_units, dtype=torch.bool)
+    active[pattern.long()] = True
+    return active
+
+
+def _named_state(model: nn.Module) -> dict[str, Tensor]:
+    """All that a ``state_dict`` holds, by its names without wrappers; tied tensors are one object."""
+    state = {plain_name(name): value for name, value in unwrap(model).state_dict(keep_vars=True).items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            allowed, remedy = "a tensor", "Save a model without extra state, or use torch.save."
+            raise StateError.of(name, "the model", allowed=allowed, given=type(value).__name__, remedy=remedy)
+    return state
+
+
+def _check_zero_outside(name: str, x: Tensor, mask: Tensor | None) -> None:
+    if mask is not None and (mask.shape != x.shape or bool(_has_bits(x.detach().cpu())[~mask.cpu().flatten()].any())):
+        allowed, given = "its mask's shape, and +0.0 outside the mask", f"{tuple(x.shape)}, or other values"
+        remedy = "Call sparsifier.apply_masks() first, and pass the model that it belongs to."
+        raise StateError.of(name, "save_compact()", allowed=allowed, given=given, remedy=remedy)
+
+
+def _checksum(text: str, stored: Mapping[str, Tensor]) -> int:
+    """Of all that is in a file: a flipped bit in a weight is no other fault that could be noticed."""
+    total = zlib.crc32(text.encode())
+    for name in sorted(stored):
+        tensor = stored[name]
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(raw_bytes(tensor).data, total)
+    return total
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """What is in a file, if it is one of ours and as it was written."""
+    stored, metadata = read_tensors(path)
+    try:
+        described = json.loads(metadata["dstlib"])
+        version, text, checksum = described["format"], described["entries"], described["checksum"]
+    except (KeyError, ValueError, TypeError):
+        version = "a file of another kind"
+    if version != FORMAT:
+        remedy = "Load it the way it was saved; save_compact() writes compact files."
+        raise StateError.of("file", str(path), allowed=FORMAT, given=version, remedy=remedy)
+    if _checksum(text, stored) != checksum:
+        allowed, given = "the contents that were written", "others: the file is damaged"
+        remedy = "Copy the file again from where it was written."
+        raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=remedy)
+    return json.loads(text), stored
+
+
+def _put(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
+    inner = unwrap(model)
+    own = inner.state_dict()
+    names = {plain_name(name): name for name in own}
+    theirs = {name: (tuple(x.shape), x.dtype) for name, x in state.items()}
+    here = {plain: (tuple(own[name].shape), own[name].dtype) for plain, name in names.items()}
+    if theirs != here:
+        differing = sorted(n for n in theirs.keys() | here.keys() if theirs.get(n) != here.get(n))
+        n = differing[0]
+        given = f"{len(differing)} that differ, such as {n}: {theirs.get(n, 'missing')} in the file"
+        allowed = f"the names, shapes and types of {type(inner).__name__}, {n}: {here.get(n, 'none of that name')}"
+        remedy = "Build the model as it was when it was saved."
+        raise StateError.of("tensors", str(path), allowed=allowed, given=given, remedy=remedy)
+    inner.load_state_dict({names[plain]: x for plain, x in state.items()})

@@ -1,0 +1,151 @@
+"""A method of sparse training is a value: what drops, what grows, at which granularity, how much and when.
+
+A variant is ``dataclasses.replace(RIGL, interval=500)``; a method of your own is a ``Method``. There is no
+class per method and nothing to register. The field's methods are in :mod:`dstlib.methods`.
+"""
+
+from dataclasses import dataclass
+
+from dstlib.errors import SettingError
+from dstlib.masking import (
+    NM,
+    Allocator,
+    AtInit,
+    Criterion,
+    DenseStorage,
+    Distribution,
+    Element,
+    Granularity,
+    GrownInit,
+    Trace,
+    erk,
+    magnitude,
+    random,
+    round_down,
+    zeros,
+)
+from dstlib.schedules import Clock, Constant, Cosine, Curve, Every, Never
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How masks start and change.
+
+    At each update the lowest-scoring share ``drop_fraction(progress)`` of the active units, by ``drop``, is
+    dropped, and the highest by ``grow`` fill the target up. ``interval`` counts optimizer steps between updates;
+    None means that the topology never changes. ``stop`` is the share of the run after which it is fixed.
+    ``init`` chooses the first mask; ``grown_init`` gives grown weights their values.
+
+    **Densities.** The density of a weight moves from ``start_density`` (``ramp`` = 0; 1 is dense) to its final
+    value (``ramp`` = 1). ``surplus(progress)`` is the share of units beyond it that are grown at an update and
+    dropped again at the next. ``allocate`` shares the active units out among the weights at each update; without
+    it, each keeps its own number.
+
+    **Details.** ``trace`` gathers gradients between updates for ``drop`` and ``grow`` to read. ``storage`` keeps
+    the weights that are not active, under the mask. ``regrow=False`` bars what an update drops from growing in
+    it, ``skip_step`` leaves the optimizer's step out at an update, ``reset_state`` starts the optimizer's state
+    of a weight afresh when its number of active units rises.
+
+    Errors: SettingError for a part that is not of its kind, or out of range, and for parts that exclude each
+    other.
+
+    >>> from dataclasses import replace
+    >>> from dstlib.methods import RIGL
+    >>> long = replace(RIGL, name="itop", interval=1500, drop_fraction=Constant(0.5), stop=1.0)
+    >>> long.clock(total_steps=4000).due(3000), long.density(0.1, progress=0.5)
+    (True, 0.1)
+    """
+
+    name: str
+    reference: str
+    drop: Criterion = magnitude
+    grow: Criterion = random
+    granularity: Granularity = Element()
+    distribution: Distribution = erk
+    drop_fraction: Curve = Cosine(0.3)
+    ramp: Curve = Constant(1.0)
+    start_density: float = 1.0
+    surplus: Curve = Constant(0.0)
+    allocate: Allocator | None = None
+    interval: int | None = 100
+    stop: float = 0.75
+    init: Criterion | AtInit = random
+    grown_init: GrownInit = zeros
+    trace: Trace | None = None
+    storage: DenseStorage | None = None
+    regrow: bool = True
+    skip_step: bool = False
+    reset_state: bool = False
+
+    def __post_init__(self) -> None:
+        for name, holds, allowed, remedy in _checks(self):
+            if not holds:
+                given = repr(getattr(self, name))
+                raise SettingError.of(name, f"method {self.name}", allowed=allowed, given=given, remedy=remedy)
+
+    def clock(self, total_steps: int | None) -> Clock:
+        """When this method updates in a run of ``total_steps`` optimizer steps (None: of unknown length)."""
+        if self.interval is None:
+            return Never()
+        stop = None if total_steps is None else round_down(self.stop * total_steps)
+        return Every(interval=self.interval, stop=stop)
+
+    def density(self, target: float, progress: float, start: float | None = None) -> float:
+        """The density of a weight on its way from ``start``, ``start_density`` by default, to ``target``."""
+        way = self._within("ramp", self.ramp(progress), "0 is the starting density, 1 the target.")
+        return (1 - way) * (self.start_density if start is None else start) + way * target
+
+    def with_surplus(self, density: float, progress: float) -> float:
+        """The density that holds until the next update, where ``density`` stays after it."""
+        surplus = self._within("surplus", self.surplus(progress), "0.1 adds a tenth of the active units.")
+        return min(density * (1 + surplus), 1.0)
+
+    def _within(self, name: str, value: float, remedy: str) -> float:
+        if not 0 <= value <= 1:
+            allowed = "values in [0, 1]"
+            raise SettingError.of(name, f"method {self.name}", allowed=allowed, given=value, remedy=remedy)
+        return value
+
+
+_FUNCTIONS = ("drop", "grow", "distribution", "drop_fraction", "ramp", "surplus", "grown_init")
+
+
+def _checks(m: Method) -> list[tuple[str, bool, str, str]]:
+    """(field, whether it is right, what is allowed, remedy) of each part."""
+    folds = isinstance(m.granularity, Granularity) and not isinstance(m.granularity, type)
+    is_interval = m.interval is None or (type(m.interval) is int and m.interval >= 1)
+    some = "dstlib.masking has some, as has .schedules."
+    instances: tuple[tuple[str, type, str], ...] = (
+        ("trace", Trace, "Pass dstlib.masking.Trace(steps=8), say."),
+        ("storage", DenseStorage, "Pass dstlib.masking.DenseStorage(), say."),
+    )
+    flags = ("regrow", "skip_step", "reset_state")
+    shares = m.allocate is not None
+    return [
+        *((f, callable(getattr(m, f)), "a function", some) for f in _FUNCTIONS),
+        ("init", callable(m.init) or isinstance(m.init, AtInit), "a criterion, or one of dstlib.at_init", some),
+        ("allocate", m.allocate is None or callable(m.allocate), "an allocator, or None", some),
+        *(
+            (f, isinstance(getattr(m, f), kind | None), f"a {kind.__name__}, or None", hint)
+            for f, kind, hint in instances
+        ),
+        *((f, type(getattr(m, f)) is bool, "True or False", "It is an option of the update.") for f in flags),
+        ("granularity", folds, "a value that folds and unfolds", "Pass dstlib.Element(), say."),
+        ("interval", is_interval, "a whole number of steps from 1 up, or None", "None fixes the topology."),
+        ("stop", 0 < m.stop <= 1, "a share of the run in (0, 1]", "Pass 0.75; interval=None fixes the topology."),
+        ("start_density", 0 < m.start_density <= 1, "a density in (0, 1]", "1 starts dense; a ramp leads from it."),
+        ("skip_step", not (m.skip_step and m.storage), "False, with dense storage", "There the step comes first."),
+        (
+            "allocate",
+            not (shares and isinstance(m.granularity, NM)),
+            f"None, as {m.granularity} fixes the number of each weight",
+            "Choose another granularity to move units between weights.",
+        ),
+        ("surplus", not shares or m.surplus == Constant(0.0), "none, with an allocator", "Use one of the two."),
+        (
+            "init",
+            not isinstance(m.init, AtInit) or (m.ramp, m.surplus) == (Constant(1.0), Constant(0.0)),
+            "a criterion, as the first masks are not those of the target density",
+            "Use ramp=Constant(1.0) and no surplus.",
+        ),
+    ]

@@ -1,0 +1,142 @@
+"""The door: one line makes a model sparse."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dstlib.errors import SelectionError, SettingError
+from dstlib.methods import find_method
+from dstlib.methods.method import Method
+from dstlib.sparsifier.hooks import keep, listeners
+from dstlib.sparsifier.optimizer_state import parameter_ids, refuse_unsupported
+from dstlib.sparsifier.plan import Plan, make_plan
+from dstlib.sparsifier.sparsifier import Sparsifier
+from dstlib.targets import unwrap
+
+
+def sparsify(
+    model: nn.Module,
+    *optimizers: Optimizer,
+    sparsity: float,
+    method: str | Method = "rigl",
+    total_steps: int | None = None,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    split: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Sparsifier:
+    """Makes a model sparse now, and keeps it sparse under any torch optimizer that steps on its weights.
+
+    The training loop stays as it is; so do the model's type, forward and state-dict keys. ``sparsity`` is
+    the share of inactive entries over the selected weights, ``total_steps`` the number of optimizer steps of
+    the run. ``include`` and ``exclude`` are globs over qualified names ("fusion.*"); ``overrides`` maps such
+    globs to sparsities of their own, outside the budget of the others; of several that match, the last wins.
+    ``split`` maps globs to the number of matrices stacked in a weight, each to compete for itself: known fused
+    projections (``qkv``, say) are split without it, and 1 keeps one together.
+    Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
+
+    Errors: SettingError for a setting out of range, SelectionError for weights that do not exist, cannot be
+    sparse or are sparse already.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    >>> sparsifier = sparsify(model, sparsity=0.9, method="static")
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> model(torch.randn(8, 64)).sum().backward(); optimizer.step()
+    >>> int((model[0].weight != 0).sum() + (model[2].weight != 0).sum())  # a tenth of 64·32 + 32·10
+    237
+    """
+    _check_types(model, include=include, exclude=exclude, overrides=overrides or {}, split=split or {}, seed=seed)
+    _check_optimizers(optimizers, model)
+    plan = make_plan(
+        model,
+        find_method(method),
+        sparsity=sparsity,
+        total_steps=total_steps,
+        include=(include,) if isinstance(include, str) else tuple(include),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        split=split or {},
+        overrides=overrides or {},
+        seed=seed,
+    )
+    sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
+    _check_unmasked(sparse)
+    owners = [m for m in unwrap(model).modules() if any(id(p) in sparse for p in m._parameters.values())]
+    sparsifier = Sparsifier(plan, optimizers, owners)
+    keep(sparsifier, owners)
+    if optimizers:
+        _warn_of_unheld(plan, optimizers)
+    return sparsifier
+
+
+def _check_types(
+    model: object, *, include: object, exclude: object, overrides: object, split: object, seed: object
+) -> None:
+    """One message for what would else fail far from the call."""
+
+    def are_globs(value: object) -> bool:
+        return isinstance(value, str) or (
+            isinstance(value, Sequence) and all(isinstance(pattern, str) for pattern in value)
+        )
+
+    by_glob, splits = (isinstance(x, Mapping) and are_globs(list(x)) for x in (overrides, split))
+    checks = (
+        ("model", isinstance(model, nn.Module), "an nn.Module", model, "Pass the module itself."),
+        ("include", are_globs(include), "a glob or several", include, 'Pass "encoder.*", say; "*" is all.'),
+        ("exclude", are_globs(exclude), "a glob or several", exclude, 'Pass "head", say; () is none.'),
+        ("overrides", by_glob, "globs with their sparsities", overrides, 'Pass {"head": 0.0}, say.'),
+        ("split", splits, "globs with numbers of matrices", split, 'Pass {"*.fused": 3}, say.'),
+        ("seed", type(seed) is int, "a whole number", seed, "The same seed gives the same masks; pass 0, say."),
+    )
+    for what, holds, allowed, given, remedy in checks:
+        if not holds:
+            shown = given if isinstance(given, str | int | float | None) else type(given).__name__
+            raise SettingError.of(what, "sparsify()", allowed=allowed, given=repr(shown), remedy=remedy)
+
+
+def _warn_of_unheld(plan: Plan, optimizers: Sequence[Optimizer]) -> None:
+    held = set().union(*(parameter_ids(optimizer) for optimizer in optimizers))
+    unheld = [w.name for w in plan.weights if not w.reason and id(w.parameter) not in held]
+    if unheld:
+        warnings.warn(
+            f"{', '.join(unheld[:5])}: sparse, but in none of the optimizers given, so neither trained nor updated",
+            stacklevel=3,
+        )
+
+
+def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    ours = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise SettingError.of(
+                "argument after the model",
+                "sparsify()",
+                allowed="torch optimizers",
+                given=type(optimizer).__name__ if isinstance(optimizer, Sequence) else repr(optimizer),
+                remedy="Pass everything else by name: sparsify(model, optimizer, sparsity=0.9).",
+            )
+        refuse_unsupported(optimizer)
+        if not ours & parameter_ids(optimizer):
+            raise SelectionError.of(
+                "optimizer",
+                type(optimizer).__name__,
+                allowed="one that steps on parameters of the model",
+                given="none of them",
+                remedy="Was the model moved or wrapped after the optimizer was made?",
+            )
+
+
+def _check_unmasked(sparse: set[int]) -> None:
+    """By the identity of the parameters: they may be shared by several models, or copied with a sparsifier."""
+    taken = [w.name for s in listeners() if isinstance(s, Sparsifier) for w in s.weights if id(w.parameter) in sparse]
+    if taken:
+        raise SelectionError.of(
+            "model",
+            "sparsify()",
+            allowed="one whose weights are not masked yet",
+            given=f"weights of another sparsifier ({', '.join(taken[:3])})",
+            remedy="Call detach() on the other one first.",
+        )

@@ -1,0 +1,69 @@
+"""What an optimizer holds for a weight: any torch optimizer, known or not."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from dstlib.errors import SettingError
+
+_MOMENTA = ("momentum_buffer", "exp_avg")  # SGD, RMSprop, Muon · Adam and its kin
+
+
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """The identities of the parameters it steps on, as of now: groups may be added at any time."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def momentum_of(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
+    """The first moment of the gradient of ``parameter``, or None where none is kept (yet)."""
+    state = optimizer.state.get(parameter, {})
+    return next((state[key] for key in _MOMENTA if state.get(key) is not None), None)
+
+
+def same_shape_state(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[Tensor]:
+    """Every floating tensor of the weight's shape that the optimizer keeps for it."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
+            yield value
+
+
+def reset_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Starts what an optimizer keeps for a weight afresh: zeros, and with them the steps that Adam corrects by."""
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor):
+            value.fill_(1.0) if key == "mu_product" else value.zero_()  # NAdam's running product begins at 1
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether this step does nothing because of an AMP overflow.
+
+    ``GradScaler`` does not call the step of an ordinary optimizer then; it does call that of a fused one and
+    leaves word of the overflow in ``found_inf`` for the length of the call.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())
+
+
+def loss_scale(optimizer: Optimizer | None) -> float:
+    """The loss scale in the gradients, which a fused optimizer divides out only inside its step; else 1."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def refuse_unsupported(optimizer: Optimizer) -> None:
+    """Raises a SettingError for LBFGS: its line search moves the weights between the hooks, again and again."""
+    if isinstance(optimizer, LBFGS):
+        raise SettingError.of(
+            "optimizer",
+            "sparsify()",
+            allowed="one that moves the weights once per step",
+            given=type(optimizer).__name__,
+            remedy="Use SGD or Adam, say; LBFGS evaluates several points per step, all of them dense.",
+        )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry of any of them is NaN or infinite."""
+    return all(bool(torch.isfinite(x).all()) for x in tensors)

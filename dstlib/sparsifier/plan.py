@@ -1,0 +1,230 @@
+"""From settings to a plan: which weights are sparse, and how dense each is to become. Changes nothing."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+from torch import Tensor, nn
+
+from dstlib.errors import SelectionError, SettingError
+from dstlib.masking import NM, Budget, momentum, num_units, spend
+from dstlib.methods.method import Method
+from dstlib.schedules import Clock, Constant, Every
+from dstlib.targets import Weight, check_matches, select, unwrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that the controller needs to know beforehand.
+
+    ``weights`` holds a verdict on every parameter with two axes or more, ``num_dense`` counts the entries
+    of all others; ``densities`` are the final ones, by slot name, ``starts`` those that a ramp leads from, and
+    ``own`` names the slots whose sparsity was overridden, which no allocator moves. ``is_ranked``: the densities
+    came of a look at the model, not of the settings alone.
+    """
+
+    method: Method
+    clock: Clock
+    weights: tuple[Weight, ...]
+    densities: Mapping[str, float]
+    starts: Mapping[str, float]
+    num_dense: int
+    seed: int
+    own: frozenset[str] = frozenset()
+    is_ranked: bool = False
+
+    def num_target(self, name: str, num_total: int, step: int) -> int:
+        """Active units per group of ``num_total`` that slot ``name`` has after an update at ``step``."""
+        density = self._density(name, step)
+        return num_units(num_total, self.method.with_surplus(density, self.clock.progress(step)))
+
+    def budget(self, name: str, active_GU: Tensor, step: int) -> Budget:
+        """What slot ``name`` keeps and grows by itself at an update at ``step``."""
+        num_total = active_GU.shape[1]
+        return spend(
+            active_GU.sum(dim=1),
+            num_target=self.num_target(name, num_total, step),
+            drop_fraction=self.drop_fraction(step),
+            num_kept=num_units(num_total, self._density(name, step)),
+        )
+
+    def drop_fraction(self, step: int) -> float:
+        """The share of the active units to exchange at ``step``."""
+        return self.method.drop_fraction(self.clock.progress(step))
+
+    def _density(self, name: str, step: int) -> float:
+        return self.method.density(self.densities[name], self.clock.progress(step), self.starts[name])
+
+
+def make_plan(
+    model: nn.Module,
+    method: Method,
+    *,
+    sparsity: float,
+    total_steps: int | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    split: Mapping[str, int],
+    overrides: Mapping[str, float],
+    seed: int,
+) -> Plan:
+    """Checks every setting and resolves it against the model.
+
+    Errors: SettingError for a number out of range or settings that contradict each other; SelectionError
+    for names that match nothing.
+    """
+    if method.grow is momentum:
+        remedy = "The optimizer's state is masked like the weight, so it cannot tell what to grow; use gradient."
+        raise SettingError.of(
+            "grow", f"method {method.name}", allowed="another criterion", given="momentum", remedy=remedy
+        )
+    model = unwrap(model)
+    weights = select(model, include=include, exclude=exclude, split=split)
+    if meta := [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]:
+        remedy = "Call model.to_empty(device=...) and initialise it first."
+        raise SelectionError.of(
+            "weights", "the model", allowed="ones with data", given=f"{meta[0]} on meta", remedy=remedy
+        )
+    for where, value in {
+        "sparsify()": sparsity,
+        **{f"override {k!r}": v for k, v in overrides.items()},
+    }.items():
+        _check_sparsity(value, where)
+    densities, own = _densities(weights, method, 1 - sparsity, overrides)
+    starts = dict.fromkeys(densities, 1.0)
+    if method.start_density < 1:
+        _check_start(method, 1 - sparsity)
+        starts = _densities(weights, method, method.start_density, overrides)[0]
+        starts |= {name: max(method.start_density, densities[name]) for name in own}
+    return Plan(
+        method=method,
+        clock=_make_clock(method, total_steps),
+        weights=weights,
+        densities=densities,
+        starts=starts,
+        own=own,
+        num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
+        seed=seed,
+    )
+
+
+def _densities(
+    weights: Sequence[Weight], method: Method, density: float, overrides: Mapping[str, float]
+) -> tuple[dict[str, float], frozenset[str]]:
+    """Overridden weights get theirs; the distribution spreads ``density`` over the others. Also: whose are theirs."""
+    sparse = [weight for weight in weights if not weight.reason]
+    for weight in sparse:
+        _check_folds(weight, method)
+    for pattern in overrides:
+        check_matches(pattern, sparse, "the sparse weights, as an override")
+    own: dict[str, float] = {}
+    shared: dict[str, tuple[int, ...]] = {}
+    for weight in sparse:
+        matching = [value for pattern, value in overrides.items() if weight.matches(pattern)]
+        for slot in weight.slots:
+            if matching:
+                own[slot.name] = 1 - matching[-1]
+            else:
+                shared[slot.name] = tuple(slot.view(weight.parameter).shape)
+    spread = method.distribution(shared, density) if shared else {}
+    densities = {s.name: {**spread, **own}.get(s.name) for w in sparse for s in w.slots}
+    return {name: _checked_density(name, d, method) for name, d in densities.items()}, frozenset(own)
+
+
+def _check_start(method: Method, density: float) -> None:
+    if method.start_density < density:
+        raise SettingError.of(
+            "start_density",
+            f"method {method.name}",
+            allowed=f"at least the density at the end, {density:g}",
+            given=f"{method.start_density:g}",
+            remedy="Raise it by replace(method, start_density=...), or the sparsity.",
+        )
+
+
+def _check_folds(weight: Weight, method: Method) -> None:
+    for slot in weight.slots:
+        matrix = slot.view(weight.parameter.detach())
+        try:
+            method.granularity.fold(matrix)
+        except SettingError as error:
+            joined = f' Or keep its {len(weight.slots)} parts together: split={{"{weight.name}": 1}}.'
+            hint = joined if weight.can_split and len(weight.slots) > 1 else ""
+            raise SettingError(f"{slot.name}, {tuple(matrix.shape)} as outputs, inputs, taps: {error}{hint}") from error
+
+
+def _checked_density(name: str, density: float | None, method: Method) -> float:
+    if density is None or not 0 <= density <= 1:
+        raise SettingError.of(
+            "density",
+            f"{name}, by the distribution of method {method.name}",
+            allowed="a number in [0, 1]",
+            given=density,
+            remedy="A distribution returns a density for every name it is given.",
+        )
+    grain = method.granularity
+    # 1e-9: the sparsity was subtracted from 1, which moves the density by 1e-16 at most
+    if isinstance(grain, NM) and density < 1 and abs(density - grain.n / grain.m) > 1e-9:
+        raise SettingError.of(
+            "sparsity",
+            name,
+            allowed=f"{1 - grain.n / grain.m:g}, as {grain.n} of every {grain.m} stay active",
+            given=f"{1 - density:g} from the distribution of method {method.name}",
+            remedy="Pass that sparsity, and replace(method, distribution=dstlib.uniform).",
+        )
+    return density
+
+
+def _make_clock(method: Method, total_steps: int | None) -> Clock:
+    if total_steps is not None and type(total_steps) is not int:
+        remedy = "Count the optimizer steps of the whole run."
+        allowed = "a whole number or None"
+        raise SettingError.of("total_steps", "sparsify()", allowed=allowed, given=repr(total_steps), remedy=remedy)
+    clock = method.clock(total_steps)
+    if not isinstance(clock, Every):
+        return clock
+    if clock.stop is None:
+        _without_end(method)
+    elif clock.last == clock.start:
+        raise SettingError.of(
+            "total_steps",
+            "sparsify()",
+            allowed=f"enough for an update each {method.interval} steps within the first {method.stop:.0%} of the "
+            f"run, {math.ceil(clock.interval / method.stop)} or so",
+            given=total_steps,
+            remedy="Lengthen the run, shorten the interval by replace(method, interval=...), or choose "
+            'method="static".',
+        )
+    return clock
+
+
+def _without_end(method: Method) -> None:
+    if not (isinstance(method.ramp, Constant) and isinstance(method.surplus, Constant)):
+        raise SettingError.of(
+            "total_steps",
+            f"sparsify() with method {method.name}",
+            allowed="the number of optimizer steps of the run, which its density follows",
+            given=None,
+            remedy="Pass total_steps=.",
+        )
+    if isinstance(method.drop_fraction, Constant) and method.stop == 1:
+        return  # it is the same with and without an end
+    warnings.warn(
+        f"Without total_steps, {method.name} changes masks each {method.interval} steps for ever, at a constant "
+        f"drop fraction of {method.drop_fraction(0.0):g}; its paper ends at {method.stop:.0%} of the run. "
+        "Pass total_steps= for the full method.",
+        stacklevel=5,
+    )
+
+
+def _check_sparsity(sparsity: float, where: str) -> None:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
+        raise SettingError.of(
+            "sparsity",
+            where,
+            allowed="a number in [0, 1)",
+            given=repr(sparsity),
+            remedy="0.9 leaves a tenth of the weights active; 0 leaves all of them.",
+        )

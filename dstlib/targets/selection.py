@@ -1,0 +1,244 @@
+"""Which parameters can be sparse, and how each is seen as (outputs, inputs, *kernel taps).
+
+Selection is by module type, never by the number of axes, which would catch position embeddings, bias tables
+and layer scales. Every parameter with two axes or more gets a verdict, so that nothing is left out in
+silence.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from dstlib.errors import SelectionError, StateError, similar
+from dstlib.targets.eligibility import Seat, judge, overlaps
+from dstlib.targets.views import Slot, chunks
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_NO_SPLIT: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """The verdict on one parameter: ``reason`` says why it stays dense, and is empty where it is sparse.
+
+    ``aliases`` are all names that mean it; those in ``on_request`` make it sparse in spite of the reason.
+    """
+
+    name: str
+    kind: str
+    parameter: nn.Parameter
+    slots: tuple[Slot, ...]
+    reason: str = ""
+    on_request: frozenset[str] = frozenset()
+    can_split: bool = True
+    aliases: frozenset[str] = frozenset()
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob matches a name of the parameter, or of a module that owns it."""
+        return any(fnmatchcase(name, pattern) for name in self.aliases)
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without what torch.compile and activation checkpointing add to it.
+
+    >>> plain_name("_orig_mod.stem._orig_mod.weight")
+    'stem.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel, DataParallel, AveragedModel and torch.compile."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.Parameter]:
+    """The parameters of a model under these names, also inside wrappers that keep it as their ``module``.
+
+    Errors: StateError if one is missing or of another shape.
+    """
+    named = _named(model)
+    while not shapes.keys() <= named.keys() and isinstance(inner := getattr(unwrap(model), "module", None), nn.Module):
+        model, named = inner, _named(inner)  # timm's ModelEmaV2 and V3, and their kind
+    for name, shape in shapes.items():
+        if name not in named or named[name].shape != shape:
+            raise StateError.of(
+                "model",
+                "mask_model()",
+                allowed=f"a weight {name} of shape {tuple(shape)}",
+                given=tuple(named[name].shape) if name in named else f"none of that name in {type(model).__name__}",
+                remedy="Pass a copy of the model that was sparsified.",
+            )
+    return {name: named[name] for name in shapes}
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        remedy = "Pass the averaged module itself, often its .ema or .module."
+        given = type(model).__name__
+        raise StateError.of("model", "mask_model()", allowed="an nn.Module", given=given, remedy=remedy)
+    return {plain_name(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
+
+
+def select(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    split: Mapping[str, int] = _NO_SPLIT,
+) -> tuple[Weight, ...]:
+    """A verdict on each parameter with two axes or more, in the model's order; tied ones once.
+
+    Globs match whole qualified names of parameters ("head.weight") or of their modules ("head"). A name
+    written out in full asks for that weight, and turns on those that are dense only by default. ``split``
+    maps globs to the number of matrices of equal height that are stacked in a weight, each to compete for
+    itself; of several that match, the last wins. By default the well-known fused projections are split into
+    queries, keys and values; 1 keeps them together.
+
+    Errors: SelectionError for a glob that matches nothing, for a weight asked for by its full name that
+    cannot be sparse, for one that cannot be split so, and where nothing is left to be sparse.
+    """
+    weights = list(_verdicts(model))
+    for pattern in (*include, *exclude) if weights else ():
+        check_matches(pattern, weights, "the model")
+    for pattern in include:
+        _check_possible(pattern, weights)
+    chosen = [_choose(weight, include, exclude) for weight in weights]
+    if all(weight.reason for weight in chosen):
+        reasons = "; ".join(f"{w.name}: {w.reason}" for w in chosen[:8]) or "no parameter has two axes"
+        raise SelectionError.of(
+            "weights",
+            "the model",
+            allowed="at least one Linear, Conv, ConvTranspose or attention weight to make sparse",
+            given=f"none ({reasons})",
+            remedy="Look at include= and exclude=.",
+        )
+    for pattern in split:
+        check_matches(pattern, [weight for weight in chosen if not weight.reason], "the sparse weights, as a split")
+    return tuple(weight if weight.reason else _split(weight, split) for weight in chosen)
+
+
+def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
+    """Raises a SelectionError if the glob matches none of these weights."""
+    if not any(w.matches(pattern) for w in weights):
+        known = sorted({name for w in weights for name in w.aliases})
+        raise SelectionError.of(
+            f"glob {pattern!r}",
+            where,
+            allowed="a match with the name of a weight or of its module",
+            given="no match",
+            remedy=_hint(pattern, known),
+        )
+
+
+def _hint(pattern: str, known: Sequence[str]) -> str:
+    if any(name.startswith(f"{pattern}.") for name in known):
+        return f"Globs match whole names: write {pattern + '.*'!r} for all below it."
+    return f"Names here: {similar(pattern, known)}."
+
+
+def _check_possible(name: str, weights: Iterable[Weight]) -> None:
+    """A SelectionError if all weights of exactly this name, or of the module of this name, must stay dense."""
+    named = [weight for weight in weights if name in weight.aliases]
+    if named and all(weight.reason and name not in weight.on_request for weight in named):
+        raise SelectionError.of(
+            "weight",
+            named[0].name,
+            allowed="one that can be masked in place",
+            given=named[0].reason,
+            remedy="Take its name out of include=.",
+        )
+
+
+def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> Weight:
+    reason = "" if weight.on_request.intersection(include) else weight.reason
+    if not any(weight.matches(pattern) for pattern in include):
+        reason = "not included"
+    if any(weight.matches(pattern) for pattern in exclude):
+        reason = "excluded"
+    return replace(weight, reason=reason)
+
+
+def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
+    """The weight as so many matrices, each of as many rows."""
+    matching = [pattern for pattern in split if weight.matches(pattern)]
+    if not matching:
+        return weight
+    num, num_rows = split[matching[-1]], len(weight.parameter)
+    is_count = type(num) is int and 0 < num <= num_rows
+    if not (weight.can_split and is_count and num_rows % num == 0):
+        made = f"{weight.kind} is {len(weight.slots)} matri{'ces' if len(weight.slots) > 1 else 'x'} by its making"
+        raise SelectionError.of(
+            f"split {matching[-1]!r}",
+            weight.name,
+            allowed=f"a divisor of its {num_rows} rows" if weight.can_split else f"no split, as {made}",
+            given=repr(num),
+            remedy="Count the matrices stacked in it, or narrow the glob.",
+        )
+    return replace(weight, slots=chunks(weight.name, range(num), num_rows) if num > 1 else (Slot(weight.name),))
+
+
+def _verdicts(model: nn.Module) -> Iterator[Weight]:
+    """One verdict per distinct parameter; a parameter with several owners is as dense as the densest."""
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    owners: dict[int, list[Weight]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                remedy = "Run one forward pass first."
+                raise SelectionError.of(
+                    "weight", module_name, allowed="a known shape", given="a lazy module", remedy=remedy
+                )
+            if parameter.ndim >= 2:
+                name = plain_name(module_name)
+                owner = modules.get(name.rpartition(".")[0]) if name else None
+                weight = _weigh(Seat(name, key, parameter, module, owner))
+                owners.setdefault(id(parameter), []).append(weight)
+    shared = overlaps(dict(model.named_parameters()))
+    for weights in owners.values():
+        weight = _tied(weights)
+        if other := shared.get(id(weight.parameter)):
+            reason = f"a view of the memory of {plain_name(other)}, whose zeros a mask would be written through to"
+            weight = replace(weight, reason=reason, on_request=frozenset())
+        yield weight
+
+
+def _weigh(seat: Seat) -> Weight:
+    verdict = judge(seat)
+    return Weight(
+        name=seat.name,
+        kind=type(seat.module).__name__,
+        parameter=seat.parameter,
+        slots=verdict.slots,
+        reason=verdict.reason,
+        on_request=verdict.on_request,
+        can_split=verdict.can_split,
+        aliases=seat.names | verdict.stands_for,
+    )
+
+
+def _tied(weights: Sequence[Weight]) -> Weight:
+    """The verdict on a parameter from those of all its places."""
+    dense = [weight for weight in weights if weight.reason]
+    reason = weights[0].reason or (f"tied to {dense[0].name}, {dense[0].reason}" if dense else "")
+    return replace(
+        weights[0],
+        reason=reason,
+        on_request=frozenset().union(*(w.on_request for w in dense if all(v.on_request for v in dense))),
+        can_split=all(weight.can_split for weight in weights),
+        aliases=frozenset().union(*(weight.aliases for weight in weights)),
+    )

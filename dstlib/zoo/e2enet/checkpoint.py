@@ -1,0 +1,119 @@
+"""Networks that were trained, read back from their run directories to predict."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstlib.errors import StateError
+from dstlib.zoo.e2enet.baselines import build_model
+from dstlib.zoo.e2enet.config import E2ENetConfig
+from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
+from dstlib.zoo.e2enet.inference.predict import Trained
+from dstlib.zoo.e2enet.inference.sliding_window import predicting
+
+
+def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
+    """The networks of these runs as one ensemble: their folds, say.
+
+    A class is post-processed if every run found that it helps on the cases that it held out.
+
+    Raises:
+        StateError: A run is not finished, is damaged, or was not trained on the same data as the first.
+    """
+    configs = [read_of_run(run / "config.json", "model", "width", "network", "patches", "data") for run in runs]
+    first = configs[0]
+    for run, config in zip(runs, configs, strict=True):
+        for name in ("channels", "classes", "preparation"):
+            if config["data"][name] != first["data"][name]:
+                given, allowed = f"other {name}", f"a run on the same data as {runs[0]}"
+                remedy = "Average the folds of one data set."
+                raise StateError.of("data", f"run {run}", allowed=allowed, given=given, remedy=remedy)
+    results = [run / "result.json" for run in runs]
+    processed = [set(read_of_run(file, "postprocessing")["postprocessing"]) for file in results if file.exists()]
+    patches = first["patches"]
+    return Trained(
+        models=tuple(_network(run, config, device) for run, config in zip(runs, configs, strict=True)),
+        preparation=Preparation.from_json(first["data"]["preparation"]),
+        patch_size=tuple(patches["patch_size"]),
+        mirror=tuple(patches["mirror"]),
+        channels=tuple(first["data"]["channels"]),
+        classes=tuple(first["data"]["classes"]),
+        postprocessing=tuple(sorted(set.intersection(*processed))) if len(processed) == len(runs) else (),
+    )
+
+
+def on_engine(trained: Trained) -> Trained:
+    """The same networks by :func:`dstlib.accelerate`, which measures for some passes."""
+    from dstlib.engine.accelerate import accelerate  # not before it is asked for
+
+    def fast(model: nn.Module) -> nn.Module:
+        device = next(model.parameters()).device
+        example = torch.zeros(1, len(trained.channels), *trained.patch_size, device=device)
+        # in the precision in which probabilities() will call it
+        with predicting(model), torch.autocast(device.type, enabled=device.type == "cuda"):
+            return accelerate(model, example)
+
+    return replace(trained, models=tuple(map(fast, trained.models)))
+
+
+def network_config(values: dict[str, Any]) -> E2ENetConfig:
+    """The configuration that JSON has made lists of.
+
+    >>> network_config({"channels": [8, 16], "strides": [[1, 2, 2]], "heads": 1}).strides
+    ((1, 2, 2),)
+    """
+    return E2ENetConfig(**{name: _tupled(value) for name, value in values.items()})
+
+
+def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
+    network = network_config(config["network"])
+    model = build_model(
+        config["model"],
+        in_channels=network.in_channels,
+        num_classes=network.num_classes,
+        patch_size=tuple(config["patches"]["patch_size"]),
+        config=network,
+        width=config["width"],
+    )
+    file = run / "model.pt"
+    try:
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        remedy = "It is written at the end of the training: continue it with --resume."
+        raise StateError.of(
+            "model.pt", f"run {run}", allowed="a finished run", given="no such file", remedy=remedy
+        ) from error
+    # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
+    except Exception as error:
+        given = f"a damaged or foreign file ({type(error).__name__})"
+        remedy = "Resume the run, which writes it anew."
+        raise StateError.of(
+            "model.pt", f"run {run}", allowed="the weights of this run", given=given, remedy=remedy
+        ) from error
+    return model.to(device)
+
+
+def read_of_run(file: Path, *names: str) -> dict[str, Any]:
+    """The content of a JSON file that a run has left, with these names in it.
+
+    Raises:
+        StateError: There is none, or it is something else.
+    """
+    remedy = "Pass the folder of a run that a recipe has finished; --resume finishes one that was stopped."
+    allowed, where = "a file that a run wrote", f"run {file.parent}"
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StateError.of(file.name, where, allowed=allowed, given=error, remedy=remedy) from error
+    if not isinstance(content, dict) or not set(names) <= content.keys():
+        raise StateError.of(file.name, where, allowed=allowed, given="something else", remedy=remedy)
+    return content
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value

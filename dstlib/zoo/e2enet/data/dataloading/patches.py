@@ -1,0 +1,211 @@
+"""What a training loop draws from: normalised cases in, batches of augmented patches out.
+
+Shapes: B batch, C channels, D depth, H height, W width. A batch is a pure function of (cases, settings, seed,
+iteration): a resumed run draws what an uninterrupted one would have drawn, and no generator is ever saved.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.dataloading.augment import (
+    Augmentation,
+    change_intensities,
+    random_affine,
+    resample,
+    seen_box,
+    thin_axis,
+)
+
+Index = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSettings:
+    """What a batch is made of.
+
+    ``oversample`` is the share of the batch that is forced to contain foreground, counted as nnU-Net does:
+    one patch of two at 0.33. ``augment`` says how patches are changed, None that they are not. ``mirror`` names
+    the axes (0 = D, 1 = H, 2 = W) along which an augmented patch is flipped, each with probability 1/2. The
+    paper flips all three; where classes tell left from right, as two kidneys, that makes them harder to tell
+    apart, and ``(0, 1)`` keeps the sides.
+
+    Raises:
+        SettingError: A setting lies outside what is allowed.
+
+    >>> PatchSettings(patch_size=(40, 56, 40)).num_forced
+    1
+    """
+
+    patch_size: tuple[int, int, int]
+    batch_size: int = 2
+    oversample: float = 0.33
+    augment: Augmentation | None = field(default_factory=Augmentation)
+    mirror: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        sizes = len(self.patch_size) == 3 and min(self.patch_size) > 0
+        known = self.augment is None or isinstance(self.augment, Augmentation)
+        checks = (
+            ("patch_size", sizes, "three positive sizes (D, H, W)", "Pass (64, 128, 128), say."),
+            ("batch_size", self.batch_size > 0, "a positive number", "Pass 2, as the paper."),
+            ("oversample", 0 <= self.oversample <= 1, "a number in [0, 1]", "Pass 0.33, as the paper."),
+            ("augment", known, "an Augmentation or None", "Pass Augmentation() for the paper's, None for none."),
+            ("mirror", set(self.mirror) <= {0, 1, 2}, "axes among 0, 1, 2", "Pass () for no mirroring."),
+        )
+        for name, good, allowed, remedy in checks:
+            if not good:
+                given = getattr(self, name)
+                raise SettingError.of(name, "PatchSettings", allowed=allowed, given=given, remedy=remedy)
+
+    @property
+    def num_forced(self) -> int:
+        """How many patches of a batch are forced to contain foreground: the last ones."""
+        return self.batch_size - round(self.batch_size * (1 - self.oversample))
+
+    def plain(self) -> "PatchSettings":
+        """The same patches as they are in the cases: what a training is validated on."""
+        return replace(self, augment=None)
+
+
+def draw_batch(
+    cases: Sequence[Case],
+    settings: PatchSettings,
+    *,
+    seed: int,
+    iteration: int,
+    ranks: tuple[int, int] = (0, 1),
+) -> tuple[Tensor, Tensor]:
+    """The batch of one iteration: images (B, C, D, H, W) as float32, labels (B, 1, D, H, W) as int64.
+
+    Each patch comes from a case drawn with replacement. A forced patch is centred on a voxel of a class drawn
+    among those that the case has (pushed back into the volume at its borders); the others lie anywhere. A
+    case without foreground gives an unforced patch. Cases smaller than the patch are padded with zeros, which
+    is the mean of a normalised image. Of ``ranks`` (this one, how many) each draws its share: patch i of the
+    batch is drawn by rank i modulo their number. All shares are of one size, or the mean over ranks, which is
+    what DDP takes of gradients, would not be that over patches.
+
+    Raises:
+        DataError: There are no cases.
+        SettingError: There is no such rank, or the ranks cannot share the patches evenly.
+
+    Reference: the patch sampling and augmentation of nnU-Net, which E2ENet trains with.
+
+    >>> case = Case("a", np.zeros((1, 4, 9, 9), np.float32), np.ones((4, 9, 9), np.uint8), (1.0, 1.0, 1.0))
+    >>> image, label = draw_batch([case], PatchSettings(patch_size=(4, 8, 8)), seed=0, iteration=3)
+    >>> image.shape, label.dtype
+    (torch.Size([2, 1, 4, 8, 8]), torch.int64)
+    """
+    _refuse_unequal_shares(cases, settings, ranks)
+    rank, num_ranks = ranks
+    images, labels = [], []
+    with _one_thread():
+        for i in range(rank, settings.batch_size, num_ranks):
+            # One generator per patch: what one of them consumes cannot change the others.
+            rng = np.random.default_rng((seed, iteration, i))
+            case = cases[int(rng.integers(len(cases)))]
+            forced = i >= settings.batch_size - settings.num_forced
+            image, label = _draw_patch(case, settings, rng, forced=forced)
+            images.append(image)
+            labels.append(label)
+        return torch.stack(images), torch.stack(labels).long()
+
+
+def _refuse_unequal_shares(cases: Sequence[Case], settings: PatchSettings, ranks: tuple[int, int]) -> None:
+    if not cases:
+        remedy = "Pass the training cases."
+        raise DataError.of("cases", "draw_batch()", allowed="at least one", given="none", remedy=remedy)
+    rank, num_ranks = ranks
+    if not 0 <= rank < num_ranks or settings.batch_size % num_ranks:
+        allowed = f"(rank, how many), so many that they share the {settings.batch_size} patches of a batch evenly"
+        remedy = "Make batch_size a multiple of the number of processes."
+        raise SettingError.of("ranks", "draw_batch()", allowed=allowed, given=ranks, remedy=remedy)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over several threads round differently: on one, a batch is the same in any process of any machine size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _draw_patch(
+    case: Case, settings: PatchSettings, rng: np.random.Generator, *, forced: bool
+) -> tuple[Tensor, Tensor]:
+    """One patch of a case: image (C, D, H, W) and label (1, D, H, W)."""
+    size, augmentation = settings.patch_size, settings.augment
+    voxel = _foreground_voxel(case, rng) if forced else None
+    start = _position(case.label.shape, size, voxel, rng)
+    if augmentation is None:
+        return _cut(case.image, start, size), _cut(case.label[None], start, size)
+    matrix = random_affine(rng, augmentation, size)
+    image, label = _seen_through(matrix, case, start, size)
+    if matrix is not None and voxel is not None and not label.any():
+        # A rotation or zoom can push what the patch was centred on out of it: keep the promise instead.
+        image, label = _seen_through(None, case, start, size)
+    image = change_intensities(image, rng, augmentation, thin=thin_axis(size))
+    flipped = [axis + 1 for axis in sorted(settings.mirror) if rng.random() < 0.5]
+    return image.flip(flipped), label.flip(flipped)
+
+
+def _foreground_voxel(case: Case, rng: np.random.Generator) -> Index | None:
+    """A voxel of a class, both drawn uniformly from what the case has; none where it has no foreground."""
+    classes = list(case.class_voxels)
+    if not classes:
+        return None
+    voxels = case.class_voxels[classes[int(rng.integers(len(classes)))]]
+    z, y, x = np.unravel_index(int(voxels[rng.integers(len(voxels))]), case.label.shape)
+    return int(z), int(y), int(x)
+
+
+def _position(shape: Sequence[int], size: Index, voxel: Index | None, rng: np.random.Generator) -> Index:
+    """Where the patch starts; negative along an axis on which the case is smaller and lies in the middle."""
+    free = rng.random(3)
+    start = []
+    for axis in range(3):
+        room = shape[axis] - size[axis]
+        if room <= 0:
+            start.append(-(-room // 2))
+        elif voxel is None:
+            start.append(int(free[axis] * (room + 1)))
+        else:
+            start.append(min(max(voxel[axis] - size[axis] // 2, 0), room))
+    return start[0], start[1], start[2]
+
+
+def _cut(volume: NDArray[np.generic], start: Index, size: Index) -> Tensor:
+    """A copy of the box of a volume (C, D, H, W), with zeros where it reaches beyond."""
+    # torch aligns its memory, numpy does not: some sums would round by where a patch happens to lie.
+    box = torch.zeros((len(volume), *size), dtype=torch.from_numpy(np.empty(0, volume.dtype)).dtype)
+    source, target = [slice(None)], [slice(None)]
+    for at, length, end in zip(start, size, volume.shape[1:], strict=True):
+        first, last = max(at, 0), max(min(at + length, end), 0)
+        source.append(slice(first, last))
+        target.append(slice(first - at, last - at))
+    box.numpy()[tuple(target)] = volume[tuple(source)]
+    return box
+
+
+def _seen_through(matrix: NDArray[np.float64] | None, case: Case, start: Index, size: Index) -> tuple[Tensor, Tensor]:
+    """The patch, turned and scaled by a matrix if there is one."""
+    image, label = case.image, case.label[None]
+    if matrix is None:
+        return _cut(image, start, size), _cut(label, start, size)
+    depth, height, width = case.label.shape
+    # A turned patch is cut from a larger box, so that its corners show the case and not padding.
+    box = seen_box(matrix, start, size, (depth, height, width))
+    corner = (box[0].start, box[1].start, box[2].start)
+    length = (box[0].stop - corner[0], box[1].stop - corner[1], box[2].stop - corner[2])
+    centre = np.asarray(start) + (np.asarray(size) - 1) / 2 - np.asarray(corner)
+    return resample(_cut(image, corner, length), _cut(label, corner, length), matrix, centre=centre, size=size)

@@ -1,0 +1,70 @@
+"""The layout of BTCV (Synapse's Abdomen), which has no list, only folders.
+
+RawData/Training/img/img0001.nii.gz belongs to RawData/Training/label/label0001.nii.gz; RawData/Testing/img holds
+images without labels.
+"""
+
+from pathlib import Path
+
+from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.layouts.files import case_name, nifti_files
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.phantoms.organs import BTCV_ORGANS
+
+
+def training_folder(folder: Path) -> Path | None:
+    """The folder with img and label: ``folder`` may be Abdomen, RawData, or Training itself."""
+    for candidate in (folder / "RawData" / "Training", folder / "Training", folder):
+        if (candidate / "img").is_dir() and (candidate / "label").is_dir():
+            return candidate
+    return None
+
+
+def read_btcv(folder: Path) -> Manifest:
+    """The manifest of the files that are there; a case is named as its image is: img0001.
+
+    An image without a label, or a label without an image, becomes a case of which one file does not exist:
+    whoever reads it says so.
+
+    Raises:
+        DataError: There are no folders img and label with NIfTI files.
+
+    Reference: Landman et al., *Multi-Atlas Labeling Beyond the Cranial Vault* (MICCAI 2015, syn3193805).
+    """
+    training = training_folder(folder)
+    images = _by_number(nifti_files(training / "img"), "img") if training else {}
+    if training is None or not images:
+        raise DataError.of(
+            "data set",
+            str(folder),
+            allowed="BTCV's RawData/Training with img/img0001.nii.gz, ... and label/label0001.nii.gz, ...",
+            given="no folders img and label in it" if training is None else f"no NIfTI file in {training / 'img'}",
+            remedy="Pass the folder Abdomen, RawData or Training, with both in it.",
+        )
+    labels = _by_number(nifti_files(training / "label"), "label")
+    train = [
+        CaseFiles(name=case_name(image), images=(image,), label=label)
+        for number in sorted({*images, *labels})
+        for image in images.get(number, [training / "img" / f"img{number}.nii.gz"])
+        for label in labels.get(number, [training / "label" / f"label{number}.nii.gz"])
+    ]
+    test = (
+        CaseFiles(name=case_name(file), images=(file,)) for file in nifti_files(training.parent / "Testing" / "img")
+    )
+    return Manifest(
+        name="BTCV",
+        folder=folder,
+        layout="btcv",
+        channels=("CT",),
+        classes=BTCV_ORGANS,
+        train=tuple(train),
+        test=tuple(test),
+    )
+
+
+def _by_number(files: tuple[Path, ...], prefix: str) -> dict[str, list[Path]]:
+    """The files of each number: with a .nii beside a .nii.gz two, which make two cases of one name, refused later."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        found.setdefault(case_name(file).removeprefix(prefix), []).append(file)
+    return found

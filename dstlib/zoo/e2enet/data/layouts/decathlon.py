@@ -1,0 +1,103 @@
+"""The layout of the Medical Segmentation Decathlon, and of AMOS22, which adds a validation list to it.
+
+dataset.json holds modality, labels and the lists training, test and (AMOS22) validation of files. Only listed
+files make the set, so whatever else lies in the folder does no harm.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from dstlib.zoo.e2enet.data.layouts.files import MAX_CLASSES, case_name, numbered, refuse_json
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+
+FIRST_MRI = 500  # AMOS22: "id numbers less than 500 belong to CT data, otherwise they belong to MRI data"
+_ID = re.compile(r"(\d+)$")
+
+
+def amos_modality(name: str) -> Literal["ct", "mri"] | None:
+    """What an AMOS22 case was taken with, by its id; None if the name ends in no id.
+
+    >>> amos_modality("amos_0410"), amos_modality("amos_0507"), amos_modality("phantom")
+    ('ct', 'mri', None)
+    """
+    match = _ID.search(name)
+    if match is None:
+        return None
+    return "ct" if int(match[1]) < FIRST_MRI else "mri"
+
+
+def read_decathlon(folder: Path, content: dict[str, Any], *, layout: str) -> Manifest:
+    """The manifest that the content of dataset.json gives.
+
+    A validation case without a label (as AMOS22 gave them out during the challenge) counts as a test case.
+
+    Raises:
+        DataError: The message says all that dataset.json lacks.
+
+    Reference: Antonelli et al., *The Medical Segmentation Decathlon* (Nature Communications 2022); Ji et al.,
+    *AMOS* (NeurIPS 2022).
+    """
+    channels, labels = numbered(content.get("modality")), numbered(content.get("labels"))
+    wrong = _wrong_entries(content)
+    if channels is None or labels is None or wrong:
+        refuse_json(folder / "dataset.json", allowed="the Decathlon's entries", wrong=wrong)
+    parts = {part: _files(folder, content.get(part) or []) for part in ("training", "validation", "test")}
+    return Manifest(
+        name=str(content.get("name") or folder.resolve().name),
+        folder=folder,
+        layout=layout,
+        channels=channels,
+        classes=labels[1:],
+        train=parts["training"],
+        validation=tuple(case for case in parts["validation"] if case.label is not None),
+        test=_sorted((*parts["test"], *(case for case in parts["validation"] if case.label is None))),
+    )
+
+
+def _files(folder: Path, entries: list[Any]) -> tuple[CaseFiles, ...]:
+    cases = []
+    for entry in entries:
+        image, label = (entry, None) if isinstance(entry, str) else (entry["image"], entry.get("label"))
+        cases.append(
+            CaseFiles(name=case_name(image), images=(folder / image,), label=folder / label if label else None)
+        )
+    return _sorted(cases)
+
+
+def _sorted(cases: list[CaseFiles] | tuple[CaseFiles, ...]) -> tuple[CaseFiles, ...]:
+    return tuple(sorted(cases, key=lambda case: case.name))
+
+
+def _wrong_entries(content: dict[str, Any]) -> list[str]:
+    """What dataset.json lacks, in words."""
+    wrong = []
+    for key, example in (("modality", '{"0": "CT"}'), ("labels", '{"0": "background", "1": "liver"}')):
+        table = content.get(key)
+        names = numbered(table)
+        if names is None:
+            wrong.append(f"{key!r} is {table!r} but numbers its names from 0, as in {example}")
+        elif len(names) > MAX_CLASSES + 1:
+            wrong.append(f"{key!r} has {len(names)} entries, but a label is a byte: {MAX_CLASSES + 1} at most")
+    if not content.get("training"):
+        wrong.append(f"'training' is {content.get('training')!r} but lists at least one case")
+    for part in ("training", "validation", "test"):
+        wrong += _wrong_files(part, content.get(part) or [])
+    return wrong
+
+
+def _wrong_files(part: str, entries: object) -> list[str]:
+    if not isinstance(entries, list):
+        return [f"{part!r} is {entries!r} but a list of files"]
+    wrong = []
+    for i, entry in enumerate(entries):
+        if isinstance(entry, dict):
+            image, label = entry.get("image"), entry.get("label")
+            good = bool(image) and isinstance(image, str) and (label is None or isinstance(label, str))
+            good &= bool(label) or part != "training"
+        else:
+            good = bool(entry) and isinstance(entry, str) and part != "training"
+        if not good:
+            needs = "an 'image' and a 'label'" if part == "training" else "an 'image'"
+            wrong.append(f"entry {i} of {part!r} is {entry!r} but names {needs}")
+    return wrong

@@ -1,0 +1,95 @@
+"""What the readers of layouts share: names of cases, NIfTI files of a folder, dataset.json, and how they refuse."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+
+MAX_CLASSES = 255  # a label is a byte, and 0 is the background
+_ENDING = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_CHANNEL = re.compile(r"(.+)_(\d{4})$")
+
+
+def case_name(file: str | Path) -> str:
+    """The name of a file without folder and NIfTI ending.
+
+    >>> case_name("./imagesTr/amos_0001.nii.gz"), case_name("scan.v2.NII")
+    ('amos_0001', 'scan.v2')
+    """
+    return _ENDING.sub("", Path(file).name)
+
+
+def case_channel(file: str | Path) -> tuple[str, int] | None:
+    """The case and the channel that a file name of nnU-Net's form tells, or None if it has another form.
+
+    >>> case_channel("BRATS_001_0003.nii.gz"), case_channel("BRATS_001.nii.gz")
+    (('BRATS_001', 3), None)
+    """
+    match = _CHANNEL.match(case_name(file))
+    return (match[1], int(match[2])) if match else None
+
+
+def nifti_files(folder: Path) -> tuple[Path, ...]:
+    """The .nii and .nii.gz files of a folder, sorted; none, if there is no such folder.
+
+    Hidden files are left out: macOS puts a "._scan.nii.gz", which is no image, beside every "scan.nii.gz".
+    """
+    if not folder.is_dir():
+        return ()
+    files = (f for f in folder.iterdir() if _ENDING.search(f.name) and not f.name.startswith(".") and f.is_file())
+    return tuple(sorted(files))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a dataset.json.
+
+    Raises:
+        DataError: It cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor's byte order mark does no harm
+    except (ValueError, OSError) as error:
+        refuse_json(file, allowed="valid JSON", wrong=[str(error)])
+    if not isinstance(content, dict):
+        refuse_json(file, allowed="valid JSON", wrong=[f"a JSON {type(content).__name__} where an object belongs"])
+    return content
+
+
+def refuse_json(file: Path, *, allowed: str, wrong: Sequence[str]) -> NoReturn:
+    """Raises a DataError that says all that is wrong with a dataset.json."""
+    remedy = "Restore the file from the data set's archive, or correct it by hand."
+    raise DataError.of("content", str(file), allowed=allowed, given="; ".join(wrong), remedy=remedy)
+
+
+def numbered(table: object) -> tuple[str, ...] | None:
+    """The names of a table that numbers them from 0, in that order, or None if it does not.
+
+    >>> numbered({"1": "T1w", "0": "FLAIR"})
+    ('FLAIR', 'T1w')
+    >>> numbered({"1": "T1w"})
+    """
+    if not isinstance(table, dict) or not table or set(table) != {str(i) for i in range(len(table))}:
+        return None
+    return tuple(str(table[str(i)]) for i in range(len(table)))
+
+
+def refuse_copies(folder: Path, cases: Iterable[CaseFiles]) -> None:
+    """Refuses a set in which two cases share a name.
+
+    Raises:
+        DataError: The message lists every such name.
+    """
+    copies = {name: n for name, n in sorted(Counter(case.name for case in cases).items()) if n > 1}
+    if copies:
+        raise DataError.of(
+            "case names",
+            f"data set {folder}",
+            allowed="one case per name, over training, validation and test",
+            given=", ".join(f"{name} {n} times" for name, n in copies.items()),
+            remedy="Rename or remove the copies (.nii beside .nii.gz, say): folds are drawn over names.",
+        )

@@ -1,0 +1,174 @@
+"""The layout of nnU-Net v2's raw data sets: DatasetXXX_NAME with one image file per channel.
+
+dataset.json holds channel_names, labels (name → number), numTraining and file_ending; the cases are the files
+imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz and imagesTs/CASE_0000.nii.gz, or listed under 'dataset'.
+"""
+
+import re
+from os.path import expandvars
+from pathlib import Path
+from typing import Any
+
+from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.layouts.files import (
+    MAX_CLASSES,
+    case_channel,
+    case_name,
+    nifti_files,
+    numbered,
+    refuse_json,
+)
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+
+
+def read_nnunet(folder: Path, content: dict[str, Any]) -> Manifest:
+    """The manifest of a raw data set of nnU-Net v2.
+
+    A file that a case lacks (a channel, the label) is in the manifest nevertheless: whoever reads it says so.
+
+    Raises:
+        DataError: dataset.json lacks something, asks for what is not supported here (regions, an ignore label,
+            files that are not NIfTI), or counts other cases than are there.
+
+    Reference: nnU-Net's documentation/dataset_format.md.
+    """
+    wrong = _wrong_entries(content)
+    channels, classes = numbered(content.get("channel_names")), _classes(content.get("labels"))
+    if wrong or channels is None or classes is None:
+        refuse_json(folder / "dataset.json", allowed="entries of nnU-Net v2 that can be read here", wrong=wrong)
+    ending, listed = content.get("file_ending", ".nii.gz"), content.get("dataset")
+    train = _listed(folder, listed) if listed else _found(folder, len(channels), ending)
+    _check_number(folder, train, content.get("numTraining", len(train)))
+    return Manifest(
+        name=str(content.get("name") or re.sub(r"^Dataset\d+_", "", folder.resolve().name)),
+        folder=folder,
+        layout="nnunet",
+        channels=channels,
+        classes=classes,
+        train=train,
+        test=channel_cases(nifti_files(folder / "imagesTs"), num_channels=len(channels)),
+    )
+
+
+def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int) -> None:
+    if len(train) == expected:
+        return
+    partial = [case.name for case in train if not all(f.exists() for f in (*case.images, case.label) if f)]
+    raise DataError.of(
+        "training cases",
+        str(folder),
+        allowed=f"{expected}, as dataset.json says under 'numTraining'",
+        given=f"{len(train)}" + (f", of which files are missing: {', '.join(partial)}" if partial else ""),
+        remedy="Restore or remove files, or correct the number.",
+    )
+
+
+def channel_cases(files: tuple[Path, ...], *, num_channels: int) -> tuple[CaseFiles, ...]:
+    """The cases of files named CASE_0000.nii.gz, without labels; channels that are not there are named all the same.
+
+    Raises:
+        DataError: A file is not named so, or there are two of one channel.
+    """
+    cases: dict[str, dict[int, Path]] = {}
+    odd = []
+    for file in files:
+        named = case_channel(file)
+        if named is None or named[1] in cases.get(named[0], {}):
+            odd.append(file)
+        else:
+            cases.setdefault(named[0], {})[named[1]] = file
+    if odd:
+        raise DataError.of(
+            "image files",
+            str(odd[0].parent),
+            allowed="one file CASE_0000.nii.gz, CASE_0001.nii.gz, ... per case and channel",
+            given=", ".join(file.name for file in odd),
+            remedy="Rename or remove these files.",
+        )
+    return tuple(CaseFiles(name=name, images=_channels(name, cases[name], num_channels)) for name in sorted(cases))
+
+
+def _channels(name: str, found: dict[int, Path], num_channels: int) -> tuple[Path, ...]:
+    any_file = next(iter(found.values()))
+    ending = any_file.name.removeprefix(case_name(any_file))
+    here = range(max(num_channels, max(found) + 1))
+    return tuple(found.get(i, any_file.parent / f"{name}_{i:04d}{ending}") for i in here)
+
+
+def _found(folder: Path, num_channels: int, ending: str) -> tuple[CaseFiles, ...]:
+    images = channel_cases(nifti_files(folder / "imagesTr"), num_channels=num_channels)
+    channels = {case.name: case.images for case in images}
+    labels: dict[str, list[Path]] = {}
+    for file in nifti_files(folder / "labelsTr"):  # .nii beside .nii.gz makes two cases of one name: refused later
+        labels.setdefault(case_name(file), []).append(file)
+    for name in labels:
+        channels.setdefault(name, tuple(folder / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(num_channels)))
+    return tuple(
+        CaseFiles(name=name, images=channels[name], label=label)
+        for name in sorted(channels)
+        for label in labels.get(name, [folder / "labelsTr" / f"{name}{ending}"])
+    )
+
+
+def _listed(folder: Path, table: dict[str, Any]) -> tuple[CaseFiles, ...]:
+    return tuple(
+        CaseFiles(
+            name=name,
+            images=tuple(folder / expandvars(image) for image in table[name]["images"]),
+            label=folder / expandvars(table[name]["label"]),
+        )
+        for name in sorted(table)
+    )
+
+
+def _classes(table: object) -> tuple[str, ...] | None:
+    """The foreground classes in the order of their numbers, or None if these do not count from the background's 0."""
+    if not isinstance(table, dict) or not all(_is_number(value) for value in table.values()):
+        return None
+    names = {int(value): str(name) for name, value in table.items()}
+    if len(names) < len(table) or set(names) != set(range(len(table))) or not 1 < len(names) <= MAX_CLASSES + 1:
+        return None
+    return tuple(names[i] for i in range(1, len(names)))
+
+
+def _is_number(value: object) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.isdecimal())
+
+
+def _wrong_entries(content: dict[str, Any]) -> list[str]:
+    """What dataset.json lacks, or asks for in vain, in words that say what to do."""
+    wrong = []
+    channels, labels = content.get("channel_names"), content.get("labels")
+    if numbered(channels) is None:
+        wrong.append(f'\'channel_names\' is {channels!r} but numbers its names from 0, as in {{"0": "CT"}}')
+    regions = [name for name, v in labels.items() if isinstance(v, list)] if isinstance(labels, dict) else []
+    if regions:
+        wrong.append(
+            f"'labels' gives regions ({', '.join(regions)}), which overlap: number each value of the label files "
+            "as a class of its own, and join classes after the prediction"
+        )
+    elif isinstance(labels, dict) and "ignore" in labels:
+        wrong.append("'labels' has an 'ignore' label: annotate these voxels, or take the class out and crop the scans")
+    elif _classes(labels) is None:
+        example = '{"background": 0, "liver": 1}'
+        wrong.append(f"'labels' is {labels!r} but numbers its names from 0 to {MAX_CLASSES} at most, as in {example}")
+    ending = content.get("file_ending", ".nii.gz")
+    if ending not in (".nii", ".nii.gz"):
+        wrong.append(
+            f"'file_ending' is {ending!r}, but only .nii and .nii.gz are read: convert the files, and change it"
+        )
+    return wrong + _wrong_list(content.get("dataset"))
+
+
+def _wrong_list(table: object) -> list[str]:
+    if not table:
+        return []
+    if not isinstance(table, dict):
+        return [f"'dataset' is {table!r} but lists files by case"]
+    wrong = []
+    for name, entry in table.items():
+        images = entry.get("images") if isinstance(entry, dict) else None
+        good = isinstance(images, list) and images and all(isinstance(image, str) for image in images)
+        if not good or not isinstance(entry.get("label"), str):
+            wrong.append(f"case {name!r} of 'dataset' is {entry!r} but names 'images' and a 'label'")
+    return wrong

@@ -1,0 +1,1 @@
+"""Procedural scans in the layouts of the real data sets."""

@@ -1,0 +1,125 @@
+"""Procedural abdominal CTs with the organs of AMOS or of BTCV: no download.
+
+The array's axes (D, H, W) run as the torso's (z, y, x) of organs.py, so a slice shown as an image is the usual
+radiological view: liver on the left of the picture, spine at the bottom.
+
+The body is schematic, and some of it is larger than in people, so that voxels of 9 x 5 x 6 mm still show a shape:
+the adrenal glands about three times (13 ml), aorta and postcava about twice, the liver by half (2.5 l). Each
+adrenal gland has a mantle of fat to itself, where a real one may touch liver, crus or vessels. The intensities
+are those of a portal venous CT after oral contrast: it fills the bowel, which has no label, and has left stomach
+and duodenum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy import ndimage
+
+from dstlib.zoo.e2enet.data.cases import Case, Cases
+from dstlib.zoo.e2enet.data.phantoms.drawing import Mask, Shape, Volume, bent_grid, checked_shape, smooth_field, within
+from dstlib.zoo.e2enet.data.phantoms.organs import AMOS_ORGANS, BTCV_ORGANS, CANAL, FAT, FRAME, ORGANS, SPINE, varied
+
+FIELD_OF_VIEW = (432.0, 320.0, 400.0)  # mm along (D, H, W)
+MIN_SHAPE = (32, 40, 40)  # below it the adrenal glands are a few voxels, which is no shape to learn
+
+
+def phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
+    """One procedural CT of the abdomen in HU, with all fifteen organs of AMOS: the same seed, the same voxels.
+
+    The field of view is 432 x 320 x 400 mm whatever the ``shape`` (D, H, W), so the spacing follows from it.
+
+    Raises:
+        SettingError: The shape is too small to hold every organ.
+
+    >>> case = phantom(0)
+    >>> case.image.shape, len(np.unique(case.label)) - 1
+    ((1, 48, 64, 64), 15)
+    """
+    return _patient(seed, _checked(shape, "phantom()"), AMOS_ORGANS)
+
+
+def btcv_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
+    """The patient of :func:`phantom`, with the thirteen organs of BTCV labelled instead: the image is the same.
+
+    Raises:
+        SettingError: The shape is too small to hold every organ.
+
+    >>> case = btcv_phantom(0)
+    >>> len(np.unique(case.label)) - 1, bool((case.image == phantom(0).image).all())
+    (13, True)
+    """
+    return _patient(seed, _checked(shape, "btcv_phantom()"), BTCV_ORGANS)
+
+
+def phantoms(num_cases: int, *, seed: int = 0, shape: Sequence[int] = (48, 64, 64)) -> Cases:
+    """A data set of phantoms. Another seed gives other patients; more cases leave the first ones as they are.
+
+    Raises:
+        SettingError: The shape is too small to hold every organ.
+
+    >>> [case.name for case in phantoms(2, seed=7).cases]
+    ['phantom_7_000', 'phantom_7_001']
+    """
+    seeds = (patient_seed(seed, i) for i in range(num_cases))
+    cases = (replace(phantom(s, shape), name=f"phantom_{seed}_{i:03d}") for i, s in enumerate(seeds))
+    return Cases(name="phantom", channels=("CT",), classes=AMOS_ORGANS, cases=tuple(cases))
+
+
+def patient_seed(seed: int, number: int) -> int:
+    """The seed of one patient of a set: sets of neighbouring seeds share no patient.
+
+    >>> patient_seed(0, 1) == patient_seed(1, 0)
+    False
+    """
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _checked(shape: Sequence[int], where: str) -> Shape:
+    return checked_shape(shape, where, least=MIN_SHAPE, why="the adrenal glands vanish in a smaller one")
+
+
+def _patient(seed: int, shape: Shape, classes: Sequence[str]) -> Case:
+    """One patient, whose label names the organs among ``classes`` and leaves the others background."""
+    rng = np.random.default_rng(seed)
+    grid = bent_grid(rng, shape)
+    hu, cavity = _torso(rng, grid)
+    label = np.zeros(shape, np.uint8)
+    numbers = {name: number for number, name in enumerate(classes, start=1)}
+    for name, organ in ORGANS.items():
+        organ = varied(organ, rng)
+        inside = within(organ.points, organ.radii, grid) & cavity
+        label[inside] = numbers.get(name, 0)
+        hu[inside] = organ.hu + rng.normal(0, 4)
+    hu += 6 * smooth_field(rng, shape, num_waves=10)
+    hu = ndimage.gaussian_filter(hu, 0.4)  # voxels: the blur of partial volume
+    hu += rng.normal(0, 10, shape).astype(np.float32)
+    spacing = tuple(mm / n for mm, n in zip(FIELD_OF_VIEW, shape, strict=True))
+    image = np.clip(hu, -1024, 3071)[None]
+    return Case(f"phantom_{seed}", image, label, (spacing[0], spacing[1], spacing[2]))
+
+
+def _torso(rng: np.random.Generator, grid: list[Volume]) -> tuple[Volume, Mask]:
+    """What surrounds the organs, in HU, and the cavity that they lie in."""
+    z, y, x = grid
+    girth = rng.uniform(0.94, 1.0)
+    ring = (np.abs(x / (0.9 * girth)) ** 2.4 + np.abs((y - 0.02) / (0.84 * girth)) ** 2.4) ** (1 / 2.4)
+    hu = np.full(z.shape, -1000, np.float32)
+    hu[ring < 1] = -105  # fat under the skin
+    hu[ring < 0.88] = 55  # muscle
+    cavity = ring < 0.81
+    hu[cavity] = FAT
+    shape = (z.shape[0], z.shape[1], z.shape[2])
+    loops = smooth_field(rng, shape, num_waves=12)
+    bowel = cavity & (loops > 0.45) & (y < 0.15) & (z > -0.55) & (z < 0.5)
+    hu[bowel] = 220  # what was drunk an hour before the scan has left the stomach
+    hu[bowel & (loops > 1.9) & (y < -0.1) & (z < 0.4)] = -700  # gas
+    hu[cavity & (z > 0.8 + 0.5 * (y**2 + (np.abs(x) - 0.45) ** 2))] = -840  # lungs, above a domed diaphragm
+    ribs = (ring > 0.8) & (ring < 0.87) & (np.sin(14 * z + 7 * y) > 0.45) & (z > 0.1)
+    hu[ribs] = 320
+    for part in FRAME:
+        hu[within(part.points, part.radii, grid)] = part.hu
+    spine = within(SPINE.points, SPINE.radii, grid)
+    hu[spine] = np.where(np.sin(24 * z[spine]) > -0.7, SPINE.hu, 90)  # vertebrae, and the discs between them
+    hu[within(CANAL.points, CANAL.radii, grid)] = CANAL.hu
+    return hu, cavity & ~spine

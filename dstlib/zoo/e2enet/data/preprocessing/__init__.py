@@ -1,0 +1,1 @@
+"""From scans as stored to prepared cases on disk."""

@@ -1,0 +1,211 @@
+"""What a data set is like, measured scan after scan, and the preparation that follows from it.
+
+Shapes: C channels, N sampled voxels; D depth, H height, W width in canonical order.
+"""
+
+import base64
+import binascii
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dstlib.errors import DataError, SettingError, StateError
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization, Normalization
+from dstlib.zoo.e2enet.data.preprocessing.placement import box_around, box_shape, nonzero, uncropped
+from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
+from dstlib.zoo.e2enet.data.preprocessing.resample import MAX_ANISOTROPY, Shape, Spacing
+from dstlib.zoo.e2enet.data.scans.nifti import Scan
+
+Modality = Literal["ct", "mri"]
+
+NUM_SAMPLES = 10_000  # foreground voxels of one scan
+MASKED_BELOW = 3 / 4  # of the image that the box takes: less, and MRI is normalised inside the patient's mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intensities:
+    """Of one channel's foreground: its 0.5 and 99.5 percentiles, mean and standard deviation."""
+
+    low: float
+    high: float
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What a data set is like, one entry per scan in the order of their names, and all intensities together.
+
+    - ``spacings``, ``shapes``: in mm and voxels along the canonical (D, H, W), the shape within the box.
+    - ``kept``: the share of the scan that the box around its non-zero voxels takes.
+    - ``intensities``: one entry per channel; none, if no scan has foreground.
+    """
+
+    num_channels: int
+    spacings: tuple[Spacing, ...]
+    shapes: tuple[Shape, ...]
+    kept: tuple[float, ...]
+    intensities: tuple[Intensities, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For people to read, and for a run's record."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScanFingerprint:
+    """What one scan is like; ``samples`` (C, N) are the intensities of some of its foreground voxels."""
+
+    name: str
+    spacing: Spacing
+    shape: Shape
+    kept: float
+    samples: NDArray[np.float32]
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads; the samples as base64 of their bytes, so that none is rounded."""
+        samples = base64.b64encode(self.samples.astype("<f4").tobytes()).decode()
+        return {**vars(self), "samples": samples, "num_channels": len(self.samples)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "ScanFingerprint":
+        """The fingerprint that :meth:`to_json` wrote.
+
+        Raises:
+            StateError: The content is damaged or foreign.
+        """
+        try:
+            (a, b, c), (d, h, w) = content["spacing"], content["shape"]
+            samples = np.frombuffer(base64.b64decode(content["samples"], validate=True), "<f4")
+            return cls(
+                name=content["name"],
+                spacing=(a, b, c),
+                shape=(d, h, w),
+                kept=float(content["kept"]),
+                samples=samples.reshape(content["num_channels"], -1).astype(np.float32, copy=False),
+            )
+        except (KeyError, TypeError, ValueError, binascii.Error) as error:
+            remedy = "Delete the file: it is made anew."
+            raise StateError.of(
+                "fingerprint", "a saved scan", allowed="what to_json() wrote", given=error, remedy=remedy
+            ) from error
+
+
+def scan_fingerprint(scan: Scan) -> ScanFingerprint:
+    """Measures one labelled scan; the voxels sampled depend on its name alone.
+
+    Raises:
+        DataError: The scan has no label, or its affine no direction.
+    """
+    if scan.label is None:
+        allowed, remedy = "one with a label", "Measure the scans to train on."
+        raise DataError.of("scan", f"case {scan.name!r}", allowed=allowed, given="none", remedy=remedy)
+    d, h, w = scan.label.shape
+    placement = uncropped((d, h, w), scan.affine)
+    shape = box_shape(box_around(placement.turn(nonzero(scan.image))))
+    foreground = np.flatnonzero(scan.label)
+    if len(foreground) > NUM_SAMPLES:
+        draw = np.random.default_rng(zlib.crc32(scan.name.encode()))
+        foreground = np.sort(draw.choice(foreground, NUM_SAMPLES, replace=False, shuffle=False))
+    return ScanFingerprint(
+        name=scan.name,
+        spacing=placement.stored_spacing,
+        shape=shape,
+        kept=float(np.prod(shape) / scan.label.size),
+        samples=np.stack([channel.ravel()[foreground] for channel in scan.image]),
+    )
+
+
+def fingerprint(scans: Iterable[Scan]) -> Fingerprint:
+    """Measures a data set, one scan at a time: an iterator need not hold more than one.
+
+    Raises:
+        DataError: There is no scan, or one without a label.
+
+    Reference: nnU-Net, which samples the same number of voxels per scan, with replacement.
+    """
+    return join(map(scan_fingerprint, scans))  # a loop's variable would keep a scan while the next is read
+
+
+def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
+    """The fingerprint of a data set from those of its scans, in whichever order they come.
+
+    Raises:
+        DataError: There is none.
+    """
+    ordered = sorted(scans, key=lambda scan: scan.name)
+    if not ordered:
+        remedy = "Name the labelled scans to train on."
+        raise DataError.of("scans", "fingerprint()", allowed="at least one", given="none", remedy=remedy)
+    samples = np.concatenate([scan.samples for scan in ordered], axis=1)
+    return Fingerprint(
+        num_channels=len(samples),
+        spacings=tuple(scan.spacing for scan in ordered),
+        shapes=tuple(scan.shape for scan in ordered),
+        kept=tuple(scan.kept for scan in ordered),
+        intensities=tuple(_intensities(channel) for channel in samples) if samples.size else (),
+    )
+
+
+def _intensities(voxels: NDArray[np.float32]) -> Intensities:
+    low, high = np.percentile(voxels.astype(np.float64), (0.5, 99.5))
+    return Intensities(
+        low=float(low),
+        high=float(high),
+        mean=float(voxels.mean(dtype=np.float64)),
+        std=float(voxels.std(dtype=np.float64)),
+    )
+
+
+def plan_preparation(fingerprint: Fingerprint, *, modality: Modality, spacing: Spacing | None = None) -> Preparation:
+    """The preparation of a data set that nnU-Net would plan: spacing, cropping and normalisation.
+
+    The spacing is the median along each axis, unless one is passed. CT is normalised by the foreground of the set,
+    MRI by each scan, inside the patient's mask if the box around it takes under 3/4 of the median scan.
+
+    Raises:
+        SettingError: There is no such modality, or the spacing is out of range.
+        DataError: CT without any foreground to measure.
+
+    Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), and its version 2 for the anisotropic rule.
+    """
+    if modality not in get_args(Modality):
+        allowed, remedy = " or ".join(get_args(Modality)), "Pass mri for whatever is not measured in Hounsfield units."
+        raise SettingError.of("modality", "plan_preparation()", allowed=allowed, given=repr(modality), remedy=remedy)
+    rules: tuple[Normalization, ...]
+    if modality == "mri":
+        rule = MriNormalization(inside_mask=bool(np.median(fingerprint.kept) < MASKED_BELOW))
+        rules = (rule,) * fingerprint.num_channels
+    elif fingerprint.intensities:
+        rules = tuple(CtNormalization(**vars(each)) for each in fingerprint.intensities)
+    else:
+        given = f"none in {len(fingerprint.kept)} case(s)"
+        remedy = "Check that the labels belong to these images, or pass the modality mri."
+        raise DataError.of("foreground", "the training cases", allowed="a labelled voxel", given=given, remedy=remedy)
+    return Preparation(spacing=spacing or target_spacing(fingerprint), normalization=rules, crop=True)
+
+
+def target_spacing(fingerprint: Fingerprint) -> Spacing:
+    """The median spacing, but finer along an axis that is both over three times as coarse and as short as the others.
+
+    There it is the 10th percentile, though no finer than the other axes.
+
+    >>> each = Intensities(low=0.0, high=1.0, mean=0.5, std=0.1)
+    >>> scans = dict(num_channels=1, kept=(1.0, 1.0), intensities=(each,))
+    >>> target_spacing(Fingerprint(spacings=((5.0, 1.0, 1.0), (7.0, 1.0, 1.0)), shapes=((9, 99, 99),) * 2, **scans))
+    (5.2, 1.0, 1.0)
+    """
+    spacings = np.array(fingerprint.spacings)
+    target, shape = np.median(spacings, axis=0), np.median(fingerprint.shapes, axis=0)
+    coarsest = int(target.argmax())
+    others = [axis for axis in range(3) if axis != coarsest]
+    is_coarse = target[coarsest] > MAX_ANISOTROPY * target[others].max()
+    is_short = shape[coarsest] * MAX_ANISOTROPY < shape[others].min()
+    if is_coarse and is_short:
+        target[coarsest] = max(np.percentile(spacings[:, coarsest], 10), target[others].max())
+    d, h, w = target.tolist()
+    return d, h, w

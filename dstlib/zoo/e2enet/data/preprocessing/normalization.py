@@ -1,0 +1,117 @@
+"""What makes intensities comparable between scans: by a training set for CT, by each scan itself for MRI.
+
+Shapes: C channels, D depth, H height, W width.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dstlib.errors import SettingError, StateError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtNormalization:
+    """Clips a CT to [low, high] and standardises it, with numbers that belong to a training set.
+
+    Raises:
+        SettingError: A number is not finite, or the range or the deviation is negative.
+
+    >>> CtNormalization(low=-100.0, high=200.0, mean=50.0, std=50.0)
+    CtNormalization(low=-100.0, high=200.0, mean=50.0, std=50.0)
+    """
+
+    low: float
+    high: float
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(value) for value in vars(self).values())
+        if not (finite and self.low <= self.high and self.std >= 0):
+            raise SettingError.of(
+                "low, high, mean, std",
+                "CtNormalization",
+                allowed="finite numbers with low <= high and std >= 0",
+                given=tuple(vars(self).values()),
+                remedy="plan_preparation measures them on a training set.",
+            )
+
+    def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """One channel, clipped and standardised; the mask of the patient makes no difference to a CT.
+
+        >>> rule = CtNormalization(low=0.0, high=100.0, mean=50.0, std=25.0)
+        >>> rule.apply(np.array([[[-1000, 75, 3000]]], np.float32)).tolist()
+        [[[-2.0, 1.0, 2.0]]]
+        """
+        out = np.clip(image_DHW, self.low, self.high)
+        out -= self.mean  # in place: a scan of 768×768×300 voxels is 0.7 GB, and each worker holds several of it
+        out /= max(self.std, 1e-8)
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """What :func:`normalization_from_json` reads."""
+        return {"kind": "ct", **vars(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MriNormalization:
+    """Gives a channel of an MRI mean 0 and standard deviation 1, by that scan alone.
+
+    With ``inside_mask``, as for skull-stripped heads, both are measured inside the patient's mask, and all outside
+    stays exactly 0.
+
+    Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), the z-score scheme with and without its mask.
+    """
+
+    inside_mask: bool = False
+
+    def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """One channel, standardised; a constant one becomes 0.
+
+        >>> image, mask = np.array([[[0, 0, 1, 3]]], np.float32), np.array([[[False, False, True, True]]])
+        >>> MriNormalization(inside_mask=True).apply(image, mask).tolist()
+        [[[0.0, 0.0, -1.0, 1.0]]]
+        """
+        assert mask_DHW is not None or not self.inside_mask
+        mask = mask_DHW if self.inside_mask and mask_DHW is not None and mask_DHW.any() else None
+        voxels = image_DHW if mask is None else image_DHW[mask]
+        mean, std = float(voxels.mean(dtype=np.float64)), float(voxels.std(dtype=np.float64))
+        out = image_DHW - mean
+        out /= max(std, 1e-8)
+        if mask is not None:
+            out[~mask] = 0
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """What :func:`normalization_from_json` reads."""
+        return {"kind": "mri", **vars(self)}
+
+
+Normalization = CtNormalization | MriNormalization
+
+
+def normalization_from_json(content: Mapping[str, Any]) -> Normalization:
+    """The normalisation of one channel that its ``to_json`` wrote.
+
+    Raises:
+        StateError: The content is damaged or foreign.
+
+    >>> normalization_from_json(MriNormalization(inside_mask=True).to_json())
+    MriNormalization(inside_mask=True)
+    """
+    kinds: dict[object, type[Normalization]] = {"ct": CtNormalization, "mri": MriNormalization}
+    try:
+        return kinds[content["kind"]](**{name: value for name, value in content.items() if name != "kind"})
+    except (KeyError, TypeError, AttributeError, SettingError) as error:
+        raise StateError.of(
+            "normalisation",
+            "a saved preparation",
+            allowed="what to_json() wrote",
+            given=content,
+            remedy="Prepare the data again, or restore the file.",
+        ) from error

@@ -1,0 +1,181 @@
+"""From a scan as stored to what a network is trained on, and from its answer back to the scan.
+
+A scan is turned to canonical order, cropped to what is not 0, normalised and resampled to one spacing. Shapes: C
+channels, K classes with the background, D depth, H height, W width.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from dstlib.errors import DataError, SettingError, StateError
+from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization, Normalization, normalization_from_json
+from dstlib.zoo.e2enet.data.preprocessing.placement import (
+    ORIENTATION,
+    Placement,
+    box_around,
+    box_shape,
+    nonzero,
+    uncropped,
+)
+from dstlib.zoo.e2enet.data.preprocessing.resample import Spacing, most_probable, new_shape, resample_intensities
+from dstlib.zoo.e2enet.data.scans.nifti import Scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How every scan of a data set is prepared: one value, to be saved with what was trained on it.
+
+    - ``spacing``: in mm along the canonical (D, H, W); None keeps each scan's own.
+    - ``normalization``: one per channel.
+    - ``crop``: to the box around the voxels that are not 0 in every channel.
+
+    Raises:
+        SettingError: A setting is out of range.
+    """
+
+    spacing: Spacing | None
+    normalization: tuple[Normalization, ...]
+    crop: bool = True
+
+    def __post_init__(self) -> None:
+        where = "Preparation"
+        sizes = (1.0, 1.0, 1.0) if self.spacing is None else self.spacing
+        if len(sizes) != 3 or not all(math.isfinite(size) and size > 0 for size in sizes):
+            allowed, remedy = "three finite numbers above 0, or None", "Pass mm along depth, height and width."
+            raise SettingError.of("spacing", where, allowed=allowed, given=self.spacing, remedy=remedy)
+        if not self.normalization:
+            allowed, remedy = "one per channel", "plan_preparation makes them."
+            raise SettingError.of("normalization", where, allowed=allowed, given="none", remedy=remedy)
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return {
+            "spacing": None if self.spacing is None else list(self.spacing),
+            "normalization": [each.to_json() for each in self.normalization],
+            "crop": self.crop,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Preparation":
+        """The preparation that :meth:`to_json` wrote.
+
+        Raises:
+            StateError: The content is damaged or foreign.
+        """
+        try:
+            spacing = None if content["spacing"] is None else tuple(float(size) for size in content["spacing"])
+            rules = tuple(normalization_from_json(each) for each in content["normalization"])
+            return cls(spacing=spacing, normalization=rules, crop=bool(content["crop"]))  # type: ignore[arg-type]
+        except StateError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            remedy = "Restore the file, or train anew."
+            raise StateError.of(
+                "preparation", "a saved run", allowed="what to_json() wrote", given=content, remedy=remedy
+            ) from error
+
+
+def prepare_image(
+    image_CDHW: NDArray[np.float32], affine: NDArray[np.float64], preparation: Preparation
+) -> tuple[NDArray[np.float32], Placement]:
+    """A stored image as the network sees it, and how it got there.
+
+    The memory it takes is that of the stored image and the prepared one, and of some copies of one channel.
+
+    Raises:
+        DataError: The image has another number of channels than the preparation, or the affine no direction.
+
+    Reference: nnU-Net v2's order: crop, normalise, resample. It stays in stored order, where we turn to RAS.
+    """
+    rules = preparation.normalization
+    if image_CDHW.ndim != 4 or len(image_CDHW) != len(rules):
+        allowed, remedy = (
+            f"({len(rules)}, D, H, W)",
+            "Pass the channels that the network was trained on, in that order.",
+        )
+        raise DataError.of(
+            "image", "prepare_image()", allowed=allowed, given=f"shape {image_CDHW.shape}", remedy=remedy
+        )
+    d, h, w = image_CDHW.shape[1:]
+    placement = uncropped((d, h, w), affine)
+    is_masked = any(isinstance(rule, MriNormalization) and rule.inside_mask for rule in rules)
+    found = placement.turn(nonzero(image_CDHW)) if preparation.crop or is_masked else None
+    placement = _planned(placement, found if preparation.crop else None, preparation.spacing)
+    mask = None
+    if is_masked and found is not None:
+        mask = ndimage.binary_fill_holes(placement.crop(found))  # a dark voxel inside the patient is of the patient
+    out = np.empty((len(rules), *placement.shape), np.float32)
+    for index, rule in enumerate(rules):
+        # Nested: a name would keep the channel as stored alive while the normalised one is resampled.
+        channel = rule.apply(np.ascontiguousarray(placement.crop(placement.turn(image_CDHW[index]))), mask)
+        out[index] = resample_intensities(channel, placement.shape, placement.coarse)
+    return out, placement
+
+
+def _planned(placement: Placement, found: NDArray[np.bool_] | None, spacing: Spacing | None) -> Placement:
+    """The placement with its box around ``found``, and the grid of the new spacing in it."""
+    box = placement.box if found is None else box_around(found)
+    spacing = spacing or placement.stored_spacing
+    shape = new_shape(box_shape(box), placement.stored_spacing, spacing)
+    return replace(placement, box=box, spacing=spacing, shape=shape)
+
+
+def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
+    """The stored label on the grid of its prepared image: at each voxel the class that is linearly the largest.
+
+    Raises:
+        DataError: The label has another shape than the image.
+
+    Reference: nnU-Net resamples each class likewise, but leaves voxels to the background where none reaches one half.
+    """
+    if label_DHW.shape != placement.stored_shape:
+        allowed, remedy = f"the shape {placement.stored_shape} of its image", "Pass the label of this very scan."
+        raise DataError.of("label", "prepare_label()", allowed=allowed, given=label_DHW.shape, remedy=remedy)
+    label = np.ascontiguousarray(placement.crop(placement.turn(label_DHW)))
+    if label.shape == placement.shape:
+        return label
+    classes = np.flatnonzero(np.bincount(label.ravel())).tolist()
+    volumes = ((label == name).astype(np.float32) for name in classes)
+    return most_probable(classes, volumes, placement.shape, placement.coarse)
+
+
+def place_back(probabilities_KDHW: NDArray[np.float32], placement: Placement) -> NDArray[np.uint8]:
+    """The label, in stored order and shape, that the class probabilities of a prepared image mean.
+
+    Class by class they are resampled to the scan's own spacing, linearly as nnU-Net does, so what it needs beside
+    them is some volumes of the scan. What was cropped away becomes background.
+
+    Raises:
+        DataError: The probabilities have another shape than the prepared image.
+    """
+    if probabilities_KDHW.shape[1:] != placement.shape:
+        allowed, remedy = f"(K, {', '.join(map(str, placement.shape))})", "Pass the placement of this very image."
+        raise DataError.of(
+            "probabilities", "place_back()", allowed=allowed, given=probabilities_KDHW.shape, remedy=remedy
+        )
+    classes = range(len(probabilities_KDHW))
+    cropped = most_probable(classes, probabilities_KDHW, placement.cropped_shape, placement.coarse)
+    canonical = np.zeros([placement.stored_shape[axis] for axis in placement.axes], np.uint8)
+    placement.crop(canonical)[...] = cropped
+    return np.ascontiguousarray(placement.turn_back(canonical))
+
+
+def prepare_scan(scan: Scan, preparation: Preparation) -> Case:
+    """A labelled scan as a case to train on.
+
+    Raises:
+        DataError: The scan has no label, or other channels than the preparation.
+    """
+    if scan.label is None:
+        allowed, remedy = "one with a label", "Use prepare_image for scans to predict."
+        raise DataError.of("scan", f"case {scan.name!r}", allowed=allowed, given="none", remedy=remedy)
+    image, placement = prepare_image(scan.image, scan.affine, preparation)
+    label = prepare_label(scan.label, placement)
+    return Case(scan.name, image, label, placement.spacing, ORIENTATION)

@@ -1,0 +1,239 @@
+"""NIfTI files to arrays, and labels back to NIfTI files: every defect found, every number kept.
+
+A file's (x, y, z[, channel]) becomes (channel, D, H, W) = (channel, z, y, x), and nothing else changes: that is
+the stored order. Shapes: C channels, D, H, W as stored.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import nibabel
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import DTypeLike, NDArray
+
+from dstlib.errors import DataError, explain
+from dstlib.files import write_whole
+from dstlib.zoo.e2enet.data.layouts.files import MAX_CLASSES
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.scans.defects import (
+    Volume,
+    affine_defects,
+    as_label,
+    image_defects,
+    mismatches,
+    voxel_defects,
+)
+
+# What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
+_UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One scan as stored: image (C, D, H, W), label (D, H, W) if asked for.
+
+    ``affine`` takes the file's (x, y, z) voxels to millimetres, towards right, front and top (RAS+).
+    """
+
+    name: str
+    image: NDArray[np.float32]
+    label: NDArray[np.uint8] | None
+    affine: NDArray[np.float64]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres from voxel to voxel along (D, H, W)."""
+        x, y, z = (float(size) for size in voxel_sizes(self.affine))
+        return z, y, x
+
+
+class Fault(NamedTuple):
+    """What is odd about one file."""
+
+    file: Path
+    text: str
+
+
+class Examined(NamedTuple):
+    """A scan, or the defects that forbid its use; the warnings tell what is legal but odd."""
+
+    scan: Scan | None
+    defects: tuple[Fault, ...]
+    warnings: tuple[Fault, ...]
+
+
+def read_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_label: bool = True) -> Scan:
+    """Reads one case, and verifies it: checksums to the end, finite voxels, whole and known labels, one place.
+
+    Raises:
+        DataError: The message lists every defect of the case.
+    """
+    examined = examine_scan(files, num_channels=num_channels, num_classes=num_classes, with_label=with_label)
+    if examined.scan is None:
+        _refuse(f"case {files.name!r}", examined.defects)
+    return examined.scan
+
+
+def examine_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_label: bool = True) -> Examined:
+    """What :func:`read_scan` returns or raises, as a value, with the warnings."""
+    volumes = {file: _read_volume(file, np.float32) for file in files.images}
+    images = {file: volume for file, volume in volumes.items() if isinstance(volume, Volume)}
+    faults = [Fault(file, text) for file, text in volumes.items() if isinstance(text, str)]
+    faults += _image_faults(files.images[0], images, num_channels, complete=not faults)
+    label: NDArray[np.uint8] | None = None
+    if with_label and files.label is None:
+        faults.append(Fault(files.images[0], "has no label"))
+    elif with_label and files.label is not None:
+        found = _examine_label(files.label, next(iter(images.values()), None), num_classes)
+        label, texts = (None, found) if isinstance(found, list) else (found, [])
+        faults += [Fault(files.label, text) for text in texts]
+    if faults:
+        return Examined(None, tuple(faults), ())
+    affine = next(iter(images.values())).affine
+    scan = Scan(files.name, _stack([volume.voxels for volume in images.values()]), label, affine)
+    return Examined(scan, (), tuple(_oddities(files, scan, images)))
+
+
+def read_label(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The label (D, H, W) of a file, in stored order, and the file's affine; values may be 0 to 255.
+
+    Raises:
+        DataError: The file cannot be used.
+    """
+    volume = _read_volume(path, None)
+    texts = [volume] if isinstance(volume, str) else affine_defects(volume.affine)
+    if isinstance(volume, Volume):
+        voxels = _without_channel(volume.voxels)
+        label = as_label(voxels, MAX_CLASSES) if voxels.ndim == 3 else f"has shape {voxels.shape}, not (x, y, z)"
+        if not texts and not isinstance(label, str):
+            return np.ascontiguousarray(label.T), volume.affine
+        texts += [label] if isinstance(label, str) else []
+    _refuse("label", [Fault(path, text) for text in texts])
+
+
+def write_label(path: Path, label: NDArray[np.uint8], affine: NDArray[np.float64]) -> None:
+    """Writes a label (D, H, W), in stored order, as .nii.gz: whole or not at all, the same bytes each time.
+
+    NIfTI-1 keeps an affine as float32, in which every affine that was read from an sform comes back bit for bit.
+
+    Raises:
+        DataError: The name, the label or the affine cannot be written so.
+        StateError: The disk is full, say.
+    """
+    fits = label.dtype == np.uint8 and label.ndim == 3 and label.size > 0 and affine.shape == (4, 4)
+    texts = affine_defects(affine) if fits else [f"got {label.dtype} {label.shape} with an affine {affine.shape}"]
+    if not path.name.endswith(".nii.gz"):
+        texts.append("has another ending than .nii.gz")
+    if texts:
+        remedy = "Pass the label of predict or read_label, and the affine that came with its image."
+        allowed = "a uint8 label (D, H, W), its affine (4, 4) and a .nii.gz"
+        raise DataError.of("label", str(path), allowed=allowed, given="; ".join(texts), remedy=remedy)
+    nifti = nibabel.Nifti1Image(label.T, affine)
+    nifti.header.set_xyzt_units("mm")
+    write_whole(path, gzip.compress(nifti.to_bytes(), compresslevel=6, mtime=0))
+
+
+def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
+    message = explain(
+        "files",
+        where,
+        allowed="an image and a label that are readable and fit each other",
+        given=f"{len(faults)} defect(s)",
+        remedy="Repair or restore these files, or take the case out of the data set:",
+    )
+    raise DataError("\n".join([message, *(f"  {fault.file} {fault.text}" for fault in faults)]))
+
+
+def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
+    """The volume, or else why there is none."""
+    try:
+        content = file.read_bytes()
+        if file.suffix.lower() == ".gz":
+            content = gzip.decompress(content)  # to the very end, where the checksum is: nibabel stops short of it
+        return _parse(content, dtype)
+    except FileNotFoundError:
+        return "is missing"
+    except _UNREADABLE as error:
+        return f"cannot be read: {error}"
+
+
+def _parse(content: bytes, dtype: DTypeLike | None) -> Volume | str:
+    kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+    kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
+    if kind is None:
+        return f"cannot be read: its {len(content)} bytes do not begin as NIfTI does"
+    nifti = kind.from_bytes(content)
+    header = nifti.header
+    stored = header.get_data_dtype()
+    if stored.kind not in "buif":
+        return f"has voxels of type {stored}, not numbers"
+    needed = math.prod(nifti.shape) * stored.itemsize + int(nifti.dataobj.offset)
+    if len(content) < needed:  # before nibabel asks for the memory that a damaged header promises
+        return f"cannot be read: it ends after {len(content)} of {needed} bytes"
+    with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
+        voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
+    return Volume(voxels, nifti.affine, bool(header["sform_code"] or header["qform_code"]))
+
+
+def _image_faults(first: Path, images: Mapping[Path, Volume], num_channels: int, *, complete: bool) -> list[Fault]:
+    """Defects of the images that could be opened; their number is judged only if all could."""
+    faults = []
+    if complete:
+        faults += [Fault(first, text) for text in image_defects([v.voxels for v in images.values()], num_channels)]
+    anchor = next(iter(images.items()), None)
+    for file, volume in images.items():
+        texts = voxel_defects(volume.voxels) + affine_defects(volume.affine)
+        if anchor is not None and file != anchor[0]:
+            texts += mismatches(volume, anchor[1], f"its first channel {anchor[0].name}")
+        faults += [Fault(file, text) for text in texts]
+    return faults
+
+
+def _examine_label(file: Path, image: Volume | None, num_classes: int) -> NDArray[np.uint8] | list[str]:
+    """The label, or else what is wrong with it; ``image`` is None if it cannot be read."""
+    volume = _read_volume(file, None)
+    if isinstance(volume, str):
+        return [volume]
+    volume = volume._replace(voxels=_without_channel(volume.voxels))
+    label = as_label(volume.voxels, num_classes)
+    texts = [label] if isinstance(label, str) else []
+    if volume.voxels.ndim != 3:
+        texts.append(f"has shape {volume.voxels.shape}, but a label is (x, y, z)")
+    elif image is not None:
+        texts += mismatches(volume, image, "its image")
+    return texts if texts or isinstance(label, str) else np.ascontiguousarray(label.T)
+
+
+def _without_channel(voxels: NDArray[Any]) -> NDArray[Any]:
+    """(x, y, z, 1), as some programs store a label, is (x, y, z)."""
+    return voxels[..., 0] if voxels.ndim == 4 and voxels.shape[3] == 1 else voxels
+
+
+def _stack(channels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """(x, y, z[, channel]) files to one (C, D, H, W) image; a single file, as it is stored x first, is not copied."""
+    stored = [voxels.T if voxels.ndim == 4 else voxels.T[None] for voxels in channels]
+    return np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
+
+
+def _oddities(files: CaseFiles, scan: Scan, images: Mapping[Path, Volume]) -> list[Fault]:
+    """What is legal, but seldom meant."""
+    first = files.images[0]
+    odd = [
+        Fault(file, "states no place (sform and qform codes are 0): its axes are taken to lead left, front and top")
+        for file, volume in images.items()
+        if not volume.is_placed
+    ]
+    for i, channel in enumerate(scan.image):
+        if channel.min() == channel.max():
+            odd.append(Fault(first, f"is constant in channel {i}: every voxel is {channel.flat[0]:g}"))
+    if scan.label is not None and files.label is not None and not scan.label.any():
+        odd.append(Fault(files.label, "has no foreground"))
+    return odd

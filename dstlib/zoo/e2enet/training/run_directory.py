@@ -1,0 +1,229 @@
+"""The run directory: what a training leaves behind, whole at every moment.
+
+::
+
+    config.json      every setting, written first
+    metrics.csv      one line per epoch
+    log.jsonl        one line per epoch and session: seconds and memory
+    checkpoint.pt    everything a training continues from; the old one stays whole until the new one is
+    model.pt         the trained network's plain state_dict, for the plain network
+    predictions/     the held-out cases, in their own geometry
+    scores.csv       the metrics of each case and class
+    result.json      what the run came to, written last
+    figures/         pictures
+"""
+
+import csv
+import fcntl
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstlib.errors import StateError, explain
+from dstlib.files import write_json, write_whole
+
+FORMAT = "dstlib.e2enet.run/1"
+MISSING = "nothing"  # how an error shows a field that one of two configurations lacks
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run directory, and the configuration it belongs to."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.pt"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replaces the checkpoint in one step; on a full disk the previous one stays whole.
+
+        ``state`` may hold tensors, numbers, text, lists and dicts, which is what loads without running code.
+
+        Raises:
+            StateError: The file cannot be written.
+        """
+        buffer = io.BytesIO()  # serialised before the disk is touched, so that only the write can fail
+        torch.save({"format": FORMAT, "config": dict(self.config), "state": dict(state)}, buffer)
+        write_whole(self.checkpoint, buffer.getbuffer())
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The state that was saved last.
+
+        Raises:
+            StateError: The file is missing, damaged, foreign, or of a run with other settings.
+        """
+        remedy = f"Delete {self.path} and start afresh, or restore the file."
+        saved = read_checkpoint(self.checkpoint, remedy=remedy)
+        _refuse_other_settings(saved["config"], self.config, self.checkpoint)
+        state: dict[str, Any] = saved["state"]
+        return state
+
+    def write_model(self, state: Mapping[str, Any]) -> None:
+        """Writes the plain ``state_dict`` of a network: ``torch.load(..., weights_only=True)`` reads it anywhere."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_whole(self.model, buffer.getbuffer())
+
+    def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Replaces ``metrics.csv``: one line per row, under the names of the first."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.metrics, text.getvalue().encode())
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes ``result.json``."""
+        write_json(self.path / "result.json", result)
+
+
+@contextmanager
+def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> Iterator[Run]:
+    """Opens a run directory for this process alone, a new one or, to ``resume``, the one that is there.
+
+    ``config`` holds whatever settles the result: numbers, text, lists and dicts of them.
+
+    Raises:
+        StateError: Another process works there; a run is there already, or none is there to resume; the
+            run there has other settings; the directory cannot be made.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder, open_run(Path(folder) / "run", {"seed": 0}) as run:
+    ...     sorted(file.name for file in run.path.iterdir())
+    ['.lock', 'config.json', 'figures']
+    """
+    config = json.loads(json.dumps(config))  # as it reads back: tuples are lists
+    with _lock(path, create=not resume):
+        if resume:
+            _refuse_other_settings(_read_config(path), config, path / "config.json")
+        else:
+            _refuse_existing(path)
+            write_json(path / "config.json", config)
+        run = Run(path, config)
+        run.figures.mkdir(exist_ok=True)
+        yield run
+
+
+def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The configuration and the state of a checkpoint, under the keys ``config`` and ``state``.
+
+    Raises:
+        StateError: The file is missing, damaged or foreign.
+    """
+    try:
+        _refuse_flipped_bits(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise StateError(_unreadable(path, "no such file", remedy)) from error
+    # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
+    except Exception as error:
+        reason = f"a damaged file ({type(error).__name__})"
+        raise StateError(_unreadable(path, reason, remedy)) from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
+        raise StateError(_unreadable(path, "a file of something else", remedy))
+    return saved
+
+
+def _refuse_flipped_bits(checkpoint: Path) -> None:
+    """torch reads past a wrong checksum."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(damaged)
+
+
+@contextmanager
+def _lock(path: Path, *, create: bool) -> Iterator[None]:
+    """Holds the directory against other processes; the system lets go of it however this one ends."""
+    try:
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "w")  # noqa: SIM115 - closed below, after the yield
+    except OSError as error:
+        remedy = "Pass a folder you may write to." if create else "Name the folder of an existing run to resume it."
+        allowed = "a folder to write to" if create else "the folder of a run"
+        given = "a file of that name" if path.is_file() else error.strerror
+        raise StateError.of("directory", f"run {path}", allowed=allowed, given=given, remedy=remedy) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "Wait for it or stop it, or pass another --run-dir."
+            given = "one in use by another process"
+            raise StateError.of(
+                "directory", f"run {path}", allowed="a folder nobody trains in", given=given, remedy=remedy
+            ) from error
+        yield
+
+
+def _refuse_existing(path: Path) -> None:
+    if found := [name for name in ("config.json", "checkpoint.pt") if (path / name).exists()]:
+        given = f"one with {' and '.join(found)}"
+        remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
+        raise StateError.of("directory", f"run {path}", allowed="a folder without a run", given=given, remedy=remedy)
+
+
+def _read_config(path: Path) -> Any:
+    file = path / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        remedy = "Leave out --resume to start a run here, or name the folder of an existing one."
+        raise StateError(_unreadable(file, "none", remedy)) from error
+    except (OSError, ValueError) as error:
+        remedy = "Restore the file, or name another folder by --run-dir."
+        raise StateError(_unreadable(file, error, remedy)) from error
+
+
+def _refuse_other_settings(saved: Any, config: Mapping[str, Any], file: Path) -> None:
+    """A run is continued with the settings it was started with, or not at all."""
+    old, new = dict(_flatten(saved)), dict(_flatten(config))
+    differing = [name for name in {**old, **new} if old.get(name, MISSING) != new.get(name, MISSING)]
+    if not differing:
+        return
+    was, given = (", ".join(f"{n} {_short(values.get(n, MISSING))}" for n in differing) for values in (old, new))
+    remedy = "Resume with the settings of the run, or start another with --run-dir."
+    raise StateError.of("settings", str(file), allowed=was, given=given, remedy=remedy)
+
+
+def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as (dotted name, value) pairs; anything but a dict is a value."""
+    if not isinstance(config, dict):
+        yield prefix or "configuration", config
+        return
+    for name, value in config.items():
+        yield from _flatten(value, f"{prefix}.{name}" if prefix else name)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unreadable(file: Path, given: object, remedy: str) -> str:
+    return explain(file.name, f"run {file.parent}", allowed="a file that a run wrote", given=given, remedy=remedy)
