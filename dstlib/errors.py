@@ -14,7 +14,7 @@ class DstlibError(ValueError):
 
     @classmethod
     def of(cls, what: str, where: str, *, allowed: str, given: object, remedy: str) -> Self:
-        """Words the error as :func:`explain` does.
+        """Makes an error from its parts, which read as one sentence and a remedy.
 
         >>> raise SettingError.of("sparsity", "sparsify()", allowed="a number in [0, 1)", given=1.5, remedy="Pass 0.9.")
         Traceback (most recent call last):
@@ -32,7 +32,7 @@ class SelectionError(DstlibError):
 
 
 class ScoreError(DstlibError):
-    """A criterion returned scores that cannot be ranked."""
+    """A criterion returned scores by which units cannot be ordered."""
 
 
 class StateError(DstlibError):
@@ -44,7 +44,7 @@ class DataError(DstlibError):
 
 
 def explain(what: str, where: str, *, allowed: str, given: object, remedy: str) -> str:
-    """Words every message of dstlib alike.
+    """Words a message: what is wrong, where, what is allowed, what was given, and what to do.
 
     >>> explain("sparsity", "sparsify()", allowed="a number in [0, 1)", given=1.5, remedy="Pass 0.9, say.")
     'sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9, say.'
@@ -52,17 +52,31 @@ def explain(what: str, where: str, *, allowed: str, given: object, remedy: str) 
     return f"{what} of {where}: expected {allowed}, got {given}. {remedy}"
 
 
-def require(holds: bool, what: str, where: str, *, allowed: str, given: object, remedy: str) -> None:
-    """Raises a :class:`SettingError` unless a condition on a setting holds.
+def require(
+    holds: bool,
+    what: str,
+    where: str,
+    *,
+    allowed: str,
+    given: object,
+    remedy: str,
+    error: type[DstlibError] = SettingError,
+) -> None:
+    """Checks a condition on what a user gave.
 
-    >>> require(0 <= 0.9 < 1, "sparsity", "sparsify()", allowed="a number in [0, 1)", given=0.9, remedy="Pass 0.9.")
+    Raises:
+        SettingError: It does not hold; or an error of another class, ``error``.
+
+    >>> require(0 <= 1.5 < 1, "sparsity", "sparsify()", allowed="a number in [0, 1)", given=1.5, remedy="Pass 0.9.")
+    Traceback (most recent call last):
+    dstlib.errors.SettingError: sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9.
     """
     if not holds:
-        raise SettingError.of(what, where, allowed=allowed, given=given, remedy=remedy)
+        raise error.of(what, where, allowed=allowed, given=given, remedy=remedy)
 
 
 def similar(name: str, known: Collection[str]) -> str:
-    """The names that ``name`` may have meant, or else the first few known ones, as text.
+    """Lists the names that ``name`` may have meant, or else the first few known ones, as text.
 
     >>> similar("rigle", ["set", "rigl"])
     "'rigl'"
