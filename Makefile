@@ -9,7 +9,7 @@ help:
 	@echo "make demo   train a small sparse E2ENet on procedural CT phantoms (minutes, no download)"
 	@echo "make test   run the test suite"
 	@echo "make long   run the long tests too"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, import-linter and mypy"
 	@echo "make clean  remove the environment"
 
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,7 @@ long: $(BIN)/.installed
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 clean:
