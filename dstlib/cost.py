@@ -81,9 +81,9 @@ class TrainingCost:
         rest = profile(model, input_shape, sparsifier=_Emptied.of(sparsifier), convention=convention)
         self.dense, self.uncounted, self._rest = whole.flops, whole.uncounted, rest.flops
         per_entry = _flops_per_entry(model, whole, rest)
-        shapes = {s.name: s.view(w.parameter.detach()).shape for w in sparsifier.weights for s in w.slots}
+        shapes = {s.name: s.of(w.parameter.detach()).shape for w in sparsifier.weights for s in w.views}
         self._size = {name: shape.numel() for name, shape in shapes.items()}
-        self._per_entry = {s.name: per_entry(w.name) for w in sparsifier.weights for s in w.slots}
+        self._per_entry = {s.name: per_entry(w.name) for w in sparsifier.weights for s in w.views}
         method = sparsifier.plan.method
         self.reading = find_reading(method, examples(shapes)) if reading is None else reading
 

@@ -38,7 +38,7 @@ class History:
     """Records what the mask updates of a sparsifier change, from now until :meth:`close`.
 
     Nothing of the run depends on it. Memory: 64 bytes per update of a layer, and one byte per weight of the
-    sparse layers, which holds what has ever been active. Layers are the sparsifier's slots: the three matrices of
+    sparse layers, which holds what has ever been active. Layers are matrix views: the three matrices of
     an attention's in_proj are three. To go on after a resumption, save ``state_dict`` beside the sparsifier's.
 
     ``print`` shows a row per layer; :meth:`arrays` has all numbers; :mod:`dstlib.plot` draws them.
@@ -156,7 +156,7 @@ class History:
 def _live(sparsifier: Sparsifier) -> dict[str, Tensor]:
     """The live masks by layer, (O, I, *K); views, in the model's order."""
     masks = sparsifier.masks
-    return {slot.name: slot.view(masks[weight.name]) for weight in sparsifier.weights for slot in weight.slots}
+    return {view.name: view.of(masks[weight.name]) for weight in sparsifier.weights for view in weight.views}
 
 
 def _shares(counts: Mapping[str, NDArray[np.int64]], size: Any) -> dict[str, NDArray[np.float64]]:

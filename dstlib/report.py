@@ -54,8 +54,8 @@ class Summary:
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
             full = " (full)" if row.num_active == row.num_total else ""
-            verdict = f"dense: {row.reason}" if row.reason else f"sparse{full}"
-            cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", verdict))
+            state = f"dense: {row.reason}" if row.reason else f"sparse{full}"
+            cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", state))
         num_sparse_rows = sum(not row.reason for row in self.rows)
         num_dense = sum(row.num_total for row in self.rows if row.reason)
         num_all = self.num_sparse + num_dense + self.num_other

@@ -130,7 +130,7 @@ def test_other_granularities(granularity, sparsity):
     init = snip(model, loss_of(model))
     sparsifier = dstlib.sparsify(model, sparsity=sparsity, method=replace(method, init=init))
     for weight in sparsifier.weights:
-        folded = granularity.fold(weight.slots[0].view(sparsifier.masks[weight.name]))
+        folded = granularity.fold(weight.views[0].of(sparsifier.masks[weight.name]))
         assert (folded == folded[..., :1]).all()
         counts = folded[..., 0].sum(dim=1)
         assert (counts == counts[0]).all()

@@ -63,10 +63,10 @@ class Training(RuleBasedStateMachine):
         fold = self.sparsifier.plan.method.granularity.fold
         units = {}
         for weight in self.sparsifier.plan.weights:
-            for slot in weight.slots:
-                folded = fold(slot.view(self.sparsifier.masks[weight.name]))
+            for view in weight.views:
+                folded = fold(view.of(self.sparsifier.masks[weight.name]))
                 assert (folded == folded[..., :1]).all(), "a unit is all on or all off"
-                units[slot.name] = folded[..., 0]
+                units[view.name] = folded[..., 0]
         return units
 
     @rule()

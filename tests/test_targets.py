@@ -336,7 +336,7 @@ def test_gates_and_attention_parts_compete_for_themselves():
 def parts(model, **kwargs):
     """Of each sparse weight that is several matrices: their names and rows."""
     weights = select(model, **kwargs)
-    return {w.name: {s.name: s.rows for s in w.slots} for w in weights if len(w.slots) > 1 and not w.reason}
+    return {w.name: {s.name: s.rows for s in w.views} for w in weights if len(w.views) > 1 and not w.reason}
 
 
 class Attention(nn.Module):
@@ -372,7 +372,7 @@ def test_other_layers_stay_joint():
         }
     )
     found = parts(model)
-    assert {name: [slot.rpartition(".")[2] for slot in slots] for name, slots in found.items()} == {
+    assert {name: [view.rpartition(".")[2] for view in views] for name, views in found.items()} == {
         "cross.kv.weight": ["k", "v"],
         "scores.qk.weight": ["q", "k"],
     }

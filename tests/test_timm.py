@@ -230,14 +230,14 @@ def test_every_weight_of_every_family_has_a_verdict(name):
     model = on_meta(FAMILIES[name].model)
     weights = select(model)
     assert {id(w.parameter) for w in weights} == {id(p) for p in model.parameters() if p.ndim >= 2}
-    slots = [slot for w in weights for slot in w.slots]
+    views = [view for w in weights for view in w.views]
     assert len({w.name for w in weights}) == len(weights)
-    assert len({slot.name for slot in slots}) == len(slots)
+    assert len({view.name for view in views}) == len(views)
     for w in weights:
         assert model.get_parameter(w.name) is w.parameter
         assert not w.reason or REASONS.fullmatch(w.reason), w
-        rows = [slot.rows or (0, len(slot.view(w.parameter))) for slot in w.slots]
-        if not w.slots[0].transposed:
+        rows = [view.rows or (0, len(view.of(w.parameter))) for view in w.views]
+        if not w.views[0].transposed:
             assert [i for span in rows for i in range(*span)] == list(range(len(w.parameter))), w.name
         owner, _, key = w.name.rpartition(".")
         is_matrix = isinstance(model.get_submodule(owner), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d))
@@ -246,7 +246,7 @@ def test_every_weight_of_every_family_has_a_verdict(name):
             assert key == "weight"
         elif is_matrix and key == "weight":
             assert "depthwise" in w.reason or "standardises" in w.reason, w.name
-    fused = {"".join(slot.name[-1] for slot in w.slots) for w in weights if len(w.slots) > 1 and not w.reason}
+    fused = {"".join(view.name[-1] for view in w.views) for w in weights if len(w.views) > 1 and not w.reason}
     assert fused == set(FUSED.get(name, ())), "other fused projections than in the table"
 
 
@@ -258,7 +258,7 @@ def test_mask_forward_backward_update(name):
     counts = {n: int(m.sum()) for n, m in sparsifier.masks.items()}
     num_all = sum(m.numel() for m in sparsifier.masks.values())
     assert sum(counts.values()) == num_all - int(0.8 * num_all)
-    targets = {s.name: sparsifier.plan.densities[s.name] for w in sparsifier.weights for s in w.slots}
+    targets = {s.name: sparsifier.plan.densities[s.name] for w in sparsifier.weights for s in w.views}
     moved = []
     sparsifier.observers.append(lambda site, update: moved.append(int(update.grown.sum())))
     for step in range(2):
@@ -268,9 +268,9 @@ def test_mask_forward_backward_update(name):
     assert sum(moved) > 0
     assert {n: int(m.sum()) for n, m in sparsifier.masks.items()} == counts
     for w in sparsifier.weights:
-        for slot in w.slots:
-            part = slot.view(sparsifier.masks[w.name])
-            assert int(part.sum()) == max(round(targets[slot.name] * part.numel()), 1), slot.name
+        for view in w.views:
+            part = view.of(sparsifier.masks[w.name])
+            assert int(part.sum()) == max(round(targets[view.name] * part.numel()), 1), view.name
     assert_zero_outside(model, sparsifier.masks, optimizer)
 
 
@@ -278,17 +278,17 @@ def test_mask_forward_backward_update(name):
 def test_the_part_called_v_is_what_attention_passes_on(name):
     """With v at zero, nothing of q gets through: rows that alternated head by head would let some of it."""
     model, size = tiny(name).eval(), FAMILIES[name].size
-    fused = [w for w in select(model) if len(w.slots) > 1 and w.slots[-1].name.endswith(".v") and not w.reason]
+    fused = [w for w in select(model) if len(w.views) > 1 and w.views[-1].name.endswith(".v") and not w.reason]
     for w in fused:
         with torch.no_grad():
-            w.slots[-1].view(w.parameter).zero_()
+            w.views[-1].of(w.parameter).zero_()
             bias = model.get_submodule(w.name.rpartition(".")[0]).bias
             if bias is not None:
                 bias.zero_()
     before = logits(model, size)
     for w in fused:
         with torch.no_grad():
-            w.slots[0].view(w.parameter).normal_()
+            w.views[0].of(w.parameter).normal_()
     assert torch.equal(logits(model, size), before)
 
 
@@ -343,7 +343,7 @@ def test_mixed_kernels_are_opt_in():
     assert {w.reason for w in mixed} == {"raw parameter of CondConv2d: sparse only if included by name"}
     name = mixed[0].name
     chosen = {w.name: w for w in select(model, include=("*", name), split={name: 4})}[name]
-    assert [slot.rows for slot in chosen.slots] == [(0, 1), (1, 2), (2, 3), (3, 4)], "one for each expert"
+    assert [view.rows for view in chosen.views] == [(0, 1), (1, 2), (2, 3), (3, 4)], "one for each expert"
 
 
 def test_tied_layers_of_coat_count_once():
@@ -358,7 +358,7 @@ def test_projections_whose_rows_alternate_head_by_head_stay_joint():
     """By name and shape they look like the others; checked against the forward of timm."""
     for name, expected in (("tiny_vit_5m_224", 1), ("coatnet_pico_rw_224", 1), ("test_vit", 3)):
         qkv = [w for w in select(on_meta(name)) if w.name.endswith("qkv.weight")]
-        assert {len(w.slots) for w in qkv} == {expected}, name
+        assert {len(w.views) for w in qkv} == {expected}, name
 
 
 @pytest.mark.parametrize("wrapper", ["ModelEmaV2", "ModelEmaV3"])

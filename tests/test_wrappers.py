@@ -493,6 +493,6 @@ def test_recurrent_training_keeps_the_density_of_each_gate(name):
 def test_gates_of_cells_are_counted_too():
     model = nn.ModuleDict({"lstm": nn.LSTMCell(3, 2), "gru": nn.GRUCell(3, 2), "rnn": nn.RNNCell(3, 2)})
     weights = select(model, include=("lstm", "gru", "rnn"))
-    assert {w.name: len(w.slots) for w in weights} == {
+    assert {w.name: len(w.views) for w in weights} == {
         f"{cell}.weight_{part}": num for cell, num in (("lstm", 4), ("gru", 3), ("rnn", 1)) for part in ("ih", "hh")
     }

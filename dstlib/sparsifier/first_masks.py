@@ -10,7 +10,7 @@ from dstlib.masking import NM, AtInit, Budget, Terms, falling, num_units, random
 from dstlib.masking.apply import zero_outside_
 from dstlib.sparsifier.masked import Masked
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.update import Scored, accounts_of, check_budgets, exchange_site, make_site, rank, slots_of
+from dstlib.sparsifier.update import Scored, accounts_of, check_budgets, exchange_site, make_site, rank, views_of
 
 
 def choose_first_masks(masked: Sequence[Masked], plan: Plan) -> Plan:
@@ -21,8 +21,8 @@ def choose_first_masks(masked: Sequence[Masked], plan: Plan) -> Plan:
     init = plan.method.init
     if isinstance(init, AtInit):
         return _ranked_together(masked, plan, init)
-    for m, slot in slots_of(masked):
-        site = make_site(m, slot, plan, 0)
+    for m, view in views_of(masked):
+        site = make_site(m, view, plan, 0)
         score_GU = rank(site, init(site), plan)
         site.mask.zero_()
         scored = Scored(site, torch.zeros_like(score_GU, dtype=torch.bool), score_GU, score_GU)
@@ -33,7 +33,7 @@ def choose_first_masks(masked: Sequence[Masked], plan: Plan) -> Plan:
 def _ranked_together(masked: Sequence[Masked], plan: Plan, init: AtInit) -> Plan:
     """Rounds of scores and pruning from dense, the budgets shared; then the densities are those of the masks."""
     fold = plan.method.granularity.fold
-    groups = {slot.name: fold(slot.view(m.mask)).shape[:2] for m, slot in slots_of(masked)}
+    groups = {view.name: fold(view.of(m.mask)).shape[:2] for m, view in views_of(masked)}
     fixed = set(groups) if isinstance(plan.method.granularity, NM) else plan.own  # N:M leaves nothing to share
     shared = [name for name in groups if name not in fixed]
     num_last = sum(num_units(groups[n][1], plan.densities[n]) * groups[n][0] for n in shared)
@@ -50,14 +50,14 @@ def _ranked_together(masked: Sequence[Masked], plan: Plan, init: AtInit) -> Plan
         for m in masked:
             zero_outside_(m.parameter, m.mask)
     for m in masked:
-        m.ranked = tuple(float(fold(slot.view(m.mask))[0, :, 0].double().mean()) for slot in m.weight.slots)
+        m.ranked = tuple(float(fold(view.of(m.mask))[0, :, 0].double().mean()) for view in m.weight.views)
     ranked = replace(plan, is_ranked=True, method=replace(plan.method, init=random))  # lets go of the model
     return with_densities(ranked, masked)
 
 
 def with_densities(plan: Plan, masked: Sequence[Masked]) -> Plan:
     """The plan with the densities that came of a look at the model."""
-    densities = {s.name: d for m in masked for s, d in zip(m.weight.slots, m.ranked, strict=True)}
+    densities = {s.name: d for m in masked for s, d in zip(m.weight.views, m.ranked, strict=True)}
     return replace(plan, densities=densities)
 
 
@@ -71,9 +71,9 @@ def _scores(masked: Sequence[Masked], plan: Plan, init: AtInit) -> list[Scored]:
             raise ScoreError.of(
                 f"{init.name} scores", m.weight.name, allowed=allowed, given="one that does not", remedy=remedy
             )
-        for slot in m.weight.slots:
-            site = make_site(m, slot, plan, 0)
-            score_GU = rank(site, slot.view(score), plan)
+        for view in m.weight.views:
+            site = make_site(m, view, plan, 0)
+            score_GU = rank(site, view.of(score), plan)
             found.append(Scored(site, plan.method.granularity.fold(site.mask)[..., 0], score_GU, score_GU))
     return found
 

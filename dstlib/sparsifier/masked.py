@@ -20,7 +20,7 @@ class Masked:
 
     ``trace`` is what the method's trace has gathered, ``traced_at`` the step it has come to. ``hidden`` are the
     values under the mask, zero inside it, and ``reach`` marks what receives gradients: both under dense storage
-    only. While ``is_open``, the parameter itself holds the hidden values. ``ranked`` are the densities of the slots
+    only. While ``is_open``, the parameter itself holds the hidden values. ``ranked`` are the densities of the views
     that came of a look at the model, where the method's ``init`` takes one.
     """
 

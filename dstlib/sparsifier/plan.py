@@ -20,8 +20,8 @@ class Plan:
     """All that the controller needs to know beforehand.
 
     ``weights`` holds a verdict on every parameter with two axes or more, ``num_dense`` counts the entries
-    of all others; ``densities`` are the final ones, by slot name, ``starts`` those that a ramp leads from, and
-    ``own`` names the slots whose sparsity was overridden, which no allocator moves. ``is_ranked``: the densities
+    of all others; ``densities`` are the final ones, by view name, ``starts`` those that a ramp leads from, and
+    ``own`` names the views whose sparsity was overridden, which no allocator moves. ``is_ranked``: the densities
     came of a look at the model, not of the settings alone.
     """
 
@@ -36,12 +36,12 @@ class Plan:
     is_ranked: bool = False
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
-        """Active units per group of ``num_total`` that slot ``name`` has after an update at ``step``."""
+        """Active units per group of ``num_total`` that view ``name`` has after an update at ``step``."""
         density = self._density(name, step)
         return num_units(num_total, self.method.with_surplus(density, self.clock.progress(step)))
 
     def budget(self, name: str, active_GU: Tensor, step: int) -> Budget:
-        """What slot ``name`` keeps and grows by itself at an update at ``step``."""
+        """What view ``name`` keeps and grows by itself at an update at ``step``."""
         num_total = active_GU.shape[1]
         return spend(
             active_GU.sum(dim=1),
@@ -123,13 +123,13 @@ def _densities(
     shared: dict[str, tuple[int, ...]] = {}
     for weight in sparse:
         matching = [value for pattern, value in overrides.items() if weight.matches(pattern)]
-        for slot in weight.slots:
+        for view in weight.views:
             if matching:
-                own[slot.name] = 1 - matching[-1]
+                own[view.name] = 1 - matching[-1]
             else:
-                shared[slot.name] = tuple(slot.view(weight.parameter).shape)
+                shared[view.name] = tuple(view.of(weight.parameter).shape)
     spread = method.distribution(shared, density) if shared else {}
-    densities = {s.name: {**spread, **own}.get(s.name) for w in sparse for s in w.slots}
+    densities = {s.name: {**spread, **own}.get(s.name) for w in sparse for s in w.views}
     return {name: _checked_density(name, d, method) for name, d in densities.items()}, frozenset(own)
 
 
@@ -145,14 +145,14 @@ def _check_start(method: Method, density: float) -> None:
 
 
 def _check_folds(weight: Weight, method: Method) -> None:
-    for slot in weight.slots:
-        matrix = slot.view(weight.parameter.detach())
+    for view in weight.views:
+        matrix = view.of(weight.parameter.detach())
         try:
             method.granularity.fold(matrix)
         except SettingError as error:
-            joined = f' Or keep its {len(weight.slots)} parts together: split={{"{weight.name}": 1}}.'
-            hint = joined if weight.can_split and len(weight.slots) > 1 else ""
-            raise SettingError(f"{slot.name}, {tuple(matrix.shape)} as outputs, inputs, taps: {error}{hint}") from error
+            joined = f' Or keep its {len(weight.views)} parts together: split={{"{weight.name}": 1}}.'
+            hint = joined if weight.can_split and len(weight.views) > 1 else ""
+            raise SettingError(f"{view.name}, {tuple(matrix.shape)} as outputs, inputs, taps: {error}{hint}") from error
 
 
 def _checked_density(name: str, density: float | None, method: Method) -> float:

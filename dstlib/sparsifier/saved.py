@@ -90,11 +90,11 @@ def _slack(masks: Mapping[str, Tensor], plan: Plan) -> int:
 
 
 def _groups(masks: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, int, int]]:
-    """The name of each slot, its groups, and the units in each of them."""
+    """The name of each view, its groups, and the units in each of them."""
     for weight in plan.weights:
-        for slot in weight.slots if weight.name in masks else ():
-            num_groups, size = plan.method.granularity.fold(slot.view(masks[weight.name])).shape[:2]
-            yield slot.name, num_groups, size
+        for view in weight.views if weight.name in masks else ():
+            num_groups, size = plan.method.granularity.fold(view.of(masks[weight.name])).shape[:2]
+            yield view.name, num_groups, size
 
 
 def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> SavedWeight:
@@ -102,7 +102,7 @@ def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> Sa
         raise _misfit("fields", weight.name, ", ".join(SavedWeight._fields), _names(saved))
     if not all(isinstance(saved[name], int) for name in ("step", "updated_at", "traced_at")):
         raise _misfit("steps", weight.name, "whole numbers", (saved["step"], saved["updated_at"], saved["traced_at"]))
-    ranked, num_ranked = saved["ranked"], len(weight.slots) if plan.is_ranked else 0
+    ranked, num_ranked = saved["ranked"], len(weight.views) if plan.is_ranked else 0
     if (
         not isinstance(ranked, Sequence)
         or len(ranked) != num_ranked
@@ -111,18 +111,18 @@ def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> Sa
         raise _misfit("ranked densities", weight.name, f"{num_ranked} of them", ranked)
     _check_tensors(weight, saved, current, plan)
     grain, mask = plan.method.granularity, saved["mask"]
-    for slot in weight.slots:
-        theirs = slot.view(mask)
+    for view in weight.views:
+        theirs = view.of(mask)
         saved_GU = grain.fold(theirs)[..., 0]
         if not torch.equal(unit_mask(saved_GU, grain, theirs.shape), theirs):
-            raise _misfit("mask", slot.name, f"whole units of {grain}", "units that are partly active")
+            raise _misfit("mask", view.name, f"whole units of {grain}", "units that are partly active")
         moves = plan.is_ranked or plan.method.allocate is not None  # then the mask is where its number stands
-        if moves and slot.name not in plan.own:
+        if moves and view.name not in plan.own:
             continue
-        num_G, num_target = saved_GU.sum(dim=1), plan.num_target(slot.name, saved_GU.shape[1], saved["updated_at"])
+        num_G, num_target = saved_GU.sum(dim=1), plan.num_target(view.name, saved_GU.shape[1], saved["updated_at"])
         if bool((num_G != num_target).any()):
             allowed = f"{num_target * len(num_G)} active units, as its sparsity asks for at step {saved['updated_at']}"
-            raise _misfit("mask", slot.name, allowed, int(num_G.sum()))
+            raise _misfit("mask", view.name, allowed, int(num_G.sum()))
     return SavedWeight(**saved)
 
 

@@ -27,7 +27,7 @@ from dstlib.masking import (
 )
 from dstlib.sparsifier.masked import Masked
 from dstlib.sparsifier.plan import Plan
-from dstlib.targets import Slot
+from dstlib.targets import MatrixView
 
 Observer = Callable[[Site, MaskUpdate], None]
 
@@ -52,30 +52,30 @@ class Scored(NamedTuple):
 NOTHING = Seen()
 
 
-def make_site(m: Masked, slot: Slot, plan: Plan, step: int, seen: Seen = NOTHING) -> Site:
-    """One slot of a weight at a step, as criteria see it."""
+def make_site(m: Masked, view: MatrixView, plan: Plan, step: int, seen: Seen = NOTHING) -> Site:
+    """One matrix view of a weight at a step, as criteria see it."""
 
-    def view(x: Tensor | None) -> Tensor | None:
-        return None if x is None else slot.view(x)
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else view.of(x)
 
     return Site(
-        name=slot.name,
-        weight=slot.view(m.parameter.detach()),
-        mask=slot.view(m.mask),
-        grad=view(seen.grad),
-        momentum=view(seen.momentum),
+        name=view.name,
+        weight=view.of(m.parameter.detach()),
+        mask=view.of(m.mask),
+        grad=part(seen.grad),
+        momentum=part(seen.momentum),
         step=step,
-        generator=site_generator(plan.seed, step, slot.name),
-        trace=view(m.trace),
+        generator=site_generator(plan.seed, step, view.name),
+        trace=part(m.trace),
         progress=plan.clock.progress(step),
     )
 
 
 def update_each(m: Masked, plan: Plan, step: int, seen: Seen, observers: Sequence[Observer]) -> None:
     """An update of one weight that keeps its own number of active units."""
-    for slot in m.weight.slots:
-        scored = score_site(make_site(m, slot, plan, step, seen), plan)
-        budget = plan.budget(slot.name, scored.active_GU, step)
+    for view in m.weight.views:
+        scored = score_site(make_site(m, view, plan, step, seen), plan)
+        budget = plan.budget(view.name, scored.active_GU, step)
         _apply(scored, budget, plan, observers)
 
 
@@ -88,7 +88,7 @@ def update_together(
     """
     method = plan.method
     assert method.allocate is not None
-    sites = [make_site(m, slot, plan, step, seen) for m, seen in due for slot in m.weight.slots]
+    sites = [make_site(m, view, plan, step, seen) for m, seen in due for view in m.weight.views]
     scored = [score_site(site, plan) for site in sites]
     budgets = {x.site.name: plan.budget(x.site.name, x.active_GU, step) for x in scored if x.site.name in plan.own}
     accounts = accounts_of(scored, masked, plan, fixed=plan.own)
@@ -118,9 +118,9 @@ def gather(m: Masked, plan: Plan, grad: Tensor) -> None:
         return
     if m.trace is None:
         m.trace = torch.zeros_like(m.parameter, dtype=torch.promote_types(m.parameter.dtype, torch.float32))
-    for slot in m.weight.slots:
-        site = make_site(m, slot, plan, step, Seen(grad=grad))
-        slot.view(m.trace).mul_(trace.decay).add_(trace.of(site))
+    for view in m.weight.views:
+        site = make_site(m, view, plan, step, Seen(grad=grad))
+        view.of(m.trace).mul_(trace.decay).add_(trace.of(site))
     m.traced_at = step
 
 
@@ -130,14 +130,14 @@ def spread_reach(m: Masked, plan: Plan, step: int) -> None:
     if storage is None or storage.extra is None:
         return
     m.reach = torch.zeros_like(m.mask)
-    for slot in m.weight.slots:
-        site = make_site(m, slot, plan, step)
+    for view in m.weight.views:
+        site = make_site(m, view, plan, step)
         active_GU = plan.method.granularity.fold(site.mask)[..., 0]
         num_active_G = active_GU.sum(dim=1)
         num_extra_G = (active_GU.shape[1] - num_active_G).clamp(max=num_units(active_GU.shape[1], storage.extra))
         grow_GU = rank(site, plan.method.grow(site), plan)
         extra_GU = select_top(grow_GU, num_extra_G, among_GU=~active_GU)
-        slot.view(m.reach).copy_(unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
+        view.of(m.reach).copy_(unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
 
 
 def pull_hidden(m: Masked, plan: Plan, scale: float) -> None:
@@ -146,15 +146,15 @@ def pull_hidden(m: Masked, plan: Plan, scale: float) -> None:
     assert storage is not None
     assert grad is not None
     assert m.hidden is not None
-    for slot in m.weight.slots:
-        pull = scale * storage.decay(plan.densities[slot.name])
+    for view in m.weight.views:
+        pull = scale * storage.decay(plan.densities[view.name])
         if pull:
-            slot.view(grad).add_(slot.view(m.hidden), alpha=pull)
+            view.of(grad).add_(view.of(m.hidden), alpha=pull)
 
 
-def slots_of(masked: Iterable[Masked]) -> Iterator[tuple[Masked, Slot]]:
-    """Every slot of every weight, in the model's order."""
-    return ((m, slot) for m in masked for slot in m.weight.slots)
+def views_of(masked: Iterable[Masked]) -> Iterator[tuple[Masked, MatrixView]]:
+    """Every view of every weight, in the model's order."""
+    return ((m, view) for m in masked for view in m.weight.views)
 
 
 def check_budgets(budgets: Sequence[Budget], accounts: Sequence[Account], num_total: int, method: str) -> None:
@@ -186,10 +186,10 @@ def _shared_total(accounts: Sequence[Account], masked: Iterable[Masked], plan: P
     """
     num_total = sum(account.num_planned for account in accounts)
     here = {account.name for account in accounts}
-    for m, slot in slots_of(masked):
-        if slot.name not in here | plan.own:
-            active_GU = plan.method.granularity.fold(slot.view(m.mask))[..., 0]
-            num_missing = _planned(plan, slot.name, active_GU, m.updated_at) - int(active_GU.sum())
+    for m, view in views_of(masked):
+        if view.name not in here | plan.own:
+            active_GU = plan.method.granularity.fold(view.of(m.mask))[..., 0]
+            num_missing = _planned(plan, view.name, active_GU, m.updated_at) - int(active_GU.sum())
             num_total += int(num_missing / len(active_GU)) * len(active_GU)  # the rest did not divide, and lies idle
     least, most = (sum(len(a.active_GU) for a in accounts), sum(a.num_units for a in accounts))
     return min(max(num_total, least), most)
@@ -203,7 +203,7 @@ def accounts_of(
     scored: Iterable[Scored], masked: Iterable[Masked], plan: Plan, *, fixed: Collection[str]
 ) -> list[Account]:
     """What an allocator sees of these sites, but for those whose numbers are ``fixed``."""
-    *_, (_, last) = slots_of(masked)
+    *_, (_, last) = views_of(masked)
     return [
         Account(
             name=x.site.name,

@@ -1,4 +1,4 @@
-"""The verdict on one parameter, from its module: sparse as which matrices, or dense for which reason.
+"""Whether one parameter may be sparse, by its module: as which matrices, or why it stays dense.
 
 Masking in place is sound where the forward multiplies by the parameter as it is. It is not where the weight
 is computed from the parameter anew each time, or where something adds to it behind the optimizer's back.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dstlib.targets.views import Slot, chunks, fused_parts
+from dstlib.targets.views import MatrixView, chunks, fused_parts
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -26,8 +26,11 @@ _BY_NAME = "sparse only if included by name"
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A parameter in its module; ``owner`` is the module that holds that one, None for the model itself."""
+class Candidate:
+    """A parameter in its module, which may or may not be sparse.
+
+    ``owner`` is the module that holds that module; None where it is the model itself.
+    """
 
     module_name: str
     key: str
@@ -42,160 +45,167 @@ class Seat:
 
     @property
     def names(self) -> frozenset[str]:
-        """By which a user may mean it: its own and its module's."""
+        """Its own name and its module's: a user may mean it by either."""
         return frozenset({self.name, self.module_name} - {""})
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """``reason`` says why it stays dense, empty if it does not; naming one of ``on_request`` in full overrules it.
+class Eligibility:
+    """Whether a parameter is sparse, as which matrices, or why it stays dense.
 
-    ``can_split`` is whether the user may choose how many matrices it is; ``stands_for`` are further names, of
-    what is computed from it.
+    ``reason`` is empty if it is sparse; naming one of ``on_request`` in full overrules it. ``can_split`` is
+    whether the user may choose how many matrices it is; ``stands_for`` are further names, of what is computed
+    from it.
     """
 
-    slots: tuple[Slot, ...]
+    views: tuple[MatrixView, ...]
     reason: str = ""
     on_request: frozenset[str] = frozenset()
     can_split: bool = True
     stands_for: frozenset[str] = frozenset()
 
 
-def judge(seat: Seat) -> Verdict:
-    """The verdict of the first rule that applies.
+def eligibility_of(candidate: Candidate) -> Eligibility:
+    """Returns the eligibility of a parameter, by the first rule that applies.
 
-    >>> judge(Seat("head", "weight", (head := nn.Linear(4, 2)).weight, head, None))
-    Verdict(slots=(Slot(name='head.weight', rows=None, transposed=False),), reason='', on_request=frozenset(), \
-can_split=True, stands_for=frozenset())
+    >>> table = nn.Embedding(4, 2)
+    >>> eligibility_of(Candidate("table", "weight", table.weight, table, None)).reason
+    'weight of Embedding: no weight of Linear, Conv or attention'
     """
     rules = (_computed, _unusable, _factor, _adapted, _attention, _recurrent, _other, _matrix)
-    return next(verdict for rule in rules if (verdict := rule(seat)) is not None)
+    return next(found for rule in rules if (found := rule(candidate)) is not None)
 
 
-def _dense(seat: Seat, reason: str, *, on_request: frozenset[str] = frozenset()) -> Verdict:
-    return Verdict((Slot(seat.name),), reason, on_request)
+def _dense(candidate: Candidate, reason: str, *, on_request: frozenset[str] = frozenset()) -> Eligibility:
+    return Eligibility((MatrixView(candidate.name),), reason, on_request)
 
 
-def _computed(seat: Seat) -> Verdict | None:
-    """What the real weight is computed from, by parametrize or by a hook before each forward."""
-    if isinstance(seat.module, ParametrizationList):
-        owner, _, weight = seat.module_name.rpartition("parametrizations.")
-        maker, owner = " and ".join(type(m).__name__ for m in seat.module), owner.rstrip(".")
+def _computed(candidate: Candidate) -> Eligibility | None:
+    """A parameter from which the real weight is computed, by parametrize or by a hook before each forward."""
+    if isinstance(candidate.module, ParametrizationList):
+        owner, _, weight = candidate.module_name.rpartition("parametrizations.")
+        maker, owner = " and ".join(type(m).__name__ for m in candidate.module), owner.rstrip(".")
     else:
-        weight = re.sub("_(orig|g|v|raw|bar)$", "", seat.key)
-        if weight == seat.key or not isinstance(vars(seat.module).get(weight), Tensor):
+        weight = re.sub("_(orig|g|v|raw|bar)$", "", candidate.key)
+        if weight == candidate.key or not isinstance(vars(candidate.module).get(weight), Tensor):
             return None
-        hooks = seat.module._forward_pre_hooks.values()
+        hooks = candidate.module._forward_pre_hooks.values()
         makers = [type(h).__name__ for h in hooks if weight in (getattr(h, n, "") for n in ("name", "_tensor_name"))]
-        maker, owner = " and ".join(makers) or "a hook", seat.module_name
+        maker, owner = " and ".join(makers) or "a hook", candidate.module_name
     reason = f"{weight} is computed from it at each forward, by {maker}"
     stands_for = frozenset({f"{owner}.{weight}" if owner else weight, owner} - {""})
-    return Verdict((Slot(seat.name),), reason, stands_for=stands_for)
+    return Eligibility((MatrixView(candidate.name),), reason, stands_for=stands_for)
 
 
-def _unusable(seat: Seat) -> Verdict | None:
-    """What no optimizer trains, or no mask fits."""
-    parameter = seat.parameter
+def _unusable(candidate: Candidate) -> Eligibility | None:
+    """A parameter that no optimizer trains, or no mask fits."""
+    parameter = candidate.parameter
     kind = type(parameter.data).__name__
     if not isinstance(parameter, nn.Parameter):
-        return _dense(seat, "a computed tensor, no parameter")
+        return _dense(candidate, "a computed tensor, no parameter")
     if kind == "DTensor":
-        return _dense(seat, "sharded (DTensor): not supported yet")
+        return _dense(candidate, "sharded (DTensor): not supported yet")
     if not parameter.is_floating_point() or parameter.layout != torch.strided or kind not in ("Tensor", "Parameter"):
-        return _dense(seat, f"{kind} of {parameter.dtype}, {parameter.layout}: not a plain float tensor")
+        return _dense(candidate, f"{kind} of {parameter.dtype}, {parameter.layout}: not a plain float tensor")
     if not parameter.numel():
-        return _dense(seat, "empty")
-    return None if parameter.requires_grad else _dense(seat, "frozen (requires_grad is False)")
+        return _dense(candidate, "empty")
+    return None if parameter.requires_grad else _dense(candidate, "frozen (requires_grad is False)")
 
 
-def _factor(seat: Seat) -> Verdict | None:
-    """A or B of B·A, as a layer of its own (peft) or as a parameter of the layer (loralib)."""
-    if not any(_FACTOR.fullmatch(part) for part in seat.name.split(".")):
+def _factor(candidate: Candidate) -> Eligibility | None:
+    """A low-rank factor: A or B of B·A, as a layer of its own (peft) or as a parameter of the layer (loralib)."""
+    if not any(_FACTOR.fullmatch(part) for part in candidate.name.split(".")):
         return None
-    is_layer = isinstance(seat.module, (nn.Linear, *_CONVS)) and seat.key == "weight"
-    if not (is_layer or _is_own(seat)):
+    is_layer = isinstance(candidate.module, (nn.Linear, *_CONVS)) and candidate.key == "weight"
+    if not (is_layer or _is_own(candidate)):
         return None
     reason = f"low-rank factor, whose zeros leave the product dense: {_BY_NAME}"
-    return _dense(seat, reason, on_request=seat.names if is_layer else frozenset({seat.name}))
+    return _dense(candidate, reason, on_request=candidate.names if is_layer else frozenset({candidate.name}))
 
 
-def _adapted(seat: Seat) -> Verdict | None:
-    """The weight beside low-rank factors, in the same module or in the only layer that their module wraps."""
-    if not isinstance(seat.module, _MATRICES) or seat.key != "weight":
+def _adapted(candidate: Candidate) -> Eligibility | None:
+    """A weight beside low-rank factors, in the same module or in the only layer that their module wraps."""
+    if not isinstance(candidate.module, _MATRICES) or candidate.key != "weight":
         return None
-    holder = seat.module if _has_factors(seat.module) else seat.owner
+    holder = candidate.module if _has_factors(candidate.module) else candidate.owner
     if holder is None or not _has_factors(holder):
         return None
     layers = [m for n, m in holder.named_children() if isinstance(m, _MATRICES) and not _FACTOR.fullmatch(n)]
-    if holder is not seat.module and layers != [seat.module]:
+    if holder is not candidate.module and layers != [candidate.module]:
         return None
     if any("train" in vars(cls) for cls in type(holder).__mro__ if not _is_torch(cls)):
-        return _dense(seat, "train() and eval() merge a low-rank product into it, which would undo the zeros")
+        return _dense(candidate, "train() and eval() merge a low-rank product into it, which would undo the zeros")
     reason = f"adapted by low-rank factors, and merging them would undo the zeros: {_BY_NAME}"
-    return _dense(seat, reason, on_request=seat.names)
+    return _dense(candidate, reason, on_request=candidate.names)
 
 
 def _has_factors(module: nn.Module) -> bool:
     return any(_FACTOR.fullmatch(name) for name in (*module._parameters, *module._modules))
 
 
-def _attention(seat: Seat) -> Verdict | None:
-    if not isinstance(seat.module, nn.MultiheadAttention):
+def _attention(candidate: Candidate) -> Eligibility | None:
+    if not isinstance(candidate.module, nn.MultiheadAttention):
         return None
-    if seat.key == "in_proj_weight":
-        return Verdict(chunks(seat.name, "qkv", len(seat.parameter)), can_split=False)
-    return Verdict((Slot(seat.name),)) if re.fullmatch("[qkv]_proj_weight", seat.key) else None
+    if candidate.key == "in_proj_weight":
+        return Eligibility(chunks(candidate.name, "qkv", len(candidate.parameter)), can_split=False)
+    return Eligibility((MatrixView(candidate.name),)) if re.fullmatch("[qkv]_proj_weight", candidate.key) else None
 
 
-def _recurrent(seat: Seat) -> Verdict | None:
-    """Gates are stacked in one parameter."""
-    is_weight = re.fullmatch(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", seat.key)
-    if not isinstance(seat.module, _RECURRENT) or not is_weight:
+def _recurrent(candidate: Candidate) -> Eligibility | None:
+    """A recurrent weight, in which the gates are stacked."""
+    is_weight = re.fullmatch(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", candidate.key)
+    if not isinstance(candidate.module, _RECURRENT) or not is_weight:
         return None
-    num_gates = 1 if is_weight[1] == "hr" else len(seat.parameter) // seat.module.hidden_size
-    slots = chunks(seat.name, range(num_gates), len(seat.parameter))
-    return Verdict(slots, f"recurrent: {_BY_NAME}", on_request=seat.names, can_split=False)
+    num_gates = 1 if is_weight[1] == "hr" else len(candidate.parameter) // candidate.module.hidden_size
+    views = chunks(candidate.name, range(num_gates), len(candidate.parameter))
+    return Eligibility(views, f"recurrent: {_BY_NAME}", on_request=candidate.names, can_split=False)
 
 
-def _other(seat: Seat) -> Verdict | None:
-    """All that is no weight of Linear or Conv."""
-    if seat.key == "weight" and isinstance(seat.module, _MATRICES):
+def _other(candidate: Candidate) -> Eligibility | None:
+    """A parameter that is no weight of Linear or Conv."""
+    if candidate.key == "weight" and isinstance(candidate.module, _MATRICES):
         return None
-    if isinstance(seat.module, nn.Bilinear) and seat.key == "weight":
-        return _dense(seat, f"bilinear: {_BY_NAME}", on_request=seat.names)
-    if not _is_own(seat):
-        return _dense(seat, f"{seat.key} of {type(seat.module).__name__}: no weight of Linear, Conv or attention")
-    if seat.key == "weight" and _standardizes_weight(type(seat.module)):
-        return _dense(seat, "its forward standardises the weight, which would undo the zeros")
-    kind = type(seat.owner if isinstance(seat.module, _CONTAINERS[1:]) else seat.module).__name__
-    return _dense(seat, f"raw parameter of {kind}: {_BY_NAME}", on_request=frozenset({seat.name}))
+    if isinstance(candidate.module, nn.Bilinear) and candidate.key == "weight":
+        return _dense(candidate, f"bilinear: {_BY_NAME}", on_request=candidate.names)
+    if not _is_own(candidate):
+        return _dense(
+            candidate, f"{candidate.key} of {type(candidate.module).__name__}: no weight of Linear, Conv or attention"
+        )
+    if candidate.key == "weight" and _standardizes_weight(type(candidate.module)):
+        return _dense(candidate, "its forward standardises the weight, which would undo the zeros")
+    kind = type(candidate.owner if isinstance(candidate.module, _CONTAINERS[1:]) else candidate.module).__name__
+    return _dense(candidate, f"raw parameter of {kind}: {_BY_NAME}", on_request=frozenset({candidate.name}))
 
 
-def _is_own(seat: Seat) -> bool:
+def _is_own(candidate: Candidate) -> bool:
     """Whether a user's code, rather than torch's, made this parameter."""
-    base = next(cls for cls in type(seat.module).__mro__ if _is_torch(cls))
-    return base in _CONTAINERS or seat.key not in ("weight", "bias_k", "bias_v")
+    base = next(cls for cls in type(candidate.module).__mro__ if _is_torch(cls))
+    return base in _CONTAINERS or candidate.key not in ("weight", "bias_k", "bias_v")
 
 
-def _matrix(seat: Seat) -> Verdict:
-    module, slot = seat.module, Slot(seat.name)
+def _matrix(candidate: Candidate) -> Eligibility:
+    module, view = candidate.module, MatrixView(candidate.name)
     if _standardizes_weight(type(module)):
-        return _dense(seat, "its forward standardises the weight, which would undo the zeros")
+        return _dense(candidate, "its forward standardises the weight, which would undo the zeros")
     if isinstance(module, _TRANSPOSED):
         reason = "grouped transposed convolution" if module.groups > 1 else ""
-        return Verdict((Slot(seat.name, transposed=True),), reason, can_split=False)
+        return Eligibility((MatrixView(candidate.name, transposed=True),), reason, can_split=False)
     if isinstance(module, _CONVS) and module.groups > 1 and module.weight.shape[1] == 1:
-        return Verdict((slot,), f"depthwise: {_BY_NAME}", on_request=seat.names)
-    parts = fused_parts(seat.module_name, seat.parameter, seat.owner) if isinstance(module, nn.Linear) else ""
-    return Verdict(chunks(seat.name, parts, len(seat.parameter)) if parts else (slot,))
+        return Eligibility((view,), f"depthwise: {_BY_NAME}", on_request=candidate.names)
+    parts = (
+        fused_parts(candidate.module_name, candidate.parameter, candidate.owner)
+        if isinstance(module, nn.Linear)
+        else ""
+    )
+    return Eligibility(chunks(candidate.name, parts, len(candidate.parameter)) if parts else (view,))
 
 
 def _standardizes_weight(cls: type) -> bool:
     """Whether a subclass's own forward takes statistics of something, as weight standardisation does.
 
     It re-centres the zeros: a stored density of 0.2 becomes 1.0 inside the convolution (timm's StdConv2d,
-    ScaledStdConv2d and their kind). Judged by the names that the code uses, so that a model on the meta
-    device can be judged too.
+    ScaledStdConv2d and their kind). Told by the names that the code uses, so that it can be told of a model on
+    the meta device too.
     """
     own = [base for base in cls.__mro__ if not _is_torch(base)]
     return any(
@@ -206,7 +216,7 @@ def _standardizes_weight(cls: type) -> bool:
 
 
 def _takes_statistics(function: object, cls: type, depth: int = 2) -> bool:
-    """By the names in its code, or in that of methods and functions it may call."""
+    """Whether a function takes statistics, by the names in its code or in that of what it may call."""
     function = inspect.unwrap(function.fget if isinstance(function, property) else function)  # type: ignore[arg-type]
     if not inspect.isfunction(function) or _is_torch(function):
         return False
@@ -222,7 +232,7 @@ def _is_torch(thing: type | Callable[..., object]) -> bool:
 
 
 def overlaps(parameters: Mapping[str, nn.Parameter]) -> dict[int, str]:
-    """By the identity of each parameter that shares memory with another one: the name of that one.
+    """Returns, by the identity of each parameter that shares memory with another one, the name of that one.
 
     Such as a view of an encoder's weight that is a decoder's: a mask of the one would be written through to
     the other.
@@ -244,6 +254,6 @@ def overlaps(parameters: Mapping[str, nn.Parameter]) -> dict[int, str]:
 
 
 def _num_bytes(x: Tensor) -> int:
-    """From the first entry to the last."""
+    """Counts the bytes from the first entry to the last."""
     steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return (sum(steps) + 1) * x.element_size()

@@ -1,8 +1,8 @@
-"""Which parameters can be sparse, and how each is seen as (outputs, inputs, *kernel taps).
+"""Which parameters of a model are to be sparse, of those that can be.
 
 Selection is by module type, never by the number of axes, which would catch position embeddings, bias tables
-and layer scales. Every parameter with two axes or more gets a verdict, so that nothing is left out in
-silence.
+and layer scales. Every parameter with two axes or more is named, sparse or dense and why, so that
+nothing is left out in silence.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, StateError, similar
-from dstlib.targets.eligibility import Seat, judge, overlaps
-from dstlib.targets.views import Slot, chunks
+from dstlib.targets.eligibility import Candidate, eligibility_of, overlaps
+from dstlib.targets.views import MatrixView, chunks
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NO_SPLIT: Mapping[str, int] = MappingProxyType({})
@@ -24,15 +24,16 @@ _NO_SPLIT: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """The verdict on one parameter: ``reason`` says why it stays dense, and is empty where it is sparse.
+    """A parameter that is sparse, or dense for a ``reason``, which is empty where it is sparse.
 
-    ``aliases`` are all names that mean it; those in ``on_request`` make it sparse in spite of the reason.
+    ``views`` are the matrices in it. ``aliases`` are all names that mean it; those in ``on_request`` make it
+    sparse in spite of the reason.
     """
 
     name: str
     kind: str
     parameter: nn.Parameter
-    slots: tuple[Slot, ...]
+    views: tuple[MatrixView, ...]
     reason: str = ""
     on_request: frozenset[str] = frozenset()
     can_split: bool = True
@@ -44,7 +45,7 @@ class Weight:
 
 
 def plain_name(name: str) -> str:
-    """A qualified name without what torch.compile and activation checkpointing add to it.
+    """Returns a qualified name without what torch.compile and activation checkpointing add to it.
 
     >>> plain_name("_orig_mod.stem._orig_mod.weight")
     'stem.weight'
@@ -53,7 +54,7 @@ def plain_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel, DataParallel, AveragedModel and torch.compile."""
+    """Returns the user's own module from DistributedDataParallel, DataParallel, AveragedModel and torch.compile."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
     while True:
         if isinstance(model, wrappers):
@@ -65,9 +66,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.Parameter]:
-    """The parameters of a model under these names, also inside wrappers that keep it as their ``module``.
+    """Returns the parameters of a model under these names, also inside wrappers that keep it as their ``module``.
 
-    Errors: StateError if one is missing or of another shape.
+    Raises:
+        StateError: One is missing or of another shape.
     """
     named = _named(model)
     while not shapes.keys() <= named.keys() and isinstance(inner := getattr(unwrap(model), "module", None), nn.Module):
@@ -99,7 +101,7 @@ def select(
     exclude: Sequence[str] = (),
     split: Mapping[str, int] = _NO_SPLIT,
 ) -> tuple[Weight, ...]:
-    """A verdict on each parameter with two axes or more, in the model's order; tied ones once.
+    """Returns every parameter with two axes or more, sparse or dense, in the model's order; tied ones once.
 
     Globs match whole qualified names of parameters ("head.weight") or of their modules ("head"). A name
     written out in full asks for that weight, and turns on those that are dense only by default. ``split``
@@ -107,10 +109,11 @@ def select(
     itself; of several that match, the last wins. By default the well-known fused projections are split into
     queries, keys and values; 1 keeps them together.
 
-    Errors: SelectionError for a glob that matches nothing, for a weight asked for by its full name that
-    cannot be sparse, for one that cannot be split so, and where nothing is left to be sparse.
+    Raises:
+        SelectionError: A glob matches nothing, a weight asked for by its full name cannot be sparse, one cannot be
+            split so, or nothing is left to be sparse.
     """
-    weights = list(_verdicts(model))
+    weights = list(_all_weights(model))
     for pattern in (*include, *exclude) if weights else ():
         check_matches(pattern, weights, "the model")
     for pattern in include:
@@ -131,7 +134,11 @@ def select(
 
 
 def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
-    """Raises a SelectionError if the glob matches none of these weights."""
+    """Checks that a glob matches one of these weights.
+
+    Raises:
+        SelectionError: It matches none.
+    """
     if not any(w.matches(pattern) for w in weights):
         known = sorted({name for w in weights for name in w.aliases})
         raise SelectionError.of(
@@ -150,7 +157,7 @@ def _hint(pattern: str, known: Sequence[str]) -> str:
 
 
 def _check_possible(name: str, weights: Iterable[Weight]) -> None:
-    """A SelectionError if all weights of exactly this name, or of the module of this name, must stay dense."""
+    """Checks that a weight of exactly this name, or of the module of this name, may be sparse."""
     named = [weight for weight in weights if name in weight.aliases]
     if named and all(weight.reason and name not in weight.on_request for weight in named):
         raise SelectionError.of(
@@ -172,14 +179,14 @@ def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> W
 
 
 def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
-    """The weight as so many matrices, each of as many rows."""
+    """Returns the weight as so many matrices, each of as many rows."""
     matching = [pattern for pattern in split if weight.matches(pattern)]
     if not matching:
         return weight
     num, num_rows = split[matching[-1]], len(weight.parameter)
     is_count = type(num) is int and 0 < num <= num_rows
     if not (weight.can_split and is_count and num_rows % num == 0):
-        made = f"{weight.kind} is {len(weight.slots)} matri{'ces' if len(weight.slots) > 1 else 'x'} by its making"
+        made = f"{weight.kind} is {len(weight.views)} matri{'ces' if len(weight.views) > 1 else 'x'} by its making"
         raise SelectionError.of(
             f"split {matching[-1]!r}",
             weight.name,
@@ -187,11 +194,11 @@ def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
             given=repr(num),
             remedy="Count the matrices stacked in it, or narrow the glob.",
         )
-    return replace(weight, slots=chunks(weight.name, range(num), num_rows) if num > 1 else (Slot(weight.name),))
+    return replace(weight, views=chunks(weight.name, range(num), num_rows) if num > 1 else (MatrixView(weight.name),))
 
 
-def _verdicts(model: nn.Module) -> Iterator[Weight]:
-    """One verdict per distinct parameter; a parameter with several owners is as dense as the densest."""
+def _all_weights(model: nn.Module) -> Iterator[Weight]:
+    """Yields each distinct parameter once; one with several owners is as dense as the densest."""
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     owners: dict[int, list[Weight]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -206,7 +213,7 @@ def _verdicts(model: nn.Module) -> Iterator[Weight]:
             if parameter.ndim >= 2:
                 name = plain_name(module_name)
                 owner = modules.get(name.rpartition(".")[0]) if name else None
-                weight = _weigh(Seat(name, key, parameter, module, owner))
+                weight = _weight_of(Candidate(name, key, parameter, module, owner))
                 owners.setdefault(id(parameter), []).append(weight)
     shared = overlaps(dict(model.named_parameters()))
     for weights in owners.values():
@@ -217,22 +224,22 @@ def _verdicts(model: nn.Module) -> Iterator[Weight]:
         yield weight
 
 
-def _weigh(seat: Seat) -> Weight:
-    verdict = judge(seat)
+def _weight_of(candidate: Candidate) -> Weight:
+    found = eligibility_of(candidate)
     return Weight(
-        name=seat.name,
-        kind=type(seat.module).__name__,
-        parameter=seat.parameter,
-        slots=verdict.slots,
-        reason=verdict.reason,
-        on_request=verdict.on_request,
-        can_split=verdict.can_split,
-        aliases=seat.names | verdict.stands_for,
+        name=candidate.name,
+        kind=type(candidate.module).__name__,
+        parameter=candidate.parameter,
+        views=found.views,
+        reason=found.reason,
+        on_request=found.on_request,
+        can_split=found.can_split,
+        aliases=candidate.names | found.stands_for,
     )
 
 
 def _tied(weights: Sequence[Weight]) -> Weight:
-    """The verdict on a parameter from those of all its places."""
+    """Returns one weight from those of all modules that hold the parameter."""
     dense = [weight for weight in weights if weight.reason]
     reason = weights[0].reason or (f"tied to {dense[0].name}, {dense[0].reason}" if dense else "")
     return replace(

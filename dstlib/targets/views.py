@@ -1,4 +1,4 @@
-"""Matrices within a parameter: each competes for itself, so that none is starved by its neighbours."""
+"""Matrix views: the matrices within a parameter, each to compete for itself, so that no neighbour starves it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,33 +24,36 @@ _ALTERNATING = (
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One matrix within a parameter, as a view of (O, I, *K); ``rows`` of the parameter, from and up to."""
+class MatrixView:
+    """A matrix within a parameter, turned to (O, I, *K): outputs, inputs, kernel taps.
+
+    ``rows`` are those of the parameter, from and up to; None: all of them.
+    """
 
     name: str
     rows: tuple[int, int] | None = None
     transposed: bool = False
 
-    def view(self, x: Tensor) -> Tensor:
-        """The part of ``x``, a tensor of the parameter's shape, sharing its memory."""
+    def of(self, x: Tensor) -> Tensor:
+        """Returns this matrix of ``x``, a tensor of the parameter's shape, sharing its memory."""
         part = x if self.rows is None else x[slice(*self.rows)]
         return part.transpose(0, 1) if self.transposed else part
 
 
-def chunks(name: str, parts: Iterable[object], num_rows: int) -> tuple[Slot, ...]:
-    """Matrices of equal height, stacked in one parameter.
+def chunks(name: str, parts: Iterable[object], num_rows: int) -> tuple[MatrixView, ...]:
+    """Returns the views of matrices of equal height that are stacked in one parameter.
 
-    >>> [slot.rows for slot in chunks("qkv.weight", "qkv", 12)]
+    >>> [view.rows for view in chunks("qkv.weight", "qkv", 12)]
     [(0, 4), (4, 8), (8, 12)]
     """
     names = [f"{name}.{part}" for part in parts]
     height = num_rows // len(names)
     assert height * len(names) == num_rows, "rows left over"
-    return tuple(Slot(n, (i * height, (i + 1) * height)) for i, n in enumerate(names))
+    return tuple(MatrixView(n, (i * height, (i + 1) * height)) for i, n in enumerate(names))
 
 
 def fused_parts(module_name: str, weight: Tensor, owner: nn.Module | None) -> str:
-    """The projections that a linear layer of this name holds, a letter each, or "" where it holds one.
+    """Returns the projections that a linear layer of this name holds, a letter each, or "" where it holds one.
 
     Only those of equal height, each as high as the layer is wide: grouped queries, which are higher than
     their keys, stay joint, and so do layers whose rows alternate between the projections.

@@ -96,12 +96,12 @@ def _check_state(run: Run, subject: str) -> None:
 
 
 def _unit_counts(sparsifier: Sparsifier) -> Iterator[tuple[str, Tensor, int]]:
-    """(slot, whether each unit is active (G, U, E), U) of each slot."""
+    """(view, whether each unit is active (G, U, E), U) of each view."""
     masks = sparsifier.masks
     for weight in sparsifier.weights:
-        for slot in weight.slots:
-            mask_GUE = sparsifier.plan.method.granularity.fold(slot.view(masks[weight.name]))
-            yield slot.name, mask_GUE, mask_GUE.shape[1]
+        for view in weight.views:
+            mask_GUE = sparsifier.plan.method.granularity.fold(view.of(masks[weight.name]))
+            yield view.name, mask_GUE, mask_GUE.shape[1]
 
 
 def _check_counts(run: Run, subject: str, on: str) -> None:
@@ -133,7 +133,7 @@ def _check_target(run: Run, subject: str) -> None:
     """At the end, against the distribution itself."""
     method, sparsifier, on = run.setting.method, run.sparsifier, f"{run.setting}, at its end"
     shapes = {
-        slot.name: tuple(slot.view(weight.parameter).shape) for weight in sparsifier.weights for slot in weight.slots
+        view.name: tuple(view.of(weight.parameter).shape) for weight in sparsifier.weights for view in weight.views
     }
     with world(0):
         densities = method.distribution(shapes, 1 - run.setting.sparsity)
