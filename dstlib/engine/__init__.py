@@ -6,8 +6,8 @@
 from dstlib.engine.accelerate import accelerate
 from dstlib.engine.decisions import Decision, Decisions
 from dstlib.engine.layers.linear import SparseLinear
-from dstlib.engine.runtime.buffers import release_memory
 from dstlib.engine.runtime.library import Info, info
+from dstlib.engine.runtime.memory import release_memory
 from dstlib.export.compact import load_compact, save_compact
 from dstlib.export.dead_channels import remove_dead_channels
 from dstlib.export.semi_structured import to_semi_structured

@@ -90,7 +90,9 @@ def test_each_instruction_set_has_all_kernels(name: str, lanes: int):
 @built
 @pytest.mark.parametrize("struct", [*library.STRUCTS, library.Kernels], ids=lambda struct: struct.__name__)
 def test_structs_have_the_size_that_the_kernels_know(struct: type[ctypes.Structure]):
-    assert library._library().engine_size(struct.__name__.encode()) == ctypes.sizeof(struct)
+    assert library._library().engine_size(library.IN_C.get(struct.__name__, struct.__name__).encode()) == ctypes.sizeof(
+        struct
+    )
 
 
 @built

@@ -15,10 +15,9 @@ from dstlib.engine.ops.feature_maps import Norm, activated, empty_depth_last, pa
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import kernels_for
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.engine.runtime.structs_conv import Conv, InstanceNorm, Prepare
+from dstlib.engine.runtime.structs import FORM_DIRECT, FORM_WINOGRAD, Conv, InstanceNorm, PackWeights
 
 Affine = tuple[Tensor, Tensor, float]  # gamma (O), beta (O), eps
-SQUARES, TAPS = 0, 1  # the forms of csrc/engine.h: Winograd's F(4x4, 3x3), or tap by tap
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ def form_of(weight: Tensor, stride: Sequence[int], plane: Sequence[int]) -> int:
     there taps were measured 1.2 to 5 times as fast, at 3 x 3 half as fast for sparse kernels.
     """
     fits = tuple(weight.shape[-2:]) == (3, 3) and tuple(stride) == (1, 1, 1)
-    return SQUARES if fits and plane[0] * plane[1] > 4 else TAPS
+    return FORM_WINOGRAD if fits and plane[0] * plane[1] > 4 else FORM_DIRECT
 
 
 def prepare(weight: Tensor, index: Tensor, form: int, *, reflected: bool = False) -> Tensor:
@@ -86,9 +85,9 @@ def prepare(weight: Tensor, index: Tensor, form: int, *, reflected: bool = False
         return weight.new_empty(0)
     weight = weight.detach().contiguous()
     taps = weight.shape[-2] * weight.shape[-1]
-    out = weight.new_empty(index.numel() * (36 if form == SQUARES else taps))
-    job = Prepare(weight.data_ptr(), index.data_ptr(), out.data_ptr(), index.numel(), taps, form, reflected)
-    check(found.conv_prepare(job, torch.get_num_threads()), "prepare()")
+    out = weight.new_empty(index.numel() * (36 if form == FORM_WINOGRAD else taps))
+    job = PackWeights(weight.data_ptr(), index.data_ptr(), out.data_ptr(), index.numel(), taps, form, reflected)
+    check(found.conv_pack_weights(job, torch.get_num_threads()), "prepare()")
     return out
 
 
@@ -184,7 +183,7 @@ def parameter_grads(call: Call, grad: Tensor) -> list[Tensor]:
     job.shifts, job.index, job.weights_grad = call.shifts.data_ptr(), index.data_ptr(), grads[0].data_ptr()
     if call.bias is not None:
         job.bias_grad = grads[1].data_ptr()
-    check(found.conv_weights_grad(job, torch.get_num_threads()), "gradient of a convolution's weights")
+    check(found.conv_backward_weights(job, torch.get_num_threads()), "gradient of a convolution's weights")
     return grads
 
 
@@ -198,7 +197,7 @@ def _job(maps: list[Tensor], call: Call, y: Tensor) -> Conv:
 
 def run(found: Kernels, job: Conv, form: int) -> None:
     """Computes a convolution in its form."""
-    kernel = found.conv_squares if form == SQUARES else found.conv_taps
+    kernel = found.conv_winograd if form == FORM_WINOGRAD else found.conv_direct
     check(kernel(job, torch.get_num_threads()), "convolution")
 
 

@@ -16,7 +16,7 @@ from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, flat, kernels_for, norm_of
 from dstlib.engine.ops.templates import Template, Templates
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.engine.runtime.structs_spatial import Upsample
+from dstlib.engine.runtime.structs import ConvTranspose
 from dstlib.errors import SettingError
 
 
@@ -53,8 +53,8 @@ def _upsample(
         return out.copy_(F.conv_transpose3d(z, _active(weight, connections), stride=tuple(stride)))
     x, weight = to_depth_last(x), weight.contiguous()
     call = _call(x, weight, connections, stride)
-    call.coarse, call.out, call.weights = source(x, norm_of(norm, slope)), target(out), weight.data_ptr()
-    check(found.upsample(call, torch.get_num_threads()), "upsample()")
+    call.input, call.out, call.weights = source(x, norm_of(norm, slope)), target(out), weight.data_ptr()
+    check(found.conv_transpose_forward(call, torch.get_num_threads()), "upsample()")
     return out
 
 
@@ -70,18 +70,18 @@ class ReadyUpsample:
 
     def __init__(self, weight: Tensor, connections: Connections, stride: Sequence[int]) -> None:
         self.weight, self.connections, self.stride = weight.detach().contiguous(), connections, stride
-        self._templates: Templates[Upsample] = Templates("upsample()", self.weight)
+        self._templates: Templates[ConvTranspose] = Templates("upsample()", self.weight)
 
     def __call__(self, x: Tensor, norm: Norm | None) -> Tensor | None:
         """The fine map; None for a map that kernels cannot read."""
         return self._templates.run([(x, norm)], self._describe)
 
-    def _describe(self, found: Kernels, sources: Sequence[Mapped]) -> Template[Upsample]:
+    def _describe(self, found: Kernels, sources: Sequence[Mapped]) -> Template[ConvTranspose]:
         ((x, norm),) = sources
         out = _empty(x, self.weight, self.stride)
         call = _call(x, self.weight, [self.connections.rows, self.connections.cols], self.stride)
-        call.coarse, call.out, call.weights = source(x, norm), target(out), self.weight.data_ptr()
-        return Template.of(call, found.upsample, out)
+        call.input, call.out, call.weights = source(x, norm), target(out), self.weight.data_ptr()
+        return Template.of(call, found.conv_transpose_forward, out)
 
 
 def _input_grad(grad: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Tensor:
@@ -92,8 +92,8 @@ def _input_grad(grad: Tensor, weight: Tensor, connections: list[Tensor], stride:
         return out.copy_(F.conv3d(grad, _active(weight, connections), stride=tuple(stride)))
     grad, weight = to_depth_last(grad), weight.contiguous()
     call = _call(out, weight, connections, stride)
-    call.fine, call.out, call.weights = source(grad), target(out), weight.data_ptr()
-    check(found.upsample_input_grad(call, torch.get_num_threads()), "gradient of upsample()")
+    call.grad, call.out, call.weights = source(grad), target(out), weight.data_ptr()
+    check(found.conv_transpose_backward_input(call, torch.get_num_threads()), "gradient of upsample()")
     return out
 
 
@@ -109,8 +109,8 @@ def _weight_grad(
         return out.copy_(_active(torch.einsum("ncdhw,nodihjwk->coijk", z, taps), connections))
     x, grad = to_depth_last(x), to_depth_last(grad)
     call = _call(x, out, connections, stride)
-    call.coarse, call.fine, call.weights_grad = source(x, norm_of(norm, slope)), source(grad), out.data_ptr()
-    check(found.upsample_weights_grad(call, torch.get_num_threads()), "gradient of upsample()")
+    call.input, call.grad, call.weights_grad = source(x, norm_of(norm, slope)), source(grad), out.data_ptr()
+    check(found.conv_transpose_backward_weights(call, torch.get_num_threads()), "gradient of upsample()")
     return out
 
 
@@ -124,11 +124,11 @@ def _empty_input(grad: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
     return empty_depth_last((n, weight.shape[0], d // stride[0], h // stride[1], w // stride[2]), grad)
 
 
-def _call(coarse: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Upsample:
+def _call(coarse: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> ConvTranspose:
     """What all kernels are told: sizes, and where the connections of a weight, or of its gradient, lie."""
     n, channels, d, h, w = coarse.shape
     rows, cols = connections
-    return Upsample(
+    return ConvTranspose(
         pattern=pattern(rows, cols, channels),
         weight_strides=(weight.stride(1), weight.stride(0)),
         size=(n, d, h, w),

@@ -8,7 +8,7 @@ Torch's own operations give the same results on such a map as on any other.
 import torch
 from torch import Tensor
 
-from dstlib.engine.runtime.buffers import buffer
+from dstlib.engine.runtime.memory import buffer
 from dstlib.engine.runtime.structs import Pattern, Source, Target
 
 PAGE, PADDING = 1024, 32  # numbers

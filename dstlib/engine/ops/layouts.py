@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dstlib.engine.ops.feature_maps import Norm, activated, empty_depth_last, source, target
 from dstlib.engine.ops.operator import Operator, flat, kernels_for, norm_of
-from dstlib.engine.runtime.buffers import buffer
 from dstlib.engine.runtime.library import check
-from dstlib.engine.runtime.structs_spatial import Activation, Relayout
+from dstlib.engine.runtime.memory import buffer
+from dstlib.engine.runtime.structs import Activation, Reorder
 
 
 def to_depth_last(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _to_depth_last(x: Tensor) -> Tensor:
     out = _empty(x)
     found = kernels_for(x)
     if found and x.stride(4) == 1:
-        check(found.to_depth_last(_relayout(x, out), torch.get_num_threads()), "to_depth_last()")
+        check(found.reorder_to_depth_last(_relayout(x, out), torch.get_num_threads()), "to_depth_last()")
         return out
     return out.copy_(x)
 
@@ -65,7 +65,7 @@ def _to_channels_first(x: Tensor) -> Tensor:
     found = kernels_for(x)
     if found and x.stride(2) == 1:
         out = buffer(x.numel()).view(x.shape)
-        check(found.to_channels_first(_relayout(x, out), torch.get_num_threads()), "to_channels_first()")
+        check(found.reorder_to_channels_first(_relayout(x, out), torch.get_num_threads()), "to_channels_first()")
         return out
     return _empty_contiguous(x).copy_(x)
 
@@ -78,7 +78,7 @@ def _materialise(x: Tensor, norm: list[Tensor], slope: float) -> Tensor:
     out = _empty(x)
     n, _, d, h, w = x.shape
     call = Activation(source(x, norm_of(norm, slope)), target(out), (n, d, h, w))
-    check(found.activation(call, torch.get_num_threads()), "materialise()")
+    check(found.activation_forward(call, torch.get_num_threads()), "materialise()")
     return out
 
 
@@ -87,8 +87,8 @@ def _empty(x: Tensor) -> Tensor:
     return empty_depth_last((n, c, d, h, w), x)
 
 
-def _relayout(x: Tensor, out: Tensor) -> Relayout:
-    return Relayout(x.data_ptr(), out.data_ptr(), x.stride(), out.stride(), tuple(x.shape))
+def _relayout(x: Tensor, out: Tensor) -> Reorder:
+    return Reorder(x.data_ptr(), out.data_ptr(), x.stride(), out.stride(), tuple(x.shape))
 
 
 def _empty_contiguous(x: Tensor) -> Tensor:

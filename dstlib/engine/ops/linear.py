@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-import dstlib.engine.runtime.structs_linear as structs
 from dstlib.engine.ops.linear_patterns import LinearPattern
 from dstlib.engine.ops.operator import kernels_for
 from dstlib.engine.runtime.library import Kernels, check
+from dstlib.engine.runtime.structs import Linear
 from dstlib.errors import SettingError
 
 
@@ -65,7 +65,7 @@ def multiply_gathered(x: Tensor, values: Tensor, bias: Tensor | None, pattern: L
     y_NO = x.new_empty(x_NI.shape[0], outputs)
     found = kernels_for(x)
     assert found, "can_multiply_gathered() says so"
-    _call(found.linear_multiply, x_NI, y_NO, None, values, bias, pattern.tensors)
+    _call(found.linear_forward, x_NI, y_NO, None, values, bias, pattern.tensors)
     return y_NO.view(*x.shape[:-1], outputs)
 
 
@@ -79,7 +79,7 @@ def multiply(
         return F.linear(x, _matrix(values, pattern, outputs, x.shape[1]), bias), values
     x, given = _with_rows(x), given.contiguous()
     y, values = x.new_empty(x.shape[0], outputs), x.new_empty(pattern[1].numel())
-    _call(found.linear_multiply, x, y, given, values, bias, pattern)
+    _call(found.linear_forward, x, y, given, values, bias, pattern)
     return y, values
 
 
@@ -92,7 +92,7 @@ def weight_gradient(grad: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
         return torch.zeros_like(everywhere).index_copy(0, source, everywhere[source]).view(grad.shape[1], x.shape[1])
     x, grad = _with_rows(x), _with_rows(grad)
     out, values = x.new_empty(grad.shape[1], x.shape[1]), x.new_empty(pattern[1].numel())
-    _call(found.linear_weight_gradient, x, grad, out, values, None, pattern)
+    _call(found.linear_backward_weights, x, grad, out, values, None, pattern)
     return out
 
 
@@ -172,7 +172,7 @@ def _matrix(values: Tensor, pattern: list[Tensor], outputs: int, inputs: int) ->
 
 
 def _call(
-    kernel: Callable[[structs.Linear, int], int],
+    kernel: Callable[[Linear, int], int],
     x: Tensor,
     y: Tensor,
     weights: Tensor | None,
@@ -183,7 +183,7 @@ def _call(
     cols, source, segments, parts = pattern
     num_cols = cols.numel()
     bias = None if bias is None else bias.contiguous()
-    layer = structs.Linear(
+    layer = Linear(
         (
             cols.data_ptr(),
             source.data_ptr(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dstlib.errors import SettingError
 
-PART = 96  # outputs that are computed together: their sums stay in the first cache. As in csrc/linear.h
+PART = 96  # outputs that are computed together: their sums stay in the first cache. LINEAR_PART of csrc/linear.h
 STRETCH = 160  # inputs that are read together: for 64 samples they are about as large as the first cache
 MOST_WEIGHTS = 2**31 - 1  # what an int32 can number
 

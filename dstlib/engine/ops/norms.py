@@ -10,7 +10,7 @@ from dstlib.engine.ops.feature_maps import Norm, empty_depth_last, source, targe
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, kernels_for
 from dstlib.engine.runtime.library import check
-from dstlib.engine.runtime.structs_spatial import NormBackward
+from dstlib.engine.runtime.structs import InstanceNormBackward
 
 
 def norm_backward(
@@ -47,7 +47,7 @@ def _norm_backward(
     y, dz = to_depth_last(y), to_depth_last(dz)
     n, c, d, h, w = y.shape
     sums = y.new_empty(n, c, 2, dtype=torch.float64)
-    call = NormBackward(
+    call = InstanceNormBackward(
         input=source(y, (scale, offset, slope)),
         grad=source(dz),
         out=target(out),
@@ -57,7 +57,7 @@ def _norm_backward(
         sums=sums.data_ptr(),
         size=(n, d, h, w),
     )
-    check(found.norm_backward(call, torch.get_num_threads()), "norm_backward()")
+    check(found.instance_norm_backward(call, torch.get_num_threads()), "norm_backward()")
     return out, sums
 
 

@@ -15,7 +15,7 @@ from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, flat, kernels_for, norm_of
 from dstlib.engine.ops.templates import Template, Templates
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.engine.runtime.structs_spatial import Pool
+from dstlib.engine.runtime.structs import MaxPool
 
 
 def max_pool(x: Tensor, norm: Norm | None, window: Sequence[int]) -> Tensor:
@@ -39,7 +39,7 @@ def _max_pool(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int]
         return out.copy_(F.max_pool3d(activated(x, norm_of(norm, slope)), tuple(window)))
     x = to_depth_last(x)
     call = _call(x, norm, slope, window, out)
-    check(found.max_pool(call, torch.get_num_threads()), "max_pool()")
+    check(found.max_pool_forward(call, torch.get_num_threads()), "max_pool()")
     return out
 
 
@@ -53,16 +53,16 @@ class ReadyPool:
 
     def __init__(self, window: Sequence[int]) -> None:
         self.window = window
-        self._templates: Templates[Pool] = Templates("max_pool()")
+        self._templates: Templates[MaxPool] = Templates("max_pool()")
 
     def __call__(self, x: Tensor, norm: Norm | None) -> Tensor | None:
         """The maxima; None for a map that kernels cannot read."""
         return self._templates.run([(x, norm)], self._describe)
 
-    def _describe(self, found: Kernels, sources: Sequence[Mapped]) -> Template[Pool]:
+    def _describe(self, found: Kernels, sources: Sequence[Mapped]) -> Template[MaxPool]:
         ((x, norm),) = sources
         out = _empty(x, self.window)
-        return Template.of(_call(x, *flat(norm, x), self.window, out), found.max_pool, out)
+        return Template.of(_call(x, *flat(norm, x), self.window, out), found.max_pool_forward, out)
 
 
 def _max_pool_grad(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], grad: Tensor) -> Tensor:
@@ -79,13 +79,13 @@ def _max_pool_grad(x: Tensor, norm: list[Tensor], slope: float, window: Sequence
     x, grad = to_depth_last(x), to_depth_last(grad)
     call = _call(x, norm, slope, window, out)
     call.grad = source(grad)
-    check(found.max_pool_grad(call, torch.get_num_threads()), "gradient of max_pool()")
+    check(found.max_pool_backward(call, torch.get_num_threads()), "gradient of max_pool()")
     return out
 
 
-def _call(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], out: Tensor) -> Pool:
+def _call(x: Tensor, norm: list[Tensor], slope: float, window: Sequence[int], out: Tensor) -> MaxPool:
     n, _, d, h, w = x.shape
-    return Pool(input=source(x, norm_of(norm, slope)), out=target(out), size=(n, d, h, w), window=tuple(window))
+    return MaxPool(input=source(x, norm_of(norm, slope)), out=target(out), size=(n, d, h, w), window=tuple(window))
 
 
 def _empty(x: Tensor, window: Sequence[int]) -> Tensor:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dstlib.engine.ops.conv_calls import SQUARES, Affine, describe, form_of, output_size, prepare
+from dstlib.engine.ops.conv_calls import Affine, describe, form_of, output_size, prepare
 from dstlib.engine.ops.convolution import Geometry, Weights, call_of
 from dstlib.engine.ops.feature_maps import Mapped, empty_depth_last
 from dstlib.engine.ops.templates import Template, Templates
 from dstlib.engine.runtime.library import Kernels
-from dstlib.engine.runtime.structs_conv import Conv
+from dstlib.engine.runtime.structs import FORM_WINOGRAD, Conv
 
 
 class Ready:
@@ -35,7 +35,7 @@ class Ready:
 
         def complete(conv: Conv) -> None:
             if self.affine:
-                conv.norm.found = normed.data_ptr()
+                conv.norm.statistics = normed.data_ptr()
 
         y = self._templates.run(sources, self._describe, complete)
         return None if y is None else (y, normed)
@@ -48,5 +48,5 @@ class Ready:
         form = form_of(call.weight, call.stride, size[3:])
         if form not in self._prepared:
             self._prepared[form] = prepare(call.weight, call.pattern[2], form)
-        kernel = found.conv_squares if form == SQUARES else found.conv_taps
+        kernel = found.conv_winograd if form == FORM_WINOGRAD else found.conv_direct
         return Template.of(describe(call.maps, call, self._prepared[form], y, norm), kernel, y)

@@ -14,8 +14,9 @@ from torch import Tensor
 from dstlib.engine.ops.feature_maps import Mapped, depth_last
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import kernels_for
-from dstlib.engine.runtime.buffers import buffer
 from dstlib.engine.runtime.library import Kernels, check
+from dstlib.engine.runtime.memory import buffer
+from dstlib.engine.runtime.structs import Conv
 
 Job = TypeVar("Job", bound=Structure)
 Five = tuple[int, int, int, int, int]
@@ -59,8 +60,9 @@ class Templates(Generic[Job]):
         call = type(template.call).from_buffer_copy(template.call)
         out = buffer(template.num).as_strided(template.size, template.strides)
         call.out.data = out.data_ptr()
+        read = call.sources if isinstance(call, Conv) else [call.input]
         maps = [to_depth_last(x) for x, _ in sources]
-        for source, x, (_, norm) in zip(call.sources, maps, sources, strict=False):
+        for source, x, (_, norm) in zip(read, maps, sources, strict=False):
             source.data = x.data_ptr()
             if norm:
                 source.scale, source.offset, source.slope = norm[0].data_ptr(), norm[1].data_ptr(), norm[2]

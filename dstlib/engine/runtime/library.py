@@ -1,7 +1,7 @@
 """The compiled kernels: found, loaded and described. Without them the engine computes with torch alone.
 
 The library is plain C++ without torch's headers, built while dstlib is installed where there is a compiler; it is
-called through pointers to the structs of ``csrc/*.h``, which are mirrored here and in the modules ``structs*``.
+called through pointers to the structs of ``csrc/*.h``, which are mirrored in :mod:`dstlib.engine.runtime.structs`.
 """
 
 import ctypes
@@ -14,17 +14,16 @@ from pathlib import Path
 
 import torch
 
-import dstlib.engine.runtime.structs_conv as conv
-import dstlib.engine.runtime.structs_linear as linear
-import dstlib.engine.runtime.structs_spatial as spatial
-from dstlib.engine.runtime.structs import Pattern, Source, Target
+from dstlib.engine.runtime import structs
 from dstlib.errors import SettingError
 
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
 VARIABLE = "DSTLIB_ENGINE"  # the name of an instruction set, or "torch": what is used instead of the best there is
 
 
-STRUCTS = (Source, Target, Pattern, *conv.STRUCTS, *linear.STRUCTS, *spatial.STRUCTS)
+STRUCTS = tuple(x for x in vars(structs).values() if isinstance(x, type) and x.__module__ == structs.__name__)
+IN_C = {"PackWeights": "Prepare", "ConvTranspose": "Upsample", "MaxPool": "Pool", "Reorder": "Relayout"}
+IN_C["InstanceNormBackward"] = "NormBackward"  # until the sources follow
 
 
 class Kernels(Structure):
@@ -33,21 +32,21 @@ class Kernels(Structure):
     _fields_ = (
         ("name", c_char_p),
         ("lanes", c_int64),
-        ("conv_squares", ctypes.CFUNCTYPE(c_int, POINTER(conv.Conv), c_int)),
-        ("conv_taps", ctypes.CFUNCTYPE(c_int, POINTER(conv.Conv), c_int)),
-        ("conv_weights_grad", ctypes.CFUNCTYPE(c_int, POINTER(conv.Conv), c_int)),
-        ("conv_prepare", ctypes.CFUNCTYPE(c_int, POINTER(conv.Prepare), c_int)),
-        ("linear_multiply", ctypes.CFUNCTYPE(c_int, POINTER(linear.Linear), c_int)),
-        ("linear_weight_gradient", ctypes.CFUNCTYPE(c_int, POINTER(linear.Linear), c_int)),
-        ("upsample", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Upsample), c_int)),
-        ("upsample_input_grad", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Upsample), c_int)),
-        ("upsample_weights_grad", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Upsample), c_int)),
-        ("max_pool", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Pool), c_int)),
-        ("max_pool_grad", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Pool), c_int)),
-        ("norm_backward", ctypes.CFUNCTYPE(c_int, POINTER(spatial.NormBackward), c_int)),
-        ("activation", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Activation), c_int)),
-        ("to_depth_last", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Relayout), c_int)),
-        ("to_channels_first", ctypes.CFUNCTYPE(c_int, POINTER(spatial.Relayout), c_int)),
+        ("conv_winograd", ctypes.CFUNCTYPE(c_int, POINTER(structs.Conv), c_int)),
+        ("conv_direct", ctypes.CFUNCTYPE(c_int, POINTER(structs.Conv), c_int)),
+        ("conv_backward_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.Conv), c_int)),
+        ("conv_pack_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.PackWeights), c_int)),
+        ("linear_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.Linear), c_int)),
+        ("linear_backward_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.Linear), c_int)),
+        ("conv_transpose_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.ConvTranspose), c_int)),
+        ("conv_transpose_backward_input", ctypes.CFUNCTYPE(c_int, POINTER(structs.ConvTranspose), c_int)),
+        ("conv_transpose_backward_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.ConvTranspose), c_int)),
+        ("max_pool_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.MaxPool), c_int)),
+        ("max_pool_backward", ctypes.CFUNCTYPE(c_int, POINTER(structs.MaxPool), c_int)),
+        ("instance_norm_backward", ctypes.CFUNCTYPE(c_int, POINTER(structs.InstanceNormBackward), c_int)),
+        ("activation_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.Activation), c_int)),
+        ("reorder_to_depth_last", ctypes.CFUNCTYPE(c_int, POINTER(structs.Reorder), c_int)),
+        ("reorder_to_channels_first", ctypes.CFUNCTYPE(c_int, POINTER(structs.Reorder), c_int)),
     )
 
 
@@ -129,7 +128,8 @@ def _library() -> ctypes.CDLL | None:
     library.engine_threads.restype = c_char_p
     library.engine_size.restype = c_int64
     for struct in (*STRUCTS, Kernels):
-        built, here = library.engine_size(struct.__name__.encode()), ctypes.sizeof(struct)
+        built = library.engine_size(IN_C.get(struct.__name__, struct.__name__).encode())
+        here = ctypes.sizeof(struct)
         assert built == here, f"{files[0].name} is of another version ({struct.__name__}): install dstlib again"
     return library
 

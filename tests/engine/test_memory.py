@@ -12,8 +12,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from torch import Tensor
 
 from dstlib.engine.ops.feature_maps import empty_depth_last
-from dstlib.engine.runtime import buffers
-from dstlib.engine.runtime.buffers import GRAIN, SMALLEST, buffer, release_memory
+from dstlib.engine.runtime import memory
+from dstlib.engine.runtime.memory import GRAIN, SMALLEST, buffer, release_memory
 
 NUM = SMALLEST // 4  # the fewest numbers whose memory is kept
 
@@ -72,30 +72,30 @@ def test_autograd_keeps_the_memory_it_saved():
 
 
 def test_small_ones_are_torchs_own():
-    used = buffers._bytes["used"]
+    used = memory._bytes["used"]
     x = buffer(SMALLEST // 4 - GRAIN // 4)
     assert x.shape == (SMALLEST // 4 - GRAIN // 4,)
-    assert buffers._bytes["used"] == used
+    assert memory._bytes["used"] == used
     assert buffer(0).shape == (0,)
 
 
 def test_release_memory_gives_back_what_is_idle_alone():
     kept, gone = buffer(NUM).fill_(1), buffer(2 * NUM)
     del gone
-    assert buffers._bytes["idle"] == 2 * SMALLEST
+    assert memory._bytes["idle"] == 2 * SMALLEST
     release_memory()
-    assert buffers._bytes["idle"] == 0
-    assert not buffers._idle
+    assert memory._bytes["idle"] == 0
+    assert not memory._idle
     assert kept.sum() == NUM
 
 
 def test_what_is_kept_is_twice_what_was_of_use_at_one_time_at_most():
-    before = buffers._bytes["used"]
+    before = memory._bytes["used"]
     for factor in range(1, 8):
         x = buffer(factor * NUM)
         del x
-    assert buffers._bytes["peak"] == before + 7 * SMALLEST
-    assert [size // SMALLEST for size, _ in buffers._idle] == [6, 7]  # the oldest went first
+    assert memory._bytes["peak"] == before + 7 * SMALLEST
+    assert [size // SMALLEST for size, _ in memory._idle] == [6, 7]  # the oldest went first
 
 
 def test_sizes_that_take_turns_are_all_kept():
@@ -117,7 +117,7 @@ def test_sizes_no_longer_wanted_make_room():
         places = {x.data_ptr() for x in new}
         del new
     assert {buffer(3 * NUM // 2).data_ptr()} <= places
-    assert buffers._bytes["idle"] <= 2 * buffers._bytes["peak"]
+    assert memory._bytes["idle"] <= 2 * memory._bytes["peak"]
 
 
 def test_maps_use_it():
@@ -168,8 +168,8 @@ class Owners(RuleBasedStateMachine):
     @invariant()
     def everyone_has_his_own(self) -> None:
         assert all(bool((x == key).all()) for key, x in self.alive.items())
-        assert buffers._bytes["idle"] == sum(size for size, _ in buffers._idle)
-        assert buffers._bytes["idle"] + buffers._bytes["used"] <= 2 * buffers._bytes["peak"]
+        assert memory._bytes["idle"] == sum(size for size, _ in memory._idle)
+        assert memory._bytes["idle"] + memory._bytes["used"] <= 2 * memory._bytes["peak"]
 
 
 TestOwners = Owners.TestCase
@@ -190,7 +190,7 @@ def test_threads_do_not_share():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert buffers._bytes["used"] == 0
+    assert memory._bytes["used"] == 0
 
 
 def test_memory_may_come_back_at_any_time():
@@ -211,5 +211,5 @@ def test_memory_may_come_back_at_any_time():
         gc.set_threshold(*before)
     assert not thread.is_alive()
     gc.collect()
-    assert buffers._bytes["used"] == 0
-    assert buffers._bytes["idle"] == sum(size for size, _ in buffers._idle)
+    assert memory._bytes["used"] == 0
+    assert memory._bytes["idle"] == sum(size for size, _ in memory._idle)
