@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstlib.command_line import make_parser
 from dstlib.engine import info
 from dstlib.files import make_folder, write_json, write_whole
 from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
@@ -107,7 +108,7 @@ def progress(text: str) -> None:
 
 def command_line(description: str | None) -> argparse.ArgumentParser:
     """The options that all of the benchmarks have."""
-    lines = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = make_parser(description)
     default = " (default: %(default)s)"
     lines.add_argument("--repeats", type=int, default=7, help="rounds of which the medians are taken" + default)
     lines.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads" + default)

@@ -8,7 +8,6 @@ in the paper, then all of them at once, which is the worst that a draw can be. M
 it turns the patch that was cut, so its corners show padding, and it interpolates low resolution linearly.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from monai import transforms as mt
 
+from dstlib.command_line import make_parser
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.augment import Augmentation, Chance
 from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
@@ -99,7 +99,7 @@ def compare(title: str, draws: dict[str, Draw], num_samples: int) -> None:
 
 def main() -> None:
     """Times both and prints two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--size", type=int, default=128, help="side of the patch in voxels (default 128)")
     parser.add_argument("--samples", type=int, default=60, help="patches of each (default 60)")
     args = parser.parse_args()

@@ -38,6 +38,7 @@ from cifar10_data import Images, open_images
 from cifar10_table import Cell, Result, cells, figure, read_cell, table
 from cifar10_training import CHOICES, PRESETS, Settings, train, write_result
 
+from dstlib.command_line import make_parser, run_command
 from dstlib.errors import DstlibError, SettingError, StateError
 
 WANTED = ("dense", "static", "set", "rigl", "granet", "srigl", "dsff")
@@ -99,9 +100,7 @@ def _outcome(future: "Future[Result]") -> tuple[str, bool]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    lines = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    lines = make_parser(__doc__)
     add, told = lines.add_argument, "(default: %(default)s)"
     names, quick = CHOICES["method"], PRESETS["quick"]
     add("--data", type=Path, metavar="DIR", help="CIFAR-10, npz or binary (default: procedural images)")
@@ -161,18 +160,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run() -> int:
-    """The exit code: 0 done, 1 a cell failed, 2 something given cannot be used, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: a job in the background does not hear that one
-    try:
-        return 1 if main() else 0
-    except DstlibError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped; finished cells are kept. Give the same command again to go on.", file=sys.stderr)
-        return 130
-
+STOPPED = "Stopped; finished cells are kept. Give the same command again to go on."
 
 if __name__ == "__main__":
-    sys.exit(run())
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: a job in the background does not hear that one
+    sys.exit(run_command(lambda: min(main(), 1), interrupted=STOPPED))  # 1: a cell failed

@@ -15,7 +15,6 @@ numbers floor(rÂ·A) that an update drops; "unrounded" is the closed form with rÂ
 were whole. z is the distance of the mean over seeds from E[R_s] in standard errors, by the exact variance.
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 import dstlib
+from dstlib.command_line import make_parser
 from dstlib.history import History
 from dstlib.masking import Criterion, magnitude, random, zeros
 from dstlib.schedules import Constant, Cosine, Curve
@@ -116,7 +116,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--size", type=int, default=64, help="inputs and outputs of the linear layer (default 64)")
     parser.add_argument("--updates", type=int, default=30, help="mask updates of a run (default 30)")
     parser.add_argument("--seeds", type=int, default=100, help="runs of each setting (default 100)")

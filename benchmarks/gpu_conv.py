@@ -38,6 +38,7 @@ from _measure import Action, Layer, layers
 from torch import Tensor
 from torch.nn.functional import conv2d, conv3d
 
+from dstlib.command_line import make_parser
 from dstlib.engine.gpu import Blocks, Launch, block_conv
 from dstlib.files import write_json, write_whole
 from dstlib.layers import shift
@@ -202,7 +203,7 @@ def draw(rows: Sequence[Row], title: str, suffix: str) -> bytes:
 
 def main() -> None:
     """Measures, and prints the table as it grows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--size", type=int, default=128, help="voxels of the patch along each axis (default 128)")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: all five)")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d, cross_entropy, interpolate
 
 import dstlib
+from dstlib.command_line import make_parser
 from dstlib.report import align
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 
@@ -75,7 +76,7 @@ def losses(run: str, options: argparse.Namespace) -> Tensor:
 
 def main() -> None:
     """Runs all, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="voxels along each axis (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
+from dstlib.command_line import make_parser
 from dstlib.engine import info
 from dstlib.engine.layers.linear import SparseLinear
 from dstlib.engine.ops.linear import multiply, weight_gradient
@@ -169,7 +170,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def command_line() -> argparse.ArgumentParser:
-    lines = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = make_parser(__doc__)
     default = " (default: %(default)s)"
     lines.add_argument("--sizes", type=size, nargs="+", default=[(1024, 1024), (3072, 768)], help="outputs x inputs")
     lines.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256], help="samples per call" + default)

@@ -7,7 +7,6 @@ an update of all masks; one forward and backward pass dense, masked in place (ou
 torch.nn.utils.parametrize; and the memory that masks and updates take.
 """
 
-import argparse
 import itertools
 import statistics
 import time
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import dstlib
+from dstlib.command_line import make_parser
 
 
 class Bottleneck(nn.Module):
@@ -156,7 +156,7 @@ def pass_costs(repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each action, median taken (default 7)")
     args = parser.parse_args()

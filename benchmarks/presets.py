@@ -8,7 +8,6 @@ CPU seconds of one thread, which programs beside it lengthen less than those of 
 Gradients are random and the same for all; forward and backward passes are not run, as they are the same for all.
 """
 
-import argparse
 import time
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from overhead import fill_gradients, interleaved, resnet50
 
 import dstlib
 from dstlib import NM, Method
+from dstlib.command_line import make_parser
 from dstlib.masking import uniform
 
 
@@ -63,7 +63,7 @@ def measure(method: Method, repeats: int) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(dstlib.METHODS), default=list(dstlib.METHODS))
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind, median taken (default 5)")
     args = parser.parse_args()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import trange
 
+from dstlib.command_line import make_parser
 from dstlib.report import align
 from dstlib.zoo.e2enet import AMOS, E2ENetConfig
 from dstlib.zoo.e2enet.baselines import build_model
@@ -106,7 +107,7 @@ def scaled(width: int) -> E2ENetConfig:
 
 
 def command_line() -> argparse.ArgumentParser:
-    lines = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = make_parser(__doc__)
     on_gpu = torch.cuda.is_available()
     lines.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
     lines.add_argument("--size", type=int, default=128, help="edge of the patch (default: %(default)s)")

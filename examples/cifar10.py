@@ -21,7 +21,8 @@ import torch
 from cifar10_data import open_images
 from cifar10_training import CHOICES, PRESETS, UPDATES, Settings, train, write_result
 
-from dstlib.errors import DstlibError, SettingError
+from dstlib.command_line import make_parser, run_command
+from dstlib.errors import SettingError
 from dstlib.report import align
 
 HELP = {
@@ -45,9 +46,7 @@ HELP = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line: every setting, of which those left out are the preset's."""
-    lines = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    lines = make_parser(__doc__)
     lines.add_argument("--preset", choices=PRESETS, help="(default: vit for --model vit, else quick)")
     lines.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of CIFAR-10, as npz or binary (default: procedural images)"
@@ -133,18 +132,5 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{table(result)}\nin {out}")
 
 
-def run() -> int:
-    """The exit code: 0 done, 2 something given cannot be used (in one line on stderr), 130 interrupted."""
-    try:
-        main()
-    except DstlibError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_command(main, interrupted="Interrupted; nothing was written."))

@@ -21,10 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from dstlib.command_line import make_parser, run_command
 from dstlib.errors import StateError
 from dstlib.files import make_folder, write_json
 from dstlib.report import align
-from dstlib.zoo.e2enet.cli import parser, run_command
+from dstlib.zoo.e2enet.cli import parser
 from dstlib.zoo.e2enet.compare import row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
@@ -96,12 +97,8 @@ def main() -> None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    lines = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Any other option goes to the recipe: see `python examples/e2enet_amos.py --help`.",
-    )
+    epilog = "Any other option goes to the recipe: see `python examples/e2enet_amos.py --help`."
+    lines = make_parser(__doc__, epilog=epilog)
     names = tuple(tables(E2ENetConfig(), 1200))
     lines.add_argument("--recipe", choices=[name.removeprefix("e2enet_") for name in RECIPES], default="amos")
     lines.add_argument("--tables", nargs="+", choices=names, default=names, help="(default: all)")

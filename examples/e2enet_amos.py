@@ -18,7 +18,8 @@ procedural phantoms in the same layout: they show that everything works, not how
 
 import sys
 
-from dstlib.zoo.e2enet.cli import parser, run_command
+from dstlib.command_line import run_command
+from dstlib.zoo.e2enet.cli import parser
 from dstlib.zoo.e2enet.recipes import AMOS_RECIPE
 from dstlib.zoo.e2enet.run import follow
 

@@ -9,7 +9,8 @@
 
 import sys
 
-from dstlib.zoo.e2enet.cli import parser, run_command
+from dstlib.command_line import run_command
+from dstlib.zoo.e2enet.cli import parser
 from dstlib.zoo.e2enet.recipes import BRATS_RECIPE
 from dstlib.zoo.e2enet.run import follow
 

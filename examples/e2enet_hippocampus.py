@@ -12,7 +12,8 @@ small phantoms show that everything works.
 
 import sys
 
-from dstlib.zoo.e2enet.cli import parser, run_command
+from dstlib.command_line import run_command
+from dstlib.zoo.e2enet.cli import parser
 from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
 from dstlib.zoo.e2enet.run import follow
 

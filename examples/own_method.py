@@ -8,8 +8,8 @@ The task: 64 numbers come in, and 8 of them decide the answer. Which ones, nobod
 random choice of inputs, and one that reads all of them, are trained beside it.
 """
 
-import argparse
 import math
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import dstlib
+from dstlib.command_line import make_parser, run_command
 from dstlib.masking import gradient
 from dstlib.testing import check_criterion, check_curve, check_granularity, check_method
 
@@ -123,9 +124,7 @@ def inputs_found(task: Task, sparsifier: dstlib.Sparsifier | None) -> str:
 
 
 def main() -> None:
-    lines = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    lines = make_parser(__doc__)
     defaults = "(default: %(default)s)"
     lines.add_argument("--steps", type=int, default=600, help=f"optimizer steps of each network {defaults}")
     lines.add_argument("--seed", type=int, default=0, help=f"of the task, the weights and the masks {defaults}")
@@ -143,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

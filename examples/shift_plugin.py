@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dstlib
-from dstlib.errors import DstlibError, SettingError
+from dstlib.command_line import make_parser, run_command
+from dstlib.errors import SettingError
 from dstlib.layers import add_depth_shift
 from dstlib.layers.shift import AXES
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
@@ -104,9 +105,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def main() -> None:
-    lines = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    lines = make_parser(__doc__)
     defaults = "(default: %(default)s)"
     lines.add_argument(
         "--network", choices=NETWORKS, default="dynunet", help=f"whose convolutions to change {defaults}"
@@ -141,18 +140,5 @@ def main() -> None:
     print(*str(sparsifier.summary()).splitlines()[-2:], sep="\n")
 
 
-def run() -> int:
-    """The exit code: 0 done, 2 something given cannot be used (in one line on stderr), 130 interrupted."""
-    try:
-        main()
-    except DstlibError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_command(main))

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import dstlib
+from dstlib.command_line import run_command
 from dstlib.errors import DataError, SettingError, StateError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -428,7 +429,7 @@ def test_presets_give_way_to_options():
 )
 def test_errors_of_the_command_are_one_line(arguments, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
-    assert cifar10.run() == 2
+    assert run_command(cifar10.main) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(told)
     assert printed.count("\n") == 1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dstlib.command_line import make_parser
 from dstlib.errors import DstlibError, StateError
 from dstlib.integrations.nnunet import TRAINERS, name_settings
 from dstlib.integrations.nnunet_checkpoint import STOCK, export_checkpoint
@@ -73,7 +74,8 @@ def _failure(what: str, where: str, allowed: str, given: str, remedy: str) -> St
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("dstlib-nnunet", description=_ABOUT, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(_ABOUT, prog="dstlib-nnunet")
+    parser.formatter_class = argparse.RawTextHelpFormatter  # nor are the lines on the commands wrapped
     commands = parser.add_subparsers(dest="command", required=True, metavar="env | check | export")
     commands.add_parser("env", help="print the line that makes nnU-Net find the trainers")
     checking = commands.add_parser("check", help="ask nnU-Net whether it finds them")

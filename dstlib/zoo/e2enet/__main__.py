@@ -12,25 +12,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dstlib.zoo.e2enet.cli import run_command
+from dstlib.command_line import make_parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 done, 1 done with findings, 2 something given cannot be used."""
-    lines = argparse.ArgumentParser(
-        prog="python -m dstlib.zoo.e2enet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    lines = make_parser(__doc__, prog="python -m dstlib.zoo.e2enet")
     commands = lines.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_check, _add_predict, _add_evaluate, _add_compare, _add_phantoms):
         add(commands)
     options = lines.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
-    codes: list[int] = []
-    failed = run_command(lambda: codes.append(command(options)))
-    return failed or codes[0]
+    return run_command(lambda: command(options))
 
 
 Commands = argparse._SubParsersAction  # argparse offers no public name for it

@@ -1,14 +1,12 @@
 """The command line that the four recipes share."""
 
 import argparse
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from dstlib.errors import DstlibError
+from dstlib.command_line import make_parser
 from dstlib.methods import METHODS
 from dstlib.zoo.e2enet.recipes import Recipe
 from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS
@@ -34,9 +32,7 @@ CHOICES = {"method": ("dense", *METHODS), "optimizer": OPTIMIZERS}
 
 def parser(description: str | None, recipe: Recipe) -> argparse.ArgumentParser:
     """A command line whose defaults are those of the recipe's presets."""
-    lines = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    lines = make_parser(description)
     lines.add_argument(
         "--preset", choices=recipe.presets, help="the scale (default: quick on --data, demo on phantoms)"
     )
@@ -47,22 +43,6 @@ def parser(description: str | None, recipe: Recipe) -> argparse.ArgumentParser:
     _add_execution(lines.add_argument_group("execution"))
     _add_training(lines.add_argument_group("training; without a value, the preset's"), recipe)
     return lines
-
-
-def run_command(main: Callable[[], object]) -> int:
-    """Runs a script: the exit code, with an error in one line on stderr instead of a traceback.
-
-    0 done; 2 something given cannot be used; 130 interrupted.
-    """
-    try:
-        main()
-    except DstlibError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interruption:
-        print(f"\n{interruption if interruption.args else 'Interrupted.'}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def _add_data(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
