@@ -26,10 +26,9 @@ from torch import nn
 
 import dstlib
 from dstlib.command_line import make_parser
-from dstlib.history import History
+from dstlib.history import History, explored_by_chance
 from dstlib.masking import Criterion, magnitude, random, zeros
 from dstlib.schedules import Constant, Cosine, Curve
-from dstlib.tracks import explored_by_chance
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dstlib.history import History
+from dstlib.history import Change, History
 from dstlib.masking import num_units
-from dstlib.methods.reading import Reading, examples, find_reading
+from dstlib.methods.dense_gradients import Reading, examples, find_reading
 from dstlib.profile import Convention, Profile, Shape, profile
 from dstlib.schedules import Every
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import plain_name, unwrap
-from dstlib.tracks import Change
 
 
 def training_flops(sparse: float, dense: float, *, share: float = 0.0, learned: float | None = None) -> float:

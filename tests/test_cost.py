@@ -11,7 +11,7 @@ import dstlib
 from dstlib import NM, History, TrainingCost
 from dstlib.cost import training_flops
 from dstlib.masking import Trace, gradient, magnitude
-from dstlib.methods.reading import Reading, examples, find_reading
+from dstlib.methods.dense_gradients import Reading, examples, find_reading
 
 INPUT = (4, 2, 6, 6)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import dstlib
 from dstlib import NM, History, StateError, TrainingCost
-from dstlib.tracks import dead_channels, explored_by_chance
+from dstlib.history import dead_channels, explored_by_chance
 
 
 def built(name="rigl", **changes):

@@ -10,7 +10,15 @@ from strategies import drawn, generator, grid, seeds, shapes
 from torch import Tensor
 
 from dstlib import Site
-from dstlib.masking import Criterion, Element, link_prediction, link_prediction_l3, links, site_generator, update_mask
+from dstlib.masking import (
+    Criterion,
+    Element,
+    criteria,
+    link_prediction,
+    link_prediction_l3,
+    site_generator,
+    update_mask,
+)
 
 # Outputs A to D, inputs 1 to 4.
 #   A 1 2 . .
@@ -143,7 +151,7 @@ def test_neither_the_order_of_nodes_nor_the_side_matters(criterion: Criterion, m
 def test_chunks_do_not_show(criterion: Criterion, mask: Tensor, chunk: int) -> None:
     whole = criterion(site(mask))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(links, "_CHUNK", chunk)
+        patch.setattr(criteria, "_CHUNK", chunk)
         torch.testing.assert_close(criterion(site(mask)), whole, rtol=1.2e-7, atol=0)
 
 

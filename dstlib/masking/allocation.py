@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dstlib.errors import SettingError
-from dstlib.masking.budget import Account, Allocation, Budget, Terms, num_dropped
+from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms, num_dropped
 from dstlib.masking.counts import apportion, round_up
 from dstlib.masking.selection import select_top
 
@@ -247,3 +247,32 @@ def _first_of_group_first(score_GU: Tensor, among_GU: Tensor) -> Tensor:
     """The best candidate of each group ahead of all others, so that no group is left empty."""
     best_G1 = score_GU.masked_fill(~among_GU, -torch.inf).argmax(dim=1, keepdim=True)
     return score_GU.scatter(1, best_G1, torch.inf)
+
+
+ModelScores = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class AtInit:
+    """Scores of all sparse weights at once, in place of a method's ``init``; how many each keeps follows from them.
+
+    ``scores`` maps the parameters, with zeros where units are gone already, to a score for each entry; None for
+    a parameter that it has nothing to say of, which is an error. Over ``rounds`` the density falls
+    geometrically to the target, and scores are taken anew each time. What ``allocate`` gives each weight is its
+    number from then on. :mod:`dstlib.at_init` makes these from a model.
+    """
+
+    name: str
+    scores: ModelScores
+    rounds: int = 1
+    allocate: Allocator = global_units
+
+
+def falling(num_all: int, num_last: int, rounds: int) -> list[int]:
+    """Units left after each round, a geometric sequence that ends exactly at ``num_last``.
+
+    >>> falling(1000, 10, 2)
+    [100, 10]
+    """
+    ratio = num_last / num_all
+    return [max(round(num_all * ratio ** (k / rounds)), num_last) for k in range(1, rounds)] + [num_last]

@@ -1,7 +1,10 @@
 """Criteria: from a site to one score per weight; high = keep, high = grow.
 
 A criterion never knows the granularity: scores are averaged over each unit afterwards, so ``magnitude`` is
-the L1 norm of a kernel and ``magnitude_l2`` orders kernels by their L2 norm.
+the L1 norm of a kernel and ``magnitude_l2`` orders kernels by their L2 norm. Criteria of what weights are, of
+the gradients that they get, of the links that a layer has, and of chance.
+
+Shapes: O out, N in with kernel taps.
 
 >>> from dstlib.masking import site_generator
 >>> weight, grad = torch.tensor([[3.0, -4.0, 1.0]]), torch.tensor([[0.0, -2.0, 5.0]])
@@ -15,14 +18,15 @@ tensor([[1.0000, 1.0000, 0.5000]])
 (tensor([[0., 8., 5.]]), tensor([[3.0000, 5.0000, 3.5000]]))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dstlib.errors import ScoreError, SettingError
-from dstlib.masking.site import Site
+from dstlib.masking.site import Criterion, Site
+from dstlib.schedules.curves import Curve
 
 
 def magnitude(site: Site) -> Tensor:
@@ -222,3 +226,217 @@ def _wide(x: Tensor) -> Tensor:
 
 def _nonzero(x: Tensor) -> Tensor:
     return x.where(x != 0, torch.ones_like(x))
+
+
+# Link prediction: which missing links of a layer the links that it has make likely. A mask is a bipartite graph of O
+# outputs and N = I·K inputs. Two nodes u and v of opposite sides, a missing link, are as likely to be linked as the
+# paths of three links u - a - b - v between them tell. No weight and no gradient has a say.
+#
+# A link that is there is scored as if it alone were not, so that one that an update drops competes with the others on
+# equal terms to grow back. The other dropped links still count: a criterion sees the mask before the update. Sums are
+# in double precision and rounded to single at the end, so that scores that are equal in theory tie, on every device.
+# Pairs without a path score 0, and ties go to the lower index; ``Sampled`` leaves them to chance.
+#
+# Shapes: S one side of the graph and T the other; R some rows of S.
+
+_CHUNK = 2**20  # numbers in one transient matrix: 8 MiB, of which half a dozen live at once
+
+
+def link_prediction(site: Site) -> Tensor:
+    """Cannistraci-Hebb, CH2-L3n: Σ_z (1 + di_z) / (1 + de_z) over the nodes z between u and v.
+
+    The local community of (u, v) are all a and b on paths u - a - b - v. Of a node z in it, di_z links stay
+    within the community, and de_z lead neither there nor to u and v.
+
+    Reference: Zhang et al. 2025 (CHTs, "Brain network science modelling of sparse neural networks enables
+    Transformers and LLMs to perform as fully connected", arXiv:2501.19107), section 3.1 and appendix C;
+    internal and external links as in Muscoloni et al. 2018 (bioRxiv 346916). With both increments of 1, as in the
+    paper and in the authors' code for language models; their code for perceptrons lacks that of di. CHT (Zhang
+    et al. 2024) has the path-based CH3-L3p instead, whose cost grows with the cube of the degree. The kernel
+    taps of a convolution count as inputs of their own, where the papers have linear layers only.
+
+    >>> from dstlib.masking import site_generator
+    >>> w = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])  # the chain of input 0, output 0, input 1, ...
+    >>> link_prediction(Site(name="fc", weight=w, mask=w != 0, grad=None, momentum=None, step=1,
+    ...                      generator=site_generator(0, 1, "fc")))
+    tensor([[0., 0., 4.],
+            [4., 0., 0.]])
+    """
+    linked_ON = site.mask.flatten(1).double()
+    score_ON = _communities(linked_ON) + _communities(linked_ON.T).T
+    return score_ON.float().view(site.mask.shape)
+
+
+def link_prediction_l3(site: Site) -> Tensor:
+    """Paths of three links, normalised by degree: Σ 1/√(k_a·k_b) over the paths u - a - b - v.
+
+    Reference: Kovács et al. 2019, "Network-based prediction of protein interactions", equation 1. The same as
+    RA-L3 in the terms of Muscoloni et al. 2018.
+
+    >>> from dstlib.masking import site_generator
+    >>> w = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    >>> link_prediction_l3(Site(name="fc", weight=w, mask=w != 0, grad=None, momentum=None, step=1,
+    ...                         generator=site_generator(0, 1, "fc")))
+    tensor([[0.0000, 0.0000, 0.5000],
+            [0.5000, 0.0000, 0.0000]])
+    """
+    linked_ON = site.mask.flatten(1).double()
+    num_out, num_in = linked_ON.shape
+    # the middle of a path is a pair of the same side: of the smaller one, as there are fewer
+    score_ON = _paths(linked_ON) if num_out <= num_in else _paths(linked_ON.T).T
+    return score_ON.float().view(site.mask.shape)
+
+
+def _communities(linked_ST: Tensor) -> Tensor:
+    """The part of the sum for z on the side S: the neighbours of v, other than u, that have one in common with u.
+
+    Of z, what it has in common with u is in the community, so di_z and de_z depend on u and z alone.
+    """
+    degree_S = linked_ST.sum(dim=1)
+    score_ST = torch.empty_like(linked_ST)
+    for rows in _chunks(len(linked_ST)):
+        linked_RT = linked_ST[rows]
+        common_RS = linked_RT @ linked_ST.T
+        common_RS.diagonal(rows.start).zero_()  # z is not u itself
+        # no link u - v: di = common, de = k - common - 1, the 1 being z - v; 0 would mean that u - v is a link
+        missing_RS = ((1 + common_RS) / (degree_S - common_RS).clamp(min=1)) * (common_RS > 0)
+        # a link u - v, taken away: v was in common, so di = common - 1 and de = k - common
+        present_RS = common_RS / (1 + degree_S - common_RS) * (common_RS > 1)
+        score_ST[rows] = torch.where(linked_RT > 0, present_RS @ linked_ST, missing_RS @ linked_ST)
+    return score_ST
+
+
+def _paths(linked_ST: Tensor) -> Tensor:
+    """Σ over a of the side T and b of the side S."""
+    rate_S, rate_T = (linked_ST.sum(dim=axis).clamp(min=1) ** -0.5 for axis in (1, 0))
+    by_S_ST = linked_ST * rate_S[:, None]
+    # where u - v is a link, v - b is one for each neighbour b of v, and u - v - b - v is no path
+    back_ST = linked_ST * rate_T * (by_S_ST.sum(dim=0) - by_S_ST)
+    score_ST = torch.empty_like(linked_ST)
+    for rows in _chunks(len(linked_ST)):
+        common_RS = (linked_ST[rows] * rate_T) @ linked_ST.T
+        common_RS.diagonal(rows.start).zero_()  # b is not u itself
+        score_ST[rows] = common_RS @ by_S_ST
+    # rounding leaves 1e-12 of what cancels; the rarest path, 1/√(S·T), is far more than 1e-9 of all of them
+    left_ST = score_ST - back_ST
+    return left_ST.where(left_ST > 1e-9 * score_ST, torch.zeros_like(left_ST))
+
+
+def _chunks(num_rows: int) -> Iterator[slice]:
+    """Rows of a square matrix, in pieces of bounded size."""
+    step = max(_CHUNK // max(num_rows, 1), 1)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+# Selection by chance: keys whose highest are drawn, or whose lowest are removed, with odds of your choice. A race
+# decides. Each unit is given an exponential waiting time of a rate of its own; the order of arrival is the order of
+# draws without replacement, each draw with probability proportional to the rate among what is left (the minimum of
+# exponentials, and their lack of memory, say so). The logarithms of the times serve as keys.
+#
+#  - ``Sampled`` draws what stays or grows: rate score^exponent, the highest key for the first to arrive.
+#  - ``SampledRemoval`` draws what goes: rate score^-exponent, the lowest key for the first to arrive.
+#
+# The two differ. To keep by draws protects the high scores, to remove by draws exposes the low ones. Either holds
+# within any set of candidates, such as the active weights of an update, and for any number drawn. Units of one weight
+# are drawn exactly. Over the elements of larger units, keys are averaged as all scores are: chance still, but the
+# probabilities are not the ones above.
+#
+# Each call draws from the site's generator, after the criterion has: a drop and a grow criterion of one update see the
+# same site and draw different numbers, in that order; the same seed, step and name draw the same again.
+
+_MOST = 1e6  # of an exponent; keys stay exact to 1e-7
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The k highest keys are k draws without replacement, with probability ∝ criterion^``exponent``.
+
+    ``exponent`` is a number or a curve of the site's progress: 0 draws uniformly, and the higher, the closer to
+    the criterion's own order. Scores of 0 come after all others, among themselves by chance; but 0^0 is 1.
+
+    Errors: ScoreError for scores that are negative or not finite; SettingError for an exponent outside [0, 1e6].
+
+    Reference: Efraimidis & Spirakis 2006, algorithm A; Kool et al. 2019 (Gumbel top-k). Zhang et al. 2025
+    (CHTs), section 3.1: links are kept by draws with probability ∝ score^(δ/(1 - δ)), δ growing from 0.5 to
+    0.75, hence ``Sampled(magnitude, Linear(1, 3))``, and grown ∝ score. Deviates in that links without a score
+    are grown by chance only once no others are left.
+
+    >>> from dstlib.masking import magnitude, site_generator
+    >>> w = torch.tensor([5.0, 0.0, 1.0, 3.0]).repeat(900, 1)  # a draw in each row
+    >>> site = Site(name="fc", weight=w, mask=w != 0, grad=None, momentum=None, step=1,
+    ...             generator=site_generator(0, 1, "fc"))
+    >>> Sampled(magnitude)(site).argmax(dim=1).bincount()  # about 500, 0, 100, 300
+    tensor([474,   0, 103, 323])
+    """
+
+    criterion: Criterion
+    exponent: Curve | float = 1.0
+
+    def __call__(self, site: Site) -> Tensor:
+        return _keys(site, self.criterion, self.exponent, sign=-1)
+
+
+@dataclass(frozen=True)
+class SampledRemoval:
+    """The k lowest keys are k removals without replacement, with probability ∝ criterion^-``exponent``.
+
+    ``exponent`` is a number or a curve of the site's progress: 0 removes uniformly, and the higher, the closer
+    to the criterion's own order. Scores of 0 go before all others, among themselves by chance; but 0^0 is 1.
+
+    Errors: ScoreError for scores that are negative or not finite; SettingError for an exponent outside [0, 1e6].
+
+    Reference: as :class:`Sampled`, turned round. Not what CHTs does, which draws what it keeps.
+    """
+
+    criterion: Criterion
+    exponent: Curve | float = 1.0
+
+    def __call__(self, site: Site) -> Tensor:
+        return _keys(site, self.criterion, self.exponent, sign=1)
+
+
+def _keys(site: Site, criterion: Criterion, exponent: Curve | float, *, sign: int) -> Tensor:
+    """log score^exponent + ``sign`` · log waiting time, and below all of them, by chance, scores of 0.
+
+    In double precision: ten million keys tie too often in single.
+    """
+    score = _scores(site, criterion)
+    power = _power(site, exponent)
+    is_zero = (score == 0) & (power > 0)
+    log_time = _log_time(site)
+    key = power * score.where(score > 0, torch.ones_like(score)).log() + sign * log_time
+    lowest = key.masked_fill(is_zero, 0.0).min()
+    return torch.where(is_zero, lowest - 4 + log_time, key)  # log_time is below 4
+
+
+def _scores(site: Site, criterion: Criterion) -> Tensor:
+    score = criterion(site).double()
+    is_fit = (score >= 0) & score.isfinite()
+    if not bool(is_fit.all()):
+        raise ScoreError.of(
+            "scores to draw by",
+            f"{site.name} at step {site.step}",
+            allowed="finite numbers, 0 or more",
+            given=f"{int((~is_fit).sum())} that are not",
+            remedy="Draw by a criterion that is never negative, such as magnitude.",
+        )
+    return score
+
+
+def _power(site: Site, exponent: Curve | float) -> float:
+    power = exponent(site.progress) if callable(exponent) else exponent
+    if not 0 <= power <= _MOST:
+        raise SettingError.of(
+            "exponent",
+            f"{site.name} at step {site.step}",
+            allowed=f"a number in [0, {_MOST:g}]",
+            given=power,
+            remedy="Beyond, chance has no say: use the criterion itself.",
+        )
+    return power
+
+
+def _log_time(site: Site) -> Tensor:
+    """Logarithms of exponential waiting times of rate 1: in [-37, 3.7]."""
+    uniform = torch.rand(site.weight.shape, generator=site.generator, dtype=torch.float64, device="cpu")
+    return uniform.clamp_(min=2.0**-54).log_().neg_().log_().to(site.weight.device)

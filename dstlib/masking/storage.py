@@ -1,15 +1,37 @@
-"""Dense storage: weights that live on under the mask, for methods whose inactive weights go on learning.
-
-By default the weights outside a mask are zero, and that is all there is. Under dense storage the model still
-computes with zeros there, but the values are kept aside, come back for the optimizer's step, and are hidden
-again after it: the model's forward, its state-dict keys and its type stay what they were.
-"""
+"""What a method keeps of all weights, active or not, in one dense tensor each: gathered gradients, hidden values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dstlib.errors import SettingError
+from dstlib.masking.criteria import plain_gradient
+from dstlib.masking.site import Criterion
 from dstlib.schedules import Constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """``trace ← decay · trace + of(site)``, at each step or at the last ``steps`` before an update.
+
+    With ``steps``, a trace begins anew after each update: ``Trace(steps=8)`` ranks like the mean gradient of
+    eight steps. Without, it is never cleared, and goes on until the last update: ``Trace(decay=0.9)`` is a
+    momentum that inactive weights have too, which the optimizer's, masked as it is, cannot be. Costs one tensor
+    of the weight's size, and reads the dense gradient at every step it gathers.
+
+    Errors: SettingError for a decay outside [0, 1] or fewer than one step.
+    """
+
+    of: Criterion = plain_gradient
+    decay: float = 1.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            remedy = "1 adds up; 0.9 forgets by a tenth a step."
+            raise SettingError.of("decay", "Trace", allowed="a number in [0, 1]", given=self.decay, remedy=remedy)
+        if self.steps is not None and self.steps < 1:
+            remedy = "None gathers at every step."
+            raise SettingError.of("steps", "Trace", allowed="1 or more", given=self.steps, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -28,7 +50,11 @@ class OverDensity:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseStorage:
-    """Which hidden weights learn, and how they are pulled towards zero.
+    """Weights that live on under the mask: which of them learn, and how they are pulled towards zero.
+
+    By default the weights outside a mask are zero, and that is all there is. Under dense storage the model still
+    computes with zeros there, but the values are kept aside, come back for the optimizer's step, and are hidden
+    again after it: the model's forward, its state-dict keys and its type stay what they were.
 
     ``extra`` is the density of further units, beyond the active ones, that receive gradients; None: all of
     them do (a straight-through gradient). ``decay`` maps the density of a weight to the strength of the pull:

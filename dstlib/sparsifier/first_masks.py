@@ -7,7 +7,7 @@ import torch
 
 from dstlib.errors import ScoreError
 from dstlib.masking import NM, AtInit, Budget, Terms, falling, num_units, random, spend
-from dstlib.masking.apply import zero_outside_
+from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.masked import Masked
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.update import Scored, accounts_of, check_budgets, exchange_site, make_site, rank, views_of

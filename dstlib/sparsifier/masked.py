@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dstlib.errors import StateError
-from dstlib.masking.apply import zero_outside_
+from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.optimizer_state import parameter_ids, same_shape_state
 from dstlib.targets import Weight
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.masking.apply import zero_outside_
+from dstlib.masking.update import zero_outside_
 from dstlib.report import Row, Summary
 from dstlib.sparsifier.first_masks import with_densities
 from dstlib.sparsifier.hooks import forget, listen

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dstlib.masking.apply import zero_outside_
+from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.distributed import check_equal_masks
 from dstlib.sparsifier.first_masks import choose_first_masks
 from dstlib.sparsifier.masked import Masked
