@@ -17,9 +17,9 @@ from dstlib.profile import profile
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.dataset import Dataset, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
-from dstlib.zoo.e2enet.evaluation.results import write_report
 from dstlib.zoo.e2enet.inference.predict import Trained, outcome_table, predict_scans
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
+from dstlib.zoo.e2enet.report import write_report
 from dstlib.zoo.e2enet.training.interrupt import interruptible
 from dstlib.zoo.e2enet.training.log import Log
 from dstlib.zoo.e2enet.training.ranks import process_group

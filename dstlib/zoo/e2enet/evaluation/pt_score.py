@@ -1,4 +1,4 @@
-"""Methods compared: the PT score of accuracy against cost, and the critical distance of their ranks.
+"""Methods compared: the PT score of accuracy against cost, and the critical distance of their average ranks.
 
 Shapes: N cases, M methods.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata, studentized_range
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Row:
 
 
 def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None, ...]:
-    """mDice / mDice_max + alpha · (Params_min / Params + FLOPs_min / FLOPs), over the extremes of these rows.
+    """Computes mDice / mDice_max + alpha · (Params_min / Params + FLOPs_min / FLOPs), over the extremes of these rows.
 
     The extremes may come from different rows. A row with a cost unknown has no score, and sets no extreme.
 
@@ -45,9 +45,8 @@ def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None,
     >>> pt_scores([best, cheap])
     (1.5, 1.75)
     """
-    if not (math.isfinite(alpha) and alpha >= 0):
-        remedy = "The paper's is 0.5."
-        raise SettingError.of("alpha", "pt_scores()", allowed="a number from 0 up", given=alpha, remedy=remedy)
+    is_weight = math.isfinite(alpha) and alpha >= 0
+    require(is_weight, "alpha", "pt_scores()", allowed="a number from 0 up", given=alpha, remedy="The paper's is 0.5.")
     for row in rows:
         numbers = (row.dice, row.params, row.flops)
         if not all(number is None or (math.isfinite(number) and number > 0) for number in numbers):
@@ -68,8 +67,8 @@ def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None,
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
-    """Of M methods: ``average`` ranks (M,), 1 the best, and the distance from which on two of them differ.
+class NemenyiTest:
+    """The ``average`` ranks (M,) of M methods, 1 the best, and the distance from which on two of them differ.
 
     ``groups`` are the longest runs of methods, best first, whose ranks lie within that distance: the bars of a
     critical-distance diagram. A method that differs from all others is in none.
@@ -80,8 +79,8 @@ class Ranks:
     groups: tuple[tuple[int, ...], ...]
 
 
-def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> Ranks:
-    """Average ranks over the cases, higher scores first, and Nemenyi's critical distance at level ``alpha``.
+def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> NemenyiTest:
+    """Computes average ranks over the cases, highest score first, and Nemenyi's critical distance at level ``alpha``.
 
     Ties share their mean rank. The distance is q_alpha · sqrt(M (M + 1) / 6 N), q_alpha the studentized range over
     sqrt(2). It asks for cases scored by every method: choose how to rank a missing structure before (as 0, say).
@@ -92,13 +91,12 @@ def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> Ranks:
 
     Reference: Demšar, *Statistical comparisons of classifiers over multiple data sets* (JMLR 2006), section 3.2.2.
 
-    >>> ranks = nemenyi(np.array([[0.9, 0.8], [0.7, 0.6], [0.5, 0.5]]))
-    >>> ranks.average.round(3).tolist(), round(ranks.critical_distance, 3), ranks.groups
+    >>> test = nemenyi(np.array([[0.9, 0.8], [0.7, 0.6], [0.5, 0.5]]))
+    >>> test.average.round(3).tolist(), round(test.critical_distance, 3), test.groups
     ([1.167, 1.833], 1.132, ((0, 1),))
     """
-    if not 0 < alpha < 1:
-        allowed, remedy = "a level between 0 and 1", "Pass 0.05, say."
-        raise SettingError.of("alpha", "nemenyi()", allowed=allowed, given=alpha, remedy=remedy)
+    is_level = 0 < alpha < 1
+    require(is_level, "alpha", "nemenyi()", allowed="a level between 0 and 1", given=alpha, remedy="Pass 0.05, say.")
     if scores_NM.ndim != 2 or scores_NM.shape[0] < 1 or scores_NM.shape[1] < 2 or not np.isfinite(scores_NM).all():
         given = f"{scores_NM.shape} with {int((~np.isfinite(scores_NM)).sum())} that are not finite"
         allowed, remedy = "finite scores (cases, two methods or more)", "Leave out cases that a method has no score of."
@@ -107,7 +105,7 @@ def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> Ranks:
     average = rankdata(-scores_NM, axis=1).mean(axis=0)
     q_alpha = float(studentized_range.ppf(1 - alpha, num_methods, np.inf)) / math.sqrt(2)
     distance = q_alpha * math.sqrt(num_methods * (num_methods + 1) / (6 * num_cases))
-    return Ranks(average, distance, _groups(average, distance))
+    return NemenyiTest(average, distance, _groups(average, distance))
 
 
 def _groups(average: NDArray[np.float64], distance: float) -> tuple[tuple[int, ...], ...]:

@@ -1,4 +1,4 @@
-"""What a finished training comes to: tables on the screen, ``result.json``, ``scores.csv`` and figures in the run.
+"""What a finished run comes to: tables on the screen, and ``result.json``, ``scores.csv`` and figures in its folder.
 
 Shapes: K foreground classes.
 """
@@ -18,8 +18,8 @@ from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.nifti import read_label, read_scan
 from dstlib.zoo.e2enet.evaluation.figures import flow_figure, flow_shares, learning_curve, slice_comparison
+from dstlib.zoo.e2enet.evaluation.postprocessing import choose_postprocessing
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
-from dstlib.zoo.e2enet.inference.postprocess import choose_postprocessing
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.run_directory import Run
 from dstlib.zoo.e2enet.training.state import Training
@@ -30,7 +30,7 @@ CONVENTIONS: tuple[Convention, ...] = ("exact", "paper")
 def write_report(
     run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], *, patch_size: Sequence[int]
 ) -> None:
-    """Prints the tables, then writes ``scores.csv``, ``result.json`` and the figures.
+    """Prints the tables of a finished run, then writes ``scores.csv``, ``result.json`` and the figures.
 
     ``files`` are the held-out cases, whose predictions lie in the run.
     """
@@ -59,7 +59,7 @@ def write_report(
 
 
 def costs(training: Training, patch_size: Sequence[int], *, in_channels: int) -> dict[str, Any]:
-    """Parameters and FLOPs of one patch, of the network dense and, if it is, sparse."""
+    """Counts parameters and FLOPs of one patch, of the network dense and, if it is, sparse."""
     shape = (1, in_channels, *patch_size)
     kinds = {"dense": None, **({"sparse": training.sparsifier} if training.sparsifier else {})}
     counted = {
@@ -73,7 +73,7 @@ def costs(training: Training, patch_size: Sequence[int], *, in_channels: int) ->
 
 
 def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
-    """Dense and sparse, with what the two conventions mean below."""
+    """Returns the table of :func:`costs`, dense and sparse, with what the two conventions mean below."""
     cells = [("network", "params", *(f"FLOPs, {c}" for c in CONVENTIONS))]
     cells += [
         (kind, f"{of['params']:,}", *(f"{of['flops'][c] / 1e9:,.3f} G" for c in CONVENTIONS))
@@ -92,7 +92,7 @@ def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
 
 
 def _postprocessing(run: Run, files: Sequence[CaseFiles], *, num_classes: int) -> tuple[int, ...]:
-    """Over the cases that could be predicted and have a label."""
+    """Chooses the classes to post-process, over the cases that could be predicted and have a label."""
     pairs = [(run.predictions / f"{case.name}.nii.gz", case.label) for case in files if case.label]
     pairs = [(prediction, label) for prediction, label in pairs if prediction.exists()]
     predictions = (read_label(prediction)[0] for prediction, _ in pairs)
