@@ -1,11 +1,12 @@
-"""Files that are whole at every moment: written under another name, then renamed."""
+"""Files that are whole at every moment, and folders that one process has to itself."""
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dstlib.errors import StateError
 
@@ -30,28 +31,63 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
     except OSError as error:
         _remove(temporary)
-        remedy = "What was written before is whole. Make room, then repeat the command (a training: with --resume)."
         raise StateError.of(
-            path.name, f"folder {path.parent}", allowed="a disk to write to", given=error, remedy=remedy
+            path.name,
+            f"folder {path.parent}",
+            allowed="a disk to write to",
+            given=error,
+            remedy="What was written before is whole. Make room, then repeat the command (a training: with --resume).",
         ) from error
     except BaseException:
         _remove(temporary)
         raise
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, *, what: str = "output") -> None:
     """Makes a folder, and those above it, unless it is there.
 
     Raises:
-        StateError: It cannot be made, or is a file.
+        StateError: It cannot be made, or is a file; ``what`` says what was to lie in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        given, remedy = error.strerror, "Pass a folder you may write to."
-        raise StateError.of(
-            "output", f"folder {folder}", allowed="a folder to write to", given=given, remedy=remedy
-        ) from error
+        refuse_folder(folder, error, what=what)
+
+
+def refuse_folder(folder: Path, error: OSError, *, what: str) -> NoReturn:
+    """Refuses a folder that the system does not let this process write to.
+
+    Raises:
+        StateError: Always.
+    """
+    raise StateError.of(
+        what,
+        f"folder {folder}",
+        allowed="a folder to write to",
+        given=error.strerror,
+        remedy="Pass a folder you may write to.",
+    ) from error
+
+
+@contextmanager
+def locked(folder: Path, *, if_held: Callable[[], object], refuse: Callable[[OSError], NoReturn]) -> Iterator[None]:
+    """Holds a folder against other processes; the system lets go of it however this one ends.
+
+    Where another process holds it, ``if_held`` is called: it may raise, or else the lock is waited for. ``refuse``
+    raises what a user is to read where the folder cannot be written to.
+    """
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the yield
+    except OSError as error:
+        refuse(error)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if_held()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _remove(path: Path) -> None:

@@ -24,8 +24,8 @@ from dstlib.command_line import make_parser, run_command
 from dstlib.errors import SettingError
 from dstlib.layers import add_depth_shift
 from dstlib.layers.shift import AXES
+from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
-from dstlib.zoo.e2enet.data.phantoms.organs import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization
 
 NUM_CLASSES = len(AMOS_ORGANS) + 1  # with the background

@@ -13,17 +13,20 @@ from scipy import ndimage
 
 from dstlib.errors import SettingError
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.dataloading.augment import (
+from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     Augmentation,
     Chance,
+    blur,
     change_intensities,
+    contrast,
+    gamma,
+    low_resolution,
     random_affine,
     resample,
     seen_box,
     thin_axis,
 )
-from dstlib.zoo.e2enet.data.dataloading.intensities import blur, contrast, gamma, low_resolution
-from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
 
 NAMES = [field.name for field in fields(Augmentation) if field.name != "per_channel"]
 NEVER = Augmentation(**{name: replace(getattr(Augmentation(), name), probability=0) for name in NAMES})

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 
 from dstlib import files as whole_files
+from dstlib import workers
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
-from dstlib.zoo.e2enet.data.preprocessing import cache, cache_entries
+from dstlib.zoo.e2enet.data.preprocessing import cache
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import fingerprint, plan_preparation
-from dstlib.zoo.e2enet.data.preprocessing.preparation import prepare_scan
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import prepare_scan
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_scan
 
 FORK = multiprocessing.get_context("fork")  # so that children see what a test has replaced
@@ -85,7 +86,7 @@ def reads(monkeypatch):
         names.append(files.name)
         return examine_scan(files, **options)
 
-    monkeypatch.setattr(cache_entries, "examine_scan", examine)
+    monkeypatch.setattr(cache, "examine_scan", examine)
     return names
 
 
@@ -171,7 +172,7 @@ def test_another_number_of_classes_is_checked_again(manifest, tmp_path):
 
 def test_another_format_is_made_anew(manifest, tmp_path, reads, monkeypatch):
     prepare(manifest, tmp_path)
-    monkeypatch.setattr(cache_entries, "FORMAT", cache_entries.FORMAT + 1)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     prepare(manifest, tmp_path)
     assert reads == list("abcabc") * 2
 
@@ -181,7 +182,7 @@ def test_other_preparations_stay_and_are_mentioned(manifest, tmp_path, reads, ca
     assert not capsys.readouterr().err
     prepare(manifest, tmp_path, modality="mri")
     said = capsys.readouterr().err
-    assert cache_entries.preparation_key(ct) in said
+    assert cache.preparation_key(ct) in said
     assert "Delete what you do not need" in said
     reads.clear()
     prepare(manifest, tmp_path)
@@ -195,7 +196,7 @@ def test_an_interrupted_renewal_does_not_pass_for_the_old_entry(manifest, tmp_pa
     image = manifest.train[1].images[0]
     content, status = image.read_bytes(), image.stat()
     nibabel.save(nibabel.Nifti1Image(np.full((6, 6, 8), 7.0, np.float32), np.diag([-1.0, 1, 3, 1])), image)
-    monkeypatch.setattr(cache_entries, "write_json", Fault(KeyboardInterrupt()))
+    monkeypatch.setattr(cache, "write_json", Fault(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         prepare(manifest, tmp_path / "cache", preparation=preparation)
     monkeypatch.undo()
@@ -212,7 +213,7 @@ def test_a_source_that_changes_while_it_is_read_is_a_defect(manifest, tmp_path, 
             os.utime(files.label, ns=(1, time.time_ns()))
         return found
 
-    monkeypatch.setattr(cache_entries, "examine_scan", examine)
+    monkeypatch.setattr(cache, "examine_scan", examine)
     with pytest.raises(DataError, match=r"b: .*b-image.nii or its label changed while they were read"):
         prepare(manifest, tmp_path)
 
@@ -417,7 +418,7 @@ def test_three_processes_at_once_share_the_work(manifest, tmp_path, monkeypatch)
             file.write(files.name)
         return examine_scan(files, **options)
 
-    monkeypatch.setattr(cache_entries, "examine_scan", examine)
+    monkeypatch.setattr(cache, "examine_scan", examine)
     processes = [FORK.Process(target=prepare, args=(manifest, tmp_path / "cache")) for _ in range(3)]
     for process in processes:
         process.start()
@@ -431,7 +432,7 @@ def test_three_processes_at_once_share_the_work(manifest, tmp_path, monkeypatch)
 def test_workers_make_the_same_cache(manifest, tmp_path, monkeypatch, how):
     """They are spawned, which takes seconds; forked, the rest of their life is the same."""
     context = multiprocessing.get_context(how)
-    monkeypatch.setattr(cache.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: context)
     prepare(manifest, tmp_path / "alone")
     truncate(manifest.train[1].images[0])
     _, preparation = prepare(replace(manifest, train=manifest.train[::2]), tmp_path / "pair")
@@ -442,8 +443,8 @@ def test_workers_make_the_same_cache(manifest, tmp_path, monkeypatch, how):
 
 
 def test_a_worker_that_dies_is_an_error(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "as_completed", Fault(BrokenProcessPool()))
-    monkeypatch.setattr(cache, "ProcessPoolExecutor", IdlePool)
+    monkeypatch.setattr(workers, "as_completed", Fault(BrokenProcessPool()))
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", IdlePool)
     with pytest.raises(StateError, match="one that the system ended, most likely for want of memory"):
         prepare(manifest, tmp_path, workers=2)
 
@@ -523,6 +524,6 @@ def test_a_scan_that_outgrows_the_memory_is_a_defect_that_names_its_voxels(manif
     def fail(scan, preparation):
         raise MemoryError("Unable to allocate 191 GiB")
 
-    monkeypatch.setattr(cache_entries, "prepare_scan", fail)
+    monkeypatch.setattr(cache, "prepare_scan", fail)
     with pytest.raises(DataError, match=r"does not fit into memory .*191 GiB.*mm, is that right\?"):
         prepare(manifest, tmp_path / "cache")

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError
-from dstlib.zoo.e2enet.data.layouts.detect import only_modality, read_manifest
-from dstlib.zoo.e2enet.data.scans.check import WHOLE_SET, check, refuse
+from dstlib.zoo.e2enet.data.layouts.amos import only_modality
+from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.scans.integrity import WHOLE_SET, check, refuse
 
 SHAPE = (4, 5, 6)  # x, y, z
 AFFINE = np.diag([0.5, 0.75, 3.0, 1.0])

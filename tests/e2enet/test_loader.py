@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, DstlibError, SettingError
-from dstlib.zoo.e2enet.data.dataloading import loader
-from dstlib.zoo.e2enet.data.dataloading.loader import batches
-from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading import dataloader
+from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 
 PATCHES = PatchSettings(patch_size=(8, 12, 12), batch_size=3)
@@ -93,7 +93,7 @@ def test_an_error_comes_after_the_batches_before_it(cases, monkeypatch):
             raise DstlibError("no such luck")
         return draw_batch(*args, iteration=iteration, **settings)
 
-    monkeypatch.setattr(loader, "draw_batch", draw)
+    monkeypatch.setattr(dataloader, "draw_batch", draw)
     drawn = batches(cases, PATCHES, seed=0, start=0, stop=5, workers=2)
     assert len(list(itertools.islice(drawn, 2))) == 2
     with pytest.raises(DstlibError, match=r"^no such luck$"):

@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstlib.errors import SettingError
-from dstlib.zoo.e2enet.data.phantoms.mri import (
-    BRAIN_VIEW,
-    MIN_BRAIN_SHAPE,
-    TUMOUR_CHANNELS,
-    TUMOUR_CLASSES,
-    hippocampus_phantom,
-    tumour_phantom,
-)
+from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS, TUMOUR_CLASSES
+from dstlib.zoo.e2enet.data.phantoms.mri import BRAIN_VIEW, MIN_BRAIN_SHAPE, hippocampus_phantom, tumour_phantom
 
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = st.sampled_from([MIN_BRAIN_SHAPE, (48, 64, 64), (40, 72, 48)])

@@ -10,7 +10,7 @@ from torch.nn import functional
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization
-from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.inference import predict
 from dstlib.zoo.e2enet.inference.predict import Trained, outcome_table, predict_folder, predict_scans

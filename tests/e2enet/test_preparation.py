@@ -12,20 +12,19 @@ from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization
-from dstlib.zoo.e2enet.data.preprocessing.placement import Placement, uncropped
-from dstlib.zoo.e2enet.data.preprocessing.preparation import (
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import (
     Preparation,
     place_back,
     prepare_image,
     prepare_label,
     prepare_scan,
 )
-from dstlib.zoo.e2enet.data.preprocessing.resample import (
-    coarse_axis,
+from dstlib.zoo.e2enet.data.preprocessing.resampling import (
     new_shape,
     resample_intensities,
     resample_linearly,
 )
+from dstlib.zoo.e2enet.data.scans.geometry import Placement, coarse_axis, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
 RAS = np.eye(4)

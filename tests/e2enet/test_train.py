@@ -11,7 +11,7 @@ from torch import nn
 
 from dstlib.errors import DstlibError, SettingError, StateError
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
-from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 from dstlib.zoo.e2enet.training import train as module
 from dstlib.zoo.e2enet.training.interrupt import interruptible

@@ -38,7 +38,7 @@ def _add_check(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
-    from dstlib.zoo.e2enet.data.scans.check import check
+    from dstlib.zoo.e2enet.data.scans.integrity import check
 
     findings = check(read_manifest(options.data, options.layout))
     print(findings.table())

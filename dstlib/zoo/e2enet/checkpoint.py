@@ -12,7 +12,7 @@ from torch import nn
 from dstlib.errors import StateError
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.config import E2ENetConfig
-from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.inference.predict import Trained
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dstlib.zoo.e2enet.config import AMOS, BRATS, BTCV, E2ENetConfig
-from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
 Modality = Literal["ct", "mri"]

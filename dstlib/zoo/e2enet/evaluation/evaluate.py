@@ -3,24 +3,21 @@
 Shapes: K foreground classes.
 """
 
-import multiprocessing
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, require
+from dstlib.workers import share
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.scans.defects import Volume, mismatches
+from dstlib.zoo.e2enet.data.scans.check import mismatches
+from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.evaluation.metrics import CaseScores, Scoring, score
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
@@ -47,17 +44,18 @@ def evaluate_folder(
     """
     scoring = scoring or Scoring()
     scoring.tolerances(len(classes))
-    if workers < 0:
-        remedy = "0 scores in this process."
-        raise SettingError.of("workers", "evaluate_folder()", allowed="0 or more", given=workers, remedy=remedy)
+    where = "evaluate_folder()"
+    require(workers >= 0, "workers", where, allowed="0 or more", given=workers, remedy="0 scores in this process.")
     pairs = [(case.label, predictions / f"{case.name}.nii.gz") for case in files]
     work = partial(_score_files, num_classes=len(classes), scoring=scoring)
-    results: dict[str, _Scored | str] = {}
-    with _mapping(min(workers, len(pairs))) as mapped:
-        bar = tqdm(mapped(work, pairs), desc="evaluate", unit="case", total=len(pairs), disable=not progress)
-        for case, found in zip(files, bar, strict=True):
-            results[case.name] = found
-    reasons = {name: found for name, found in results.items() if isinstance(found, str)}
+    scored_pairs = share(work, pairs, workers=workers, where=where, remedy="Try again with fewer workers.")
+    with (
+        closing(scored_pairs),
+        tqdm(scored_pairs, desc="evaluate", unit="case", total=len(pairs), disable=not progress) as bar,
+    ):
+        found = dict(bar)
+    results = {case.name: found[pair] for case, pair in zip(files, pairs, strict=True)}
+    reasons = {name: result for name, result in results.items() if isinstance(result, str)}
     if len(reasons) == len(results):
         listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
         allowed, remedy = "a label and a NAME.nii.gz for some case", f"Predict into this folder first.{listed}"
@@ -109,21 +107,3 @@ def _collect(
     tolerances = scoring.tolerances(len(classes))
     scores = dict(zip(scoring.metrics, values, strict=True))
     return Evaluation(tuple(results), tuple(classes), scores, volumes, tolerances, left_out or {})
-
-
-@contextmanager
-def _mapping(workers: int) -> Iterator[Any]:
-    """A ``map`` in this process, or over several. They are spawned: a fork of a process with threads may hang."""
-    if not workers:
-        yield map
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the first one ends the others

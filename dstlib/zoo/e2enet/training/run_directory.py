@@ -14,7 +14,6 @@
 """
 
 import csv
-import fcntl
 import io
 import json
 import zipfile
@@ -22,12 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from dstlib.errors import StateError, explain
-from dstlib.files import write_json, write_whole
+from dstlib.files import locked, write_json, write_whole
 
 FORMAT = "dstlib.e2enet.run/1"
 MISSING = "nothing"  # how an error shows a field that one of two configurations lacks
@@ -159,25 +158,32 @@ def _refuse_flipped_bits(checkpoint: Path) -> None:
 
 @contextmanager
 def _lock(path: Path, *, create: bool) -> Iterator[None]:
-    """Holds the directory against other processes; the system lets go of it however this one ends."""
+    """Holds the directory against other processes, or refuses to share it."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise StateError.of(
+            "directory",
+            f"run {path}",
+            allowed="a folder to write to" if create else "the folder of a run",
+            given="a file of that name" if path.is_file() else error.strerror,
+            remedy="Pass a folder you may write to." if create else "Name the folder of an existing run to resume it.",
+        ) from error
+
+    def refuse_to_share() -> NoReturn:
+        raise StateError.of(
+            "directory",
+            f"run {path}",
+            allowed="a folder nobody trains in",
+            given="one in use by another process",
+            remedy="Wait for it or stop it, or pass another --run-dir.",
+        )
+
     try:
         if create:
             path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "w")  # noqa: SIM115 - closed below, after the yield
     except OSError as error:
-        remedy = "Pass a folder you may write to." if create else "Name the folder of an existing run to resume it."
-        allowed = "a folder to write to" if create else "the folder of a run"
-        given = "a file of that name" if path.is_file() else error.strerror
-        raise StateError.of("directory", f"run {path}", allowed=allowed, given=given, remedy=remedy) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            remedy = "Wait for it or stop it, or pass another --run-dir."
-            given = "one in use by another process"
-            raise StateError.of(
-                "directory", f"run {path}", allowed="a folder nobody trains in", given=given, remedy=remedy
-            ) from error
+        refuse(error)
+    with locked(path, if_held=refuse_to_share, refuse=refuse):
         yield
 
 

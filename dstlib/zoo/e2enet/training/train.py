@@ -4,8 +4,7 @@ Shapes: B batch, C channels, K classes with the background, D, H, W depth, heigh
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dstlib.errors import DstlibError
+from dstlib.workers import loader_deaths
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.dataloading.loader import batches
-from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings
+from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.settings import TrainSettings
@@ -53,7 +53,7 @@ def train(
     bar = tqdm(
         total=total, initial=training.iteration, desc="train", unit="it", mininterval=1.0, disable=not ranks.leads
     )
-    with bar, _worker_deaths():
+    with bar, loader_deaths():
         for images, labels in drawn:
             if network is None:
                 network = parallel(training, _on_device(images, training))
@@ -67,21 +67,6 @@ def train(
                 save(training)
                 return False
     return True
-
-
-@contextmanager
-def _worker_deaths() -> Iterator[None]:
-    """Says what torch, from a signal handler and so from anywhere, raises when a worker was killed."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        remedy = "Continue with --resume and fewer --workers: each takes memory of its own."
-        given = str(error).splitlines()[0]
-        raise DstlibError.of(
-            "workers", "the loader", allowed="processes that live", given=given, remedy=remedy
-        ) from error
 
 
 def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -7,13 +7,21 @@ images without labels.
 from pathlib import Path
 
 from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.layouts.files import case_name, nifti_files
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
-from dstlib.zoo.e2enet.data.phantoms.organs import BTCV_ORGANS
+
+BTCV_ORGANS = (
+    *AMOS_ORGANS[:9],
+    "portal and splenic veins",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+)
 
 
 def training_folder(folder: Path) -> Path | None:
-    """The folder with img and label: ``folder`` may be Abdomen, RawData, or Training itself."""
+    """Finds the folder with img and label: ``folder`` may be Abdomen, RawData, or Training itself."""
     for candidate in (folder / "RawData" / "Training", folder / "Training", folder):
         if (candidate / "img").is_dir() and (candidate / "label").is_dir():
             return candidate
@@ -21,7 +29,7 @@ def training_folder(folder: Path) -> Path | None:
 
 
 def read_btcv(folder: Path) -> Manifest:
-    """The manifest of the files that are there; a case is named as its image is: img0001.
+    """Reads which files BTCV consists of: those that are there, each case named as its image is: img0001.
 
     An image without a label, or a label without an image, becomes a case of which one file does not exist:
     whoever reads it says so.
@@ -63,7 +71,7 @@ def read_btcv(folder: Path) -> Manifest:
 
 
 def _by_number(files: tuple[Path, ...], prefix: str) -> dict[str, list[Path]]:
-    """The files of each number: with a .nii beside a .nii.gz two, which make two cases of one name, refused later."""
+    """Sorts files by number: two with a .nii beside a .nii.gz, which make two cases of one name, refused later."""
     found: dict[str, list[Path]] = {}
     for file in files:
         found.setdefault(case_name(file).removeprefix(prefix), []).append(file)

@@ -4,31 +4,20 @@ dataset.json holds modality, labels and the lists training, test and (AMOS22) va
 files make the set, so whatever else lies in the folder does no harm.
 """
 
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dstlib.zoo.e2enet.data.layouts.files import MAX_CLASSES, case_name, numbered, refuse_json
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered, refuse_json
+from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
 
-FIRST_MRI = 500  # AMOS22: "id numbers less than 500 belong to CT data, otherwise they belong to MRI data"
-_ID = re.compile(r"(\d+)$")
-
-
-def amos_modality(name: str) -> Literal["ct", "mri"] | None:
-    """What an AMOS22 case was taken with, by its id; None if the name ends in no id.
-
-    >>> amos_modality("amos_0410"), amos_modality("amos_0507"), amos_modality("phantom")
-    ('ct', 'mri', None)
-    """
-    match = _ID.search(name)
-    if match is None:
-        return None
-    return "ct" if int(match[1]) < FIRST_MRI else "mri"
+TUMOUR_CHANNELS = ("FLAIR", "T1w", "T1gd", "T2w")  # of Task01_BrainTumour
+TUMOUR_CLASSES = ("edema", "non-enhancing tumour", "enhancing tumour")
+HIPPOCAMPUS_CHANNELS = ("MRI",)  # of Task04_Hippocampus
+HIPPOCAMPUS_CLASSES = ("Anterior", "Posterior")
 
 
 def read_decathlon(folder: Path, content: dict[str, Any], *, layout: str) -> Manifest:
-    """The manifest that the content of dataset.json gives.
+    """Reads which files a set of the Decathlon, or AMOS22, consists of: those that dataset.json lists.
 
     A validation case without a label (as AMOS22 gave them out during the challenge) counts as a test case.
 
@@ -70,7 +59,7 @@ def _sorted(cases: list[CaseFiles] | tuple[CaseFiles, ...]) -> tuple[CaseFiles, 
 
 
 def _wrong_entries(content: dict[str, Any]) -> list[str]:
-    """What dataset.json lacks, in words."""
+    """Says what dataset.json lacks."""
     wrong = []
     for key, example in (("modality", '{"0": "CT"}'), ("labels", '{"0": "background", "1": "liver"}')):
         table = content.get(key)

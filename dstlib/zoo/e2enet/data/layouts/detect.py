@@ -1,19 +1,17 @@
 """Which files make a data set: recognising the layout of a folder, and reading it into a manifest.
 
-No voxel is opened here: :mod:`dstlib.zoo.e2enet.data.scans.check` does that, for the whole set.
+No voxel is opened here: :mod:`dstlib.zoo.e2enet.data.scans.integrity` does that, for the whole set.
 """
 
 from collections import Counter
-from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from dstlib.errors import DataError, SettingError, explain, similar
+from dstlib.errors import DataError, explain, require, similar
 from dstlib.zoo.e2enet.data.layouts.btcv import read_btcv, training_folder
-from dstlib.zoo.e2enet.data.layouts.decathlon import amos_modality, read_decathlon
-from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, read_json, refuse_copies
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.decathlon import read_decathlon
+from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, read_json
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, read_nnunet
 
 LAYOUTS = ("decathlon", "amos", "btcv", "nnunet")
@@ -26,7 +24,7 @@ _LOOKS = """\
 
 
 def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
-    """The cases of a data set on disk, sorted by name: the same on every machine.
+    """Reads which cases a data set on disk consists of, sorted by name: the same on every machine.
 
     ``layout`` is one of :data:`LAYOUTS`, or None to recognise it. A file that a list names, or that a case
     needs, is in the manifest even if it does not exist: whoever reads the case says so.
@@ -40,11 +38,14 @@ def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
     dstlib.errors.DataError: data set of no/such/folder: expected a folder with a dataset.json, ...
     """
     folder = Path(folder)
-    if layout is not None and layout not in LAYOUTS:
-        remedy = f"Did you mean {similar(layout, LAYOUTS)}? None recognises it."
-        raise SettingError.of(
-            "layout", "read_manifest()", allowed=", ".join(LAYOUTS), given=repr(layout), remedy=remedy
-        )
+    require(
+        layout in (None, *LAYOUTS),
+        "layout",
+        "read_manifest()",
+        allowed=", ".join(LAYOUTS),
+        given=repr(layout),
+        remedy=f"Did you mean {similar(str(layout), LAYOUTS)}? None recognises it.",
+    )
     content = read_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else None
     layout = layout or _recognise(folder, content)
     if layout == "btcv":
@@ -55,12 +56,12 @@ def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
         manifest = read_nnunet(folder, content)
     else:
         manifest = read_decathlon(folder, content, layout=layout)
-    refuse_copies(folder, (*manifest.train, *manifest.validation, *manifest.test))
+    refuse_copies(folder, manifest.cases)
     return manifest
 
 
 def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
-    """The images of a bare folder, for prediction, sorted by name.
+    """Lists the images of a bare folder, for prediction, sorted by name.
 
     Either one file per case, NAME.nii.gz with all channels, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ...:
     the latter if every name ends so, with numbers below ``num_channels``, and at least one in _0000. So
@@ -71,77 +72,29 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     """
     files = nifti_files(folder)
     if not files:
-        given = "none in it" if folder.is_dir() else "no such folder"
-        remedy = "Pass the folder that holds the images themselves."
-        raise DataError.of("images", str(folder), allowed=".nii or .nii.gz files", given=given, remedy=remedy)
+        raise DataError.of(
+            "images",
+            str(folder),
+            allowed=".nii or .nii.gz files",
+            given="none in it" if folder.is_dir() else "no such folder",
+            remedy="Pass the folder that holds the images themselves.",
+        )
     named = [case_channel(file) for file in files]
     numbers = {name[1] if name else num_channels for name in named}
     if 0 in numbers and max(numbers) < num_channels:
         return channel_cases(files, num_channels=num_channels)
     stems = Counter(name[0] for name in named if name)
     if 0 in numbers and (several := [stem for stem, count in stems.items() if count > 1]):
-        given = f"{', '.join(several[:3])} in several numbered files"
-        remedy = "Predict with a network of as many channels, or rename the files."
-        allowed = f"one file per case, or {num_channels} numbered from _0000 for all"
-        raise DataError.of("images", str(folder), allowed=allowed, given=given, remedy=remedy)
+        raise DataError.of(
+            "images",
+            str(folder),
+            allowed=f"one file per case, or {num_channels} numbered from _0000 for all",
+            given=f"{', '.join(several[:3])} in several numbered files",
+            remedy="Predict with a network of as many channels, or rename the files.",
+        )
     cases = tuple(CaseFiles(name=case_name(file), images=(file,)) for file in files)
     refuse_copies(folder, cases)
     return cases
-
-
-def only(manifest: Manifest, pattern: str) -> Manifest:
-    """The manifest with the cases alone whose names match a glob pattern, as in ``only(manifest, "liver_1*")``.
-
-    Raises:
-        DataError: No training case is left.
-    """
-    return _part(manifest, {n for n in _names(manifest) if fnmatchcase(n, pattern)}, f"match {pattern!r}")
-
-
-def only_modality(manifest: Manifest, modality: Literal["ct", "mri"]) -> Manifest:
-    """The CT or the MRI scans of AMOS22, which come mixed in one folder; the channel is named for it.
-
-    Raises:
-        SettingError: The data set is not AMOS22.
-        DataError: No training case is left.
-
-    Reference: AMOS22's readme: ids below 500 are CT, the others MRI.
-    """
-    if manifest.layout != "amos":
-        remedy = "Other data sets hold one modality: leave it out."
-        given = f"layout {manifest.layout!r}"
-        raise SettingError.of(
-            "only_modality()", f"data set {manifest.name!r}", allowed="AMOS22", given=given, remedy=remedy
-        )
-    names = {name for name in _names(manifest) if amos_modality(name) == modality}
-    return replace(_part(manifest, names, f"are {modality.upper()}"), channels=(modality.upper(),))
-
-
-def modalities(manifest: Manifest) -> tuple[str, ...]:
-    """What the scans of an AMOS22 manifest were taken with, "ct", "mri" or both by their ids; () of another layout."""
-    if manifest.layout != "amos":
-        return ()
-    return tuple(sorted({modality for name in _names(manifest) if (modality := amos_modality(name))}))
-
-
-def _names(manifest: Manifest) -> list[str]:
-    return [case.name for case in (*manifest.train, *manifest.validation, *manifest.test)]
-
-
-def _part(manifest: Manifest, names: set[str], chosen: str) -> Manifest:
-    train, validation, test = (
-        tuple(case for case in part if case.name in names)
-        for part in (manifest.train, manifest.validation, manifest.test)
-    )
-    if not train:
-        raise DataError.of(
-            "training cases",
-            f"data set {manifest.name!r}",
-            allowed=f"some that {chosen}",
-            given=f"none of {len(manifest.train)}",
-            remedy=f"Its names are like {', '.join(case.name for case in manifest.train[:3])}.",
-        )
-    return replace(manifest, train=train, validation=validation, test=test)
 
 
 def _recognise(folder: Path, content: dict[str, Any] | None) -> str:

@@ -1,22 +1,19 @@
-"""What the readers of layouts share: names of cases, NIfTI files of a folder, dataset.json, and how they refuse."""
+"""What the readers of layouts share: names of cases, the NIfTI files of a folder, and dataset.json."""
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dstlib.errors import DataError
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 
-MAX_CLASSES = 255  # a label is a byte, and 0 is the background
 _ENDING = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 
 
 def case_name(file: str | Path) -> str:
-    """The name of a file without folder and NIfTI ending.
+    """Returns the name of a file without folder and NIfTI ending.
 
     >>> case_name("./imagesTr/amos_0001.nii.gz"), case_name("scan.v2.NII")
     ('amos_0001', 'scan.v2')
@@ -25,7 +22,7 @@ def case_name(file: str | Path) -> str:
 
 
 def case_channel(file: str | Path) -> tuple[str, int] | None:
-    """The case and the channel that a file name of nnU-Net's form tells, or None if it has another form.
+    """Returns the case and the channel that a file name of nnU-Net's form tells; None for another form.
 
     >>> case_channel("BRATS_001_0003.nii.gz"), case_channel("BRATS_001.nii.gz")
     (('BRATS_001', 3), None)
@@ -35,7 +32,7 @@ def case_channel(file: str | Path) -> tuple[str, int] | None:
 
 
 def nifti_files(folder: Path) -> tuple[Path, ...]:
-    """The .nii and .nii.gz files of a folder, sorted; none, if there is no such folder.
+    """Lists the .nii and .nii.gz files of a folder, sorted; none, if there is no such folder.
 
     Hidden files are left out: macOS puts a "._scan.nii.gz", which is no image, beside every "scan.nii.gz".
     """
@@ -46,7 +43,7 @@ def nifti_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content of a dataset.json.
+    """Reads a dataset.json.
 
     Raises:
         DataError: It cannot be read, or is no JSON object.
@@ -61,13 +58,22 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def refuse_json(file: Path, *, allowed: str, wrong: Sequence[str]) -> NoReturn:
-    """Raises a DataError that says all that is wrong with a dataset.json."""
-    remedy = "Restore the file from the data set's archive, or correct it by hand."
-    raise DataError.of("content", str(file), allowed=allowed, given="; ".join(wrong), remedy=remedy)
+    """Refuses a dataset.json, with all that is wrong with it.
+
+    Raises:
+        DataError: Always.
+    """
+    raise DataError.of(
+        "content",
+        str(file),
+        allowed=allowed,
+        given="; ".join(wrong),
+        remedy="Restore the file from the data set's archive, or correct it by hand.",
+    )
 
 
 def numbered(table: object) -> tuple[str, ...] | None:
-    """The names of a table that numbers them from 0, in that order, or None if it does not.
+    """Returns the names of a table that numbers them from 0, in that order; None if it does not.
 
     >>> numbered({"1": "T1w", "0": "FLAIR"})
     ('FLAIR', 'T1w')
@@ -76,20 +82,3 @@ def numbered(table: object) -> tuple[str, ...] | None:
     if not isinstance(table, dict) or not table or set(table) != {str(i) for i in range(len(table))}:
         return None
     return tuple(str(table[str(i)]) for i in range(len(table)))
-
-
-def refuse_copies(folder: Path, cases: Iterable[CaseFiles]) -> None:
-    """Refuses a set in which two cases share a name.
-
-    Raises:
-        DataError: The message lists every such name.
-    """
-    copies = {name: n for name, n in sorted(Counter(case.name for case in cases).items()) if n > 1}
-    if copies:
-        raise DataError.of(
-            "case names",
-            f"data set {folder}",
-            allowed="one case per name, over training, validation and test",
-            given=", ".join(f"{name} {n} times" for name, n in copies.items()),
-            remedy="Rename or remove the copies (.nii beside .nii.gz, say): folds are drawn over names.",
-        )

@@ -10,19 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dstlib.errors import DataError
-from dstlib.zoo.e2enet.data.layouts.files import (
-    MAX_CLASSES,
-    case_channel,
-    case_name,
-    nifti_files,
-    numbered,
-    refuse_json,
-)
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, numbered, refuse_json
+from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
 
 
 def read_nnunet(folder: Path, content: dict[str, Any]) -> Manifest:
-    """The manifest of a raw data set of nnU-Net v2.
+    """Reads which files a raw data set of nnU-Net v2 consists of.
 
     A file that a case lacks (a channel, the label) is in the manifest nevertheless: whoever reads it says so.
 
@@ -64,7 +57,7 @@ def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int) -> 
 
 
 def channel_cases(files: tuple[Path, ...], *, num_channels: int) -> tuple[CaseFiles, ...]:
-    """The cases of files named CASE_0000.nii.gz, without labels; channels that are not there are named all the same.
+    """Groups files named CASE_0000.nii.gz into cases without labels; absent channels are named all the same.
 
     Raises:
         DataError: A file is not named so, or there are two of one channel.
@@ -122,7 +115,7 @@ def _listed(folder: Path, table: dict[str, Any]) -> tuple[CaseFiles, ...]:
 
 
 def _classes(table: object) -> tuple[str, ...] | None:
-    """The foreground classes in the order of their numbers, or None if these do not count from the background's 0."""
+    """Returns the foreground classes by their numbers; None if these do not count from the background's 0."""
     if not isinstance(table, dict) or not all(_is_number(value) for value in table.values()):
         return None
     names = {int(value): str(name) for name, value in table.items()}
@@ -136,7 +129,7 @@ def _is_number(value: object) -> bool:
 
 
 def _wrong_entries(content: dict[str, Any]) -> list[str]:
-    """What dataset.json lacks, or asks for in vain, in words that say what to do."""
+    """Says what dataset.json lacks, or asks for in vain, and what to do."""
     wrong = []
     channels, labels = content.get("channel_names"), content.get("labels")
     if numbered(channels) is None:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 Point: TypeAlias = tuple[float, float, float]  # (z, y, x)
 Shape: TypeAlias = tuple[int, int, int]  # (D, H, W)
@@ -23,7 +23,7 @@ BEND = 0.05  # of the half field of view, the largest deformation along each axi
 
 
 def checked_shape(shape: Sequence[int], where: str, *, least: Shape, why: str) -> Shape:
-    """The shape (D, H, W), if it can hold what is to be drawn.
+    """Returns the shape (D, H, W), if it can hold what is to be drawn.
 
     Raises:
         SettingError: It is not three sizes, or one is below ``least``.
@@ -31,16 +31,20 @@ def checked_shape(shape: Sequence[int], where: str, *, least: Shape, why: str) -
     >>> checked_shape([48, 64, 64], "phantom()", least=(32, 40, 40), why="")
     (48, 64, 64)
     """
-    if len(shape) != 3 or any(n < m for n, m in zip(shape, least, strict=True)):
-        allowed = f"three sizes (D, H, W) of at least {least}"
-        remedy = f"Choose a larger shape: {why}."
-        raise SettingError.of("shape", where, allowed=allowed, given=tuple(shape), remedy=remedy)
+    require(
+        len(shape) == 3 and all(n >= m for n, m in zip(shape, least, strict=True)),
+        "shape",
+        where,
+        allowed=f"three sizes (D, H, W) of at least {least}",
+        given=tuple(shape),
+        remedy=f"Choose a larger shape: {why}.",
+    )
     depth, height, width = shape
     return depth, height, width
 
 
 def smooth_field(rng: np.random.Generator, shape: Shape, *, num_waves: int) -> Volume:
-    """A random field of mean 0 and variance 1: the few lowest cosines per axis, randomly weighted.
+    """Draws a random field of mean 0 and variance 1: the few lowest cosines per axis, randomly weighted.
 
     >>> field = smooth_field(np.random.default_rng(0), (8, 9, 10), num_waves=3)
     >>> field.shape, bool(abs(field.mean()) < 1e-6)
@@ -55,7 +59,7 @@ def smooth_field(rng: np.random.Generator, shape: Shape, *, num_waves: int) -> V
 
 
 def bent_grid(rng: np.random.Generator, shape: Shape) -> list[Volume]:
-    """The coordinates (z, y, x) of every voxel, after a smooth random deformation.
+    """Computes the coordinates (z, y, x) of every voxel, after a smooth random deformation.
 
     >>> z, y, x = bent_grid(np.random.default_rng(0), (8, 9, 10))
     >>> z.shape, bool((np.diff(z, axis=0) > 0).all())
@@ -68,7 +72,7 @@ def bent_grid(rng: np.random.Generator, shape: Shape) -> list[Volume]:
 
 
 def within(points: Sequence[Point], radii: Point, grid: list[Volume]) -> Mask:
-    """The voxels within the capsules through ``points`` (one point: an ellipsoid).
+    """Finds the voxels within the capsules through ``points`` (one point: an ellipsoid).
 
     >>> grid = [axis.astype(np.float32) for axis in np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij")]
     >>> np.argwhere(within([(-0.5, 0.5, 0.5)], (0.1, 0.1, 0.1), grid)).tolist()
@@ -90,7 +94,7 @@ def within(points: Sequence[Point], radii: Point, grid: list[Volume]) -> Mask:
 
 
 def _squared_distance(grid: list[Volume], start: Volume, end: Volume) -> Volume:
-    """Squared distance of every voxel from the segment between two points."""
+    """Computes the squared distance of every voxel from the segment between two points."""
     offsets = [axis - at for axis, at in zip(grid, start, strict=True)]
     along = end - start
     length = float(along @ along)

@@ -11,12 +11,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS
 from dstlib.zoo.e2enet.data.phantoms.drawing import Mask, Point, Volume, bent_grid, checked_shape, smooth_field, within
-
-TUMOUR_CHANNELS = ("FLAIR", "T1w", "T1gd", "T2w")
-TUMOUR_CLASSES = ("edema", "non-enhancing tumour", "enhancing tumour")
-HIPPOCAMPUS_CHANNELS = ("MRI",)
-HIPPOCAMPUS_CLASSES = ("Anterior", "Posterior")
 
 BRAIN_VIEW = (150.0, 210.0, 190.0)  # mm along (D, H, W)
 MIN_BRAIN_SHAPE = (32, 40, 40)  # below it the rim of the smallest tumour is thinner than a voxel
@@ -35,7 +31,7 @@ MAX_EXTRA_LESIONS = 2
 
 
 def tumour_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
-    """A brain without its skull, in FLAIR, T1w, T1gd and T2w, with 1 edema, 2 non-enhancing and 3 enhancing tumour.
+    """Draws a brain without its skull in FLAIR, T1w, T1gd, T2w, with 1 edema, 2 non-enhancing, 3 enhancing tumour.
 
     One to three lesions lie anywhere but at the midline. Each is an enhancing rim around a core, within an
     irregular edema. Outside the brain every channel is exactly 0, inside it at least 1. The field of view is
@@ -48,8 +44,12 @@ def tumour_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
     >>> case.image.shape, np.unique(case.label).tolist()
     ((4, 48, 64, 64), [0, 1, 2, 3])
     """
-    why = "the rim of a tumour is thinner than a voxel in a smaller one"
-    size = checked_shape(shape, "tumour_phantom()", least=MIN_BRAIN_SHAPE, why=why)
+    size = checked_shape(
+        shape,
+        "tumour_phantom()",
+        least=MIN_BRAIN_SHAPE,
+        why="the rim of a tumour is thinner than a voxel in a smaller one",
+    )
     rng = np.random.default_rng(seed)
     grid = bent_grid(rng, size)
     depth = _brain_depth(grid)
@@ -70,7 +70,7 @@ def tumour_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
 
 
 def hippocampus_phantom(seed: int) -> Case:
-    """A box around one hippocampus at 1 mm, with 1 its anterior and 2 its posterior part.
+    """Draws a box around one hippocampus at 1 mm, with 1 its anterior and 2 its posterior part.
 
     The size is drawn too, about 35 x 50 x 36 (D, H, W); the axes lead up, to the front and to the patient's right,
     as those of the Decathlon's Task04. Both parts have one intensity: a coronal plane divides them, as in the
@@ -109,7 +109,7 @@ def hippocampus_phantom(seed: int) -> Case:
 
 
 def _brain_depth(grid: list[Volume]) -> Volume:
-    """How deep a voxel lies in the brain, in half fields of view: 0 at its surface, negative outside."""
+    """Computes how deep each voxel lies in the brain, in half fields of view: 0 at its surface, negative outside."""
     z, y, x = grid
     rz, ry, rx = BRAIN
     flat = np.where(z < -0.1, 1.12, 1.0) * (z - 0.02) / rz  # flatter at the base
@@ -120,7 +120,7 @@ def _brain_depth(grid: list[Volume]) -> Volume:
 
 
 def _brain_tissue(rng: np.random.Generator, grid: list[Volume], depth: Volume) -> NDArray[np.intp]:
-    """The healthy brain: 0 white matter, 1 grey matter, 2 fluid."""
+    """Draws the healthy brain: 0 white matter, 1 grey matter, 2 fluid."""
     shape = (depth.shape[0], depth.shape[1], depth.shape[2])
     z, _, x = grid
     folds = smooth_field(rng, shape, num_waves=14)
@@ -151,7 +151,7 @@ def _add_lesion(
 
 
 def _acquired(rng: np.random.Generator, clean: Volume, *, noise: float, scale: float) -> Volume:
-    """What a scanner makes of the true contrast: partial volume, the coils' bias, noise, and a scale of its own."""
+    """Makes of a true contrast what a scanner does: partial volume, the coils' bias, noise, a scale of its own."""
     shape = (clean.shape[0], clean.shape[1], clean.shape[2])
     bias = np.exp(0.1 * smooth_field(rng, shape, num_waves=3))
     blurred = ndimage.gaussian_filter(clean, 0.45)  # voxels

@@ -14,20 +14,19 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from numpy.typing import DTypeLike, NDArray
 from tqdm import tqdm
 
-from dstlib.errors import DataError, SettingError, StateError, similar
+from dstlib.errors import DataError, StateError, require, similar
 from dstlib.files import write_json
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.phantoms.ct import btcv_phantom, patient_seed, phantom
-from dstlib.zoo.e2enet.data.phantoms.drawing import Shape
-from dstlib.zoo.e2enet.data.phantoms.mri import (
+from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
+from dstlib.zoo.e2enet.data.layouts.decathlon import (
     HIPPOCAMPUS_CHANNELS,
     HIPPOCAMPUS_CLASSES,
     TUMOUR_CHANNELS,
     TUMOUR_CLASSES,
-    hippocampus_phantom,
-    tumour_phantom,
 )
-from dstlib.zoo.e2enet.data.phantoms.organs import AMOS_ORGANS
+from dstlib.zoo.e2enet.data.phantoms.ct import btcv_phantom, patient_seed, phantom
+from dstlib.zoo.e2enet.data.phantoms.drawing import Shape
+from dstlib.zoo.e2enet.data.phantoms.mri import hippocampus_phantom, tumour_phantom
 
 VERSION = 1  # of the phantoms' voxels and of their layouts: a set of another version is another set
 RECORD = "phantoms.json"
@@ -111,7 +110,7 @@ def write_phantoms(
     shape: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Path:
-    """A folder with labelled phantoms, and two images to predict, in the layout of the real data set.
+    """Writes labelled phantoms, and two images to predict, into a folder in the layout of the real data set.
 
     ``kind`` is "amos" (the layout of AMOS22), "btcv" (Synapse), "brats" (Decathlon, Task01) or "hippocampus"
     (Decathlon, Task04); ``shape`` (D, H, W) is 48 x 64 x 64 unless given. CT and the brain are int16, the
@@ -141,42 +140,66 @@ def write_phantoms(
             if not _holds(folder, plan):  # another process may have been faster
                 os.rename(built, folder)
     except OSError as error:
-        remedy = "Make room or pass another folder, then repeat the command: nothing half-made was left."
-        where = f"folder {folder}"
-        raise StateError.of("phantoms", where, allowed="a disk to write to", given=error, remedy=remedy) from error
+        raise StateError.of(
+            "phantoms",
+            f"folder {folder}",
+            allowed="a disk to write to",
+            given=error,
+            remedy="Make room or pass another folder, then repeat the command: nothing half-made was left.",
+        ) from error
     return folder
 
 
 def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> dict[str, Any]:
-    """What says which set it is: two folders of one plan hold the same voxels."""
+    """Describes which set it is: two folders of one plan hold the same voxels."""
     where = "write_phantoms()"
-    if kind not in KINDS:
-        remedy = f"Did you mean {similar(kind, KINDS)}?"
-        raise SettingError.of("kind", where, allowed=f"one of {', '.join(KINDS)}", given=repr(kind), remedy=remedy)
-    if not 1 <= num_scans <= MAX_SCANS:
-        remedy = "Pass 30, say."
-        raise SettingError.of("num_scans", where, allowed=f"1 to {MAX_SCANS}", given=num_scans, remedy=remedy)
-    if seed < 0:
-        raise SettingError.of("seed", where, allowed="0 or more", given=seed, remedy="Pass 0, say.")
-    if shape is not None and not KINDS[kind].takes_shape:
-        remedy = "Leave it out: each scan has a size of its own, as the real ones."
-        raise SettingError.of("shape", where, allowed=f"none for {kind}", given=tuple(shape), remedy=remedy)
+    require(
+        kind in KINDS,
+        "kind",
+        where,
+        allowed=f"one of {', '.join(KINDS)}",
+        given=repr(kind),
+        remedy=f"Did you mean {similar(kind, KINDS)}?",
+    )
+    require(
+        1 <= num_scans <= MAX_SCANS,
+        "num_scans",
+        where,
+        allowed=f"1 to {MAX_SCANS}",
+        given=num_scans,
+        remedy="Pass 30, say.",
+    )
+    require(seed >= 0, "seed", where, allowed="0 or more", given=seed, remedy="Pass 0, say.")
+    require(
+        shape is None or KINDS[kind].takes_shape,
+        "shape",
+        where,
+        allowed=f"none for {kind}",
+        given=shape and tuple(shape),
+        remedy="Leave it out: each scan has a size of its own, as the real ones.",
+    )
     size = list(SHAPE if shape is None else shape) if KINDS[kind].takes_shape else None
     return {"kind": kind, "num_scans": num_scans, "seed": seed, "shape": size, "version": VERSION}
 
 
 def _holds(folder: Path, plan: dict[str, Any]) -> bool:
-    """Whether the folder holds the set of this plan already; something else in it is refused."""
+    """Says whether the folder holds the set of this plan already; something else in it is refused."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
         given = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         given = f"something without a readable {RECORD}"
-    if given == plan:
-        return True
-    remedy = "Pass another folder, or remove this one if nobody needs it."
-    raise DataError.of("phantoms", f"folder {folder}", allowed=f"the set {plan}", given=given, remedy=remedy)
+    require(
+        given == plan,
+        "phantoms",
+        f"folder {folder}",
+        allowed=f"the set {plan}",
+        given=given,
+        remedy="Pass another folder, or remove this one if nobody needs it.",
+        error=DataError,
+    )
+    return True
 
 
 def _write_set(folder: Path, plan: dict[str, Any], *, progress: bool) -> None:
@@ -200,7 +223,7 @@ def _write_set(folder: Path, plan: dict[str, Any], *, progress: bool) -> None:
 
 
 def _affine(case: Case, seed: int) -> NDArray[np.float64]:
-    """From voxels (x, y, z) to mm, with the middle of the scan somewhere near the scanner's, as patients lie."""
+    """Draws the way from voxels (x, y, z) to mm: the scan's middle is somewhere near the scanner's, as patients lie."""
     axes = axcodes2ornt(case.orientation[::-1]).astype(int)
     affine = np.eye(4)
     affine[:3, :3] = 0
@@ -223,7 +246,7 @@ def _save(file: Path, voxels: NDArray[Any], affine: NDArray[np.float64], codes: 
 
 
 def _description(kind: Kind, scans: Sequence[tuple[str, str]], tests: Sequence[str]) -> dict[str, Any]:
-    """What dataset.json says, with the entries of the real one."""
+    """Returns what dataset.json says, with the entries of the real one."""
     return {
         "name": kind.name,
         "description": "Procedural phantoms in the layout of the data set; no patient is in it.",

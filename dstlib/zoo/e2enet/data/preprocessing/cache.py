@@ -1,35 +1,86 @@
 """Prepared cases on disk: made once, in parallel, opened as memory-mapped arrays by every later run.
 
 A cache is a folder: ``fingerprints`` holds what was measured of each scan, ``prepared-KEY`` the arrays of each scan
-by one preparation.
+by one preparation. An entry is one case: some files, and a JSON record of what they were made from, which is removed
+first and written last. So whatever ends a process, and wherever, an entry with a record is whole.
 """
 
-import fcntl
-import multiprocessing
-import os
-import signal
+import errno
+import hashlib
+import io
+import json
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dstlib.errors import DataError, SettingError, StateError, explain
-from dstlib.zoo.e2enet.data.cases import Cases
-from dstlib.zoo.e2enet.data.layouts.files import refuse_copies
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
-from dstlib.zoo.e2enet.data.preprocessing.cache_entries import Entry, Made, find_case, find_fingerprint, make, num_bytes
-from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Fingerprint, Modality, join, plan_preparation
-from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
-from dstlib.zoo.e2enet.data.scans.nifti import Fault
+from dstlib.errors import DataError, StateError, explain, require
+from dstlib.files import locked, make_folder, refuse_folder, write_json, write_whole
+from dstlib.workers import share
+from dstlib.zoo.e2enet.data.cases import Case, Cases
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
+    Fingerprint,
+    Modality,
+    ScanFingerprint,
+    join,
+    plan_preparation,
+    scan_fingerprint,
+)
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, prepare_scan
+from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION
+from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
+
+FORMAT = 1  # to be raised whenever the same scan would be prepared otherwise than before: old entries are then remade
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One case that is to be measured or, with a ``preparation``, prepared, and the folder of the whole cache."""
+
+    cache: Path
+    files: CaseFiles
+    num_channels: int
+    num_classes: int
+    preparation: Preparation | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all entries that are made alike."""
+        return self.cache / ("fingerprints" if self.preparation is None else preparation_key(self.preparation))
+
+    def file(self, ending: str) -> Path:
+        """Returns the path of one file of the entry."""
+        return self.folder / f"{self.files.name}.{ending}"
+
+    def made_from(self) -> dict[str, Any]:
+        """Returns all that settles the content, as JSON reads it; of a source file its size and time of change."""
+        paths = [*self.files.images, *([] if self.files.label is None else [self.files.label])]
+        return {
+            "format": FORMAT,
+            "num_channels": self.num_channels,
+            "num_classes": self.num_classes,
+            "preparation": None if self.preparation is None else self.preparation.to_json(),
+            "sources": [_state(path) for path in paths],
+        }
+
+
+class Made(NamedTuple):
+    """How the making of an entry went: well, or these defects in its sources, or these bytes more than the disk has."""
+
+    faults: tuple[Fault, ...] = ()
+    num_lacking: int = 0
 
 
 def prepared_cases(
@@ -42,7 +93,7 @@ def prepared_cases(
     workers: int = 0,
     progress: bool = True,
 ) -> tuple[Cases, Preparation]:
-    """The labelled cases of these files, prepared, in memory-mapped arrays under ``folder``.
+    """Prepares the labelled cases of these files, in memory-mapped arrays under ``folder``.
 
     What lies there already is used, if it was made from the same files (by size and time of change) in the same
     way. ``preparation`` is planned from these very files, unless it is passed: then ``modality`` makes no
@@ -60,7 +111,8 @@ def prepared_cases(
         preparation = plan_preparation(measured, modality=modality)
     entries = [replace(entry, preparation=preparation) for entry in _entries(manifest, files, folder)]
     with _locked(folder):
-        found = _all(entries, find_case, _Crew("preparing", manifest.name, workers, progress))
+        title = f"preparing {manifest.name}" if progress else None
+        found = _all(entries, find_case, workers=workers, title=title)
         _mention_unused(folder, entries)
     return Cases(manifest.name, manifest.channels, manifest.classes, tuple(found)), preparation
 
@@ -68,14 +120,15 @@ def prepared_cases(
 def measure(
     manifest: Manifest, files: Sequence[CaseFiles], *, folder: Path, workers: int = 0, progress: bool = True
 ) -> Fingerprint:
-    """The fingerprint of these files, each read once for it in the life of the cache in ``folder``.
+    """Measures the fingerprint of these files, each read once for it in the life of the cache in ``folder``.
 
     Raises:
         DataError, StateError, SettingError: As :func:`prepared_cases`.
     """
     with _locked(folder):
         entries = _entries(manifest, files, folder)
-        return join(_all(entries, find_fingerprint, _Crew("measuring", manifest.name, workers, progress)))
+        title = f"measuring {manifest.name}" if progress else None
+        return join(_all(entries, find_fingerprint, workers=workers, title=title))
 
 
 def _entries(manifest: Manifest, files: Sequence[CaseFiles], folder: Path) -> list[Entry]:
@@ -84,15 +137,21 @@ def _entries(manifest: Manifest, files: Sequence[CaseFiles], folder: Path) -> li
     return [Entry(cache=folder, files=each, num_channels=num_channels, num_classes=num_classes) for each in files]
 
 
-def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], crew: "_Crew") -> list[T]:
-    """What is found of each entry, after the missing ones were made."""
+def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers: int, title: str | None) -> list[T]:
+    """Returns what is found of each entry, after the missing ones were made, behind a bar if there is a title."""
+    where = "prepared_cases()"
+    allowed, remedy = "a whole number from 0 up", "0 prepares in this process."
+    require(workers >= 0, "workers", where, allowed=allowed, given=workers, remedy=remedy)
     found = {entry.files.name: find(entry) for entry in entries}
     missing = [entry for entry in entries if found[entry.files.name] is None]
     for entry in missing:
-        _make_folder(entry.folder)
+        make_folder(entry.folder, what="cache")
     faults: list[tuple[str, Fault]] = []
-    with closing(crew.make(missing)) as all_made:
-        for entry, made in all_made:
+    remedy = "Nothing whole is lost; try again with fewer, each holds a scan and some copies of a channel."
+    all_made = share(make, missing, workers=workers, where=where, remedy=remedy)
+    hidden = title is None or not missing
+    with closing(all_made), tqdm(all_made, title, total=len(missing), unit="scan", disable=hidden) as bar:
+        for entry, made in bar:
             name = entry.files.name
             if made.num_lacking:
                 _refuse_full_disk(entries, made.num_lacking)
@@ -106,88 +165,108 @@ def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], crew: "_Cr
     return [value for value in found.values() if value is not None]
 
 
-class _Crew:
-    """Those who make entries: this process, or several others."""
-
-    def __init__(self, what: str, name: str, workers: int, progress: bool) -> None:
-        if workers < 0:
-            allowed, remedy = "a whole number from 0 up", "0 prepares in this process."
-            raise SettingError.of("workers", "prepared_cases()", allowed=allowed, given=workers, remedy=remedy)
-        self.what, self.name, self.workers, self.progress = what, name, workers, progress
-
-    def make(self, entries: Sequence[Entry]) -> Generator[tuple[Entry, Made], None, None]:
-        """Makes the entries, in any order; closed, it waits for those in work, whose results stay in the cache."""
-        made = self._by_others(entries) if self.workers and len(entries) > 1 else ((e, make(e)) for e in entries)
-        hidden = not self.progress or not entries
-        with (
-            closing(made),
-            tqdm(total=len(entries), desc=f"{self.what} {self.name}", unit="scan", disable=hidden) as bar,
-        ):
-            for entry, result in made:
-                bar.update()
-                yield entry, result
-
-    def _by_others(self, entries: Sequence[Entry]) -> Generator[tuple[Entry, Made], None, None]:
-        # Spawned: a fork would share the lock, and may hang in a process with threads.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(self.workers, len(entries)), context, _follow_the_parent)
-        try:
-            futures = {pool.submit(make, entry): entry for entry in entries}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            remedy = "Nothing whole is lost; try again with fewer, each holds a scan and some copies of a channel."
-            given = "one that the system ended, most likely for want of memory"
-            raise StateError.of(
-                "workers", "prepared_cases()", allowed="processes that finish", given=given, remedy=remedy
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _follow_the_parent() -> None:
-    """A worker leaves Ctrl-C to its parent, which lets it finish its scan; and ends when the parent is no more."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the cache against other processes, or waits for them; the system lets go of it however this one ends."""
-    _make_folder(folder)
-    try:
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the yield
-    except OSError as error:
-        _refuse_folder(folder, error)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Another process prepares cases in {folder}: waiting for it.", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Holds the cache against other processes, or waits for them."""
+    make_folder(folder, what="cache")
+    waiting = partial(print, f"Another process prepares cases in {folder}: waiting for it.", file=sys.stderr)
+    with locked(folder, if_held=waiting, refuse=partial(refuse_folder, folder, what="cache")):
         yield
 
 
-def _make_folder(folder: Path) -> None:
+def preparation_key(preparation: Preparation) -> str:
+    """Names the folder of everything that is prepared alike."""
+    text = json.dumps([FORMAT, preparation.to_json()], sort_keys=True)
+    return "prepared-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _state(path: Path) -> list[Any]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _refuse_folder(folder, error)
+        status = path.stat()
+    except OSError:
+        return [str(path.absolute()), None, None]
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 
-def _refuse_folder(folder: Path, error: OSError) -> NoReturn:
-    remedy = "Pass a folder you may write to."
-    raise StateError.of(
-        "cache", f"folder {folder}", allowed="a folder to write to", given=error.strerror, remedy=remedy
-    ) from error
+def make(entry: Entry) -> Made:
+    """Reads the sources of an entry and writes it, in whichever process.
+
+    Raises:
+        StateError: The folder cannot be written to, for another reason than a full disk.
+    """
+    made_from = entry.made_from()  # before reading: a file that changes meanwhile makes the entry stale, not wrong
+    scan, faults, _ = examine_scan(entry.files, num_channels=entry.num_channels, num_classes=entry.num_classes)
+    if scan is None:
+        return Made(faults)
+    entry.file("json").unlink(missing_ok=True)
+    if entry.preparation is None:
+        write_json(entry.file("json"), {"made_from": made_from, "fingerprint": scan_fingerprint(scan).to_json()})
+        return Made()
+    try:
+        case = prepare_scan(scan, entry.preparation)
+    except MemoryError as error:
+        size = "×".join(f"{mm:.3g}" for mm in scan.spacing)
+        fault = f"does not fit into memory when it is resampled ({error}): its voxels are {size} mm, is that right?"
+        return Made((Fault(entry.files.images[0], fault),))
+    arrays = {"image.npy": _npy(case.image), "label.npy": _npy(case.label)}
+    sizes = {ending: content.nbytes for ending, content in arrays.items()}
+    try:
+        for ending, content in arrays.items():
+            write_whole(entry.file(ending), content)
+        write_json(entry.file("json"), {"made_from": made_from, "spacing": list(case.spacing), "num_bytes": sizes})
+    except StateError as error:
+        for ending in arrays:
+            entry.file(ending).unlink(missing_ok=True)  # half an entry would only take room
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+            return Made(num_lacking=sum(sizes.values()))
+        raise
+    return Made()
+
+
+def _npy(array: NDArray[Any]) -> memoryview:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getbuffer()
+
+
+def find_fingerprint(entry: Entry) -> ScanFingerprint | None:
+    """Finds what was measured of a scan; None where nothing is, or nothing that still holds."""
+    record = _record(entry)
+    try:
+        return None if record is None else ScanFingerprint.from_json(record["fingerprint"])
+    except (KeyError, StateError):
+        return None
+
+
+def find_case(entry: Entry) -> Case | None:
+    """Finds a prepared case, in memory-mapped files; None where there is none that is whole and not stale."""
+    record = _record(entry)
+    if record is None:
+        return None
+    try:
+        for ending, size in record["num_bytes"].items():
+            if entry.file(ending).stat().st_size != size:
+                return None
+        image, label = (np.load(entry.file(f"{kind}.npy"), mmap_mode="r") for kind in ("image", "label"))
+        d, h, w = record["spacing"]
+        return Case(entry.files.name, image, label, (d, h, w), ORIENTATION)
+    # Whatever is wrong with a file that was not made here is answered by making it here.
+    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def num_bytes(entry: Entry) -> int:
+    """Counts the bytes on disk of the arrays of an entry that was found."""
+    return sum(entry.file(ending).stat().st_size for ending in ("image.npy", "label.npy"))
+
+
+def _record(entry: Entry) -> dict[str, Any] | None:
+    try:
+        record = json.loads(entry.file("json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_current = isinstance(record, dict) and record.get("made_from") == entry.made_from()
+    return record if is_current else None
 
 
 def _refuse(entries: Sequence[Entry], faults: Sequence[tuple[str, Fault]]) -> NoReturn:
@@ -227,7 +306,7 @@ def _mention_unused(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def _size(num: float) -> str:
-    """Bytes in words.
+    """Puts a number of bytes in words.
 
     >>> _size(512), _size(3_200_000_000)
     ('0.0 MB', '3.2 GB')

@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization, Normalization
-from dstlib.zoo.e2enet.data.preprocessing.placement import box_around, box_shape, nonzero, uncropped
-from dstlib.zoo.e2enet.data.preprocessing.preparation import Preparation
-from dstlib.zoo.e2enet.data.preprocessing.resample import MAX_ANISOTROPY, Shape, Spacing
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
+from dstlib.zoo.e2enet.data.scans.geometry import (
+    MAX_ANISOTROPY,
+    Shape,
+    Spacing,
+    box_around,
+    box_shape,
+    nonzero,
+    uncropped,
+)
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
 Modality = Literal["ct", "mri"]

@@ -21,16 +21,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from dstlib.errors import DataError, explain
 from dstlib.files import write_whole
-from dstlib.zoo.e2enet.data.layouts.files import MAX_CLASSES
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.scans.defects import (
-    Volume,
-    affine_defects,
-    as_label,
-    image_defects,
-    mismatches,
-    voxel_defects,
-)
+from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
+from dstlib.zoo.e2enet.data.scans.check import affine_defects, as_label, image_defects, mismatches, voxel_defects
+from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
 _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError)

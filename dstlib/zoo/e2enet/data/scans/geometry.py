@@ -6,20 +6,30 @@ Stored order is the file's own (D, H, W); canonical order leads D to the top (S)
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, StateError
-from dstlib.zoo.e2enet.data.preprocessing.resample import Shape, Spacing, coarse_axis
+from dstlib.errors import DataError, StateError, require
 
 ORIENTATION = "SAR"  # where D, H and W lead
+MAX_ANISOTROPY = 3.0  # of spacings; beyond it slices are resampled for themselves, as nnU-Net does
 
+Shape = tuple[int, int, int]
+Spacing = tuple[float, float, float]  # mm
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 T = TypeVar("T", bound=np.generic)
+
+
+class Volume(NamedTuple):
+    """One file: voxels in its own order (x, y, z[, channel]), its affine, and whether the header states that one."""
+
+    voxels: NDArray[Any]
+    affine: NDArray[np.float64]
+    is_placed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +52,7 @@ class Placement:
 
     @property
     def cropped_shape(self) -> Shape:
-        """Before resampling."""
+        """The shape before resampling."""
         return box_shape(self.box)
 
     @property
@@ -51,15 +61,15 @@ class Placement:
         return coarse_axis(self.stored_spacing, self.spacing)
 
     def turn(self, stored: NDArray[T]) -> NDArray[T]:
-        """A view of a volume (D, H, W) of the file in canonical order."""
+        """Returns a view of a volume (D, H, W) of the file in canonical order."""
         return np.flip(stored.transpose(self.axes), self._flipped)
 
     def turn_back(self, canonical: NDArray[T]) -> NDArray[T]:
-        """A view in stored order: undoes :meth:`turn`."""
+        """Returns a view in stored order: undoes :meth:`turn`."""
         return np.flip(canonical, self._flipped).transpose(np.argsort(self.axes))
 
     def crop(self, canonical: NDArray[T]) -> NDArray[T]:
-        """A view of what lies in the box."""
+        """Returns a view of what lies in the box."""
         return canonical[tuple(slice(*edges) for edges in self.box)]
 
     @property
@@ -67,12 +77,12 @@ class Placement:
         return tuple(axis for axis in range(3) if self.flips[axis])
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """Returns what :meth:`from_json` reads."""
         return dict(vars(self))
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Placement":
-        """The placement that :meth:`to_json` wrote.
+        """Reads what :meth:`to_json` wrote.
 
         Raises:
             StateError: The content is damaged or foreign.
@@ -81,14 +91,17 @@ class Placement:
             box = tuple(tuple(edges) for edges in content["box"])
             return cls(**{name: tuple(value) for name, value in content.items() if name != "box"}, box=box)  # type: ignore[arg-type]
         except (KeyError, TypeError, AttributeError) as error:
-            remedy = "Prepare the scan again, or restore the file."
             raise StateError.of(
-                "placement", "a saved scan", allowed="what to_json() wrote", given=content, remedy=remedy
+                "placement",
+                "a saved scan",
+                allowed="what to_json() wrote",
+                given=content,
+                remedy="Prepare the scan again, or restore the file.",
             ) from error
 
 
 def uncropped(shape: Shape, affine: NDArray[np.float64]) -> Placement:
-    """How a scan of this stored shape is turned to the nearest canonical axes, and nothing else.
+    """Finds how a scan of a stored shape is turned to the nearest canonical axes; nothing is cropped or resampled.
 
     ``affine`` takes the file's (x, y, z) voxels to mm (RAS+). Each axis goes to the patient's axis that it is
     nearest to, so a tilted scan keeps its tilt.
@@ -103,10 +116,15 @@ def uncropped(shape: Shape, affine: NDArray[np.float64]) -> Placement:
         turned = nibabel.io_orientation(affine)
     except np.linalg.LinAlgError:  # where a number is not finite
         turned = np.full((3, 2), np.nan)
-    if np.isnan(turned).any():
-        remedy = "Repair the header of the file."
-        given = f"{affine[:3, :3].tolist()}"
-        raise DataError.of("affine", "a scan", allowed="three axes of voxels", given=given, remedy=remedy)
+    require(
+        not np.isnan(turned).any(),
+        "affine",
+        "a scan",
+        allowed="three axes of voxels",
+        given=affine[:3, :3].tolist(),
+        remedy="Repair the header of the file.",
+        error=DataError,
+    )
     axes, flips = [0, 0, 0], [False, False, False]
     for file_axis, (axis, direction) in enumerate(turned):  # both count x, y, z, where arrays count D, H, W
         axes[2 - int(axis)] = 2 - file_axis
@@ -125,8 +143,26 @@ def uncropped(shape: Shape, affine: NDArray[np.float64]) -> Placement:
     )
 
 
+def coarse_axis(*spacings: Spacing) -> int | None:
+    """Finds the one axis that is over three times as coarse as the finest, in the first of the spacings that has such.
+
+    Two equally coarse axes, as of a stack of lines, are not taken apart.
+
+    Reference: nnU-Net v2, which asks the spacing before resampling, then the one after it.
+
+    >>> coarse_axis((1.0, 1.0, 1.0), (5.0, 0.8, 0.8)), coarse_axis((5.0, 5.0, 0.8)), coarse_axis((1.0, 1.0, 1.0))
+    (0, None, None)
+    """
+    for spacing in spacings:
+        coarsest = max(spacing)
+        if coarsest > MAX_ANISOTROPY * min(spacing):
+            axes = [axis for axis in range(3) if spacing[axis] == coarsest]
+            return axes[0] if len(axes) == 1 else None
+    return None
+
+
 def box_around(mask_DHW: NDArray[np.bool_]) -> Box:
-    """The smallest box around what is true; everything, if nothing is.
+    """Finds the smallest box around what is true; everything, if nothing is.
 
     >>> box_around(np.array([[[False, True, False, True, False]]]))
     ((0, 1), (0, 1), (1, 4))
@@ -139,7 +175,7 @@ def box_around(mask_DHW: NDArray[np.bool_]) -> Box:
 
 
 def nonzero(image_CDHW: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(D, H, W): where any channel is not 0."""
+    """Finds where any channel is not 0: (D, H, W)."""
     out = image_CDHW[0] != 0
     for channel in image_CDHW[1:]:  # one after the other: comparing all at once takes C times the memory
         out |= channel != 0
@@ -147,7 +183,7 @@ def nonzero(image_CDHW: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def box_shape(box: Box) -> Shape:
-    """The number of voxels along each axis of a box.
+    """Counts the voxels along each axis of a box.
 
     >>> box_shape(((0, 1), (2, 4), (0, 9)))
     (1, 2, 9)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.dataloading.augment import (
+from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     Augmentation,
     change_intensities,
     random_affine,

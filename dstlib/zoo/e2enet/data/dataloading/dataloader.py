@@ -1,7 +1,6 @@
 """Batches drawn ahead: the same ones whether this process draws them or others do while it trains."""
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dstlib.errors import DstlibError, SettingError
+from dstlib.errors import DstlibError, require
+from dstlib.workers import leave_signals_to_the_parent
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.dataloading.patches import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
 
 Batch = tuple[Tensor, Tensor]
 
@@ -27,7 +27,7 @@ def batches(
     workers: int = 0,
     ranks: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """The batches of iterations ``start`` to ``stop - 1``, as :func:`draw_batch` draws them, in this order.
+    """Draws the batches of iterations ``start`` to ``stop - 1``, as :func:`draw_batch` draws them, in this order.
 
     ``workers`` processes draw them ahead, two each; with 0 this one does, when asked for the next. The batches
     do not depend on it. Closing the iterator, or dropping it, ends the workers.
@@ -41,9 +41,14 @@ def batches(
     >>> [len(images) for images, _ in batches([case], PatchSettings(patch_size=(4, 8, 8)), seed=0, start=3, stop=5)]
     [2, 2]
     """
-    if workers < 0:
-        allowed, remedy = "a whole number from 0 up", "0 draws the batches in this process."
-        raise SettingError.of("workers", "batches()", allowed=allowed, given=workers, remedy=remedy)
+    require(
+        workers >= 0,
+        "workers",
+        "batches()",
+        allowed="a whole number from 0 up",
+        given=workers,
+        remedy="0 draws the batches in this process.",
+    )
     draws = _Draws(cases, settings, seed, ranks)
     iterations = range(start, stop)
     return _drawn_ahead(draws, iterations, workers) if workers and iterations else map(draws.draw, iterations)
@@ -62,7 +67,7 @@ class _Draws(Dataset[Batch | DstlibError]):
         return draw_batch(self.cases, self.settings, seed=self.seed, iteration=iteration, ranks=self.ranks)
 
     def __getitem__(self, iteration: int) -> Batch | DstlibError:
-        """What a worker sends, labels as bytes: it goes through shared memory, which is scarce in containers."""
+        """Draws what a worker sends, labels as bytes: it goes through shared memory, which is scarce in containers."""
         try:
             images, labels = self.draw(iteration)
         except DstlibError as error:
@@ -77,7 +82,7 @@ def _drawn_ahead(draws: _Draws, iterations: range, workers: int) -> Iterator[Bat
         sampler=iterations,
         num_workers=min(workers, len(iterations)),
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_begin,
         # A fork shares the cases, and those in memory-mapped files with all other processes; anything else pickles
         # them. OpenMP does not survive a fork with more than one thread, so workers have one.
         multiprocessing_context="fork",
@@ -94,8 +99,7 @@ def _as_it_is(drawn: Any) -> Any:
     return drawn
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, a closed terminal and most schedulers address the whole group of processes; the parent decides."""
+def _begin(worker: int) -> None:
+    """Begins a worker in a group of its own: most schedulers address the whole group; the parent ends its workers."""
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    leave_signals_to_the_parent()

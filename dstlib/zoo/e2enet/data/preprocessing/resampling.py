@@ -11,10 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-MAX_ANISOTROPY = 3.0  # of spacings; beyond it slices are resampled for themselves, as nnU-Net does
-
-Shape = tuple[int, int, int]
-Spacing = tuple[float, float, float]
+from dstlib.zoo.e2enet.data.scans.geometry import Shape, Spacing
 
 
 def new_shape(shape: Shape, old: Spacing, new: Spacing) -> Shape:
@@ -25,24 +22,6 @@ def new_shape(shape: Shape, old: Spacing, new: Spacing) -> Shape:
     """
     d, h, w = (max(1, round(n * a / b)) for n, a, b in zip(shape, old, new, strict=True))
     return d, h, w
-
-
-def coarse_axis(*spacings: Spacing) -> int | None:
-    """The one axis that is over three times as coarse as the finest, in the first of the spacings that has such.
-
-    Two equally coarse axes, as of a stack of lines, are not taken apart.
-
-    Reference: nnU-Net v2, which asks the spacing before resampling, then the one after it.
-
-    >>> coarse_axis((1.0, 1.0, 1.0), (5.0, 0.8, 0.8)), coarse_axis((5.0, 5.0, 0.8)), coarse_axis((1.0, 1.0, 1.0))
-    (0, None, None)
-    """
-    for spacing in spacings:
-        coarsest = max(spacing)
-        if coarsest > MAX_ANISOTROPY * min(spacing):
-            axes = [axis for axis in range(3) if spacing[axis] == coarsest]
-            return axes[0] if len(axes) == 1 else None
-    return None
 
 
 def resample_intensities(volume_DHW: NDArray[np.float32], shape: Shape, coarse: int | None) -> NDArray[np.float32]:

@@ -1,0 +1,195 @@
+"""A data set checked before any training: every defect and every oddity of every case, in one table.
+
+A defect forbids the use of its case; a warning tells what is legal but seldom meant.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dstlib.errors import DataError, explain
+from dstlib.zoo.e2enet.data.layouts.amos import modalities
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.scans.nifti import Fault, Scan, examine_scan
+
+WHOLE_SET = "(whole set)"  # in the place of a case's name
+MAX_RATIO = 10.0  # between the largest and the smallest spacing of an axis of the patient
+
+
+class Defect(NamedTuple):
+    """What is wrong with, or odd about, one case."""
+
+    case: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What :func:`check` found in a data set: defects and warnings, in the order of the cases.
+
+    >>> findings = Findings(manifest_name="toy", num_cases=3, defects=(Defect("b", "b.nii is missing"),), warnings=())
+    >>> print(findings.table())
+    toy: 3 cases, 1 defect in 1 case, 0 warnings
+    case
+    b     DEFECT  b.nii is missing
+    """
+
+    manifest_name: str
+    num_cases: int
+    defects: tuple[Defect, ...]
+    warnings: tuple[Defect, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every case can be used."""
+        return not self.defects
+
+    def table(self) -> str:
+        """One line per finding, defects first."""
+        num_bad = len({defect.case for defect in self.defects})
+        head = f"{self.manifest_name}: {_count(self.num_cases, 'case')}, {_count(len(self.defects), 'defect')}"
+        head += f" in {_count(num_bad, 'case')}" if num_bad else ""
+        lines = [f"{head}, {_count(len(self.warnings), 'warning')}"]
+        rows = [(d.case, "DEFECT", d.text) for d in self.defects] + [(w.case, "warning", w.text) for w in self.warnings]
+        width = max((len(row[0]) for row in rows), default=0)
+        kind_width = max((len(row[1]) for row in rows), default=0)
+        lines += ["case"] * bool(rows)
+        lines += [f"{case:<{max(width, 4)}}  {kind:<{kind_width}}  {text}" for case, kind, text in rows]
+        return "\n".join(lines)
+
+
+class _Facts(NamedTuple):
+    """What the checks of the whole set need of one sound case."""
+
+    name: str
+    orientation: str
+    spacing: tuple[float, float, float]  # towards right, front and top of the patient
+    classes: frozenset[int]
+
+
+def check(manifest: Manifest, *, progress: bool = True) -> Findings:
+    """Opens every file of a data set, one case after the other, and says all that is wrong or odd.
+
+    A part that is listed, but of which no file is there (a test set that was not downloaded), is one warning.
+    """
+    defects: list[Defect] = []
+    warnings: list[Defect] = []
+    facts: dict[str, list[_Facts]] = {"train": [], "validation": [], "test": []}
+    parts = {"train": manifest.train, "validation": manifest.validation, "test": manifest.test}
+    for part in ("validation", "test"):
+        if parts[part] and not any(file.exists() for case in parts[part] for file in case.images):
+            text = f"none of the {len(parts[part])} images of the {part} part is there: left out of this check"
+            warnings.append(Defect(WHOLE_SET, text))
+            parts[part] = ()
+    todo = [(part, case) for part, cases in parts.items() for case in cases]
+    for part, case in tqdm(todo, f"checking {manifest.name}", unit="case", disable=not progress):
+        found, wrong, odd = _check_case(case, manifest, with_label=part != "test")
+        defects += wrong
+        warnings += odd
+        facts[part] += found
+    warnings += [Defect(WHOLE_SET, text) for text in _oddities_of_set(manifest, facts)]
+    num_cases = len(manifest.train) + len(manifest.validation) + len(manifest.test)
+    return Findings(manifest_name=manifest.name, num_cases=num_cases, defects=tuple(defects), warnings=tuple(warnings))
+
+
+def refuse(findings: Findings) -> None:
+    """Raises if there are defects.
+
+    Raises:
+        DataError: The message holds every defect.
+    """
+    if findings.ok:
+        return
+    num_bad = len({defect.case for defect in findings.defects})
+    message = explain(
+        "data set",
+        findings.manifest_name,
+        allowed="cases whose image and label are readable and fit each other",
+        given=f"{len(findings.defects)} defect(s) in {num_bad} of {findings.num_cases} cases",
+        remedy="Repair or restore these files, or take the cases out of the data set:",
+    )
+    width = max(len(defect.case) for defect in findings.defects)
+    table = "\n".join(f"  {defect.case:<{width}}  {defect.text}" for defect in findings.defects)
+    raise DataError(f"{message}\n{table}")
+
+
+def _check_case(
+    case: CaseFiles, manifest: Manifest, *, with_label: bool
+) -> tuple[list[_Facts], list[Defect], list[Defect]]:
+    """The facts of a sound case, its defects, its warnings."""
+    examined = examine_scan(
+        case, num_channels=len(manifest.channels), num_classes=len(manifest.classes), with_label=with_label
+    )
+    facts = [] if examined.scan is None else [_facts(examined.scan)]
+    wrong = [_defect(case.name, fault, manifest.folder) for fault in examined.defects]
+    odd = [_defect(case.name, fault, manifest.folder) for fault in examined.warnings]
+    return facts, wrong, odd
+
+
+def _defect(case: str, fault: Fault, folder: Path) -> Defect:
+    file = fault.file.relative_to(folder) if fault.file.is_relative_to(folder) else fault.file
+    return Defect(case, f"{file} {fault.text}")
+
+
+def _facts(scan: Scan) -> _Facts:
+    axes = nibabel.io_orientation(scan.affine)[:, 0].astype(int)
+    spacing = np.empty(3)
+    spacing[axes] = voxel_sizes(scan.affine)
+    return _Facts(
+        scan.name,
+        "".join(nibabel.aff2axcodes(scan.affine)),
+        (float(spacing[0]), float(spacing[1]), float(spacing[2])),
+        frozenset() if scan.label is None else _classes(scan.label),
+    )
+
+
+def _classes(label: NDArray[np.uint8]) -> frozenset[int]:
+    present = np.zeros(256, bool)
+    for plane in label:  # plane by plane, as an index takes eight times the memory of a label
+        present[plane] = True
+    return frozenset(int(value) for value in np.flatnonzero(present))
+
+
+def _oddities_of_set(manifest: Manifest, facts: dict[str, list[_Facts]]) -> list[str]:
+    cases = [case for part in facts.values() for case in part]
+    texts = []
+    if len(modalities(manifest)) > 1:
+        texts.append("CT (ids below 500) and MRI are mixed: choose one with only_modality()")
+    texts += _orientations(cases) + _spacings(cases)
+    seen = frozenset[int]().union(*(case.classes for case in facts["train"]))
+    if facts["train"] and (absent := [name for i, name in enumerate(manifest.classes, 1) if i not in seen]):
+        texts.append(f"no training case that can be used holds {', '.join(absent)}")
+    return texts
+
+
+def _orientations(cases: Sequence[_Facts]) -> list[str]:
+    by_code: dict[str, list[str]] = {}
+    for case in cases:
+        by_code.setdefault(case.orientation, []).append(case.name)
+    if len(by_code) < 2:
+        return []
+    counts = sorted(by_code.items(), key=lambda item: (-len(item[1]), item[0]))
+    told = ", ".join(f"{code} in {_count(len(names), 'case')} ({names[0]}, say)" for code, names in counts)
+    return [f"orientations are mixed: {told}; preparing the cases brings them into one"]
+
+
+def _spacings(cases: Sequence[_Facts]) -> list[str]:
+    texts = []
+    for axis, towards in enumerate(("right", "front", "top")):
+        sizes = {case.name: case.spacing[axis] for case in cases}
+        if sizes and max(sizes.values()) > MAX_RATIO * min(sizes.values()):
+            at, to = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
+            low, high = sizes[at], sizes[to]
+            texts.append(f"spacing towards {towards} goes from {low:g} mm ({at}) to {high:g} mm ({to}): is one wrong?")
+    return texts
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
