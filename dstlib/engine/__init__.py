@@ -8,9 +8,7 @@ from dstlib.engine.decisions import Decision, Decisions
 from dstlib.engine.layers.linear import SparseLinear
 from dstlib.engine.runtime.library import Info, info
 from dstlib.engine.runtime.memory import release_memory
-from dstlib.export.compact import load_compact, save_compact
-from dstlib.export.dead_channels import remove_dead_channels
-from dstlib.export.semi_structured import to_semi_structured
+from dstlib.export import load_compact, remove_dead_channels, save_compact, to_semi_structured
 
 __all__ = [
     "Decision",

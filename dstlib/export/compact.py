@@ -3,6 +3,8 @@
 A compact file is a safetensors file. Each weight is stored as its active units only, in order, and a pattern that says
 where they belong. A unit is what follows the first axes of a weight: an element, a kernel, a row; the file says how
 many axes that is. What does not become smaller so, and every vector, is stored as it is; tied tensors are stored once.
+
+Shapes: U units, E elements of a unit.
 """
 
 import json
@@ -16,13 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import StateError
-from dstlib.export.tensors_file import raw_bytes, read_tensors, write_tensors
+from dstlib.errors import StateError, require
+from dstlib.files import write_whole
 from dstlib.profile import Masked
 from dstlib.targets import plain_name, unwrap
 
 FORMAT = "dstlib.compact/1"
 _ENTRY = 128  # bytes that one more tensor takes in the header of a file, about
+_TYPES = (  # that the format has
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32),
+    *(torch.int64, torch.float8_e5m2, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32),
+    *(torch.float64, torch.complex64),
+)
+_COPY_AGAIN = "Copy the file again from where it was written."
 
 
 def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | None = None) -> None:
@@ -51,10 +59,10 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
     (6, True)
     """
     masks = dict(sparsifier.masks) if sparsifier is not None else {}
+    named = _named_state(model)
     entries: dict[str, dict[str, Any]] = {}
     stored: dict[str, Tensor] = {}
     first: dict[int, str] = {}
-    named = _named_state(model)
     for name, tensor in named.items():
         if (twin := first.setdefault(id(tensor), name)) != name:
             entries[name] = {"same_as": twin}
@@ -68,16 +76,16 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
         else:
             entries[name] = {"shape": list(tensor.shape), "axes": packed.axes, "is_mask": mask is not None}
             stored[f"values/{name}"], stored[f"pattern/{name}"] = packed.values, packed.pattern
-    if masks:
-        allowed, remedy = "weights of the model alone", "Pass the sparsifier of this model."
-        raise StateError.of("masks", "save_compact()", allowed=allowed, given=", ".join(masks), remedy=remedy)
+    allowed, remedy = "weights of the model alone", "Pass the sparsifier of this model."
+    given = ", ".join(masks)
+    require(not masks, "masks", "save_compact()", allowed=allowed, given=given, remedy=remedy, error=StateError)
     text = json.dumps(entries)
     described = json.dumps({"format": FORMAT, "entries": text, "checksum": _checksum(text, stored)})
-    write_tensors(path, stored, {"dstlib": described})
+    _write_tensors(Path(path), stored, {"dstlib": described})
 
 
 def load_compact(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The ``state_dict`` that ``save_compact`` was given, and puts it into a model, if one is passed.
+    """Returns the ``state_dict`` that :func:`save_compact` was given, and puts it into a model, if one is passed.
 
     The tensors are on the CPU; those of the model stay where they are.
 
@@ -93,9 +101,9 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> dict[str, 
         elif "axes" in entry:
             values = stored[f"values/{name}"]
             active = _active_units(stored[f"pattern/{name}"], entry)
-            units = values.new_zeros(len(active), values.shape[1])
-            units.view(torch.uint8)[active] = values.view(torch.uint8)  # not all types can be indexed
-            state[name] = units.reshape(entry["shape"])
+            units_UE = values.new_zeros(len(active), values.shape[1])
+            units_UE.view(torch.uint8)[active] = values.view(torch.uint8)  # not all types can be indexed
+            state[name] = units_UE.reshape(entry["shape"])
         else:
             state[name] = stored[f"values/{name}"]
     if model is not None:
@@ -104,10 +112,10 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> dict[str, 
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
-    """The masks of the sparsifier that ``save_compact`` was given, by parameter name; none if there was none.
+    """Returns the masks of the sparsifier that :func:`save_compact` was given, by parameter name; none without one.
 
     Raises:
-        StateError: As :func:`load_compact`.
+        StateError: The file is missing, cut off, damaged or of another format.
     """
     entries, stored = _read(Path(path))
     masks = {}
@@ -120,6 +128,8 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
 
 class _Packed(NamedTuple):
+    """A tensor as its active units, and where they belong."""
+
     axes: int  # how many axes count units
     values: Tensor  # active units × elements of each
     pattern: Tensor  # a bit per unit in uint8, or the indices of the active ones in int32 or int64
@@ -130,7 +140,7 @@ class _Packed(NamedTuple):
 
 
 def _pack(x: Tensor, mask: Tensor | None) -> _Packed | None:
-    """The smallest form there is, None where that is x as it is; the pattern is the mask where there is one."""
+    """Finds the smallest form of x, None where that is x as it is; the pattern is the mask where there is one."""
     if x.ndim < 2 or x.numel() == 0:
         return None
     alive = mask.cpu().reshape(-1, 1) if mask is not None else _has_bits(x)
@@ -151,11 +161,12 @@ def _pack(x: Tensor, mask: Tensor | None) -> _Packed | None:
 
 
 def _has_bits(x: Tensor) -> Tensor:
-    """Where x is anything but +0.0, as a column; NaN and -0.0 are."""
+    """Returns where x is anything but +0.0, as a column; NaN and -0.0 are."""
     return x.contiguous().reshape(-1, 1).view(torch.uint8).any(dim=1).bool()
 
 
 def _active_units(pattern: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """Returns which units (U) are active by a stored pattern, of bits or of indices."""
     num_units = prod(entry["shape"][: entry["axes"]])
     if pattern.dtype == torch.uint8:
         return torch.from_numpy(np.unpackbits(pattern.numpy(), count=num_units, bitorder="little").astype(bool))
@@ -165,12 +176,16 @@ def _active_units(pattern: Tensor, entry: Mapping[str, Any]) -> Tensor:
 
 
 def _named_state(model: nn.Module) -> dict[str, Tensor]:
-    """All that a ``state_dict`` holds, by its names without wrappers; tied tensors are one object."""
+    """Returns all that a ``state_dict`` holds, by its names without wrappers; tied tensors are one object."""
     state = {plain_name(name): value for name, value in unwrap(model).state_dict(keep_vars=True).items()}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             allowed, remedy = "a tensor", "Save a model without extra state, or use torch.save."
             raise StateError.of(name, "the model", allowed=allowed, given=type(value).__name__, remedy=remedy)
+        if value.dtype not in _TYPES or value.layout != torch.strided:
+            allowed, given = "a dense tensor of " + ", ".join(map(str, _TYPES)), f"{value.dtype} ({value.layout})"
+            remedy = "Convert it before saving."
+            raise StateError.of(f"tensor {name}", "the model", allowed=allowed, given=given, remedy=remedy)
     return state
 
 
@@ -182,18 +197,54 @@ def _check_zero_outside(name: str, x: Tensor, mask: Tensor | None) -> None:
 
 
 def _checksum(text: str, stored: Mapping[str, Tensor]) -> int:
-    """Of all that is in a file: a flipped bit in a weight is no other fault that could be noticed."""
+    """Computes a number of all that is in a file: nothing else would notice a flipped bit in a weight."""
     total = zlib.crc32(text.encode())
     for name in sorted(stored):
         tensor = stored[name]
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(raw_bytes(tensor).data, total)
+        total = zlib.crc32(_in_order(tensor).reshape(-1).view(torch.uint8).numpy().data, total)
     return total
 
 
+def _in_order(x: Tensor) -> Tensor:
+    """Returns x on the CPU with its entries as they are, one after the other: views, lazy conjugates written out."""
+    return x.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save  # when first used: importing dstlib loads torch, numpy and einops alone
+
+    # copies, as the package refuses tensors that share memory, and views of one buffer do
+    write_whole(path, save({name: _in_order(x).clone() for name, x in tensors.items()}, metadata))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors of a safetensors file, each with memory of its own, and the text beside them.
+
+    Raises:
+        StateError: The file is missing, cut off, damaged in its header, or of another format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    given: object
+    try:
+        content = path.read_bytes()  # not mapped: what happens to the file later is no longer of interest
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, header.get("__metadata__") or {}
+    except OSError as error:
+        given = error.strerror or error
+    except (SafetensorError, KeyError) as error:  # KeyError: of a type that torch does not have
+        given = f"{type(error).__name__}: {error}"
+    allowed = "a whole safetensors file"
+    raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=_COPY_AGAIN)
+
+
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """What is in a file, if it is one of ours and as it was written."""
-    stored, metadata = read_tensors(path)
+    """Reads a compact file: its entries, and the tensors as they were written."""
+    stored, metadata = _read_tensors(path)
     try:
         described = json.loads(metadata["dstlib"])
         version, text, checksum = described["format"], described["entries"], described["checksum"]
@@ -204,12 +255,12 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
         raise StateError.of("file", str(path), allowed=FORMAT, given=version, remedy=remedy)
     if _checksum(text, stored) != checksum:
         allowed, given = "the contents that were written", "others: the file is damaged"
-        remedy = "Copy the file again from where it was written."
-        raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=remedy)
+        raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=_COPY_AGAIN)
     return json.loads(text), stored
 
 
 def _put(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
+    """Loads a state into a model, if it has these tensors and no others."""
     inner = unwrap(model)
     own = inner.state_dict()
     names = {plain_name(name): name for name in own}

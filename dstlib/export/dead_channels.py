@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dstlib.export.channel_flow import ChannelFlow, Layer
-from dstlib.export.channel_trace import trace
-from dstlib.export.per_channel import NORMS, TRANSPOSED
+from dstlib.export.channels import NORMS, TRANSPOSED, ChannelFlow, Layer
+from dstlib.export.trace import trace
 from dstlib.layers.shift import Shift, shift
 from dstlib.report import align
 from dstlib.targets import unwrap
@@ -39,7 +38,7 @@ class Removal:
     difference: float
 
     def __str__(self) -> str:
-        """The table."""
+        """Returns the table."""
         rows = [("layer", "outputs", "inputs")]
         for name, s in self.smaller.items():
             rows.append((name, f"{s.outputs} of {s.outputs_before}", f"{s.inputs} of {s.inputs_before}"))
@@ -73,7 +72,7 @@ class ShiftedGroups(nn.Module):
 
 
 def remove_dead_channels(model: nn.Module, example: Tensor | Sequence[Tensor]) -> tuple[nn.Module, Removal]:
-    """A copy of the model, in eval mode, without its dead channels, and what was done; ``print`` the latter.
+    """Copies the model, in eval mode, without its dead channels, and says what was done; ``print`` the latter.
 
     Removed are the outputs of ungrouped (transposed) convolutions and linear layers that no weight reads, those that
     are exactly zero wherever they are read, whatever the input, and then what only those had read. Every product that
@@ -116,12 +115,14 @@ def remove_dead_channels(model: nn.Module, example: Tensor | Sequence[Tensor]) -
     flow = ChannelFlow(traced)
     for follower in flow.followers:
         _shrink_follower(smaller, follower.name, flow.kept[follower.ids])
-    for layer in flow.layers:
-        _shrink_layer(smaller.get_submodule(layer.name), flow.kept[layer.outputs], flow.kept[layer.inputs])
+    sizes = {
+        layer.name: _shrink_layer(smaller.get_submodule(layer.name), flow.kept[layer.outputs], flow.kept[layer.inputs])
+        for layer in flow.layers
+    }
     with torch.no_grad():
         after = smaller(*(x.clone() for x in examples))
     removal = Removal(
-        smaller={layer.name: size for layer in flow.layers if (size := _size(layer, flow.kept)) is not None},
+        smaller={name: size for name, size in sizes.items() if size is not None},
         left=flow.left | {layer.name: why for layer in flow.layers if (why := _why_left(layer, flow))},
         parameters=(counts, _num_parameters(smaller)),
         difference=_difference(before, after),
@@ -129,9 +130,10 @@ def remove_dead_channels(model: nn.Module, example: Tensor | Sequence[Tensor]) -
     return smaller, removal
 
 
-def _shrink_layer(layer: Any, outputs: Tensor, inputs: Tensor) -> None:
+def _shrink_layer(layer: Any, outputs: Tensor, inputs: Tensor) -> Smaller | None:
+    """Keeps these outputs (O) and inputs (I) of a layer; None where that is all of them."""
     if outputs.all() and inputs.all():
-        return
+        return None
     first, second = (inputs, outputs) if type(layer) in TRANSPOSED else (outputs, inputs)
     _replace(layer, "weight", layer.weight[first.to(layer.weight.device)][:, second.to(layer.weight.device)])
     if layer.bias is not None:
@@ -139,6 +141,7 @@ def _shrink_layer(layer: Any, outputs: Tensor, inputs: Tensor) -> None:
     kind = "features" if type(layer) is nn.Linear else "channels"
     setattr(layer, f"out_{kind}", int(outputs.sum()))
     setattr(layer, f"in_{kind}", int(inputs.sum()))
+    return Smaller(int(outputs.sum()), len(outputs), int(inputs.sum()), len(inputs))
 
 
 def _shrink_follower(model: nn.Module, name: str, kept: Tensor) -> None:
@@ -163,16 +166,8 @@ def _replace(module: nn.Module, key: str, value: Tensor) -> None:
     setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
 
 
-def _size(layer: Layer, kept: Tensor) -> Smaller | None:
-    """What became of a layer, None if nothing did."""
-    outputs, inputs = kept[layer.outputs], kept[layer.inputs]
-    if outputs.all() and inputs.all():
-        return None
-    return Smaller(int(outputs.sum()), len(outputs), int(inputs.sum()), len(inputs))
-
-
 def _why_left(layer: Layer, flow: ChannelFlow) -> str:
-    """Why outputs stay that look dead or could not be looked into, empty if there are none."""
+    """Says why outputs stay that look dead or could not be looked into; empty if there are none."""
     for ids, reason in flow.pins:
         if reason and bool(torch.isin(layer.outputs, ids).any()):
             return f"all its outputs stay: {reason}"

@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs.
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import SelectionError
+from dstlib.errors import SelectionError, require
 from dstlib.targets import plain_name, unwrap
 
 _TYPES = (torch.float16, torch.bfloat16)
@@ -26,21 +26,19 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
             outputs that are no multiple of 32 or inputs that are none of 64, or shares its weight; or no layer has
             such zeros. All of them are named, and nothing is changed then.
     """
+    where = "to_semi_structured()"
     linears = {plain_name(name): m for name, m in unwrap(model).named_modules() if type(m) is nn.Linear}
     chosen = {name: linear for name, linear in linears.items() if is_two_of_four(linear.weight)}
-    if not chosen:
-        given = "none, among " + (", ".join(linears) or "no nn.Linear at all")
-        remedy = "Train by method='srste' or with granularity NM(2, 4)."
-        allowed = "an nn.Linear of which 2 of every 4 inputs are zero"
-        raise SelectionError.of("layers", "to_semi_structured()", allowed=allowed, given=given, remedy=remedy)
+    allowed = "an nn.Linear of which 2 of every 4 inputs are zero"
+    given = "none, among " + (", ".join(linears) or "no nn.Linear at all")
+    remedy = "Train by method='srste' or with granularity NM(2, 4)."
+    require(bool(chosen), "layers", where, allowed=allowed, given=given, remedy=remedy, error=SelectionError)
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     reasons = {name: _reason(linear.weight, uses.count(id(linear.weight))) for name, linear in chosen.items()}
-    refused = [f"{name} {reason}" for name, reason in reasons.items() if reason]
-    if refused:
-        allowed = "float16 or bfloat16 weights on a GPU of capability 8.0, outputs by 32, inputs by 64, none shared"
-        remedy = "Say model.half().cuda() first; what cannot be compressed runs dense as it is."
-        given = "; ".join(refused)
-        raise SelectionError.of("layers", "to_semi_structured()", allowed=allowed, given=given, remedy=remedy)
+    given = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if reason)
+    allowed = "float16 or bfloat16 weights on a GPU of capability 8.0, outputs by 32, inputs by 64, none shared"
+    remedy = "Say model.half().cuda() first; what cannot be compressed runs dense as it is."
+    require(not given, "layers", where, allowed=allowed, given=given, remedy=remedy, error=SelectionError)
     for linear in chosen.values():
         compressed = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
         linear.weight = nn.Parameter(compressed, requires_grad=False)
@@ -48,7 +46,7 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
 
 
 def is_two_of_four(weight_OI: Tensor) -> bool:
-    """Whether at most 2 of every 4 consecutive inputs of each output are not zero.
+    """Returns whether at most 2 of every 4 consecutive inputs of each output are not zero.
 
     >>> is_two_of_four(torch.tensor([[1.0, 0.0, 0.0, 2.0]])), is_two_of_four(torch.tensor([[1.0, 3.0, 0.0, 2.0]]))
     (True, False)
@@ -60,7 +58,7 @@ def is_two_of_four(weight_OI: Tensor) -> bool:
 
 
 def _reason(weight_OI: Tensor, num_uses: int) -> str:
-    """What is in the way of compressing a weight, empty if nothing is."""
+    """Says what is in the way of compressing a weight; empty if nothing is."""
     if num_uses > 1:
         return "shares its weight"
     if weight_OI.device.type != "cuda":

@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
+import safetensors.torch as package
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +16,7 @@ from torch import nn
 
 import dstlib
 from dstlib.errors import StateError
-from dstlib.export.compact import load_compact, load_masks, save_compact
-from dstlib.export.tensors_file import read_tensors, write_tensors
+from dstlib.export.compact import _TYPES, load_compact, load_masks, save_compact
 from dstlib.zoo.e2enet import AMOS, E2ENet
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint16, torch.complex64, torch.bool)
@@ -141,29 +142,54 @@ def test_whole_kernels_and_rows_take_a_bit_each(tmp_path):
 def test_e2enet_takes_a_third(tmp_path, sparsity):
     network = E2ENet(AMOS)
     sparsifier = dstlib.sparsify(network, sparsity=sparsity, method="static", include=E2ENet.FUSION)
-    write_tensors(tmp_path / "dense", network.state_dict(), {})
+    package.save_file(network.state_dict(), tmp_path / "dense")
     save_compact(network, tmp_path / "compact", sparsifier=sparsifier)
     assert (tmp_path / "compact").stat().st_size <= 0.36 * (tmp_path / "dense").stat().st_size
     assert_same_bits(load_compact(tmp_path / "compact"), dict(network.state_dict()))
 
 
-def test_files_are_those_of_the_safetensors_package(tmp_path):
-    package = pytest.importorskip("safetensors.torch")
-    tensors = {f"b.{dtype}": torch.arange(12).reshape(3, 4).to(dtype) for dtype in TYPES}
+class Kept(nn.Module):
+    """What the first build that wrote compact files has put into the one that is kept beside this test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.zeros(8, 6, 3, 3, dtype=torch.bool)
+        self.mask[0, 1] = self.mask[2, 4] = self.mask[5, 0] = True
+        self.weight = nn.Parameter(torch.arange(8 * 6 * 9.0).reshape(8, 6, 3, 3).masked_fill(~self.mask, 0.0))
+        self.twin = self.weight
+        self.bias = nn.Parameter(torch.arange(8.0))
+        self.register_buffer("scale", torch.tensor([1.5, -2.0], dtype=torch.bfloat16))
+        self.register_buffer("steps", torch.tensor(7))
+
+
+def test_files_of_earlier_builds_load_and_are_written_byte_for_byte(tmp_path):
+    kept, model = Path(__file__).with_name("compact_1.safetensors"), Kept()
+    assert_same_bits(load_compact(kept), model.state_dict())
+    assert torch.equal(load_masks(kept)["weight"], model.mask)
+    save_compact(model, tmp_path / "m", sparsifier=Masks(weight=model.mask))
+    assert (tmp_path / "m").read_bytes() == kept.read_bytes()
+
+
+def test_all_types_are_those_of_the_safetensors_package(tmp_path):
+    model = nn.Module()
+    tensors = {f"b{i}": torch.arange(12).reshape(3, 4).to(dtype) for i, dtype in enumerate(_TYPES)}
     tensors |= {"scalar": torch.tensor(3), "empty": torch.zeros(0, 3), 'é"': torch.ones(5)}
-    write_tensors(tmp_path / "ours", tensors, {"text": 'é "quoted"\n'})
-    assert (tmp_path / "ours").read_bytes() == package.save(tensors, {"text": 'é "quoted"\n'})
-    package.save_file(tensors, tmp_path / "theirs", {"text": "plain"})
-    read, metadata = read_tensors(tmp_path / "theirs")
-    assert_same_bits({name: read[name] for name in tensors}, tensors)
-    assert metadata == {"text": "plain"}
+    for name, x in tensors.items():
+        model.register_buffer(name, x)
+    save_compact(model, tmp_path / "m")
+    assert_same_bits(load_compact(tmp_path / "m"), tensors)
+    read = package.load_file(tmp_path / "m")
+    assert_same_bits({name: read[f"values/{name}"] for name in tensors}, tensors)
 
 
-def test_strided_tensors_are_written_in_order(tmp_path):
-    x = torch.arange(12.0).reshape(3, 4).t()
-    write_tensors(tmp_path / "x", {"x": x, "conj": torch.tensor([1 + 2j]).conj()}, {})
-    read, _ = read_tensors(tmp_path / "x")
+def test_views_are_written_in_order_and_may_share_memory(tmp_path):
+    x, model = torch.arange(12.0).reshape(3, 4).t(), nn.Module()
+    for name, view in {"x": x, "row": x[0], "conj": torch.tensor([1 + 2j]).conj()}.items():
+        model.register_buffer(name, view)
+    save_compact(model, tmp_path / "m")
+    read = load_compact(tmp_path / "m")
     assert torch.equal(read["x"], x)
+    assert torch.equal(read["row"], x[0])
     assert read["conj"].item() == 1 - 2j
 
 
@@ -193,10 +219,11 @@ def test_foreign_files_are_refused(tmp_path):
     torch.save({"x": torch.ones(3)}, path)
     with pytest.raises(StateError, match="whole safetensors file"):
         load_compact(path)
-    write_tensors(path, {"x": torch.ones(3)}, {})
+    package.save_file({"x": torch.ones(3)}, path)
     with pytest.raises(StateError, match="another kind"):
         load_compact(path)
-    write_tensors(path, {}, {"dstlib": json.dumps({"format": "dstlib.compact/9", "entries": "", "checksum": 0})})
+    described = json.dumps({"format": "dstlib.compact/9", "entries": "", "checksum": 0})
+    package.save_file({}, path, {"dstlib": described})
     with pytest.raises(StateError, match="compact/9"):
         load_compact(path)
 
@@ -233,7 +260,7 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
     with pytest.raises(StateError, match="extra state"):
         save_compact(Talkative(), tmp_path / "m")
     with pytest.raises(StateError, match="tensor x"):
-        write_tensors(tmp_path / "m", {"x": torch.eye(3).to_sparse()}, {})
+        save_compact(Holder(torch.eye(3).to_sparse()), tmp_path / "m")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

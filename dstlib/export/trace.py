@@ -15,7 +15,7 @@ from dstlib.layers.shift import Shift
 
 @dataclass(frozen=True)
 class Trace:
-    """``values`` has the example's value of every node but the output.
+    """A forward pass as a graph; ``values`` has the example's value of every node but the output.
 
     ``shape_read`` are the nodes of which the forward knows sizes: numbers made from them would be others in a smaller
     network, and no node shows where they went.
@@ -28,7 +28,7 @@ class Trace:
 
 
 def trace(model: nn.Module, examples: Sequence[Tensor]) -> Trace:
-    """Follows the forward with symbols that know their shape, so code that checks shapes, or splits by them, goes on.
+    """Follows a forward by symbols that know their shape, so that code that checks shapes, or splits by them, goes on.
 
     torch's own modules, and the shifts of dstlib, are nodes; all others are followed inside. Where the forward asks for
     the *values* of an activation, the tracing fails with whatever error that makes. The model may be left with
@@ -45,7 +45,7 @@ def trace(model: nn.Module, examples: Sequence[Tensor]) -> Trace:
 
 
 def own_modules(trace: Trace) -> set[str]:
-    """Names of the modules of which nothing is known, or changed, by two places, and that have no hooks."""
+    """Names the modules of which nothing is known, or changed, by two places, and that have no hooks."""
     calls = Counter(str(node.target) for node in trace.graph.nodes if node.op == "call_module")
     read = [str(node.target) for node in trace.graph.nodes if node.op == "get_attr"]
     uses = Counter(id(p) for module in trace.root.modules() for p in module._parameters.values())
@@ -100,7 +100,7 @@ class _Tracer(fx.Tracer):
 
 
 def compute(root: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """What a node that is no placeholder makes of these values of the nodes before it."""
+    """Computes what a node that is no placeholder makes of these values of the nodes before it."""
     args = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     target: Any = node.target
@@ -158,7 +158,7 @@ class _Proxy(fx.Proxy):
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    """``x += y`` as what it is; Proxy alone would note ``x = x + y``, which leaves other names of x as they were."""
+    """Notes ``x += y`` as what it is; Proxy would note ``x = x + y``, which leaves other names of x as they were."""
     function = getattr(operator, name)
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
