@@ -15,7 +15,8 @@ ROOT = Path(dstlib.__file__).parents[1]
 FILES = sorted((ROOT / "dstlib").rglob("*.py"))
 
 THIRD_PARTY = {"torch", "numpy", "einops"}  # all that `import dstlib` may load; the zoo may load more
-LAZILY = {"plot": {"matplotlib"}, "engine.gpu": {"triton", "cuda"}}  # test_import_loads_only_what_it_may
+# what is loaded when it is used: see test_import_loads_only_what_it_may
+LAZILY = {"plot": {"matplotlib"}, "export": {"safetensors"}, "engine.gpu": {"triton", "cuda"}}
 MODELS = ("torch.nn", "torch.optim", "torch.distributed")  # what the mathematics does not know
 
 
