@@ -1,13 +1,13 @@
 """What the benchmarks of the engine share: times of actions in turn, the machine, options, and files of results."""
 
 import argparse
-import multiprocessing
 import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dstlib.command_line import make_parser
 from dstlib.engine import info
 from dstlib.files import make_folder, write_json, write_whole
+from dstlib.workers import share
 from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
 
 Action = Callable[[], object]
@@ -52,11 +53,12 @@ def layers(size: int) -> list[Layer]:
 
 def peak_memory(build: Callable[..., Action], *arguments: object) -> float:
     """The most memory, in MiB, that a process took which only built an action and ran it twice, torch included."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (build, arguments, torch.get_num_threads()))
+    work = partial(_peak, build, threads=torch.get_num_threads())
+    ((_, peak),) = share(work, [arguments], workers=1, where="peak_memory()", remedy="Measure something smaller.")
+    return peak
 
 
-def _peak(build: Callable[..., Action], arguments: Sequence[object], threads: int) -> float:
+def _peak(build: Callable[..., Action], arguments: Sequence[object], *, threads: int) -> float:
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     action = build(*arguments)

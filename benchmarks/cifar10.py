@@ -21,15 +21,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -40,6 +36,7 @@ from cifar10_training import CHOICES, PRESETS, Settings, train, write_result
 
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import DstlibError, SettingError, StateError
+from dstlib.workers import share
 
 WANTED = ("dense", "static", "set", "rigl", "granet", "srigl", "dsff")
 SCALE = ("model", "epochs", "batch_size", "images", "distribution")  # settings of all cells that the command may change
@@ -48,12 +45,6 @@ SCALE = ("model", "epochs", "batch_size", "images", "distribution")  # settings 
 @lru_cache(maxsize=1)
 def _images(folder: Path | None) -> Images:
     return open_images(folder)  # decoded once by each worker, then used by all its cells
-
-
-def _begin() -> None:
-    """In each worker: one thread, and Ctrl-C is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def run_cell(settings: Settings, path: Path, folder: Path | None) -> Result:
@@ -69,33 +60,29 @@ def run_grid(todo: Sequence[tuple[Settings, Path]], folder: Path | None, *, work
     """Runs cells in worker processes, with a line for each; returns how many failed.
 
     Raises:
+        StateError: The system ended a worker.
         KeyboardInterrupt: It was asked to stop; what is finished is in its files.
     """
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
     started, failed = time.monotonic(), 0
-    try:
-        futures = {pool.submit(run_cell, settings, path, folder): path.stem for settings, path in todo}
-        for number, future in enumerate(as_completed(futures), 1):
-            left = (time.monotonic() - started) / number * (len(todo) - number) / 60
-            line, failure = _outcome(future)
-            failed += failure
-            print(f"[{number}/{len(todo)}] {futures[future]}: {line}; about {left:.0f} min left", flush=True)
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()  # an unfinished cell leaves nothing behind
-        raise
-    pool.shutdown()
+    remedy = "Finished cells are kept; try again with fewer."
+    cells_done = share(partial(_attempt, folder=folder), todo, workers=workers, where="the grid", remedy=remedy)
+    for number, ((_, path), result) in enumerate(cells_done, 1):
+        left = (time.monotonic() - started) / number * (len(todo) - number) / 60
+        if isinstance(result, str):
+            line, failed = f"failed: {result}", failed + 1
+        else:
+            seconds = f"{result['seconds']:.0f} s, {result['cpu_seconds']:.0f} s of CPU"
+            line = f"{result['accuracy']:.2%} in {seconds}"
+        print(f"[{number}/{len(todo)}] {path.stem}: {line}; about {left:.0f} min left", flush=True)
     return failed
 
 
-def _outcome(future: "Future[Result]") -> tuple[str, bool]:
-    """A line on a finished cell, and whether it failed. A cell that cannot run does not stop the others."""
+def _attempt(cell: tuple[Settings, Path], folder: Path | None) -> Result | str:
+    """Runs a cell, or says why it cannot run: it does not stop the others."""
     try:
-        result = future.result()
-    except (DstlibError, BrokenProcessPool) as error:
-        return f"failed: {error}", True
-    return f"{result['accuracy']:.2%} in {result['seconds']:.0f} s, {result['cpu_seconds']:.0f} s of CPU", False
+        return run_cell(*cell, folder)
+    except DstlibError as error:
+        return str(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,11 +144,15 @@ def report(results: dict[Cell, Result], options: argparse.Namespace) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    """Stops at once: an unfinished cell leaves nothing behind."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
     raise KeyboardInterrupt
 
 
 STOPPED = "Stopped; finished cells are kept. Give the same command again to go on."
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: a job in the background does not hear that one
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background does not hear Ctrl-C
+        signal.signal(number, _stop)
     sys.exit(run_command(lambda: min(main(), 1), interrupted=STOPPED))  # 1: a cell failed

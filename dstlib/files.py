@@ -1,6 +1,5 @@
 """Files that are whole at every moment, and folders that one process has to itself."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -77,6 +76,8 @@ def locked(folder: Path, *, if_held: Callable[[], object], refuse: Callable[[OSE
     Where another process holds it, ``if_held`` is called: it may raise, or else the lock is waited for. ``refuse``
     raises what a user is to read where the folder cannot be written to.
     """
+    import fcntl  # here, as Windows has none
+
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the yield
     except OSError as error:

@@ -23,8 +23,8 @@ def share(
 ) -> Generator[tuple[T, R], None, None]:
     """Does a piece of work on each item, in several processes, and yields each item with its result, in any order.
 
-    With 0 workers, or a single item, it is this process that works, in order and item by item. Closing the generator
-    waits for the items in work, and drops those that nobody has begun. ``where`` and ``remedy`` word the error.
+    With 0 workers it is this process that works, in order. Closing the generator waits for the items in work, and
+    drops those that nobody has begun. ``where`` and ``remedy`` word the error.
 
     Raises:
         StateError: The system ended a worker.
@@ -32,7 +32,7 @@ def share(
     >>> list(share(abs, [1, -2], workers=0, where="", remedy=""))
     [(1, 1), (-2, 2)]
     """
-    if not workers or len(items) < 2:
+    if not workers or not items:
         yield from ((item, work(item)) for item in items)
         return
     # Spawned: a fork would share locks, and may hang in a process with threads.

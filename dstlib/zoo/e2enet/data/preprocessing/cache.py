@@ -148,7 +148,7 @@ def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers
         make_folder(entry.folder, what="cache")
     faults: list[tuple[str, Fault]] = []
     remedy = "Nothing whole is lost; try again with fewer, each holds a scan and some copies of a channel."
-    all_made = share(make, missing, workers=workers, where=where, remedy=remedy)
+    all_made = share(make, missing, workers=workers if len(missing) > 1 else 0, where=where, remedy=remedy)
     hidden = title is None or not missing
     with closing(all_made), tqdm(all_made, title, total=len(missing), unit="scan", disable=hidden) as bar:
         for entry, made in bar:
