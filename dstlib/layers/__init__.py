@@ -1,4 +1,4 @@
-"""Plain modules that do not know they are sparse: shifts, fixed and learned, the Unit, the fusion node.
+"""Plain modules that do not know they are sparse: shifts, fixed and learned, E2ENet's Unit and fusion node.
 
 And :func:`add_depth_shift`, which gives the shift to other 3D networks.
 """

@@ -42,6 +42,7 @@ class Unit(nn.Module):
         self.activation = nn.LeakyReLU(0.01, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Computes (B, in_channels, D, H, W) → (B, out_channels, ...)."""
         if self.shift is not None:
             x = self.shift(x)
         y: Tensor = self.activation(self.norm(self.conv(x)))

@@ -61,6 +61,7 @@ class FusionNode(nn.Module):
         )
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
+        """Joins the maps of this level, the coarser and the finer one."""
         flows = [same, self.upward(coarser)]
         if self.downward is not None:
             flows.append(self.downward(finer))

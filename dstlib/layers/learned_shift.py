@@ -9,12 +9,12 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.layers.shift import channel_groups, check_shift
 
 
 def learned_shift(x: Tensor, offsets: Tensor, *, axis: int, rounded: bool = False) -> Tensor:
-    """:func:`~dstlib.layers.shift.shift` by offsets that may be fractions and that receive a gradient.
+    """Moves groups of channels as a shift does, by offsets that may be fractions and that receive a gradient.
 
     An offset o = n + f with a whole n and 0 ≤ f < 1 gives ``(1 - f) · x[i - n] + f · x[i - n - 1]`` along the
     axis, zeros flowing in. Its derivative is ``x[i - n - 1] - x[i - n]``: at a whole offset that of the side of
@@ -27,7 +27,7 @@ def learned_shift(x: Tensor, offsets: Tensor, *, axis: int, rounded: bool = Fals
     Shapes: x (B, C, \\*spatial), offsets (G,), the result as x. ``axis`` counts the axes of x: 2 is depth.
 
     Raises:
-        SettingError: there is no offset, or ``axis`` is not a spatial axis of x.
+        SettingError: There is no offset, or ``axis`` is not a spatial axis of x.
 
     Reference: the future work of Wu et al., *E2ENet* (NeurIPS 2024). Learned by interpolation in Jeon & Kim,
     *Constructing Fast Network through Deconstruction of Convolution* (NeurIPS 2018), there per channel.
@@ -48,7 +48,7 @@ def learned_shift(x: Tensor, offsets: Tensor, *, axis: int, rounded: bool = Fals
 
 
 def _move(x: Tensor, offset: Tensor, axis: int, *, rounded: bool) -> Tensor:
-    """Gathers by computed indices, not slices: no value leaves the graph, so it compiles and exports."""
+    """Moves x by one offset: by computed indices, not slices, so no value leaves the graph, and it compiles."""
     extent = x.shape[axis]
     whole = offset.detach().floor().clamp(-extent - 1, extent)  # beyond, all is zero anyway
     source = torch.arange(-1, extent, device=x.device) - whole.long()
@@ -69,7 +69,7 @@ class LearnedShift(nn.Module):
     offsets to 0, as it pulls every parameter; a parameter group of their own, of weight decay 0, spares them.
 
     Raises:
-        SettingError: there is no size, or one is not a finite number.
+        SettingError: There is no size, or one is not a finite number.
 
     >>> LearnedShift((-1, 0, 1), axis=2, rounded=True)
     LearnedShift(sizes=(-1, 0, 1), axis=2, rounded=True)
@@ -77,9 +77,9 @@ class LearnedShift(nn.Module):
 
     def __init__(self, sizes: Sequence[float], *, axis: int, rounded: bool = False) -> None:
         super().__init__()
-        if not len(sizes) or not all(isfinite(size) for size in sizes):
-            allowed, remedy = "one finite number or more", "Offsets start from them; the paper's are (-1, 0, 1)."
-            raise SettingError.of("sizes", "LearnedShift", allowed=allowed, given=sizes, remedy=remedy)
+        holds = len(sizes) > 0 and all(isfinite(size) for size in sizes)
+        allowed, remedy = "one finite number or more", "Offsets start from them; the paper's are (-1, 0, 1)."
+        require(holds, "sizes", "LearnedShift", allowed=allowed, given=sizes, remedy=remedy)
         self.sizes = tuple(sizes)
         self.axis = axis
         self.rounded = rounded

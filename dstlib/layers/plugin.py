@@ -11,7 +11,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import SelectionError, SettingError
+from dstlib.errors import SelectionError, require
 from dstlib.layers.blocks import Triple
 from dstlib.layers.shift import AXES, Axis, channel_groups, shift
 
@@ -100,7 +100,7 @@ def add_depth_shift(
 
     Raises:
         SettingError: ``sizes`` or ``axis`` are out of range.
-        SelectionError: a glob matches no convolution, or there is none to shift. Nothing is changed then.
+        SelectionError: A glob matches no convolution, or there is none to shift. Nothing is changed then.
 
     Reference: the restricted depth-shift of Wu et al., *E2ENet* (NeurIPS 2024), which shifts before every
     convolution, the first one too.
@@ -129,13 +129,13 @@ def add_depth_shift(
         if not reasons[name]:
             assert isinstance(conv, nn.Conv3d)
             before = conv.kernel_size
-            _turn(conv, tuple(sizes), axis, flatten=flatten)
+            _convert(conv, tuple(sizes), axis, flatten=flatten)
             shifted[name] = " → ".join(dict.fromkeys(map(_times, (before, conv.kernel_size))))
     return Shifting(shifted=shifted, left={name: reason for name, reason in reasons.items() if reason})
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every convolution, once, with all names it has: networks hold the same module in several places."""
+    """Lists every convolution, once, with all names it has: networks hold the same module in several places."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _CONVOLUTIONS):
@@ -152,7 +152,7 @@ def _num_owners(model: nn.Module) -> dict[int, int]:
 
 
 def _reason(conv: nn.Module, sizes: Sequence[int], axis: Axis, *, flatten: bool) -> str:
-    """Why a convolution cannot be shifted; empty if it can."""
+    """Says why a convolution cannot be shifted; empty if it can."""
     if isinstance(conv, ShiftedConv3d):
         return f"shifted already, by {conv.sizes} along {conv.axis}"
     if isinstance(conv, _TRANSPOSED):
@@ -181,7 +181,7 @@ def _reason(conv: nn.Module, sizes: Sequence[int], axis: Axis, *, flatten: bool)
 
 
 @torch.no_grad()
-def _turn(conv: nn.Conv3d, sizes: tuple[int, ...], axis: Axis, *, flatten: bool) -> None:
+def _convert(conv: nn.Conv3d, sizes: tuple[int, ...], axis: Axis, *, flatten: bool) -> None:
     """Changes the class of the module rather than the module: whoever holds it, under any name, has it."""
     at = AXES.index(axis)
     if flatten and conv.kernel_size[at] > 1:
@@ -200,7 +200,7 @@ def _turn(conv: nn.Conv3d, sizes: tuple[int, ...], axis: Axis, *, flatten: bool)
 
 
 def _flatten(weight_OIK: Tensor, sizes: tuple[int, ...], *, dim: int) -> Tensor:
-    """One tap along ``dim``: of each input channel the one that saw what the shift brings, rescaled."""
+    """Keeps one tap along ``dim``: of each input channel the one that saw what the shift brings, rescaled."""
     taps = weight_OIK.shape[dim]
     half = taps // 2
     groups = channel_groups(weight_OIK, len(sizes))
@@ -219,27 +219,26 @@ def _times(extents: Sequence[int]) -> str:
 
 
 def _check(sizes: Sequence[int], axis: str) -> None:
-    if not len(sizes) or not all(type(size) is int for size in sizes):
-        allowed, remedy = "one whole number of voxels or more", "The paper's are (-1, 0, 1)."
-        raise SettingError.of("sizes", _WHERE, allowed=allowed, given=sizes, remedy=remedy)
-    if axis not in AXES:
-        remedy = "Name the axis to shift along."
-        raise SettingError.of("axis", _WHERE, allowed=" or ".join(AXES), given=repr(axis), remedy=remedy)
+    are_whole = len(sizes) > 0 and all(type(size) is int for size in sizes)
+    allowed, remedy = "one whole number of voxels or more", "The paper's are (-1, 0, 1)."
+    require(are_whole, "sizes", _WHERE, allowed=allowed, given=sizes, remedy=remedy)
+    allowed, remedy = " or ".join(AXES), "Name the axis to shift along."
+    require(axis in AXES, "axis", _WHERE, allowed=allowed, given=repr(axis), remedy=remedy)
 
 
 def _check_globs(globs: Sequence[str], names: Mapping[nn.Module, Sequence[str]]) -> None:
     known = [name for aliases in names.values() for name in aliases]
     for glob in globs:
-        if known and not any(fnmatchcase(name, glob) for name in known):
-            allowed, remedy = "a match with the name of a convolution", f"Names here: {', '.join(known[:5])}."
-            raise SelectionError.of(f"glob {glob!r}", _WHERE, allowed=allowed, given="no match", remedy=remedy)
+        matches = not known or any(fnmatchcase(name, glob) for name in known)
+        allowed, remedy = "a match with the name of a convolution", f"Names here: {', '.join(known[:5])}."
+        require(
+            matches, f"glob {glob!r}", _WHERE, allowed=allowed, given="no match", remedy=remedy, error=SelectionError
+        )
 
 
 def _check_any(reasons: Mapping[str, str], names: Mapping[nn.Module, Sequence[str]]) -> None:
-    if all(reasons.values()) and not any(isinstance(conv, ShiftedConv3d) for conv in names):
-        given = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in list(reasons.items())[:8])
-        allowed = "a model with a convolution that can be shifted"
-        remedy = "Plain Conv3d with kernels such as 3×3×3 or 1×3×3 can."
-        raise SelectionError.of(
-            "model", _WHERE, allowed=allowed, given=f"none ({given or 'no convolution'})", remedy=remedy
-        )
+    holds = not all(reasons.values()) or any(isinstance(conv, ShiftedConv3d) for conv in names)
+    listed = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in list(reasons.items())[:8])
+    allowed, given = "a model with a convolution that can be shifted", f"none ({listed or 'no convolution'})"
+    remedy = "Plain Conv3d with kernels such as 3×3×3 or 1×3×3 can."
+    require(holds, "model", _WHERE, allowed=allowed, given=given, remedy=remedy, error=SelectionError)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 Axis = Literal["depth", "height", "width"]
 AXES = get_args(Axis)  # in the order of the axes of (D, H, W)
@@ -48,7 +48,7 @@ def shift(x: Tensor, sizes: Sequence[int], *, axis: int) -> Tensor:
 
 
 def channel_groups(x: Tensor, num_groups: int) -> tuple[Tensor, ...]:
-    """The groups that move together: contiguous parts of axis 1, of ceil(C / num_groups) but for the last.
+    """Cuts x into the groups that move together: contiguous parts of axis 1, of ceil(C / num_groups) but for the last.
 
     There are fewer than ``num_groups`` where ceil leaves no channels for the last ones.
 
@@ -59,18 +59,21 @@ def channel_groups(x: Tensor, num_groups: int) -> tuple[Tensor, ...]:
 
 
 def check_shift(x: Tensor, sizes: Sequence[float] | Tensor, axis: int, *, where: str) -> None:
-    """A SettingError if there are no sizes, or ``axis`` is not a spatial axis of x."""
-    if not len(sizes):
-        remedy = "Pass (0,) to move nothing."
-        raise SettingError.of("sizes", where, allowed="at least one", given=sizes, remedy=remedy)
-    if axis not in (*range(2, x.ndim), *range(2 - x.ndim, 0)):
-        allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
-        remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
-        raise SettingError.of("axis", where, allowed=allowed, given=axis, remedy=remedy)
+    """Checks that there are sizes, and that ``axis`` is a spatial axis of x.
+
+    Raises:
+        SettingError: Of ``where``, if not.
+    """
+    remedy = "Pass (0,) to move nothing."
+    require(len(sizes) > 0, "sizes", where, allowed="at least one", given=sizes, remedy=remedy)
+    is_spatial = axis in (*range(2, x.ndim), *range(2 - x.ndim, 0))
+    allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
+    remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
+    require(is_spatial, "axis", where, allowed=allowed, given=axis, remedy=remedy)
 
 
 def _move(x: Tensor, size: int, axis: int) -> Tensor:
-    """Pads, then cuts: unlike a negative padding this also holds for sizes beyond the extent."""
+    """Moves x by one size: pads, then cuts, which unlike a negative padding holds for sizes beyond the extent too."""
     if size == 0:
         return x
     padding = [0, 0] * (x.ndim - 1 - axis) + [max(size, 0), max(-size, 0)]
