@@ -13,7 +13,7 @@ from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     NUM_SAMPLES,
     Fingerprint,
-    Intensities,
+    IntensityProperties,
     ScanFingerprint,
     fingerprint,
     join,
@@ -33,7 +33,7 @@ def scan_of(name="a", *, shape=(4, 5, 6), spacing=(3.0, 2.0, 1.0), num_channels=
 
 def measured(spacings, shapes=None, kept=None):
     """A fingerprint by hand, of one channel."""
-    each = Intensities(low=-100.0, high=200.0, mean=50.0, std=30.0)
+    each = IntensityProperties(low=-100.0, high=200.0, mean=50.0, std=30.0)
     return Fingerprint(
         num_channels=1,
         spacings=tuple(spacings),

@@ -1,4 +1,4 @@
-"""What every reader returns and every recipe takes: cases in memory, and their cross-validation folds.
+"""Prepared cases, as recipes take them, and their cross-validation folds.
 
 Shapes: C channels, D depth (slices), H height, W width.
 """
@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, require
 
 MAX_VOXELS = 10_000  # per class that a case remembers: enough to draw from, and little to keep
 
@@ -39,15 +39,15 @@ class Case:
 
     def __post_init__(self) -> None:
         fits = self.image.ndim == 4 and self.image.shape[1:] == self.label.shape
-        if not fits or self.image.dtype != np.float32 or self.label.dtype != np.uint8:
-            given = f"{self.image.dtype} {self.image.shape} with {self.label.dtype} {self.label.shape}"
-            raise DataError.of(
-                "image and label",
-                f"case {self.name!r}",
-                allowed="a float32 image (C, D, H, W) with a uint8 label (D, H, W)",
-                given=given,
-                remedy="Convert with astype(), and give an image of one channel a leading axis.",
-            )
+        require(
+            fits and self.image.dtype == np.float32 and self.label.dtype == np.uint8,
+            "image and label",
+            f"case {self.name!r}",
+            allowed="a float32 image (C, D, H, W) with a uint8 label (D, H, W)",
+            given=f"{self.image.dtype} {self.image.shape} with {self.label.dtype} {self.label.shape}",
+            remedy="Convert with astype(), and give an image of one channel a leading axis.",
+            error=DataError,
+        )
 
     @cached_property
     def class_voxels(self) -> dict[int, NDArray[np.unsignedinteger]]:
@@ -87,28 +87,32 @@ class Cases:
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError.of(
-                "case names",
-                f"data set {self.name!r}",
-                allowed="one case per name",
-                given=f"{', '.join(repeated)} more than once",
-                remedy="Rename or remove the copies: folds are drawn over names.",
-            )
-        if odd := [c for c in self.cases if len(c.image) != len(self.channels)]:
-            raise DataError.of(
-                "channels",
-                f"data set {self.name!r}",
-                allowed=f"{len(self.channels)} per case ({', '.join(self.channels)})",
-                given=", ".join(f"{len(c.image)} in {c.name}" for c in odd),
-                remedy="Give every case the same channels in the same order.",
-            )
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        require(
+            not repeated,
+            "case names",
+            f"data set {self.name!r}",
+            allowed="one case per name",
+            given=f"{', '.join(repeated)} more than once",
+            remedy="Rename or remove the copies: folds are drawn over names.",
+            error=DataError,
+        )
+        odd = [case for case in self.cases if len(case.image) != len(self.channels)]
+        require(
+            not odd,
+            "channels",
+            f"data set {self.name!r}",
+            allowed=f"{len(self.channels)} per case ({', '.join(self.channels)})",
+            given=", ".join(f"{len(case.image)} in {case.name}" for case in odd),
+            remedy="Give every case the same channels in the same order.",
+            error=DataError,
+        )
 
 
 def split(
     names: Sequence[str], *, fold: int = 0, num_folds: int = 5, seed: int = 12345
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names to train on and the held-out names of one fold of a shuffled cross-validation.
+    """Returns the names to train on, and those held out, of one fold of a shuffled cross-validation.
 
     The names are sorted first, so their order does not matter, and both answers are sorted. Every name is
     held out in exactly one fold; the first ``len(names) % num_folds`` folds hold out one name more.
@@ -122,18 +126,16 @@ def split(
     >>> split(["e", "d", "c", "b", "a"], fold=0)
     (('b', 'c', 'd', 'e'), ('a',))
     """
-    if not 2 <= num_folds <= len(names):
-        raise SettingError.of(
-            "num_folds",
-            "split()",
-            allowed=f"2 to {len(names)}, the number of names",
-            given=num_folds,
-            remedy="Choose fewer folds, or pass more names.",
-        )
-    if not 0 <= fold < num_folds:
-        raise SettingError.of(
-            "fold", "split()", allowed=f"0 to {num_folds - 1}", given=fold, remedy="Folds count from 0."
-        )
+    require(
+        2 <= num_folds <= len(names),
+        "num_folds",
+        "split()",
+        allowed=f"2 to {len(names)}, the number of names",
+        given=num_folds,
+        remedy="Choose fewer folds, or pass more names.",
+    )
+    in_range = 0 <= fold < num_folds
+    require(in_range, "fold", "split()", allowed=f"0 to {num_folds - 1}", given=fold, remedy="Folds count from 0.")
     ordered = sorted(names)
     # The legacy generator on purpose: only its shuffle draws the published folds.
     order = np.arange(len(ordered))

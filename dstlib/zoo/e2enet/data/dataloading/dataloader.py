@@ -1,4 +1,4 @@
-"""Batches drawn ahead: the same ones whether this process draws them or others do while it trains."""
+"""Batches drawn ahead: the same whether this process draws them, or others do while it trains."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a training loop draws from: normalised cases in, batches of augmented patches out.
+"""Which patches make a batch: drawn from prepared cases, with foreground oversampling as in nnU-Net.
 
 Shapes: B batch, C channels, D depth, H height, W width. A batch is a pure function of (cases, settings, seed,
 iteration): a resumed run draws what an uninterrupted one would have drawn, and no generator is ever saved.
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     Augmentation,
@@ -29,7 +29,7 @@ Index = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class PatchSettings:
-    """What a batch is made of.
+    """The size and number of the patches of a batch, and how they are drawn and changed.
 
     ``oversample`` is the share of the batch that is forced to contain foreground, counted as nnU-Net does:
     one patch of two at 0.33. ``augment`` says how patches are changed, None that they are not. ``mirror`` names
@@ -51,19 +51,47 @@ class PatchSettings:
     mirror: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
-        sizes = len(self.patch_size) == 3 and min(self.patch_size) > 0
-        known = self.augment is None or isinstance(self.augment, Augmentation)
-        checks = (
-            ("patch_size", sizes, "three positive sizes (D, H, W)", "Pass (64, 128, 128), say."),
-            ("batch_size", self.batch_size > 0, "a positive number", "Pass 2, as the paper."),
-            ("oversample", 0 <= self.oversample <= 1, "a number in [0, 1]", "Pass 0.33, as the paper."),
-            ("augment", known, "an Augmentation or None", "Pass Augmentation() for the paper's, None for none."),
-            ("mirror", set(self.mirror) <= {0, 1, 2}, "axes among 0, 1, 2", "Pass () for no mirroring."),
+        where = "PatchSettings"
+        require(
+            len(self.patch_size) == 3 and min(self.patch_size) > 0,
+            "patch_size",
+            where,
+            allowed="three positive sizes (D, H, W)",
+            given=self.patch_size,
+            remedy="Pass (64, 128, 128), say.",
         )
-        for name, good, allowed, remedy in checks:
-            if not good:
-                given = getattr(self, name)
-                raise SettingError.of(name, "PatchSettings", allowed=allowed, given=given, remedy=remedy)
+        require(
+            self.batch_size > 0,
+            "batch_size",
+            where,
+            allowed="a positive number",
+            given=self.batch_size,
+            remedy="Pass 2, as the paper.",
+        )
+        require(
+            0 <= self.oversample <= 1,
+            "oversample",
+            where,
+            allowed="a number in [0, 1]",
+            given=self.oversample,
+            remedy="Pass 0.33, as the paper.",
+        )
+        require(
+            self.augment is None or isinstance(self.augment, Augmentation),
+            "augment",
+            where,
+            allowed="an Augmentation or None",
+            given=self.augment,
+            remedy="Pass Augmentation() for the paper's, None for none.",
+        )
+        require(
+            set(self.mirror) <= {0, 1, 2},
+            "mirror",
+            where,
+            allowed="axes among 0, 1, 2",
+            given=self.mirror,
+            remedy="Pass () for no mirroring.",
+        )
 
     @property
     def num_forced(self) -> int:
@@ -71,7 +99,7 @@ class PatchSettings:
         return self.batch_size - round(self.batch_size * (1 - self.oversample))
 
     def plain(self) -> "PatchSettings":
-        """The same patches as they are in the cases: what a training is validated on."""
+        """Returns the settings of the same patches unchanged: what a training is validated on."""
         return replace(self, augment=None)
 
 
@@ -83,7 +111,7 @@ def draw_batch(
     iteration: int,
     ranks: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
-    """The batch of one iteration: images (B, C, D, H, W) as float32, labels (B, 1, D, H, W) as int64.
+    """Draws the batch of one iteration: images (B, C, D, H, W) as float32, labels (B, 1, D, H, W) as int64.
 
     Each patch comes from a case drawn with replacement. A forced patch is centred on a voxel of a class drawn
     among those that the case has (pushed back into the volume at its borders); the others lie anywhere. A
@@ -119,19 +147,29 @@ def draw_batch(
 
 
 def _refuse_unequal_shares(cases: Sequence[Case], settings: PatchSettings, ranks: tuple[int, int]) -> None:
-    if not cases:
-        remedy = "Pass the training cases."
-        raise DataError.of("cases", "draw_batch()", allowed="at least one", given="none", remedy=remedy)
+    require(
+        len(cases) > 0,
+        "cases",
+        "draw_batch()",
+        allowed="at least one",
+        given="none",
+        remedy="Pass the training cases.",
+        error=DataError,
+    )
     rank, num_ranks = ranks
-    if not 0 <= rank < num_ranks or settings.batch_size % num_ranks:
-        allowed = f"(rank, how many), so many that they share the {settings.batch_size} patches of a batch evenly"
-        remedy = "Make batch_size a multiple of the number of processes."
-        raise SettingError.of("ranks", "draw_batch()", allowed=allowed, given=ranks, remedy=remedy)
+    require(
+        0 <= rank < num_ranks and settings.batch_size % num_ranks == 0,
+        "ranks",
+        "draw_batch()",
+        allowed=f"(rank, how many), so many that they share the {settings.batch_size} patches of a batch evenly",
+        given=ranks,
+        remedy="Make batch_size a multiple of the number of processes.",
+    )
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums over several threads round differently: on one, a batch is the same in any process of any machine size."""
+    """Computes on one thread: over several, sums round differently, and a batch depends on the size of the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,7 +181,7 @@ def _one_thread() -> Iterator[None]:
 def _draw_patch(
     case: Case, settings: PatchSettings, rng: np.random.Generator, *, forced: bool
 ) -> tuple[Tensor, Tensor]:
-    """One patch of a case: image (C, D, H, W) and label (1, D, H, W)."""
+    """Draws one patch of a case: image (C, D, H, W) and label (1, D, H, W)."""
     size, augmentation = settings.patch_size, settings.augment
     voxel = _foreground_voxel(case, rng) if forced else None
     start = _position(case.label.shape, size, voxel, rng)
@@ -160,7 +198,7 @@ def _draw_patch(
 
 
 def _foreground_voxel(case: Case, rng: np.random.Generator) -> Index | None:
-    """A voxel of a class, both drawn uniformly from what the case has; none where it has no foreground."""
+    """Draws a voxel of a class, both drawn uniformly from what the case has; none where it has no foreground."""
     classes = list(case.class_voxels)
     if not classes:
         return None
@@ -170,7 +208,7 @@ def _foreground_voxel(case: Case, rng: np.random.Generator) -> Index | None:
 
 
 def _position(shape: Sequence[int], size: Index, voxel: Index | None, rng: np.random.Generator) -> Index:
-    """Where the patch starts; negative along an axis on which the case is smaller and lies in the middle."""
+    """Draws where a patch starts; negative along an axis on which the case is smaller and lies in the middle."""
     free = rng.random(3)
     start = []
     for axis in range(3):
@@ -185,7 +223,7 @@ def _position(shape: Sequence[int], size: Index, voxel: Index | None, rng: np.ra
 
 
 def _cut(volume: NDArray[np.generic], start: Index, size: Index) -> Tensor:
-    """A copy of the box of a volume (C, D, H, W), with zeros where it reaches beyond."""
+    """Copies a box of a volume (C, D, H, W), with zeros where it reaches beyond."""
     # torch aligns its memory, numpy does not: some sums would round by where a patch happens to lie.
     box = torch.zeros((len(volume), *size), dtype=torch.from_numpy(np.empty(0, volume.dtype)).dtype)
     source, target = [slice(None)], [slice(None)]
@@ -198,7 +236,7 @@ def _cut(volume: NDArray[np.generic], start: Index, size: Index) -> Tensor:
 
 
 def _seen_through(matrix: NDArray[np.float64] | None, case: Case, start: Index, size: Index) -> tuple[Tensor, Tensor]:
-    """The patch, turned and scaled by a matrix if there is one."""
+    """Cuts a patch out of a case, turned and scaled by a matrix if there is one."""
     image, label = case.image, case.label[None]
     if matrix is None:
         return _cut(image, start, size), _cut(label, start, size)

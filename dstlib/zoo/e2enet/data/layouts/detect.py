@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dstlib.errors import DataError, explain, require, similar
+from dstlib.errors import DataError, require, similar
 from dstlib.zoo.e2enet.data.layouts.btcv import read_btcv, training_folder
 from dstlib.zoo.e2enet.data.layouts.decathlon import read_decathlon
 from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, read_json
@@ -108,7 +108,7 @@ def _recognise(folder: Path, content: dict[str, Any] | None) -> str:
 
 
 def _refuse_folder(folder: Path, given: str = "") -> NoReturn:
-    remedy = "The layouts look so:"
+    remedy = f"The layouts look so:\n{_LOOKS}"
     if folder.is_dir():
         inside = sorted(file.name + "/" * file.is_dir() for file in folder.iterdir() if file.name[0] != ".")
         given = given or "no dataset.json in it, but " + (", ".join(inside[:8]) or "nothing")
@@ -117,4 +117,4 @@ def _refuse_folder(folder: Path, given: str = "") -> NoReturn:
     else:
         given = "a file" if folder.exists() else "no such folder"
     allowed = "a folder with a dataset.json, or BTCV's"
-    raise DataError(explain("data set", str(folder), allowed=allowed, given=given, remedy=remedy) + "\n" + _LOOKS)
+    raise DataError.of("data set", str(folder), allowed=allowed, given=given, remedy=remedy)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dstlib.errors import DataError, StateError, explain, require
+from dstlib.errors import DataError, StateError, require
 from dstlib.files import locked, make_folder, refuse_folder, write_json, write_whole
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.cases import Case, Cases
@@ -271,14 +271,15 @@ def _record(entry: Entry) -> dict[str, Any] | None:
 
 def _refuse(entries: Sequence[Entry], faults: Sequence[tuple[str, Fault]]) -> NoReturn:
     num_bad = len({name for name, _ in faults})
-    message = explain(
+    listed = "".join(f"\n  {name}: {file} {text}" for name, (file, text) in sorted(faults))
+    remedy = "Repair or restore these files, or take the cases out of the set. The others need no second reading:"
+    raise DataError.of(
         "cases",
         f"data set {entries[0].files.images[0].parent}",
         allowed="images and labels that are readable and fit each other",
         given=f"{len(faults)} defect(s) in {num_bad} of {len(entries)} cases",
-        remedy="Repair or restore these files, or take the cases out of the set. The others need no second reading:",
+        remedy=f"{remedy}{listed}",
     )
-    raise DataError("\n".join([message, *(f"  {name}: {file} {text}" for name, (file, text) in sorted(faults))]))
 
 
 def _refuse_full_disk(entries: Sequence[Entry], num_lacking: int) -> NoReturn:

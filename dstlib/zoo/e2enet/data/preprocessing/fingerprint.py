@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, SettingError, StateError
+from dstlib.errors import DataError, StateError, require
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization, Normalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.data.scans.geometry import (
@@ -34,8 +34,8 @@ MASKED_BELOW = 3 / 4  # of the image that the box takes: less, and MRI is normal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intensities:
-    """Of one channel's foreground: its 0.5 and 99.5 percentiles, mean and standard deviation."""
+class IntensityProperties:
+    """The intensities of one channel in the foreground: 0.5 and 99.5 percentiles, mean and standard deviation."""
 
     low: float
     high: float
@@ -56,10 +56,10 @@ class Fingerprint:
     spacings: tuple[Spacing, ...]
     shapes: tuple[Shape, ...]
     kept: tuple[float, ...]
-    intensities: tuple[Intensities, ...]
+    intensities: tuple[IntensityProperties, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For people to read, and for a run's record."""
+        """Returns the fingerprint as JSON has it, for people to read."""
         return asdict(self)
 
 
@@ -74,13 +74,13 @@ class ScanFingerprint:
     samples: NDArray[np.float32]
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads; the samples as base64 of their bytes, so that none is rounded."""
+        """Returns what :meth:`from_json` reads; the samples as base64 of their bytes, so that none is rounded."""
         samples = base64.b64encode(self.samples.astype("<f4").tobytes()).decode()
         return {**vars(self), "samples": samples, "num_channels": len(self.samples)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ScanFingerprint":
-        """The fingerprint that :meth:`to_json` wrote.
+        """Reads the fingerprint that :meth:`to_json` wrote.
 
         Raises:
             StateError: The content is damaged or foreign.
@@ -96,9 +96,12 @@ class ScanFingerprint:
                 samples=samples.reshape(content["num_channels"], -1).astype(np.float32, copy=False),
             )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
-            remedy = "Delete the file: it is made anew."
             raise StateError.of(
-                "fingerprint", "a saved scan", allowed="what to_json() wrote", given=error, remedy=remedy
+                "fingerprint",
+                "a saved scan",
+                allowed="what to_json() wrote",
+                given=error,
+                remedy="Delete the file: it is made anew.",
             ) from error
 
 
@@ -109,8 +112,13 @@ def scan_fingerprint(scan: Scan) -> ScanFingerprint:
         DataError: The scan has no label, or its affine no direction.
     """
     if scan.label is None:
-        allowed, remedy = "one with a label", "Measure the scans to train on."
-        raise DataError.of("scan", f"case {scan.name!r}", allowed=allowed, given="none", remedy=remedy)
+        raise DataError.of(
+            "scan",
+            f"case {scan.name!r}",
+            allowed="one with a label",
+            given="none",
+            remedy="Measure the scans to train on.",
+        )
     d, h, w = scan.label.shape
     placement = uncropped((d, h, w), scan.affine)
     shape = box_shape(box_around(placement.turn(nonzero(scan.image))))
@@ -139,15 +147,21 @@ def fingerprint(scans: Iterable[Scan]) -> Fingerprint:
 
 
 def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
-    """The fingerprint of a data set from those of its scans, in whichever order they come.
+    """Joins the fingerprints of scans, in whichever order they come, to that of their data set.
 
     Raises:
         DataError: There is none.
     """
     ordered = sorted(scans, key=lambda scan: scan.name)
-    if not ordered:
-        remedy = "Name the labelled scans to train on."
-        raise DataError.of("scans", "fingerprint()", allowed="at least one", given="none", remedy=remedy)
+    require(
+        len(ordered) > 0,
+        "scans",
+        "fingerprint()",
+        allowed="at least one",
+        given="none",
+        remedy="Name the labelled scans to train on.",
+        error=DataError,
+    )
     samples = np.concatenate([scan.samples for scan in ordered], axis=1)
     return Fingerprint(
         num_channels=len(samples),
@@ -158,9 +172,9 @@ def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
     )
 
 
-def _intensities(voxels: NDArray[np.float32]) -> Intensities:
+def _intensities(voxels: NDArray[np.float32]) -> IntensityProperties:
     low, high = np.percentile(voxels.astype(np.float64), (0.5, 99.5))
-    return Intensities(
+    return IntensityProperties(
         low=float(low),
         high=float(high),
         mean=float(voxels.mean(dtype=np.float64)),
@@ -169,7 +183,7 @@ def _intensities(voxels: NDArray[np.float32]) -> Intensities:
 
 
 def plan_preparation(fingerprint: Fingerprint, *, modality: Modality, spacing: Spacing | None = None) -> Preparation:
-    """The preparation of a data set that nnU-Net would plan: spacing, cropping and normalisation.
+    """Plans the preparation of a data set as nnU-Net does: spacing, cropping and normalisation.
 
     The spacing is the median along each axis, unless one is passed. CT is normalised by the foreground of the set,
     MRI by each scan, inside the patient's mask if the box around it takes under 3/4 of the median scan.
@@ -180,9 +194,14 @@ def plan_preparation(fingerprint: Fingerprint, *, modality: Modality, spacing: S
 
     Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), and its version 2 for the anisotropic rule.
     """
-    if modality not in get_args(Modality):
-        allowed, remedy = " or ".join(get_args(Modality)), "Pass mri for whatever is not measured in Hounsfield units."
-        raise SettingError.of("modality", "plan_preparation()", allowed=allowed, given=repr(modality), remedy=remedy)
+    require(
+        modality in get_args(Modality),
+        "modality",
+        "plan_preparation()",
+        allowed=" or ".join(get_args(Modality)),
+        given=repr(modality),
+        remedy="Pass mri for whatever is not measured in Hounsfield units.",
+    )
     rules: tuple[Normalization, ...]
     if modality == "mri":
         rule = MriNormalization(inside_mask=bool(np.median(fingerprint.kept) < MASKED_BELOW))
@@ -190,18 +209,22 @@ def plan_preparation(fingerprint: Fingerprint, *, modality: Modality, spacing: S
     elif fingerprint.intensities:
         rules = tuple(CtNormalization(**vars(each)) for each in fingerprint.intensities)
     else:
-        given = f"none in {len(fingerprint.kept)} case(s)"
-        remedy = "Check that the labels belong to these images, or pass the modality mri."
-        raise DataError.of("foreground", "the training cases", allowed="a labelled voxel", given=given, remedy=remedy)
+        raise DataError.of(
+            "foreground",
+            "the training cases",
+            allowed="a labelled voxel",
+            given=f"none in {len(fingerprint.kept)} case(s)",
+            remedy="Check that the labels belong to these images, or pass the modality mri.",
+        )
     return Preparation(spacing=spacing or target_spacing(fingerprint), normalization=rules, crop=True)
 
 
 def target_spacing(fingerprint: Fingerprint) -> Spacing:
-    """The median spacing, but finer along an axis that is both over three times as coarse and as short as the others.
+    """Chooses the median spacing, but finer along an axis over three times as coarse, and as short, as the others.
 
     There it is the 10th percentile, though no finer than the other axes.
 
-    >>> each = Intensities(low=0.0, high=1.0, mean=0.5, std=0.1)
+    >>> each = IntensityProperties(low=0.0, high=1.0, mean=0.5, std=0.1)
     >>> scans = dict(num_channels=1, kept=(1.0, 1.0), intensities=(each,))
     >>> target_spacing(Fingerprint(spacings=((5.0, 1.0, 1.0), (7.0, 1.0, 1.0)), shapes=((9, 99, 99),) * 2, **scans))
     (5.2, 1.0, 1.0)

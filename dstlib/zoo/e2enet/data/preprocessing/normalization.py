@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import SettingError, StateError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +32,17 @@ class CtNormalization:
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(value) for value in vars(self).values())
-        if not (finite and self.low <= self.high and self.std >= 0):
-            raise SettingError.of(
-                "low, high, mean, std",
-                "CtNormalization",
-                allowed="finite numbers with low <= high and std >= 0",
-                given=tuple(vars(self).values()),
-                remedy="plan_preparation measures them on a training set.",
-            )
+        require(
+            finite and self.low <= self.high and self.std >= 0,
+            "low, high, mean, std",
+            "CtNormalization",
+            allowed="finite numbers with low <= high and std >= 0",
+            given=tuple(vars(self).values()),
+            remedy="plan_preparation measures them on a training set.",
+        )
 
     def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
-        """One channel, clipped and standardised; the mask of the patient makes no difference to a CT.
+        """Clips and standardises one channel; the mask of the patient makes no difference to a CT.
 
         >>> rule = CtNormalization(low=0.0, high=100.0, mean=50.0, std=25.0)
         >>> rule.apply(np.array([[[-1000, 75, 3000]]], np.float32)).tolist()
@@ -54,7 +54,7 @@ class CtNormalization:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        """What :func:`normalization_from_json` reads."""
+        """Returns what :func:`normalization_from_json` reads."""
         return {"kind": "ct", **vars(self)}
 
 
@@ -71,7 +71,7 @@ class MriNormalization:
     inside_mask: bool = False
 
     def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
-        """One channel, standardised; a constant one becomes 0.
+        """Standardises one channel; a constant one becomes 0.
 
         >>> image, mask = np.array([[[0, 0, 1, 3]]], np.float32), np.array([[[False, False, True, True]]])
         >>> MriNormalization(inside_mask=True).apply(image, mask).tolist()
@@ -88,7 +88,7 @@ class MriNormalization:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        """What :func:`normalization_from_json` reads."""
+        """Returns what :func:`normalization_from_json` reads."""
         return {"kind": "mri", **vars(self)}
 
 
@@ -96,7 +96,7 @@ Normalization = CtNormalization | MriNormalization
 
 
 def normalization_from_json(content: Mapping[str, Any]) -> Normalization:
-    """The normalisation of one channel that its ``to_json`` wrote.
+    """Reads the normalisation of one channel that its ``to_json`` wrote.
 
     Raises:
         StateError: The content is damaged or foreign.

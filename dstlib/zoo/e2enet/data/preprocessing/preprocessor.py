@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dstlib.errors import DataError, SettingError, StateError
+from dstlib.errors import DataError, StateError, require
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization, Normalization, normalization_from_json
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, new_shape, resample_intensities
@@ -46,17 +46,26 @@ class Preparation:
     crop: bool = True
 
     def __post_init__(self) -> None:
-        where = "Preparation"
         sizes = (1.0, 1.0, 1.0) if self.spacing is None else self.spacing
-        if len(sizes) != 3 or not all(math.isfinite(size) and size > 0 for size in sizes):
-            allowed, remedy = "three finite numbers above 0, or None", "Pass mm along depth, height and width."
-            raise SettingError.of("spacing", where, allowed=allowed, given=self.spacing, remedy=remedy)
-        if not self.normalization:
-            allowed, remedy = "one per channel", "plan_preparation makes them."
-            raise SettingError.of("normalization", where, allowed=allowed, given="none", remedy=remedy)
+        require(
+            len(sizes) == 3 and all(math.isfinite(size) and size > 0 for size in sizes),
+            "spacing",
+            "Preparation",
+            allowed="three finite numbers above 0, or None",
+            given=self.spacing,
+            remedy="Pass mm along depth, height and width.",
+        )
+        require(
+            len(self.normalization) > 0,
+            "normalization",
+            "Preparation",
+            allowed="one per channel",
+            given="none",
+            remedy="plan_preparation makes them.",
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """Returns what :meth:`from_json` reads."""
         return {
             "spacing": None if self.spacing is None else list(self.spacing),
             "normalization": [each.to_json() for each in self.normalization],
@@ -65,7 +74,7 @@ class Preparation:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Preparation":
-        """The preparation that :meth:`to_json` wrote.
+        """Reads the preparation that :meth:`to_json` wrote.
 
         Raises:
             StateError: The content is damaged or foreign.
@@ -77,16 +86,19 @@ class Preparation:
         except StateError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            remedy = "Restore the file, or train anew."
             raise StateError.of(
-                "preparation", "a saved run", allowed="what to_json() wrote", given=content, remedy=remedy
+                "preparation",
+                "a saved run",
+                allowed="what to_json() wrote",
+                given=content,
+                remedy="Restore the file, or train anew.",
             ) from error
 
 
 def prepare_image(
     image_CDHW: NDArray[np.float32], affine: NDArray[np.float64], preparation: Preparation
 ) -> tuple[NDArray[np.float32], Placement]:
-    """A stored image as the network sees it, and how it got there.
+    """Prepares a stored image as the network sees it, and says how it got there.
 
     The memory it takes is that of the stored image and the prepared one, and of some copies of one channel.
 
@@ -96,14 +108,15 @@ def prepare_image(
     Reference: nnU-Net v2's order: crop, normalise, resample. It stays in stored order, where we turn to RAS.
     """
     rules = preparation.normalization
-    if image_CDHW.ndim != 4 or len(image_CDHW) != len(rules):
-        allowed, remedy = (
-            f"({len(rules)}, D, H, W)",
-            "Pass the channels that the network was trained on, in that order.",
-        )
-        raise DataError.of(
-            "image", "prepare_image()", allowed=allowed, given=f"shape {image_CDHW.shape}", remedy=remedy
-        )
+    require(
+        image_CDHW.ndim == 4 and len(image_CDHW) == len(rules),
+        "image",
+        "prepare_image()",
+        allowed=f"({len(rules)}, D, H, W)",
+        given=f"shape {image_CDHW.shape}",
+        remedy="Pass the channels that the network was trained on, in that order.",
+        error=DataError,
+    )
     d, h, w = image_CDHW.shape[1:]
     placement = uncropped((d, h, w), affine)
     is_masked = any(isinstance(rule, MriNormalization) and rule.inside_mask for rule in rules)
@@ -121,7 +134,7 @@ def prepare_image(
 
 
 def _planned(placement: Placement, found: NDArray[np.bool_] | None, spacing: Spacing | None) -> Placement:
-    """The placement with its box around ``found``, and the grid of the new spacing in it."""
+    """Returns the placement with its box around ``found``, and the grid of the new spacing in it."""
     box = placement.box if found is None else box_around(found)
     spacing = spacing or placement.stored_spacing
     shape = new_shape(box_shape(box), placement.stored_spacing, spacing)
@@ -129,16 +142,22 @@ def _planned(placement: Placement, found: NDArray[np.bool_] | None, spacing: Spa
 
 
 def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
-    """The stored label on the grid of its prepared image: at each voxel the class that is linearly the largest.
+    """Brings a stored label to the grid of its prepared image: at each voxel the class that is linearly the largest.
 
     Raises:
         DataError: The label has another shape than the image.
 
     Reference: nnU-Net resamples each class likewise, but leaves voxels to the background where none reaches one half.
     """
-    if label_DHW.shape != placement.stored_shape:
-        allowed, remedy = f"the shape {placement.stored_shape} of its image", "Pass the label of this very scan."
-        raise DataError.of("label", "prepare_label()", allowed=allowed, given=label_DHW.shape, remedy=remedy)
+    require(
+        label_DHW.shape == placement.stored_shape,
+        "label",
+        "prepare_label()",
+        allowed=f"the shape {placement.stored_shape} of its image",
+        given=label_DHW.shape,
+        remedy="Pass the label of this very scan.",
+        error=DataError,
+    )
     label = np.ascontiguousarray(placement.crop(placement.turn(label_DHW)))
     if label.shape == placement.shape:
         return label
@@ -148,7 +167,7 @@ def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray
 
 
 def place_back(probabilities_KDHW: NDArray[np.float32], placement: Placement) -> NDArray[np.uint8]:
-    """The label, in stored order and shape, that the class probabilities of a prepared image mean.
+    """Turns the class probabilities of a prepared image into a label in stored order and shape.
 
     Class by class they are resampled to the scan's own spacing, linearly as nnU-Net does, so what it needs beside
     them is some volumes of the scan. What was cropped away becomes background.
@@ -156,11 +175,15 @@ def place_back(probabilities_KDHW: NDArray[np.float32], placement: Placement) ->
     Raises:
         DataError: The probabilities have another shape than the prepared image.
     """
-    if probabilities_KDHW.shape[1:] != placement.shape:
-        allowed, remedy = f"(K, {', '.join(map(str, placement.shape))})", "Pass the placement of this very image."
-        raise DataError.of(
-            "probabilities", "place_back()", allowed=allowed, given=probabilities_KDHW.shape, remedy=remedy
-        )
+    require(
+        probabilities_KDHW.shape[1:] == placement.shape,
+        "probabilities",
+        "place_back()",
+        allowed=f"(K, {', '.join(map(str, placement.shape))})",
+        given=probabilities_KDHW.shape,
+        remedy="Pass the placement of this very image.",
+        error=DataError,
+    )
     classes = range(len(probabilities_KDHW))
     cropped = most_probable(classes, probabilities_KDHW, placement.cropped_shape, placement.coarse)
     canonical = np.zeros([placement.stored_shape[axis] for axis in placement.axes], np.uint8)
@@ -169,14 +192,19 @@ def place_back(probabilities_KDHW: NDArray[np.float32], placement: Placement) ->
 
 
 def prepare_scan(scan: Scan, preparation: Preparation) -> Case:
-    """A labelled scan as a case to train on.
+    """Prepares a labelled scan as a case to train on.
 
     Raises:
         DataError: The scan has no label, or other channels than the preparation.
     """
     if scan.label is None:
-        allowed, remedy = "one with a label", "Use prepare_image for scans to predict."
-        raise DataError.of("scan", f"case {scan.name!r}", allowed=allowed, given="none", remedy=remedy)
+        raise DataError.of(
+            "scan",
+            f"case {scan.name!r}",
+            allowed="one with a label",
+            given="none",
+            remedy="Use prepare_image for scans to predict.",
+        )
     image, placement = prepare_image(scan.image, scan.affine, preparation)
     label = prepare_label(scan.label, placement)
     return Case(scan.name, image, label, placement.spacing, ORIENTATION)

@@ -15,7 +15,7 @@ from dstlib.zoo.e2enet.data.scans.geometry import Shape, Spacing
 
 
 def new_shape(shape: Shape, old: Spacing, new: Spacing) -> Shape:
-    """The number of voxels of the new spacing that come nearest to the extent, at least one along each axis.
+    """Computes how many voxels of a new spacing come nearest to the same extent, at least one along each axis.
 
     >>> new_shape((10, 100, 100), (5.0, 0.8, 0.8), (2.5, 1.0, 500.0))
     (20, 80, 1)
@@ -25,7 +25,7 @@ def new_shape(shape: Shape, old: Spacing, new: Spacing) -> Shape:
 
 
 def resample_intensities(volume_DHW: NDArray[np.float32], shape: Shape, coarse: int | None) -> NDArray[np.float32]:
-    """The volume on a grid of another shape by cubic splines, within the range that it had.
+    """Resamples a volume to another shape by cubic splines, within the range that it had.
 
     Along the ``coarse`` axis the nearest slice is taken, and the range is that of each slice.
 
@@ -47,7 +47,7 @@ def resample_intensities(volume_DHW: NDArray[np.float32], shape: Shape, coarse: 
 
 
 def resample_linearly(volume_DHW: NDArray[np.float32], shape: Shape, coarse: int | None) -> NDArray[np.float32]:
-    """The volume on a grid of another shape by linear interpolation, and the nearest slice along the coarse axis.
+    """Resamples a volume to another shape linearly, and by the nearest slice along the coarse axis.
 
     >>> resample_linearly(np.array([[[0, 4]]], np.float32), (1, 1, 4), None).tolist()
     [[[0.0, 1.0, 3.0, 4.0]]]
@@ -61,7 +61,7 @@ def resample_linearly(volume_DHW: NDArray[np.float32], shape: Shape, coarse: int
 def most_probable(
     classes: Iterable[int], volumes: Iterable[NDArray[np.float32]], shape: Shape, coarse: int | None
 ) -> NDArray[np.uint8]:
-    """The class whose volume is largest at each voxel of the new grid, the first of equals.
+    """Finds the class whose resampled volume is largest at each voxel, the first of equals.
 
     The volumes, one per class, are resampled linearly one after the other, so that no more than two are ever there.
 
@@ -81,7 +81,7 @@ def most_probable(
 def _resample_axis(
     volume: NDArray[np.float32], axis: int | None, shape: Sequence[int], order: int
 ) -> NDArray[np.float32]:
-    """The volume with ``shape[axis]`` voxels along one axis; itself where there is nothing to do."""
+    """Resamples a volume to ``shape[axis]`` voxels along one axis; returns it where there is nothing to do."""
     if axis is None or volume.shape[axis] == shape[axis]:
         return volume
     old, new = volume.shape[axis], shape[axis]
@@ -103,6 +103,6 @@ def _resample_axis(
 
 @lru_cache(16)
 def _cubic(old: int, new: int) -> NDArray[np.float32]:
-    """The (new, old) matrix of the cubic splines of scipy: what it makes of each unit vector."""
+    """Returns the matrix (new, old) of scipy's cubic splines: what these make of each unit vector."""
     units = np.eye(old)
     return ndimage.zoom(units, (new / old, 1), order=3, mode="nearest", grid_mode=True).astype(np.float32)

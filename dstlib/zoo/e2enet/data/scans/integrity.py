@@ -1,6 +1,7 @@
 """A data set checked before any training: every defect and every oddity of every case, in one table.
 
-A defect forbids the use of its case; a warning tells what is legal but seldom meant.
+A defect forbids the use of its case; a warning tells what is legal but seldom meant. What is checked of one case is in
+:mod:`dstlib.zoo.e2enet.data.scans.check`; here are the checks that compare cases.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dstlib.errors import DataError, explain
+from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, Scan, examine_scan
@@ -52,7 +53,7 @@ class Findings:
         return not self.defects
 
     def table(self) -> str:
-        """One line per finding, defects first."""
+        """Prints a line per finding, defects first, as text."""
         num_bad = len({defect.case for defect in self.defects})
         head = f"{self.manifest_name}: {_count(self.num_cases, 'case')}, {_count(len(self.defects), 'defect')}"
         head += f" in {_count(num_bad, 'case')}" if num_bad else ""
@@ -95,12 +96,16 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
         warnings += odd
         facts[part] += found
     warnings += [Defect(WHOLE_SET, text) for text in _oddities_of_set(manifest, facts)]
-    num_cases = len(manifest.train) + len(manifest.validation) + len(manifest.test)
-    return Findings(manifest_name=manifest.name, num_cases=num_cases, defects=tuple(defects), warnings=tuple(warnings))
+    return Findings(
+        manifest_name=manifest.name,
+        num_cases=len(manifest.cases),
+        defects=tuple(defects),
+        warnings=tuple(warnings),
+    )
 
 
 def refuse(findings: Findings) -> None:
-    """Raises if there are defects.
+    """Refuses a data set that has defects.
 
     Raises:
         DataError: The message holds every defect.
@@ -108,22 +113,21 @@ def refuse(findings: Findings) -> None:
     if findings.ok:
         return
     num_bad = len({defect.case for defect in findings.defects})
-    message = explain(
+    width = max(len(defect.case) for defect in findings.defects)
+    table = "\n".join(f"  {defect.case:<{width}}  {defect.text}" for defect in findings.defects)
+    raise DataError.of(
         "data set",
         findings.manifest_name,
         allowed="cases whose image and label are readable and fit each other",
         given=f"{len(findings.defects)} defect(s) in {num_bad} of {findings.num_cases} cases",
-        remedy="Repair or restore these files, or take the cases out of the data set:",
+        remedy=f"Repair or restore these files, or take the cases out of the data set:\n{table}",
     )
-    width = max(len(defect.case) for defect in findings.defects)
-    table = "\n".join(f"  {defect.case:<{width}}  {defect.text}" for defect in findings.defects)
-    raise DataError(f"{message}\n{table}")
 
 
 def _check_case(
     case: CaseFiles, manifest: Manifest, *, with_label: bool
 ) -> tuple[list[_Facts], list[Defect], list[Defect]]:
-    """The facts of a sound case, its defects, its warnings."""
+    """Returns the facts of a sound case, its defects, and its warnings."""
     examined = examine_scan(
         case, num_channels=len(manifest.channels), num_classes=len(manifest.classes), with_label=with_label
     )

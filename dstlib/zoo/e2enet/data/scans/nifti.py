@@ -19,10 +19,19 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
-from dstlib.errors import DataError, explain
+from dstlib.errors import DataError
 from dstlib.files import write_whole
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
-from dstlib.zoo.e2enet.data.scans.check import affine_defects, as_label, image_defects, mismatches, voxel_defects
+from dstlib.zoo.e2enet.data.scans.check import (
+    affine_defects,
+    as_label,
+    image_defects,
+    image_oddities,
+    label_oddities,
+    mismatches,
+    place_oddities,
+    voxel_defects,
+)
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
@@ -49,7 +58,7 @@ class Scan:
 
 
 class Fault(NamedTuple):
-    """What is odd about one file."""
+    """One file, and what is wrong with it or odd about it."""
 
     file: Path
     text: str
@@ -76,7 +85,7 @@ def read_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_lab
 
 
 def examine_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_label: bool = True) -> Examined:
-    """What :func:`read_scan` returns or raises, as a value, with the warnings."""
+    """Reads and verifies one case as :func:`read_scan` does, but returns its defects, and warnings too."""
     volumes = {file: _read_volume(file, np.float32) for file in files.images}
     images = {file: volume for file, volume in volumes.items() if isinstance(volume, Volume)}
     faults = [Fault(file, text) for file, text in volumes.items() if isinstance(text, str)]
@@ -96,7 +105,7 @@ def examine_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_
 
 
 def read_label(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """The label (D, H, W) of a file, in stored order, and the file's affine; values may be 0 to 255.
+    """Reads a label (D, H, W), in stored order, and the affine of its file; values may be 0 to 255.
 
     Raises:
         DataError: The file cannot be used.
@@ -126,27 +135,31 @@ def write_label(path: Path, label: NDArray[np.uint8], affine: NDArray[np.float64
     if not path.name.endswith(".nii.gz"):
         texts.append("has another ending than .nii.gz")
     if texts:
-        remedy = "Pass the label of predict or read_label, and the affine that came with its image."
-        allowed = "a uint8 label (D, H, W), its affine (4, 4) and a .nii.gz"
-        raise DataError.of("label", str(path), allowed=allowed, given="; ".join(texts), remedy=remedy)
+        raise DataError.of(
+            "label",
+            str(path),
+            allowed="a uint8 label (D, H, W), its affine (4, 4) and a .nii.gz",
+            given="; ".join(texts),
+            remedy="Pass the label of predict or read_label, and the affine that came with its image.",
+        )
     nifti = nibabel.Nifti1Image(label.T, affine)
     nifti.header.set_xyzt_units("mm")
     write_whole(path, gzip.compress(nifti.to_bytes(), compresslevel=6, mtime=0))
 
 
 def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
-    message = explain(
+    listed = "".join(f"\n  {fault.file} {fault.text}" for fault in faults)
+    raise DataError.of(
         "files",
         where,
         allowed="an image and a label that are readable and fit each other",
         given=f"{len(faults)} defect(s)",
-        remedy="Repair or restore these files, or take the case out of the data set:",
+        remedy=f"Repair or restore these files, or take the case out of the data set:{listed}",
     )
-    raise DataError("\n".join([message, *(f"  {fault.file} {fault.text}" for fault in faults)]))
 
 
 def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
-    """The volume, or else why there is none."""
+    """Reads the volume of a file, or says why there is none."""
     try:
         content = file.read_bytes()
         if file.suffix.lower() == ".gz":
@@ -177,7 +190,7 @@ def _parse(content: bytes, dtype: DTypeLike | None) -> Volume | str:
 
 
 def _image_faults(first: Path, images: Mapping[Path, Volume], num_channels: int, *, complete: bool) -> list[Fault]:
-    """Defects of the images that could be opened; their number is judged only if all could."""
+    """Lists the defects of the images that could be opened; their number is judged only if all could."""
     faults = []
     if complete:
         faults += [Fault(first, text) for text in image_defects([v.voxels for v in images.values()], num_channels)]
@@ -191,7 +204,7 @@ def _image_faults(first: Path, images: Mapping[Path, Volume], num_channels: int,
 
 
 def _examine_label(file: Path, image: Volume | None, num_classes: int) -> NDArray[np.uint8] | list[str]:
-    """The label, or else what is wrong with it; ``image`` is None if it cannot be read."""
+    """Reads a label, or says what is wrong with it; ``image`` is None if it cannot be read."""
     volume = _read_volume(file, None)
     if isinstance(volume, str):
         return [volume]
@@ -206,27 +219,20 @@ def _examine_label(file: Path, image: Volume | None, num_classes: int) -> NDArra
 
 
 def _without_channel(voxels: NDArray[Any]) -> NDArray[Any]:
-    """(x, y, z, 1), as some programs store a label, is (x, y, z)."""
+    """Returns (x, y, z) of a label that some program stored as (x, y, z, 1)."""
     return voxels[..., 0] if voxels.ndim == 4 and voxels.shape[3] == 1 else voxels
 
 
 def _stack(channels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """(x, y, z[, channel]) files to one (C, D, H, W) image; a single file, as it is stored x first, is not copied."""
+    """Joins files (x, y, z[, channel]) to one image (C, D, H, W); a single file, stored x first, is not copied."""
     stored = [voxels.T if voxels.ndim == 4 else voxels.T[None] for voxels in channels]
     return np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
 
 
 def _oddities(files: CaseFiles, scan: Scan, images: Mapping[Path, Volume]) -> list[Fault]:
-    """What is legal, but seldom meant."""
-    first = files.images[0]
-    odd = [
-        Fault(file, "states no place (sform and qform codes are 0): its axes are taken to lead left, front and top")
-        for file, volume in images.items()
-        if not volume.is_placed
-    ]
-    for i, channel in enumerate(scan.image):
-        if channel.min() == channel.max():
-            odd.append(Fault(first, f"is constant in channel {i}: every voxel is {channel.flat[0]:g}"))
-    if scan.label is not None and files.label is not None and not scan.label.any():
-        odd.append(Fault(files.label, "has no foreground"))
+    """Lists what is legal, but seldom meant."""
+    odd = [Fault(file, text) for file, volume in images.items() for text in place_oddities(volume)]
+    odd += [Fault(files.images[0], text) for text in image_oddities(scan.image)]
+    if scan.label is not None and files.label is not None:
+        odd += [Fault(files.label, text) for text in label_oddities(scan.label)]
     return odd
