@@ -2,7 +2,7 @@
 
 ``write.py`` writes them. They hold CRC-32s of tensors, in the order of their elements, in which -0 counts as 0:
 
-    runs.json      every method in 50 steps of a small network: losses, masks and weights, each 10 steps
+    runs.json      every method in 50 steps of a small network: losses, masks, weights and momenta, each 10 steps
     state_v2.pt    model, optimizer and sparsifier of three of these runs after 20 steps; what goes on from there has
                    to reach the same
     engine.json    the engine's layers, ready and recorded, and gradients, for each instruction set
