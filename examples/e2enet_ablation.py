@@ -25,12 +25,12 @@ from dstlib.command_line import make_parser, run_command
 from dstlib.errors import StateError
 from dstlib.files import make_folder, write_json
 from dstlib.report import align
-from dstlib.zoo.e2enet.cli import parser
+from dstlib.zoo.e2enet.cli import read_config
 from dstlib.zoo.e2enet.compare import row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.recipes import RECIPES, Recipe
-from dstlib.zoo.e2enet.run import follow
+from dstlib.zoo.e2enet.run import run_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,8 @@ def tables(base: E2ENetConfig, interval: int) -> dict[str, tuple[Cell, ...]]:
 def main() -> None:
     options, rest = command_line().parse_known_args()
     recipe = RECIPES[f"e2enet_{options.recipe}"]
-    shared = parser(None, recipe).parse_args(rest)  # refuses what the recipe does not know, before anything runs
-    preset = recipe.presets[shared.preset or ("quick" if shared.data else "demo")]
-    grid = tables(preset.network, shared.interval or preset.training.interval)
+    preset = read_config(recipe, rest).preset  # refuses what the recipe does not know, before anything runs
+    grid = tables(preset.network, preset.training.interval)
     refuse_other_grid(options.runs, {"recipe": options.recipe, "options": rest})
     for title in options.tables:
         rows: dict[str, list[Row]] = {}
@@ -120,15 +119,12 @@ def refuse_other_grid(folder: Path, asked: dict[str, object]) -> None:
 
 def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> None:
     """Trains and evaluates one cell, or continues it where it was stopped."""
-    changed = {
-        name: replace(preset, network=replace(preset.network, **cell.network))
-        for name, preset in recipe.presets.items()
-    }
-    recipe = replace(recipe, presets=changed)
     resume = ["--resume"] if (path / "config.json").exists() else []
     print(f"\n{cell.name}: {path}", flush=True)
+    config = read_config(recipe, [*arguments, *cell.options, "--run-dir", str(path), *resume])
+    network = replace(config.preset.network, **cell.network)
     try:
-        follow(recipe, parser(None, recipe).parse_args([*arguments, *cell.options, "--run-dir", str(path), *resume]))
+        run_recipe(replace(config, preset=replace(config.preset, network=network)))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped; give the same command again to continue.") from None
 

@@ -18,15 +18,8 @@ procedural phantoms in the same layout: they show that everything works, not how
 
 import sys
 
-from dstlib.command_line import run_command
-from dstlib.zoo.e2enet.cli import parser
+from dstlib.zoo.e2enet.cli import run_script
 from dstlib.zoo.e2enet.recipes import AMOS_RECIPE
-from dstlib.zoo.e2enet.run import follow
-
-
-def main() -> None:
-    follow(AMOS_RECIPE, parser(__doc__, AMOS_RECIPE).parse_args())
-
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_script(AMOS_RECIPE, __doc__))

@@ -9,15 +9,8 @@
 
 import sys
 
-from dstlib.command_line import run_command
-from dstlib.zoo.e2enet.cli import parser
+from dstlib.zoo.e2enet.cli import run_script
 from dstlib.zoo.e2enet.recipes import BTCV_RECIPE
-from dstlib.zoo.e2enet.run import follow
-
-
-def main() -> None:
-    follow(BTCV_RECIPE, parser(__doc__, BTCV_RECIPE).parse_args())
-
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_script(BTCV_RECIPE, __doc__))

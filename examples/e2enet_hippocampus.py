@@ -12,15 +12,8 @@ small phantoms show that everything works.
 
 import sys
 
-from dstlib.command_line import run_command
-from dstlib.zoo.e2enet.cli import parser
+from dstlib.zoo.e2enet.cli import run_script
 from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
-from dstlib.zoo.e2enet.run import follow
-
-
-def main() -> None:
-    follow(HIPPOCAMPUS_RECIPE, parser(__doc__, HIPPOCAMPUS_RECIPE).parse_args())
-
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_script(HIPPOCAMPUS_RECIPE, __doc__))

@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 def test_a_run_that_was_stopped_is_resumed(data, tmp_path):
     run = shutil.copytree(HERE / "checkpoint", tmp_path / "run")
-    recipe.follow(run, data, "--resume")
+    recipe.train(run, data, "--resume")
     found = recipe.came_to(run)
     assert found["masks"] == RECIPE["masks"]
     skip_on_another_machine()

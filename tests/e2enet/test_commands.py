@@ -13,12 +13,12 @@ import pytest
 from dstlib.errors import StateError
 from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.checkpoint import load_trained
-from dstlib.zoo.e2enet.cli import parser
+from dstlib.zoo.e2enet.cli import read_config
 from dstlib.zoo.e2enet.compare import compare, row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE, RECIPES
-from dstlib.zoo.e2enet.run import follow
+from dstlib.zoo.e2enet.run import run_recipe
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "e2enet_ablation.py"
 SHORT = ("--preset", "demo", "--epochs", "1", "--iterations", "2", "--interval", "1", "--patch-size", "16", "16", "16")
@@ -32,7 +32,7 @@ def work(tmp_path_factory):
     for fold in ("0", "1"):
         options = ("--data", str(data), "--cache", str(folder / "cache"), *SHORT, "--fold", fold)
         run = ("--run-dir", str(folder / f"fold{fold}"))
-        follow(HIPPOCAMPUS_RECIPE, parser(None, HIPPOCAMPUS_RECIPE).parse_args([*options, *run]))
+        run_recipe(read_config(HIPPOCAMPUS_RECIPE, [*options, *run]))
     return folder
 
 

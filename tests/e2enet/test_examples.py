@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dstlib.zoo.e2enet import E2ENet
-from dstlib.zoo.e2enet import run as follow_module
+from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.checkpoint import network_config
 from dstlib.zoo.e2enet.cli import HELP
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
@@ -355,7 +355,7 @@ def test_data_that_is_not_there_is_one_line(tmp_path, example):
     ids=lambda value: str(value),
 )
 def test_settings_that_cannot_be_used_are_one_line(tmp_path, small, example, monkeypatch, arguments, message):
-    monkeypatch.setattr(follow_module, "find_spec", lambda name: None)  # no tensorboard
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)  # no tensorboard
     run = () if {"--run-dir", "--resume"} & set(arguments) else ("--run-dir", tmp_path / "a")
     assert message in refused(example, AMOS, "--data", small["amos"], "--preset", "demo", *SHORT, *arguments, *run)
     assert not (tmp_path / "a").exists()

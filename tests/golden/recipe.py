@@ -1,7 +1,6 @@
 """A run of the E2ENet recipe on scans of a few thousand voxels: stopped, resumed, and predicting."""
 
 import contextlib
-import importlib.util
 import json
 import shutil
 import signal
@@ -16,31 +15,21 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dstlib.zoo.e2enet.__main__ import main
+from dstlib.zoo.e2enet.cli import main, read_config
+from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
+from dstlib.zoo.e2enet.run import run_recipe
 from golden.files import HERE, checksum, write
 
 SETTINGS = ("--epochs", "3", "--iterations", "3", "--interval", "2", "--patch-size", "16", "16", "16")
 STOPPED_AFTER = 4  # in an epoch, at an update
 
 
-def follow(run: Path, data: Path, *more: str) -> None:
-    """Runs the script of a recipe with a network that fits into a few kilobytes."""
-    script = _example("e2enet_hippocampus.py")
-    preset = script.HIPPOCAMPUS_RECIPE.presets["demo"]
-    network = replace(preset.network, channels=(4, 6, 8), strides=((2, 2, 2),) * 2, heads=2)
-    recipe = replace(script.HIPPOCAMPUS_RECIPE, presets={"demo": replace(preset, network=network)})
+def train(run: Path, data: Path, *more: str) -> None:
+    """Runs a recipe with a network that fits into a few kilobytes."""
     places = ("--data", str(data), "--cache", str(data.with_name("cache")), "--run-dir", str(run), "--device", "cpu")
-    script.follow(recipe, script.parser(None, recipe).parse_args(["--preset", "demo", *places, *SETTINGS, *more]))
-
-
-def _example(name: str) -> Any:
-    file = HERE.parents[1] / "examples" / name
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    config = read_config(HIPPOCAMPUS_RECIPE, ["--preset", "demo", *places, *SETTINGS, *more])
+    network = replace(config.preset.network, channels=(4, 6, 8), strides=((2, 2, 2),) * 2, heads=2)
+    run_recipe(replace(config, preset=replace(config.preset, network=network)))
 
 
 def predict(run: Path, data: Path, output: Path) -> str:
@@ -106,9 +95,9 @@ def write_recipe() -> None:
     with TemporaryDirectory() as folder:
         data, run = write_scans(Path(folder) / "data"), Path(folder) / "run"
         with contextlib.suppress(KeyboardInterrupt), _stopping():
-            follow(run, data)
+            train(run, data)
         _keep(run, "checkpoint", "config.json", "checkpoint.pt", "metrics.csv")
-        follow(run, data, "--resume")
+        train(run, data, "--resume")
         _keep(run, "trained", "config.json", "model.pt", "result.json")
         write("recipe.json", {"machine": machine(), **came_to(run), "labels": predict(run, data, run / "labels")})
 

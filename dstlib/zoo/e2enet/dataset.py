@@ -1,6 +1,5 @@
 """The data of a run: real scans or phantoms from their files, prepared, and divided by fold."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.zoo.e2enet.data.cases import Cases, split
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
@@ -16,12 +15,33 @@ from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
-from dstlib.zoo.e2enet.recipes import Recipe
+from dstlib.zoo.e2enet.recipes import Modality
 from dstlib.zoo.e2enet.training.ranks import Ranks
 
 RUNS = Path("runs")
 NUM_FOLDS = 5
 NUM_PREPARING = 4  # processes at most: each takes up to 6 float32 copies of a scan, 4 GB of 768×768×300 voxels
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which scans a run takes, and how they are divided.
+
+    - ``folder``: of a data set; None to draw phantoms.
+    - ``phantoms``: the kind and the number to draw where there is no folder.
+    - ``layout``: decathlon, amos, btcv or nnunet; None to recognise it.
+    - ``modality``: how intensities are normalised.
+    - ``fold``: which fifth is held out, "0" to "4"; "all" trains on every case and holds out the set's own
+      validation cases, if it has any.
+    - ``cache``: where prepared scans are kept; None for a folder under ``runs``.
+    """
+
+    phantoms: tuple[str, int]
+    modality: Modality
+    folder: Path | None = None
+    layout: str | None = None
+    fold: str = "0"
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +64,7 @@ class Dataset:
         return self.train_on.classes
 
     def to_json(self) -> dict[str, Any]:
-        """What settles the result, without where the files lie."""
+        """Returns what settles the result, without where the files lie."""
         return {
             "name": self.name,
             "modality": self.modality,
@@ -56,14 +76,14 @@ class Dataset:
         }
 
     def absent_classes(self) -> list[str]:
-        """The classes that no case to train on has."""
+        """Returns the classes that no case to train on has."""
         found = tqdm(self.train_on.cases, "reading labels", unit="case", leave=False)
         present = set().union(*(case.class_voxels for case in found))
         return [name for label, name in enumerate(self.classes, start=1) if label not in present]
 
 
-def open_dataset(recipe: Recipe, options: argparse.Namespace, *, ranks: Ranks) -> Dataset:
-    """Reads, checks and prepares the scans that the options name, or draws phantoms.
+def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Dataset:
+    """Reads, checks and prepares the scans that the settings name, or draws phantoms, with so many processes.
 
     Intensities are normalised by all labelled scans of the set, whatever the fold, as nnU-Net does: folds then share
     their prepared scans, and the held-out ones contribute four numbers per channel.
@@ -74,18 +94,18 @@ def open_dataset(recipe: Recipe, options: argparse.Namespace, *, ranks: Ranks) -
     """
     if not ranks.leads:
         ranks.wait()  # the leader has drawn and prepared
-    manifest = _manifest(recipe, options)
-    train_names, held_out_names = _fold(manifest, options.fold)
-    cache = options.cache or RUNS / "prepared" / f"{manifest.name}-{options.modality}"
-    workers = min(options.workers, NUM_PREPARING)
+    manifest = _read_manifest(settings)
+    train_names, held_out_names = _fold(manifest, settings.fold)
+    cache = settings.cache or RUNS / "prepared" / f"{manifest.name}-{settings.modality}"
+    workers = min(workers, NUM_PREPARING)
     cases, preparation = prepared_cases(
-        manifest, manifest.train, modality=options.modality, folder=cache, workers=workers
+        manifest, manifest.train, modality=settings.modality, folder=cache, workers=workers
     )
-    if options.fold == "all" and manifest.validation:
+    if settings.fold == "all" and manifest.validation:
         judged, _ = prepared_cases(
             manifest,
             manifest.validation,
-            modality=options.modality,
+            modality=settings.modality,
             folder=cache,
             preparation=preparation,
             workers=workers,
@@ -96,7 +116,7 @@ def open_dataset(recipe: Recipe, options: argparse.Namespace, *, ranks: Ranks) -
     files = {files.name: files for files in (*manifest.train, *manifest.validation)}
     return Dataset(
         name=manifest.name,
-        modality=options.modality,
+        modality=settings.modality,
         preparation=preparation,
         train_on=_named(cases, train_names),
         held_out=_named(cases, held_out_names),
@@ -104,27 +124,34 @@ def open_dataset(recipe: Recipe, options: argparse.Namespace, *, ranks: Ranks) -
     )
 
 
-def _manifest(recipe: Recipe, options: argparse.Namespace) -> Manifest:
-    kind, _ = recipe.phantoms
-    folder = options.data or write_phantoms(
-        RUNS / "phantoms" / f"{kind}-{options.scans}", kind, num_scans=options.scans
-    )
-    manifest = read_manifest(folder, options.layout)
-    return only_modality(manifest, options.modality) if manifest.layout == "amos" else manifest
+def _read_manifest(settings: DataSettings) -> Manifest:
+    kind, num_scans = settings.phantoms
+    folder = settings.folder or write_phantoms(RUNS / "phantoms" / f"{kind}-{num_scans}", kind, num_scans=num_scans)
+    manifest = read_manifest(folder, settings.layout)
+    return only_modality(manifest, settings.modality) if manifest.layout == "amos" else manifest
 
 
 def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names to train on, and those held out."""
+    """Returns the names to train on, and those held out."""
     names = [files.name for files in manifest.train]
     if fold == "all":
         return tuple(sorted(names)), tuple(sorted(files.name for files in manifest.validation))
-    if not fold.isdecimal():
-        remedy = "Pass 0 for the first fold."
-        raise SettingError.of("--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy)
-    if len(names) < NUM_FOLDS:
-        remedy = "Pass --fold all to train on every case without holding any out."
-        allowed, where = f"at least {NUM_FOLDS}, for as many folds", f"data set {manifest.name!r}"
-        raise SettingError.of("training cases", where, allowed=allowed, given=len(names), remedy=remedy)
+    require(
+        fold.isdecimal(),
+        "--fold",
+        "the command line",
+        allowed="0 to 4, or all",
+        given=fold,
+        remedy="Pass 0 for the first fold.",
+    )
+    require(
+        len(names) >= NUM_FOLDS,
+        "training cases",
+        f"data set {manifest.name!r}",
+        allowed=f"at least {NUM_FOLDS}, for as many folds",
+        given=len(names),
+        remedy="Pass --fold all to train on every case without holding any out.",
+    )
     return split(names, fold=int(fold), num_folds=NUM_FOLDS)
 
 

@@ -11,9 +11,8 @@ from typing import Literal
 
 from dstlib.zoo.e2enet.config import AMOS, BRATS, BTCV, E2ENetConfig
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 from dstlib.zoo.e2enet.training.settings import TrainSettings
-
-Modality = Literal["ct", "mri"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,25 +55,22 @@ class Ranks:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[tuple[Ranks, str]]:
-    """Joins the group that torchrun started, if it did; yields the ranks and the device of this process.
+def process_group(device: str) -> Iterator[Ranks]:
+    """Joins, within the block, the group that torchrun started, if it did; ``device`` is that of this process.
 
-    Of ``cuda``, each process of a machine takes the GPU of its own number.
-
-    >>> with process_group("cpu") as (ranks, device):
-    ...     ranks.leads, ranks.num, device
-    (True, 1, 'cpu')
+    >>> with process_group("cpu") as ranks:
+    ...     ranks.leads, ranks.num
+    (True, 1)
     """
     if "WORLD_SIZE" not in os.environ:
-        yield Ranks(), device
+        yield Ranks()
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     # the others wait while the first one prepares the scans, which takes hours for a large set
     distributed.init_process_group(backend, timeout=timedelta(days=2))
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size()), device
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()

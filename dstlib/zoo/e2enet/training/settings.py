@@ -1,6 +1,7 @@
 """How a network of the E2ENet recipes is trained, and on what, as two values."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -139,12 +140,15 @@ class Execution:
 
 
 def chosen_device(given: str | None) -> str:
-    """The device that was given, else a GPU, if there is one.
+    """Returns the device that was given, else a GPU, if there is one.
+
+    Of "cuda", each process that torchrun has started takes the GPU of its own number.
 
     >>> chosen_device("cuda:1")
     'cuda:1'
     """
-    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def usual_precision(device: str) -> Precision:
