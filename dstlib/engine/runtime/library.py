@@ -1,16 +1,18 @@
 """The compiled kernels: found, loaded and described. Without them the engine computes with torch alone.
 
 The library is plain C++ without torch's headers, built while dstlib is installed where there is a compiler; it is
-called through pointers to the structs of ``csrc/*.h``, which are mirrored in :mod:`dstlib.engine.runtime.structs`.
+called through pointers to the structs of ``csrc/include``, which :mod:`dstlib.engine.runtime.structs` reads.
 """
 
 import ctypes
 import os
 import platform
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int64
+from collections.abc import Callable, Mapping
+from ctypes import POINTER, Structure, c_char_p, c_int, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,35 +21,26 @@ from dstlib.errors import SettingError
 
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
 VARIABLE = "DSTLIB_ENGINE"  # the name of an instruction set, or "torch": what is used instead of the best there is
+AGAIN = "install dstlib again"
 
 
-STRUCTS = tuple(x for x in vars(structs).values() if isinstance(x, type) and x.__module__ == structs.__name__)
-IN_C = {"PackWeights": "Prepare", "ConvTranspose": "Upsample", "MaxPool": "Pool", "Reorder": "Relayout"}
-IN_C["InstanceNormBackward"] = "NormBackward"  # until the sources follow
+class Kernels:
+    """The kernels of one instruction set: functions of a problem and a number of threads, 0 where all went well.
 
+    Which there are, and what they take, says the library itself, from ``csrc/kernels.def``.
+    """
 
-class Kernels(Structure):
-    """The kernels of one instruction set: functions of a struct and a number of threads, 0 where all went well."""
+    def __init__(self, isa: Structure, problems: Mapping[str, Any]) -> None:
+        self.name, self.lanes = isa.name.decode(), isa.lanes
+        for kernel in (problems["Kernel"] * isa.num_kernels).from_address(isa.kernels):
+            problem = problems[kernel.problem.decode()]
+            here = ctypes.sizeof(problem)
+            assert kernel.problem_size == here, f"the library is of another version ({problem.__name__}): {AGAIN}"
+            setattr(self, kernel.name.decode(), ctypes.CFUNCTYPE(c_int, POINTER(problem), c_int)(kernel.run))
 
-    _fields_ = (
-        ("name", c_char_p),
-        ("lanes", c_int64),
-        ("conv_winograd", ctypes.CFUNCTYPE(c_int, POINTER(structs.Conv), c_int)),
-        ("conv_direct", ctypes.CFUNCTYPE(c_int, POINTER(structs.Conv), c_int)),
-        ("conv_backward_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.Conv), c_int)),
-        ("conv_pack_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.PackWeights), c_int)),
-        ("linear_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.Linear), c_int)),
-        ("linear_backward_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.Linear), c_int)),
-        ("conv_transpose_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.ConvTranspose), c_int)),
-        ("conv_transpose_backward_input", ctypes.CFUNCTYPE(c_int, POINTER(structs.ConvTranspose), c_int)),
-        ("conv_transpose_backward_weights", ctypes.CFUNCTYPE(c_int, POINTER(structs.ConvTranspose), c_int)),
-        ("max_pool_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.MaxPool), c_int)),
-        ("max_pool_backward", ctypes.CFUNCTYPE(c_int, POINTER(structs.MaxPool), c_int)),
-        ("instance_norm_backward", ctypes.CFUNCTYPE(c_int, POINTER(structs.InstanceNormBackward), c_int)),
-        ("activation_forward", ctypes.CFUNCTYPE(c_int, POINTER(structs.Activation), c_int)),
-        ("reorder_to_depth_last", ctypes.CFUNCTYPE(c_int, POINTER(structs.Reorder), c_int)),
-        ("reorder_to_channels_first", ctypes.CFUNCTYPE(c_int, POINTER(structs.Reorder), c_int)),
-    )
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[[Structure, int], int]: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ def _choice() -> tuple[str, str]:
     if asked is None:
         best = _kernels(library, None)
         assert best is not None, "generic kernels run everywhere"
-        return best.name.decode(), "the best this processor has"
+        return best.name, "the best this processor has"
     if _kernels(library, asked) is None:
         remedy = "Unset it for the best there is."
         allowed = "an instruction set of this processor"
@@ -117,26 +110,24 @@ def _choice() -> tuple[str, str]:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    files = sorted(Path(__file__).parents[1].glob("_kernels*.so")) + sorted(
-        Path(__file__).parents[1].glob("_kernels*.pyd")
-    )
-    if not files:
-        return None
-    library = ctypes.CDLL(str(files[0]))
-    library.engine_kernels.restype = POINTER(Kernels)
-    library.engine_kernels.argtypes = [c_char_p]
+    files = [path for kind in ("so", "pyd") for path in sorted(Path(__file__).parents[1].glob(f"_kernels*.{kind}"))]
+    return load(files[0]) if files else None
+
+
+def load(file: Path) -> ctypes.CDLL:
+    """Loads a library of kernels."""
+    library = ctypes.CDLL(str(file))
+    assert hasattr(library, "engine_instruction_set"), f"{file.name} is of another version: {AGAIN}"
+    library.engine_instruction_set.restype = c_void_p
+    library.engine_instruction_set.argtypes = [c_char_p]
     library.engine_threads.restype = c_char_p
-    library.engine_size.restype = c_int64
-    for struct in (*STRUCTS, Kernels):
-        built = library.engine_size(IN_C.get(struct.__name__, struct.__name__).encode())
-        here = ctypes.sizeof(struct)
-        assert built == here, f"{files[0].name} is of another version ({struct.__name__}): install dstlib again"
     return library
 
 
-def _kernels(library: ctypes.CDLL, name: str | None) -> Kernels | None:
-    found = library.engine_kernels(name.encode() if name else None)
-    return found.contents if found else None
+def _kernels(library: ctypes.CDLL, name: str | None, problems: Mapping[str, Any] = vars(structs)) -> Kernels | None:
+    """Returns the kernels of an instruction set, by default the best there is; None where there is none."""
+    found = library.engine_instruction_set(name.encode() if name else None)
+    return Kernels(problems["InstructionSet"].from_address(found), problems) if found else None
 
 
 def _machine() -> str:

@@ -14,7 +14,19 @@
 #include <sys/mman.h>
 #endif
 
-#include "table.h"
+#include "../include/table.h"
+
+#if defined(__x86_64__) && !defined(ENGINE_GENERIC_ONLY)
+#define ENGINE_X86
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+extern const InstructionSet isa_avx512, isa_avx2, isa_generic;
 
 namespace {
 
@@ -100,20 +112,20 @@ float* scratch(size_t floats) {
 
 namespace {
 
-const Kernels* const all[] = {
-#if defined(__x86_64__)
-    &kernels_avx512,
-    &kernels_avx2,
+const InstructionSet* const all[] = {
+#if defined(ENGINE_X86)
+    &isa_avx512,
+    &isa_avx2,
 #endif
-    &kernels_generic,
+    &isa_generic,
 };
 
-bool runs_here(const Kernels& kernels) {
-#if defined(__x86_64__)
-    if (&kernels == &kernels_avx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
-    if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+bool runs_here(const InstructionSet* isa) {
+#if defined(ENGINE_X86)
+    if (isa == &isa_avx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+    if (isa == &isa_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-    return &kernels == &kernels_generic;
+    return isa == &isa_generic;
 }
 
 }  // namespace
@@ -122,18 +134,11 @@ extern "C" {
 
 // The kernels of an instruction set ("avx512", "avx2", "generic"), null if this machine or build lacks it; the best
 // there are for null.
-EXPORT const Kernels* engine_kernels(const char* name) {
-    for (const Kernels* kernels : all)
-        if (runs_here(*kernels) && (!name || !strcmp(name, kernels->name))) return kernels;
+EXPORT const InstructionSet* engine_instruction_set(const char* name) {
+    for (const InstructionSet* isa : all)
+        if (runs_here(isa) && (!name || !strcmp(name, isa->name))) return isa;
     return nullptr;
 }
 
 EXPORT const char* engine_threads() { return openmp() ? "torch's OpenMP" : "threads of its own"; }
-
-EXPORT int64_t engine_size(const char* name) {
-    const struct { const char* name; size_t size; } sizes[] = {STRUCT_SIZES};
-    for (const auto& each : sizes)
-        if (!strcmp(name, each.name)) return static_cast<int64_t>(each.size);
-    return -1;
-}
 }
