@@ -157,7 +157,7 @@ def seen_box(matrix: NDArray[np.float64], start: Size, size: Size, shape: Size) 
     return depth, height, width
 
 
-def resample(
+def spatial_transform(
     image: Tensor, label: Tensor, matrix: NDArray[np.float64], *, centre: NDArray[np.float64], size: Size
 ) -> tuple[Tensor, Tensor]:
     """Cuts a turned patch of ``size`` around ``centre`` out of a box: image (C, D, H, W), label (1, D, H, W).
@@ -168,7 +168,7 @@ def resample(
     interpolate labels linearly, one-hot, which would take as many passes as there are classes.
 
     >>> label = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 1, 4)
-    >>> resample(label.float(), label, np.eye(3), centre=np.array([0.0, 0.0, 1.5]), size=(1, 1, 2))[1].tolist()
+    >>> spatial_transform(label.float(), label, np.eye(3), centre=np.array([0.0, 0.0, 1.5]), size=(1, 1, 2))[1].tolist()
     [[[[1, 2]]]]
     """
     grid = _grid(matrix, centre, size, np.asarray(image.shape[1:]))

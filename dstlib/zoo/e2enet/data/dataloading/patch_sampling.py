@@ -19,8 +19,8 @@ from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     Augmentation,
     change_intensities,
     random_affine,
-    resample,
     seen_box,
+    spatial_transform,
     thin_axis,
 )
 
@@ -246,4 +246,4 @@ def _seen_through(matrix: NDArray[np.float64] | None, case: Case, start: Index, 
     corner = (box[0].start, box[1].start, box[2].start)
     length = (box[0].stop - corner[0], box[1].stop - corner[1], box[2].stop - corner[2])
     centre = np.asarray(start) + (np.asarray(size) - 1) / 2 - np.asarray(corner)
-    return resample(_cut(image, corner, length), _cut(label, corner, length), matrix, centre=centre, size=size)
+    return spatial_transform(_cut(image, corner, length), _cut(label, corner, length), matrix, centre=centre, size=size)

@@ -112,7 +112,7 @@ def prepared_cases(
     entries = [replace(entry, preparation=preparation) for entry in _entries(manifest, files, folder)]
     with _locked(folder):
         title = f"preparing {manifest.name}" if progress else None
-        found = _all(entries, find_case, workers=workers, title=title)
+        found = _all(entries, _find_case, workers=workers, title=title)
         _mention_unused(folder, entries)
     return Cases(manifest.name, manifest.channels, manifest.classes, tuple(found)), preparation
 
@@ -128,7 +128,7 @@ def measure(
     with _locked(folder):
         entries = _entries(manifest, files, folder)
         title = f"measuring {manifest.name}" if progress else None
-        return join(_all(entries, find_fingerprint, workers=workers, title=title))
+        return join(_all(entries, _find_fingerprint, workers=workers, title=title))
 
 
 def _entries(manifest: Manifest, files: Sequence[CaseFiles], folder: Path) -> list[Entry]:
@@ -148,7 +148,7 @@ def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers
         make_folder(entry.folder, what="cache")
     faults: list[tuple[str, Fault]] = []
     remedy = "Nothing whole is lost; try again with fewer, each holds a scan and some copies of a channel."
-    all_made = share(make, missing, workers=workers if len(missing) > 1 else 0, where=where, remedy=remedy)
+    all_made = share(_make, missing, workers=workers if len(missing) > 1 else 0, where=where, remedy=remedy)
     hidden = title is None or not missing
     with closing(all_made), tqdm(all_made, title, total=len(missing), unit="scan", disable=hidden) as bar:
         for entry, made in bar:
@@ -188,7 +188,7 @@ def _state(path: Path) -> list[Any]:
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 
-def make(entry: Entry) -> Made:
+def _make(entry: Entry) -> Made:
     """Reads the sources of an entry and writes it, in whichever process.
 
     Raises:
@@ -229,7 +229,7 @@ def _npy(array: NDArray[Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def find_fingerprint(entry: Entry) -> ScanFingerprint | None:
+def _find_fingerprint(entry: Entry) -> ScanFingerprint | None:
     """Finds what was measured of a scan; None where nothing is, or nothing that still holds."""
     record = _record(entry)
     try:
@@ -238,7 +238,7 @@ def find_fingerprint(entry: Entry) -> ScanFingerprint | None:
         return None
 
 
-def find_case(entry: Entry) -> Case | None:
+def _find_case(entry: Entry) -> Case | None:
     """Finds a prepared case, in memory-mapped files; None where there is none that is whole and not stale."""
     record = _record(entry)
     if record is None:
@@ -255,7 +255,7 @@ def find_case(entry: Entry) -> Case | None:
         return None
 
 
-def num_bytes(entry: Entry) -> int:
+def _num_bytes(entry: Entry) -> int:
     """Counts the bytes on disk of the arrays of an entry that was found."""
     return sum(entry.file(ending).stat().st_size for ending in ("image.npy", "label.npy"))
 
@@ -284,7 +284,7 @@ def _refuse(entries: Sequence[Entry], faults: Sequence[tuple[str, Fault]]) -> No
 
 def _refuse_full_disk(entries: Sequence[Entry], num_lacking: int) -> NoReturn:
     """Refuses to go on; what is missing is estimated by what is whole and by the case that did not fit."""
-    sizes = [num_bytes(entry) for entry in entries if find_case(entry) is not None]
+    sizes = [_num_bytes(entry) for entry in entries if _find_case(entry) is not None]
     num_missing = len(entries) - len(sizes)
     needed = num_missing * (sum(sizes) + num_lacking) / (len(sizes) + 1)
     raise StateError.of(

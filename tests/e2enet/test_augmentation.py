@@ -22,8 +22,8 @@ from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     gamma,
     low_resolution,
     random_affine,
-    resample,
     seen_box,
+    spatial_transform,
     thin_axis,
 )
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
@@ -209,7 +209,7 @@ def turned_patch(volume, matrix, start, size):
     box = seen_box(matrix, start, size, volume.shape)
     centre = np.asarray(start) + (np.asarray(size) - 1) / 2 - [s.start for s in box]
     part = volume[box][None]
-    image, label = resample(part, part.byte(), matrix, centre=centre, size=size)
+    image, label = spatial_transform(part, part.byte(), matrix, centre=centre, size=size)
     return image[0], label[0]
 
 
