@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "dstlib").rglob("*.py"))
 
 THIRD_PARTY = {"torch", "numpy", "einops"}  # all that `import dstlib` may load; the zoo may load more
 # what is loaded when it is used: see test_import_loads_only_what_it_may
-LAZILY = {"plot": {"matplotlib"}, "export": {"safetensors"}, "engine.gpu": {"triton", "cuda"}}
+LAZILY = {"plot": {"matplotlib"}, "export": {"safetensors"}, "engine.gpu": {"triton", "cuda"}, "testing": {"pytest"}}
 MODELS = ("torch.nn", "torch.optim", "torch.distributed")  # what the mathematics does not know
 
 

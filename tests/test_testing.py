@@ -3,9 +3,13 @@
 import ast
 import itertools
 import math
+import os
 import pickle
 import random as python_random
 import re
+import subprocess
+import sys
+import unittest
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -72,6 +76,11 @@ from dstlib.testing import (
     check_distribution,
     check_granularity,
     check_method,
+    criterion_laws,
+    curve_laws,
+    laws_of,
+    method_laws,
+    parametrize_with_laws,
 )
 from dstlib.testing.laws import global_state, world
 
@@ -690,8 +699,129 @@ def test_errors_travel_between_processes():
 
 
 def test_the_suite_needs_neither_pytest_nor_hypothesis():
-    folder = Path(dstlib.testing.__file__).parent
-    imported = set(
-        re.findall(r"^\s*(?:from|import) (\w+)", "".join(f.read_text() for f in folder.glob("*.py")), re.MULTILINE)
+    """It is imported, and checks, where neither can be; only parametrize_with_laws asks for pytest, when called."""
+    code = """if True:
+        import sys
+        for name in ("pytest", "_pytest", "hypothesis"):
+            sys.modules[name] = None  # an import of it raises
+        from dstlib.testing import check_curve, laws_of, parametrize_with_laws
+        from dstlib.schedules import Cosine
+        check_curve(Cosine(0.3))
+        assert len(laws_of(Cosine(0.3))) == 5
+        try:
+            parametrize_with_laws([Cosine(0.3)])
+        except ImportError as error:
+            print(error)
+        """
+    assert "pytest" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+# Laws one by one
+
+
+def broken_laws(laws) -> dict[str, str]:
+    """Name → message of those that are broken, of laws that are all called."""
+    found = {}
+    for law in laws:
+        try:
+            law()
+        except LawError as error:
+            found[law.name] = str(error)
+    return found
+
+
+def careless(site: Site) -> Tensor:
+    """NaN where all is zero, writes to the site, and depends on the default dtype and the global generator."""
+    share = site.weight.abs_() / site.weight.sum()
+    return share + torch.rand(site.weight.shape)
+
+
+def test_every_broken_law_is_seen_by_its_name():
+    found = broken_laws(laws_of(careless))
+    assert list(found) == ["finite", "changes nothing", "no global randomness", "no defaults"]
+    assert all(message.startswith(f"law '{name}' of criterion careless, on ") for name, message in found.items())
+
+
+def test_a_check_says_what_the_first_broken_law_says():
+    with pytest.raises(LawError) as caught:
+        check_criterion(careless)
+    assert str(caught.value) == next(iter(broken_laws(criterion_laws(careless)).values()))
+
+
+@pytest.mark.parametrize(
+    ("value", "check"),
+    [
+        (magnitude, check_criterion),
+        (WeightAndGradient(0.01), check_criterion),
+        (NM(2, 4), check_granularity),
+        (Cosine(0.3), check_curve),
+        (erk, check_distribution),
+        (lamp, check_allocator),
+        (RIGL, check_method),
+    ],
+    ids=lambda x: getattr(x, "__name__", type(x).__name__),
+)
+def test_the_kind_of_a_value_is_told(value, check):
+    laws = laws_of(value)
+    assert [law.name for law in laws] == re.findall(r"^\s*- \*(.+?)\*:", check.__doc__, flags=re.MULTILINE)
+    assert len({str(law) for law in laws}) == len(laws)
+
+
+@pytest.mark.parametrize("value", [lambda x: x, 3, len, lambda: 0])
+def test_what_is_of_no_kind_is_said(value):
+    with pytest.raises(
+        dstlib.SettingError, match=r"first argument is site, progress, shapes, accounts, got .+criterion_laws"
+    ):
+        laws_of(value)
+
+
+def test_a_law_that_cannot_be_judged_is_skipped():
+    laws = {law.name: law for law in criterion_laws(lambda site: None)}
+    laws["runs"]()
+    with pytest.raises(LawError):
+        laws["shape"]()
+    with pytest.raises(unittest.SkipTest, match="cannot be judged while law 'shape' is broken"):
+        laws["finite"]()
+
+
+def test_what_ends_a_training_is_raised_when_no_law_says_more():
+    laws = {law.name: law for law in method_laws(replace(RIGL, grown_init=scaled_down))}
+    assert set(broken_laws([laws["finite"]])) == {"finite"}
+    laws["counts"]()  # as far as it went
+    with pytest.raises(dstlib.ScoreError):
+        laws["target"]()
+
+
+def test_laws_of_a_method_train_each_run_once(monkeypatch):
+    """As many steps as check_method: the laws share their runs."""
+    steps = []
+    train = torch.optim.Optimizer.zero_grad
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: (steps.append(1), train(self)))
+    assert not broken_laws(laws_of(SET))
+    one_by_one = len(steps)
+    check_method(SET)
+    assert len(steps) == 2 * one_by_one
+
+
+@parametrize_with_laws([magnitude, *curve_laws(Linear(0.3), low=0.0, high=1.0), SET, Kernel(), erk, lamp])
+def test_laws_as_test_cases(law):
+    law()
+
+
+def test_cases_are_named_after_value_and_law(tmp_path):
+    """As a user runs them: all that is broken fails, and nothing else."""
+    (tmp_path / "test_mine.py").write_text(
+        "from dstlib.testing import parametrize_with_laws\n"
+        "def log(site): return site.weight.abs().log()\n"
+        "def mean(site): return site.weight.abs().mean()\n"
+        "@parametrize_with_laws([log, mean])\n"
+        "def test_laws(law): law()\n"
     )
-    assert not imported & {"pytest", "hypothesis", "_pytest"}
+    call = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "test_mine.py"]
+    added = {"PYTHONPATH": str(Path(dstlib.__file__).parents[1]), "COLUMNS": "200"}
+    done = subprocess.run(call, cwd=tmp_path, env=os.environ | added, capture_output=True, text=True)
+    failed = re.findall(
+        r"^FAILED test_mine.py::test_laws\[(.+?)\] - dstlib.testing.laws.LawError", done.stdout, re.MULTILINE
+    )
+    assert failed == ["criterion log: finite", "criterion mean: shape"]
+    assert re.search(r"2 failed, \d+ passed, 6 skipped", done.stdout)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dstlib.masking import Account, Allocation, Allocator, Budget, Terms, num_units
-from dstlib.testing.laws import attempt, broken, global_state, named, world
+from dstlib.testing.laws import BreachError, Law, attempt, global_state, hold, laws, world
 
 # (G, U) of each weight: without groups, and outputs that compete within themselves
 MODELS = {"elements": ((1, 40), (1, 9), (1, 120)), "fan-in": ((4, 10), (3, 3), (8, 15)), "one weight": ((1, 30),)}
@@ -48,17 +48,79 @@ def check_allocator(allocator: Allocator) -> None:
     - *repeatable*: the same accounts and terms, memory included, give the same budgets, under any global seed,
       whose generators it leaves where they stand.
 
-    Errors: LawError for the first law that is broken.
+    Raises:
+        LawError: The first law that is broken.
 
     >>> from dstlib.masking import AdaptiveThreshold, lamp
     >>> check_allocator(lamp)
     >>> check_allocator(AdaptiveThreshold(tolerance=0.2))
     """
-    subject = named("allocator", allocator)
+    hold(allocator_laws(allocator))
+
+
+def allocator_laws(allocator: Allocator) -> tuple[Law, ...]:
+    """Returns the laws of :func:`check_allocator`, one by one."""
+    return laws("allocator", allocator, LAWS, allocator)
+
+
+def _an_allocation(allocator: Allocator) -> None:
     for problem in _problems():
-        allocation = _allocate(allocator, subject, problem)
-        _check_budgets(allocation, subject, problem)
-        _check_repeatable(allocator, allocation, subject, problem)
+        _allocate(allocator, problem)
+
+
+def _changes_nothing(allocator: Allocator) -> None:
+    for problem in _problems():
+        given = copy.deepcopy(problem)
+        _allocate(allocator, given)
+        for before, after in zip(problem.accounts, given.accounts, strict=True):
+            for name in ("active_GU", "drop_GU", "grow_GU"):
+                if not torch.equal(getattr(before, name), getattr(after, name)):
+                    expected, got = f"{name} of {before.name} as it was", "other values"
+                    remedy = "An allocator only looks: the exchange of units is the library's."
+                    raise BreachError(on=problem, expected=expected, got=got, remedy=remedy)
+
+
+def _feasible(allocator: Allocator) -> None:
+    for problem in _problems():
+        for account, budget in zip(problem.accounts, _allocate(allocator, problem).budgets, strict=True):
+            kept_G, target_G = budget.num_kept_G, budget.num_target_G
+            active_G, num_all = account.active_GU.sum(dim=1), account.active_GU.shape[1]
+            is_met = (kept_G >= 0) & (kept_G <= active_G) & (kept_G <= target_G) & (target_G <= num_all)
+            if not bool(is_met.all()):
+                expected = f"0 ≤ kept ≤ active and kept ≤ target ≤ all in {account.name}"
+                got = f"kept {kept_G.tolist()}, active {active_G.tolist()}, target {target_G.tolist()}, all {num_all}"
+                remedy = "Take torch.minimum of kept and target; what does not fit into one weight goes to another."
+                raise BreachError(on=problem, expected=expected, got=got, remedy=remedy)
+
+
+def _total(allocator: Allocator) -> None:
+    for problem in _problems():
+        num_given = sum(int(budget.num_target_G.sum()) for budget in _allocate(allocator, problem).budgets)
+        num_total, slack = problem.terms.num_total, problem.slack
+        if not num_total - slack <= num_given <= num_total:
+            expected = f"targets that add up to {num_total}" + f", or up to {slack} below" * bool(slack)
+            remedy = "Round last: dstlib.masking.counts.apportion splits a total into whole numbers that add up."
+            raise BreachError(on=problem, expected=expected, got=num_given, remedy=remedy)
+
+
+def _repeatable(allocator: Allocator) -> None:
+    for problem in _problems():
+        first = _allocate(allocator, problem)
+        with world(1):
+            before = global_state()
+            again = allocator(problem.accounts, problem.terms)
+            has_moved = global_state() != before
+        same = again.memory == first.memory and all(
+            torch.equal(x.num_kept_G, y.num_kept_G) and torch.equal(x.num_target_G, y.num_target_G)
+            for x, y in zip(first.budgets, again.budgets, strict=True)
+        )
+        if has_moved or not same:
+            expected, got = "the same budgets again", "draws from a global generator" if has_moved else "others"
+            remedy = "What it is to remember goes into Allocation.memory, a number that is saved and handed back."
+            raise BreachError(on=problem, expected=expected, got=got, remedy=remedy)
+
+
+LAWS = (_an_allocation, _changes_nothing, _feasible, _total, _repeatable)
 
 
 def _problems() -> Iterator[Problem]:
@@ -100,66 +162,26 @@ def _noise(num_groups: int, num_all: int, seed: int) -> Tensor:
     return torch.randn(num_groups, num_all, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
-def _allocate(allocator: Allocator, subject: str, problem: Problem) -> Allocation:
-    """What comes back, once it is known to be an allocation."""
+def _allocate(allocator: Allocator, problem: Problem) -> Allocation:
+    """What an allocator returns, once it is known to be an allocation."""
     law, remedy = "an allocation", "Return Allocation(tuple of Budget(num_kept_G, num_target_G)), int64 tensors each."
     expected = f"an Allocation with {len(problem.accounts)} budgets of whole numbers per group"
-    given = copy.deepcopy(problem)
     with world(0):
-        call = partial(allocator, given.accounts, given.terms)
-        found = attempt(call, law, subject, on=str(problem), expected=expected, remedy=remedy)
-    if isinstance(found, Allocation):
-        fits = len(found.budgets) == len(problem.accounts) and all(
+        call = partial(allocator, problem.accounts, problem.terms)
+        found = attempt(call, on=problem, expected=expected, remedy=remedy, law=law)
+    fits = (
+        isinstance(found, Allocation)
+        and len(found.budgets) == len(problem.accounts)
+        and all(
             isinstance(budget, Budget) and all(_is_whole(x, a) for x in (budget.num_kept_G, budget.num_target_G))
             for budget, a in zip(found.budgets, problem.accounts, strict=True)
         )
-        if fits and isinstance(found.memory, Real) and math.isfinite(found.memory):
-            _check_untouched(given, subject, problem)
-            return found
-    raise broken(law, subject, on=str(problem), expected=expected, got=repr(found), remedy=remedy)
+    )
+    if not fits or not isinstance(found.memory, Real) or not math.isfinite(found.memory):
+        raise BreachError(on=problem, expected=expected, got=repr(found), remedy=remedy, law=law)
+    return found
 
 
 def _is_whole(num_G: Tensor, account: Account) -> bool:
     is_tensor = isinstance(num_G, Tensor) and num_G.shape == account.active_GU.shape[:1]
     return is_tensor and num_G.dtype in (torch.int32, torch.int64)
-
-
-def _check_untouched(given: Problem, subject: str, problem: Problem) -> None:
-    for before, after in zip(problem.accounts, given.accounts, strict=True):
-        for name in ("active_GU", "drop_GU", "grow_GU"):
-            if not torch.equal(getattr(before, name), getattr(after, name)):
-                expected, got = f"{name} of {before.name} as it was", "other values"
-                remedy = "An allocator only looks: the exchange of units is the library's."
-                raise broken("changes nothing", subject, on=str(problem), expected=expected, got=got, remedy=remedy)
-
-
-def _check_budgets(allocation: Allocation, subject: str, problem: Problem) -> None:
-    for account, budget in zip(problem.accounts, allocation.budgets, strict=True):
-        kept_G, target_G = budget.num_kept_G, budget.num_target_G
-        active_G, num_all = account.active_GU.sum(dim=1), account.active_GU.shape[1]
-        is_met = (kept_G >= 0) & (kept_G <= active_G) & (kept_G <= target_G) & (target_G <= num_all)
-        if not bool(is_met.all()):
-            expected = f"0 ≤ kept ≤ active and kept ≤ target ≤ all in {account.name}"
-            got = f"kept {kept_G.tolist()}, active {active_G.tolist()}, target {target_G.tolist()}, all {num_all}"
-            remedy = "Take torch.minimum of kept and target; what does not fit into one weight goes to another."
-            raise broken("feasible", subject, on=str(problem), expected=expected, got=got, remedy=remedy)
-    num_given, num_total = sum(int(b.num_target_G.sum()) for b in allocation.budgets), problem.terms.num_total
-    if not num_total - problem.slack <= num_given <= num_total:
-        expected = f"targets that add up to {num_total}" + f", or up to {problem.slack} below" * bool(problem.slack)
-        remedy = "Round last: dstlib.masking.counts.apportion splits a total into whole numbers that add up."
-        raise broken("total", subject, on=str(problem), expected=expected, got=num_given, remedy=remedy)
-
-
-def _check_repeatable(allocator: Allocator, allocation: Allocation, subject: str, problem: Problem) -> None:
-    with world(1):
-        before = global_state()
-        again = allocator(problem.accounts, problem.terms)
-        has_moved = global_state() != before
-    same = again.memory == allocation.memory and all(
-        torch.equal(x.num_kept_G, y.num_kept_G) and torch.equal(x.num_target_G, y.num_target_G)
-        for x, y in zip(allocation.budgets, again.budgets, strict=True)
-    )
-    if has_moved or not same:
-        expected, got = "the same budgets again", "draws from a global generator" if has_moved else "others"
-        remedy = "What it is to remember goes into Allocation.memory, a number that is saved and handed back."
-        raise broken("repeatable", subject, on=str(problem), expected=expected, got=got, remedy=remedy)

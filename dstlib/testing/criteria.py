@@ -1,13 +1,13 @@
 """What every criterion keeps to: a function of its site, of any shape, precision and layout, and of nothing else."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dstlib.masking import Criterion, Site, site_generator
-from dstlib.testing.laws import attempt, broken, global_state, named, world
+from dstlib.testing.laws import BreachError, Law, attempt, global_state, hold, laws, world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ def check_criterion(criterion: Criterion) -> None:
     A criterion may read ``site.grad`` without asking whether there is one. One that others will use raises a
     ScoreError where it is None.
 
-    Errors: LawError for the first law that is broken.
+    Raises:
+        LawError: The first law that is broken.
 
     >>> from dstlib.masking import magnitude
     >>> check_criterion(magnitude)
@@ -96,45 +97,43 @@ def check_criterion(criterion: Criterion) -> None:
 float32, shape (6, 5), half active: expected finite scores, got 30 that are NaN or infinite. Guard a division: \
 x / total.clamp_min(1e-30).
     """
-    subject = named("criterion", criterion)
+    hold(criterion_laws(criterion))
+
+
+def criterion_laws(criterion: Criterion) -> tuple[Law, ...]:
+    """Returns the laws of :func:`check_criterion`, one by one."""
+    return laws("criterion", criterion, LAWS, criterion)
+
+
+def _runs(criterion: Criterion) -> None:
     for case in CASES:
-        _check_scores(criterion, subject, case)
-    _check_memory(criterion, subject)
-    _check_randomness(criterion, subject)
-    _check_defaults(criterion, subject)
-    _check_layout(criterion, subject)
-    _check_autograd(criterion, subject)
+        _called(criterion, case)
 
 
-def _scored(criterion: Criterion, case: Case, seed: int = 0) -> Tensor:
-    with world(seed), torch.no_grad():
-        return criterion(case.site())
+def _shape(criterion: Criterion) -> None:
+    for case in CASES:
+        _scored(criterion, case)
 
 
-def _check_scores(criterion: Criterion, subject: str, case: Case) -> None:
-    with world(0), torch.no_grad():
-        site, untouched = case.site(), case.site()
-        remedy = "It is called with any weight of a model; see the cause above."
-        score = attempt(
-            lambda: criterion(site), "runs", subject, on=str(case), expected="scores without an error", remedy=remedy
-        )
-    fits = isinstance(score, Tensor) and score.shape == site.weight.shape and not score.is_complex()
-    if not fits or score.device != site.weight.device:
-        got = f"{score.dtype}, shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-        expected = f"a real tensor of shape {case.shape} on {site.weight.device}"
-        remedy = "Return one score per weight; the granularity averages them. keepdim=True keeps the axes."
-        raise broken("shape", subject, on=str(case), expected=expected, got=got, remedy=remedy)
-    if num_bad := int((~score.isfinite()).sum()):
-        got, remedy = f"{num_bad} that are NaN or infinite", "Guard a division: x / total.clamp_min(1e-30)."
-        raise broken("finite", subject, on=str(case), expected="finite scores", got=got, remedy=remedy)
-    for name in ("weight", "mask", "grad", "momentum", "trace"):
-        if not torch.equal(getattr(site, name), getattr(untouched, name)):
-            remedy = "A criterion only looks. Copy before you write: site.grad.clone(), or abs() for abs_()."
-            expected, got = f"site.{name} as it was", "other values"
-            raise broken("changes nothing", subject, on=str(case), expected=expected, got=got, remedy=remedy)
+def _finite(criterion: Criterion) -> None:
+    for case in CASES:
+        if num_bad := int((~_scored(criterion, case).isfinite()).sum()):
+            got, remedy = f"{num_bad} that are NaN or infinite", "Guard a division: x / total.clamp_min(1e-30)."
+            raise BreachError(on=case, expected="finite scores", got=got, remedy=remedy)
 
 
-def _check_memory(criterion: Criterion, subject: str) -> None:
+def _changes_nothing(criterion: Criterion) -> None:
+    for case in CASES:
+        site = _called(criterion, case)[1]
+        with world(0):
+            untouched = case.site()
+        for name in ("weight", "mask", "grad", "momentum", "trace"):
+            if not torch.equal(getattr(site, name), getattr(untouched, name)):
+                remedy = "A criterion only looks. Copy before you write: site.grad.clone(), or abs() for abs_()."
+                raise BreachError(on=case, expected=f"site.{name} as it was", got="other values", remedy=remedy)
+
+
+def _repeatable(criterion: Criterion) -> None:
     first = _scored(criterion, PLAIN)
     _scored(criterion, CASES[2])
     if not _same(first, _scored(criterion, PLAIN)):
@@ -143,25 +142,22 @@ def _check_memory(criterion: Criterion, subject: str) -> None:
             "Method.trace gathers over steps. Draw from site.generator, by site.rand() say."
         )
         expected, got = "the same scores for the same site", "others the second time"
-        raise broken("repeatable", subject, on=str(PLAIN), expected=expected, got=got, remedy=remedy)
+        raise BreachError(on=PLAIN, expected=expected, got=got, remedy=remedy)
 
 
-def _check_randomness(criterion: Criterion, subject: str) -> None:
-    law, remedy = "no global randomness", "Draw from site.generator, which knows seed, step and name: site.rand(), say."
-    first, second = (_scored(criterion, PLAIN, seed) for seed in (0, 1))
-    if not _same(first, second):
-        expected, got = "the same scores under any global seed", "others"
-        raise broken(law, subject, on=str(PLAIN), expected=expected, got=got, remedy=remedy)
+def _no_global_randomness(criterion: Criterion) -> None:
+    remedy = "Draw from site.generator, which knows seed, step and name: site.rand(), say."
+    if not _same(*(_scored(criterion, PLAIN, seed) for seed in (0, 1))):
+        raise BreachError(on=PLAIN, expected="the same scores under any global seed", got="others", remedy=remedy)
     with world(0), torch.no_grad():
         before = global_state()
         criterion(PLAIN.site())
         if global_state() != before:
             expected, got = "the global generators where they stood", "draws from one of them"
-            raise broken(law, subject, on=str(PLAIN), expected=expected, got=got, remedy=remedy)
+            raise BreachError(on=PLAIN, expected=expected, got=got, remedy=remedy)
 
 
-def _check_defaults(criterion: Criterion, subject: str) -> None:
-    law, expected = "no defaults", "the same scores whatever the defaults are"
+def _no_defaults(criterion: Criterion) -> None:
     remedy = "Make tensors like another one, torch.zeros_like(site.weight), or name dtype= and device=."
     first, default = _scored(criterion, PLAIN), torch.get_default_dtype()
     other = torch.float64 if default != torch.float64 else torch.float32
@@ -169,7 +165,8 @@ def _check_defaults(criterion: Criterion, subject: str) -> None:
     def in_another_dtype() -> Tensor:
         try:
             torch.set_default_dtype(other)
-            return _scored(criterion, PLAIN)
+            with world(0), torch.no_grad():
+                return criterion(PLAIN.site())
         finally:
             torch.set_default_dtype(default)
 
@@ -180,34 +177,68 @@ def _check_defaults(criterion: Criterion, subject: str) -> None:
                 return criterion(site)
 
     for what, call in ((f"default dtype {other}", in_another_dtype), ("default device meta", on_another_device)):
-        on = f"{PLAIN}, {what}"
-        found = attempt(call, law, subject, on=on, expected=expected, remedy=remedy)
+        on, expected = f"{PLAIN}, {what}", "the same scores whatever the defaults are"
+        found = attempt(call, on=on, expected=expected, remedy=remedy)
         if found.device != first.device or not _same(first, found):
             got = f"scores on {found.device}" if found.device != first.device else "others"
-            raise broken(law, subject, on=on, expected=expected, got=got, remedy=remedy)
+            raise BreachError(on=on, expected=expected, got=got, remedy=remedy)
 
 
-def _check_autograd(criterion: Criterion, subject: str) -> None:
-    law, expected = "autograd", "the same scores in gradient mode as under no_grad, without a graph"
+def _memory_layout(criterion: Criterion) -> None:
+    straight = _scored(criterion, Case(what="its copy", shape=TURNED.shape))
+    expected = "scores of a view as of its contiguous copy"
+    remedy = "Weights of transposed convolutions are views: use reshape() and flatten(), not view()."
+    with world(0), torch.no_grad():
+        site = TURNED.site()
+        found = attempt(lambda: criterion(site), on=TURNED, expected=expected, remedy=remedy)
+    if found.shape != straight.shape or not _same(found.double(), straight.double(), rtol=1e-4, atol=1e-6):
+        got = "other scores" if found.shape == straight.shape else f"shape {tuple(found.shape)}"
+        raise BreachError(on=TURNED, expected=expected, got=got, remedy=remedy)
+
+
+def _autograd(criterion: Criterion) -> None:
+    straight, expected = _scored(criterion, PLAIN), "the same scores in gradient mode as under no_grad, without a graph"
     remedy = "It is called under torch.no_grad(). Where you need gradients, detach() the scores."
     with world(0), torch.enable_grad():
-        found = attempt(lambda: criterion(PLAIN.site()), law, subject, on=str(PLAIN), expected=expected, remedy=remedy)
-    if found.requires_grad or not _same(found, _scored(criterion, PLAIN)):
+        found = attempt(lambda: criterion(PLAIN.site()), on=PLAIN, expected=expected, remedy=remedy)
+    if found.requires_grad or not _same(found, straight):
         got = "scores that require a gradient" if found.requires_grad else "others"
-        raise broken(law, subject, on=str(PLAIN), expected=expected, got=got, remedy=remedy)
+        raise BreachError(on=PLAIN, expected=expected, got=got, remedy=remedy)
 
 
-def _check_layout(criterion: Criterion, subject: str) -> None:
-    law, expected = "memory layout", "scores of a view as of its contiguous copy"
-    remedy = "Weights of transposed convolutions are views: use reshape() and flatten(), not view()."
-    straight = _scored(criterion, Case(what="its copy", shape=TURNED.shape))
-    found = attempt(lambda: _scored(criterion, TURNED), law, subject, on=str(TURNED), expected=expected, remedy=remedy)
-    # sums over another order: a few roundings of 6e-8 each
-    if found.shape != straight.shape or not torch.allclose(found.double(), straight.double(), rtol=1e-4, atol=1e-6):
-        got = "other scores" if found.shape == straight.shape else f"shape {tuple(found.shape)}"
-        raise broken(law, subject, on=str(TURNED), expected=expected, got=got, remedy=remedy)
+LAWS = (
+    _runs,
+    _shape,
+    _finite,
+    _changes_nothing,
+    _repeatable,
+    _no_global_randomness,
+    _no_defaults,
+    _memory_layout,
+    _autograd,
+)
 
 
-def _same(*scores: Tensor) -> bool:
-    first: Sequence[Tensor] = scores[:1]
-    return all(x.dtype == y.dtype and torch.equal(x, y) for x in first for y in scores[1:])
+def _called(criterion: Criterion, case: Case, seed: int = 0) -> tuple[Any, Site]:
+    """What a criterion returns for a fresh site, and the site after it."""
+    remedy = "It is called with any weight of a model; see the cause above."
+    with world(seed), torch.no_grad():
+        site = case.site()
+        found = attempt(lambda: criterion(site), on=case, expected="scores without an error", remedy=remedy, law="runs")
+    return found, site
+
+
+def _scored(criterion: Criterion, case: Case, seed: int = 0) -> Tensor:
+    """What a criterion returns, once it is known to be scores."""
+    score, site = _called(criterion, case, seed)
+    fits = isinstance(score, Tensor) and score.shape == site.weight.shape and not score.is_complex()
+    if not fits or score.device != site.weight.device:
+        got = f"{score.dtype}, shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+        expected = f"a real tensor of shape {case.shape} on {site.weight.device}"
+        remedy = "Return one score per weight; the granularity averages them. keepdim=True keeps the axes."
+        raise BreachError(on=case, expected=expected, got=got, remedy=remedy, law="shape")
+    return score
+
+
+def _same(first: Tensor, second: Tensor, *, rtol: float = 0.0, atol: float = 0.0) -> bool:
+    return first.dtype == second.dtype and torch.allclose(first, second, rtol=rtol, atol=atol, equal_nan=True)

@@ -3,11 +3,12 @@
 import copy
 import math
 import pickle
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 
 from dstlib.schedules import Curve
-from dstlib.testing.laws import attempt, broken, named, world
+from dstlib.testing.laws import BreachError, Law, attempt, hold, laws, world
 
 _POINTS = tuple(i / 100 for i in range(101))
 
@@ -23,7 +24,8 @@ def check_curve(curve: Curve, *, low: float = -math.inf, high: float = math.inf)
     - *clamped*: progress outside [0, 1] counts as the nearer end.
     - *a value*: it equals its copies, and survives pickling, as workers and saved settings need.
 
-    Errors: LawError for the first law that is broken.
+    Raises:
+        LawError: The first law that is broken.
 
     >>> from dstlib.schedules import Cosine, Linear
     >>> check_curve(Cosine(0.3), low=0.0, high=1.0)
@@ -32,53 +34,77 @@ def check_curve(curve: Curve, *, low: float = -math.inf, high: float = math.inf)
     dstlib.testing.laws.LawError: law 'in range' of curve Linear(start=2.0, end=0.0), on progress 0.0: expected a \
 number in [0, 1], got 2.0. Drop fractions, ramps and surpluses are shares.
     """
-    subject = named("curve", curve)
+    hold(curve_laws(curve, low=low, high=high))
+
+
+def curve_laws(curve: Curve, *, low: float = -math.inf, high: float = math.inf) -> tuple[Law, ...]:
+    """Returns the laws of :func:`check_curve`, one by one."""
+    return laws("curve", curve, LAWS, _Bounded(curve, low, high))
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    """A curve, and the bounds that its values are to keep."""
+
+    curve: Curve
+    low: float
+    high: float
+
+    def __call__(self, progress: float) -> float:
+        """The value there, once it is known to be a finite number."""
+        on, expected, remedy = (
+            f"progress {progress}",
+            "a finite number",
+            "Return a float: a plain number, not a tensor.",
+        )
+        value = attempt(partial(self.curve, progress), on=on, expected=expected, remedy=remedy, law="finite")
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise BreachError(on=on, expected=expected, got=repr(value), remedy=remedy, law="finite")
+        return value
+
+
+def _finite(value_at: _Bounded) -> None:
     for progress in (*_POINTS, -0.5, 1.5):
-        _check_number(curve, subject, progress)
-    _check_repeatable(curve, subject)
-    for progress in _POINTS:
-        if not low <= curve(progress) <= high:
-            expected, remedy = f"a number in [{low:g}, {high:g}]", "Drop fractions, ramps and surpluses are shares."
-            on, got = f"progress {progress}", curve(progress)
-            raise broken("in range", subject, on=on, expected=expected, got=got, remedy=remedy)
-    for progress, end in ((-0.5, 0.0), (1.5, 1.0)):
-        if curve(progress) != curve(end):
-            expected, got = f"its value at {end:g}, {curve(end)}", curve(progress)
-            remedy = "Begin with progress = min(max(progress, 0.0), 1.0)."
-            raise broken("clamped", subject, on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
-    _check_value(curve, subject)
+        value_at(progress)
 
 
-def _check_number(curve: Curve, subject: str, progress: float) -> None:
-    on, remedy = f"progress {progress}", "Return a float: a plain number, not a tensor."
-    expected = "a finite number"
-    value = attempt(lambda: curve(progress), "finite", subject, on=on, expected=expected, remedy=remedy)
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise broken("finite", subject, on=on, expected=expected, got=repr(value), remedy=remedy)
-
-
-def _check_repeatable(curve: Curve, subject: str) -> None:
+def _repeatable(value_at: _Bounded) -> None:
     found = []
     for seed, points in ((0, _POINTS), (1, tuple(reversed(_POINTS)))):
         with world(seed):
-            found.append({progress: curve(progress) for progress in points})
+            found.append({progress: value_at(progress) for progress in points})
     for progress in _POINTS:
         if found[0][progress] != found[1][progress]:
             expected, got = f"{found[0][progress]}, as before", found[1][progress]
             remedy = "Keep nothing between calls and draw nothing: a resumed run asks for fewer points."
-            raise broken("repeatable", subject, on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
+            raise BreachError(on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
 
 
-def _check_value(curve: Curve, subject: str) -> None:
+def _in_range(value_at: _Bounded) -> None:
+    for progress in _POINTS:
+        if not value_at.low <= (got := value_at(progress)) <= value_at.high:
+            expected = f"a number in [{value_at.low:g}, {value_at.high:g}]"
+            remedy = "Drop fractions, ramps and surpluses are shares."
+            raise BreachError(on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
+
+
+def _clamped(value_at: _Bounded) -> None:
+    for progress, end in ((-0.5, 0.0), (1.5, 1.0)):
+        if (got := value_at(progress)) != value_at(end):
+            expected, remedy = (
+                f"its value at {end:g}, {value_at(end)}",
+                "Begin with progress = min(max(progress, 0.0), 1.0).",
+            )
+            raise BreachError(on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
+
+
+def _a_value(value_at: _Bounded) -> None:
+    curve = value_at.curve
     remedy = "Write a function, or a @dataclass(frozen=True) with __call__, at the top level of a module; no lambda."
-    for what, same in (("copy", copy.deepcopy), ("pickled copy", _pickled)):
+    for what, same in (("copy", copy.deepcopy), ("pickled copy", lambda c: pickle.loads(pickle.dumps(c)))):
         expected = f"a {what} that equals it"
-        call = partial(same, curve)
-        found = attempt(call, "a value", subject, on="itself", expected=expected, remedy=remedy)
-        if found != curve:
-            raise broken("a value", subject, on="itself", expected=expected, got="one that differs", remedy=remedy)
+        if attempt(partial(same, curve), on="itself", expected=expected, remedy=remedy) != curve:
+            raise BreachError(on="itself", expected=expected, got="one that differs", remedy=remedy)
 
 
-def _pickled(curve: Curve) -> Curve:
-    found: Curve = pickle.loads(pickle.dumps(curve))
-    return found
+LAWS = (_finite, _repeatable, _in_range, _clamped, _a_value)

@@ -4,7 +4,8 @@ Shapes: O out, I in, K kernel taps; G groups, U units per group, E elements per 
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dstlib.errors import SettingError
 from dstlib.masking import Granularity
-from dstlib.testing.laws import attempt, broken, named, world
+from dstlib.testing.laws import BreachError, Law, attempt, hold, laws, world
 
 # outputs and inputs that multiples of most small numbers divide, with 0 to 3 axes of taps
 SHAPES = tuple(
@@ -33,101 +34,139 @@ def check_granularity(granularity: Granularity, *, shapes: Iterable[tuple[int, .
     - *unfold undoes fold*: exactly, for numbers and booleans; so a decision per unit is a mask of whole units.
     - *memory layout*: views fold and unfold like their contiguous copies.
 
-    Errors: LawError for the first law that is broken.
+    Raises:
+        LawError: The first law that is broken.
 
     >>> from dstlib.masking import Block
     >>> check_granularity(Block(4, 2))
     >>> check_granularity(Block(11, 1), shapes=[(22, 3), (22, 3, 5)])
     """
-    subject = named("granularity", granularity)
-    _check_value(granularity, subject)
-    tried = [torch.Size(shape) for shape in shapes]
-    with world(0):
-        folding = [shape for shape in tried if _folds(granularity, subject, shape)]
-        for shape in folding:
-            _check_fold(granularity, subject, shape)
-            _check_inverses(granularity, subject, shape)
-            _check_layout(granularity, subject, shape)
-    if not folding:
-        expected, remedy = "at least one shape that folds", "Pass shapes= that it divides."
-        got = f"a SettingError for each of {len(tried)}"
-        raise broken("divides or refuses", subject, on="all shapes", expected=expected, got=got, remedy=remedy)
+    hold(granularity_laws(granularity, shapes=shapes))
 
 
-def _check_value(granularity: Granularity, subject: str) -> None:
-    law, remedy = "a value", "Make it a @dataclass(frozen=True) with fold and unfold, and pass an instance."
-    is_one = isinstance(granularity, Granularity) and not isinstance(granularity, type)
-    if not is_one:
+def granularity_laws(granularity: Granularity, *, shapes: Iterable[tuple[int, ...]] = SHAPES) -> tuple[Law, ...]:
+    """Returns the laws of :func:`check_granularity`, one by one."""
+    trial = _Trial(granularity, tuple(torch.Size(shape) for shape in shapes))
+    return laws("granularity", granularity, LAWS, trial)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A granularity, and the shapes to try it on."""
+
+    granularity: Granularity
+    shapes: tuple[torch.Size, ...]
+
+    def folding(self) -> Iterator[torch.Size]:
+        """The shapes that it folds, once it is known to be a value that refuses all others."""
+        _a_value(self)
+        law, num_folding = "divides or refuses", 0
+        for shape in self.shapes:
+            expected = "a fold, or a SettingError where the shape does not divide"
+            remedy = 'Raise dstlib.SettingError("..."): sparsify() then names the weight.'
+            if attempt(partial(self._folds, shape), on=_on(shape), expected=expected, remedy=remedy, law=law):
+                num_folding += 1
+                yield shape
+        if not num_folding:
+            expected, remedy = "at least one shape that folds", "Pass shapes= that it divides."
+            got = f"a SettingError for each of {len(self.shapes)}"
+            raise BreachError(on="all shapes", expected=expected, got=got, remedy=remedy, law=law)
+
+    def folded(self, x: Tensor) -> Tensor:
+        """What fold makes of a tensor, once it is known to have three axes."""
+        on, expected = _on(x.shape), f"each of {x.numel()} entries once"
+        call = partial(self.granularity.fold, x)
+        folded = attempt(call, on=on, expected=expected, remedy=_REARRANGE, law="each entry once")
+        if not isinstance(folded, Tensor) or folded.ndim != 3 or folded.dtype != x.dtype:
+            got = f"{folded.ndim} axes of {folded.dtype}" if isinstance(folded, Tensor) else repr(folded)
+            expected, remedy = f"(G, U, E) of {x.dtype}", "Groups, units, elements: a single one is an axis of 1."
+            raise BreachError(on=on, expected=expected, got=got, remedy=remedy, law="three axes")
+        return folded
+
+    def _folds(self, shape: torch.Size) -> bool:
+        try:
+            self.granularity.fold(torch.zeros(shape))
+        except SettingError:
+            return False
+        return True
+
+
+def _a_value(trial: _Trial) -> None:
+    granularity, law = trial.granularity, "a value"
+    remedy = "Make it a @dataclass(frozen=True) with fold and unfold, and pass an instance."
+    if not isinstance(granularity, Granularity) or isinstance(granularity, type):
         expected, got = "an instance with fold and unfold", repr(granularity)
-        raise broken(law, subject, on="itself", expected=expected, got=got, remedy=remedy)
+        raise BreachError(on="itself", expected=expected, got=got, remedy=remedy, law=law)
     try:
         same = granularity == copy.deepcopy(granularity) and hash(granularity) == hash(copy.deepcopy(granularity))
     except TypeError:
         same = False
     if not same:
         expected, got = "equal to its copy, with an equal hash", "a copy that differs"
-        raise broken(law, subject, on="itself", expected=expected, got=got, remedy=remedy)
+        raise BreachError(on="itself", expected=expected, got=got, remedy=remedy, law=law)
 
 
-def _folds(granularity: Granularity, subject: str, shape: torch.Size) -> bool:
-    remedy = 'Raise dstlib.SettingError("..."): sparsify() then names the weight.'
-    expected = "a fold, or a SettingError where the shape does not divide"
-
-    def fold() -> bool:
-        try:
-            granularity.fold(torch.zeros(shape))
-        except SettingError:
-            return False
-        return True
-
-    return attempt(fold, "divides or refuses", subject, on=_on(shape), expected=expected, remedy=remedy)
+@world(0)
+def _divides_or_refuses(trial: _Trial) -> None:
+    for _ in trial.folding():
+        pass
 
 
-def _check_fold(granularity: Granularity, subject: str, shape: torch.Size) -> None:
-    law, remedy = "each entry once", "Rearrange only, as einops.rearrange does: no sum, no sort, no padding."
-    index, expected = torch.arange(shape.numel()).view(shape), f"each of {shape.numel()} entries once"
-    folded = attempt(partial(granularity.fold, index), law, subject, on=_on(shape), expected=expected, remedy=remedy)
-    if folded.ndim != 3 or folded.dtype != index.dtype:
-        got = f"{folded.ndim} axes of {folded.dtype}"
-        expected, remedy = f"(G, U, E) of {index.dtype}", "Groups, units, elements: a single one is an axis of 1."
-        raise broken("three axes", subject, on=_on(shape), expected=expected, got=got, remedy=remedy)
-    if not torch.equal(folded.flatten().sort().values, index.flatten()):
-        num_found = len(folded.flatten().unique())
-        got = f"{folded.numel()} places with {num_found} of them"
-        raise broken(law, subject, on=_on(shape), expected=expected, got=got, remedy=remedy)
-    noise = _noise(shape)
-    if not torch.equal(granularity.fold(noise), noise.flatten()[folded]):
-        expected, got = "places that depend on the shape alone", "places that depend on values"
-        raise broken(law, subject, on=_on(shape), expected=expected, got=got, remedy=remedy)
+@world(0)
+def _three_axes(trial: _Trial) -> None:
+    for shape in trial.folding():
+        trial.folded(_index(shape))
 
 
-def _check_inverses(granularity: Granularity, subject: str, shape: torch.Size) -> None:
-    law, noise = "unfold undoes fold", _noise(shape)
-    for x in (noise, noise.double(), noise > 0, torch.arange(shape.numel()).view(shape)):
-        on, expected = f"{_on(shape)}, {x.dtype}", "unfold(fold(x), shape) equal to x"
-        remedy = "Turn the pattern of fold round; (G, U, E) → (O, I, *K)."
-        folded = granularity.fold(x).contiguous()
-        call = partial(granularity.unfold, folded, shape)
-        back = attempt(call, law, subject, on=on, expected=expected, remedy=remedy)
-        if not _same(back, x):
-            got = f"shape {tuple(back.shape)} of {back.dtype}" if back.shape != shape else "other entries"
-            raise broken(law, subject, on=on, expected=expected, got=got, remedy=remedy)
+@world(0)
+def _each_entry_once(trial: _Trial) -> None:
+    for shape in trial.folding():
+        index, noise = _index(shape), _noise(shape)
+        folded = trial.folded(index)
+        if not torch.equal(folded.flatten().sort().values, index.flatten()):
+            got = f"{folded.numel()} places with {len(folded.flatten().unique())} of them"
+            raise BreachError(
+                on=_on(shape), expected=f"each of {shape.numel()} entries once", got=got, remedy=_REARRANGE
+            )
+        if not torch.equal(trial.folded(noise), noise.flatten()[folded]):
+            expected, got = "places that depend on the shape alone", "places that depend on values"
+            raise BreachError(on=_on(shape), expected=expected, got=got, remedy=_REARRANGE)
 
 
-def _check_layout(granularity: Granularity, subject: str, shape: torch.Size) -> None:
+@world(0)
+def _unfold_undoes_fold(trial: _Trial) -> None:
+    for shape in trial.folding():
+        noise = _noise(shape)
+        for x in (noise, noise.double(), noise > 0, _index(shape)):
+            on, expected = f"{_on(shape)}, {x.dtype}", "unfold(fold(x), shape) equal to x"
+            remedy = "Turn the pattern of fold round; (G, U, E) → (O, I, *K)."
+            call = partial(trial.granularity.unfold, trial.folded(x).contiguous(), shape)
+            back = attempt(call, on=on, expected=expected, remedy=remedy)
+            if not _same(back, x):
+                got = f"shape {tuple(back.shape)} of {back.dtype}" if back.shape != shape else "other entries"
+                raise BreachError(on=on, expected=expected, got=got, remedy=remedy)
+
+
+@world(0)
+def _memory_layout(trial: _Trial) -> None:
+    fold, unfold = trial.granularity.fold, trial.granularity.unfold
     expected, remedy = "of a view what its copy gives", "Use reshape() or einops.rearrange, not view()."
-    x = _noise(shape)
-    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
-    y = granularity.fold(x).contiguous()
-    turned_y = y.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    for call, plain in (
-        (partial(granularity.fold, turned), y),
-        (partial(granularity.unfold, turned_y, shape), x),
-    ):
-        found = attempt(call, "memory layout", subject, on=_on(shape), expected=expected, remedy=remedy)
-        if not _same(found, plain):
-            got = "something else"
-            raise broken("memory layout", subject, on=_on(shape), expected=expected, got=got, remedy=remedy)
+    for shape in trial.folding():
+        x = _noise(shape)
+        y = trial.folded(x).contiguous()
+        turned_x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        turned_y = y.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+        for call, plain in ((partial(fold, turned_x), y), (partial(unfold, turned_y, shape), x)):
+            if not _same(attempt(call, on=_on(shape), expected=expected, remedy=remedy), plain):
+                raise BreachError(on=_on(shape), expected=expected, got="something else", remedy=remedy)
+
+
+LAWS = (_a_value, _divides_or_refuses, _three_axes, _each_entry_once, _unfold_undoes_fold, _memory_layout)
+_REARRANGE = "Rearrange only, as einops.rearrange does: no sum, no sort, no padding."
+
+
+def _index(shape: torch.Size) -> Tensor:
+    return torch.arange(shape.numel()).view(shape)
 
 
 def _noise(shape: torch.Size) -> Tensor:

@@ -3,16 +3,19 @@
 import copy
 import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dstlib.masking import AtInit, Criterion, MaskUpdate, Site
 from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
 from dstlib.sparsifier.api import sparsify
+from dstlib.testing.laws import world
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
@@ -129,6 +132,148 @@ class Run:
     @property
     def _parts(self) -> tuple[Any, ...]:
         return self.model, self.optimizer, self.sparsifier
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What could be seen of a run after one of its steps."""
+
+    run: Run
+    num_steps: int
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    states: dict[str, dict[str, Tensor]]  # of the optimizer, in the weight's shape
+
+    @classmethod
+    def of(cls, run: Run) -> "Moment":
+        """The present moment."""
+        masks, parameters = run.masks(), dict(run.model.named_parameters())
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, mask in masks.items():
+            state = run.optimizer.state.get(parameters[name], {})
+            found = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == mask.shape}
+            states[name] = {k: v.clone() for k, v in found.items()}
+        return cls(run, run.num_steps, masks, {name: parameters[name].detach().clone() for name in masks}, states)
+
+    def __str__(self) -> str:
+        return f"{self.run.setting}, after step {self.num_steps}"
+
+    def folded(self) -> Iterator[tuple[str, Tensor]]:
+        """(name of a matrix view, its mask as (G, U, E)) of each."""
+        for weight in self.run.sparsifier.weights:
+            for view in weight.views:
+                yield view.name, self.run.setting.method.granularity.fold(view.of(self.masks[weight.name]))
+
+
+class Trial:
+    """The runs of one setting that laws look at; each is trained once, when it is first asked for."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @property
+    def moments(self) -> list[Moment]:
+        """What was seen before the first step and after each, of a run that an error may have ended early."""
+        return self._first[1]
+
+    @property
+    def run(self) -> Run:
+        """The first run, at its end."""
+        run, _, error = self._first
+        if error:
+            raise error
+        return run
+
+    @cached_property
+    def resumed(self) -> Run:
+        """Saved and loaded halfway."""
+        with world(0):
+            half = Run(self.setting).train(HALFWAY)
+            resumed = half.saved_and_loaded()
+            half.end()
+            resumed.train().end()
+        return resumed
+
+    @cached_property
+    def copied(self) -> tuple[Run, Run, dict[str, Tensor]]:
+        """Copied halfway; another copy, frozen then; and the masks that were frozen."""
+        with world(0):
+            half = Run(self.setting).train(HALFWAY)
+            copied, frozen = half.copied(), half.copied()
+            half.end()
+            copied.train().end()
+            frozen.sparsifier.freeze()
+            masks = frozen.masks()
+            frozen.train().end()
+        return copied, frozen, masks
+
+    @cached_property
+    def repeated(self) -> Run:
+        """The same again, under another global seed."""
+        with world(1):
+            run = Run(self.setting).train()
+            run.end()
+        return run
+
+    @cached_property
+    def watched(self) -> tuple[Run, set[str]]:
+        """With an observer; and which of drop, grow and init drew where it mattered."""
+        return _watched(self.setting)
+
+    @cached_property
+    def reseeded(self) -> tuple[Run, set[str]]:
+        """As ``watched``, from another seed."""
+        return _watched(replace(self.setting, seed=self.setting.seed + 1))
+
+    @cached_property
+    def _first(self) -> tuple[Run, list[Moment], Exception | None]:
+        error = None
+        with world(0):
+            run = Run(self.setting)
+            moments = [Moment.of(run)]
+            try:
+                moments += (Moment.of(run) for _ in run.steps())
+            except Exception as e:  # by then, a law may be seen to be broken, which says more
+                error = e
+            run.end()
+        return run, moments, error
+
+
+def _watched(setting: Setting) -> tuple[Run, set[str]]:
+    drew: set[str] = set()
+    m = setting.method
+    assert not isinstance(m.init, AtInit)
+    drop, grow, init = _Spy("drop", m.drop, drew), _Spy("grow", m.grow, drew), _Spy("init", m.init, drew)
+    num_changed: dict[str, int] = {"drop": 0, "grow": 0, "init": 0}
+
+    def observe(site: Site, update: MaskUpdate) -> None:
+        num_changed["drop"] += int(update.dropped.sum())
+        num_changed["grow"] += int(update.grown.sum())
+
+    with world(0):
+        run = Run(replace(setting, method=replace(m, drop=drop, grow=grow, init=init)))
+        num_changed["init"] = sum(int((~mask).sum()) for mask in run.sparsifier.masks.values())
+        run.sparsifier.observers.append(observe)
+        run.train().end()
+    return run, {part for part in drew if num_changed[part]}
+
+
+class _Spy:
+    """A criterion that notes whether it drew from the site's generator; its copies note it in the same place."""
+
+    def __init__(self, part: str, criterion: Criterion, drew: set[str]) -> None:
+        self.part, self.criterion, self.drew = part, criterion, drew
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Spy":
+        return _Spy(self.part, copy.deepcopy(self.criterion, memo), self.drew)
+
+    def __call__(self, site: Site) -> Tensor:
+        """The scores, unchanged."""
+        before = site.generator.get_state()
+        scores = self.criterion(site)
+        if not torch.equal(before, site.generator.get_state()):
+            self.drew.add(self.part)
+        return scores
 
 
 def _batch(step: int, width: int) -> tuple[Tensor, Tensor]:
