@@ -380,7 +380,7 @@ def test_an_overflow_moves_nothing_and_leaves_nothing_open(case, fused, early):
         if overflow:
             assert_same(before, model.state_dict())
             assert_same(saved, sparsifier.state_dict())
-            assert not any(m.is_open for m in sparsifier._walk.masked)
+            assert not any(m.is_revealed for m in sparsifier._masked)
         else:
             oracle.step(step)
             good += 1

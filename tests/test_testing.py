@@ -67,7 +67,6 @@ from dstlib.masking import (
     uniform_fan_in,
 )
 from dstlib.schedules import Alternating, Constant, Cosine, Cubic, InversePower, Linear
-from dstlib.sparsifier.walk import Walk
 from dstlib.testing import (
     LawError,
     check_allocator,
@@ -564,12 +563,12 @@ def test_laws_of_methods_bite(law, method):
 
 
 def test_the_law_of_zeros_bites(monkeypatch):
-    monkeypatch.setattr("dstlib.sparsifier.masked.zero_outside_", lambda x, mask: x)
+    monkeypatch.setattr("dstlib.sparsifier.state.zero_outside_", lambda x, mask: x)
     assert law_of(check_method, RIGL) == "zeros hold"
 
 
 def test_the_law_of_zeros_bites_in_the_optimizer(monkeypatch):
-    monkeypatch.setattr("dstlib.sparsifier.masked.same_shape_state", lambda optimizer, parameter: ())
+    monkeypatch.setattr("dstlib.sparsifier.state.same_shape_state", lambda optimizer, parameter: ())
     assert law_of(check_method, SET) == "zeros hold"
 
 
@@ -597,7 +596,7 @@ def test_the_law_of_seeds_bites(monkeypatch):
 
 def test_the_law_of_resumption_bites(monkeypatch):
     """The trace is left out of what is restored."""
-    from dstlib.sparsifier.saved import SavedWeight
+    from dstlib.sparsifier.state import SavedWeight
 
     restore = SavedWeight.restore
     monkeypatch.setattr(SavedWeight, "restore", lambda self, m: restore(self._replace(trace=None), m))
@@ -619,7 +618,7 @@ LISTEN = dstlib.sparsifier.sparsifier.listen
 
 
 def test_the_law_of_freezing_bites(monkeypatch):
-    monkeypatch.setattr(Walk, "is_due", lambda self, m: self.plan.clock.latest(m.step + 1) > m.updated_at)
+    monkeypatch.setattr(dstlib.Sparsifier, "_is_due", lambda self, m: self.plan.clock.latest(m.step + 1) > m.updated_at)
     assert law_of(check_method, RIGL) == "freezes"
 
 

@@ -21,7 +21,7 @@ class Plan:
 
     ``weights`` holds a verdict on every parameter with two axes or more, ``num_dense`` counts the entries
     of all others; ``densities`` are the final ones, by view name, ``starts`` those that a ramp leads from, and
-    ``own`` names the views whose sparsity was overridden, which no allocator moves. ``is_ranked``: the densities
+    ``own`` names the views whose sparsity was overridden, which no allocator moves. ``densities_from_model``: they
     came of a look at the model, not of the settings alone.
     """
 
@@ -33,7 +33,7 @@ class Plan:
     num_dense: int
     seed: int
     own: frozenset[str] = frozenset()
-    is_ranked: bool = False
+    densities_from_model: bool = False
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
         """Active units per group of ``num_total`` that view ``name`` has after an update at ``step``."""

@@ -1,7 +1,7 @@
-"""The controller: what a user holds. The work is in walk.py, done by hooks around the steps of all torch optimizers."""
+"""The life of a sparse training, from the first masks on, around the steps of all torch optimizers."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -11,14 +11,29 @@ from torch.optim import Optimizer
 
 from dstlib.masking.update import zero_outside_
 from dstlib.report import Row, Summary
-from dstlib.sparsifier.first_masks import with_densities
+from dstlib.sparsifier.distributed import check_equal_masks
 from dstlib.sparsifier.hooks import forget, listen
-from dstlib.sparsifier.masked import Masked, places
-from dstlib.sparsifier.optimizer_state import all_finite, overflowed, parameter_ids, refuse_unsupported
+from dstlib.sparsifier.optimizer_state import (
+    all_finite,
+    loss_scale,
+    momentum_of,
+    overflowed,
+    parameter_ids,
+    refuse_unsupported,
+    reset_state,
+)
+from dstlib.sparsifier.order import order_of
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.saved import check_saved, save
-from dstlib.sparsifier.update import Observer
-from dstlib.sparsifier.walk import Walk
+from dstlib.sparsifier.state import MaskedWeight, Owner, check_saved, owners_of, save
+from dstlib.sparsifier.update import (
+    Gradients,
+    Observer,
+    choose_first_masks,
+    gather,
+    spread_reach,
+    update_masks,
+    with_densities,
+)
 from dstlib.targets import Weight, find_weights
 
 if TYPE_CHECKING:
@@ -28,51 +43,42 @@ if TYPE_CHECKING:
 class Sparsifier:
     """Keeps weights sparse and changes their masks as a method says; made by :func:`dstlib.sparsify`.
 
-    The masks live here, the zeros in the weights; the model itself knows nothing.
+    The masks live here, the zeros in the weights; the model itself knows nothing. ``plan`` is what was settled
+    beforehand: method, clock, weights, densities. ``observers`` are called with (site, update) after each mask update
+    of each weight; append yours. ``frozen`` is whether the topology is fixed.
     """
 
-    def __init__(self, plan: Plan, optimizers: Sequence[Optimizer], owners: Iterable[nn.Module]) -> None:
-        masked = [
-            Masked(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
+    def __init__(self, plan: Plan, optimizers: Sequence[Optimizer], modules: Iterable[nn.Module]) -> None:
+        self.observers: list[Observer] = []
+        self.frozen = False
+        self._memory = 0.0  # of the method's allocator
+        self._attached = True
+        self._masked = [
+            MaskedWeight(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
             for w in plan.weights
             if not w.reason
         ]
-        self._walk = Walk(plan, masked, WeakKeyDictionary(dict.fromkeys(optimizers)))
-        self._attached = True
+        # those that were seen to step, the latest one last
+        self._optimizers: MutableMapping[Optimizer, None] = WeakKeyDictionary(dict.fromkeys(optimizers))
         with torch.no_grad():
-            self._walk.begin()
-        self._places = places(owners, masked)
+            self.plan = self._start(plan)
+        self._owners: list[Owner] = owners_of(self._masked, modules)
         listen(self)
-
-    @property
-    def plan(self) -> Plan:
-        """What was settled beforehand: method, clock, weights, densities."""
-        return self._walk.plan
-
-    @property
-    def observers(self) -> list[Observer]:
-        """Called with (site, update) after each mask update of each weight; append yours."""
-        return self._walk.observers
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the topology is fixed."""
-        return self._walk.frozen
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """The live masks by parameter name, True = active, in the shapes of the parameters. Not to be edited."""
-        return {m.weight.name: m.mask for m in self._walk.masked}
+        return {m.weight.name: m.mask for m in self._masked}
 
     @property
     def weights(self) -> tuple[Weight, ...]:
         """The sparse weights."""
-        return tuple(m.weight for m in self._walk.masked)
+        return tuple(m.weight for m in self._masked)
 
     @property
     def step(self) -> int:
         """Optimizer steps so far, of the weight that has seen the most."""
-        return max(m.step for m in self._walk.masked)
+        return max(m.step for m in self._masked)
 
     @property
     def density(self) -> float:
@@ -107,25 +113,25 @@ class Sparsifier:
 
         Errors: ScoreError for scores that cannot be ranked; StateError where ranks hold different masks.
         """
-        weights = self._held_by(*optimizers) if optimizers else self._walk.masked
-        known = (p.grad for o in optimizers or list(self._walk.optimizers) for g in o.param_groups for p in g["params"])
+        weights = self._held_by(*optimizers) if optimizers else self._masked
+        known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
         grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
         method = self.plan.method
-        reads_now = method.trace is not None or method.storage is not None or any(map(self._walk.is_due, weights))
+        reads_now = method.trace is not None or method.storage is not None or any(map(self._is_due, weights))
         if reads_now and not all_finite(grads):
             return
-        self._walk.prepare(weights, None)
+        self._begin_step(weights, None)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Masks the weights and the optimizers' state, and counts the step that ``before_step`` began."""
-        self._walk.finish(self._walk.masked, self._walk.optimizers)
+        self._end_step(self._masked, self._optimizers)
 
     @torch.no_grad()
     def apply_masks(self) -> None:
         """Sets the weights and optimizer state to zero outside the masks, as after loading other weights."""
-        for m in self._walk.masked:
-            m.clear(self._walk.optimizers)
+        for m in self._masked:
+            m.clear(self._optimizers)
 
     @torch.no_grad()
     def mask_model(self, model: nn.Module) -> None:
@@ -140,28 +146,29 @@ class Sparsifier:
 
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds any of the sparse weights, or what has taken the place of one."""
-        return bool(self._held_by(optimizer)) or any(place.is_lost_to(optimizer) for place in self._places)
+        held = parameter_ids(optimizer)
+        return bool(self._held_by(optimizer)) or any(owner.has_lost(held) for owner in self._owners)
 
     @torch.no_grad()
     def before_optimizer(self, optimizer: Optimizer) -> None:
         """``before_step`` for the weights of one optimizer, called by its hook."""
         refuse_unsupported(optimizer)
-        for place in self._places:
-            if place.is_lost_to(optimizer):
-                place.complain()
-        self._walk.optimizers.pop(optimizer, None)
-        self._walk.optimizers[optimizer] = None
+        held = parameter_ids(optimizer)
+        for owner in self._owners:
+            owner.check(held)
+        self._optimizers.pop(optimizer, None)
+        self._optimizers[optimizer] = None
         weights = self._held_by(optimizer)
         if overflowed(optimizer):
             for m in weights:
-                m.is_stepping = False
+                m.begun = m.step
         else:
-            self._walk.prepare(weights, optimizer)
+            self._begin_step(weights, optimizer)
 
     @torch.no_grad()
     def after_optimizer(self, optimizer: Optimizer) -> None:
         """``after_step`` for the weights of one optimizer, called by its hook."""
-        self._walk.finish(self._held_by(optimizer), (optimizer,))
+        self._end_step(self._held_by(optimizer), (optimizer,))
 
     def accelerate(self, model: nn.Module, example_input: Any, *, decisions: "Decisions | None" = None) -> nn.Module:
         """The model on the engine, for training and after: it computes what is active, and follows every mask update.
@@ -172,18 +179,18 @@ class Sparsifier:
         """
         from dstlib.engine.accelerate import accelerate  # not before it is asked for: see dstlib.__getattr__
 
-        masked = {m.weight.name: m for m in self._walk.masked}
+        masked = {m.weight.name: m for m in self._masked}
         method = self.plan.method
         always = method.trace is not None or method.storage is not None
 
         def reads(name: str) -> bool:
-            return name in masked and (always or self._walk.is_due(masked[name]))
+            return name in masked and (always or self._is_due(masked[name]))
 
         return accelerate(model, example_input, masks=self.masks, dense_gradient=reads, decisions=decisions)
 
     def freeze(self) -> None:
         """Fixes the topology from now on: zeros hold, masks no longer change."""
-        self._walk.frozen = True
+        self.frozen = True
 
     def detach(self) -> None:
         """Stops listening to optimizers, for good. The weights keep the zeros they have at this moment."""
@@ -192,7 +199,7 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, steps and what the method remembers: with model and optimizer, all that a resumption needs."""
-        return save(self._walk.masked, self.plan, frozen=self.frozen, memory=self._walk.memory)
+        return save(self._masked, self.plan, frozen=self.frozen, memory=self._memory)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes masks and steps from ``state_dict`` of a sparsifier of the same settings, and applies them.
@@ -205,31 +212,146 @@ class Sparsifier:
         """
         saved = check_saved(state, self.masks, self.plan)
         with torch.no_grad():
-            for m in self._walk.masked:
+            for m in self._masked:
                 saved[m.weight.name].restore(m)
-            if self.plan.is_ranked:
-                self._walk.plan = with_densities(self.plan, self._walk.masked)
-        self._walk.frozen, self._walk.memory = bool(state["frozen"]), float(state["memory"])
+            if self.plan.densities_from_model:
+                self.plan = with_densities(self.plan, self._masked)
+        self.frozen, self._memory = bool(state["frozen"]), float(state["memory"])
         self.apply_masks()
 
     def __repr__(self) -> str:
         s = self.summary()
         return (
-            f"Sparsifier({self.plan.method.name}, {len(self._walk.masked)} weights, {s.num_active:,} of "
+            f"Sparsifier({self.plan.method.name}, {len(self._masked)} weights, {s.num_active:,} of "
             f"{s.num_sparse:,} active, step {self.step}{', frozen' if self.frozen else ''})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the optimizers, which are met again when they step: copies follow the copied weights."""
-        walk = replace(self._walk, optimizers={})
-        return {"_walk": walk, "_attached": self._attached}
+        """Returns all but the optimizers, which are met again when they step: copies follow the copied weights."""
+        return {**vars(self), "_optimizers": None, "_owners": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _places=[])
-        self._walk.optimizers = WeakKeyDictionary()
+        self.__dict__.update(state, _optimizers=WeakKeyDictionary())
         if self._attached:
             listen(self)
 
-    def _held_by(self, *optimizers: Optimizer) -> list[Masked]:
+    def _start(self, plan: Plan) -> Plan:
+        """Chooses the first masks; under dense storage the values beneath them are put aside."""
+        if plan.method.storage is not None:
+            for m in self._masked:
+                m.hidden = m.parameter.detach().clone()
+        plan = choose_first_masks(self._masked, plan)
+        for m in self._masked:
+            if m.hidden is not None:
+                m.reveal()
+                spread_reach(m, plan, 0)
+                m.hide()
+            m.clear(self._optimizers)
+        return plan
+
+    def _begin_step(self, weights: Sequence[MaskedWeight], optimizer: Optimizer | None) -> None:
+        """Does all that comes before the step of these weights; a second call changes nothing."""
+        # also at the first step: the first masks differ between ranks of other seeds or weights
+        changed = [m for m in weights if m.begun == 0]
+        for m in weights:
+            m.begin_step()
+        # an update that is due waits for the next step at which the weight has a gradient
+        ready = [m for m in weights if m.parameter.grad is not None]
+        scale = loss_scale(optimizer)
+        if self.plan.method.trace is not None and not self.frozen:
+            for m in ready:
+                gather(m, self.plan, _full_gradient(m, scale))
+        changed += order_of(self.plan.method).before_step(ready, self.plan, scale, self._update)
+        for m in ready:
+            if m.learns is not None and m.parameter.grad is not None:  # an update may leave the step out
+                zero_outside_(m.parameter.grad, m.learns)
+        _check_ranks(changed)
+
+    def _end_step(self, weights: Sequence[MaskedWeight], optimizers: Iterable[Optimizer]) -> None:
+        """Does all that comes after the step: zeros in the weights and the optimizers' state, one more step counted."""
+        held = list(optimizers)
+        try:
+            _check_ranks(order_of(self.plan.method).after_step(weights, held, self._update))
+        finally:
+            for m in weights:
+                m.hide()
+                m.clear(held)
+                m.step = m.begun
+
+    def _is_due(self, m: MaskedWeight) -> bool:
+        """Whether an update is due, or overdue for want of a gradient."""
+        return not self.frozen and self.plan.clock.latest(m.step + 1) > m.updated_at
+
+    def _update(self, ready: Sequence[MaskedWeight], scale: float) -> list[MaskedWeight]:
+        """Updates the masks that are due; returns their weights."""
+        due, method = [m for m in ready if self._is_due(m)], self.plan.method
+        num_active = {m: int(m.mask.sum()) for m in due} if method.reset_state else {}
+        for step in sorted({m.step + 1 for m in due}):
+            together = [m for m in due if m.step + 1 == step]
+            # one after the other, unless weights that have come to the same step share their units
+            for weights in [together] if method.allocate is not None else [[m] for m in together]:
+                self._update_at(step, weights, scale)
+        for m in due:
+            spread_reach(m, self.plan, m.updated_at)
+            if method.trace is not None and method.trace.steps is not None:
+                m.trace = None
+            if method.reset_state and int(m.mask.sum()) > num_active[m]:
+                for optimizer in self._holders(m):
+                    reset_state(optimizer, m.parameter)
+        if due and method.skip_step:
+            self._skip_step(due)
+        return due
+
+    def _update_at(self, step: int, weights: Sequence[MaskedWeight], scale: float) -> None:
+        with self._cleared(weights):
+            self._memory = update_masks(
+                [(m, self._gradients(m, scale)) for m in weights],
+                self._masked,
+                self.plan,
+                step=step,
+                memory=self._memory,
+                observers=self.observers,
+            )
+            for m in weights:
+                m.updated_at = step
+
+    @contextmanager
+    def _cleared(self, weights: Iterable[MaskedWeight]) -> Iterator[None]:
+        """Clears what fell outside the masks; also where a criterion or an observer raised: the zeros hold."""
+        try:
+            yield
+        finally:
+            for m in weights:
+                m.clear(self._holders(m))
+
+    def _gradients(self, m: MaskedWeight, scale: float) -> Gradients:
+        momenta = (momentum_of(optimizer, m.parameter) for optimizer in self._holders(m))
+        return Gradients(grad=_full_gradient(m, scale), momentum=next((x for x in momenta if x is not None), None))
+
+    def _skip_step(self, due: Iterable[MaskedWeight]) -> None:
+        """Takes the gradients away: no torch optimizer moves a parameter then, so these leave this step out."""
+        skipping = {optimizer for m in due for optimizer in self._holders(m)}
+        for parameter in (p for o in skipping for group in o.param_groups for p in group["params"]):
+            parameter.grad = None
+        for m in self._masked:
+            if m.is_stepping and not self._holders(m):  # under an engine without torch optimizers
+                m.parameter.grad = None
+
+    def _holders(self, m: MaskedWeight) -> list[Optimizer]:
+        """Returns the optimizers that were seen to step on a weight, the latest one first."""
+        return [o for o in reversed(list(self._optimizers)) if m.held_by(o)]
+
+    def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
         held = set().union(*map(parameter_ids, optimizers))
-        return [m for m in self._walk.masked if id(m.parameter) in held]
+        return [m for m in self._masked if id(m.parameter) in held]
+
+
+def _check_ranks(changed: Sequence[MaskedWeight]) -> None:
+    if changed:
+        check_equal_masks({m.weight.name: m.mask for m in changed}, max(m.step for m in changed) + 1)
+
+
+def _full_gradient(m: MaskedWeight, scale: float) -> Tensor:
+    grad = m.parameter.grad
+    assert grad is not None
+    return grad if scale == 1.0 else grad / scale

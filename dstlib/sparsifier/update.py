@@ -1,40 +1,46 @@
-"""Mask updates of weights in training: sites are made, scored, given budgets, and exchanged in place.
+"""Mask updates of weights in training, the first masks among them: sites are made, scored, given budgets, exchanged.
 
-Called by the controller alone. Changes masks and grown weights; clearing what fell outside is the caller's.
+Changes masks and grown weights in place; clearing what fell outside is the caller's.
 """
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dstlib.errors import ScoreError, SettingError
+from dstlib.errors import ScoreError, require
 from dstlib.masking import (
+    NM,
     Account,
+    AtInit,
     Budget,
     MaskUpdate,
     Site,
     Terms,
     exchange,
+    falling,
     num_units,
+    random,
     select_top,
     site_generator,
+    spend,
     unit_mask,
     unit_score,
 )
-from dstlib.sparsifier.masked import Masked
+from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.plan import Plan
+from dstlib.sparsifier.state import MaskedWeight
 from dstlib.targets import MatrixView
 
 Observer = Callable[[Site, MaskUpdate], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What the optimizer's step shows of one weight: its full gradient and momentum, None where there is none."""
+class Gradients:
+    """What an optimizer's step shows of one weight: the full gradient and its momentum, None where there is none."""
 
     grad: Tensor | None = None
     momentum: Tensor | None = None
@@ -49,67 +55,68 @@ class Scored(NamedTuple):
     grow_GU: Tensor
 
 
-NOTHING = Seen()
+NONE = Gradients()
 
 
-def make_site(m: Masked, view: MatrixView, plan: Plan, step: int, seen: Seen = NOTHING) -> Site:
-    """One matrix view of a weight at a step, as criteria see it."""
-
-    def part(x: Tensor | None) -> Tensor | None:
-        return None if x is None else view.of(x)
-
-    return Site(
-        name=view.name,
-        weight=view.of(m.parameter.detach()),
-        mask=view.of(m.mask),
-        grad=part(seen.grad),
-        momentum=part(seen.momentum),
-        step=step,
-        generator=site_generator(plan.seed, step, view.name),
-        trace=part(m.trace),
-        progress=plan.clock.progress(step),
-    )
-
-
-def update_each(m: Masked, plan: Plan, step: int, seen: Seen, observers: Sequence[Observer]) -> None:
-    """An update of one weight that keeps its own number of active units."""
-    for view in m.weight.views:
-        scored = score_site(make_site(m, view, plan, step, seen), plan)
-        budget = plan.budget(view.name, scored.active_GU, step)
-        _apply(scored, budget, plan, observers)
-
-
-def update_together(
-    due: Sequence[tuple[Masked, Seen]], masked: Sequence[Masked], plan: Plan, step: int, memory: float
-) -> tuple[list[tuple[Scored, Budget]], float]:
-    """Budgets for weights that share one, by the method's allocator; changes nothing yet.
+def update_masks(
+    due: Iterable[tuple[MaskedWeight, Gradients]],
+    masked: Sequence[MaskedWeight],
+    plan: Plan,
+    *,
+    step: int,
+    memory: float,
+    observers: Sequence[Observer],
+) -> float:
+    """Updates the masks of the weights that are due, with one allocation for all; returns the allocator's memory.
 
     ``masked`` are all sparse weights, whether due or not: those that are not keep what they have.
+
+    Raises:
+        ScoreError: A criterion returned scores by which units cannot be ordered.
+        SettingError: The method's allocator gave budgets that cannot be met.
     """
     method = plan.method
-    assert method.allocate is not None
-    sites = [make_site(m, view, plan, step, seen) for m, seen in due for view in m.weight.views]
-    scored = [score_site(site, plan) for site in sites]
-    budgets = {x.site.name: plan.budget(x.site.name, x.active_GU, step) for x in scored if x.site.name in plan.own}
-    accounts = accounts_of(scored, masked, plan, fixed=plan.own)
-    if accounts:
-        terms = Terms(
-            num_total=_shared_total(accounts, masked, plan), drop_fraction=plan.drop_fraction(step), memory=memory
-        )
+    scored = [
+        _score(make_site(m, view, plan, step, gradients), plan) for m, gradients in due for view in m.weight.views
+    ]
+    budgets: dict[str, Budget] = {}
+    accounts = [] if method.allocate is None else _accounts(scored, masked, plan, fixed=plan.own)
+    if method.allocate is not None and accounts:
+        num_total = _shared_total(accounts, masked, plan)
+        terms = Terms(num_total=num_total, drop_fraction=plan.drop_fraction(step), memory=memory)
         allocation = method.allocate(accounts, terms)
-        memory = allocation.memory
-        check_budgets(allocation.budgets, accounts, terms.num_total, method.name)
-        budgets |= {account.name: b for account, b in zip(accounts, allocation.budgets, strict=True)}
-    return [(x, budgets[x.site.name]) for x in scored], memory
+        budgets, memory = _by_name(allocation.budgets, accounts, num_total, method.name), allocation.memory
+    for x in scored:
+        budget = budgets.get(x.site.name) or plan.budget(x.site.name, x.active_GU, step)
+        _apply(x, budget, plan, observers)
+    return memory
 
 
-def apply_together(updates: Iterable[tuple[Scored, Budget]], plan: Plan, observers: Sequence[Observer]) -> None:
-    """Carries out what ``update_together`` found."""
-    for scored, budget in updates:
-        _apply(scored, budget, plan, observers)
+def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
+    """Chooses the masks before training; returns the plan with the densities that came of it.
+
+    Raises:
+        ScoreError: The method's ``init`` returned scores by which units cannot be ordered.
+    """
+    init = plan.method.init
+    if isinstance(init, AtInit):
+        return _prune_together(masked, plan, init)
+    for m, view in views_of(masked):
+        site = make_site(m, view, plan, 0)
+        score_GU = _unit_score(site, init(site), plan)
+        site.mask.zero_()
+        scored = Scored(site, torch.zeros_like(score_GU, dtype=torch.bool), score_GU, score_GU)
+        _exchange(scored, _first_budget(scored, plan), plan)
+    return plan
 
 
-def gather(m: Masked, plan: Plan, grad: Tensor) -> None:
+def with_densities(plan: Plan, masked: Sequence[MaskedWeight]) -> Plan:
+    """Returns the plan with the densities that came of a look at the model."""
+    densities = {view.name: d for m in masked for view, d in zip(m.weight.views, m.densities, strict=True)}
+    return replace(plan, densities=densities)
+
+
+def gather(m: MaskedWeight, plan: Plan, grad: Tensor) -> None:
     """Adds a step's gradient to the trace, if this is one of its steps and some update will read it."""
     trace, step = plan.method.trace, m.step + 1
     assert trace is not None
@@ -119,13 +126,13 @@ def gather(m: Masked, plan: Plan, grad: Tensor) -> None:
     if m.trace is None:
         m.trace = torch.zeros_like(m.parameter, dtype=torch.promote_types(m.parameter.dtype, torch.float32))
     for view in m.weight.views:
-        site = make_site(m, view, plan, step, Seen(grad=grad))
+        site = make_site(m, view, plan, step, Gradients(grad=grad))
         view.of(m.trace).mul_(trace.decay).add_(trace.of(site))
     m.traced_at = step
 
 
-def spread_reach(m: Masked, plan: Plan, step: int) -> None:
-    """Under dense storage, marks what learns: the active units, and the next best by the growth score."""
+def spread_reach(m: MaskedWeight, plan: Plan, step: int) -> None:
+    """Marks what learns under dense storage: the active units, and the next best by the growth score."""
     storage = plan.method.storage
     if storage is None or storage.extra is None:
         return
@@ -135,12 +142,12 @@ def spread_reach(m: Masked, plan: Plan, step: int) -> None:
         active_GU = plan.method.granularity.fold(site.mask)[..., 0]
         num_active_G = active_GU.sum(dim=1)
         num_extra_G = (active_GU.shape[1] - num_active_G).clamp(max=num_units(active_GU.shape[1], storage.extra))
-        grow_GU = rank(site, plan.method.grow(site), plan)
+        grow_GU = _unit_score(site, plan.method.grow(site), plan)
         extra_GU = select_top(grow_GU, num_extra_G, among_GU=~active_GU)
         view.of(m.reach).copy_(unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
 
 
-def pull_hidden(m: Masked, plan: Plan, scale: float) -> None:
+def pull_hidden(m: MaskedWeight, plan: Plan, scale: float) -> None:
     """Adds the pull towards zero of hidden weights to their gradient, which carries this loss scale."""
     storage, grad = plan.method.storage, m.parameter.grad
     assert storage is not None
@@ -152,34 +159,89 @@ def pull_hidden(m: Masked, plan: Plan, scale: float) -> None:
             view.of(grad).add_(view.of(m.hidden), alpha=pull)
 
 
-def views_of(masked: Iterable[Masked]) -> Iterator[tuple[Masked, MatrixView]]:
-    """Every view of every weight, in the model's order."""
+def views_of(masked: Iterable[MaskedWeight]) -> Iterator[tuple[MaskedWeight, MatrixView]]:
+    """Yields every matrix view of every weight, in the model's order."""
     return ((m, view) for m in masked for view in m.weight.views)
 
 
-def check_budgets(budgets: Sequence[Budget], accounts: Sequence[Account], num_total: int, method: str) -> None:
-    """A SettingError if an allocator's budgets cannot be met, or miss the total by a whole group or more."""
-    fit = len(budgets) == len(accounts) and all(
-        bool(((b.num_kept_G >= 0) & (b.num_kept_G <= b.num_target_G)).all())
-        and bool((b.num_kept_G <= a.active_GU.sum(dim=1)).all())
-        and int(b.num_target_G.max()) <= a.active_GU.shape[1]
-        for b, a in zip(budgets, accounts, strict=False)
+def make_site(m: MaskedWeight, view: MatrixView, plan: Plan, step: int, gradients: Gradients = NONE) -> Site:
+    """Returns one matrix view of a weight at a step, as criteria see it."""
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else view.of(x)
+
+    return Site(
+        name=view.name,
+        weight=view.of(m.parameter.detach()),
+        mask=view.of(m.mask),
+        grad=part(gradients.grad),
+        momentum=part(gradients.momentum),
+        step=step,
+        generator=site_generator(plan.seed, step, view.name),
+        trace=part(m.trace),
+        progress=plan.clock.progress(step),
     )
-    num_given = sum(int(b.num_target_G.sum()) for b in budgets)
-    slack = sum(len(a.active_GU) - 1 for a in accounts)
-    if not fit or not num_total - slack <= num_given <= num_total:
-        raise SettingError.of(
-            "allocation",
-            f"method {method}",
-            allowed=f"a budget for each of {len(accounts)} weights, kept ≤ active, kept ≤ target ≤ all, and "
-            f"{num_total:,} active units in sum",
-            given=f"{len(budgets)} budgets with {num_given:,} units" + ("" if fit else " that cannot be met"),
-            remedy="Look at the method's allocate.",
+
+
+def _score(site: Site, plan: Plan) -> Scored:
+    """Asks the method's criteria."""
+    method = plan.method
+    active_GU = method.granularity.fold(site.mask)[..., 0]
+    drop_GU, grow_GU = (_unit_score(site, criterion(site), plan) for criterion in (method.drop, method.grow))
+    return Scored(site, active_GU, drop_GU, grow_GU)
+
+
+def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
+    """Averages scores over units; an error says which weight it was."""
+    try:
+        return unit_score(score, site.mask.shape, plan.method.granularity)
+    except ScoreError as error:
+        raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
+
+
+def _exchange(scored: Scored, budget: Budget, plan: Plan) -> MaskUpdate:
+    """Changes the mask of a site as its scores and budget say."""
+    update = exchange(
+        scored.site.mask,
+        scored.drop_GU,
+        scored.grow_GU,
+        granularity=plan.method.granularity,
+        budget=budget,
+        regrow=plan.method.regrow,
+    )
+    scored.site.mask.copy_(update.mask)
+    return update
+
+
+def _apply(scored: Scored, budget: Budget, plan: Plan, observers: Iterable[Observer]) -> None:
+    """Changes the mask of a site, gives grown weights their values, and tells the observers."""
+    update, site = _exchange(scored, budget, plan), scored.site
+    site.weight.copy_(torch.where(update.grown, plan.method.grown_init(site), site.weight))
+    for observe in observers:
+        observe(site, update)
+
+
+def _accounts(
+    scored: Iterable[Scored], masked: Iterable[MaskedWeight], plan: Plan, *, fixed: Collection[str]
+) -> list[Account]:
+    """Returns what an allocator sees of these sites, but for those whose numbers are ``fixed``."""
+    *_, (_, last) = views_of(masked)
+    return [
+        Account(
+            name=x.site.name,
+            active_GU=x.active_GU,
+            drop_GU=x.drop_GU,
+            grow_GU=x.grow_GU,
+            num_planned=_num_planned(plan, x.site.name, x.active_GU, x.site.step),
+            is_last=x.site.name == last.name,
         )
+        for x in scored
+        if x.site.name not in fixed
+    ]
 
 
-def _shared_total(accounts: Sequence[Account], masked: Iterable[Masked], plan: Plan) -> int:
-    """The active units that the accounts have together after the update.
+def _shared_total(accounts: Sequence[Account], masked: Iterable[MaskedWeight], plan: Plan) -> int:
+    """Counts the active units that the accounts have together after the update.
 
     Weights that still wait for a gradient may hold more or fewer units than they were planned to: so many
     fewer or more are left for the others, but at least one per group.
@@ -189,67 +251,81 @@ def _shared_total(accounts: Sequence[Account], masked: Iterable[Masked], plan: P
     for m, view in views_of(masked):
         if view.name not in here | plan.own:
             active_GU = plan.method.granularity.fold(view.of(m.mask))[..., 0]
-            num_missing = _planned(plan, view.name, active_GU, m.updated_at) - int(active_GU.sum())
+            num_missing = _num_planned(plan, view.name, active_GU, m.updated_at) - int(active_GU.sum())
             num_total += int(num_missing / len(active_GU)) * len(active_GU)  # the rest did not divide, and lies idle
     least, most = (sum(len(a.active_GU) for a in accounts), sum(a.num_units for a in accounts))
     return min(max(num_total, least), most)
 
 
-def _planned(plan: Plan, name: str, active_GU: Tensor, step: int) -> int:
+def _num_planned(plan: Plan, name: str, active_GU: Tensor, step: int) -> int:
     return plan.num_target(name, active_GU.shape[1], step) * len(active_GU)
 
 
-def accounts_of(
-    scored: Iterable[Scored], masked: Iterable[Masked], plan: Plan, *, fixed: Collection[str]
-) -> list[Account]:
-    """What an allocator sees of these sites, but for those whose numbers are ``fixed``."""
-    *_, (_, last) = views_of(masked)
-    return [
-        Account(
-            name=x.site.name,
-            active_GU=x.active_GU,
-            drop_GU=x.drop_GU,
-            grow_GU=x.grow_GU,
-            num_planned=_planned(plan, x.site.name, x.active_GU, x.site.step),
-            is_last=x.site.name == last.name,
-        )
-        for x in scored
-        if x.site.name not in fixed
-    ]
-
-
-def score_site(site: Site, plan: Plan) -> Scored:
-    """What the method's criteria say of it."""
-    method = plan.method
-    active_GU = method.granularity.fold(site.mask)[..., 0]
-    return Scored(site, active_GU, rank(site, method.drop(site), plan), rank(site, method.grow(site), plan))
-
-
-def rank(site: Site, score: Tensor, plan: Plan) -> Tensor:
-    """Unit scores; says which weight it was whose scores cannot be ranked."""
-    try:
-        return unit_score(score, site.mask.shape, plan.method.granularity)
-    except ScoreError as error:
-        raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
-
-
-def exchange_site(scored: Scored, budget: Budget, plan: Plan) -> MaskUpdate:
-    """Changes the mask of a site as its scores and budget say."""
-    method = plan.method
-    update = exchange(
-        scored.site.mask,
-        scored.drop_GU,
-        scored.grow_GU,
-        granularity=method.granularity,
-        budget=budget,
-        regrow=method.regrow,
+def _by_name(budgets: Sequence[Budget], accounts: Sequence[Account], num_total: int, method: str) -> dict[str, Budget]:
+    """Returns the budgets by name, if they can be met and miss the total by less than a whole group."""
+    fit = len(budgets) == len(accounts) and all(
+        bool(((b.num_kept_G >= 0) & (b.num_kept_G <= b.num_target_G)).all())
+        and bool((b.num_kept_G <= a.active_GU.sum(dim=1)).all())
+        and int(b.num_target_G.max()) <= a.active_GU.shape[1]
+        for b, a in zip(budgets, accounts, strict=False)
     )
-    scored.site.mask.copy_(update.mask)
-    return update
+    num_given = sum(int(b.num_target_G.sum()) for b in budgets)
+    slack = sum(len(a.active_GU) - 1 for a in accounts)
+    require(
+        fit and num_total - slack <= num_given <= num_total,
+        "allocation",
+        f"method {method}",
+        allowed=f"a budget for each of {len(accounts)} weights, kept ≤ active, kept ≤ target ≤ all, and "
+        f"{num_total:,} active units in sum",
+        given=f"{len(budgets)} budgets with {num_given:,} units" + ("" if fit else " that cannot be met"),
+        remedy="Look at the method's allocate.",
+    )
+    return {account.name: budget for account, budget in zip(accounts, budgets, strict=True)}
 
 
-def _apply(scored: Scored, budget: Budget, plan: Plan, observers: Iterable[Observer]) -> None:
-    update, site = exchange_site(scored, budget, plan), scored.site
-    site.weight.copy_(torch.where(update.grown, plan.method.grown_init(site), site.weight))
-    for observe in observers:
-        observe(site, update)
+def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) -> Plan:
+    """Scores and prunes in rounds, from dense, the budgets shared; then the densities are those of the masks."""
+    fold = plan.method.granularity.fold
+    groups = {view.name: fold(view.of(m.mask)).shape[:2] for m, view in views_of(masked)}
+    fixed = set(groups) if isinstance(plan.method.granularity, NM) else plan.own  # N:M leaves nothing to share
+    shared = [name for name in groups if name not in fixed]
+    num_last = sum(num_units(groups[n][1], plan.densities[n]) * groups[n][0] for n in shared)
+    num_all = sum(groups[n].numel() for n in shared)
+    for num_total in falling(num_all, num_last, init.rounds) if shared else [0]:
+        scored = _score_together(masked, plan, init)
+        accounts = _accounts(scored, masked, plan, fixed=fixed)
+        terms = Terms(num_total=max(num_total, sum(groups[n][0] for n in shared)), drop_fraction=0.0)
+        given = init.allocate(accounts, terms).budgets if accounts else ()
+        budgets = _by_name(given, accounts, terms.num_total, init.name)
+        for x in scored:
+            _exchange(x, budgets.get(x.site.name) or _first_budget(x, plan), plan)
+        for m in masked:
+            zero_outside_(m.parameter, m.mask)
+    for m in masked:
+        m.densities = tuple(float(fold(view.of(m.mask))[0, :, 0].double().mean()) for view in m.weight.views)
+    method = replace(plan.method, init=random)  # lets go of the model
+    return with_densities(replace(plan, densities_from_model=True, method=method), masked)
+
+
+def _score_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) -> list[Scored]:
+    scores = init.scores([m.parameter for m in masked])
+    scored = []
+    for m, score in zip(masked, scores, strict=True):
+        if score is None:
+            raise ScoreError.of(
+                f"{init.name} scores",
+                m.weight.name,
+                allowed="a loss or output that depends on it",
+                given="one that does not",
+                remedy="Run all of the model in it, or leave this weight out by exclude=.",
+            )
+        for view in m.weight.views:
+            site = make_site(m, view, plan, 0)
+            score_GU = _unit_score(site, view.of(score), plan)
+            scored.append(Scored(site, plan.method.granularity.fold(site.mask)[..., 0], score_GU, score_GU))
+    return scored
+
+
+def _first_budget(x: Scored, plan: Plan) -> Budget:
+    num_target = plan.num_target(x.site.name, x.active_GU.shape[1], 0)
+    return spend(x.active_GU.sum(dim=1), num_target=num_target, drop_fraction=0.0)

@@ -1,0 +1,292 @@
+"""Masks in training: a sparse weight with its mask and its counters, what is saved of it, and what is taken back."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dstlib.errors import StateError, require
+from dstlib.masking import num_units, unit_mask
+from dstlib.masking.update import zero_outside_
+from dstlib.sparsifier.optimizer_state import parameter_ids, same_shape_state
+from dstlib.sparsifier.plan import Plan
+from dstlib.targets import Weight
+
+VERSION = 2
+_KEYS = {"densities": "ranked"}  # fields of SavedWeight that have another name in a state of this version
+
+
+@dataclass(eq=False)
+class MaskedWeight:
+    """A sparse weight in training: its mask, and what has happened to it.
+
+    ``step`` counts the steps that its optimizer has taken, ``begun`` those that have begun; ``updated_at`` is the
+    step of the last mask update. ``trace`` is what the method's trace has gathered, ``traced_at`` the step it has
+    come to. ``hidden`` are the values under the mask, zero inside it, and ``reach`` marks what receives gradients:
+    both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values.
+    ``densities`` are those of the matrix views that came of a look at the model, where the method's ``init`` takes
+    one.
+    """
+
+    weight: Weight
+    mask: Tensor
+    step: int = 0
+    begun: int = 0
+    updated_at: int = 0
+    trace: Tensor | None = None
+    traced_at: int = 0
+    hidden: Tensor | None = None
+    reach: Tensor | None = None
+    is_revealed: bool = False
+    densities: tuple[float, ...] = ()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter, as it was when it was made sparse."""
+        return self.weight.parameter
+
+    @property
+    def learns(self) -> Tensor | None:
+        """What receives gradients: the mask, or what dense storage lets learn; None: everything."""
+        return self.mask if self.hidden is None else self.reach
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step has begun that is not yet done."""
+        return self.begun > self.step
+
+    def held_by(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer steps on it."""
+        return id(self.parameter) in parameter_ids(optimizer)
+
+    def begin_step(self) -> None:
+        """Counts a step as begun, and moves all that belongs to the weight to where it is now."""
+        self.begun = self.step + 1
+        device = self.parameter.device
+        self.mask = self.mask.to(device)
+        for name in ("trace", "hidden", "reach"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
+
+    def clear(self, optimizers: Iterable[Optimizer]) -> None:
+        """Writes zeros outside the mask, to the weight and to what these optimizers keep for it."""
+        if not self.is_revealed:
+            zero_outside_(self.parameter, self.mask)
+        if self.learns is not None:
+            for optimizer in optimizers:
+                for state in same_shape_state(optimizer, self.parameter):
+                    zero_outside_(state, self.learns)
+
+    def reveal(self) -> bool:
+        """Puts the hidden values back into the parameter; returns False if they are there already."""
+        if self.is_revealed:
+            return False
+        assert self.hidden is not None
+        self.parameter.copy_(torch.where(self.mask, self.parameter, self.hidden))
+        self.is_revealed = True
+        return True
+
+    def undo_out_of_reach(self) -> None:
+        """Takes back what weight decay did to revealed values that were not to learn."""
+        if self.reach is not None:
+            assert self.hidden is not None
+            self.parameter.copy_(torch.where(self.reach, self.parameter, self.hidden))
+
+    def hide(self) -> None:
+        """Puts aside what the mask covers, if it was revealed; the parameter is the caller's to clear."""
+        if self.is_revealed:
+            self.hidden = zero_outside_(self.parameter.detach().clone(), ~self.mask)
+            self.is_revealed = False
+
+
+class Owner:
+    """A module that held a sparse weight, held weakly: the module decides how long it lives."""
+
+    def __init__(self, module: nn.Module, masked: MaskedWeight) -> None:
+        self._module = ref(module)
+        self._masked = masked
+
+    def has_lost(self, held: Collection[int]) -> bool:
+        """Whether the module now holds another parameter, or one of another shape, that is ``held`` by an optimizer."""
+        module, parameter = self._module(), self._masked.parameter
+        if module is None:
+            return False
+        if any(p is parameter for p in module.parameters()):
+            return id(parameter) in held and parameter.shape != self._masked.mask.shape
+        return any(id(p) in held for p in module.parameters())
+
+    def check(self, held: Collection[int]) -> None:
+        """Checks that the weight is still there.
+
+        Raises:
+            StateError: The module ``has_lost`` it.
+        """
+        require(
+            not self.has_lost(held),
+            "parameter",
+            self._masked.weight.name,
+            allowed="the one that was made sparse",
+            given="another in its place, or of another shape, which no mask fits",
+            remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift and the like.",
+            error=StateError,
+        )
+
+
+def owners_of(masked: Iterable[MaskedWeight], modules: Iterable[nn.Module]) -> list[Owner]:
+    """Returns each module with each sparse weight that it holds now."""
+    by_id = {id(m.parameter): m for m in masked}
+    return [
+        Owner(module, by_id[id(parameter)])
+        for module in modules
+        for parameter in module._parameters.values()
+        if id(parameter) in by_id
+    ]
+
+
+class SavedWeight(NamedTuple):
+    """The fields of :class:`MaskedWeight` that a run depends on."""
+
+    mask: Tensor
+    step: int
+    updated_at: int
+    trace: Tensor | None
+    traced_at: int
+    hidden: Tensor | None
+    reach: Tensor | None
+    densities: tuple[float, ...]
+
+    def restore(self, m: MaskedWeight) -> None:
+        """Puts them back, on the weight's device."""
+        device = m.parameter.device
+        m.mask.copy_(self.mask)
+        m.step = m.begun = self.step
+        m.updated_at, m.traced_at, m.densities = self.updated_at, self.traced_at, self.densities
+        m.trace, m.hidden, m.reach = (
+            None if x is None else x.detach().clone().to(device) for x in (self.trace, self.hidden, self.reach)
+        )
+        m.is_revealed = False
+
+
+_SAVED = {_KEYS.get(field, field): field for field in SavedWeight._fields}  # key of a saved state → field
+
+
+def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: float) -> dict[str, Any]:
+    """Returns all that a resumption needs beside the model and the optimizer: plain values and copies of tensors."""
+    weights = {}
+    for m in masked:
+        fields = {key: getattr(m, field) for key, field in _SAVED.items()}
+        weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+    masks = {m.weight.name: m.mask for m in masked}
+    return {
+        "version": VERSION,
+        "frozen": frozen,
+        "memory": memory,
+        "num_planned": _num_planned(masks, plan),
+        "weights": weights,
+    }
+
+
+def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str, SavedWeight]:
+    """Returns the saved weights by name, if every one fits the masks at hand.
+
+    Raises:
+        StateError: The state is damaged or of another version, or its masks have other names, shapes or granularity,
+            or another number of active units than the settings ask for.
+    """
+    contents = "contents", "the saved state", "those of Sparsifier.state_dict()"
+    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
+        raise _misfit(*contents, type(state).__name__)
+    if state.get("version") != VERSION:
+        raise _misfit("version", "the saved state", str(VERSION), state.get("version"))
+    numbers = ("frozen", "memory", "num_planned")
+    if missing := [name for name in numbers if not isinstance(state.get(name), int | float)]:
+        raise _misfit(*contents, f"no {', '.join(missing)}")
+    weights = state["weights"]
+    if set(weights) != set(masks):
+        missing, extra = sorted(set(masks) - set(weights)), sorted(set(weights) - set(masks))
+        given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
+        raise _misfit("names of the weights", "the saved state", f"the {len(masks)} at hand", given)
+    planned = _num_planned(masks, plan)
+    if abs(planned - state["num_planned"]) > (_slack(masks, plan) if plan.densities_from_model else 0):
+        raise _misfit("sparsity", "the saved state", f"{planned} active units at the end", state["num_planned"])
+    by_name = {weight.name: weight for weight in plan.weights}
+    return {name: _check_weight(by_name[name], weights[name], masks[name], plan) for name in masks}
+
+
+def _num_planned(masks: Mapping[str, Tensor], plan: Plan) -> int:
+    """Counts the active units of all weights at the end of the run."""
+    return sum(num_groups * num_units(size, plan.densities[name]) for name, num_groups, size in _groups(masks, plan))
+
+
+def _slack(masks: Mapping[str, Tensor], plan: Plan) -> int:
+    """Counts the units that a look at another batch may leave idle, or use, as they do not divide into groups."""
+    return sum(num_groups - 1 for _, num_groups, _ in _groups(masks, plan))
+
+
+def _groups(masks: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """Yields the name of each matrix view, its groups, and the units in each of them."""
+    for weight in plan.weights:
+        for view in weight.views if weight.name in masks else ():
+            num_groups, size = plan.method.granularity.fold(view.of(masks[weight.name])).shape[:2]
+            yield view.name, num_groups, size
+
+
+def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> SavedWeight:
+    if not isinstance(saved, Mapping) or set(saved) != set(_SAVED):
+        given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
+        raise _misfit("fields", weight.name, ", ".join(_SAVED), given)
+    theirs = SavedWeight(**{field: saved[key] for key, field in _SAVED.items()})
+    steps = theirs.step, theirs.updated_at, theirs.traced_at
+    if not all(isinstance(step, int) for step in steps):
+        raise _misfit("steps", weight.name, "whole numbers", steps)
+    densities, num_densities = theirs.densities, len(weight.views) if plan.densities_from_model else 0
+    if (
+        not isinstance(densities, Sequence)
+        or len(densities) != num_densities
+        or not all(isinstance(d, float) and 0 < d <= 1 for d in densities)
+    ):
+        raise _misfit("ranked densities", weight.name, f"{num_densities} of them", densities)
+    _check_tensors(weight, theirs, current, plan)
+    grain = plan.method.granularity
+    for view in weight.views:
+        mask = view.of(theirs.mask)
+        active_GU = grain.fold(mask)[..., 0]
+        if not torch.equal(unit_mask(active_GU, grain, mask.shape), mask):
+            raise _misfit("mask", view.name, f"whole units of {grain}", "units that are partly active")
+        # where budgets were shared out, the mask is all that says how many units the view has
+        if (plan.densities_from_model or plan.method.allocate is not None) and view.name not in plan.own:
+            continue
+        num_G, num_target = active_GU.sum(dim=1), plan.num_target(view.name, active_GU.shape[1], theirs.updated_at)
+        if bool((num_G != num_target).any()):
+            allowed = f"{num_target * len(num_G)} active units, as its sparsity asks for at step {theirs.updated_at}"
+            raise _misfit("mask", view.name, allowed, int(num_G.sum()))
+    return theirs
+
+
+def _check_tensors(weight: Weight, saved: SavedWeight, current: Tensor, plan: Plan) -> None:
+    storage = plan.method.storage
+    present = {
+        "mask": True,
+        "trace": None if plan.method.trace is not None else False,
+        "hidden": storage is not None,
+        "reach": storage is not None and storage.extra is not None,
+    }
+    for name, expected in present.items():
+        tensor = getattr(saved, name)
+        if tensor is None and expected is not True:
+            continue
+        kind = "bool" if name in ("mask", "reach") else "floating"
+        fits = isinstance(tensor, Tensor) and expected is not False and tensor.shape == current.shape
+        if not fits or (tensor.dtype != torch.bool if kind == "bool" else not tensor.is_floating_point()):
+            given = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            allowed = "nothing" if expected is False else f"a {kind} tensor of shape {tuple(current.shape)}"
+            raise _misfit(name, weight.name, allowed, given)
+
+
+def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:
+    remedy = "Build the same model and call sparsify() with the settings it was saved under."
+    return StateError.of(what, where, allowed=allowed, given=given, remedy=remedy)
