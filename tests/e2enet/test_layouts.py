@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.cases import split
 from dstlib.zoo.e2enet.data.layouts.amos import modalities, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, read_manifest
 from dstlib.zoo.e2enet.data.layouts.manifest import only
+from dstlib.zoo.e2enet.data.splits import split
 
 
 def touch(folder: Path, *names: str) -> None:

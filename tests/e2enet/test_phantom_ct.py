@@ -5,10 +5,11 @@ import pytest
 from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.cases import Case, Cases, split
+from dstlib.zoo.e2enet.data.cases import Case, Cases
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.phantoms.ct import FIELD_OF_VIEW, MIN_SHAPE, ORGANS, btcv_phantom, phantom, phantoms
+from dstlib.zoo.e2enet.data.splits import split
 
 SHAPES = [MIN_SHAPE, (48, 64, 64), (40, 72, 48)]
 

@@ -8,13 +8,14 @@ from typing import Any
 from tqdm import tqdm
 
 from dstlib.errors import require
-from dstlib.zoo.e2enet.data.cases import Cases, split
+from dstlib.zoo.e2enet.data.cases import Cases
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
+from dstlib.zoo.e2enet.data.splits import split
 from dstlib.zoo.e2enet.recipes import Modality
 from dstlib.zoo.e2enet.training.ranks import Ranks
 
