@@ -30,13 +30,9 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
     except OSError as error:
         _remove(temporary)
-        raise StateError.of(
-            path.name,
-            f"folder {path.parent}",
-            allowed="a disk to write to",
-            given=error,
-            remedy="What was written before is whole. Make room, then repeat the command (a training: with --resume).",
-        ) from error
+        allowed = "a disk to write to"
+        remedy = "What was written before is whole. Make room, then repeat the command (a training: with --resume)."
+        raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=error, remedy=remedy) from error
     except BaseException:
         _remove(temporary)
         raise
@@ -60,13 +56,8 @@ def refuse_folder(folder: Path, error: OSError, *, what: str) -> NoReturn:
     Raises:
         StateError: Always.
     """
-    raise StateError.of(
-        what,
-        f"folder {folder}",
-        allowed="a folder to write to",
-        given=error.strerror,
-        remedy="Pass a folder you may write to.",
-    ) from error
+    allowed, remedy = "a folder to write to", "Pass a folder you may write to."
+    raise StateError.of(what, f"folder {folder}", allowed=allowed, given=error.strerror, remedy=remedy) from error
 
 
 @contextmanager

@@ -66,12 +66,9 @@ def loader_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
+        remedy = "Continue with --resume and fewer --workers: each takes memory of its own."
         raise DstlibError.of(
-            "workers",
-            "the loader",
-            allowed="processes that live",
-            given=str(error).splitlines()[0],
-            remedy="Continue with --resume and fewer --workers: each takes memory of its own.",
+            "workers", "the loader", allowed="processes that live", given=str(error).splitlines()[0], remedy=remedy
         ) from error
 
 

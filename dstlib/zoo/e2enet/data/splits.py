@@ -24,14 +24,8 @@ def split(
     >>> split(["e", "d", "c", "b", "a"], fold=0)
     (('b', 'c', 'd', 'e'), ('a',))
     """
-    require(
-        2 <= num_folds <= len(names),
-        "num_folds",
-        "split()",
-        allowed=f"2 to {len(names)}, the number of names",
-        given=num_folds,
-        remedy="Choose fewer folds, or pass more names.",
-    )
+    allowed, remedy = f"2 to {len(names)}, the number of names", "Choose fewer folds, or pass more names."
+    require(2 <= num_folds <= len(names), "num_folds", "split()", allowed=allowed, given=num_folds, remedy=remedy)
     in_range = 0 <= fold < num_folds
     require(in_range, "fold", "split()", allowed=f"0 to {num_folds - 1}", given=fold, remedy="Folds count from 0.")
     ordered = sorted(names)

@@ -170,12 +170,9 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
         ) from error
 
     def refuse_to_share() -> NoReturn:
+        allowed, remedy = "a folder nobody trains in", "Wait for it or stop it, or pass another --run-dir."
         raise StateError.of(
-            "directory",
-            f"run {path}",
-            allowed="a folder nobody trains in",
-            given="one in use by another process",
-            remedy="Wait for it or stop it, or pass another --run-dir.",
+            "directory", f"run {path}", allowed=allowed, given="one in use by another process", remedy=remedy
         )
 
     try:

@@ -41,14 +41,8 @@ def batches(
     >>> [len(images) for images, _ in batches([case], PatchSettings(patch_size=(4, 8, 8)), seed=0, start=3, stop=5)]
     [2, 2]
     """
-    require(
-        workers >= 0,
-        "workers",
-        "batches()",
-        allowed="a whole number from 0 up",
-        given=workers,
-        remedy="0 draws the batches in this process.",
-    )
+    remedy = "0 draws the batches in this process."
+    require(workers >= 0, "workers", "batches()", allowed="a whole number from 0 up", given=workers, remedy=remedy)
     draws = _Draws(cases, settings, seed, ranks)
     iterations = range(start, stop)
     return _drawn_ahead(draws, iterations, workers) if workers and iterations else map(draws.draw, iterations)

@@ -60,22 +60,10 @@ class PatchSettings:
             given=self.patch_size,
             remedy="Pass (64, 128, 128), say.",
         )
-        require(
-            self.batch_size > 0,
-            "batch_size",
-            where,
-            allowed="a positive number",
-            given=self.batch_size,
-            remedy="Pass 2, as the paper.",
-        )
-        require(
-            0 <= self.oversample <= 1,
-            "oversample",
-            where,
-            allowed="a number in [0, 1]",
-            given=self.oversample,
-            remedy="Pass 0.33, as the paper.",
-        )
+        allowed, remedy = "a positive number", "Pass 2, as the paper."
+        require(self.batch_size > 0, "batch_size", where, allowed=allowed, given=self.batch_size, remedy=remedy)
+        allowed, remedy = "a number in [0, 1]", "Pass 0.33, as the paper."
+        require(0 <= self.oversample <= 1, "oversample", where, allowed=allowed, given=self.oversample, remedy=remedy)
         require(
             self.augment is None or isinstance(self.augment, Augmentation),
             "augment",
@@ -84,14 +72,8 @@ class PatchSettings:
             given=self.augment,
             remedy="Pass Augmentation() for the paper's, None for none.",
         )
-        require(
-            set(self.mirror) <= {0, 1, 2},
-            "mirror",
-            where,
-            allowed="axes among 0, 1, 2",
-            given=self.mirror,
-            remedy="Pass () for no mirroring.",
-        )
+        allowed, remedy = "axes among 0, 1, 2", "Pass () for no mirroring."
+        require(set(self.mirror) <= {0, 1, 2}, "mirror", where, allowed=allowed, given=self.mirror, remedy=remedy)
 
     @property
     def num_forced(self) -> int:
@@ -147,15 +129,8 @@ def draw_batch(
 
 
 def _refuse_unequal_shares(cases: Sequence[Case], settings: PatchSettings, ranks: tuple[int, int]) -> None:
-    require(
-        len(cases) > 0,
-        "cases",
-        "draw_batch()",
-        allowed="at least one",
-        given="none",
-        remedy="Pass the training cases.",
-        error=DataError,
-    )
+    allowed, remedy = "at least one", "Pass the training cases."
+    require(len(cases) > 0, "cases", "draw_batch()", allowed=allowed, given="none", remedy=remedy, error=DataError)
     rank, num_ranks = ranks
     require(
         0 <= rank < num_ranks and settings.batch_size % num_ranks == 0,

@@ -38,14 +38,8 @@ def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
     dstlib.errors.DataError: data set of no/such/folder: expected a folder with a dataset.json, ...
     """
     folder = Path(folder)
-    require(
-        layout in (None, *LAYOUTS),
-        "layout",
-        "read_manifest()",
-        allowed=", ".join(LAYOUTS),
-        given=repr(layout),
-        remedy=f"Did you mean {similar(str(layout), LAYOUTS)}? None recognises it.",
-    )
+    allowed, remedy = ", ".join(LAYOUTS), f"Did you mean {similar(str(layout), LAYOUTS)}? None recognises it."
+    require(layout in (None, *LAYOUTS), "layout", "read_manifest()", allowed=allowed, given=repr(layout), remedy=remedy)
     content = read_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else None
     layout = layout or _recognise(folder, content)
     if layout == "btcv":
@@ -85,13 +79,10 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
         return channel_cases(files, num_channels=num_channels)
     stems = Counter(name[0] for name in named if name)
     if 0 in numbers and (several := [stem for stem, count in stems.items() if count > 1]):
-        raise DataError.of(
-            "images",
-            str(folder),
-            allowed=f"one file per case, or {num_channels} numbered from _0000 for all",
-            given=f"{', '.join(several[:3])} in several numbered files",
-            remedy="Predict with a network of as many channels, or rename the files.",
-        )
+        allowed = f"one file per case, or {num_channels} numbered from _0000 for all"
+        given = f"{', '.join(several[:3])} in several numbered files"
+        remedy = "Predict with a network of as many channels, or rename the files."
+        raise DataError.of("images", str(folder), allowed=allowed, given=given, remedy=remedy)
     cases = tuple(CaseFiles(name=case_name(file), images=(file,)) for file in files)
     refuse_copies(folder, cases)
     return cases

@@ -63,13 +63,8 @@ def refuse_json(file: Path, *, allowed: str, wrong: Sequence[str]) -> NoReturn:
     Raises:
         DataError: Always.
     """
-    raise DataError.of(
-        "content",
-        str(file),
-        allowed=allowed,
-        given="; ".join(wrong),
-        remedy="Restore the file from the data set's archive, or correct it by hand.",
-    )
+    remedy = "Restore the file from the data set's archive, or correct it by hand."
+    raise DataError.of("content", str(file), allowed=allowed, given="; ".join(wrong), remedy=remedy)
 
 
 def numbered(table: object) -> tuple[str, ...] | None:

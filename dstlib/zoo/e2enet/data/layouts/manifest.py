@@ -63,13 +63,10 @@ def part(manifest: Manifest, is_chosen: Callable[[str], bool], which: str) -> Ma
         for cases in (manifest.train, manifest.validation, manifest.test)
     )
     if not train:
-        raise DataError.of(
-            "training cases",
-            f"data set {manifest.name!r}",
-            allowed=f"some that {which}",
-            given=f"none of {len(manifest.train)}",
-            remedy=f"Its names are like {', '.join(case.name for case in manifest.train[:3])}.",
-        )
+        allowed = f"some that {which}"
+        given = f"none of {len(manifest.train)}"
+        remedy = f"Its names are like {', '.join(case.name for case in manifest.train[:3])}."
+        raise DataError.of("training cases", f"data set {manifest.name!r}", allowed=allowed, given=given, remedy=remedy)
     return replace(manifest, train=train, validation=validation, test=test)
 
 

@@ -140,35 +140,19 @@ def write_phantoms(
             if not _holds(folder, plan):  # another process may have been faster
                 os.rename(built, folder)
     except OSError as error:
-        raise StateError.of(
-            "phantoms",
-            f"folder {folder}",
-            allowed="a disk to write to",
-            given=error,
-            remedy="Make room or pass another folder, then repeat the command: nothing half-made was left.",
-        ) from error
+        allowed = "a disk to write to"
+        remedy = "Make room or pass another folder, then repeat the command: nothing half-made was left."
+        raise StateError.of("phantoms", f"folder {folder}", allowed=allowed, given=error, remedy=remedy) from error
     return folder
 
 
 def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> dict[str, Any]:
     """Describes which set it is: two folders of one plan hold the same voxels."""
     where = "write_phantoms()"
-    require(
-        kind in KINDS,
-        "kind",
-        where,
-        allowed=f"one of {', '.join(KINDS)}",
-        given=repr(kind),
-        remedy=f"Did you mean {similar(kind, KINDS)}?",
-    )
-    require(
-        1 <= num_scans <= MAX_SCANS,
-        "num_scans",
-        where,
-        allowed=f"1 to {MAX_SCANS}",
-        given=num_scans,
-        remedy="Pass 30, say.",
-    )
+    remedy = f"Did you mean {similar(kind, KINDS)}?"
+    require(kind in KINDS, "kind", where, allowed=f"one of {', '.join(KINDS)}", given=repr(kind), remedy=remedy)
+    allowed = f"1 to {MAX_SCANS}"
+    require(1 <= num_scans <= MAX_SCANS, "num_scans", where, allowed=allowed, given=num_scans, remedy="Pass 30, say.")
     require(seed >= 0, "seed", where, allowed="0 or more", given=seed, remedy="Pass 0, say.")
     require(
         shape is None or KINDS[kind].takes_shape,
@@ -190,15 +174,8 @@ def _holds(folder: Path, plan: dict[str, Any]) -> bool:
         given = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         given = f"something without a readable {RECORD}"
-    require(
-        given == plan,
-        "phantoms",
-        f"folder {folder}",
-        allowed=f"the set {plan}",
-        given=given,
-        remedy="Pass another folder, or remove this one if nobody needs it.",
-        error=DataError,
-    )
+    allowed, remedy = f"the set {plan}", "Pass another folder, or remove this one if nobody needs it."
+    require(given == plan, "phantoms", f"folder {folder}", allowed=allowed, given=given, remedy=remedy, error=DataError)
     return True
 
 

@@ -287,13 +287,9 @@ def _refuse_full_disk(entries: Sequence[Entry], num_lacking: int) -> NoReturn:
     sizes = [_num_bytes(entry) for entry in entries if _find_case(entry) is not None]
     num_missing = len(entries) - len(sizes)
     needed = num_missing * (sum(sizes) + num_lacking) / (len(sizes) + 1)
-    raise StateError.of(
-        "disk",
-        f"folder {entries[0].cache}",
-        allowed=f"about {_size(needed)} of room for the {num_missing} of {len(entries)} cases that are missing",
-        given="a full one",
-        remedy=f"The other {len(sizes)} ({_size(sum(sizes))}) are whole: make room, then repeat the command.",
-    )
+    allowed = f"about {_size(needed)} of room for the {num_missing} of {len(entries)} cases that are missing"
+    remedy = f"The other {len(sizes)} ({_size(sum(sizes))}) are whole: make room, then repeat the command."
+    raise StateError.of("disk", f"folder {entries[0].cache}", allowed=allowed, given="a full one", remedy=remedy)
 
 
 def _mention_unused(folder: Path, entries: Sequence[Entry]) -> None:

@@ -96,13 +96,8 @@ class ScanFingerprint:
                 samples=samples.reshape(content["num_channels"], -1).astype(np.float32, copy=False),
             )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
-            raise StateError.of(
-                "fingerprint",
-                "a saved scan",
-                allowed="what to_json() wrote",
-                given=error,
-                remedy="Delete the file: it is made anew.",
-            ) from error
+            allowed, remedy = "what to_json() wrote", "Delete the file: it is made anew."
+            raise StateError.of("fingerprint", "a saved scan", allowed=allowed, given=error, remedy=remedy) from error
 
 
 def scan_fingerprint(scan: Scan) -> ScanFingerprint:
@@ -112,13 +107,8 @@ def scan_fingerprint(scan: Scan) -> ScanFingerprint:
         DataError: The scan has no label, or its affine no direction.
     """
     if scan.label is None:
-        raise DataError.of(
-            "scan",
-            f"case {scan.name!r}",
-            allowed="one with a label",
-            given="none",
-            remedy="Measure the scans to train on.",
-        )
+        remedy = "Measure the scans to train on."
+        raise DataError.of("scan", f"case {scan.name!r}", allowed="one with a label", given="none", remedy=remedy)
     d, h, w = scan.label.shape
     placement = uncropped((d, h, w), scan.affine)
     shape = box_shape(box_around(placement.turn(nonzero(scan.image))))
@@ -153,15 +143,8 @@ def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
         DataError: There is none.
     """
     ordered = sorted(scans, key=lambda scan: scan.name)
-    require(
-        len(ordered) > 0,
-        "scans",
-        "fingerprint()",
-        allowed="at least one",
-        given="none",
-        remedy="Name the labelled scans to train on.",
-        error=DataError,
-    )
+    allowed, remedy = "at least one", "Name the labelled scans to train on."
+    require(len(ordered) > 0, "scans", "fingerprint()", allowed=allowed, given="none", remedy=remedy, error=DataError)
     samples = np.concatenate([scan.samples for scan in ordered], axis=1)
     return Fingerprint(
         num_channels=len(samples),
@@ -209,13 +192,9 @@ def plan_preparation(fingerprint: Fingerprint, *, modality: Modality, spacing: S
     elif fingerprint.intensities:
         rules = tuple(CtNormalization(**vars(each)) for each in fingerprint.intensities)
     else:
-        raise DataError.of(
-            "foreground",
-            "the training cases",
-            allowed="a labelled voxel",
-            given=f"none in {len(fingerprint.kept)} case(s)",
-            remedy="Check that the labels belong to these images, or pass the modality mri.",
-        )
+        given = f"none in {len(fingerprint.kept)} case(s)"
+        remedy = "Check that the labels belong to these images, or pass the modality mri."
+        raise DataError.of("foreground", "the training cases", allowed="a labelled voxel", given=given, remedy=remedy)
     return Preparation(spacing=spacing or target_spacing(fingerprint), normalization=rules, crop=True)
 
 

@@ -108,10 +108,7 @@ def normalization_from_json(content: Mapping[str, Any]) -> Normalization:
     try:
         return kinds[content["kind"]](**{name: value for name, value in content.items() if name != "kind"})
     except (KeyError, TypeError, AttributeError, SettingError) as error:
+        remedy = "Prepare the data again, or restore the file."
         raise StateError.of(
-            "normalisation",
-            "a saved preparation",
-            allowed="what to_json() wrote",
-            given=content,
-            remedy="Prepare the data again, or restore the file.",
+            "normalisation", "a saved preparation", allowed="what to_json() wrote", given=content, remedy=remedy
         ) from error

@@ -55,13 +55,9 @@ class Preparation:
             given=self.spacing,
             remedy="Pass mm along depth, height and width.",
         )
+        allowed, remedy = "one per channel", "plan_preparation makes them."
         require(
-            len(self.normalization) > 0,
-            "normalization",
-            "Preparation",
-            allowed="one per channel",
-            given="none",
-            remedy="plan_preparation makes them.",
+            len(self.normalization) > 0, "normalization", "Preparation", allowed=allowed, given="none", remedy=remedy
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -86,13 +82,8 @@ class Preparation:
         except StateError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise StateError.of(
-                "preparation",
-                "a saved run",
-                allowed="what to_json() wrote",
-                given=content,
-                remedy="Restore the file, or train anew.",
-            ) from error
+            allowed, remedy = "what to_json() wrote", "Restore the file, or train anew."
+            raise StateError.of("preparation", "a saved run", allowed=allowed, given=content, remedy=remedy) from error
 
 
 def prepare_image(
@@ -198,13 +189,8 @@ def prepare_scan(scan: Scan, preparation: Preparation) -> Case:
         DataError: The scan has no label, or other channels than the preparation.
     """
     if scan.label is None:
-        raise DataError.of(
-            "scan",
-            f"case {scan.name!r}",
-            allowed="one with a label",
-            given="none",
-            remedy="Use prepare_image for scans to predict.",
-        )
+        remedy = "Use prepare_image for scans to predict."
+        raise DataError.of("scan", f"case {scan.name!r}", allowed="one with a label", given="none", remedy=remedy)
     image, placement = prepare_image(scan.image, scan.affine, preparation)
     label = prepare_label(scan.label, placement)
     return Case(scan.name, image, label, placement.spacing, ORIENTATION)

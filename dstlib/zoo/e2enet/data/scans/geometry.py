@@ -91,13 +91,8 @@ class Placement:
             box = tuple(tuple(edges) for edges in content["box"])
             return cls(**{name: tuple(value) for name, value in content.items() if name != "box"}, box=box)  # type: ignore[arg-type]
         except (KeyError, TypeError, AttributeError) as error:
-            raise StateError.of(
-                "placement",
-                "a saved scan",
-                allowed="what to_json() wrote",
-                given=content,
-                remedy="Prepare the scan again, or restore the file.",
-            ) from error
+            allowed, remedy = "what to_json() wrote", "Prepare the scan again, or restore the file."
+            raise StateError.of("placement", "a saved scan", allowed=allowed, given=content, remedy=remedy) from error
 
 
 def uncropped(shape: Shape, affine: NDArray[np.float64]) -> Placement:

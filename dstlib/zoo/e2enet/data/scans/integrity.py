@@ -115,13 +115,10 @@ def refuse(findings: Findings) -> None:
     num_bad = len({defect.case for defect in findings.defects})
     width = max(len(defect.case) for defect in findings.defects)
     table = "\n".join(f"  {defect.case:<{width}}  {defect.text}" for defect in findings.defects)
-    raise DataError.of(
-        "data set",
-        findings.manifest_name,
-        allowed="cases whose image and label are readable and fit each other",
-        given=f"{len(findings.defects)} defect(s) in {num_bad} of {findings.num_cases} cases",
-        remedy=f"Repair or restore these files, or take the cases out of the data set:\n{table}",
-    )
+    allowed = "cases whose image and label are readable and fit each other"
+    given = f"{len(findings.defects)} defect(s) in {num_bad} of {findings.num_cases} cases"
+    remedy = f"Repair or restore these files, or take the cases out of the data set:\n{table}"
+    raise DataError.of("data set", findings.manifest_name, allowed=allowed, given=given, remedy=remedy)
 
 
 def _check_case(

@@ -135,13 +135,9 @@ def write_label(path: Path, label: NDArray[np.uint8], affine: NDArray[np.float64
     if not path.name.endswith(".nii.gz"):
         texts.append("has another ending than .nii.gz")
     if texts:
-        raise DataError.of(
-            "label",
-            str(path),
-            allowed="a uint8 label (D, H, W), its affine (4, 4) and a .nii.gz",
-            given="; ".join(texts),
-            remedy="Pass the label of predict or read_label, and the affine that came with its image.",
-        )
+        allowed = "a uint8 label (D, H, W), its affine (4, 4) and a .nii.gz"
+        remedy = "Pass the label of predict or read_label, and the affine that came with its image."
+        raise DataError.of("label", str(path), allowed=allowed, given="; ".join(texts), remedy=remedy)
     nifti = nibabel.Nifti1Image(label.T, affine)
     nifti.header.set_xyzt_units("mm")
     write_whole(path, gzip.compress(nifti.to_bytes(), compresslevel=6, mtime=0))
@@ -149,13 +145,9 @@ def write_label(path: Path, label: NDArray[np.uint8], affine: NDArray[np.float64
 
 def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
     listed = "".join(f"\n  {fault.file} {fault.text}" for fault in faults)
-    raise DataError.of(
-        "files",
-        where,
-        allowed="an image and a label that are readable and fit each other",
-        given=f"{len(faults)} defect(s)",
-        remedy=f"Repair or restore these files, or take the case out of the data set:{listed}",
-    )
+    allowed = "an image and a label that are readable and fit each other"
+    remedy = f"Repair or restore these files, or take the case out of the data set:{listed}"
+    raise DataError.of("files", where, allowed=allowed, given=f"{len(faults)} defect(s)", remedy=remedy)
 
 
 def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
