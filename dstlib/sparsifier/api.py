@@ -1,4 +1,4 @@
-"""The door: one line makes a model sparse."""
+"""What makes a model sparse in one line."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from dstlib.errors import SelectionError, SettingError
+from dstlib.errors import SelectionError, require
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
 from dstlib.sparsifier.hooks import keep, listeners
@@ -38,8 +38,9 @@ def sparsify(
     projections (``qkv``, say) are split without it, and 1 keeps one together.
     Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
 
-    Errors: SettingError for a setting out of range, SelectionError for weights that do not exist, cannot be
-    sparse or are sparse already.
+    Raises:
+        SettingError: A setting is out of range.
+        SelectionError: Weights do not exist, cannot be sparse or are sparse already.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -75,29 +76,27 @@ def sparsify(
 def _check_types(
     model: object, *, include: object, exclude: object, overrides: object, split: object, seed: object
 ) -> None:
-    """One message for what would else fail far from the call."""
+    """Checks what would else fail far from the call."""
 
     def are_globs(value: object) -> bool:
-        return isinstance(value, str) or (
-            isinstance(value, Sequence) and all(isinstance(pattern, str) for pattern in value)
-        )
+        is_several = isinstance(value, Sequence) and all(isinstance(pattern, str) for pattern in value)
+        return isinstance(value, str) or is_several
 
+    def check(holds: bool, what: str, allowed: str, given: object, remedy: str) -> None:
+        shown = given if isinstance(given, str | int | float | None) else type(given).__name__
+        require(holds, what, "sparsify()", allowed=allowed, given=repr(shown), remedy=remedy)
+
+    check(isinstance(model, nn.Module), "model", "an nn.Module", model, "Pass the module itself.")
+    check(are_globs(include), "include", "a glob or several", include, 'Pass "encoder.*", say; "*" is all.')
+    check(are_globs(exclude), "exclude", "a glob or several", exclude, 'Pass "head", say; () is none.')
     by_glob, splits = (isinstance(x, Mapping) and are_globs(list(x)) for x in (overrides, split))
-    checks = (
-        ("model", isinstance(model, nn.Module), "an nn.Module", model, "Pass the module itself."),
-        ("include", are_globs(include), "a glob or several", include, 'Pass "encoder.*", say; "*" is all.'),
-        ("exclude", are_globs(exclude), "a glob or several", exclude, 'Pass "head", say; () is none.'),
-        ("overrides", by_glob, "globs with their sparsities", overrides, 'Pass {"head": 0.0}, say.'),
-        ("split", splits, "globs with numbers of matrices", split, 'Pass {"*.fused": 3}, say.'),
-        ("seed", type(seed) is int, "a whole number", seed, "The same seed gives the same masks; pass 0, say."),
-    )
-    for what, holds, allowed, given, remedy in checks:
-        if not holds:
-            shown = given if isinstance(given, str | int | float | None) else type(given).__name__
-            raise SettingError.of(what, "sparsify()", allowed=allowed, given=repr(shown), remedy=remedy)
+    check(by_glob, "overrides", "globs with their sparsities", overrides, 'Pass {"head": 0.0}, say.')
+    check(splits, "split", "globs with numbers of matrices", split, 'Pass {"*.fused": 3}, say.')
+    check(type(seed) is int, "seed", "a whole number", seed, "The same seed gives the same masks; pass 0, say.")
 
 
 def _warn_of_unheld(plan: Plan, optimizers: Sequence[Optimizer]) -> None:
+    """Warns of sparse weights that none of these optimizers trains."""
     held = set().union(*(parameter_ids(optimizer) for optimizer in optimizers))
     unheld = [w.name for w in plan.weights if not w.reason and id(w.parameter) not in held]
     if unheld:
@@ -108,35 +107,38 @@ def _warn_of_unheld(plan: Plan, optimizers: Sequence[Optimizer]) -> None:
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Checks that each is a torch optimizer that steps on the model."""
     ours = {id(parameter) for parameter in model.parameters()}
     for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise SettingError.of(
-                "argument after the model",
-                "sparsify()",
-                allowed="torch optimizers",
-                given=type(optimizer).__name__ if isinstance(optimizer, Sequence) else repr(optimizer),
-                remedy="Pass everything else by name: sparsify(model, optimizer, sparsity=0.9).",
-            )
+        require(
+            isinstance(optimizer, Optimizer),
+            "argument after the model",
+            "sparsify()",
+            allowed="torch optimizers",
+            given=type(optimizer).__name__ if isinstance(optimizer, Sequence) else repr(optimizer),
+            remedy="Pass everything else by name: sparsify(model, optimizer, sparsity=0.9).",
+        )
         refuse_unsupported(optimizer)
-        if not ours & parameter_ids(optimizer):
-            raise SelectionError.of(
-                "optimizer",
-                type(optimizer).__name__,
-                allowed="one that steps on parameters of the model",
-                given="none of them",
-                remedy="Was the model moved or wrapped after the optimizer was made?",
-            )
+        require(
+            bool(ours & parameter_ids(optimizer)),
+            "optimizer",
+            type(optimizer).__name__,
+            allowed="one that steps on parameters of the model",
+            given="none of them",
+            remedy="Was the model moved or wrapped after the optimizer was made?",
+            error=SelectionError,
+        )
 
 
 def _check_unmasked(sparse: set[int]) -> None:
-    """By the identity of the parameters: they may be shared by several models, or copied with a sparsifier."""
+    """Checks by the identity of the parameters: they may be shared by several models, or copied with a sparsifier."""
     taken = [w.name for s in listeners() if isinstance(s, Sparsifier) for w in s.weights if id(w.parameter) in sparse]
-    if taken:
-        raise SelectionError.of(
-            "model",
-            "sparsify()",
-            allowed="one whose weights are not masked yet",
-            given=f"weights of another sparsifier ({', '.join(taken[:3])})",
-            remedy="Call detach() on the other one first.",
-        )
+    require(
+        not taken,
+        "model",
+        "sparsify()",
+        allowed="one whose weights are not masked yet",
+        given=f"weights of another sparsifier ({', '.join(taken[:3])})",
+        remedy="Call detach() on the other one first.",
+        error=SelectionError,
+    )

@@ -1,4 +1,4 @@
-"""What replicas must agree on. Masks agree by construction; this checks that they do."""
+"""Masks of replicas: they agree by construction, and this checks that they do."""
 
 import zlib
 from collections.abc import Mapping
@@ -10,10 +10,13 @@ from dstlib.errors import StateError
 
 
 def check_equal_masks(masks: Mapping[str, Tensor], step: int) -> None:
-    """Raises a StateError on every rank if the masks of any two ranks differ; does nothing with one process.
+    """Checks that all ranks hold the same masks; does nothing with one process.
 
-    Collective: all ranks of the default process group must call it. They differ if the gradients were not
-    reduced before the optimizer step, or if ranks were given other seeds or weights.
+    Collective: all ranks of the default process group must call it.
+
+    Raises:
+        StateError: Masks differ, on every rank: gradients were not reduced before the optimizer step, or ranks were
+            given other seeds or weights.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return

@@ -1,4 +1,4 @@
-"""Listening to every torch optimizer of the process, around each of its steps.
+"""Hooks around each step of every torch optimizer of the process.
 
 Hooks on all optimizers rather than on one: a copied, replaced or second optimizer can never train zeros back
 to life. Listeners are held weakly; the two hooks are registered once and cost nothing without a listener.
@@ -54,7 +54,7 @@ def keep(listener: Listener, modules: Iterable[nn.Module]) -> None:
 
 
 def listeners() -> list[Listener]:
-    """All that listen, in the order in which they began to."""
+    """Returns all that listen, in the order in which they began to."""
     return list(_LISTENERS)
 
 
@@ -71,7 +71,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _told_after(closure: Callable[[], Any], concerned: list[Listener], optimizer: Optimizer) -> Any:
-    """The closure, then the news: with a closure the gradients exist only once it has run."""
+    """Wraps a closure to tell the listeners after it: only once it has run do the gradients exist."""
 
     def evaluate() -> Any:
         loss = closure()

@@ -1,4 +1,4 @@
-"""What an optimizer holds for a weight: any torch optimizer, known or not."""
+"""What a torch optimizer, known or not, keeps for a weight."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,24 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 _MOMENTA = ("momentum_buffer", "exp_avg")  # SGD, RMSprop, Muon · Adam and its kin
 
 
 def parameter_ids(optimizer: Optimizer) -> set[int]:
-    """The identities of the parameters it steps on, as of now: groups may be added at any time."""
+    """Returns the identities of the parameters an optimizer steps on, as of now: groups may be added at any time."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def momentum_of(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
-    """The first moment of the gradient of ``parameter``, or None where none is kept (yet)."""
+    """Returns the first moment of the gradient of ``parameter``, or None where none is kept (yet)."""
     state = optimizer.state.get(parameter, {})
     return next((state[key] for key in _MOMENTA if state.get(key) is not None), None)
 
 
 def same_shape_state(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[Tensor]:
-    """Every floating tensor of the weight's shape that the optimizer keeps for it."""
+    """Yields every floating tensor of the weight's shape that the optimizer keeps for it."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
             yield value
@@ -47,21 +47,25 @@ def overflowed(optimizer: Optimizer) -> bool:
 
 
 def loss_scale(optimizer: Optimizer | None) -> float:
-    """The loss scale in the gradients, which a fused optimizer divides out only inside its step; else 1."""
+    """Returns the loss scale in the gradients, which a fused optimizer divides out only inside its step; else 1."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 
 
 def refuse_unsupported(optimizer: Optimizer) -> None:
-    """Raises a SettingError for LBFGS: its line search moves the weights between the hooks, again and again."""
-    if isinstance(optimizer, LBFGS):
-        raise SettingError.of(
-            "optimizer",
-            "sparsify()",
-            allowed="one that moves the weights once per step",
-            given=type(optimizer).__name__,
-            remedy="Use SGD or Adam, say; LBFGS evaluates several points per step, all of them dense.",
-        )
+    """Refuses LBFGS: its line search moves the weights between the hooks, again and again.
+
+    Raises:
+        SettingError: The optimizer is one.
+    """
+    require(
+        not isinstance(optimizer, LBFGS),
+        "optimizer",
+        "sparsify()",
+        allowed="one that moves the weights once per step",
+        given=type(optimizer).__name__,
+        remedy="Use SGD or Adam, say; LBFGS evaluates several points per step, all of them dense.",
+    )
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""From settings to a plan: which weights are sparse, and how dense each is to become. Changes nothing."""
+"""The plan of a sparse training: which weights are sparse, and how dense each is to become. Changes nothing."""
 
 import math
 import warnings
@@ -8,7 +8,7 @@ from numbers import Real
 
 from torch import Tensor, nn
 
-from dstlib.errors import SelectionError, SettingError
+from dstlib.errors import SelectionError, SettingError, require
 from dstlib.masking import NM, Budget, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
@@ -17,11 +17,11 @@ from dstlib.targets import Weight, check_matches, select, unwrap
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that the controller needs to know beforehand.
+    """All that a sparsifier needs to know beforehand.
 
-    ``weights`` holds a verdict on every parameter with two axes or more, ``num_dense`` counts the entries
-    of all others; ``densities`` are the final ones, by view name, ``starts`` those that a ramp leads from, and
-    ``own`` names the views whose sparsity was overridden, which no allocator moves. ``densities_from_model``: they
+    ``weights`` are all parameters with two axes or more, sparse or dense, ``num_dense`` counts the entries of all
+    others; ``densities`` are the final ones, by matrix view, ``starts`` those that a ramp leads from, and ``own``
+    names the views whose sparsity was overridden, which no allocator moves. ``densities_from_model``: they
     came of a look at the model, not of the settings alone.
     """
 
@@ -36,12 +36,12 @@ class Plan:
     densities_from_model: bool = False
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
-        """Active units per group of ``num_total`` that view ``name`` has after an update at ``step``."""
+        """Counts the active units, of ``num_total`` in each group, of a matrix view after an update at ``step``."""
         density = self._density(name, step)
         return num_units(num_total, self.method.with_surplus(density, self.clock.progress(step)))
 
     def budget(self, name: str, active_GU: Tensor, step: int) -> Budget:
-        """What view ``name`` keeps and grows by itself at an update at ``step``."""
+        """Returns what a matrix view keeps and grows by itself at an update at ``step``."""
         num_total = active_GU.shape[1]
         return spend(
             active_GU.sum(dim=1),
@@ -51,7 +51,7 @@ class Plan:
         )
 
     def drop_fraction(self, step: int) -> float:
-        """The share of the active units to exchange at ``step``."""
+        """Returns the share of the active units to exchange at ``step``."""
         return self.method.drop_fraction(self.clock.progress(step))
 
     def _density(self, name: str, step: int) -> float:
@@ -72,30 +72,50 @@ def make_plan(
 ) -> Plan:
     """Checks every setting and resolves it against the model.
 
-    Errors: SettingError for a number out of range or settings that contradict each other; SelectionError
-    for names that match nothing.
+    Raises:
+        SettingError: A number is out of range, or settings contradict each other.
+        SelectionError: A glob matches nothing, or a weight has no data.
     """
-    if method.grow is momentum:
-        remedy = "The optimizer's state is masked like the weight, so it cannot tell what to grow; use gradient."
-        raise SettingError.of(
-            "grow", f"method {method.name}", allowed="another criterion", given="momentum", remedy=remedy
-        )
+    require(
+        method.grow is not momentum,
+        "grow",
+        f"method {method.name}",
+        allowed="another criterion",
+        given="momentum",
+        remedy="The optimizer's state is masked like the weight, so it cannot tell what to grow; use gradient.",
+    )
     model = unwrap(model)
     weights = select(model, include=include, exclude=exclude, split=split)
-    if meta := [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]:
-        remedy = "Call model.to_empty(device=...) and initialise it first."
-        raise SelectionError.of(
-            "weights", "the model", allowed="ones with data", given=f"{meta[0]} on meta", remedy=remedy
+    meta = [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]
+    require(
+        not meta,
+        "weights",
+        "the model",
+        allowed="ones with data",
+        given=f"{next(iter(meta), None)} on meta",
+        remedy="Call model.to_empty(device=...) and initialise it first.",
+        error=SelectionError,
+    )
+    for where, value in {"sparsify()": sparsity, **{f"override {k!r}": v for k, v in overrides.items()}}.items():
+        require(
+            isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1,
+            "sparsity",
+            where,
+            allowed="a number in [0, 1)",
+            given=repr(value),
+            remedy="0.9 leaves a tenth of the weights active; 0 leaves all of them.",
         )
-    for where, value in {
-        "sparsify()": sparsity,
-        **{f"override {k!r}": v for k, v in overrides.items()},
-    }.items():
-        _check_sparsity(value, where)
     densities, own = _densities(weights, method, 1 - sparsity, overrides)
     starts = dict.fromkeys(densities, 1.0)
     if method.start_density < 1:
-        _check_start(method, 1 - sparsity)
+        require(
+            method.start_density >= 1 - sparsity,
+            "start_density",
+            f"method {method.name}",
+            allowed=f"at least the density at the end, {1 - sparsity:g}",
+            given=f"{method.start_density:g}",
+            remedy="Raise it by replace(method, start_density=...), or the sparsity.",
+        )
         starts = _densities(weights, method, method.start_density, overrides)[0]
         starts |= {name: max(method.start_density, densities[name]) for name in own}
     return Plan(
@@ -113,7 +133,7 @@ def make_plan(
 def _densities(
     weights: Sequence[Weight], method: Method, density: float, overrides: Mapping[str, float]
 ) -> tuple[dict[str, float], frozenset[str]]:
-    """Overridden weights get theirs; the distribution spreads ``density`` over the others. Also: whose are theirs."""
+    """Returns densities by matrix view, overridden or spread by the distribution, and which were overridden."""
     sparse = [weight for weight in weights if not weight.reason]
     for weight in sparse:
         _check_folds(weight, method)
@@ -133,18 +153,8 @@ def _densities(
     return {name: _checked_density(name, d, method) for name, d in densities.items()}, frozenset(own)
 
 
-def _check_start(method: Method, density: float) -> None:
-    if method.start_density < density:
-        raise SettingError.of(
-            "start_density",
-            f"method {method.name}",
-            allowed=f"at least the density at the end, {density:g}",
-            given=f"{method.start_density:g}",
-            remedy="Raise it by replace(method, start_density=...), or the sparsity.",
-        )
-
-
 def _check_folds(weight: Weight, method: Method) -> None:
+    """Checks that the granularity divides a weight."""
     for view in weight.views:
         matrix = view.of(weight.parameter.detach())
         try:
@@ -164,10 +174,10 @@ def _checked_density(name: str, density: float | None, method: Method) -> float:
             given=density,
             remedy="A distribution returns a density for every name it is given.",
         )
-    grain = method.granularity
-    # 1e-9: the sparsity was subtracted from 1, which moves the density by 1e-16 at most
-    if isinstance(grain, NM) and density < 1 and abs(density - grain.n / grain.m) > 1e-9:
-        raise SettingError.of(
+    if isinstance(grain := method.granularity, NM):
+        require(
+            # 1e-9: the sparsity was subtracted from 1, which moves the density by 1e-16 at most
+            density == 1 or abs(density - grain.n / grain.m) <= 1e-9,
             "sparsity",
             name,
             allowed=f"{1 - grain.n / grain.m:g}, as {grain.n} of every {grain.m} stay active",
@@ -178,37 +188,41 @@ def _checked_density(name: str, density: float | None, method: Method) -> float:
 
 
 def _make_clock(method: Method, total_steps: int | None) -> Clock:
-    if total_steps is not None and type(total_steps) is not int:
-        remedy = "Count the optimizer steps of the whole run."
-        allowed = "a whole number or None"
-        raise SettingError.of("total_steps", "sparsify()", allowed=allowed, given=repr(total_steps), remedy=remedy)
+    require(
+        total_steps is None or type(total_steps) is int,
+        "total_steps",
+        "sparsify()",
+        allowed="a whole number or None",
+        given=repr(total_steps),
+        remedy="Count the optimizer steps of the whole run.",
+    )
     clock = method.clock(total_steps)
     if not isinstance(clock, Every):
         return clock
     if clock.stop is None:
-        _without_end(method)
-    elif clock.last == clock.start:
-        raise SettingError.of(
-            "total_steps",
-            "sparsify()",
-            allowed=f"enough for an update each {method.interval} steps within the first {method.stop:.0%} of the "
-            f"run, {math.ceil(clock.interval / method.stop)} or so",
-            given=total_steps,
-            remedy="Lengthen the run, shorten the interval by replace(method, interval=...), or choose "
-            'method="static".',
-        )
+        _check_without_end(method)
+    require(
+        clock.stop is None or clock.last != clock.start,
+        "total_steps",
+        "sparsify()",
+        allowed=f"enough for an update each {method.interval} steps within the first {method.stop:.0%} of the "
+        f"run, {math.ceil(clock.interval / method.stop)} or so",
+        given=total_steps,
+        remedy='Lengthen the run, shorten the interval by replace(method, interval=...), or choose method="static".',
+    )
     return clock
 
 
-def _without_end(method: Method) -> None:
-    if not (isinstance(method.ramp, Constant) and isinstance(method.surplus, Constant)):
-        raise SettingError.of(
-            "total_steps",
-            f"sparsify() with method {method.name}",
-            allowed="the number of optimizer steps of the run, which its density follows",
-            given=None,
-            remedy="Pass total_steps=.",
-        )
+def _check_without_end(method: Method) -> None:
+    """Checks that a method can do without the number of steps; warns where its paper does not."""
+    require(
+        isinstance(method.ramp, Constant) and isinstance(method.surplus, Constant),
+        "total_steps",
+        f"sparsify() with method {method.name}",
+        allowed="the number of optimizer steps of the run, which its density follows",
+        given=None,
+        remedy="Pass total_steps=.",
+    )
     if isinstance(method.drop_fraction, Constant) and method.stop == 1:
         return  # it is the same with and without an end
     warnings.warn(
@@ -217,14 +231,3 @@ def _without_end(method: Method) -> None:
         "Pass total_steps= for the full method.",
         stacklevel=5,
     )
-
-
-def _check_sparsity(sparsity: float, where: str) -> None:
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
-        raise SettingError.of(
-            "sparsity",
-            where,
-            allowed="a number in [0, 1)",
-            given=repr(sparsity),
-            remedy="0.9 leaves a tenth of the weights active; 0 leaves all of them.",
-        )

@@ -86,7 +86,7 @@ class Sparsifier:
         return self.summary().density
 
     def summary(self) -> Summary:
-        """Each weight: sparse or dense, why, shape, density; printable."""
+        """Returns each weight, sparse or dense and why, with its shape and density; printable."""
         active = {name: int(mask.sum()) for name, mask in self.masks.items()}
         rows = tuple(
             Row(
@@ -111,7 +111,9 @@ class Sparsifier:
         the ones that are about to: the gradients that the others will step with are not there yet. An engine
         without torch optimizers calls it, and then ``after_step``, around its own step.
 
-        Errors: ScoreError for scores that cannot be ranked; StateError where ranks hold different masks.
+        Raises:
+            ScoreError: A criterion returned scores by which units cannot be ordered.
+            StateError: Ranks hold different masks.
         """
         weights = self._held_by(*optimizers) if optimizers else self._masked
         known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
@@ -139,19 +141,20 @@ class Sparsifier:
 
         An average of weights under moving masks is denser than any of them.
 
-        Errors: StateError where a weight is missing or of another shape.
+        Raises:
+            StateError: A weight is missing or of another shape.
         """
         for name, parameter in find_weights(model, {n: m.shape for n, m in self.masks.items()}).items():
             zero_outside_(parameter, self.masks[name])
 
     def steps_with(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer holds any of the sparse weights, or what has taken the place of one."""
+        """Whether the optimizer steps on any of the sparse weights, or on what has replaced one."""
         held = parameter_ids(optimizer)
         return bool(self._held_by(optimizer)) or any(owner.has_lost(held) for owner in self._owners)
 
     @torch.no_grad()
     def before_optimizer(self, optimizer: Optimizer) -> None:
-        """``before_step`` for the weights of one optimizer, called by its hook."""
+        """Does as ``before_step`` for the weights of one optimizer, whose hook calls it."""
         refuse_unsupported(optimizer)
         held = parameter_ids(optimizer)
         for owner in self._owners:
@@ -167,15 +170,16 @@ class Sparsifier:
 
     @torch.no_grad()
     def after_optimizer(self, optimizer: Optimizer) -> None:
-        """``after_step`` for the weights of one optimizer, called by its hook."""
+        """Does as ``after_step`` for the weights of one optimizer, whose hook calls it."""
         self._end_step(self._held_by(optimizer), (optimizer,))
 
     def accelerate(self, model: nn.Module, example_input: Any, *, decisions: "Decisions | None" = None) -> nn.Module:
-        """The model on the engine, for training and after: it computes what is active, and follows every mask update.
+        """Returns the model on the engine, which computes what is active and follows every mask update.
 
-        Call the result in place of the model; parameters and optimizer stay. Its backward pass gives the gradients
-        of active weights, and those of the others at the steps of an update, which may grow by them and lets what it
-        has grown take that very step; at all steps if the method traces gradients. See :func:`dstlib.accelerate`.
+        Call the result in place of the model, for training and after; parameters and optimizer stay. Its backward
+        pass gives the gradients of active weights, and those of the others at the steps of an update, which may grow
+        by them and lets what it has grown take that very step; at all steps if the method traces gradients. See
+        :func:`dstlib.accelerate`.
         """
         from dstlib.engine.accelerate import accelerate  # not before it is asked for: see dstlib.__getattr__
 
@@ -198,7 +202,7 @@ class Sparsifier:
         forget(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, steps and what the method remembers: with model and optimizer, all that a resumption needs."""
+        """Returns masks, steps and what the method remembers: what a resumption needs beside model and optimizer."""
         return save(self._masked, self.plan, frozen=self.frozen, memory=self._memory)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -207,8 +211,8 @@ class Sparsifier:
         Method, total_steps and seed are not in the state: give ``sparsify`` the same ones, and the run goes on
         as if it had never stopped.
 
-        Errors: StateError, before anything is changed, for a damaged state or one of another model,
-        granularity or sparsity.
+        Raises:
+            StateError: The state is damaged, or of another model, granularity or sparsity; nothing has changed then.
         """
         saved = check_saved(state, self.masks, self.plan)
         with torch.no_grad():
