@@ -1,4 +1,4 @@
-"""Allocators: how the active units are shared out among weights, or among the neurons of one, at an update.
+"""Allocation: how the active units are shared out among weights, or among the neurons of one.
 
 An allocator is a function (accounts, terms) → allocation; without one, each weight keeps its own number. Those
 here are frozen values. Every one of them meets ``terms.num_total`` exactly where weights have a single group
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms, num_dropped
 from dstlib.masking.counts import apportion, round_up
 from dstlib.masking.selection import select_top
@@ -32,12 +32,14 @@ Rescale = Callable[[Tensor, Tensor], Tensor]
 
 
 def as_they_are(score_GU: Tensor, active_GU: Tensor) -> Tensor:
-    """Scores of different weights compare directly."""
+    """Returns scores as they are: those of different weights compare directly."""
     return score_GU
 
 
 def lamp_scores(score_GU: Tensor, active_GU: Tensor) -> Tensor:
-    """s² / Σ s² over the active units up to its rank: the best of each weight scores 1. For scores that are magnitudes.
+    """Divides s² by the sum of s² over the active units that score no less: the best of each weight has 1.
+
+    For scores that are magnitudes.
 
     Reference: Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning, ICLR, equation 3.
 
@@ -45,18 +47,18 @@ def lamp_scores(score_GU: Tensor, active_GU: Tensor) -> Tensor:
     tensor([[0.0714, 1.0000, 0.3077]], dtype=torch.float64)
     """
     square = score_GU.double().square().masked_fill(~active_GU, 0).flatten()
-    ranked, order = square.sort(descending=True, stable=True)
+    best_first, order = square.sort(descending=True, stable=True)
     lamp = torch.empty_like(square)
-    lamp[order] = ranked / ranked.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    lamp[order] = best_first / best_first.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
     return lamp.view(score_GU.shape)
 
 
 @dataclass(frozen=True)
 class GlobalRank:
-    """Ranks the active units of all weights together, after ``rescale``, and prunes the lowest.
+    """Prunes the lowest active units of all weights together, by their scores after ``rescale``.
 
     A drop fraction then exchanges that share of what each weight has left. Where the total grows, units are
-    grown by their rank over all weights. At least one unit per group stays, unless ``may_empty``.
+    grown by their scores over all weights. At least one unit per group stays, unless ``may_empty``.
 
     Reference: Liu et al. 2021 (GraNet), Algorithm 1: pruning over all layers, regeneration within each.
     """
@@ -71,7 +73,7 @@ class GlobalRank:
         counts = self._counts(scores, active, min(terms.num_total, num_active))
         if terms.num_total > num_active:
             inactive = [~x for x in active]
-            grown = _ranked([a.grow_GU for a in accounts], inactive, terms.num_total - num_active)
+            grown = _best_of_all([a.grow_GU for a in accounts], inactive, terms.num_total - num_active)
             counts = [n + int(x.sum()) for n, x in zip(counts, grown, strict=True)]
         budgets = []
         for account, num_target in zip(accounts, _even(accounts, counts), strict=True):
@@ -80,10 +82,10 @@ class GlobalRank:
         return Allocation(tuple(budgets))
 
     def _counts(self, scores: Sequence[Tensor], among: Sequence[Tensor], num: int) -> list[int]:
-        """How many of the ``num`` best lie in each weight."""
+        """Counts how many of the ``num`` best lie in each weight."""
         if not self.may_empty:
             scores = [_first_of_group_first(s, a) for s, a in zip(scores, among, strict=True)]
-        return [int(x.sum()) for x in _ranked(scores, among, num)]
+        return [int(x.sum()) for x in _best_of_all(scores, among, num)]
 
 
 global_units = GlobalRank()
@@ -91,7 +93,7 @@ lamp = GlobalRank(lamp_scores)
 
 
 def momentum_share(accounts: Sequence[Account], terms: Terms) -> Allocation:
-    """Each weight drops its fraction; what all dropped grows where the mean growth score of actives is large.
+    """Lets each weight drop its fraction, and grows it where the mean growth score of active units is large.
 
     With growth by the magnitude of momentum, this is the redistribution of SNFS. A weight that is full leaves
     the rest to the others, by their shares.
@@ -113,6 +115,9 @@ class AdaptiveThreshold:
     fraction of all active units by more than ``tolerance``, a share of it. It rises no further than beyond the
     highest score.
 
+    Raises:
+        SettingError: A setting is out of range.
+
     Reference: Mostafa & Wang 2019 (DSR), Algorithm 1. Deviates: at least one unit per group survives.
     """
 
@@ -121,10 +126,14 @@ class AdaptiveThreshold:
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (self.initial > 0 and self.tolerance >= 0 and self.factor > 1):
-            given = (self.initial, self.tolerance, self.factor)
-            allowed, remedy = "initial > 0, tolerance ≥ 0, factor > 1", "The paper doubles and halves."
-            raise SettingError.of("settings", "AdaptiveThreshold", allowed=allowed, given=given, remedy=remedy)
+        require(
+            self.initial > 0 and self.tolerance >= 0 and self.factor > 1,
+            "settings",
+            "AdaptiveThreshold",
+            allowed="initial > 0, tolerance ≥ 0, factor > 1",
+            given=(self.initial, self.tolerance, self.factor),
+            remedy="The paper doubles and halves.",
+        )
 
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
         threshold = terms.memory or self.initial
@@ -151,6 +160,9 @@ class NeuronAblation:
     keeps all neurons. Only where a layer is to hold more weights than its neurons have inputs do some come back,
     by their mean growth score. Groups are neurons: for the granularity ``FanIn``.
 
+    Raises:
+        SettingError: ``min_share`` is none.
+
     Reference: Lasby et al. 2024 (SRigL), section 3: min_share γ = 0.3 for convolutional networks, 0.95 for
     vision transformers.
     """
@@ -158,11 +170,14 @@ class NeuronAblation:
     min_share: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_share <= 1:
-            remedy = "0.3 suits convolutional networks, 0.95 transformers."
-            allowed = "a share in [0, 1]"
-            given = self.min_share
-            raise SettingError.of("min_share", "NeuronAblation", allowed=allowed, given=given, remedy=remedy)
+        require(
+            0 <= self.min_share <= 1,
+            "min_share",
+            "NeuronAblation",
+            allowed="a share in [0, 1]",
+            given=self.min_share,
+            remedy="0.3 suits convolutional networks, 0.95 transformers.",
+        )
 
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
         return Allocation(tuple(self._budget(account, terms.drop_fraction) for account in accounts))
@@ -191,7 +206,7 @@ class NeuronAblation:
 
 
 def _regrow(accounts: Sequence[Account], terms: Terms, kept: dict[str, Tensor], shares: dict[str, float]) -> Allocation:
-    """What is missing to the total grows by these shares, up to all units of a weight.
+    """Grows what is missing to the total by these shares, up to all units of a weight.
 
     Where more is kept than the total allows, each weight gives up in proportion to what it keeps.
     """
@@ -215,7 +230,7 @@ def _regrow(accounts: Sequence[Account], terms: Terms, kept: dict[str, Tensor], 
 
 
 def _even(accounts: Sequence[Account], counts: Sequence[int]) -> list[Tensor]:
-    """Numbers of units per weight as equal quotas of its groups.
+    """Turns numbers of units per weight into equal quotas of its groups.
 
     What does not divide goes to weights that can still take one more per group, the largest remainder first.
     """
@@ -230,7 +245,7 @@ def _even(accounts: Sequence[Account], counts: Sequence[int]) -> list[Tensor]:
     return [torch.full((g,), q, device=a.active_GU.device) for a, g, q in zip(accounts, groups, quotas, strict=True)]
 
 
-def _ranked(scores: Sequence[Tensor], among: Sequence[Tensor], num: int) -> list[Tensor]:
+def _best_of_all(scores: Sequence[Tensor], among: Sequence[Tensor], num: int) -> list[Tensor]:
     """Marks the ``num`` highest of all weights together; ties go to the earlier weight, then the lower index."""
     device = among[0].device  # a model may lie on several
     flat, candidates = (torch.cat([x.flatten().to(device) for x in parts])[None] for parts in (scores, among))
@@ -240,11 +255,11 @@ def _ranked(scores: Sequence[Tensor], among: Sequence[Tensor], num: int) -> list
 
 
 def _layer_top(score_GU: Tensor, among_GU: Tensor, num: int) -> Tensor:
-    return _ranked([score_GU], [among_GU], num)[0]
+    return _best_of_all([score_GU], [among_GU], num)[0]
 
 
 def _first_of_group_first(score_GU: Tensor, among_GU: Tensor) -> Tensor:
-    """The best candidate of each group ahead of all others, so that no group is left empty."""
+    """Puts the best candidate of each group ahead of all others, so that no group is left empty."""
     best_G1 = score_GU.masked_fill(~among_GU, -torch.inf).argmax(dim=1, keepdim=True)
     return score_GU.scatter(1, best_G1, torch.inf)
 
@@ -254,7 +269,7 @@ ModelScores = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 
 @dataclass(frozen=True)
 class AtInit:
-    """Scores of all sparse weights at once, in place of a method's ``init``; how many each keeps follows from them.
+    """First masks from scores of all sparse weights together, as a method's ``init``: they say how many each keeps.
 
     ``scores`` maps the parameters, with zeros where units are gone already, to a score for each entry; None for
     a parameter that it has nothing to say of, which is an error. Over ``rounds`` the density falls
@@ -269,7 +284,7 @@ class AtInit:
 
 
 def falling(num_all: int, num_last: int, rounds: int) -> list[int]:
-    """Units left after each round, a geometric sequence that ends exactly at ``num_last``.
+    """Returns the units left after each round, a geometric sequence that ends exactly at ``num_last``.
 
     >>> falling(1000, 10, 2)
     [100, 10]

@@ -1,4 +1,4 @@
-"""How many units a weight keeps and how many it then has: the integers behind every mask update.
+"""Budgets: how many units a weight keeps and how many it then has, the integers behind every mask update.
 
 Shapes: G groups, U units per group.
 """
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.masking.counts import NUDGE
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Whole numbers per group: the active units that stay, and the active units after growth."""
+    """The active units that stay, and those after growth: a whole number per group each."""
 
     num_kept_G: Tensor
     num_target_G: Tensor
@@ -68,28 +68,29 @@ Allocator = Callable[[Sequence[Account], Terms], Allocation]
 
 
 def num_dropped(num_active: Tensor, drop_fraction: float) -> Tensor:
-    """floor(f·A), elementwise.
+    """Computes floor(f·A), elementwise.
 
-    Errors: SettingError for a fraction outside [0, 1].
+    Raises:
+        SettingError: The fraction lies outside [0, 1].
 
     >>> num_dropped(torch.tensor([100, 7]), 0.29)
     tensor([29,  2])
     """
-    if not 0 <= drop_fraction <= 1:
-        raise SettingError.of(
-            "drop fraction",
-            "a mask update",
-            allowed="a number in [0, 1]",
-            given=drop_fraction,
-            remedy="Look at the method's drop_fraction curve.",
-        )
+    require(
+        0 <= drop_fraction <= 1,
+        "drop fraction",
+        "a mask update",
+        allowed="a number in [0, 1]",
+        given=drop_fraction,
+        remedy="Look at the method's drop_fraction curve.",
+    )
     return (num_active.double() * (drop_fraction * NUDGE)).floor().long()
 
 
 def spend(
     num_active_G: Tensor, *, num_target: int | Tensor, drop_fraction: float, num_kept: int | None = None
 ) -> Budget:
-    """A weight by itself: of A active units per group, min(A - floor(f·A), target) are kept.
+    """Returns the budget of a weight by itself: of A active units per group, min(A - floor(f·A), target) are kept.
 
     ``num_kept``, where given, is a lower ceiling than the target on what is kept.
 

@@ -1,4 +1,4 @@
-"""From shares to whole numbers: the only place where a density or a fraction is rounded."""
+"""Counts: shares become whole numbers here, and nowhere else is a density or a fraction rounded."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ NUDGE = 1 + 1e-12
 
 
 def round_down(product: float) -> int:
-    """The largest whole number up to a product of a count and a decimal share.
+    """Returns the largest whole number up to a product of a count and a decimal share.
 
     >>> int(0.29 * 100), round_down(0.29 * 100)
     (28, 29)
@@ -19,7 +19,7 @@ def round_down(product: float) -> int:
 
 
 def round_up(product: float) -> int:
-    """The smallest whole number from a product of a count and a decimal share up.
+    """Returns the smallest whole number from a product of a count and a decimal share up.
 
     >>> import math
     >>> math.ceil(0.55 * 100), round_up(0.55 * 100)
@@ -29,7 +29,7 @@ def round_up(product: float) -> int:
 
 
 def num_units(num_total: int, density: float) -> int:
-    """The number of active units out of ``num_total``: the nearest integer, halves up, and at least one.
+    """Counts the active units out of ``num_total``: the nearest integer, halves up, and at least one.
 
     >>> num_units(4608, 0.1), num_units(10, 0.25), num_units(10, 0.0)
     (461, 3, 1)
@@ -42,7 +42,7 @@ def apportion(num: int, shares: Mapping[str, float], caps: Mapping[str, int], *,
 
     None exceeds its cap: what a capped one leaves goes to the others, again by their shares. None falls below
     ``least``. Remainders go to the largest, ties to the earlier name. A negative share counts as zero; where all
-    shares left are zero, the caps take their place. Whole numbers throughout, so shares may be as large or small
+    shares left are zero, the caps stand in for them. Whole numbers throughout, so shares may be as large or small
     as floats can be.
 
     >>> apportion(10, {"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 100, "c": 100})
@@ -65,14 +65,14 @@ def apportion(num: int, shares: Mapping[str, float], caps: Mapping[str, int], *,
 
 
 def _in_whole(shares: Mapping[str, float]) -> dict[str, int]:
-    """The same ratios as whole numbers, exactly: the denominator of a float is a power of two."""
+    """Returns the same ratios as whole numbers, exactly: the denominator of a float is a power of two."""
     ratios = {name: share.as_integer_ratio() for name, share in shares.items()}
     unit = max((denominator for _, denominator in ratios.values()), default=1)
     return {name: numerator * (unit // denominator) for name, (numerator, denominator) in ratios.items()}
 
 
 def _beyond(rest: int, free: Mapping[str, int], caps: Mapping[str, int], least: int) -> dict[str, int]:
-    """Those that a proportional split takes to a bound or past it, at that bound; empty where there is none.
+    """Returns those that a proportional split takes to a bound or past it, at that bound; empty where there is none.
 
     If it takes too many units past the caps, the others get more, and those at their caps stay there for good;
     if too few to reach ``least``, the others get less, and those stay for good.

@@ -24,25 +24,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import ScoreError, SettingError
+from dstlib.errors import ScoreError, require
 from dstlib.masking.site import Criterion, Site
 from dstlib.schedules.curves import Curve
 
 
 def magnitude(site: Site) -> Tensor:
-    """|w|: the L1 norm of a unit, up to its size."""
+    """Scores by |w|: the L1 norm of a unit, up to its size."""
     return site.weight.abs()
 
 
 def magnitude_l2(site: Site) -> Tensor:
-    """w²: orders units by their L2 norm."""
+    """Scores by w², which orders units by their L2 norm."""
     return site.weight.square()
 
 
 def gradient(site: Site) -> Tensor:
-    """|g|, of active and inactive weights alike.
+    """Scores by |g|, of active and inactive weights alike.
 
-    Errors: ScoreError where the site has no gradient, as at initialisation.
+    Raises:
+        ScoreError: The site has no gradient, as at initialisation.
 
     Reference: Evci et al. 2020 (RigL), Algorithm 1.
     """
@@ -50,12 +51,13 @@ def gradient(site: Site) -> Tensor:
 
 
 def momentum(site: Site) -> Tensor:
-    """|m|, the optimizer's first moment (SGD's buffer, Adam's exp_avg).
+    """Scores by |m|, the optimizer's first moment (SGD's buffer, Adam's exp_avg).
 
     The moment is masked like the weight, and so tells what to drop, not what to grow: a dense one is gathered
     by a method's trace and read by ``traced_magnitude``.
 
-    Errors: ScoreError where the optimizer keeps no moment.
+    Raises:
+        ScoreError: The optimizer keeps no moment.
 
     Reference: Dettmers & Zettlemoyer 2019 (SNFS), where the moment is dense.
     """
@@ -63,12 +65,13 @@ def momentum(site: Site) -> Tensor:
 
 
 def saliency(site: Site) -> Tensor:
-    """|w·g|: how much the loss would change, to first order, without this weight.
+    """Scores by |w·g|: how much the loss would change, to first order, without this weight.
 
-    Errors: ScoreError where the site has no gradient.
+    Raises:
+        ScoreError: The site has no gradient.
 
-    Reference: Lee et al. 2019 (SNIP), without its division by the sum, which changes no rank; Molchanov et al.
-    2019, whose square of it ranks alike. Over the elements of a larger unit, deviates from the latter in that
+    Reference: Lee et al. 2019 (SNIP), without its division by the sum, which changes no order; Molchanov et al.
+    2019, whose square of it orders alike. Over the elements of a larger unit, deviates from the latter in that
     the mean of |w·g| is taken, where theirs is that of the sum of w·g.
     """
     return moved(site).abs()
@@ -76,9 +79,11 @@ def saliency(site: Site) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightAndGradient:
-    """|w| + ``factor``·|g|: keeps what is large, and what is about to be.
+    """Scores by |w| + ``factor``·|g|: keeps what is large, and what is about to be.
 
-    Errors: SettingError for a negative or infinite factor; ScoreError where the site has no gradient.
+    Raises:
+        SettingError: The factor is negative or infinite.
+        ScoreError: The site has no gradient.
 
     Reference: Yuan et al. 2021 (MEST), where the factor is λ.
     """
@@ -86,21 +91,21 @@ class WeightAndGradient:
     factor: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.factor < float("inf"):
-            raise SettingError.of(
-                "factor",
-                "WeightAndGradient",
-                allowed="a number, 0 or more",
-                given=self.factor,
-                remedy="0.01, say; 0 is magnitude.",
-            )
+        require(
+            0 <= self.factor < float("inf"),
+            "factor",
+            "WeightAndGradient",
+            allowed="a number, 0 or more",
+            given=self.factor,
+            remedy="0.01, say; 0 is magnitude.",
+        )
 
     def __call__(self, site: Site) -> Tensor:
         return _wide(site.weight).abs() + self.factor * _wide(_present(site.grad, "gradient", site)).abs()
 
 
 def relative_importance(site: Site) -> Tensor:
-    """|w| over the sum of its row, plus |w| over the sum of its column: the share of its output and of its input.
+    """Scores by |w| over the sum of its row plus |w| over that of its column: its share of its output and its input.
 
     Rows and columns are those of the (O, I·K) matrix of the active weights; inactive weights score 0, and so
     does a row or column of zeros.
@@ -121,13 +126,13 @@ def relative_importance(site: Site) -> Tensor:
 
 
 def random(site: Site) -> Tensor:
-    """Uniform in [0, 1): every unit is as likely as any other."""
+    """Scores by chance, uniformly in [0, 1): every unit is as likely as any other."""
     return site.rand()
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Random scores of any distribution: ``draw(shape, generator)`` says which.
+    """Scores by chance, from any distribution: ``draw(shape, generator)`` says which.
 
     Called on the CPU, whatever the default device is, and taken in single precision: name the dtype of the draw, as
     torch draws other numbers in another default. Only the numbers that come from the generator are the same on every
@@ -150,7 +155,7 @@ class Drawn:
 
 
 def sign_balanced(site: Site) -> Tensor:
-    """Ranks |w| among the active weights of the same sign, so that both signs lose the same share.
+    """Scores by the position of |w| among the active weights of the same sign, so that both lose the same share.
 
     The highest of n positive weights scores 1, the lowest 1/n, and likewise the negative ones; zeros score
     0 and go first.
@@ -163,34 +168,37 @@ def sign_balanced(site: Site) -> Tensor:
     for of_sign in ((w > 0), (w < 0)):
         index = (of_sign & site.mask.flatten()).nonzero()[:, 0]
         best_first = index[w[index].abs().argsort(descending=True, stable=True)]
-        place = torch.arange(len(index), device=w.device, dtype=score.dtype)
-        score[best_first] = 1 - place / max(len(index), 1)
+        position = torch.arange(len(index), device=w.device, dtype=score.dtype)
+        score[best_first] = 1 - position / max(len(index), 1)
     return score.view(site.weight.shape)
 
 
 def plain_gradient(site: Site) -> Tensor:
-    """g with its sign: what a trace adds up, for a mean over steps or a momentum. Not a copy.
+    """Returns g with its sign: what a trace adds up, for a mean over steps or a momentum. Not a copy.
 
-    Errors: ScoreError where the site has no gradient.
+    Raises:
+        ScoreError: The site has no gradient.
     """
     return _present(site.grad, "gradient", site)
 
 
 def moved(site: Site) -> Tensor:
-    """-w·g: what a trace adds up to follow movement; positive where descent takes the weight away from zero.
+    """Returns -w·g, which a trace adds up to follow movement: positive where descent leads away from zero.
 
-    Errors: ScoreError where the site has no gradient.
+    Raises:
+        ScoreError: The site has no gradient.
 
     Reference: Sanh et al. 2020 (movement pruning): S = -Σ w·∂L/∂w, without the learning rate, which
-    changes no rank while it is constant.
+    changes no order while it is constant.
     """
     return -_wide(site.weight) * _wide(_present(site.grad, "gradient", site))
 
 
 def traced(site: Site) -> Tensor:
-    """What the method's trace has gathered, with its sign. Of ``moved``: keeps what moves away from zero.
+    """Scores by what the method's trace has gathered, with its sign. Of ``moved``: keeps what moves away from zero.
 
-    Errors: ScoreError where the method has no trace.
+    Raises:
+        ScoreError: The method has no trace.
 
     Reference: Sanh et al. 2020 (movement pruning), with ``Trace(of=moved)``.
     """
@@ -198,9 +206,10 @@ def traced(site: Site) -> Tensor:
 
 
 def traced_magnitude(site: Site) -> Tensor:
-    """|trace|: of the gradient, a mean over steps or a momentum that inactive weights have too.
+    """Scores by |trace|: of the gradient, a mean over steps or a momentum that inactive weights have too.
 
-    Errors: ScoreError where the method has no trace.
+    Raises:
+        ScoreError: The method has no trace.
 
     Reference: Dettmers & Zettlemoyer 2019 (SNFS), whose momentum is dense; Evci et al. 2020 (RigL), with a
     gradient averaged over steps.
@@ -220,7 +229,7 @@ def _present(value: Tensor | None, what: str, site: Site, remedy: str = _NO_GRAD
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In single precision at least: products of half-precision numbers leave its range."""
+    """Converts to single precision at least: products of half-precision numbers leave its range."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -243,7 +252,7 @@ _CHUNK = 2**20  # numbers in one transient matrix: 8 MiB, of which half a dozen 
 
 
 def link_prediction(site: Site) -> Tensor:
-    """Cannistraci-Hebb, CH2-L3n: Σ_z (1 + di_z) / (1 + de_z) over the nodes z between u and v.
+    """Scores by Cannistraci-Hebb, CH2-L3n: Σ_z (1 + di_z) / (1 + de_z) over the nodes z between u and v.
 
     The local community of (u, v) are all a and b on paths u - a - b - v. Of a node z in it, di_z links stay
     within the community, and de_z lead neither there nor to u and v.
@@ -268,7 +277,7 @@ def link_prediction(site: Site) -> Tensor:
 
 
 def link_prediction_l3(site: Site) -> Tensor:
-    """Paths of three links, normalised by degree: Σ 1/√(k_a·k_b) over the paths u - a - b - v.
+    """Scores by paths of three links, normalised by degree: Σ 1/√(k_a·k_b) over the paths u - a - b - v.
 
     Reference: Kovács et al. 2019, "Network-based prediction of protein interactions", equation 1. The same as
     RA-L3 in the terms of Muscoloni et al. 2018.
@@ -288,7 +297,7 @@ def link_prediction_l3(site: Site) -> Tensor:
 
 
 def _communities(linked_ST: Tensor) -> Tensor:
-    """The part of the sum for z on the side S: the neighbours of v, other than u, that have one in common with u.
+    """Sums over z on the side S: the neighbours of v, other than u, that have one in common with u.
 
     Of z, what it has in common with u is in the community, so di_z and de_z depend on u and z alone.
     """
@@ -307,7 +316,7 @@ def _communities(linked_ST: Tensor) -> Tensor:
 
 
 def _paths(linked_ST: Tensor) -> Tensor:
-    """Σ over a of the side T and b of the side S."""
+    """Sums over a of the side T and b of the side S."""
     rate_S, rate_T = (linked_ST.sum(dim=axis).clamp(min=1) ** -0.5 for axis in (1, 0))
     by_S_ST = linked_ST * rate_S[:, None]
     # where u - v is a link, v - b is one for each neighbour b of v, and u - v - b - v is no path
@@ -323,7 +332,7 @@ def _paths(linked_ST: Tensor) -> Tensor:
 
 
 def _chunks(num_rows: int) -> Iterator[slice]:
-    """Rows of a square matrix, in pieces of bounded size."""
+    """Yields the rows of a square matrix, in pieces of bounded size."""
     step = max(_CHUNK // max(num_rows, 1), 1)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
@@ -349,12 +358,14 @@ _MOST = 1e6  # of an exponent; keys stay exact to 1e-7
 
 @dataclass(frozen=True)
 class Sampled:
-    """The k highest keys are k draws without replacement, with probability ∝ criterion^``exponent``.
+    """Scores such that the k highest are k draws without replacement, with probability ∝ criterion^``exponent``.
 
     ``exponent`` is a number or a curve of the site's progress: 0 draws uniformly, and the higher, the closer to
     the criterion's own order. Scores of 0 come after all others, among themselves by chance; but 0^0 is 1.
 
-    Errors: ScoreError for scores that are negative or not finite; SettingError for an exponent outside [0, 1e6].
+    Raises:
+        ScoreError: The criterion's scores are negative or not finite.
+        SettingError: The exponent lies outside [0, 1e6].
 
     Reference: Efraimidis & Spirakis 2006, algorithm A; Kool et al. 2019 (Gumbel top-k). Zhang et al. 2025
     (CHTs), section 3.1: links are kept by draws with probability ∝ score^(δ/(1 - δ)), δ growing from 0.5 to
@@ -378,12 +389,14 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SampledRemoval:
-    """The k lowest keys are k removals without replacement, with probability ∝ criterion^-``exponent``.
+    """Scores such that the k lowest are k removals without replacement, with probability ∝ criterion^-``exponent``.
 
     ``exponent`` is a number or a curve of the site's progress: 0 removes uniformly, and the higher, the closer
     to the criterion's own order. Scores of 0 go before all others, among themselves by chance; but 0^0 is 1.
 
-    Errors: ScoreError for scores that are negative or not finite; SettingError for an exponent outside [0, 1e6].
+    Raises:
+        ScoreError: The criterion's scores are negative or not finite.
+        SettingError: The exponent lies outside [0, 1e6].
 
     Reference: as :class:`Sampled`, turned round. Not what CHTs does, which draws what it keeps.
     """
@@ -396,7 +409,7 @@ class SampledRemoval:
 
 
 def _keys(site: Site, criterion: Criterion, exponent: Curve | float, *, sign: int) -> Tensor:
-    """log score^exponent + ``sign`` · log waiting time, and below all of them, by chance, scores of 0.
+    """Returns log score^exponent + ``sign`` · log waiting time, and below all of them, by chance, scores of 0.
 
     In double precision: ten million keys tie too often in single.
     """
@@ -425,18 +438,18 @@ def _scores(site: Site, criterion: Criterion) -> Tensor:
 
 def _power(site: Site, exponent: Curve | float) -> float:
     power = exponent(site.progress) if callable(exponent) else exponent
-    if not 0 <= power <= _MOST:
-        raise SettingError.of(
-            "exponent",
-            f"{site.name} at step {site.step}",
-            allowed=f"a number in [0, {_MOST:g}]",
-            given=power,
-            remedy="Beyond, chance has no say: use the criterion itself.",
-        )
+    require(
+        0 <= power <= _MOST,
+        "exponent",
+        f"{site.name} at step {site.step}",
+        allowed=f"a number in [0, {_MOST:g}]",
+        given=power,
+        remedy="Beyond, chance has no say: use the criterion itself.",
+    )
     return power
 
 
 def _log_time(site: Site) -> Tensor:
-    """Logarithms of exponential waiting times of rate 1: in [-37, 3.7]."""
+    """Draws logarithms of exponential waiting times of rate 1: in [-37, 3.7]."""
     uniform = torch.rand(site.weight.shape, generator=site.generator, dtype=torch.float64, device="cpu")
     return uniform.clamp_(min=2.0**-54).log_().neg_().log_().to(site.weight.device)

@@ -1,4 +1,4 @@
-"""How a density over a whole model becomes a density per weight.
+"""Distributions: how a density over a whole model becomes a density per weight.
 
 A distribution is any function (shapes, density) → densities, over names in the model's order. Those that
 shift density between weights are solved in whole weights: the returned densities are k/n with integers k
@@ -14,7 +14,7 @@ Distribution = Callable[[Mapping[str, Sequence[int]], float], dict[str, float]]
 
 
 def uniform(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """The same density everywhere.
+    """Gives every weight the same density.
 
     >>> uniform({"a": (8, 4), "b": (2, 8)}, 0.5)
     {'a': 0.5, 'b': 0.5}
@@ -23,7 +23,7 @@ def uniform(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, fl
 
 
 def uniform_dense_first(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """The same density everywhere but in the first weight, which stays dense and is not made up for.
+    """Gives every weight the same density but the first, which stays dense and is not made up for.
 
     Reference: Evci et al. 2020 (RigL), "Uniform".
 
@@ -34,7 +34,7 @@ def uniform_dense_first(shapes: Mapping[str, Sequence[int]], density: float) -> 
 
 
 def er(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """Erdős-Rényi: density ∝ (out + in) / (out · in).
+    """Spreads density by Erdős-Rényi: ∝ (out + in) / (out · in).
 
     Reference: Mocanu et al. 2018 (SET). Kernel taps do not count, unlike in :func:`erk`.
 
@@ -45,7 +45,7 @@ def er(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
 
 
 def erk(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """Erdős-Rényi-Kernel: density ∝ sum of all extents / their product, so kernel taps count too.
+    """Spreads density by Erdős-Rényi-Kernel: ∝ sum of all extents / their product, so kernel taps count too.
 
     Weights that would exceed density 1 stay dense, and the rest is solved again. Over n weights the active
     ones number n - floor((1 - density)·n), and at least one in each.

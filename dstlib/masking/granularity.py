@@ -1,4 +1,4 @@
-"""What is kept or dropped as one: a granularity folds a weight into groups × units × elements.
+"""Granularities: what is kept or dropped as one, a weight folded into groups × units × elements.
 
 Shapes: O out, I in, K all kernel taps (any number of axes, also none); G groups, U units per group, E
 elements per unit. Units compete within their group; the elements of a unit share its fate. Everything else
@@ -12,18 +12,22 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 
 @runtime_checkable
 class Granularity(Protocol):
-    """Two exact inverses. ``fold`` raises a SettingError where the shape does not divide."""
+    """What is kept or dropped as one: two exact inverses, ``fold`` and ``unfold``."""
 
     def fold(self, x_OIK: Tensor) -> Tensor:
-        """(O, I, *K) → (G, U, E)."""
+        """Turns (O, I, *K) into (G, U, E).
+
+        Raises:
+            SettingError: The shape does not divide.
+        """
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """(G, U, E) → (O, I, *K), ``shape`` being the latter."""
+        """Turns (G, U, E) back into (O, I, *K), which is ``shape``."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,11 @@ class Element:
     """
 
     def fold(self, x_OIK: Tensor) -> Tensor:
-        """(O, I, *K) → (1, O·I·K, 1)."""
+        """Turns (O, I, *K) into (1, O·I·K, 1)."""
         return rearrange(x_OIK, "o i ... -> 1 (o i ...) 1")
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of ``fold``."""
+        """Inverts ``fold``."""
         return x_GUE.reshape(shape)
 
 
@@ -54,11 +58,11 @@ class Kernel:
     """
 
     def fold(self, x_OIK: Tensor) -> Tensor:
-        """(O, I, *K) → (1, O·I, K)."""
+        """Turns (O, I, *K) into (1, O·I, K)."""
         return rearrange(x_OIK, "o i ... -> 1 (o i) (...)")
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of ``fold``."""
+        """Inverts ``fold``."""
         return x_GUE.reshape(shape)
 
 
@@ -71,17 +75,20 @@ class Channel:
     """
 
     def fold(self, x_OIK: Tensor) -> Tensor:
-        """(O, I, *K) → (1, O, I·K)."""
+        """Turns (O, I, *K) into (1, O, I·K)."""
         return rearrange(x_OIK, "o i ... -> 1 o (i ...)")
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of ``fold``."""
+        """Inverts ``fold``."""
         return x_GUE.reshape(shape)
 
 
 @dataclass(frozen=True)
 class Block:
     """A rectangle of ``out`` output channels × ``into`` input channels, with all taps.
+
+    Raises:
+        SettingError: One of them is less than 1.
 
     >>> tuple(Block(2, 4).fold(torch.zeros(6, 8, 3)).shape)
     (1, 6, 24)
@@ -91,20 +98,19 @@ class Block:
     into: int
 
     def __post_init__(self) -> None:
-        if min(self.out, self.into) < 1:
-            given = (self.out, self.into)
-            raise SettingError.of(
-                "out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4), say."
-            )
+        given = (self.out, self.into)
+        require(
+            min(given) >= 1, "out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4), say."
+        )
 
     def fold(self, x_OIK: Tensor) -> Tensor:
-        """(O, I, *K) → (1, O/out · I/into, out·into·K)."""
+        """Turns (O, I, *K) into (1, O/out · I/into, out·into·K)."""
         _check_divides(x_OIK.shape[0], self.out, f"output channels for {self}")
         _check_divides(x_OIK.shape[1], self.into, f"input channels for {self}")
         return rearrange(x_OIK, "(o p) (i q) ... -> 1 (o i) (p q ...)", p=self.out, q=self.into)
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of ``fold``."""
+        """Inverts ``fold``."""
         x = rearrange(x_GUE, "1 (o i) (p q k) -> (o p) (i q) k", o=shape[0] // self.out, p=self.out, q=self.into)
         return x.reshape(shape)
 
@@ -120,17 +126,20 @@ class FanIn:
     """
 
     def fold(self, x_OIK: Tensor) -> Tensor:
-        """(O, I, *K) → (O, I·K, 1)."""
+        """Turns (O, I, *K) into (O, I·K, 1)."""
         return rearrange(x_OIK, "o i ... -> o (i ...) 1")
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of ``fold``."""
+        """Inverts ``fold``."""
         return x_GUE.reshape(shape)
 
 
 @dataclass(frozen=True)
 class NM:
     """``n`` of every ``m`` consecutive inputs stay active (2:4 on recent GPUs); the sparsity is 1 - n/m.
+
+    Raises:
+        SettingError: Not 1 ≤ n ≤ m.
 
     >>> tuple(NM(2, 4).fold(torch.zeros(6, 8, 3, 3)).shape)
     (108, 4, 1)
@@ -140,28 +149,26 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m:
-            raise SettingError.of(
-                "n and m", "NM", allowed="1 ≤ n ≤ m", given=(self.n, self.m), remedy="Pass NM(2, 4), say."
-            )
+        given = (self.n, self.m)
+        require(1 <= self.n <= self.m, "n and m", "NM", allowed="1 ≤ n ≤ m", given=given, remedy="Pass NM(2, 4), say.")
 
     def fold(self, x_OIK: Tensor) -> Tensor:
-        """(O, I, *K) → (O · I/m · K, m, 1)."""
+        """Turns (O, I, *K) into (O · I/m · K, m, 1)."""
         _check_divides(x_OIK.shape[1], self.m, f"input channels for {self}")
         return rearrange(x_OIK, "o (i m) ... -> (o i ...) m 1", m=self.m)
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of ``fold``."""
+        """Inverts ``fold``."""
         x = rearrange(x_GUE, "(o i k) m 1 -> o (i m) k", o=shape[0], i=shape[1] // self.m)
         return x.reshape(shape)
 
 
 def _check_divides(size: int, divisor: int, what: str) -> None:
-    if size % divisor:
-        raise SettingError.of(
-            f"number of {what}",
-            f"a weight with {size} of them",
-            allowed=f"a multiple of {divisor}",
-            given=size,
-            remedy="Choose another granularity, or leave this weight out by exclude=.",
-        )
+    require(
+        size % divisor == 0,
+        f"number of {what}",
+        f"a weight with {size} of them",
+        allowed=f"a multiple of {divisor}",
+        given=size,
+        remedy="Choose another granularity, or leave this weight out by exclude=.",
+    )

@@ -1,4 +1,4 @@
-"""What a weight starts from when it grows: functions from a site to values of the weight's shape.
+"""What weights start from when they grow: functions from a site to values of the weight's shape.
 
 They see the new mask. Where a bound depends on the number of inputs, those that are active count, each output's
 for itself: a sparse neuron that starts as if it were dense hears too little.
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.masking.site import Site
 
 GrownInit = Callable[[Site], Tensor]
 
 
 def zeros(site: Site) -> Tensor:
-    """Zero: the output of the network does not change at an update, but for what was dropped."""
+    """Starts from zero: the network's output does not change at an update, but for what was dropped."""
     return torch.zeros_like(site.weight)
 
 
 def uniform_fan_out(site: Site) -> Tensor:
-    """Uniform in ±√(6 / number of outputs).
+    """Starts uniformly in ±√(6 / number of outputs).
 
     Reference: Mocanu et al. 2018 (SET).
     """
@@ -31,7 +31,7 @@ def uniform_fan_out(site: Site) -> Tensor:
 
 
 def uniform_fan_in(site: Site) -> Tensor:
-    """Uniform in ±1/√fan-in, the active inputs of each output being its fan-in.
+    """Starts uniformly in ±1/√fan-in, the active inputs of each output being its fan-in.
 
     Reference: the default of torch's linear and convolution layers, with the fan-in of Evci et al. 2022
     ("Gradient flow in sparse neural networks and how lottery tickets win").
@@ -41,9 +41,10 @@ def uniform_fan_in(site: Site) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalFanIn:
-    """Normal with mean 0 and variance ``gain``² / fan-in, the active inputs of each output being its fan-in.
+    """Starts normal with mean 0 and variance ``gain``² / fan-in, the active inputs of each output being its fan-in.
 
-    Errors: SettingError for a gain that is negative or infinite.
+    Raises:
+        SettingError: The gain is negative or infinite.
 
     Reference: Evci et al. 2022 ("Gradient flow in sparse neural networks and how lottery tickets win"), after He
     et al. 2015, whose gain is √2 for a layer before a ReLU.
@@ -52,9 +53,14 @@ class NormalFanIn:
     gain: float = 2**0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gain < float("inf"):
-            remedy = "√2 suits a layer before a ReLU."
-            raise SettingError.of("gain", "NormalFanIn", allowed="a number, 0 or more", given=self.gain, remedy=remedy)
+        require(
+            0 <= self.gain < float("inf"),
+            "gain",
+            "NormalFanIn",
+            allowed="a number, 0 or more",
+            given=self.gain,
+            remedy="√2 suits a layer before a ReLU.",
+        )
 
     def __call__(self, site: Site) -> Tensor:
         shape, dtype = site.weight.shape, torch.float32
@@ -63,7 +69,7 @@ class NormalFanIn:
 
 
 def stored(site: Site) -> Tensor:
-    """The weight itself: under a method's dense storage, it resumes the value it had under the mask.
+    """Starts from the weight itself: under a method's dense storage it resumes the value it had under the mask.
 
     Without such storage the weights under a mask are zero, and this is ``zeros``. Not a copy.
     """
@@ -71,6 +77,6 @@ def stored(site: Site) -> Tensor:
 
 
 def _fan_in(site: Site) -> Tensor:
-    """Active inputs of each output, 1 at least; (O, 1, ..., 1), in single precision."""
+    """Counts the active inputs of each output, 1 at least; (O, 1, ..., 1), in single precision."""
     num_O = site.mask.flatten(1).sum(dim=1).clamp(min=1).float()
     return num_O.view(-1, *(1,) * (site.mask.dim() - 1))

@@ -1,4 +1,4 @@
-"""Exact, deterministic top-k per group: the one place where ranks become masks.
+"""Selection: exact, deterministic top-k per group, the one place where scores become masks.
 
 Shapes: G groups, U units.
 """
@@ -27,11 +27,11 @@ def select_top(score_GU: Tensor, num_G: Tensor, *, among_GU: Tensor) -> Tensor:
 
 
 def _threshold(score_GU: Tensor, num_G: Tensor, among_GU: Tensor) -> Tensor:
-    """The score of the last unit to select in each group."""
+    """Returns the score of the last unit to select in each group."""
     if len(score_GU) == 1 and among_GU.any():
         candidates = score_GU[among_GU]  # a linear-time selection; sorting millions takes seconds
         return candidates.kthvalue(len(candidates) - max(int(num_G), 1) + 1).values[None]
-    ranked_GU = score_GU.masked_fill(~among_GU, -torch.inf).sort(dim=1, descending=True).values
+    best_first_GU = score_GU.masked_fill(~among_GU, -torch.inf).sort(dim=1, descending=True).values
     # where nothing is to be selected this is the best score: none lies above it, and no tie is counted in
     last_G1 = (num_G - 1).clamp(min=0)[:, None]
-    return ranked_GU.gather(1, last_G1)[:, 0]
+    return best_first_GU.gather(1, last_G1)[:, 0]

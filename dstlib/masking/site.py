@@ -1,4 +1,4 @@
-"""One sparse weight at one moment, as a criterion sees it."""
+"""Sites: one sparse weight at one moment, as a criterion sees it."""
 
 import hashlib
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Site:
         return f"Site({self.name!r}, step {self.step}, shape {tuple(self.weight.shape)})"
 
     def rand(self) -> Tensor:
-        """Uniform numbers in [0, 1) of the weight's shape, drawn on the CPU in float32 whatever the defaults."""
+        """Draws uniform numbers in [0, 1) of the weight's shape, on the CPU in float32 whatever the defaults."""
         return torch.rand(self.weight.shape, generator=self.generator, dtype=torch.float32, device="cpu").to(
             self.weight.device
         )
@@ -46,7 +46,7 @@ Criterion = Callable[[Site], Tensor]
 
 
 def site_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that is a function of (seed, step, name).
+    """Returns a CPU generator that is a function of (seed, step, name).
 
     >>> draws = [torch.rand(3, generator=site_generator(0, 7, "fc")) for _ in range(2)]
     >>> torch.equal(*draws)

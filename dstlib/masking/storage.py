@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.masking.criteria import plain_gradient
 from dstlib.masking.site import Criterion
 from dstlib.schedules import Constant
@@ -11,14 +11,15 @@ from dstlib.schedules import Constant
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """``trace ← decay · trace + of(site)``, at each step or at the last ``steps`` before an update.
+    """Gathered gradients: ``trace ← decay · trace + of(site)``, at each step or the last ``steps`` before an update.
 
-    With ``steps``, a trace begins anew after each update: ``Trace(steps=8)`` ranks like the mean gradient of
+    With ``steps``, a trace begins anew after each update: ``Trace(steps=8)`` orders like the mean gradient of
     eight steps. Without, it is never cleared, and goes on until the last update: ``Trace(decay=0.9)`` is a
     momentum that inactive weights have too, which the optimizer's, masked as it is, cannot be. Costs one tensor
     of the weight's size, and reads the dense gradient at every step it gathers.
 
-    Errors: SettingError for a decay outside [0, 1] or fewer than one step.
+    Raises:
+        SettingError: The decay lies outside [0, 1], or there is less than one step.
     """
 
     of: Criterion = plain_gradient
@@ -26,17 +27,27 @@ class Trace:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1:
-            remedy = "1 adds up; 0.9 forgets by a tenth a step."
-            raise SettingError.of("decay", "Trace", allowed="a number in [0, 1]", given=self.decay, remedy=remedy)
-        if self.steps is not None and self.steps < 1:
-            remedy = "None gathers at every step."
-            raise SettingError.of("steps", "Trace", allowed="1 or more", given=self.steps, remedy=remedy)
+        require(
+            0 <= self.decay <= 1,
+            "decay",
+            "Trace",
+            allowed="a number in [0, 1]",
+            given=self.decay,
+            remedy="1 adds up; 0.9 forgets by a tenth a step.",
+        )
+        require(
+            self.steps is None or self.steps >= 1,
+            "steps",
+            "Trace",
+            allowed="1 or more",
+            given=self.steps,
+            remedy="None gathers at every step.",
+        )
 
 
 @dataclass(frozen=True)
 class OverDensity:
-    """``strength`` / density.
+    """A pull of ``strength`` / density.
 
     >>> OverDensity(1e-4)(0.1)
     0.001
@@ -60,15 +71,19 @@ class DenseStorage:
     them do (a straight-through gradient). ``decay`` maps the density of a weight to the strength of the pull:
     its product with the weight is added to the gradient of what learns without being active.
 
-    Errors: SettingError for an ``extra`` outside (0, 1].
+    Raises:
+        SettingError: ``extra`` lies outside (0, 1].
     """
 
     extra: float | None = None
     decay: Callable[[float], float] = Constant(0.0)
 
     def __post_init__(self) -> None:
-        if self.extra is not None and not 0 < self.extra <= 1:
-            remedy = "None lets all weights learn; without dense storage none outside the mask do."
-            raise SettingError.of(
-                "extra", "DenseStorage", allowed="a density in (0, 1]", given=self.extra, remedy=remedy
-            )
+        require(
+            self.extra is None or 0 < self.extra <= 1,
+            "extra",
+            "DenseStorage",
+            allowed="a density in (0, 1]",
+            given=self.extra,
+            remedy="None lets all weights learn; without dense storage none outside the mask do.",
+        )

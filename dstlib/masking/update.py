@@ -1,4 +1,4 @@
-"""Drop then grow: from an old mask and two scores to a new mask with an exact number of active units.
+"""Mask updates, drop then grow: from an old mask and two scores to a new mask with an exact number of active units.
 
 This is the whole of dynamic sparse training; methods differ only in the data they pass.
 
@@ -50,7 +50,9 @@ def update_mask(
     neither dropped nor grown. Scores have the mask's shape; a unit's score is the mean over its elements;
     ties go to the lower index.
 
-    Errors: ScoreError for scores of another shape or not finite; SettingError for a fraction outside [0, 1].
+    Raises:
+        ScoreError: Scores have another shape, or are not finite.
+        SettingError: The fraction lies outside [0, 1].
 
     >>> from dstlib.masking import Element
     >>> w = torch.tensor([[4.0, -1.0, 0.0, 0.0]]); g = torch.tensor([[0.0, 0.1, 3.0, 2.0]])
@@ -94,7 +96,7 @@ def exchange(
 
 
 def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
-    """Spreads a decision per unit over the unit's elements: (G, U) → (O, I, *K).
+    """Spreads a decision per unit over the unit's elements, (G, U) → (O, I, *K).
 
     >>> from dstlib.masking import Channel
     >>> unit_mask(torch.tensor([[True, False]]), Channel(), torch.Size((2, 3)))
@@ -106,9 +108,10 @@ def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) ->
 
 
 def unit_score(score: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
-    """(O, I, *K) → (G, U): the mean over each unit, in single precision at least.
+    """Averages scores over each unit, (O, I, *K) → (G, U), in single precision at least.
 
-    Errors: ScoreError for scores of another shape than ``shape``, or not finite.
+    Raises:
+        ScoreError: Scores have another shape than ``shape``, or are not finite.
     """
     if not isinstance(score, Tensor) or score.shape != shape:
         raise ScoreError.of(

@@ -1,4 +1,4 @@
-"""When a method needs the gradients of inactive weights: found by trying out its criteria, not declared."""
+"""When a method reads dense gradients, those of inactive weights: found by trying out its criteria, not declared."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from dstlib.methods.method import Method
 
 @dataclass(frozen=True)
 class Reading:
-    """When a method needs the gradients of inactive weights: at the last ``steps`` steps up to each update.
+    """When a method reads the gradients of inactive weights: at the last ``steps`` steps up to each update.
 
     0 is never, 1 at the update alone, None at every step for as long as updates are to come.
     """
@@ -20,7 +20,7 @@ class Reading:
     steps: int | None
 
     def share(self, interval: int | None) -> float:
-        """The share of the steps between two updates, None being a fixed topology.
+        """Computes the share of such steps among those between two updates; None is a fixed topology.
 
         >>> Reading(1).share(100), Reading(None).share(100), Reading(8).share(4)
         (0.01, 1.0, 1.0)
@@ -36,7 +36,7 @@ class Reading:
 
 
 def find_reading(method: Method, layers: Mapping[str, torch.Size] | None = None) -> Reading:
-    """When a method needs dense gradients, by trying out its criteria.
+    """Finds when a method reads dense gradients, by trying out its criteria.
 
     Each is called twice on a small made-up site whose gradients differ in inactive weights alone: it needs them
     if what it says differs where it counts, for ``drop`` among the active weights only. So |w| + λ|g| to drop by
@@ -61,7 +61,7 @@ def find_reading(method: Method, layers: Mapping[str, torch.Size] | None = None)
 
 
 def examples(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
-    """The smallest layer of each number of axes, cut to 64 outputs and inputs: criteria may cost their cube."""
+    """Returns the smallest layer of each number of axes, cut to 64 outputs and inputs: criteria may cost their cube."""
     by_axes: dict[int, str] = {}
     for name, shape in shapes.items():
         if shape.numel() < shapes[by_axes.setdefault(len(shape), name)].numel():
@@ -88,14 +88,14 @@ def _needs(criterion: Criterion, method: Method, name: str, shape: torch.Size, *
 
 
 def _mask(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """About every second entry; some of both kinds, wherever there are two."""
+    """Draws about every second entry; some of both kinds, wherever there are two."""
     mask = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < 0.5
     mask.view(-1)[0], mask.view(-1)[-1] = True, False
     return mask
 
 
 def _sites(method: Method, name: str, shape: torch.Size, progress: float) -> Iterator[Site]:
-    """Two sites alike, but for the gradients outside the mask."""
+    """Yields two sites that differ in the gradients outside the mask."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def draw() -> Tensor:

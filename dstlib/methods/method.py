@@ -1,12 +1,13 @@
-"""A method of sparse training is a value: what drops, what grows, at which granularity, how much and when.
+"""What a method of sparse training is: a value that says what drops, what grows, as which units, how much and when.
 
 A variant is ``dataclasses.replace(RIGL, interval=500)``; a method of your own is a ``Method``. There is no
 class per method and nothing to register. The field's methods are in :mod:`dstlib.methods`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.masking import (
     NM,
     Allocator,
@@ -29,7 +30,7 @@ from dstlib.schedules import Clock, Constant, Cosine, Curve, Every, Never
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How masks start and change.
+    """A method of sparse training: how masks start and change.
 
     At each update the lowest-scoring share ``drop_fraction(progress)`` of the active units, by ``drop``, is
     dropped, and the highest by ``grow`` fill the target up. ``interval`` counts optimizer steps between updates;
@@ -46,8 +47,8 @@ class Method:
     it, ``skip_step`` leaves the optimizer's step out at an update, ``reset_state`` starts the optimizer's state
     of a weight afresh when its number of active units rises.
 
-    Errors: SettingError for a part that is not of its kind, or out of range, and for parts that exclude each
-    other.
+    Raises:
+        SettingError: A part is not of its kind, or out of range, or parts exclude each other.
 
     >>> from dataclasses import replace
     >>> from dstlib.methods import RIGL
@@ -78,74 +79,77 @@ class Method:
     reset_state: bool = False
 
     def __post_init__(self) -> None:
-        for name, holds, allowed, remedy in _checks(self):
-            if not holds:
-                given = repr(getattr(self, name))
-                raise SettingError.of(name, f"method {self.name}", allowed=allowed, given=given, remedy=remedy)
+        def check(name: str, holds: bool, allowed: str, remedy: str) -> None:
+            given = repr(getattr(self, name))
+            require(holds, name, f"method {self.name}", allowed=allowed, given=given, remedy=remedy)
+
+        _check_kinds(self, check)
+        _check_numbers(self, check)
+        _check_together(self, check)
 
     def clock(self, total_steps: int | None) -> Clock:
-        """When this method updates in a run of ``total_steps`` optimizer steps (None: of unknown length)."""
+        """Returns when this method updates in a run of ``total_steps`` optimizer steps (None: of unknown length)."""
         if self.interval is None:
             return Never()
         stop = None if total_steps is None else round_down(self.stop * total_steps)
         return Every(interval=self.interval, stop=stop)
 
     def density(self, target: float, progress: float, start: float | None = None) -> float:
-        """The density of a weight on its way from ``start``, ``start_density`` by default, to ``target``."""
+        """Computes the density of a weight on its way from ``start``, or else ``start_density``, to ``target``."""
         way = self._within("ramp", self.ramp(progress), "0 is the starting density, 1 the target.")
         return (1 - way) * (self.start_density if start is None else start) + way * target
 
     def with_surplus(self, density: float, progress: float) -> float:
-        """The density that holds until the next update, where ``density`` stays after it."""
+        """Computes the density that holds until the next update, where ``density`` stays after it."""
         surplus = self._within("surplus", self.surplus(progress), "0.1 adds a tenth of the active units.")
         return min(density * (1 + surplus), 1.0)
 
     def _within(self, name: str, value: float, remedy: str) -> float:
-        if not 0 <= value <= 1:
-            allowed = "values in [0, 1]"
-            raise SettingError.of(name, f"method {self.name}", allowed=allowed, given=value, remedy=remedy)
+        where = f"method {self.name}"
+        require(0 <= value <= 1, name, where, allowed="values in [0, 1]", given=value, remedy=remedy)
         return value
 
 
-_FUNCTIONS = ("drop", "grow", "distribution", "drop_fraction", "ramp", "surplus", "grown_init")
+_Check = Callable[[str, bool, str, str], None]  # of a field: whether it is right, what is allowed, a remedy
 
 
-def _checks(m: Method) -> list[tuple[str, bool, str, str]]:
-    """(field, whether it is right, what is allowed, remedy) of each part."""
-    folds = isinstance(m.granularity, Granularity) and not isinstance(m.granularity, type)
-    is_interval = m.interval is None or (type(m.interval) is int and m.interval >= 1)
+def _check_kinds(m: Method, check: _Check) -> None:
     some = "dstlib.masking has some, as has .schedules."
-    instances: tuple[tuple[str, type, str], ...] = (
-        ("trace", Trace, "Pass dstlib.masking.Trace(steps=8), say."),
-        ("storage", DenseStorage, "Pass dstlib.masking.DenseStorage(), say."),
+    for name in ("drop", "grow", "distribution", "drop_fraction", "ramp", "surplus", "grown_init"):
+        check(name, callable(getattr(m, name)), "a function", some)
+    check("init", callable(m.init) or isinstance(m.init, AtInit), "a criterion, or one of dstlib.at_init", some)
+    check("allocate", m.allocate is None or callable(m.allocate), "an allocator, or None", some)
+    trace, storage = "Pass dstlib.masking.Trace(steps=8), say.", "Pass dstlib.masking.DenseStorage(), say."
+    check("trace", isinstance(m.trace, Trace | None), "a Trace, or None", trace)
+    check("storage", isinstance(m.storage, DenseStorage | None), "a DenseStorage, or None", storage)
+    for name in ("regrow", "skip_step", "reset_state"):
+        check(name, type(getattr(m, name)) is bool, "True or False", "It is an option of the update.")
+    folds = isinstance(m.granularity, Granularity) and not isinstance(m.granularity, type)
+    check("granularity", folds, "a value that folds and unfolds", "Pass dstlib.Element(), say.")
+
+
+def _check_numbers(m: Method, check: _Check) -> None:
+    is_interval = m.interval is None or (type(m.interval) is int and m.interval >= 1)
+    check("interval", is_interval, "a whole number of steps from 1 up, or None", "None fixes the topology.")
+    check("stop", 0 < m.stop <= 1, "a share of the run in (0, 1]", "Pass 0.75; interval=None fixes the topology.")
+    starts = "1 starts dense; a ramp leads from it."
+    check("start_density", 0 < m.start_density <= 1, "a density in (0, 1]", starts)
+
+
+def _check_together(m: Method, check: _Check) -> None:
+    """Checks that no two parts exclude each other."""
+    check("skip_step", not (m.skip_step and m.storage), "False, with dense storage", "There the step comes first.")
+    check(
+        "allocate",
+        m.allocate is None or not isinstance(m.granularity, NM),
+        f"None, as {m.granularity} fixes the number of each weight",
+        "Choose another granularity to move units between weights.",
     )
-    flags = ("regrow", "skip_step", "reset_state")
-    shares = m.allocate is not None
-    return [
-        *((f, callable(getattr(m, f)), "a function", some) for f in _FUNCTIONS),
-        ("init", callable(m.init) or isinstance(m.init, AtInit), "a criterion, or one of dstlib.at_init", some),
-        ("allocate", m.allocate is None or callable(m.allocate), "an allocator, or None", some),
-        *(
-            (f, isinstance(getattr(m, f), kind | None), f"a {kind.__name__}, or None", hint)
-            for f, kind, hint in instances
-        ),
-        *((f, type(getattr(m, f)) is bool, "True or False", "It is an option of the update.") for f in flags),
-        ("granularity", folds, "a value that folds and unfolds", "Pass dstlib.Element(), say."),
-        ("interval", is_interval, "a whole number of steps from 1 up, or None", "None fixes the topology."),
-        ("stop", 0 < m.stop <= 1, "a share of the run in (0, 1]", "Pass 0.75; interval=None fixes the topology."),
-        ("start_density", 0 < m.start_density <= 1, "a density in (0, 1]", "1 starts dense; a ramp leads from it."),
-        ("skip_step", not (m.skip_step and m.storage), "False, with dense storage", "There the step comes first."),
-        (
-            "allocate",
-            not (shares and isinstance(m.granularity, NM)),
-            f"None, as {m.granularity} fixes the number of each weight",
-            "Choose another granularity to move units between weights.",
-        ),
-        ("surplus", not shares or m.surplus == Constant(0.0), "none, with an allocator", "Use one of the two."),
-        (
-            "init",
-            not isinstance(m.init, AtInit) or (m.ramp, m.surplus) == (Constant(1.0), Constant(0.0)),
-            "a criterion, as the first masks are not those of the target density",
-            "Use ramp=Constant(1.0) and no surplus.",
-        ),
-    ]
+    has_surplus = m.surplus != Constant(0.0)
+    check("surplus", m.allocate is None or not has_surplus, "none, with an allocator", "Use one of the two.")
+    check(
+        "init",
+        not isinstance(m.init, AtInit) or (m.ramp == Constant(1.0) and not has_surplus),
+        "a criterion, as the first masks are not those of the target density",
+        "Use ramp=Constant(1.0) and no surplus.",
+    )

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from dstlib.errors import SettingError, similar
+from dstlib.errors import require, similar
 from dstlib.masking import (
     NM,
     AdaptiveThreshold,
@@ -175,7 +175,7 @@ ACDC = Method(
     reference="Peste et al. 2021, AC/DC: alternating compressed/decompressed training of deep neural networks, "
     "NeurIPS, Algorithm 1, pruning all layers together. Deviates: phases are tenths of the run and begin at the "
     "next update, so give a run of many intervals.",
-    grow=magnitude,  # ranks nothing: what grows is everything
+    grow=magnitude,  # chooses nothing: what grows is everything
     drop_fraction=Constant(0.0),
     ramp=Alternating(),
     allocate=global_units,
@@ -267,19 +267,22 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 
 
 def find_method(method: str | Method) -> Method:
-    """The method of that name; a Method is its own answer.
+    """Returns the method of that name; a Method is its own answer.
+
+    Raises:
+        SettingError: There is none.
 
     >>> find_method("rigl").interval
     100
     """
     if isinstance(method, Method):
         return method
-    if not isinstance(method, str) or method not in METHODS:
-        raise SettingError.of(
-            "method",
-            "sparsify()",
-            allowed=f"one of {', '.join(METHODS)}, or a dstlib.Method",
-            given=repr(method),
-            remedy=f"Similar: {similar(str(method), METHODS)}.",
-        )
+    require(
+        isinstance(method, str) and method in METHODS,
+        "method",
+        "sparsify()",
+        allowed=f"one of {', '.join(METHODS)}, or a dstlib.Method",
+        given=repr(method),
+        remedy=f"Similar: {similar(str(method), METHODS)}.",
+    )
     return METHODS[method]

@@ -1,17 +1,20 @@
-"""When: from an optimizer step to "is an update due?" and "how far along are we?"."""
+"""Clocks: whether an update is due at an optimizer step, and how far along the run is."""
 
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class Every:
-    """Updates after each ``interval`` optimizer steps, later than ``start`` and no later than ``stop``.
+    """Mask updates after each ``interval`` optimizer steps, later than ``start`` and no later than ``stop``.
 
     Steps count from 1. Without a ``stop`` the updates never end and the progress stays 0, since an end is
     what it would be measured against. T_end of the literature, the last step with an update, is ``last``:
     curves end there, whether or not ``interval`` divides the range.
+
+    Raises:
+        SettingError: The interval is less than 1.
 
     >>> clock = Every(interval=100, stop=250)
     >>> [step for step in range(1, 400) if clock.due(step)], clock.progress(100)
@@ -23,14 +26,14 @@ class Every:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise SettingError.of(
-                "interval",
-                "the mask updates",
-                allowed="a whole number of optimizer steps, at least 1",
-                given=self.interval,
-                remedy="Pass 100, say, or None for a fixed topology.",
-            )
+        require(
+            self.interval >= 1,
+            "interval",
+            "the mask updates",
+            allowed="a whole number of optimizer steps, at least 1",
+            given=self.interval,
+            remedy="Pass 100, say, or None for a fixed topology.",
+        )
 
     @property
     def last(self) -> int | None:
@@ -40,7 +43,7 @@ class Every:
         return self.start + max(self.stop - self.start, 0) // self.interval * self.interval
 
     def latest(self, step: int) -> int:
-        """The last step with an update up to this one, itself included; 0 if there is none."""
+        """Returns the last step with an update up to this one, itself included; 0 if there is none."""
         until = step if self.last is None else min(step, self.last)
         elapsed = until - self.start
         return until - elapsed % self.interval if elapsed >= self.interval else 0
@@ -50,7 +53,7 @@ class Every:
         return 0 < step == self.latest(step)
 
     def progress(self, step: int) -> float:
-        """Share of the way from ``start`` to the last update, in [0, 1]."""
+        """Computes the share of the way from ``start`` to the last update, in [0, 1]."""
         if self.last is None:
             return 0.0
         if self.last == self.start:
@@ -60,22 +63,22 @@ class Every:
 
 @dataclass(frozen=True)
 class Never:
-    """No update ever: a fixed topology.
+    """No mask update ever: a fixed topology.
 
     >>> Never().due(100)
     False
     """
 
     def latest(self, step: int) -> int:
-        """There is none: 0."""
+        """Returns 0: there is none."""
         return 0
 
     def due(self, step: int) -> bool:
-        """Never."""
+        """Returns False: the masks never change."""
         return False
 
     def progress(self, step: int) -> float:
-        """Always at the end: the target density holds from the first step on."""
+        """Returns 1: the target density holds from the first step on."""
         return 1.0
 
 

@@ -1,4 +1,4 @@
-"""How much: curves from progress to a value.
+"""Curves: how much, by the progress of a run.
 
 A curve is any callable of one number, the progress of a run in [0, 1]; the ones here are frozen values, so
 they print, compare, pickle and vary by :func:`dataclasses.replace`. Progress outside [0, 1] counts as the
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 Curve = Callable[[float], float]
 
@@ -34,7 +34,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """A straight line.
+    """A straight line from ``start`` to ``end``.
 
     >>> Linear(0.4)(0.75)
     0.1
@@ -69,7 +69,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Cubic:
-    """Fast first, slow at the end.
+    """A cubic from ``start`` to ``end``: fast first, slow at the end.
 
     Reference: Zhu & Gupta 2017, eq. 1: s_f + (s_i - s_f)(1 - (t - t0)/(nΔt))³.
 
@@ -87,7 +87,7 @@ class Cubic:
 
 @dataclass(frozen=True)
 class InversePower:
-    """``start`` · (1 - progress)^``power``.
+    """A power of what is left: ``start`` · (1 - progress)^``power``.
 
     Reference: Evci et al. 2020 (RigL), appendix on alternative schedules.
 
@@ -108,6 +108,9 @@ class Alternating:
 
     A dense phase that would reach past ``settle`` ends there.
 
+    Raises:
+        SettingError: Not 0 ≤ warmup ≤ settle ≤ 1, or no phase.
+
     Reference: Peste et al. 2021 (AC/DC), section 3: a dense warm-up, alternating phases, a long sparse end.
 
     >>> [Alternating()(progress) for progress in (0.0, 0.1, 0.2, 0.3, 0.99)]
@@ -119,15 +122,14 @@ class Alternating:
     settle: float = 0.75
 
     def __post_init__(self) -> None:
-        if not (0 <= self.warmup <= self.settle <= 1 and self.phase > 0):
-            given = (self.warmup, self.phase, self.settle)
-            raise SettingError.of(
-                "warmup, phase, settle",
-                "Alternating",
-                allowed="0 ≤ warmup ≤ settle ≤ 1 and a phase above 0",
-                given=given,
-                remedy="All are shares of the run.",
-            )
+        require(
+            0 <= self.warmup <= self.settle <= 1 and self.phase > 0,
+            "warmup, phase, settle",
+            "Alternating",
+            allowed="0 ≤ warmup ≤ settle ≤ 1 and a phase above 0",
+            given=(self.warmup, self.phase, self.settle),
+            remedy="All are shares of the run.",
+        )
 
     def __call__(self, progress: float) -> float:
         p = _clamp(progress)
