@@ -22,7 +22,7 @@ from cifar10_data import open_images
 from cifar10_training import CHOICES, PRESETS, UPDATES, Settings, train, write_result
 
 from dstlib.command_line import make_parser, run_command
-from dstlib.errors import SettingError
+from dstlib.errors import SettingError, require
 from dstlib.report import align
 
 HELP = {
@@ -45,7 +45,7 @@ HELP = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: every setting, of which those left out are the preset's."""
+    """Returns the command line: every setting, of which those left out are the preset's."""
     lines = make_parser(__doc__)
     lines.add_argument("--preset", choices=PRESETS, help="(default: vit for --model vit, else quick)")
     lines.add_argument(
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_setting(lines: argparse.ArgumentParser, name: str) -> None:
-    """An option for a setting, with what it is in each preset."""
+    """Adds an option for a setting, with what it is in each preset."""
     values = {preset: getattr(settings, name) for preset, settings in PRESETS.items()}
     first = next(iter(values.values()))
     alike = all(value == first for value in values.values())
@@ -82,34 +82,42 @@ def add_setting(lines: argparse.ArgumentParser, name: str) -> None:
 
 
 def chosen(options: argparse.Namespace) -> Settings:
-    """The preset with the settings of the command line."""
+    """Returns the preset with the settings of the command line."""
     preset = PRESETS[options.preset or ("vit" if options.model == "vit" else "quick")]
     given = {field.name: getattr(options, field.name) for field in fields(Settings)}
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Threads and device, refused now rather than when the images are read.
+    """Sets threads and checks the device, now rather than when the images are read.
 
     Raises:
         SettingError: There is no such device, or fewer than one thread.
     """
     if options.threads is not None:
-        if options.threads < 1:
-            remedy = "Leave it out for torch's own choice."
-            given = options.threads
-            raise SettingError.of("--threads", "the command line", allowed="1 or more", given=given, remedy=remedy)
+        require(
+            options.threads >= 1,
+            "--threads",
+            "the command line",
+            allowed="1 or more",
+            given=options.threads,
+            remedy="Leave it out for torch's own choice.",
+        )
         torch.set_num_threads(options.threads)
     try:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        allowed, given = "a device of this machine", f"{options.device!r}: {str(error).splitlines()[0]}"
-        remedy = "Pass cpu, or leave it out."
-        raise SettingError.of("--device", "the command line", allowed=allowed, given=given, remedy=remedy) from error
+        raise SettingError.of(
+            "--device",
+            "the command line",
+            allowed="a device of this machine",
+            given=f"{options.device!r}: {str(error).splitlines()[0]}",
+            remedy="Pass cpu, or leave it out.",
+        ) from error
 
 
 def table(result: dict[str, Any]) -> str:
-    """What a run came to, in a row."""
+    """Returns what a run came to, in a row."""
     s = result["settings"]
     row = (s["model"], s["method"], f"{result['accuracy']:.2%}", f"{result['density']:.4f}", f"{result['params']:,}")
     costs = (f"{result['flops_share']:.1%}", f"{result['seconds']:.0f} s")

@@ -37,7 +37,7 @@ class Images:
     test_labels: Tensor
 
     def to(self, device: str, *, first: int | None = None) -> "Images":
-        """The same on a device, with the first so many to train on (None: all)."""
+        """Moves the images to a device, with the first so many to train on (None: all)."""
         tensors = {
             "train": self.train[:first],
             "train_labels": self.train_labels[:first],
@@ -48,7 +48,7 @@ class Images:
 
 
 def open_images(folder: Path | None) -> Images:
-    """CIFAR-10 from a folder, or procedural images without one.
+    """Reads CIFAR-10 from a folder, or draws procedural images without one.
 
     The folder holds cifar10_train.npz and cifar10_test.npz, or the official binary files (*_batch*.bin), or the
     official folder of them.
@@ -79,7 +79,7 @@ def open_images(folder: Path | None) -> Images:
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels of an npz with ``jpeg`` (uint8, all files end to end), ``offsets`` (N + 1) and ``labels``."""
+    """Reads images and labels of an npz: ``jpeg`` (uint8, all files end to end), ``offsets`` (N + 1), ``labels``."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -109,7 +109,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_binary(path: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels of one file of the official binary layout."""
+    """Reads images and labels of one file of the official binary layout."""
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -122,7 +122,7 @@ def read_binary(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _arrays(path: Path) -> Mapping[str, NDArray[np.generic]]:
-    """The arrays of an npz that are looked for; any damage is one error."""
+    """Reads the arrays of an npz that are looked for; any damage is one error."""
     if not path.is_file():
         _refuse("file", path, allowed="a file", given="none")
     try:
@@ -157,7 +157,7 @@ def _refuse(what: str, path: Path, *, allowed: str, given: object) -> NoReturn:
 
 
 def drawn(num: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Procedural images: one of five shapes with one of two textures, in any colour, place and size, over noise."""
+    """Draws images: one of five shapes with one of two textures, in any colour, place and size, over noise."""
     generator = generator_of(seed, 0, "shapes")
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -186,13 +186,13 @@ def drawn(num: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def generator_of(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that is a function of (seed, step, name) alone."""
+    """Makes a CPU generator that is a function of (seed, step, name) alone."""
     digest = hashlib.blake2b(f"{seed}:{step}:{name}".encode(), digest_size=7).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
 def batch_indices(num: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Which images (B,) the batch of a step holds: each pass over them has an order of its own, and none is left out.
+    """Chooses the images (B,) of a step: each pass over them has an order of its own, and none is left out.
 
     >>> torch.cat([batch_indices(6, 4, seed=0, step=s) for s in range(3)]).sort().values.tolist()
     [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -209,7 +209,7 @@ def _order(num: int, seed: int, number: int) -> Tensor:
 
 
 def augmented(images: Tensor, *, crop: int, seed: int, step: int) -> Tensor:
-    """Flips, and random crops after padding by ``crop``, of a batch (B, C, H, W): a pure function of seed and step."""
+    """Flips and crops a batch (B, C, H, W) at random, padded by ``crop`` before: a pure function of seed and step."""
     generator, num = generator_of(seed, step, "augment"), len(images)
     top, left = torch.randint(2 * crop + 1, (2, num, 1), generator=generator)
     flip = torch.rand(num, 1, generator=generator) < 0.5
@@ -221,6 +221,6 @@ def augmented(images: Tensor, *, crop: int, seed: int, step: int) -> Tensor:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Float images (B, C, H, W) of uint8 ones, channels-last in memory."""
+    """Makes float images (B, C, H, W) of uint8 ones, channels-last in memory."""
     mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) * 255 for value in (MEAN, STD))
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)

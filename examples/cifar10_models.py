@@ -12,7 +12,7 @@ SMALL = ((24, 2), (48, 2), (48, 1), (96, 2), (128, 2))  # channels and stride of
 
 
 def small(num_classes: int) -> nn.Module:
-    """Five convolutions and a classifier: 186 thousand parameters, 3.3 million multiply-adds."""
+    """Builds five convolutions and a classifier: 186 thousand parameters, 3.3 million multiply-adds."""
     layers: list[nn.Module] = []
     width = 3
     for channels, stride in SMALL:
@@ -64,7 +64,7 @@ class WideResNet(nn.Module):
 
 
 def vit(num_classes: int) -> nn.Module:
-    """timm's vision transformer, 4 blocks of width 128 over 8×8 patches of 4×4 pixels.
+    """Builds timm's vision transformer, 4 blocks of width 128 over 8×8 patches of 4×4 pixels.
 
     Raises:
         SettingError: timm is not installed, or does not load.

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 import dstlib
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import StateError, require
 from dstlib.masking import erk, uniform
 
 UPDATES = 60  # mask updates that a short run would have, if they went on to its end
@@ -41,7 +41,8 @@ CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
 class Settings:
     """All that decides what a run learns. ``sparsity`` does not count where the method is dense.
 
-    Errors: SettingError for a setting out of range.
+    Raises:
+        SettingError: A setting is out of range.
     """
 
     model: str = "small"
@@ -75,9 +76,7 @@ class Settings:
             ("sparsity", 0 <= self.sparsity < 1, "a share in [0, 1)"),
         ]
         for name, holds, allowed in checks:
-            if not holds:
-                given, remedy = repr(getattr(self, name)), "See --help."
-                raise SettingError.of(name, "the run", allowed=allowed, given=given, remedy=remedy)
+            require(holds, name, "the run", allowed=allowed, given=repr(getattr(self, name)), remedy="See --help.")
 
 
 PRESETS: Mapping[str, Settings] = MappingProxyType(
@@ -92,7 +91,7 @@ PRESETS: Mapping[str, Settings] = MappingProxyType(
 
 
 def learning_rate(settings: Settings, step: int, total_steps: int) -> float:
-    """The learning rate of a step, from 0.
+    """Returns the learning rate of a step, from 0.
 
     >>> rates = [learning_rate(PRESETS["published"], step, 97_656) for step in (0, 29_999, 30_000, 97_655)]
     >>> [round(rate, 6) for rate in rates]
@@ -107,7 +106,7 @@ def learning_rate(settings: Settings, step: int, total_steps: int) -> float:
 
 
 def method_of(settings: Settings, total_steps: int) -> dstlib.Method:
-    """The method as this run uses it: intervals are meant for long runs, so the same rule shortens all of them."""
+    """Returns the method as this run uses it: intervals are for long runs, so the same rule shortens all of them."""
     method = dstlib.METHODS[settings.method]
     if method.interval is not None:
         scaled = min(method.interval, max(1, total_steps // UPDATES))
@@ -162,7 +161,7 @@ def train(settings: Settings, images: Images, *, device: str = "cpu", show: bool
 
 @torch.no_grad()
 def accuracy_on(model: nn.Module, images: Images) -> float:
-    """The share of the test images that the model names rightly; the model is left in training mode."""
+    """Returns the share of test images that the model names rightly; the model is left in training mode."""
     model.eval()
     right = sum(
         int((model(normalized(x)).argmax(1) == y).sum())
@@ -173,11 +172,15 @@ def accuracy_on(model: nn.Module, images: Images) -> float:
 
 
 def _ends(settings: Settings, num: int) -> list[int]:
-    """The step at which each epoch ends; batches run on over the ends, so that no image is left out."""
-    if settings.batch_size > num:
-        remedy = "Lower it, or take more images."
-        given = settings.batch_size
-        raise SettingError.of("batch_size", "the run", allowed=f"at most {num}", given=given, remedy=remedy)
+    """Returns the step at which each epoch ends; batches run on over the ends, so that no image is left out."""
+    require(
+        settings.batch_size <= num,
+        "batch_size",
+        "the run",
+        allowed=f"at most {num}",
+        given=settings.batch_size,
+        remedy="Lower it, or take more images.",
+    )
     return [epoch * num // settings.batch_size for epoch in range(1, settings.epochs + 1)]
 
 
@@ -199,7 +202,7 @@ def _sparsified(
 
 
 def _costs(model: nn.Module, sparsifier: dstlib.Sparsifier | None) -> dict[str, Any]:
-    """Parameters and FLOPs of the trained network, beside those of its dense twin; ends the masking."""
+    """Counts parameters and FLOPs of the trained network, beside those of its dense twin; ends the masking."""
     dense, trained = (dstlib.profile(model, (1, 3, 32, 32), sparsifier=masks) for masks in (None, sparsifier))
     density = sparsifier.summary().density if sparsifier else 1.0
     if sparsifier:
@@ -209,13 +212,18 @@ def _costs(model: nn.Module, sparsifier: dstlib.Sparsifier | None) -> dict[str, 
 
 
 def _check_loss(loss: float, epoch: int) -> None:
-    if not math.isfinite(loss):
-        allowed, remedy = "a finite number", "Lower --learning-rate, or raise --warmup."
-        raise SettingError.of("loss", f"epoch {epoch}", allowed=allowed, given=loss, remedy=remedy)
+    require(
+        math.isfinite(loss),
+        "loss",
+        f"epoch {epoch}",
+        allowed="a finite number",
+        given=loss,
+        remedy="Lower --learning-rate, or raise --warmup.",
+    )
 
 
 def _with_bar(steps: range, title: str, *, show: bool) -> Iterable[int]:
-    """The steps, behind a progress bar where one is wanted and tqdm is installed."""
+    """Returns the steps, behind a progress bar where one is wanted and tqdm is installed."""
     if not show or find_spec("tqdm") is None:
         return steps
     from tqdm import tqdm

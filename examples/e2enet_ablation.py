@@ -47,7 +47,7 @@ FULL = {"kernel_size": (3, 3, 3), "shift": None}
 
 
 def tables(base: E2ENetConfig, interval: int) -> dict[str, tuple[Cell, ...]]:
-    """Every table of the grid, around a network."""
+    """Returns every table of the grid, around a network."""
     wider = tuple(round(width * 58 / 48) for width in base.channels)  # the paper's wider network starts at 58
     return {
         "components": (
@@ -107,7 +107,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def refuse_other_grid(folder: Path, asked: dict[str, object]) -> None:
-    """Cells of one folder are of one grid: other settings want another folder."""
+    """Checks that the cells of a folder are of one grid: other settings want another folder."""
     record = folder / "grid.json"
     if not record.exists():
         make_folder(folder)
@@ -130,7 +130,7 @@ def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> No
 
 
 def table(title: str, rows: Mapping[str, list[Row]]) -> str:
-    """Mean over the seeds, with its standard error where there are several."""
+    """Returns the means over the seeds, with their standard errors where there are several."""
     cells = [(title, "mDice", "mNSD", "params, M", "FLOPs, G", "seeds")]
     for name, runs in rows.items():
         quality = (spread([run.dice for run in runs]), spread([run.scores.get("mNSD", float("nan")) for run in runs]))
@@ -145,7 +145,7 @@ def spread(values: list[float]) -> str:
 
 
 def slug(name: str) -> str:
-    """The name as a folder's.
+    """Returns the name as a folder's.
 
     >>> slug("depth (-1, 0, 1), 1×3×3")
     'depth-m1-0-1-1x3x3'

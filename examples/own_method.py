@@ -69,7 +69,7 @@ NUM_INPUTS, NUM_USEFUL = 64, 8
 
 
 def check() -> None:
-    """Is all of it sound? A law that is broken raises a LawError, which says on which input, and what to do."""
+    """Checks that all of it is sound: a broken law raises a LawError, which says on which input, and what to do."""
     check_criterion(pull_then_size)
     check_granularity(Input())
     check_curve(Restarts(0.5), low=0.0, high=1.0)
@@ -92,7 +92,7 @@ class Task:
 
 
 def train(task: Task, method: dstlib.Method | None, *, steps: int, seed: int) -> dstlib.Sparsifier | None:
-    """A loop like any other; prints the accuracy on new data."""
+    """Trains in a loop like any other; prints the accuracy on new data."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(NUM_INPUTS, 64), nn.ReLU(), nn.Linear(64, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

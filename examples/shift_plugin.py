@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import dstlib
 from dstlib.command_line import make_parser, run_command
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.layers import add_depth_shift
 from dstlib.layers.shift import AXES
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
@@ -67,7 +67,7 @@ NETWORKS = {"dynunet": dynunet, "unet": monai_unet, "plainconvunet": plain_conv_
 
 
 def scans(num_scans: int) -> tuple[Tensor, Tensor]:
-    """Normalised phantoms: images (N, 1, D, H, W), labels (N, 1, D, H, W)."""
+    """Draws normalised phantoms: images (N, 1, D, H, W), labels (N, 1, D, H, W)."""
     drawn = phantoms(num_scans, shape=SHAPE)
     normalize = MriNormalization()  # to mean 0 and deviation 1, which is all that a demonstration needs
     images = torch.stack([torch.from_numpy(normalize.apply(case.image[0]))[None] for case in drawn.cases])
@@ -75,7 +75,7 @@ def scans(num_scans: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, *, steps: int) -> None:
-    """One scan per step, in turn; prints the mean loss of each fifth of the run."""
+    """Trains on one scan per step, in turn; prints the mean loss of each fifth of the run."""
     criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
     losses: list[float] = []
     for step in tqdm(range(steps), desc="train", unit="it"):
@@ -98,9 +98,14 @@ def cost(title: str, model: nn.Module, sparsifier: dstlib.Sparsifier | None = No
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     for name, least in (("steps", 1), ("scans", 1), ("interval", 1)):
-        if (given := getattr(options, name)) < least:
-            allowed, remedy = f"a number from {least} up", "Leave it out for the default."
-            raise SettingError.of(f"--{name}", "the command line", allowed=allowed, given=given, remedy=remedy)
+        require(
+            getattr(options, name) >= least,
+            f"--{name}",
+            "the command line",
+            allowed=f"a number from {least} up",
+            given=getattr(options, name),
+            remedy="Leave it out for the default.",
+        )
     return options
 
 

@@ -28,7 +28,7 @@ TRAINERS = ("nnUNetTrainerDST", "nnUNetTrainerE2ENet", "nnUNetTrainerE2ENetDST")
 
 
 def name_settings(name: str) -> tuple[str, dict[str, Any]]:
-    """The trainer that a name begins with, and the settings that its other parts ask for.
+    """Reads a name: the trainer that it begins with, and the settings that its other parts ask for.
 
     Raises:
         AttributeError: the name is not of this grammar; so nnU-Net goes on searching elsewhere.
@@ -55,7 +55,7 @@ def name_settings(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _parts(rest: str) -> list[str]:
-    """What stands between underscores, of which the names of methods have some themselves."""
+    """Splits at underscores, of which the names of methods have some themselves."""
     methods = "|".join(sorted(METHODS, key=len, reverse=True))
     parts = re.findall(rf"(?:{methods})(?=_|$)|[^_]+", rest)
     return parts if parts and "_".join(parts) == rest else rest.split("_")
@@ -75,7 +75,7 @@ def _setting(part: str, name: str) -> tuple[str, Any]:
 
 @cache
 def trainer_named(name: str) -> type:
-    """The trainer of that name: always the same class.
+    """Returns the trainer of a name: always the same class.
 
     Raises:
         AttributeError: the name is none of dstlib's.
@@ -106,5 +106,5 @@ def _stock_trainer() -> type:
 
 
 def __getattr__(name: str) -> type:
-    """``from dstlib.integrations.nnunet import nnUNetTrainerDST_90``, to subclass it."""
+    """Returns a trainer: ``from dstlib.integrations.nnunet import nnUNetTrainerDST_90``, to subclass it."""
     return trainer_named(name)

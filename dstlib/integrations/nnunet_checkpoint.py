@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstlib.errors import StateError
+from dstlib.errors import StateError, require
 from dstlib.files import write_whole
 
 KEY = "dstlib"
@@ -35,7 +35,7 @@ class Exported(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of nnU-Net, on the CPU: tensors, numbers and plain containers, and nothing that runs code.
+    """Reads a checkpoint of nnU-Net: tensors on the CPU, numbers and plain containers, and nothing that runs code.
 
     Raises:
         StateError: There is no such file, it is damaged, or it is not a checkpoint of nnU-Net.
@@ -65,26 +65,29 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def sparse_part(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What dstlib has put into a checkpoint: ``settings`` and the state of the ``sparsifier``.
+    """Returns what dstlib has put into a checkpoint: ``settings`` and the state of the ``sparsifier``.
 
     Raises:
         StateError: Nothing, or something of another version.
     """
     part = checkpoint.get(KEY)
-    if not isinstance(part, dict) or part.get("version") != VERSION:
-        given = "none" if part is None else f"version {part.get('version') if isinstance(part, dict) else None}"
+    version = part.get("version") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or version != VERSION:
         raise StateError.of(
             f"key {KEY!r}",
             where,
             allowed=f"the masks of a sparse training, version {VERSION}",
-            given=given,
+            given="none" if part is None else f"version {version}",
             remedy=f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks.",
         )
     return part
 
 
 def refuse_other_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
-    """Raises a StateError that names each setting in which a training differs from the one that was saved.
+    """Refuses a training that differs from the one that was saved, naming each setting that does.
+
+    Raises:
+        StateError: A setting differs.
 
     >>> refuse_other_settings({"sparsity": 0.8, "seed": 0}, {"sparsity": 0.9, "seed": 0}, "checkpoint_latest.pth")
     Traceback (most recent call last):
@@ -93,10 +96,9 @@ def refuse_other_settings(saved: Mapping[str, Any], settings: Mapping[str, Any],
 with the trainer and the settings that it was saved with.
     """
     names = [name for name in sorted({*saved, *settings}) if saved.get(name) != settings.get(name)]
-    if names:
-        allowed, given = (", ".join(f"{name} {side.get(name)}" for name in names) for side in (saved, settings))
-        remedy = "Continue with the trainer and the settings that it was saved with."
-        raise StateError.of("settings", where, allowed=allowed, given=given, remedy=remedy)
+    allowed, given = (", ".join(f"{name} {side.get(name)}" for name in names) for side in (saved, settings))
+    remedy = "Continue with the trainer and the settings that it was saved with."
+    require(not names, "settings", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
 
 
 def export_checkpoint(source: Path, target: Path) -> Exported:
@@ -108,38 +110,52 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
     """
     checkpoint = read_checkpoint(source)
     _refuse_e2enet(checkpoint, source)
-    if target.exists():
-        remedy = "Choose another name, or remove it first."
-        raise StateError.of("target", str(target), allowed="a new file", given="an existing one", remedy=remedy)
+    is_new, remedy = not target.exists(), "Choose another name, or remove it first."
+    require(
+        is_new, "target", str(target), allowed="a new file", given="an existing one", remedy=remedy, error=StateError
+    )
     counts = _count(checkpoint["network_weights"], sparse_part(checkpoint, source.name), source.name)
     stock = {key: value for key, value in checkpoint.items() if key != KEY} | {"trainer_name": STOCK}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, stock)
     written, given = read_checkpoint(target), checkpoint["network_weights"]
-    if KEY in written or written["trainer_name"] != STOCK or not _equal(written["network_weights"], given):
-        remedy = "Look at the disk, and repeat the command."
-        raise StateError.of("weights", str(target), allowed="those read", given="others", remedy=remedy)
+    require(
+        KEY not in written and written["trainer_name"] == STOCK and _equal(written["network_weights"], given),
+        "weights",
+        str(target),
+        allowed="those read",
+        given="others",
+        remedy="Look at the disk, and repeat the command.",
+        error=StateError,
+    )
     return counts
 
 
 def _refuse_e2enet(checkpoint: Mapping[str, Any], source: Path) -> None:
-    if any(name.startswith("fusion.") for name in checkpoint["network_weights"]):
-        raise StateError.of(
-            "network",
-            source.name,
-            allowed=f"one that {STOCK} builds from the plans",
-            given="an E2ENet",
-            remedy=f"Predict with the trainer that it was trained with, {checkpoint['trainer_name']}.",
-        )
+    require(
+        not any(name.startswith("fusion.") for name in checkpoint["network_weights"]),
+        "network",
+        source.name,
+        allowed=f"one that {STOCK} builds from the plans",
+        given="an E2ENet",
+        remedy=f"Predict with the trainer that it was trained with, {checkpoint['trainer_name']}.",
+        error=StateError,
+    )
 
 
 def _count(weights: Mapping[str, Tensor], part: Mapping[str, Any], where: str) -> Exported:
     masks = {name: saved["mask"] for name, saved in part["sparsifier"]["weights"].items()}
     for name, mask in masks.items():
         outside = int(torch.count_nonzero(weights[name][~mask]))
-        if outside:
-            remedy = "It was changed after the training; export the checkpoint that the training wrote."
-            raise StateError.of(name, where, allowed="zeros outside the mask", given=outside, remedy=remedy)
+        require(
+            outside == 0,
+            name,
+            where,
+            allowed="zeros outside the mask",
+            given=outside,
+            remedy="It was changed after the training; export the checkpoint that the training wrote.",
+            error=StateError,
+        )
     num_active = sum(int(mask.sum()) for mask in masks.values())
     return Exported(len(masks), num_active, sum(mask.numel() for mask in masks.values()))
 

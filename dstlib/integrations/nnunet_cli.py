@@ -29,7 +29,7 @@ Trainers: nnUNetTrainerDST (the planned U-Net, sparse), nnUNetTrainerE2ENet (den
 
 
 def search_path(present: str | None) -> str:
-    """The value for ``nnUNet_extTrainer``: the folder of dstlib, after those that the variable names already."""
+    """Returns the value for ``nnUNet_extTrainer``: dstlib's folder, after those that the variable names already."""
     folders = [folder for folder in (present or "").split(os.pathsep) if folder and Path(folder) != SHIM]
     return os.pathsep.join([*folders, str(SHIM)])
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.integrations.nnunet_training import Training
 from dstlib.targets import unwrap
 from dstlib.zoo.e2enet.config import E2ENetConfig
@@ -15,7 +15,7 @@ _HEADS = 4  # the paper's
 
 
 def planned_config(arch_kwargs: Mapping[str, Any], *, in_channels: int, num_classes: int) -> E2ENetConfig:
-    """The E2ENet of a plan: ``n_stages``, ``features_per_stage`` and ``strides`` are the plan's.
+    """Plans an E2ENet: ``n_stages``, ``features_per_stage`` and ``strides`` are the plan's.
 
     The rest is the paper's: kernels of 1×3×3 after a shift along depth, two Units per level, and up to four
     heads. nnU-Net's own kernel sizes, blocks and dropout do not apply.
@@ -28,15 +28,24 @@ def planned_config(arch_kwargs: Mapping[str, Any], *, in_channels: int, num_clas
     2
     """
     stages, strides = arch_kwargs["n_stages"], [_as_tuple(stride) for stride in arch_kwargs["strides"]]
-    checks = (
-        ("strides", all(len(s) == 3 for s in strides), "three axes", "E2ENet is three-dimensional: take 3d_fullres."),
-        ("strides[0]", set(strides[0]) == {1}, "1 on each axis", "The first level has the size of the image."),
-        ("n_stages", stages >= 3, "3 or more", "Plan with a larger patch."),
+    require(
+        all(len(stride) == 3 for stride in strides),
+        "strides",
+        "the plan",
+        allowed="three axes",
+        given=strides,
+        remedy="E2ENet is three-dimensional: take 3d_fullres.",
     )
-    given = {"strides": strides, "strides[0]": strides[0], "n_stages": stages}
-    for what, holds, allowed, remedy in checks:
-        if not holds:
-            raise SettingError.of(what, "the plan", allowed=allowed, given=given[what], remedy=remedy)
+    require(
+        set(strides[0]) == {1},
+        "strides[0]",
+        "the plan",
+        allowed="1 on each axis",
+        given=strides[0],
+        remedy="The first level has the size of the image.",
+    )
+    remedy = "Plan with a larger patch."
+    require(stages >= 3, "n_stages", "the plan", allowed="3 or more", given=stages, remedy=remedy)
     return E2ENetConfig(
         in_channels=in_channels,
         num_classes=num_classes,
@@ -60,7 +69,7 @@ class E2ENetTraining(Training):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The network, for training and for prediction alike."""
+        """Builds the network, for training and for prediction alike."""
         arch_kwargs = configuration_manager.network_arch_init_kwargs
         config = planned_config(arch_kwargs, in_channels=num_input_channels, num_classes=num_output_channels)
         network = E2ENet(config)
@@ -72,7 +81,7 @@ class E2ENetTraining(Training):
         return None if scales is None else scales[:_HEADS]
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Whether the network gives the logits of all heads, or of the finest alone."""
+        """Decides whether the network gives the logits of all heads, or of the finest alone."""
         network = unwrap(self.network)
         assert isinstance(network, E2ENet)
         network.deep_supervision = enabled

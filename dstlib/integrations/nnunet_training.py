@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.files import write_json
 from dstlib.integrations.nnunet_checkpoint import (
     KEY,
@@ -41,7 +41,7 @@ _CLIP = 12.0  # nnU-Net's bound on the norm of the gradient
 
 
 def ends(network: nn.Module) -> tuple[str, ...]:
-    """The weights of a U-Net of nnU-Net that read the image or write the classes.
+    """Names the weights of a U-Net of nnU-Net that read the image or write the classes.
 
     They are few, and each connection that one of them loses is an image or a class unseen; as in E2ENet, they
     stay dense.
@@ -71,10 +71,11 @@ class Training(Host):
             self.num_epochs = self.epochs
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
-        """nnU-Net's, unless all of their weights in the loss would be 0 / 0: it leaves the coarsest one out."""
+        """Returns nnU-Net's scales, unless all weights in the loss would be 0 / 0, as the coarsest is left out."""
         scales: list[list[float]] | None = super()._get_deep_supervision_scales()
-        if scales is not None and len(scales) < 2:
-            raise SettingError.of(
+        if scales is not None:
+            require(
+                len(scales) >= 2,
                 "n_stages",
                 f"configuration {self.configuration_name}",
                 allowed="3 or more, as nnU-Net's deep supervision leaves out the coarsest output",
@@ -100,7 +101,7 @@ class SparseTraining(Training):
     seed: int = 0
 
     def configure_optimizers(self) -> tuple[Optimizer, Any]:
-        """nnU-Net's optimizer and schedule. The network, compiled but not yet wrapped by DDP, becomes sparse."""
+        """Makes nnU-Net's optimizer and schedule. The network, compiled but not yet wrapped by DDP, becomes sparse."""
         optimizer, schedule = super().configure_optimizers()
         method = find_method(self.method)
         if self.interval is not None:
@@ -126,7 +127,7 @@ class SparseTraining(Training):
         self.print_to_log_file(f"dstlib: {self.sparse_settings()}\n{self.sparsifier.summary()}")
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """One optimizer step, as nnU-Net's, but gradients are masked before their norm is clipped."""
+        """Makes one optimizer step, as nnU-Net does, but masks gradients before their norm is clipped."""
         data, target = (_to(batch[key], self.device) for key in ("data", "target"))
         self.optimizer.zero_grad(set_to_none=True)
         is_cuda = self.device.type == "cuda"  # nnU-Net computes in half precision there alone
@@ -170,7 +171,7 @@ class SparseTraining(Training):
             self.print_to_log_file(f"dstlib: {summary}")
 
     def sparse_settings(self) -> dict[str, Any]:
-        """What a continued training must share with the one that was saved."""
+        """Returns what a continued training must share with the one that was saved."""
         plan = self.sparsifier.plan
         return {
             "method": plan.method.name,
@@ -183,7 +184,7 @@ class SparseTraining(Training):
         }
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint with the masks under one key of its own, written whole or not at all."""
+        """Writes nnU-Net's checkpoint with the masks under one key of its own, whole or not at all."""
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return

@@ -20,7 +20,7 @@ from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.checkpoint import network_config
 from dstlib.zoo.e2enet.cli import HELP
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
-from dstlib.zoo.e2enet.training import train as train_module
+from dstlib.zoo.e2enet.training import loop as loop_module
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 AMOS, HIPPOCAMPUS = EXAMPLES / "e2enet_amos.py", EXAMPLES / "e2enet_hippocampus.py"
@@ -64,14 +64,14 @@ def left_by(run):
 
 def batches_watched(monkeypatch, watch):
     """Calls ``watch(iteration)`` before the training sees a batch."""
-    draw = train_module.batches
+    draw = loop_module.batches
 
     def watched(*arguments, start, **options):
         for iteration, batch in enumerate(draw(*arguments, start=start, **options), start):
             watch(iteration)
             yield batch
 
-    monkeypatch.setattr(train_module, "batches", watched)
+    monkeypatch.setattr(loop_module, "batches", watched)
 
 
 def interrupt_at(iteration):
@@ -172,13 +172,13 @@ def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small):
     in_a_process(AMOS, *options, "--run-dir", whole, check=True)
     script = (
         "import os, runpy, signal, sys\n"
-        "from dstlib.zoo.e2enet.training import train\n"
-        "draw = train.batches\n"
+        "from dstlib.zoo.e2enet.training import loop\n"
+        "draw = loop.batches\n"
         "def deadly(*arguments, start, **options):\n"
         "    for i, batch in enumerate(draw(*arguments, start=start, **options), start):\n"
         "        if i == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "        yield batch\n"
-        "train.batches = deadly\n"
+        "loop.batches = deadly\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     wrapper = f"import sys; sys.argv = sys.argv[1:]\n{script}"

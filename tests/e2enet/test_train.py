@@ -13,13 +13,12 @@ from dstlib.errors import DstlibError, SettingError, StateError
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
-from dstlib.zoo.e2enet.training import train as module
-from dstlib.zoo.e2enet.training.interrupt import interruptible
+from dstlib.zoo.e2enet.training import loop as module
+from dstlib.zoo.e2enet.training.loop import interruptible, train, validate
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.run_directory import open_run
 from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
 from dstlib.zoo.e2enet.training.state import begin_from, start
-from dstlib.zoo.e2enet.training.train import train, validate
 
 CASES = phantoms(2, shape=(32, 40, 40)).cases
 PATCHES = PatchSettings(patch_size=(8, 16, 16), mirror=())

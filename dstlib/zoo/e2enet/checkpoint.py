@@ -1,6 +1,5 @@
-"""Networks that were trained, read back from their run directories to predict."""
+"""Checkpoints: networks that were trained, read back from their run directories to predict."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,32 +8,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from dstlib.errors import StateError
+from dstlib.errors import StateError, require
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.inference.predict import Trained
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
+from dstlib.zoo.e2enet.training.run_directory import read_left_by_run
 
 
 def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
-    """The networks of these runs as one ensemble: their folds, say.
+    """Reads the networks of some runs as one ensemble: their folds, say.
 
     A class is post-processed if every run found that it helps on the cases that it held out.
 
     Raises:
         StateError: A run is not finished, is damaged, or was not trained on the same data as the first.
     """
-    configs = [read_of_run(run / "config.json", "model", "width", "network", "patches", "data") for run in runs]
+    configs = [read_left_by_run(run / "config.json", "model", "width", "network", "patches", "data") for run in runs]
     first = configs[0]
     for run, config in zip(runs, configs, strict=True):
         for name in ("channels", "classes", "preparation"):
-            if config["data"][name] != first["data"][name]:
-                given, allowed = f"other {name}", f"a run on the same data as {runs[0]}"
-                remedy = "Average the folds of one data set."
-                raise StateError.of("data", f"run {run}", allowed=allowed, given=given, remedy=remedy)
+            require(
+                config["data"][name] == first["data"][name],
+                "data",
+                f"run {run}",
+                allowed=f"a run on the same data as {runs[0]}",
+                given=f"other {name}",
+                remedy="Average the folds of one data set.",
+                error=StateError,
+            )
     results = [run / "result.json" for run in runs]
-    processed = [set(read_of_run(file, "postprocessing")["postprocessing"]) for file in results if file.exists()]
+    processed = [set(read_left_by_run(file, "postprocessing")["postprocessing"]) for file in results if file.exists()]
     patches = first["patches"]
     return Trained(
         models=tuple(_network(run, config, device) for run, config in zip(runs, configs, strict=True)),
@@ -48,7 +53,7 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
 
 
 def on_engine(trained: Trained) -> Trained:
-    """The same networks by :func:`dstlib.accelerate`, which measures for some passes."""
+    """Puts the networks on the engine by :func:`dstlib.accelerate`, which measures for some passes."""
     from dstlib.engine.accelerate import accelerate  # not before it is asked for
 
     def fast(model: nn.Module) -> nn.Module:
@@ -62,7 +67,7 @@ def on_engine(trained: Trained) -> Trained:
 
 
 def network_config(values: dict[str, Any]) -> E2ENetConfig:
-    """The configuration that JSON has made lists of.
+    """Reads the configuration of a network, whose tuples JSON has made lists.
 
     >>> network_config({"channels": [8, 16], "strides": [[1, 2, 2]], "heads": 1}).strides
     ((1, 2, 2),)
@@ -84,35 +89,23 @@ def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
-        remedy = "It is written at the end of the training: continue it with --resume."
         raise StateError.of(
-            "model.pt", f"run {run}", allowed="a finished run", given="no such file", remedy=remedy
+            "model.pt",
+            f"run {run}",
+            allowed="a finished run",
+            given="no such file",
+            remedy="It is written at the end of the training: continue it with --resume.",
         ) from error
     # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
     except Exception as error:
-        given = f"a damaged or foreign file ({type(error).__name__})"
-        remedy = "Resume the run, which writes it anew."
         raise StateError.of(
-            "model.pt", f"run {run}", allowed="the weights of this run", given=given, remedy=remedy
+            "model.pt",
+            f"run {run}",
+            allowed="the weights of this run",
+            given=f"a damaged or foreign file ({type(error).__name__})",
+            remedy="Resume the run, which writes it anew.",
         ) from error
     return model.to(device)
-
-
-def read_of_run(file: Path, *names: str) -> dict[str, Any]:
-    """The content of a JSON file that a run has left, with these names in it.
-
-    Raises:
-        StateError: There is none, or it is something else.
-    """
-    remedy = "Pass the folder of a run that a recipe has finished; --resume finishes one that was stopped."
-    allowed, where = "a file that a run wrote", f"run {file.parent}"
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise StateError.of(file.name, where, allowed=allowed, given=error, remedy=remedy) from error
-    if not isinstance(content, dict) or not set(names) <= content.keys():
-        raise StateError.of(file.name, where, allowed=allowed, given="something else", remedy=remedy)
-    return content
 
 
 def _tupled(value: Any) -> Any:

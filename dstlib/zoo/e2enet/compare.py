@@ -5,15 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dstlib.errors import SettingError
-from dstlib.zoo.e2enet.checkpoint import read_of_run
+from dstlib.errors import require
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
+from dstlib.zoo.e2enet.training.run_directory import read_left_by_run
 
 
 def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = None, alpha: float = 0.5) -> str:
-    """A table of finished runs: mDice, mNSD, parameters, FLOPs by the paper's convention, PT score over all rows.
+    """Returns a table of finished runs: mDice, mNSD, parameters, FLOPs by the paper's convention, PT score.
 
     With ``pool`` the runs are the folds of one network: a further row has the scores over all their held-out cases.
 
@@ -21,9 +21,14 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
         SettingError: Nothing was published under the name ``beside``.
         StateError: A run is not finished.
     """
-    if beside is not None and beside not in PUBLISHED:
-        allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
-        raise SettingError.of("--beside", "compare", allowed=allowed, given=beside, remedy=remedy)
+    require(
+        beside is None or beside in PUBLISHED,
+        "--beside",
+        "compare",
+        allowed=f"one of {', '.join(PUBLISHED)}",
+        given=beside,
+        remedy="Leave it out to show the runs alone.",
+    )
     results = [_result(run) for run in runs]
     rows = [_row(run.name, result) for run, result in zip(runs, results, strict=True)]
     if pool:
@@ -38,7 +43,7 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
 
 
 def row_of(run: Path) -> Row:
-    """What a run came to, named by its folder."""
+    """Reads what a run came to, as a row that is named by its folder."""
     return _row(run.name, _result(run))
 
 
@@ -55,4 +60,4 @@ def _row(name: str, result: Mapping[str, Any]) -> Row:
 
 
 def _result(run: Path) -> dict[str, Any]:
-    return read_of_run(run / "result.json", "mean_dice", "mean_nsd", "cost", "patch_size")
+    return read_left_by_run(run / "result.json", "mean_dice", "mean_nsd", "cost", "patch_size")

@@ -8,34 +8,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, get_args
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.layers.blocks import Triple
 from dstlib.layers.shift import AXES, Axis
 
 ShiftKind = Literal["fixed", "interpolated", "rounded"]
 KINDS = get_args(ShiftKind)
-
-_WORDS = {  # what each setting may be, and the advice to who gave something else
-    "in_channels": ("a whole number from 1 up", "Count the modalities of an image."),
-    "num_classes": ("a whole number from 1 up", "Count the channels of a head."),
-    "channels": ("two or more whole numbers from 1 up", "Give the width of each level, finest first."),
-    "strides": (
-        "one triple of whole numbers from 1 up for each of channels but the first",
-        "Give the stride from each level to the next.",
-    ),
-    "kernel_size": ("three odd numbers from 1 up", "Flat across depth is (1, 3, 3)."),
-    "outer_kernel_size": ("None, or three odd numbers from 1 up", "The paper's variant has (3, 3, 3)."),
-    "shift": ("None, or at least one whole number of voxels", "The paper's is (-1, 0, 1)."),
-    "shift_axis": (" or ".join(AXES), "Name the axis to shift along."),
-    "shift_kind": (
-        f"{' or '.join(KINDS)}, and fixed where shift is None",
-        "A learned shift starts from the sizes in shift.",
-    ),
-    "heads": (
-        "a whole number from 1 up, less than the number of channels",
-        "The coarsest level has no head.",
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +65,56 @@ number of channels, got 4. The coarsest level has no head.
 
     def __post_init__(self) -> None:
         edges, outer, shift = len(self.channels) - 1, self.outer_kernel_size, self.shift
-        holds = {
-            "in_channels": _counts([self.in_channels]),
-            "num_classes": _counts([self.num_classes]),
-            "channels": edges >= 1 and _counts(self.channels),
-            "strides": len(self.strides) == edges and all(map(_is_triple, self.strides)),
-            "kernel_size": _is_kernel(self.kernel_size),
-            "outer_kernel_size": outer is None or _is_kernel(outer),
-            "shift": shift is None or (len(shift) > 0 and all(type(size) is int for size in shift)),
-            "shift_axis": self.shift_axis in AXES,
-            "shift_kind": self.shift_kind in (KINDS if shift is not None else ("fixed",)),
-            "heads": _counts([self.heads]) and self.heads <= edges,
-        }
-        for name, ok in holds.items():
-            if not ok:
-                allowed, remedy = _WORDS[name]
-                given = getattr(self, name)
-                raise SettingError.of(name, "E2ENetConfig", allowed=allowed, given=given, remedy=remedy)
+        count, kinds = "a whole number from 1 up", KINDS if shift is not None else ("fixed",)
+        checks = (
+            ("in_channels", _counts([self.in_channels]), count, "Count the modalities of an image."),
+            ("num_classes", _counts([self.num_classes]), count, "Count the channels of a head."),
+            (
+                "channels",
+                edges >= 1 and _counts(self.channels),
+                "two or more whole numbers from 1 up",
+                "Give the width of each level, finest first.",
+            ),
+            (
+                "strides",
+                len(self.strides) == edges and all(map(_is_triple, self.strides)),
+                "one triple of whole numbers from 1 up for each of channels but the first",
+                "Give the stride from each level to the next.",
+            ),
+            (
+                "kernel_size",
+                _is_kernel(self.kernel_size),
+                "three odd numbers from 1 up",
+                "Flat across depth is (1, 3, 3).",
+            ),
+            (
+                "outer_kernel_size",
+                outer is None or _is_kernel(outer),
+                "None, or three odd numbers from 1 up",
+                "The paper's variant has (3, 3, 3).",
+            ),
+            (
+                "shift",
+                shift is None or (len(shift) > 0 and all(type(size) is int for size in shift)),
+                "None, or at least one whole number of voxels",
+                "The paper's is (-1, 0, 1).",
+            ),
+            ("shift_axis", self.shift_axis in AXES, " or ".join(AXES), "Name the axis to shift along."),
+            (
+                "shift_kind",
+                self.shift_kind in kinds,
+                f"{' or '.join(KINDS)}, and fixed where shift is None",
+                "A learned shift starts from the sizes in shift.",
+            ),
+            (
+                "heads",
+                _counts([self.heads]) and self.heads <= edges,
+                "a whole number from 1 up, less than the number of channels",
+                "The coarsest level has no head.",
+            ),
+        )
+        for name, holds, allowed, remedy in checks:
+            require(holds, name, "E2ENetConfig", allowed=allowed, given=getattr(self, name), remedy=remedy)
 
     @property
     def divisor(self) -> Triple:

@@ -93,17 +93,26 @@ class E2ENet(nn.Module):
         return tuple(head(x) for head, x in zip(self.heads, finest_first, strict=False))
 
     def _check(self, x: Tensor) -> None:
-        where, given = "input of E2ENet", tuple(x.shape)
+        where, shape = "input of E2ENet", tuple(x.shape)
         channels, divisor = self.config.in_channels, self.config.divisor
         if x.ndim != 5 or x.shape[1] != channels:
-            allowed = f"(B, {channels}, D, H, W)"
-            remedy = "The config's in_channels says how many channels come in."
-            raise DataError.of("shape", where, allowed=allowed, given=given, remedy=remedy)
-        if any(extent % step for extent, step in zip(given[2:], divisor, strict=True)) or given[2:] == divisor:
-            # a single voxel at the coarsest level would have no variance to normalise by
-            allowed = f"D, H, W in multiples of {divisor}, and more than that"
-            remedy = "Pad or crop the image, or choose other strides."
-            raise DataError.of("size", where, allowed=allowed, given=given[2:], remedy=remedy)
+            raise DataError.of(
+                "shape",
+                where,
+                allowed=f"(B, {channels}, D, H, W)",
+                given=shape,
+                remedy="The config's in_channels says how many channels come in.",
+            )
+        size = shape[2:]
+        # a single voxel at the coarsest level would have no variance to normalise by
+        if size == divisor or any(extent % step for extent, step in zip(size, divisor, strict=True)):
+            raise DataError.of(
+                "size",
+                where,
+                allowed=f"D, H, W in multiples of {divisor}, and more than that",
+                given=size,
+                remedy="Pad or crop the image, or choose other strides.",
+            )
 
 
 def _key(stage: int, level: int) -> str:
@@ -124,7 +133,7 @@ def _kernel(config: E2ENetConfig, *, outer: bool) -> Triple:
 
 
 def _encoder_level(config: E2ENetConfig, level: int) -> nn.Sequential:
-    """Two Units; the first comes down from the level above with that stride."""
+    """Makes two Units, of which the first comes down from the level above with its stride."""
     width, kernel = config.channels[level - 1], _kernel(config, outer=True)
     above = config.in_channels if level == 1 else config.channels[level - 2]
     stride = (1, 1, 1) if level == 1 else config.strides[level - 2]

@@ -40,9 +40,13 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) == 1:
-            remedy = "DeepLabv3 normalises over the batch: train it with two or more."
-            allowed, given = "at least 2 in training", 1
-            raise DataError.of("batch", "DeepLabv3", allowed=allowed, given=given, remedy=remedy)
+            raise DataError.of(
+                "batch",
+                "DeepLabv3",
+                allowed="at least 2 in training",
+                given=1,
+                remedy="DeepLabv3 normalises over the batch: train it with two or more.",
+            )
         image = self.image(x.mean(dim=(2, 3, 4), keepdim=True)).expand(-1, -1, *x.shape[2:])
         joined: Tensor = self.join(torch.cat([*(branch(x) for branch in self.branches), image], dim=1))
         return joined
@@ -66,7 +70,7 @@ class DeepLabV3(nn.Module):
 
 
 def deeplabv3(request: Request) -> Segmenter:
-    """DeepLabv3 on MONAI's 3D ResNet-34, output stride 16.
+    """Builds DeepLabv3 on MONAI's 3D ResNet-34, output stride 16.
 
     Reference: Chen et al. (arXiv:1706.05587), where the trunk is a 2D ResNet-50 or -101 with a multi-grid last
     stage. Of the 3D ResNets it is the 34, without the 3×3 convolution of later heads, that has the 74.68 M
@@ -93,7 +97,7 @@ def deeplabv3(request: Request) -> Segmenter:
 
 
 def _trunk(resnet: Any) -> nn.Sequential:
-    """The convolutional part of MONAI's ResNet, the last stage dilated where it had a stride."""
+    """Returns the convolutional part of MONAI's ResNet, the last stage dilated where it had a stride."""
     for module in resnet.layer4.modules():
         if isinstance(module, nn.Conv3d):
             module.stride = (1, 1, 1)
@@ -104,7 +108,7 @@ def _trunk(resnet: Any) -> nn.Sequential:
 
 
 def _unit(in_channels: int, out_channels: int, *, rate: int | None = None) -> nn.Sequential:
-    """A convolution, 1×1×1 or 3×3×3 at a rate, with batch norm and ReLU."""
+    """Makes a convolution, 1×1×1 or 3×3×3 at a rate, with batch norm and ReLU."""
     kernel, padding = (1, 0) if rate is None else (3, rate)
     conv = nn.Conv3d(in_channels, out_channels, kernel, padding=padding, dilation=rate or 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm3d(out_channels), nn.ReLU(inplace=True))

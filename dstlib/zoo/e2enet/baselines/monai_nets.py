@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter, refuse_width
 
 HEAD_WIDTH = 64  # channels of one attention head of UNETR's ViT-Base
 
 
 def unetr(request: Request) -> Segmenter:
-    """UNETR: a ViT-Base on patches of 16³ voxels, and a convolutional decoder.
+    """Builds UNETR: a ViT-Base on patches of 16³ voxels, and a convolutional decoder.
 
     Its position embeddings fix the size of the input. A narrower one has fewer attention heads of the same 64
     channels.
@@ -39,7 +39,7 @@ def unetr(request: Request) -> Segmenter:
 
 
 def swin_unetr(request: Request) -> Segmenter:
-    """Swin UNETR with 48 features, windows of 7³; a narrower one has a multiple of 12.
+    """Builds Swin UNETR with 48 features, windows of 7³; a narrower one has a multiple of 12.
 
     Reference: Hatamizadeh et al., *Swin UNETR* (BrainLes 2021).
     """
@@ -54,7 +54,7 @@ def swin_unetr(request: Request) -> Segmenter:
 
 
 def vnet(request: Request) -> Segmenter:
-    """V-Net, in the one width that MONAI builds: 16 channels at the finest level, 256 at the coarsest.
+    """Builds V-Net, in the one width that MONAI has: 16 channels at the finest level, 256 at the coarsest.
 
     Raises:
         SettingError: another width, or a number of input channels that does not divide 16.
@@ -64,16 +64,20 @@ def vnet(request: Request) -> Segmenter:
     from monai.networks.nets import VNet
 
     refuse_width(request, "vnet", "MONAI builds V-Net in one width.")
-    if 16 % request.in_channels:
-        remedy = "V-Net adds the image to its 16 first features, so many times over."
-        allowed, given = "a divisor of 16", request.in_channels
-        raise SettingError.of("in_channels", "vnet", allowed=allowed, given=given, remedy=remedy)
+    require(
+        16 % request.in_channels == 0,
+        "in_channels",
+        "vnet",
+        allowed="a divisor of 16",
+        given=request.in_channels,
+        remedy="V-Net adds the image to its 16 first features, so many times over.",
+    )
     host = VNet(in_channels=request.in_channels, out_channels=request.num_classes)
     return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16))
 
 
 def unet_plus_plus(request: Request) -> Segmenter:
-    """UNet++ with the five levels and the widths of its paper: 32, 64, 128, 256, 512.
+    """Builds UNet++ with the five levels and the widths of its paper: 32, 64, 128, 256, 512.
 
     All its heads have full resolution; the one that has seen the whole nest comes first.
 

@@ -8,7 +8,7 @@ FEATURES, MOST_FEATURES = 32, 320  # of the finest level, doubling down to at mo
 
 
 def nnunet(request: Request) -> Segmenter:
-    """The plain convolutional U-Net of nnU-Net, with a head at each level but the coarsest.
+    """Builds the plain convolutional U-Net of nnU-Net, with a head at each level but the coarsest.
 
     Levels and strides are the config's. The widths are nnU-Net's own (32, 64, 128, ... up to 320) whatever
     those of the config: that is what nnU-Net would plan, and a narrower one would be no baseline. All kernels

@@ -1,32 +1,24 @@
-"""What is asked of a baseline, and the adapter that lets any host network answer as a segmenter does.
+"""Segmenters: what is asked of a baseline, and the adapter that lets any host network answer as a segmenter does.
 
 Shapes: B batch, C channels, K classes, D, H, W depth, height, width in voxels.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, require
 from dstlib.layers.blocks import Triple
 from dstlib.zoo.e2enet.config import E2ENetConfig
-
-_WORDS = {
-    "in_channels": ("a whole number from 1 up", "Count the modalities of an image."),
-    "num_classes": ("a whole number from 1 up", "Count the channels of the logits."),
-    "patch_size": ("three whole numbers from 1 up", "Give the depth, height and width that the network trains on."),
-    "config": ("an E2ENetConfig", "Its levels and strides are those of the network it is compared with."),
-    "width": ("a number above 0", "1 is the published network, 0.5 has half its channels."),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The network that is wanted.
+    """What is asked of a baseline.
 
     - ``patch_size``: the (D, H, W) that it trains on and predicts.
     - ``config``: of the E2ENet it stands beside; levels and strides are taken from it where the network has any.
@@ -43,31 +35,44 @@ class Request:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        size = self.patch_size
-        holds = {
-            "in_channels": _counts([self.in_channels]),
-            "num_classes": _counts([self.num_classes]),
-            "patch_size": isinstance(size, Sequence) and len(size) == 3 and _counts(size),
-            "config": isinstance(self.config, E2ENetConfig),
-            "width": isinstance(self.width, int | float) and 0 < self.width < math.inf,
-        }
-        for name in (f.name for f in fields(self) if not holds[f.name]):
-            allowed, remedy = _WORDS[name]
-            given = getattr(self, name)
-            raise SettingError.of(name, "build_model()", allowed=allowed, given=given, remedy=remedy)
+        size, count = self.patch_size, "a whole number from 1 up"
+        checks = (
+            ("in_channels", _counts([self.in_channels]), count, "Count the modalities of an image."),
+            ("num_classes", _counts([self.num_classes]), count, "Count the channels of the logits."),
+            (
+                "patch_size",
+                isinstance(size, Sequence) and len(size) == 3 and _counts(size),
+                "three whole numbers from 1 up",
+                "Give the depth, height and width that the network trains on.",
+            ),
+            (
+                "config",
+                isinstance(self.config, E2ENetConfig),
+                "an E2ENetConfig",
+                "Its levels and strides are those of the network it is compared with.",
+            ),
+            (
+                "width",
+                isinstance(self.width, int | float) and 0 < self.width < math.inf,
+                "a number above 0",
+                "1 is the published network, 0.5 has half its channels.",
+            ),
+        )
+        for name, holds, allowed, remedy in checks:
+            require(holds, name, "build_model()", allowed=allowed, given=getattr(self, name), remedy=remedy)
 
     def channels(self, number: int) -> int:
-        """``number`` of the published network, at this width; at least 1."""
+        """Scales a number of channels of the published network by the width; at least 1 is left."""
         return max(1, round(number * self.width))
 
     def padded_size(self, multiple: Triple) -> Triple:
-        """``patch_size``, each extent rounded up to its multiple."""
+        """Rounds each extent of ``patch_size`` up to its multiple."""
         depth, height, width = (math.ceil(n / m) * m for n, m in zip(self.patch_size, multiple, strict=True))
         return depth, height, width
 
 
 def one_head(output: Tensor) -> tuple[Tensor, ...]:
-    """The logits of a host that returns nothing but them."""
+    """Reads the logits of a host that returns nothing but them."""
     return (output,)
 
 
@@ -112,9 +117,13 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if x.ndim != 5 or x.shape[1] != self.in_channels:
-            allowed, given = f"(B, {self.in_channels}, D, H, W)", tuple(x.shape)
-            remedy = "The network was built for this number of channels."
-            raise DataError.of("shape", self._where, allowed=allowed, given=given, remedy=remedy)
+            raise DataError.of(
+                "shape",
+                self._where,
+                allowed=f"(B, {self.in_channels}, D, H, W)",
+                given=tuple(x.shape),
+                remedy="The network was built for this number of channels.",
+            )
         size = tuple(x.shape[2:])
         missing = [-extent % step for extent, step in zip(size, self.multiple, strict=True)]
         self._check(size, missing)
@@ -146,9 +155,12 @@ class Segmenter(nn.Module):
 
 
 def refuse_width(request: Request, name: str, remedy: str) -> None:
-    """Raises a SettingError where a network of one width only is asked for in another."""
-    if request.width != 1:
-        raise SettingError.of("width", name, allowed="1", given=request.width, remedy=remedy)
+    """Refuses another width than 1 for a network that has one width only.
+
+    Raises:
+        SettingError: Another width is asked for.
+    """
+    require(request.width == 1, "width", name, allowed="1", given=request.width, remedy=remedy)
 
 
 def _counts(numbers: Sequence[int]) -> bool:

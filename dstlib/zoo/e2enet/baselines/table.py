@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from dstlib.errors import SettingError, similar
+from dstlib.errors import SettingError, require, similar
 from dstlib.layers.blocks import Triple
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
@@ -57,7 +57,7 @@ def build_model(
     config: E2ENetConfig,
     width: float = 1.0,
 ) -> nn.Module:
-    """A network of :data:`BASELINES` as a segmenter: all of them train and predict in the same loop.
+    """Builds a network of :data:`BASELINES` as a segmenter: all of them train and predict in the same loop.
 
     Its attribute ``deep_supervision`` decides whether forward gives a tuple of logits, finest first, or the
     finest alone. ``num_classes`` are the channels of the logits. ``config`` is that of the E2ENet under
@@ -72,15 +72,13 @@ def build_model(
     >>> sum(p.numel() for p in net.parameters())
     294592
     """
-    if name not in BASELINES:
-        remedy = f"Similar: {similar(name, BASELINES)}."
-        allowed, given = "the name of a baseline", repr(name)
-        raise SettingError.of("name", "build_model()", allowed=allowed, given=given, remedy=remedy)
+    where, given, alike = "build_model()", repr(name), f"Similar: {similar(name, BASELINES)}."
+    require(name in BASELINES, "name", where, allowed="the name of a baseline", given=given, remedy=alike)
     build, reason = BASELINES[name].build, BASELINES[name].reason
     if build is None:
         runnable = ", ".join(key for key, baseline in BASELINES.items() if baseline.build)
         remedy = f"Not runnable: {reason}"
-        raise SettingError.of("name", "build_model()", allowed=f"one of {runnable}", given=repr(name), remedy=remedy)
+        raise SettingError.of("name", where, allowed=f"one of {runnable}", given=given, remedy=remedy)
     return build(
         Request(in_channels=in_channels, num_classes=num_classes, patch_size=patch_size, config=config, width=width)
     )

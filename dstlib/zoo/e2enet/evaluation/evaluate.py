@@ -1,4 +1,4 @@
-"""From the files that a prediction left to scores, in the geometry of the scans.
+"""Evaluation of the files that a prediction left, in the geometry of the scans.
 
 Shapes: K foreground classes.
 """
@@ -75,7 +75,7 @@ class _Scored:
 
 
 def _score_files(pair: tuple[Path | None, Path], *, num_classes: int, scoring: Scoring) -> _Scored | str:
-    """The scores, or else why there are none."""
+    """Scores one prediction, or says why it cannot."""
     label_file, file = pair
     if label_file is None:
         return "no label"

@@ -38,7 +38,7 @@ PARTS = {  # of a fusion node, and how the density of each is shown
 
 
 def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: Sequence[Mapping[str, int]]) -> None:
-    """Per epoch the loss, and the Dice where it was validated; per mask update a line, and the share that grew."""
+    """Draws the loss of each epoch, the Dice where it was validated, and of each mask update the share that grew."""
     epochs, marks = [float(m["iteration"]) for m in metrics], [float(u["iteration"]) for u in updates]
     curves = [("Training loss, mean of each epoch", "Dice + cross-entropy", epochs, [m["loss"] for m in metrics], INK)]
     if "val_dice" in metrics[0]:
@@ -71,7 +71,7 @@ def _draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], *, colour: st
 def slice_comparison(
     path: Path, case: Case, prediction: NDArray[np.uint8], classes: Sequence[str], *, dice: NDArray[np.float64]
 ) -> None:
-    """The slice with the most classes: the image, the label on it, the prediction on it.
+    """Draws the slice with the most classes: the image, the label on it, the prediction on it.
 
     Shapes: prediction (D, H, W); dice (K,), of the whole volume, goes into the legend.
     """
@@ -111,14 +111,14 @@ def _upright(orientation: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
 
 
 def class_colours(num_classes: int) -> ListedColormap:
-    """One colour per class, far apart for neighbours: hues a golden section apart, and three shades in turn."""
+    """Returns one colour per class, far apart for neighbours: hues a golden section apart, and three shades in turn."""
     hues = (0.618034 * np.arange(num_classes)) % 1
     shades = [((0.85, 0.95), (0.5, 1.0), (0.9, 0.65))[i % 3] for i in range(num_classes)]
     return ListedColormap([hsv_to_rgb((hue, *shade)) for hue, shade in zip(hues, shades, strict=True)])
 
 
 def busiest_slice(label: NDArray[np.uint8]) -> int:
-    """The depth with the most classes, and among those the most foreground.
+    """Returns the depth with the most classes, and among those the most foreground.
 
     >>> busiest_slice(np.array([[[1, 1]], [[1, 2]], [[0, 0]]], np.uint8))
     1
@@ -127,7 +127,7 @@ def busiest_slice(label: NDArray[np.uint8]) -> int:
 
 
 def flow_shares(model: E2ENet, masks: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Per fusion node, which share of its active connections comes from which flow.
+    """Returns, of each fusion node, which share of its active connections comes from which flow.
 
     A model without masks has the shares of its channels, as has a random mask on average.
 
@@ -146,7 +146,7 @@ def _nodes(model: E2ENet) -> dict[str, FusionNode]:
 
 
 def flow_figure(path: Path, model: E2ENet, masks: Mapping[str, Tensor]) -> None:
-    """Left the density of every fusion weight, right the share of each flow per fusion node."""
+    """Draws the density of every fusion weight on the left, the share of each flow per fusion node on the right."""
     nodes = list(_nodes(model))
     with _figure(path, size=(10.5, 1.8 + 0.36 * len(nodes))) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(0.6, 1.6))
@@ -166,7 +166,7 @@ def flow_figure(path: Path, model: E2ENet, masks: Mapping[str, Tensor]) -> None:
 
 
 def _draw_densities(axes: Axes, model: E2ENet, masks: Mapping[str, Tensor]) -> None:
-    """A bar per weight; one without a mask is dense."""
+    """Draws a bar per weight; one without a mask is dense."""
     for row, (name, node) in enumerate(_nodes(model).items()):
         parts = [(part, colour) for part, (_, colour) in PARTS.items() if f"{part}.weight" in node.state_dict()]
         for i, (part, colour) in enumerate(parts):
@@ -192,7 +192,7 @@ def _draw_flows(axes: Axes, row: int, shares: Mapping[str, float], at_random: Ma
 
 @contextmanager
 def _figure(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure that is saved when the block ends; drawn without pyplot, so it needs no display."""
+    """Saves a figure when the block ends; it is drawn without pyplot, so it needs no display."""
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure

@@ -1,4 +1,4 @@
-"""How well a prediction fits its label: Dice, surface Dice and Hausdorff distances of one class or of all.
+"""The metrics of a prediction against its label: Dice, surface Dice, Hausdorff distances, of one class or of all.
 
 Shapes: K foreground classes, D, H, W depth, height, width in voxels; spacing in mm along (D, H, W).
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, find_objects
 from scipy.spatial import KDTree
 
-from dstlib.errors import DataError, SettingError, similar
+from dstlib.errors import DataError, require, similar
 
 METRICS = ("dice", "nsd", "hd95", "hd")
 Mask = NDArray[np.bool_]
@@ -39,36 +39,47 @@ class Scoring:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown or "dice" not in self.metrics:
-            allowed, remedy = f"'dice' and more of {', '.join(METRICS)}", "Leave it out for all."
-            if unknown:
-                remedy = f"Similar to {unknown[0]!r}: {similar(unknown[0], METRICS)}."
-            raise SettingError.of("metrics", "Scoring", allowed=allowed, given=self.metrics, remedy=remedy)
+        alike = [f"Similar to {name!r}: {similar(name, METRICS)}." for name in unknown]
+        require(
+            not unknown and "dice" in self.metrics,
+            "metrics",
+            "Scoring",
+            allowed=f"'dice' and more of {', '.join(METRICS)}",
+            given=self.metrics,
+            remedy=[*alike, "Leave it out for all."][0],
+        )
         values = self.tolerance if isinstance(self.tolerance, tuple) else (self.tolerance,)
-        if not all(math.isfinite(value) and value >= 0 for value in values):
-            allowed, remedy = "millimetres from 0 up", "Pass 1.0, say."
-            raise SettingError.of("tolerance", "Scoring", allowed=allowed, given=self.tolerance, remedy=remedy)
+        require(
+            all(math.isfinite(value) and value >= 0 for value in values),
+            "tolerance",
+            "Scoring",
+            allowed="millimetres from 0 up",
+            given=self.tolerance,
+            remedy="Pass 1.0, say.",
+        )
 
     def tolerances(self, num_classes: int) -> tuple[float, ...]:
-        """The tolerance of each class, in mm.
+        """Returns the tolerance of each class, in mm.
 
         Raises:
             SettingError: There is one tolerance per class, and the classes are more or fewer.
         """
         if not isinstance(self.tolerance, tuple):
             return (self.tolerance,) * num_classes
-        if len(self.tolerance) != num_classes:
-            allowed, remedy = (
-                f"one number, or {num_classes} of them",
-                "Give the tolerances in the order of the classes.",
-            )
-            raise SettingError.of("tolerance", "Scoring", allowed=allowed, given=self.tolerance, remedy=remedy)
+        require(
+            len(self.tolerance) == num_classes,
+            "tolerance",
+            "Scoring",
+            allowed=f"one number, or {num_classes} of them",
+            given=self.tolerance,
+            remedy="Give the tolerances in the order of the classes.",
+        )
         return self.tolerance
 
 
 @dataclass(frozen=True, eq=False)
 class CaseScores:
-    """Of one case: ``values`` (M, K), a row per metric of the scoring; ``num_voxels`` (K, 2) of label, prediction."""
+    """The scores of one case: ``values`` (M, K), a row per metric; ``num_voxels`` (K, 2) of label and prediction."""
 
     values: NDArray[np.float64]
     num_voxels: NDArray[np.int64]
@@ -82,7 +93,7 @@ def score(
     num_classes: int,
     scoring: Scoring,
 ) -> CaseScores:
-    """Every metric of every class 1..``num_classes``, each within the box of its structure.
+    """Computes every metric of every class 1..``num_classes``, each within the box of its structure.
 
     Absent from label and prediction: NaN. Absent from one: Dice and surface Dice 0, the distances NaN.
 
@@ -121,7 +132,7 @@ def score(
 
 
 def dice_per_class(label: NDArray[Any], prediction: NDArray[Any], *, num_classes: int) -> NDArray[np.float64]:
-    """(K,): Dice of the classes 1..``num_classes``; NaN where a class is in neither volume.
+    """Computes the Dice (K,) of the classes 1..``num_classes``; NaN where a class is in neither volume.
 
     Shapes: label and prediction alike, integers.
 
@@ -135,7 +146,7 @@ def dice_per_class(label: NDArray[Any], prediction: NDArray[Any], *, num_classes
 
 
 def surface_dice(label: Mask, prediction: Mask, *, spacing: Sequence[float], tolerance: float) -> float:
-    """The share of both surfaces that lies within ``tolerance`` mm of the other one; NaN of two empty masks.
+    """Computes the share of both surfaces that lies within ``tolerance`` mm of the other; NaN of two empty masks.
 
     A surface runs between voxels, and is weighed by its area. A structure on the edge of the volume is closed there.
 
@@ -160,17 +171,17 @@ def surface_dice(label: Mask, prediction: Mask, *, spacing: Sequence[float], tol
 
 
 def hd95(label: Mask, prediction: Mask, *, spacing: Sequence[float]) -> float:
-    """95th percentile of the :func:`surface_distances`, in mm; NaN if a mask is empty."""
+    """Computes the 95th percentile of the distances between two surfaces, in mm; NaN if a mask is empty."""
     return _percentile(label, prediction, spacing, 95)
 
 
 def hd(label: Mask, prediction: Mask, *, spacing: Sequence[float]) -> float:
-    """The Hausdorff distance: the largest of the :func:`surface_distances`, in mm; NaN if a mask is empty."""
+    """Computes the Hausdorff distance, the largest between two surfaces, in mm; NaN if a mask is empty."""
     return _percentile(label, prediction, spacing, 100)
 
 
 def surface_distances(label: Mask, prediction: Mask, *, spacing: Sequence[float]) -> NDArray[np.float64]:
-    """From every surface voxel of each mask to the nearest one of the other, in mm, of both directions pooled.
+    """Measures from every surface voxel of each mask to the nearest one of the other, in mm, both directions pooled.
 
     A surface voxel has one of its six neighbours outside the mask, or outside the volume. Empty if a mask is.
 
@@ -200,10 +211,16 @@ def _percentile(label: Mask, prediction: Mask, spacing: Sequence[float], percent
 def _count(
     label: NDArray[Any], prediction: NDArray[Any], *, num_classes: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Voxels of each class in both (K,), and in label and prediction (K, 2)."""
-    if label.shape != prediction.shape:
-        allowed, remedy = f"the label's shape {label.shape}", "Predict and score in the same geometry."
-        raise DataError.of("shape", "a prediction", allowed=allowed, given=prediction.shape, remedy=remedy)
+    """Counts the voxels of each class in both (K,), and in label and prediction (K, 2)."""
+    require(
+        label.shape == prediction.shape,
+        "shape",
+        "a prediction",
+        allowed=f"the label's shape {label.shape}",
+        given=prediction.shape,
+        remedy="Predict and score in the same geometry.",
+        error=DataError,
+    )
     counts = np.zeros((3, num_classes + 1), np.int64)
     flat_label, flat_prediction = label.reshape(-1), prediction.reshape(-1)
     for start in range(0, label.size, CHUNK):

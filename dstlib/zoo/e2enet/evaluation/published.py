@@ -55,7 +55,7 @@ PUBLISHED: Mapping[str, tuple[Row, ...]] = MappingProxyType(
 
 
 def comparison(rows: Sequence[Row], *, alpha: float = 0.5) -> str:
-    """A table of the rows with their PT scores over each other, the sources below; unknown numbers are a dash.
+    """Returns a table of the rows with their PT scores, and their sources below; unknown numbers are a dash.
 
     Raises:
         DataError: See :func:`pt_scores`.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError
+from dstlib.errors import DataError, require
 from dstlib.report import align
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
@@ -82,15 +82,15 @@ class Evaluation:
         return self.mean_of("dice")
 
     def class_means(self, metric: str) -> NDArray[np.float64]:
-        """(K,): the mean over the cases that have a value; NaN for a class without any."""
+        """Averages each class (K,) over the cases that have a value; NaN for a class without any."""
         return _mean(self.scores[metric], axis=0)
 
     def case_means(self, metric: str) -> NDArray[np.float64]:
-        """(N,): the mean over the classes that have a value; NaN for a case without any."""
+        """Averages each case (N,) over the classes that have a value; NaN for a case without any."""
         return _mean(self.scores[metric], axis=1)
 
     def mean_of(self, metric: str) -> float:
-        """The mean over the cases, class by class, and then over the classes; NaN if there is no value at all.
+        """Averages over the cases, class by class, and then over the classes; NaN if there is no value at all.
 
         Reference: the paper averages over the classes and then the cases. Where every class is in every case both
         orders agree; where some are missing, this one gives every class the same say, as nnU-Net's summary does.
@@ -98,11 +98,11 @@ class Evaluation:
         return float(_mean(self.class_means(metric), axis=0))
 
     def case_mean(self, index: int) -> float:
-        """The mean Dice over the classes that one case has; 0 if it has none."""
+        """Averages Dice over the classes that one case has; 0 if it has none."""
         return float(np.nan_to_num(self.case_means("dice")[index]))
 
     def table(self) -> str:
-        """A row per class and the means, with what was counted, left out and meant below."""
+        """Returns a row per class and the means, with what was counted, left out and meant below."""
         columns = {name: self.class_means(name) for name in self.scores}
         rows = [("class", *(NAMES[name] for name in columns), "cases", "missed", "false")]
         for k, label in enumerate(self.classes):
@@ -115,7 +115,7 @@ class Evaluation:
         return "\n".join([*lines, *self._notes()])
 
     def definition(self) -> str:
-        """What the metrics of this evaluation are, and what becomes of missing structures."""
+        """Says what the metrics of this evaluation are, and what becomes of missing structures."""
         tolerance = " / ".join(f"{value:g}" for value in dict.fromkeys(self.tolerances)) + " mm"
         if len(set(self.tolerances)) > 1:
             tolerance = "the tolerance of its class (" + ", ".join(f"{value:g}" for value in self.tolerances) + " mm)"
@@ -134,7 +134,7 @@ class Evaluation:
         return [*notes, self.definition()]
 
     def csv(self) -> str:
-        """A line per case and class: every metric (empty for none) and both volumes in ml."""
+        """Returns a line per case and class: every metric (empty for none) and both volumes in ml."""
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(("case", "class", *self.scores, "label_ml", "prediction_ml"))
@@ -145,7 +145,7 @@ class Evaluation:
         return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain data, with the values of every case; None for NaN."""
+        """Returns the evaluation as plain data, with the values of every case; None for NaN."""
         per_class = {f"class_{m}": _named(self.classes, self.class_means(m)) for m in self.scores}
         return {
             **{f"mean_{m}": _or_none(self.mean_of(m)) for m in self.scores},
@@ -169,7 +169,7 @@ class Evaluation:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Evaluation":
-        """What :meth:`to_json` gave.
+        """Reads back what :meth:`to_json` gave.
 
         Raises:
             DataError: It is something else.
@@ -182,13 +182,17 @@ class Evaluation:
             tolerances = tuple(float(value) for value in content["tolerances_mm"])
             return Evaluation(cases, classes, scores, volumes, tolerances, dict(content["not_scored"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            remedy = "Pass the content of a result.json or scores.json that dstlib wrote."
-            allowed, given = "the JSON of an evaluation", f"{type(error).__name__}: {error}"
-            raise DataError.of("scores", "a file", allowed=allowed, given=given, remedy=remedy) from error
+            raise DataError.of(
+                "scores",
+                "a file",
+                allowed="the JSON of an evaluation",
+                given=f"{type(error).__name__}: {error}",
+                remedy="Pass the content of a result.json or scores.json that dstlib wrote.",
+            ) from error
 
 
 def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """All cases as one evaluation: the held-out cases of the five folds, say.
+    """Joins all cases into one evaluation: the held-out cases of the five folds, say.
 
     Raises:
         DataError: They have other classes, metrics or tolerances, or share a case.
@@ -198,10 +202,16 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
         for what in ("classes", "tolerances"):
             _refuse_unlike(what, getattr(first, what), getattr(other, what))
         _refuse_unlike("metrics", tuple(first.scores), tuple(other.scores))
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        remedy = "Pool folds that hold out different cases."
-        given = f"{', '.join(repeated)} more than once"
-        raise DataError.of("cases", "pooled()", allowed="each case once", given=given, remedy=remedy)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    require(
+        not repeated,
+        "cases",
+        "pooled()",
+        allowed="each case once",
+        given=f"{', '.join(repeated)} more than once",
+        remedy="Pool folds that hold out different cases.",
+        error=DataError,
+    )
     scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
     volumes = np.concatenate([e.volumes for e in evaluations])
     left_out = {name: why for e in evaluations for name, why in e.left_out.items()}
@@ -209,13 +219,12 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def _refuse_unlike(what: str, first: tuple[Any, ...], other: tuple[Any, ...]) -> None:
-    if first != other:
-        remedy = "Evaluate them alike."
-        raise DataError.of(what, "pooled()", allowed=f"{first} in all", given=other, remedy=remedy)
+    allowed, remedy = f"{first} in all", "Evaluate them alike."
+    require(first == other, what, "pooled()", allowed=allowed, given=other, remedy=remedy, error=DataError)
 
 
 def _mean(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:
-    """Over what is not NaN; NaN where nothing is left."""
+    """Averages what is not NaN; NaN where nothing is left."""
     counts = np.isfinite(values).sum(axis=axis)
     empty = np.full(counts.shape, np.nan)
     return np.divide(np.nansum(values, axis=axis), counts, out=empty, where=counts > 0)

@@ -1,4 +1,4 @@
-"""From image files to label files: what a trained network finds, in the geometry of each image.
+"""Prediction, from image files to label files: what a trained network finds, in the geometry of each image.
 
 Shapes: C channels, K foreground classes, D, H, W depth, height, width in voxels.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from dstlib.errors import DataError, SettingError, StateError
+from dstlib.errors import DataError, StateError, require
 from dstlib.files import make_folder, write_json
 from dstlib.report import align
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
@@ -35,7 +35,7 @@ class Trained:
     ``mirror`` names the spatial axes to flip; ``postprocessing`` the classes of which the largest component is kept.
 
     Raises:
-        SettingError: There is no network, or the preparation is of other channels.
+        SettingError: There is no network, or ``postprocessing`` names a class that there is not.
     """
 
     models: tuple[nn.Module, ...]
@@ -47,12 +47,17 @@ class Trained:
     postprocessing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.models:
-            remedy = "Pass one network per fold."
-            raise SettingError.of("models", "Trained", allowed="one or more", given="none", remedy=remedy)
-        if foreign := [k for k in self.postprocessing if not 1 <= k <= len(self.classes)]:
-            allowed, remedy = f"classes 1 to {len(self.classes)}", "Choose it on these classes."
-            raise SettingError.of("postprocessing", "Trained", allowed=allowed, given=foreign, remedy=remedy)
+        where, foreign = "Trained", [k for k in self.postprocessing if not 1 <= k <= len(self.classes)]
+        has_models = len(self.models) > 0
+        require(has_models, "models", where, allowed="one or more", given="none", remedy="Pass one network per fold.")
+        require(
+            not foreign,
+            "postprocessing",
+            where,
+            allowed=f"classes 1 to {len(self.classes)}",
+            given=foreign,
+            remedy="Choose it on these classes.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +126,14 @@ def predict_scans(
 
 
 def predict_scan(trained: Trained, scan: Scan) -> NDArray[np.uint8]:
-    """(D, H, W): the label of one scan, as stored."""
+    """Segments one scan: the label (D, H, W), as its image is stored."""
     image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
     found = probabilities(trained.models, image, patch_size=trained.patch_size, mirror=trained.mirror)
     return keep_largest(place_back(found, placement), trained.postprocessing)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
-    """A line per case that failed or was kept, and the counts."""
+    """Lists the cases that failed, a line each, and counts all."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     num_kept = sum(outcome.kept for outcome in outcomes)
     counts = f"{len(outcomes) - len(failed) - num_kept} predicted, {num_kept} kept as they were, {len(failed)} failed"
@@ -150,15 +155,20 @@ def _refuse_other_networks(trained: Trained, record: Path, *, overwrite: bool) -
             before = json.loads(record.read_text())
         except ValueError:
             before = None
-        if before != made_by:
-            remedy = "Choose another folder, or overwrite (--overwrite)."
-            given, allowed = "those of other networks or settings", "predictions of these networks"
-            raise StateError.of("files", f"folder {record.parent}", allowed=allowed, given=given, remedy=remedy)
+        require(
+            before == made_by,
+            "files",
+            f"folder {record.parent}",
+            allowed="predictions of these networks",
+            given="those of other networks or settings",
+            remedy="Choose another folder, or overwrite (--overwrite).",
+            error=StateError,
+        )
     write_json(record, made_by)
 
 
 def _digest(model: nn.Module) -> str:
-    """A checksum of the weights."""
+    """Computes a checksum of the weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -168,11 +178,12 @@ def _digest(model: nn.Module) -> str:
 
 def _refuse_inputs(files: Sequence[CaseFiles], targets: dict[str, Path]) -> None:
     inputs = {file.resolve() for case in files for file in (*case.images, *((case.label,) if case.label else ()))}
-    if taken := sorted(str(target) for target in targets.values() if target.resolve() in inputs):
-        raise SettingError.of(
-            "output folder",
-            "a prediction",
-            allowed="another folder than that of the images and labels",
-            given=f"one where {taken[0]} is an input",
-            remedy="Choose a folder of its own for the predictions.",
-        )
+    taken = sorted(str(target) for target in targets.values() if target.resolve() in inputs)
+    require(
+        not taken,
+        "output folder",
+        "a prediction",
+        allowed="another folder than that of the images and labels",
+        given=f"one where {min(taken, default='')} is an input",
+        remedy="Choose a folder of its own for the predictions.",
+    )

@@ -15,7 +15,7 @@ from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, require
 
 NUM_WINDOWS = 2  # at a time, as many as the patches of a training batch, whose memory is known to suffice
 SIGMA = 1 / 8  # of the Gaussian weights, in patches
@@ -23,7 +23,7 @@ SIGMA = 1 / 8  # of the Gaussian weights, in patches
 
 @contextmanager
 def predicting(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode and with a single output; afterwards both are as they were.
+    """Puts a model into evaluation mode, with a single output, within the block; afterwards both are as they were.
 
     >>> model = nn.Identity()
     >>> model.deep_supervision = True
@@ -51,7 +51,7 @@ def probabilities(
     overlap: float = 0.5,
     mirror: Sequence[int] = (0, 1, 2),
 ) -> NDArray[np.float32]:
-    """(K, D, H, W): the mean of the softmax over models and mirrors, blended over windows of the training patch.
+    """Averages the softmax (K, D, H, W) over models and mirrors, blended over windows of the training patch.
 
     ``mirror`` names the spatial axes (0 depth, 1 height, 2 width) that may be flipped: all their subsets are, eight
     for three axes, one for none. An image smaller than the patch is padded with zeros for the while. On a GPU that
@@ -66,9 +66,15 @@ def probabilities(
     (K, D, H, W) volume is held instead of one per fold; the mean is the same.
     """
     _refuse_settings(models, patch_size=patch_size, overlap=overlap, mirror=mirror)
-    if image_CDHW.ndim != 4:
-        remedy = "Give an image of one channel a leading axis."
-        raise DataError.of("image", "probabilities()", allowed="(C, D, H, W)", given=image_CDHW.shape, remedy=remedy)
+    require(
+        image_CDHW.ndim == 4,
+        "image",
+        "probabilities()",
+        allowed="(C, D, H, W)",
+        given=image_CDHW.shape,
+        remedy="Give an image of one channel a leading axis.",
+        error=DataError,
+    )
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))[None]
     device = next(models[0].parameters()).device
     with ExitStack() as stack:
@@ -78,15 +84,20 @@ def probabilities(
         stack.enter_context(torch.autocast(device.type, enabled=device.type == "cuda"))
         blended = _blend(models, image, patch_size=patch_size, overlap=overlap, flips=_flips(mirror), device=device)
     result: NDArray[np.float32] = blended[0].cpu().numpy()
-    if not math.isfinite(float(result.sum())):
-        given = "NaN or infinity"
-        remedy = "Look for NaN in the image and in the weights; a network trained in float32 may overflow in float16."
-        raise DataError.of("probabilities", "a prediction", allowed="finite numbers", given=given, remedy=remedy)
+    require(
+        math.isfinite(float(result.sum())),
+        "probabilities",
+        "a prediction",
+        allowed="finite numbers",
+        given="NaN or infinity",
+        remedy="Look for NaN in the image and in the weights; a network trained in float32 may overflow in float16.",
+        error=DataError,
+    )
     return result
 
 
 def most_probable(probabilities_KDHW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(D, H, W): the class of the highest probability at every voxel; ties go to the lower class.
+    """Returns the class of the highest probability at every voxel, (D, H, W); ties go to the lower class.
 
     >>> most_probable(np.array([0.2, 0.4, 0.4], np.float32).reshape(3, 1, 1, 1)).ravel()
     array([1], dtype=uint8)
@@ -106,7 +117,7 @@ def _blend(
     flips: Sequence[tuple[int, ...]],
     device: torch.device,
 ) -> Tensor:
-    """(1, K, D, H, W) on the models' device, or on the CPU where it does not fit there."""
+    """Blends the windows into (1, K, D, H, W) on the models' device, or on the CPU where it does not fit there."""
 
     def mean_softmax(window_BCDHW: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -147,7 +158,7 @@ def _blend(
 
 
 def _flips(mirror: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every subset of the axes, as axes of (B, C, D, H, W).
+    """Returns every subset of the axes, as axes of (B, C, D, H, W).
 
     >>> _flips((0, 2))
     [(), (2,), (4,), (2, 4)]
@@ -158,24 +169,36 @@ def _flips(mirror: Sequence[int]) -> list[tuple[int, ...]]:
 def _refuse_settings(
     models: Sequence[nn.Module], *, patch_size: Sequence[int], overlap: float, mirror: Sequence[int]
 ) -> None:
-    checks = (
-        ("models", len(models) > 0, "one per fold", len(models), "Pass a sequence of trained networks."),
-        (
-            "patch_size",
-            len(patch_size) == 3 and min(patch_size) > 0,
-            "three positive sizes",
-            tuple(patch_size),
-            "Pass the patch of the training.",
-        ),
-        ("overlap", 0 <= overlap < 1, "a share in [0, 1)", overlap, "Pass 0.5 for steps of half a patch."),
-        (
-            "mirror",
-            set(mirror) <= {0, 1, 2} and len(set(mirror)) == len(mirror),
-            "each of the axes 0, 1, 2 at most once",
-            tuple(mirror),
-            "Pass the axes that the training mirrored, () for none.",
-        ),
+    where = "probabilities()"
+    require(
+        len(models) > 0,
+        "models",
+        where,
+        allowed="one per fold",
+        given=len(models),
+        remedy="Pass a sequence of trained networks.",
     )
-    for name, holds, allowed, given, remedy in checks:
-        if not holds:
-            raise SettingError.of(name, "probabilities()", allowed=allowed, given=given, remedy=remedy)
+    require(
+        len(patch_size) == 3 and min(patch_size) > 0,
+        "patch_size",
+        where,
+        allowed="three positive sizes",
+        given=tuple(patch_size),
+        remedy="Pass the patch of the training.",
+    )
+    require(
+        0 <= overlap < 1,
+        "overlap",
+        where,
+        allowed="a share in [0, 1)",
+        given=overlap,
+        remedy="Pass 0.5 for steps of half a patch.",
+    )
+    require(
+        set(mirror) <= {0, 1, 2} and len(set(mirror)) == len(mirror),
+        "mirror",
+        where,
+        allowed="each of the axes 0, 1, 2 at most once",
+        given=tuple(mirror),
+        remedy="Pass the axes that the training mirrored, () for none.",
+    )

@@ -21,7 +21,7 @@ UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 class Log:
-    """Appends to ``log.jsonl``; each line is one event with its time.
+    """What a run appends to its ``log.jsonl``: a line per event, with its time.
 
     ``tensorboard`` must be installed for its curves.
 
@@ -36,12 +36,12 @@ class Log:
         self._iteration = 0
 
     def session(self, iteration: int, about: Mapping[str, Any]) -> None:
-        """A process begins, or goes on, at an iteration."""
+        """Logs that a process begins, or goes on, at an iteration."""
         self._since, self._iteration = time.perf_counter(), iteration
         self._append({"event": "session", "iteration": iteration, **about})
 
     def epoch(self, row: Mapping[str, float], device: torch.device) -> None:
-        """An epoch ends: its metrics, the time per iteration since the last event, the peak memory so far."""
+        """Logs the end of an epoch: its metrics, the time per iteration since the last event, the peak of memory."""
         now, iteration = time.perf_counter(), int(row["iteration"])
         if iteration == self._iteration:
             return  # saved twice: at the end of the epoch and before stopping
@@ -61,12 +61,17 @@ class Log:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            where, remedy = f"run {self._file.parent}", "Make room, then continue with --resume."
-            raise StateError.of("log.jsonl", where, allowed="a disk to write to", given=error, remedy=remedy) from error
+            raise StateError.of(
+                "log.jsonl",
+                f"run {self._file.parent}",
+                allowed="a disk to write to",
+                given=error,
+                remedy="Make room, then continue with --resume.",
+            ) from error
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: on a GPU those of torch's tensors, else those of the process.
+    """Returns the most bytes used so far: on a GPU those of torch's tensors, else those of the process.
 
     >>> peak_memory(torch.device("cpu")) > 1_000_000
     True

@@ -1,4 +1,4 @@
-"""What a training minimises.
+"""The loss of the recipes: Dice plus cross-entropy, with deep supervision.
 
 Shapes: B batch, K classes with the background, D, H, W depth, height, width in voxels, s stride of a head.
 """
@@ -14,7 +14,7 @@ _dice_ce = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, 
 
 
 def deep_supervision_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Dice plus cross-entropy at each head, the weights halving per head and summing to 1.
+    """Computes Dice plus cross-entropy at each head, the weights halving per head and summing to 1.
 
     Shapes: logits (B, K, D / s, H / s, W / s), each with its own stride s; labels (B, 1, D, H, W).
 

@@ -1,4 +1,4 @@
-"""Training on several devices: which process this is, and what all of them must agree on.
+"""Training on several devices: the rank of this process, and what all processes must agree on.
 
 ``torchrun --nproc-per-node 4 examples/e2enet_amos.py ...`` starts four processes; each draws its share of every
 batch, and together they train as one would.
@@ -18,7 +18,7 @@ from dstlib.errors import StateError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``num``; the first one leads: it alone writes files and prints."""
+    """The rank of this process among ``num``; the first one leads: it alone writes files and prints."""
 
     rank: int = 0
     num: int = 1
@@ -28,22 +28,29 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, value: float, device: torch.device) -> float:
-        """The mean over all processes."""
+        """Returns the mean over all processes."""
         return self._sum(value, device) / self.num
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether one of the processes says so."""
+        """Returns whether one of the processes says so."""
         return self._sum(float(flag), device) > 0
 
     def wait(self) -> None:
-        """Goes on when all processes have come here."""
+        """Waits until all processes have come here.
+
+        Raises:
+            StateError: One of them has ended.
+        """
         if self.num > 1:
             try:
                 distributed.barrier()
             except RuntimeError as error:  # its own message says what happened
-                given, remedy = "one that has ended", "Look for the message of the first process above."
                 raise StateError.of(
-                    "processes", "torchrun", allowed="all of them", given=given, remedy=remedy
+                    "processes",
+                    "torchrun",
+                    allowed="all of them",
+                    given="one that has ended",
+                    remedy="Look for the message of the first process above.",
                 ) from error
 
     def _sum(self, value: float, device: torch.device) -> float:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError, require
 from dstlib.files import locked, write_json, write_whole
 
 FORMAT = "dstlib.e2enet.run/1"
@@ -72,7 +72,7 @@ class Run:
         write_whole(self.checkpoint, buffer.getbuffer())
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """The state that was saved last.
+        """Reads the state that was saved last.
 
         Raises:
             StateError: The file is missing, damaged, foreign, or of a run with other settings.
@@ -130,7 +130,7 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
 
 
 def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
-    """The configuration and the state of a checkpoint, under the keys ``config`` and ``state``.
+    """Reads the configuration and the state of a checkpoint, under the keys ``config`` and ``state``.
 
     Raises:
         StateError: The file is missing, damaged or foreign.
@@ -139,18 +139,34 @@ def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
         _refuse_flipped_bits(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise StateError(_unreadable(path, "no such file", remedy)) from error
+        raise _unreadable(path, "no such file", remedy) from error
     # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
     except Exception as error:
         reason = f"a damaged file ({type(error).__name__})"
-        raise StateError(_unreadable(path, reason, remedy)) from error
+        raise _unreadable(path, reason, remedy) from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
-        raise StateError(_unreadable(path, "a file of something else", remedy))
+        raise _unreadable(path, "a file of something else", remedy)
     return saved
 
 
+def read_left_by_run(file: Path, *names: str) -> dict[str, Any]:
+    """Reads a JSON file that a run has left, with these names in it.
+
+    Raises:
+        StateError: There is none, or it is something else.
+    """
+    remedy = "Pass the folder of a run that a recipe has finished; --resume finishes one that was stopped."
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error, remedy) from error
+    if not isinstance(content, dict) or not set(names) <= content.keys():
+        raise _unreadable(file, "something else", remedy)
+    return content
+
+
 def _refuse_flipped_bits(checkpoint: Path) -> None:
-    """torch reads past a wrong checksum."""
+    """Checks the sums of the archive, as torch reads past a wrong one."""
     with zipfile.ZipFile(checkpoint) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(damaged)
@@ -158,7 +174,7 @@ def _refuse_flipped_bits(checkpoint: Path) -> None:
 
 @contextmanager
 def _lock(path: Path, *, create: bool) -> Iterator[None]:
-    """Holds the directory against other processes, or refuses to share it."""
+    """Holds the run directory against other processes within the block, or refuses to share it."""
 
     def refuse(error: OSError) -> NoReturn:
         raise StateError.of(
@@ -185,10 +201,16 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
 
 
 def _refuse_existing(path: Path) -> None:
-    if found := [name for name in ("config.json", "checkpoint.pt") if (path / name).exists()]:
-        given = f"one with {' and '.join(found)}"
-        remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
-        raise StateError.of("directory", f"run {path}", allowed="a folder without a run", given=given, remedy=remedy)
+    found = [name for name in ("config.json", "checkpoint.pt") if (path / name).exists()]
+    require(
+        not found,
+        "directory",
+        f"run {path}",
+        allowed="a folder without a run",
+        given=f"one with {' and '.join(found)}",
+        remedy="Pass --resume to continue that run, or another --run-dir to start a new one.",
+        error=StateError,
+    )
 
 
 def _read_config(path: Path) -> Any:
@@ -197,25 +219,23 @@ def _read_config(path: Path) -> Any:
         return json.loads(file.read_text())
     except FileNotFoundError as error:
         remedy = "Leave out --resume to start a run here, or name the folder of an existing one."
-        raise StateError(_unreadable(file, "none", remedy)) from error
+        raise _unreadable(file, "none", remedy) from error
     except (OSError, ValueError) as error:
         remedy = "Restore the file, or name another folder by --run-dir."
-        raise StateError(_unreadable(file, error, remedy)) from error
+        raise _unreadable(file, error, remedy) from error
 
 
 def _refuse_other_settings(saved: Any, config: Mapping[str, Any], file: Path) -> None:
-    """A run is continued with the settings it was started with, or not at all."""
+    """Checks that a run is continued with the settings it was started with."""
     old, new = dict(_flatten(saved)), dict(_flatten(config))
     differing = [name for name in {**old, **new} if old.get(name, MISSING) != new.get(name, MISSING)]
-    if not differing:
-        return
     was, given = (", ".join(f"{n} {_short(values.get(n, MISSING))}" for n in differing) for values in (old, new))
     remedy = "Resume with the settings of the run, or start another with --run-dir."
-    raise StateError.of("settings", str(file), allowed=was, given=given, remedy=remedy)
+    require(not differing, "settings", str(file), allowed=was, given=given, remedy=remedy, error=StateError)
 
 
 def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as (dotted name, value) pairs; anything but a dict is a value."""
+    """Yields nested settings as (dotted name, value) pairs; anything but a dict is a value."""
     if not isinstance(config, dict):
         yield prefix or "configuration", config
         return
@@ -228,5 +248,5 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _unreadable(file: Path, given: object, remedy: str) -> str:
-    return explain(file.name, f"run {file.parent}", allowed="a file that a run wrote", given=given, remedy=remedy)
+def _unreadable(file: Path, given: object, remedy: str) -> StateError:
+    return StateError.of(file.name, f"run {file.parent}", allowed="a file that a run wrote", given=given, remedy=remedy)

@@ -1,14 +1,13 @@
-"""How a network of the E2ENet recipes is trained, and on what, as two values."""
+"""How a network of the E2ENet recipes is trained, and on what hardware, as two values."""
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
-from dstlib.errors import SettingError, similar
+from dstlib.errors import SettingError, require, similar
 from dstlib.masking.granularity import Block
 from dstlib.methods import DSFF, METHODS
 from dstlib.methods.method import Method
@@ -16,8 +15,6 @@ from dstlib.methods.method import Method
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 OPTIMIZERS = ("sgd", "adamw")
-
-Check = tuple[str, bool, str, str]  # setting, holds, allowed, remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         count = "a whole number from 1 up"
         floats = ("learning_rate", "momentum", "weight_decay", "clip", "poly_exponent", "sparsity")
-        checks: list[Check] = [
+        alike = f"Similar: {similar(self.method, METHODS)}."
+        checks = [
             *((f, math.isfinite(getattr(self, f)), "a finite number", "For no clipping pass 1e9.") for f in floats),
             ("epochs", self.epochs >= 1, count, "Pass 20, say."),
             ("iterations", self.iterations >= 1, count, "An epoch is this many optimizer steps; pass 50, say."),
@@ -67,21 +65,22 @@ class TrainSettings:
             ("clip", self.clip > 0, "a gradient norm above 0", "The paper's is 12."),
             ("poly_exponent", self.poly_exponent >= 0, "a number from 0 up", "The paper's is 0.9."),
             ("sparsity", 0 <= self.sparsity < 1, "a number in [0, 1)", "Pass 0.8 to keep a fifth, 0 for dense."),
-            ("method", self.method in METHODS, f"one of {', '.join(METHODS)}", similar_to(self.method)),
+            ("method", self.method in METHODS, f"one of {', '.join(METHODS)}", alike),
             ("interval", self.interval >= 1, count, "The paper's is 1200, of 250,000 iterations."),
             ("block", self.block >= 1, count, "The paper's is 1; 16 suits a GPU."),
             ("val_iterations", self.val_iterations >= 0, "a whole number from 0 up", "Pass 0 for no validation."),
             ("seed", 0 <= self.seed < 2**63, "a whole number from 0 up to 2^63", "Pass 0, say."),
         ]
-        refuse_first("TrainSettings", self, checks)
+        for name, holds, allowed, remedy in checks:
+            require(holds, name, "TrainSettings", allowed=allowed, given=getattr(self, name), remedy=remedy)
 
     @property
     def num_iterations(self) -> int:
-        """Of the whole training."""
+        """The optimizer steps of the whole training."""
         return self.epochs * self.iterations
 
     def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate during an epoch, counted from 0.
+        """Returns the learning rate during an epoch, counted from 0.
 
         >>> TrainSettings(epochs=4).learning_rate_at(0)
         0.01
@@ -91,7 +90,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Where and how a training runs: it changes the seconds, and the result by rounding alone.
+    """Where and how a training is computed: it changes the seconds, and the result by rounding alone.
 
     - ``precision``: of the forward pass; ``fp16`` scales the loss, as the paper's training does.
     - ``channels_last``: lays features out as (D, H, W, C), which GPUs like.
@@ -114,19 +113,35 @@ class Execution:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        count, alone = "a whole number from 0 up", "float32 on a CPU, half precision on a GPU, nothing else"
-        checks: list[Check] = [
-            ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS), "Pass float32 on a CPU."),
-            ("engine", not self.engine or self._fits_engine, alone, "Leave the engine out, or the other."),
-            ("workers", self.workers >= 0, count, "0 draws the batches in the training's own process."),
-        ]
-        refuse_first("Execution", self, checks)
+        where, known = "Execution", " or ".join(PRECISIONS)
+        is_known = self.precision in PRECISIONS
+        require(is_known, "precision", where, allowed=known, given=self.precision, remedy="Pass float32 on a CPU.")
+        require(
+            not self.engine or self._fits_engine,
+            "engine",
+            where,
+            allowed="float32 on a CPU, half precision on a GPU, nothing else",
+            given=self.engine,
+            remedy="Leave the engine out, or the other.",
+        )
+        require(
+            self.workers >= 0,
+            "workers",
+            where,
+            allowed="a whole number from 0 up",
+            given=self.workers,
+            remedy="0 draws the batches in the training's own process.",
+        )
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:  # no such device; none that this build of torch knows
-            reason = str(error).splitlines()[0].split(". ")[0]
-            allowed, remedy = "one that torch can use", "Leave --device out, or pass cpu or cuda."
-            raise SettingError.of("device", "Execution", allowed=allowed, given=reason, remedy=remedy) from error
+            raise SettingError.of(
+                "device",
+                where,
+                allowed="one that torch can use",
+                given=str(error).splitlines()[0].split(". ")[0],
+                remedy="Leave --device out, or pass cpu or cuda.",
+            ) from error
 
     @property
     def _fits_engine(self) -> bool:
@@ -135,7 +150,7 @@ class Execution:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """What the forward pass is rounded to; None for nothing."""
+        """The type that the forward pass is rounded to; None for none."""
         return {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
@@ -152,7 +167,7 @@ def chosen_device(given: str | None) -> str:
 
 
 def usual_precision(device: str) -> Precision:
-    """That of a device, if none was asked for.
+    """Returns the precision of a device, if none was asked for.
 
     >>> usual_precision("cuda:1"), usual_precision("cpu")
     ('fp16', 'float32')
@@ -160,29 +175,8 @@ def usual_precision(device: str) -> Precision:
     return "fp16" if device.startswith("cuda") else "float32"
 
 
-def refuse_first(where: str, settings: object, checks: Sequence[Check]) -> None:
-    """Raises for the first check that does not hold.
-
-    Raises:
-        SettingError: It names the setting, what is allowed and what was given.
-    """
-    for name, holds, allowed, remedy in checks:
-        if not holds:
-            given = getattr(settings, name)
-            raise SettingError.of(name, where, allowed=allowed, given=given, remedy=remedy)
-
-
-def similar_to(method: str) -> str:
-    """Methods of a similar name, in words.
-
-    >>> similar_to("statik")
-    "Similar: 'static'."
-    """
-    return f"Similar: {similar(method, METHODS)}."
-
-
 def kernel_method(name: str, interval: int, block: int = 1) -> Method:
-    """A method as the recipes compare it: on whole kernels at one density, as DSFF, whatever its paper did.
+    """Returns a method as the recipes compare it: on whole kernels at one density, as DSFF, whatever its paper did.
 
     With ``block`` above 1, on blocks of so many output and input channels.
 

@@ -1,4 +1,4 @@
-"""All that a training changes, from its first bit on, and what it starts from."""
+"""The state of a training: all that it changes, how it starts, and how it is saved and continued."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import StateError, require
 from dstlib.masking.distribution import erk
 from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
@@ -45,7 +45,7 @@ class Training:
 
     @property
     def predictor(self) -> nn.Module:
-        """What predicts as the model does, the faster way."""
+        """The module that predicts as the model does, the faster way."""
         return self.model if self.on_engine is None else self.on_engine
 
     @property
@@ -53,7 +53,7 @@ class Training:
         return next(self.model.parameters()).device
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` continues from, bit for bit on a CPU."""
+        """Returns what :meth:`load_state_dict` continues from, bit for bit on a CPU."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -66,7 +66,7 @@ class Training:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where the training stood that ``state`` was taken from.
+        """Puts the training where the one stood that ``state`` was taken from.
 
         Raises:
             StateError: It was taken from another network.
@@ -81,12 +81,16 @@ class Training:
             self.iteration, self.loss_sum = state["iteration"], state["loss_sum"]
             self.metrics, self.updates = list(state["metrics"]), list(state["updates"])
         except (KeyError, TypeError, RuntimeError) as error:
-            allowed = "the state of a training of the same network with the same settings"
-            remedy = "Resume with the configuration that the run was started with."
-            raise StateError.of("state", "Training", allowed=allowed, given=error, remedy=remedy) from error
+            raise StateError.of(
+                "state",
+                "Training",
+                allowed="the state of a training of the same network with the same settings",
+                given=error,
+                remedy="Resume with the configuration that the run was started with.",
+            ) from error
 
     def observe(self, site: Site, update: MaskUpdate) -> None:
-        """Books one weight's share of a mask update."""
+        """Counts one weight's share of a mask update."""
         if not self.updates or self.updates[-1]["iteration"] != site.step:
             self.updates.append({"iteration": site.step, "active": 0, "grown": 0})
         self.updates[-1]["active"] += int(update.mask.sum())
@@ -96,7 +100,7 @@ class Training:
 def start(
     model: nn.Module, settings: TrainSettings, execution: Execution | None = None, ranks: Ranks | None = None
 ) -> Training:
-    """A model on its device with its optimizer, and with a sparsifier where ``sparsity`` is not 0.
+    """Puts a model on its device with an optimizer, and with a sparsifier where ``sparsity`` is not 0.
 
     Of an E2ENet the fusion is sparse; of any other network every weight that dstlib selects, at ERK's densities.
 
@@ -142,19 +146,22 @@ def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -
 
 
 def _refuse_late_updates(settings: TrainSettings) -> None:
-    """In the words of the command line; sparsify() would say the same of its own arguments."""
+    """Checks the interval in the words of the command line; sparsify() would say the same of its own arguments."""
     method = kernel_method(settings.method, settings.interval, settings.block)
     clock = method.clock(settings.num_iterations)
-    if isinstance(clock, Every) and clock.last == clock.start:
-        given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
-        remedy = "Lower --interval, or raise --epochs or --iterations."
-        raise SettingError.of(
-            "interval", f"method {method.name}", allowed=f"at most {clock.stop}", given=given, remedy=remedy
+    if isinstance(clock, Every):
+        require(
+            clock.last != clock.start,
+            "interval",
+            f"method {method.name}",
+            allowed=f"at most {clock.stop}",
+            given=f"{settings.interval}, in a training of {settings.num_iterations} iterations",
+            remedy="Lower --interval, or raise --epochs or --iterations.",
         )
 
 
 def parallel(training: Training, example: Tensor) -> nn.Module:
-    """What the forward pass goes through: the model, compiled or on the engine if asked for, under DDP if on ranks.
+    """Returns what the forward pass goes through: the model, compiled or on the engine if asked for, or under DDP.
 
     The model's own type, names and state stay as they are. The engine is measured with ``example``, a batch.
     """
@@ -180,7 +187,7 @@ def as_trained(model: nn.Module) -> None:
 
 
 def autocast(training: Training) -> torch.autocast:
-    """In which the model computes in the training's precision."""
+    """Returns the context in which the model computes in the training's precision."""
     dtype = training.execution.autocast_dtype
     return torch.autocast(training.device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -196,7 +203,7 @@ def _accelerated(training: Training, example: Tensor) -> nn.Module:
 
 
 def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) -> list[str]:
-    """Starts from the weights and masks of another training; the names of the weights that it does not have.
+    """Starts from the weights and masks of another training, and returns the names of weights that it does not have.
 
     Heads for other classes start afresh, and so do the optimizer and the clock. With ``freeze`` the topology
     stays as it is, as in the paper's transfer from CT to MRI.
@@ -206,10 +213,15 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
     """
     own, theirs = training.model.state_dict(), state["model"]
     fresh = [name for name, value in own.items() if name not in theirs or theirs[name].shape != value.shape]
-    remedy = "Begin from a run of the same network: the same model, channels, strides and kernels."
-    if any("head" not in name for name in fresh) or not set(theirs) <= set(own):
-        given = ", ".join([*fresh[:3], *sorted(set(theirs) - set(own))[:3]])
-        raise StateError.of("weights", "--from", allowed="those of this network", given=given, remedy=remedy)
+    require(
+        all("head" in name for name in fresh) and set(theirs) <= set(own),
+        "weights",
+        "--from",
+        allowed="those of this network",
+        given=", ".join([*fresh[:3], *sorted(set(theirs) - set(own))[:3]]),
+        remedy="Begin from a run of the same network: the same model, channels, strides and kernels.",
+        error=StateError,
+    )
     training.model.load_state_dict({name: own[name] if name in fresh else theirs[name] for name in own})
     if training.sparsifier:
         saved = state["sparsifier"]
@@ -222,5 +234,5 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
 
 
 def _renewed(weight: Mapping[str, Any]) -> dict[str, Any]:
-    """Its mask, and what lies under it, at the beginning of another run."""
+    """Returns a weight's mask, and what lies under it, at the beginning of another run."""
     return {**weight, "step": 0, "updated_at": 0, "traced_at": 0, "trace": None}

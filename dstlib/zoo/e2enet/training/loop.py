@@ -1,17 +1,21 @@
-"""The training loop of the E2ENet recipes: dense, static or dynamic sparse, by the settings alone.
+"""The training loop of the E2ENet recipes, by the settings alone dense, static or dynamic sparse; and Ctrl-C in it.
 
 Shapes: B batch, C channels, K classes with the background, D, H, W depth, height, width in voxels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dstlib.errors import DstlibError
+from dstlib.errors import DstlibError, require
 from dstlib.workers import loader_deaths
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
@@ -20,6 +24,9 @@ from dstlib.zoo.e2enet.inference.sliding_window import predicting
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 from dstlib.zoo.e2enet.training.state import Training, as_trained, autocast, parallel
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOTICE = b"\nStopping after this iteration, to save a checkpoint. Once more to stop at once.\n"
 
 
 def train(
@@ -70,7 +77,7 @@ def train(
 
 
 def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """One batch, one optimizer step; the loss, as the mean over the ranks."""
+    """Makes one optimizer step with one batch, and returns the loss as the mean over the ranks."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     settings, device = training.settings, training.device
     as_trained(model)
@@ -116,7 +123,7 @@ def _end_epoch(training: Training, held_out: Sequence[Case], patches: PatchSetti
 
 @torch.no_grad()
 def validate(training: Training, held_out: Sequence[Case], patches: PatchSettings) -> float:
-    """Mean foreground Dice over patches of the held-out cases, always the same ones, pooled per class.
+    """Computes the mean foreground Dice over patches of the held-out cases, always the same ones, pooled per class.
 
     It tells how the training goes, and is not the Dice of whole cases. NaN where the patches show no class.
 
@@ -136,10 +143,42 @@ def validate(training: Training, held_out: Sequence[Case], patches: PatchSetting
 
 
 def _refuse_divergence(loss: float, iteration: int, settings: TrainSettings) -> None:
-    if not math.isfinite(loss):
-        remedy = (
-            f"Lower the learning rate ({settings.learning_rate}) and look for odd intensities in the data; "
-            "the last checkpoint is untouched."
-        )
-        where = f"iteration {iteration}"
-        raise DstlibError.of("loss", where, allowed="a finite number", given=loss, remedy=remedy)
+    require(
+        math.isfinite(loss),
+        "loss",
+        f"iteration {iteration}",
+        allowed="a finite number",
+        given=loss,
+        remedy=f"Lower the learning rate ({settings.learning_rate}) and look for odd intensities in the data; "
+        "the last checkpoint is untouched.",
+        error=DstlibError,
+    )
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Lets SIGINT (Ctrl-C), SIGTERM or SIGHUP only ask to stop within the block; the second one ends the process.
+
+    Yields the question whether one came. To be entered in the main thread, as only that may handle signals.
+
+    >>> with interruptible() as should_stop:
+    ...     before = should_stop()
+    ...     signal.raise_signal(signal.SIGINT)
+    ...     before, should_stop()
+    (False, True)
+    """
+    came: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        os.write(2, NOTICE)  # unlike print, it may come in the middle of another print
+        for each in heard:
+            signal.signal(each, signal.SIG_DFL)
+
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, ask) for number in heard}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
