@@ -95,24 +95,15 @@ def prepare(options: argparse.Namespace) -> None:
         SettingError: There is no such device, or fewer than one thread.
     """
     if options.threads is not None:
-        require(
-            options.threads >= 1,
-            "--threads",
-            "the command line",
-            allowed="1 or more",
-            given=options.threads,
-            remedy="Leave it out for torch's own choice.",
-        )
+        given, remedy = options.threads, "Leave it out for torch's own choice."
+        require(options.threads >= 1, "--threads", "the command line", allowed="1 or more", given=given, remedy=remedy)
         torch.set_num_threads(options.threads)
     try:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
+        allowed, given = "a device of this machine", f"{options.device!r}: {str(error).splitlines()[0]}"
         raise SettingError.of(
-            "--device",
-            "the command line",
-            allowed="a device of this machine",
-            given=f"{options.device!r}: {str(error).splitlines()[0]}",
-            remedy="Pass cpu, or leave it out.",
+            "--device", "the command line", allowed=allowed, given=given, remedy="Pass cpu, or leave it out."
         ) from error
 
 

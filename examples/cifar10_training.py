@@ -173,14 +173,8 @@ def accuracy_on(model: nn.Module, images: Images) -> float:
 
 def _ends(settings: Settings, num: int) -> list[int]:
     """Returns the step at which each epoch ends; batches run on over the ends, so that no image is left out."""
-    require(
-        settings.batch_size <= num,
-        "batch_size",
-        "the run",
-        allowed=f"at most {num}",
-        given=settings.batch_size,
-        remedy="Lower it, or take more images.",
-    )
+    given, remedy = settings.batch_size, "Lower it, or take more images."
+    require(settings.batch_size <= num, "batch_size", "the run", allowed=f"at most {num}", given=given, remedy=remedy)
     return [epoch * num // settings.batch_size for epoch in range(1, settings.epochs + 1)]
 
 
@@ -212,14 +206,8 @@ def _costs(model: nn.Module, sparsifier: dstlib.Sparsifier | None) -> dict[str, 
 
 
 def _check_loss(loss: float, epoch: int) -> None:
-    require(
-        math.isfinite(loss),
-        "loss",
-        f"epoch {epoch}",
-        allowed="a finite number",
-        given=loss,
-        remedy="Lower --learning-rate, or raise --warmup.",
-    )
+    remedy = "Lower --learning-rate, or raise --warmup."
+    require(math.isfinite(loss), "loss", f"epoch {epoch}", allowed="a finite number", given=loss, remedy=remedy)
 
 
 def _with_bar(steps: range, title: str, *, show: bool) -> Iterable[int]:

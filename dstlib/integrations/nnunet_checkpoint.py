@@ -73,13 +73,10 @@ def sparse_part(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
     part = checkpoint.get(KEY)
     version = part.get("version") if isinstance(part, dict) else None
     if not isinstance(part, dict) or version != VERSION:
-        raise StateError.of(
-            f"key {KEY!r}",
-            where,
-            allowed=f"the masks of a sparse training, version {VERSION}",
-            given="none" if part is None else f"version {version}",
-            remedy=f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks.",
-        )
+        allowed = f"the masks of a sparse training, version {VERSION}"
+        given = "none" if part is None else f"version {version}"
+        remedy = f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks."
+        raise StateError.of(f"key {KEY!r}", where, allowed=allowed, given=given, remedy=remedy)
     return part
 
 
@@ -147,15 +144,9 @@ def _count(weights: Mapping[str, Tensor], part: Mapping[str, Any], where: str) -
     masks = {name: saved["mask"] for name, saved in part["sparsifier"]["weights"].items()}
     for name, mask in masks.items():
         outside = int(torch.count_nonzero(weights[name][~mask]))
-        require(
-            outside == 0,
-            name,
-            where,
-            allowed="zeros outside the mask",
-            given=outside,
-            remedy="It was changed after the training; export the checkpoint that the training wrote.",
-            error=StateError,
-        )
+        allowed = "zeros outside the mask"
+        remedy = "It was changed after the training; export the checkpoint that the training wrote."
+        require(outside == 0, name, where, allowed=allowed, given=outside, remedy=remedy, error=StateError)
     num_active = sum(int(mask.sum()) for mask in masks.values())
     return Exported(len(masks), num_active, sum(mask.numel() for mask in masks.values()))
 

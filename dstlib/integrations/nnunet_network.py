@@ -28,22 +28,12 @@ def planned_config(arch_kwargs: Mapping[str, Any], *, in_channels: int, num_clas
     2
     """
     stages, strides = arch_kwargs["n_stages"], [_as_tuple(stride) for stride in arch_kwargs["strides"]]
+    allowed, given, remedy = "three axes", strides, "E2ENet is three-dimensional: take 3d_fullres."
     require(
-        all(len(stride) == 3 for stride in strides),
-        "strides",
-        "the plan",
-        allowed="three axes",
-        given=strides,
-        remedy="E2ENet is three-dimensional: take 3d_fullres.",
+        all(len(stride) == 3 for stride in strides), "strides", "the plan", allowed=allowed, given=given, remedy=remedy
     )
-    require(
-        set(strides[0]) == {1},
-        "strides[0]",
-        "the plan",
-        allowed="1 on each axis",
-        given=strides[0],
-        remedy="The first level has the size of the image.",
-    )
+    remedy = "The first level has the size of the image."
+    require(set(strides[0]) == {1}, "strides[0]", "the plan", allowed="1 on each axis", given=strides[0], remedy=remedy)
     remedy = "Plan with a larger patch."
     require(stages >= 3, "n_stages", "the plan", allowed="3 or more", given=stages, remedy=remedy)
     return E2ENetConfig(

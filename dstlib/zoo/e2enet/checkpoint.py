@@ -89,21 +89,13 @@ def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
-        raise StateError.of(
-            "model.pt",
-            f"run {run}",
-            allowed="a finished run",
-            given="no such file",
-            remedy="It is written at the end of the training: continue it with --resume.",
-        ) from error
+        allowed, remedy = "a finished run", "It is written at the end of the training: continue it with --resume."
+        raise StateError.of("model.pt", f"run {run}", allowed=allowed, given="no such file", remedy=remedy) from error
     # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
     except Exception as error:
+        allowed, given = "the weights of this run", f"a damaged or foreign file ({type(error).__name__})"
         raise StateError.of(
-            "model.pt",
-            f"run {run}",
-            allowed="the weights of this run",
-            given=f"a damaged or foreign file ({type(error).__name__})",
-            remedy="Resume the run, which writes it anew.",
+            "model.pt", f"run {run}", allowed=allowed, given=given, remedy="Resume the run, which writes it anew."
         ) from error
     return model.to(device)
 

@@ -112,14 +112,10 @@ def _chosen_preset(recipe: Recipe, options: argparse.Namespace) -> Preset:
     given = {name: getattr(options, name) for name in asdict(preset.training)}
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("method") == "dense":
-        require(
-            not given.get("sparsity"),
-            "--method",
-            "the command line",
-            allowed="no sparsity with dense",
-            given=f"--method dense with --sparsity {given.get('sparsity')}",
-            remedy="Leave one of them out.",
-        )
+        allowed = "no sparsity with dense"
+        given = f"--method dense with --sparsity {given.get('sparsity')}"
+        remedy = "Leave one of them out."
+        require(not given.get("sparsity"), "--method", "the command line", allowed=allowed, given=given, remedy=remedy)
         given = {**given, "method": preset.training.method, "sparsity": 0.0}
     if options.model != "e2enet":
         given.setdefault("sparsity", 0.0)  # as published; sparse on request

@@ -21,14 +21,8 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
         SettingError: Nothing was published under the name ``beside``.
         StateError: A run is not finished.
     """
-    require(
-        beside is None or beside in PUBLISHED,
-        "--beside",
-        "compare",
-        allowed=f"one of {', '.join(PUBLISHED)}",
-        given=beside,
-        remedy="Leave it out to show the runs alone.",
-    )
+    allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
+    require(beside is None or beside in PUBLISHED, "--beside", "compare", allowed=allowed, given=beside, remedy=remedy)
     results = [_result(run) for run in runs]
     rows = [_row(run.name, result) for run, result in zip(runs, results, strict=True)]
     if pool:

@@ -14,9 +14,9 @@ from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.data.splits import split
-from dstlib.zoo.e2enet.recipes import Modality
 from dstlib.zoo.e2enet.training.ranks import Ranks
 
 RUNS = Path("runs")
@@ -137,14 +137,8 @@ def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ..
     names = [files.name for files in manifest.train]
     if fold == "all":
         return tuple(sorted(names)), tuple(sorted(files.name for files in manifest.validation))
-    require(
-        fold.isdecimal(),
-        "--fold",
-        "the command line",
-        allowed="0 to 4, or all",
-        given=fold,
-        remedy="Pass 0 for the first fold.",
-    )
+    remedy = "Pass 0 for the first fold."
+    require(fold.isdecimal(), "--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy)
     require(
         len(names) >= NUM_FOLDS,
         "training cases",

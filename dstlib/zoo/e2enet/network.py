@@ -96,23 +96,14 @@ class E2ENet(nn.Module):
         where, shape = "input of E2ENet", tuple(x.shape)
         channels, divisor = self.config.in_channels, self.config.divisor
         if x.ndim != 5 or x.shape[1] != channels:
-            raise DataError.of(
-                "shape",
-                where,
-                allowed=f"(B, {channels}, D, H, W)",
-                given=shape,
-                remedy="The config's in_channels says how many channels come in.",
-            )
+            remedy = "The config's in_channels says how many channels come in."
+            raise DataError.of("shape", where, allowed=f"(B, {channels}, D, H, W)", given=shape, remedy=remedy)
         size = shape[2:]
         # a single voxel at the coarsest level would have no variance to normalise by
         if size == divisor or any(extent % step for extent, step in zip(size, divisor, strict=True)):
-            raise DataError.of(
-                "size",
-                where,
-                allowed=f"D, H, W in multiples of {divisor}, and more than that",
-                given=size,
-                remedy="Pad or crop the image, or choose other strides.",
-            )
+            allowed = f"D, H, W in multiples of {divisor}, and more than that"
+            remedy = "Pad or crop the image, or choose other strides."
+            raise DataError.of("size", where, allowed=allowed, given=size, remedy=remedy)
 
 
 def _key(stage: int, level: int) -> str:

@@ -61,21 +61,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         where = "the command line"
+        remedy = "Leave --run-dir out for a folder named by the date."
+        require(self.folder != Path(), "--run-dir", where, allowed="a folder", given="''", remedy=remedy)
+        allowed, remedy = "--run-dir with it", "Pass the folder that the run was started in."
         require(
-            self.folder != Path(),
-            "--run-dir",
-            where,
-            allowed="a folder",
-            given="''",
-            remedy="Leave --run-dir out for a folder named by the date.",
-        )
-        require(
-            not self.resume or self.folder is not None,
-            "--resume",
-            where,
-            allowed="--run-dir with it",
-            given="none",
-            remedy="Pass the folder that the run was started in.",
+            not self.resume or self.folder is not None, "--resume", where, allowed=allowed, given="none", remedy=remedy
         )
         require(
             not self.freeze_topology or self.begin_from is not None,

@@ -64,14 +64,8 @@ def vnet(request: Request) -> Segmenter:
     from monai.networks.nets import VNet
 
     refuse_width(request, "vnet", "MONAI builds V-Net in one width.")
-    require(
-        16 % request.in_channels == 0,
-        "in_channels",
-        "vnet",
-        allowed="a divisor of 16",
-        given=request.in_channels,
-        remedy="V-Net adds the image to its 16 first features, so many times over.",
-    )
+    given, remedy = request.in_channels, "V-Net adds the image to its 16 first features, so many times over."
+    require(16 % request.in_channels == 0, "in_channels", "vnet", allowed="a divisor of 16", given=given, remedy=remedy)
     host = VNet(in_channels=request.in_channels, out_channels=request.num_classes)
     return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16))
 

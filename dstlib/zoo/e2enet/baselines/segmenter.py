@@ -117,13 +117,8 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if x.ndim != 5 or x.shape[1] != self.in_channels:
-            raise DataError.of(
-                "shape",
-                self._where,
-                allowed=f"(B, {self.in_channels}, D, H, W)",
-                given=tuple(x.shape),
-                remedy="The network was built for this number of channels.",
-            )
+            allowed, remedy = f"(B, {self.in_channels}, D, H, W)", "The network was built for this number of channels."
+            raise DataError.of("shape", self._where, allowed=allowed, given=tuple(x.shape), remedy=remedy)
         size = tuple(x.shape[2:])
         missing = [-extent % step for extent, step in zip(size, self.multiple, strict=True)]
         self._check(size, missing)

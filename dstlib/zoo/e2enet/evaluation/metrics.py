@@ -66,14 +66,10 @@ class Scoring:
         """
         if not isinstance(self.tolerance, tuple):
             return (self.tolerance,) * num_classes
-        require(
-            len(self.tolerance) == num_classes,
-            "tolerance",
-            "Scoring",
-            allowed=f"one number, or {num_classes} of them",
-            given=self.tolerance,
-            remedy="Give the tolerances in the order of the classes.",
-        )
+        allowed = f"one number, or {num_classes} of them"
+        given = self.tolerance
+        remedy = "Give the tolerances in the order of the classes."
+        require(len(self.tolerance) == num_classes, "tolerance", "Scoring", allowed=allowed, given=given, remedy=remedy)
         return self.tolerance
 
 

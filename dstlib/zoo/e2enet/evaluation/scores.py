@@ -182,13 +182,10 @@ class Evaluation:
             tolerances = tuple(float(value) for value in content["tolerances_mm"])
             return Evaluation(cases, classes, scores, volumes, tolerances, dict(content["not_scored"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError.of(
-                "scores",
-                "a file",
-                allowed="the JSON of an evaluation",
-                given=f"{type(error).__name__}: {error}",
-                remedy="Pass the content of a result.json or scores.json that dstlib wrote.",
-            ) from error
+            allowed = "the JSON of an evaluation"
+            given = f"{type(error).__name__}: {error}"
+            remedy = "Pass the content of a result.json or scores.json that dstlib wrote."
+            raise DataError.of("scores", "a file", allowed=allowed, given=given, remedy=remedy) from error
 
 
 def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -203,15 +200,8 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
             _refuse_unlike(what, getattr(first, what), getattr(other, what))
         _refuse_unlike("metrics", tuple(first.scores), tuple(other.scores))
     repeated = sorted({name for name in names if names.count(name) > 1})
-    require(
-        not repeated,
-        "cases",
-        "pooled()",
-        allowed="each case once",
-        given=f"{', '.join(repeated)} more than once",
-        remedy="Pool folds that hold out different cases.",
-        error=DataError,
-    )
+    given, remedy = f"{', '.join(repeated)} more than once", "Pool folds that hold out different cases."
+    require(not repeated, "cases", "pooled()", allowed="each case once", given=given, remedy=remedy, error=DataError)
     scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
     volumes = np.concatenate([e.volumes for e in evaluations])
     left_out = {name: why for e in evaluations for name, why in e.left_out.items()}

@@ -50,14 +50,8 @@ class Trained:
         where, foreign = "Trained", [k for k in self.postprocessing if not 1 <= k <= len(self.classes)]
         has_models = len(self.models) > 0
         require(has_models, "models", where, allowed="one or more", given="none", remedy="Pass one network per fold.")
-        require(
-            not foreign,
-            "postprocessing",
-            where,
-            allowed=f"classes 1 to {len(self.classes)}",
-            given=foreign,
-            remedy="Choose it on these classes.",
-        )
+        allowed, remedy = f"classes 1 to {len(self.classes)}", "Choose it on these classes."
+        require(not foreign, "postprocessing", where, allowed=allowed, given=foreign, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +173,7 @@ def _digest(model: nn.Module) -> str:
 def _refuse_inputs(files: Sequence[CaseFiles], targets: dict[str, Path]) -> None:
     inputs = {file.resolve() for case in files for file in (*case.images, *((case.label,) if case.label else ()))}
     taken = sorted(str(target) for target in targets.values() if target.resolve() in inputs)
-    require(
-        not taken,
-        "output folder",
-        "a prediction",
-        allowed="another folder than that of the images and labels",
-        given=f"one where {min(taken, default='')} is an input",
-        remedy="Choose a folder of its own for the predictions.",
-    )
+    allowed = "another folder than that of the images and labels"
+    given = f"one where {min(taken, default='')} is an input"
+    remedy = "Choose a folder of its own for the predictions."
+    require(not taken, "output folder", "a prediction", allowed=allowed, given=given, remedy=remedy)

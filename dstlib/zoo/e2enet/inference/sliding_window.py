@@ -66,14 +66,9 @@ def probabilities(
     (K, D, H, W) volume is held instead of one per fold; the mean is the same.
     """
     _refuse_settings(models, patch_size=patch_size, overlap=overlap, mirror=mirror)
+    allowed, given, remedy = "(C, D, H, W)", image_CDHW.shape, "Give an image of one channel a leading axis."
     require(
-        image_CDHW.ndim == 4,
-        "image",
-        "probabilities()",
-        allowed="(C, D, H, W)",
-        given=image_CDHW.shape,
-        remedy="Give an image of one channel a leading axis.",
-        error=DataError,
+        image_CDHW.ndim == 4, "image", "probabilities()", allowed=allowed, given=given, remedy=remedy, error=DataError
     )
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))[None]
     device = next(models[0].parameters()).device
@@ -170,30 +165,14 @@ def _refuse_settings(
     models: Sequence[nn.Module], *, patch_size: Sequence[int], overlap: float, mirror: Sequence[int]
 ) -> None:
     where = "probabilities()"
+    remedy = "Pass a sequence of trained networks."
+    require(len(models) > 0, "models", where, allowed="one per fold", given=len(models), remedy=remedy)
+    allowed, given, remedy = "three positive sizes", tuple(patch_size), "Pass the patch of the training."
     require(
-        len(models) > 0,
-        "models",
-        where,
-        allowed="one per fold",
-        given=len(models),
-        remedy="Pass a sequence of trained networks.",
+        len(patch_size) == 3 and min(patch_size) > 0, "patch_size", where, allowed=allowed, given=given, remedy=remedy
     )
-    require(
-        len(patch_size) == 3 and min(patch_size) > 0,
-        "patch_size",
-        where,
-        allowed="three positive sizes",
-        given=tuple(patch_size),
-        remedy="Pass the patch of the training.",
-    )
-    require(
-        0 <= overlap < 1,
-        "overlap",
-        where,
-        allowed="a share in [0, 1)",
-        given=overlap,
-        remedy="Pass 0.5 for steps of half a patch.",
-    )
+    remedy = "Pass 0.5 for steps of half a patch."
+    require(0 <= overlap < 1, "overlap", where, allowed="a share in [0, 1)", given=overlap, remedy=remedy)
     require(
         set(mirror) <= {0, 1, 2} and len(set(mirror)) == len(mirror),
         "mirror",

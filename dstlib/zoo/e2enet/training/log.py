@@ -61,12 +61,9 @@ class Log:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
+            remedy = "Make room, then continue with --resume."
             raise StateError.of(
-                "log.jsonl",
-                f"run {self._file.parent}",
-                allowed="a disk to write to",
-                given=error,
-                remedy="Make room, then continue with --resume.",
+                "log.jsonl", f"run {self._file.parent}", allowed="a disk to write to", given=error, remedy=remedy
             ) from error
 
 

@@ -177,19 +177,14 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
     """Holds the run directory against other processes within the block, or refuses to share it."""
 
     def refuse(error: OSError) -> NoReturn:
-        raise StateError.of(
-            "directory",
-            f"run {path}",
-            allowed="a folder to write to" if create else "the folder of a run",
-            given="a file of that name" if path.is_file() else error.strerror,
-            remedy="Pass a folder you may write to." if create else "Name the folder of an existing run to resume it.",
-        ) from error
+        allowed = "a folder to write to" if create else "the folder of a run"
+        given = "a file of that name" if path.is_file() else error.strerror
+        remedy = "Pass a folder you may write to." if create else "Name the folder of an existing run to resume it."
+        raise StateError.of("directory", f"run {path}", allowed=allowed, given=given, remedy=remedy) from error
 
     def refuse_to_share() -> NoReturn:
-        allowed, remedy = "a folder nobody trains in", "Wait for it or stop it, or pass another --run-dir."
-        raise StateError.of(
-            "directory", f"run {path}", allowed=allowed, given="one in use by another process", remedy=remedy
-        )
+        given, remedy = "one in use by another process", "Wait for it or stop it, or pass another --run-dir."
+        raise StateError.of("directory", f"run {path}", allowed="a folder nobody trains in", given=given, remedy=remedy)
 
     try:
         if create:
@@ -202,15 +197,10 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
 
 def _refuse_existing(path: Path) -> None:
     found = [name for name in ("config.json", "checkpoint.pt") if (path / name).exists()]
-    require(
-        not found,
-        "directory",
-        f"run {path}",
-        allowed="a folder without a run",
-        given=f"one with {' and '.join(found)}",
-        remedy="Pass --resume to continue that run, or another --run-dir to start a new one.",
-        error=StateError,
-    )
+    allowed = "a folder without a run"
+    given = f"one with {' and '.join(found)}"
+    remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
+    require(not found, "directory", f"run {path}", allowed=allowed, given=given, remedy=remedy, error=StateError)
 
 
 def _read_config(path: Path) -> Any:

@@ -81,13 +81,9 @@ class Training:
             self.iteration, self.loss_sum = state["iteration"], state["loss_sum"]
             self.metrics, self.updates = list(state["metrics"]), list(state["updates"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise StateError.of(
-                "state",
-                "Training",
-                allowed="the state of a training of the same network with the same settings",
-                given=error,
-                remedy="Resume with the configuration that the run was started with.",
-            ) from error
+            allowed = "the state of a training of the same network with the same settings"
+            remedy = "Resume with the configuration that the run was started with."
+            raise StateError.of("state", "Training", allowed=allowed, given=error, remedy=remedy) from error
 
     def observe(self, site: Site, update: MaskUpdate) -> None:
         """Counts one weight's share of a mask update."""
