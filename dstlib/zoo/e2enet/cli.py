@@ -109,21 +109,20 @@ def read_config(
 def _chosen_preset(recipe: Recipe, options: argparse.Namespace) -> Preset:
     """Returns the preset with the settings of the command line."""
     preset = recipe.presets[options.preset or ("quick" if options.data else "demo")]
-    given = {name: getattr(options, name) for name in asdict(preset.training)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.get("method") == "dense":
-        allowed = "no sparsity with dense"
-        given = f"--method dense with --sparsity {given.get('sparsity')}"
+    training = {name: getattr(options, name) for name in asdict(preset.training)}
+    training = {name: value for name, value in training.items() if value is not None}
+    if options.method == "dense":
+        allowed, given = "no sparsity with dense", f"--method dense with --sparsity {options.sparsity}"
         remedy = "Leave one of them out."
-        require(not given.get("sparsity"), "--method", "the command line", allowed=allowed, given=given, remedy=remedy)
-        given = {**given, "method": preset.training.method, "sparsity": 0.0}
+        require(not options.sparsity, "--method", "the command line", allowed=allowed, given=given, remedy=remedy)
+        training |= {"method": preset.training.method, "sparsity": 0.0}
     if options.model != "e2enet":
-        given.setdefault("sparsity", 0.0)  # as published; sparse on request
+        training.setdefault("sparsity", 0.0)  # as published; sparse on request
     patches = {
         **({"patch_size": tuple(options.patch_size)} if options.patch_size else {}),
         **({"batch_size": options.batch_size} if options.batch_size is not None else {}),
     }
-    return replace(preset, training=replace(preset.training, **given), patches=replace(preset.patches, **patches))
+    return replace(preset, training=replace(preset.training, **training), patches=replace(preset.patches, **patches))
 
 
 def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.ArgumentParser:

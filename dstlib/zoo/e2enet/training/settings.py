@@ -116,19 +116,18 @@ class Execution:
         where, known = "Execution", " or ".join(PRECISIONS)
         is_known = self.precision in PRECISIONS
         require(is_known, "precision", where, allowed=known, given=self.precision, remedy="Pass float32 on a CPU.")
+        fits = not self.engine or self._fits_engine
         allowed = "float32 on a CPU, half precision on a GPU, nothing else"
-        given = self.engine
         remedy = "Leave the engine out, or the other."
-        require(not self.engine or self._fits_engine, "engine", where, allowed=allowed, given=given, remedy=remedy)
+        require(fits, "engine", where, allowed=allowed, given=self.engine, remedy=remedy)
         allowed, remedy = "a whole number from 0 up", "0 draws the batches in the training's own process."
         require(self.workers >= 0, "workers", where, allowed=allowed, given=self.workers, remedy=remedy)
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:  # no such device; none that this build of torch knows
-            allowed, given = "one that torch can use", str(error).splitlines()[0].split(". ")[0]
-            raise SettingError.of(
-                "device", where, allowed=allowed, given=given, remedy="Leave --device out, or pass cpu or cuda."
-            ) from error
+            allowed, reason = "one that torch can use", str(error).splitlines()[0].split(". ")[0]
+            remedy = "Leave --device out, or pass cpu or cuda."
+            raise SettingError.of("device", where, allowed=allowed, given=reason, remedy=remedy) from error
 
     @property
     def _fits_engine(self) -> bool:
