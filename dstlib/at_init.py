@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import ScoreError, SettingError
+from dstlib.errors import ScoreError, require
 from dstlib.masking import AtInit
 from dstlib.targets import unwrap
 
@@ -28,12 +28,17 @@ Loss = Callable[[], Tensor]
 
 
 def snip(model: nn.Module, loss: Loss, *, rounds: int = 1) -> AtInit:
-    """|w · ∂L/∂w|, over all weights together. ``loss`` runs the model on a batch and returns the loss.
+    """Makes first masks by SNIP: |w · ∂L/∂w|, over all weights together.
 
-    The model's buffers, such as batch statistics, are put back afterwards, and no gradient is left behind; what
-    ``loss`` draws, for dropout say, it takes from torch's generators.
+    ``loss`` runs the model on a batch and returns the loss. The model's buffers, such as batch statistics, are put
+    back afterwards, and no gradient is left behind; what ``loss`` draws, for dropout say, it takes from torch's
+    generators.
     With more ``rounds`` the density falls step by step, as in Verdenius et al. 2020 (SNIP-it) and de Jorge et
     al. 2021 (iterative SNIP).
+
+    Raises:
+        SettingError: ``rounds`` is no whole number from 1.
+        ScoreError: The loss is no finite number, at the time of the call of ``sparsify``.
 
     Reference: Lee et al. 2019, SNIP: single-shot network pruning, ICLR, equation 5.
     """
@@ -47,9 +52,9 @@ def snip(model: nn.Module, loss: Loss, *, rounds: int = 1) -> AtInit:
 
 
 def grasp(model: nn.Module, loss: Loss) -> AtInit:
-    """w · Hg, highest kept: what contributes most to the flow of gradients. ``loss`` as for :func:`snip`.
+    """Makes first masks by GraSP: w · Hg, highest kept, what contributes most to the flow of gradients.
 
-    Takes a second derivative: memory as for two backward passes.
+    ``loss`` is as for :func:`snip`, and so are errors. Takes a second derivative: memory as for two backward passes.
 
     Reference: Wang et al. 2020, Picking winning tickets before training by preserving gradient flow, ICLR,
     equation 8: S = -w · Hg, of which the *highest* are pruned. Deviates: the same loss serves for both
@@ -67,21 +72,29 @@ def grasp(model: nn.Module, loss: Loss) -> AtInit:
 
 
 def synflow(model: nn.Module, *inputs: Tensor, rounds: int = 100) -> AtInit:
-    """w · ∂R/∂w for R the output on ones of the network with all its weights made positive; no data needed.
+    """Makes first masks by SynFlow, which needs no data: w · ∂R/∂w, over all weights together.
 
-    ``inputs`` are examples of the model's arguments, of which only shapes count. Each round removes a share
-    of the weights and looks again, so that no layer is cut through. In double precision, as products over
-    many layers overflow a float; in eval mode, so that batch norms are linear. Biases and running means count as
-    zero, as in the paper's R: else flow would begin in the middle, and layers before it could be cut off.
+    R is the output on ones of the network with all its weights made positive. ``inputs`` are examples of the model's
+    arguments, of which only shapes count. Each round removes a share of the weights and looks again, so that no layer
+    is cut through. In double precision, as products over many layers overflow a float; in eval mode, so that batch
+    norms are linear. Biases and running means count as zero, as in the paper's R: else flow would begin in the middle,
+    and layers before it could be cut off.
+
+    Raises:
+        SettingError: ``inputs`` are no tensors, or ``rounds`` is no whole number from 1.
 
     Reference: Tanaka et al. 2020, Pruning neural networks without any data by iteratively conserving synaptic
     flow, NeurIPS, Algorithm 1: 100 rounds.
     """
     bare = unwrap(model)
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        remedy = "Pass what the model takes: synflow(model, torch.empty(1, 3, 32, 32)), say."
-        given = [type(x).__name__ for x in inputs]
-        raise SettingError.of("inputs", "synflow()", allowed="tensors", given=given, remedy=remedy)
+    require(
+        bool(inputs) and all(isinstance(x, Tensor) for x in inputs),
+        "inputs",
+        "synflow()",
+        allowed="tensors",
+        given=[type(x).__name__ for x in inputs],
+        remedy="Pass what the model takes: synflow(model, torch.empty(1, 3, 32, 32)), say.",
+    )
 
     def scores(parameters: Sequence[Tensor]) -> list[Tensor | None]:
         positive = {name: _without_offset(name, p.detach()) for name, p in bare.named_parameters()}
@@ -124,7 +137,7 @@ def _as_it_was(model: nn.Module, training: bool | None = None) -> Iterator[None]
 def _gradients(
     value: Tensor, tensors: Sequence[Tensor | None], *, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    """None for each that the value does not depend on."""
+    """Differentiates a value by tensors; None for each that it does not depend on."""
     known = [x for x in tensors if x is not None]
     if not value.requires_grad or not known:
         return [None] * len(tensors)
@@ -134,14 +147,23 @@ def _gradients(
 
 def _checked(loss: object, name: str) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
-        given = f"a tensor of shape {tuple(loss.shape)}: {loss.detach()}" if isinstance(loss, Tensor) else repr(loss)
-        remedy = "Return one finite number that depends on the weights."
-        raise ScoreError.of("loss", f"{name} at initialisation", allowed="a number", given=given, remedy=remedy)
+        raise ScoreError.of(
+            "loss",
+            f"{name} at initialisation",
+            allowed="a number",
+            given=f"a tensor of shape {tuple(loss.shape)}: {loss.detach()}" if isinstance(loss, Tensor) else repr(loss),
+            remedy="Return one finite number that depends on the weights.",
+        )
     return loss
 
 
 def _checked_rounds(rounds: int) -> int:
-    if type(rounds) is not int or rounds < 1:
-        remedy = "1 looks once; SynFlow takes 100."
-        raise SettingError.of("rounds", "AtInit", allowed="a whole number from 1", given=rounds, remedy=remedy)
+    require(
+        type(rounds) is int and rounds >= 1,
+        "rounds",
+        "AtInit",
+        allowed="a whole number from 1",
+        given=rounds,
+        remedy="1 looks once; SynFlow takes 100.",
+    )
     return rounds

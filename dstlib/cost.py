@@ -24,7 +24,7 @@ from dstlib.targets import plain_name, unwrap
 
 
 def training_flops(sparse: float, dense: float, *, share: float = 0.0, learned: float | None = None) -> float:
-    """Mean FLOPs of a training step: 2·f_S + (1 - share)·f_L + share·f_D.
+    """Computes the mean FLOPs of a training step: 2·f_S + (1 - share)·f_L + share·f_D.
 
     f_S and f_D are those of a forward pass, sparse and dense; ``share`` is that of the steps at which dense
     weight gradients are read; f_L is the forward pass at the density of what learns, f_S by default.
@@ -51,7 +51,9 @@ class TrainingCost:
     scores do not. Where topology is frozen early, a method that reads gradients at every step is taken to have
     done so up to its last update. Nothing to save but the history.
 
-    Errors: those of :func:`dstlib.profile`; SelectionError for a model other than the one that was sparsified.
+    Raises:
+        DstlibError: As :func:`dstlib.profile` does.
+        SelectionError: The model is not the one that was sparsified.
 
     >>> import dstlib
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -116,12 +118,12 @@ class TrainingCost:
         )
 
     def _span(self) -> tuple[int, int]:
-        """The step of the attachment, and now: during an update, the step that it belongs to."""
+        """Returns the step of the attachment, and now: during an update, the step that it belongs to."""
         changes = self._history.changes().values()
         return int(min(c[0, 0] for c in changes)), max(self._sparsifier.step, *(int(c[-1, 0]) for c in changes))
 
     def _entries(self, name: str, changes: NDArray[np.int64]) -> float:
-        """Entries of a layer that took part in the passes of all steps, the three of them together."""
+        """Counts the entries of a layer that took part in the passes of all steps, the three of them together."""
         size, storage, active = self._size[name], self._sparsifier.plan.method.storage, changes[:, _ACTIVE]
         step = np.append(changes[:, 0], self._span()[1])  # stretch i is from step[i], not included, to step[i + 1]
         num_steps = np.diff(step)
@@ -136,7 +138,7 @@ class TrainingCost:
         return float((2 * active * num_steps + learned * (num_steps - num_read) + size * num_read).sum())
 
     def _last_reading(self, changes: NDArray[np.int64]) -> int:
-        """The last step at which an update was to come, for a method that reads at every step."""
+        """Returns the last step at which an update was to come, for a method that reads at every step."""
         clock = self._sparsifier.plan.clock
         if self._sparsifier.frozen or not isinstance(clock, Every):
             return int(changes[-1, 0])
@@ -159,7 +161,7 @@ class _Emptied:
 
 
 def _flops_per_entry(model: nn.Module, whole: Profile, rest: Profile) -> Callable[[str], int]:
-    """Forward FLOPs of one active entry of a weight, by its name, in all layers that share the weight."""
+    """Counts the forward FLOPs of one active entry of a weight, by name, in all layers that share the weight."""
     model = unwrap(model)
     modules = {plain_name(name): module for name, module in model.named_modules()}
     per_entry: dict[int, int] = {}

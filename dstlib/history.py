@@ -1,4 +1,4 @@
-"""What happened to the masks of a run: how they moved, and how much of the dense network they have seen.
+"""The history of the masks of a run: how they moved, and how much of the dense network they have seen.
 
 An observer that changes nothing: it is told of each mask update, and keeps whole numbers.
 
@@ -56,7 +56,7 @@ class Change(NamedTuple):
 class DeadChannels:
     """Outputs without an active input, (O,), and inputs that no output reads, (I,); True = dead.
 
-    Of a grouped convolution, inputs are places within a group, shared by all groups, as its weight has them.
+    Of a grouped convolution, inputs are counted within a group, shared by all groups, as its weight has them.
     """
 
     outputs: Tensor
@@ -64,7 +64,7 @@ class DeadChannels:
 
 
 def dead_channels(mask_OIK: Tensor) -> DeadChannels:
-    """The dead channels of one mask, (O, I, *K).
+    """Finds the dead channels of one mask, (O, I, *K).
 
     >>> dead = dead_channels(torch.tensor([[True, False], [False, False]]))
     >>> dead.outputs, dead.inputs
@@ -75,7 +75,7 @@ def dead_channels(mask_OIK: Tensor) -> DeadChannels:
 
 
 def explored_by_chance(density: float, drop_fractions: Iterable[float]) -> float:
-    """The explored share of a layer to expect of random growth, for one drop fraction per update.
+    """Computes the explored share of a layer to expect of random growth, for one drop fraction per update.
 
     Of n entries A = d·n are active, and an update grows k = f·A of the n - A + k that it did not keep, all
     alike. An entry that was never active is one of them, so it stays unseen with probability 1 - q for
@@ -95,7 +95,7 @@ def explored_by_chance(density: float, drop_fractions: Iterable[float]) -> float
 
 
 class Track:
-    """What is kept of one layer: integers per update, and one byte per weight."""
+    """One layer's past: integers per mask update, and one byte per weight."""
 
     def __init__(self, mask: Tensor, step: int) -> None:
         self.marks = mask.to(torch.uint8) * _FIRST
@@ -111,16 +111,16 @@ class Track:
 
     @property
     def changes(self) -> NDArray[np.int64]:
-        """(updates + 1, fields of :class:`Change`)."""
+        """All that was recorded, (updates + 1, fields of :class:`Change`)."""
         return np.array(self._numbers, dtype=np.int64).reshape(-1, len(Change._fields))
 
     @property
     def last(self) -> Change:
-        """The latest."""
+        """The latest change."""
         return Change(*self._numbers[-len(Change._fields) :])
 
     def replace(self, changes: Tensor, marks: Tensor) -> None:
-        """Takes what another track has kept."""
+        """Takes over what another track has kept."""
         self._numbers = array("q", changes.flatten().tolist())
         self.marks = marks.to(self.marks.device, copy=True)
 
@@ -166,15 +166,15 @@ class History:
         return sum(track.last.explored for track in tracks) / sum(track.marks.numel() for track in tracks)
 
     def changes(self) -> dict[str, NDArray[np.int64]]:
-        """Per layer all that was recorded, (updates + 1, fields of :class:`Change`)."""
+        """Returns per layer all that was recorded, (updates + 1, fields of :class:`Change`)."""
         return {name: track.changes for name, track in self._tracks.items()}
 
     def dead_channels(self) -> dict[str, DeadChannels]:
-        """Per layer the channels that are dead at this moment, from the live masks."""
+        """Finds per layer the channels that are dead at this moment, from the live masks."""
         return {name: dead_channels(mask) for name, mask in _live(self.sparsifier).items()}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """All numbers on one time axis, for plotting: L layers; T steps, that of the attachment and of updates.
+        """Returns all numbers on one time axis, for plotting: L layers; T steps, of the attachment and of updates.
 
         - "name", "size", "num_outputs", "num_inputs" (L,): the layers, their entries and channels; "step" (T,).
         - counts (L, T): "active", "dropped", "grown", "explored", "from_first", "dead_outputs", "dead_inputs", as
@@ -211,7 +211,7 @@ class History:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was recorded, as tensors: ``torch.load`` reads it with ``weights_only=True``."""
+        """Returns all that was recorded, as tensors: ``torch.load`` reads it with ``weights_only=True``."""
         layers = {
             n: {"changes": torch.from_numpy(t.changes), "marks": t.marks.clone()} for n, t in self._tracks.items()
         }
@@ -222,14 +222,15 @@ class History:
 
         Before or after ``Sparsifier.load_state_dict``, it makes no difference.
 
-        Errors: StateError, before anything is changed, for a state that is damaged or of other layers.
+        Raises:
+            StateError: The state is damaged, or of other layers; nothing has changed then.
         """
         layers = _checked(state, self._tracks)
         for name, track in self._tracks.items():
             track.replace(layers[name]["changes"], layers[name]["marks"])
 
     def __str__(self) -> str:
-        """A row per layer: how it is now, its mean churn per update, and what has become of its first mask."""
+        """Returns a row per layer: how it is now, its mean churn per update, what has become of its first mask."""
         a = self.arrays()
         cells = [("layer", "size", "density", "updates", "churn", "first kept", "explored", "dead out", "dead in")]
         num_updates = [int(n) for n in a["updated"].sum(axis=1)]
@@ -256,13 +257,13 @@ class History:
 
 
 def _live(sparsifier: Sparsifier) -> dict[str, Tensor]:
-    """The live masks by layer, (O, I, *K); views, in the model's order."""
+    """Returns the live masks by layer, (O, I, *K), in the model's order; they share the memory of the masks."""
     masks = sparsifier.masks
     return {view.name: view.of(masks[weight.name]) for weight in sparsifier.weights for view in weight.views}
 
 
 def _shares(counts: Mapping[str, NDArray[np.int64]], size: Any) -> dict[str, NDArray[np.float64]]:
-    """From counts (..., T) and numbers of entries to shares (..., T); nothing of nothing is all of it."""
+    """Turns counts (..., T) and numbers of entries into shares (..., T); nothing of nothing is all of it."""
 
     def share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.divide(part, whole, out=np.ones(part.shape), where=whole > 0)
@@ -280,7 +281,7 @@ def _shares(counts: Mapping[str, NDArray[np.int64]], size: Any) -> dict[str, NDA
 
 
 def _checked(state: Any, tracks: Mapping[str, Track]) -> Mapping[str, Mapping[str, Tensor]]:
-    """The layers of a saved state, if every one fits."""
+    """Returns the layers of a saved state, if every one fits."""
     layers = state.get("layers") if isinstance(state, Mapping) and state.get("version") == VERSION else None
     if not isinstance(layers, Mapping):
         raise _misfit(

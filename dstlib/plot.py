@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import SettingError
+from dstlib.errors import SettingError, require
 from dstlib.files import write_whole
 from dstlib.history import History
 
@@ -58,14 +58,19 @@ _MOST_LABELS = 64  # rows with a name of their own; of more layers, every second
 
 
 def layers(history: History, path: str | os.PathLike[str] | None = None, *, share: str = "density") -> "Figure":
-    """One of the shares of ``History.arrays`` as a heat map, layers × steps, with all layers together above it.
+    """Draws one of the shares of ``History.arrays`` as a heat map, layers × steps, all layers together above it.
 
-    Errors: SettingError for no such share, for a file format that matplotlib does not write, and without
-    matplotlib.
+    Raises:
+        SettingError: There is no such share, or no matplotlib, or it does not write this file format.
     """
-    if share not in SHARES:
-        remedy = "They are described at History.arrays."
-        raise SettingError.of("share", "plot.layers()", allowed=", ".join(SHARES), given=repr(share), remedy=remedy)
+    require(
+        share in SHARES,
+        "share",
+        "plot.layers()",
+        allowed=", ".join(SHARES),
+        given=repr(share),
+        remedy="They are described at History.arrays.",
+    )
     a = history.arrays()
     edges, values, start = _edges(history, a), a[share], _first_of(share, a)
     num_layers = len(values)
@@ -91,9 +96,10 @@ def layers(history: History, path: str | os.PathLike[str] | None = None, *, shar
 
 
 def exchange(history: History, path: str | os.PathLike[str] | None = None) -> "Figure":
-    """Churn, overlaps and explored share against the step: all layers together, and how far layers differ.
+    """Draws churn, overlaps and explored share against the step: all layers together, and how far layers differ.
 
-    Errors: SettingError for a file format that matplotlib does not write, and without matplotlib.
+    Raises:
+        SettingError: There is no matplotlib, or it does not write this file format.
     """
     a = history.arrays()
     step, lines = a["step"], {"explored_share": INK, "churn": INK, "overlap": INK, "first_overlap": ACCENT}
@@ -119,9 +125,10 @@ def exchange(history: History, path: str | os.PathLike[str] | None = None) -> "F
 
 
 def dead_channels(history: History, path: str | os.PathLike[str] | None = None) -> "Figure":
-    """Outputs without an active input, and inputs that no output reads: shares of the channels, layers × steps.
+    """Draws the shares of outputs without an active input, and of inputs that no output reads, layers × steps.
 
-    Errors: SettingError for a file format that matplotlib does not write, and without matplotlib.
+    Raises:
+        SettingError: There is no matplotlib, or it does not write this file format.
     """
     a = history.arrays()
     dead = {side: a[f"dead_{side}"] / a[f"num_{side}"][:, None] for side in ("outputs", "inputs")}
@@ -142,17 +149,17 @@ _LABELS = {"overlap": "with the mask before", "first_overlap": "with the first m
 
 
 def _height(num_layers: int) -> float:
-    """Inches of a heat map: 0.17 a row until a page is full."""
+    """Returns the inches of a heat map: 0.17 a row until a page is full."""
     return min(max(0.17 * num_layers, 1.6), 11.0)
 
 
 def _first_of(share: str, a: Mapping[str, NDArray[Any]]) -> int:
-    """The first column that says something: at attachment there is no mask before to compare with."""
+    """Returns the first column that says something: at attachment there is no mask before to compare with."""
     return int(share in ("churn", "overlap", "jaccard") and len(a["step"]) > 1)
 
 
 def _edges(history: History, a: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """Where the columns of a heat map begin, and where the last one ends: (T + 1,)."""
+    """Returns where the columns of a heat map begin, and where the last one ends: (T + 1,)."""
     step = a["step"]
     usual = int(np.median(np.diff(step))) if len(step) > 1 else 1
     return np.append(step, max(history.sparsifier.step, step[-1] + max(usual // 4, 1)))
@@ -168,7 +175,7 @@ def _heat(
     colours: str | Sequence[str] = "viridis",
     limits: tuple[float, float] | None = None,
 ) -> Any:
-    """Rows are layers, the first on top; columns last from one update to the next."""
+    """Draws a heat map: rows are layers, the first on top; columns last from one update to the next."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
     map_ = colours if isinstance(colours, str) else LinearSegmentedColormap.from_list("shades", colours)
@@ -189,27 +196,30 @@ def _heat(
 
 
 def _short(name: str) -> str:
-    """A layer's name without ".weight", and without its middle if it is long."""
+    """Shortens a layer's name: without ".weight", and without its middle if it is long."""
     name = name.removesuffix(".weight") or name
     return name if len(name) <= 36 else f"{name[:14]}…{name[-21:]}"
 
 
 def _mark_last(axes: "Axes", x: float, y: float, *, colour: str = INK) -> None:
-    """The last value beside the end of a line."""
+    """Writes the last value beside the end of a line."""
     axes.annotate(f"{y:.3f}", (x, y), (5, 0), textcoords="offset points", color=colour, va="center", fontsize=9)
     axes.margins(x=0)
 
 
 @contextmanager
 def _drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) -> Iterator["Figure"]:
-    """A figure to draw into, written at the end."""
+    """Gives a figure to draw into, and writes it at the end."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        remedy = 'Install it with the extra: pip install "dstlib[viz]".'
         raise SettingError.of(
-            "matplotlib", "dstlib.plot", allowed="an installed package", given=error, remedy=remedy
+            "matplotlib",
+            "dstlib.plot",
+            allowed="an installed package",
+            given=error,
+            remedy='Install it with the extra: pip install "dstlib[viz]".',
         ) from error
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -220,9 +230,14 @@ def _drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) ->
 
 def _write(figure: "Figure", path: Path) -> None:
     kind, kinds = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
-    if kind not in kinds:
-        remedy = "Name it density.png, say."
-        raise SettingError.of("path", "a figure", allowed=f"*.{', *.'.join(kinds)}", given=path, remedy=remedy)
+    require(
+        kind in kinds,
+        "path",
+        "a figure",
+        allowed=f"*.{', *.'.join(kinds)}",
+        given=path,
+        remedy="Name it density.png, say.",
+    )
     content = BytesIO()
     figure.savefig(content, format=kind)
     write_whole(path, content.getbuffer())

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import DataError, SelectionError, SettingError, similar
+from dstlib.errors import DataError, SelectionError, SettingError, require, similar
 from dstlib.report import align
 from dstlib.targets import plain_name, unwrap
 
@@ -69,7 +69,7 @@ class Profile:
     convention: Convention
 
     def __str__(self) -> str:
-        """The table: a row per module, the totals, and what is not counted.
+        """Returns the table: a row per module, the totals, and what is not counted.
 
         >>> print(profile(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), (1, 4)))
         layer  type       output  params  density  FLOPs
@@ -126,10 +126,14 @@ def profile(
     >>> profile(convolution, (1, 3, 32, 32)).flops == 2 * (3 * 8 * 9) * (32 * 32)
     True
     """
-    if convention not in get_args(Convention):
-        allowed, given = " or ".join(get_args(Convention)), repr(convention)
-        remedy = "They differ in transposed convolutions."
-        raise SettingError.of("convention", _WHERE, allowed=allowed, given=given, remedy=remedy)
+    require(
+        convention in get_args(Convention),
+        "convention",
+        _WHERE,
+        allowed=" or ".join(get_args(Convention)),
+        given=repr(convention),
+        remedy="They differ in transposed convolutions.",
+    )
     replica = _meta_copy(unwrap(model)).eval()
     active = _active(replica, sparsifier.masks if sparsifier is not None else {})
     count = partial(_flops, active=active, convention=convention)
@@ -145,7 +149,7 @@ def profile(
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose tensors have no storage; ties stay ties, as the memo goes by identity."""
+    """Copies a model deeply, without storage for its tensors; ties stay ties, as the memo goes by identity."""
     memo: dict[int, Tensor] = {}
     for module in model.modules():
         for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
@@ -161,30 +165,43 @@ def _shapes(given: Shape | Sequence[Shape]) -> list[torch.Size]:
     try:
         return [torch.Size(shape) for shape in (given if several else [given])]  # type: ignore[arg-type]
     except TypeError as error:
-        remedy = "Include the batch, as in (1, 1, 128, 128, 128)."
-        allowed = "a shape, or a tuple of them"
-        raise SettingError.of("input_shape", _WHERE, allowed=allowed, given=given, remedy=remedy) from error
+        raise SettingError.of(
+            "input_shape",
+            _WHERE,
+            allowed="a shape, or a tuple of them",
+            given=given,
+            remedy="Include the batch, as in (1, 1, 128, 128, 128).",
+        ) from error
 
 
 def _active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, int]:
-    """The number of active elements of each parameter, by its identity."""
+    """Counts the active elements of each parameter, by its identity."""
     named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     active = {id(p): p.numel() for p in named.values()}
     for name, mask in masks.items():
         if name not in named:
-            allowed, given = "the name of a parameter", repr(name)
-            remedy = f"Profile the model that the masks were made for. Similar: {similar(name, named)}."
-            raise SelectionError.of("mask", _WHERE, allowed=allowed, given=given, remedy=remedy)
-        if mask.shape != named[name].shape:
-            allowed, given = f"shape {tuple(named[name].shape)}", str(tuple(mask.shape))
-            remedy = "A mask has the shape of its parameter."
-            raise SelectionError.of(f"mask {name}", _WHERE, allowed=allowed, given=given, remedy=remedy)
+            raise SelectionError.of(
+                "mask",
+                _WHERE,
+                allowed="the name of a parameter",
+                given=repr(name),
+                remedy=f"Profile the model that the masks were made for. Similar: {similar(name, named)}.",
+            )
+        require(
+            mask.shape == named[name].shape,
+            f"mask {name}",
+            _WHERE,
+            allowed=f"shape {tuple(named[name].shape)}",
+            given=str(tuple(mask.shape)),
+            remedy="A mask has the shape of its parameter.",
+            error=SelectionError,
+        )
         active[id(named[name])] = int(mask.count_nonzero())
     return active
 
 
 def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Calls:
-    """One forward pass, noting FLOPs and output shape of each call of a module with parameters of its own."""
+    """Runs one forward pass, noting FLOPs and output shape of each call of a module with parameters of its own."""
     calls: _Calls = {m: [] for m in model.modules() if any(p is not None for p in m._parameters.values())}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -202,14 +219,18 @@ def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Call
         with torch.no_grad(), torch.device("meta"), torch.compiler.set_stance("force_eager"):
             model(*inputs)
     except RuntimeError as error:
-        allowed = f"one that runs without storage on inputs of {', '.join(str(tuple(s)) for s in shapes)}"
-        remedy = "Check the shape. A forward that reads values (.item()) or names a device cannot be profiled."
-        raise DataError.of("forward", _WHERE, allowed=allowed, given=error, remedy=remedy) from error
+        raise DataError.of(
+            "forward",
+            _WHERE,
+            allowed=f"one that runs without storage on inputs of {', '.join(str(tuple(s)) for s in shapes)}",
+            given=error,
+            remedy="Check the shape. A forward that reads values (.item()) or names a device cannot be profiled.",
+        ) from error
     return calls
 
 
 def _flops(layer: _Counted, x: Tensor, output: Tensor, *, active: Mapping[int, int], convention: Convention) -> int:
-    """FLOPs of one call: at each position of the grid, every active weight multiplies and adds once."""
+    """Counts the FLOPs of one call: at each position of the grid, every active weight multiplies and adds once."""
     grid, channels = output, layer.weight.shape[0]
     if isinstance(layer, _Transposed) and convention == "exact":
         grid = x
@@ -241,6 +262,6 @@ def _rows(model: nn.Module, calls: _Calls, active: Mapping[int, int]) -> Iterato
 
 
 def _uncounted(layers: Sequence[LayerProfile]) -> tuple[str, ...]:
-    """Types whose FLOPs are missing; a layer whose weight its parent uses directly looks uncalled."""
+    """Names the types whose FLOPs are missing; a layer whose weight its parent uses directly looks uncalled."""
     names = {f"{row.type}{'' if row.calls else ' (not called)'}" for row in layers if row.flops is None}
     return tuple(sorted(names))

@@ -1,4 +1,4 @@
-"""Tables of what is sparse. Plain rows in, text out; knows no controller."""
+"""Text tables: of what is sparse in a model, and of anything else in rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class Summary:
 
 
 def align(cells: Sequence[tuple[str, ...]], *, left: Sequence[int]) -> list[str]:
-    """Rows of text as lines with aligned columns; the first row is the heading, ``left`` flush left.
+    """Aligns the columns of rows of text; the first row is the heading, the columns ``left`` are flush left.
 
     >>> print("\\n".join(align([("organ", "Dice"), ("liver", "0.9")], left=(0,))))
     organ  Dice

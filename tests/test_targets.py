@@ -16,7 +16,7 @@ from dstlib.targets import plain_name, select
 from dstlib.targets.views import fused_parts
 
 
-def verdicts(model, **kwargs):
+def reasons(model, **kwargs):
     return {w.name: w.reason for w in select(model, **kwargs)}
 
 
@@ -41,8 +41,8 @@ class Zoo(nn.Module):
         self.head = nn.Linear(8, 10)
 
 
-def test_every_matrix_gets_a_verdict():
-    assert verdicts(Zoo()) == {
+def test_every_matrix_is_named_with_a_reason():
+    assert reasons(Zoo()) == {
         "position": "raw parameter of Zoo: sparse only if included by name",
         "embed.weight": "weight of Embedding: no weight of Linear, Conv or attention",
         "attention.in_proj_weight": "",
@@ -83,14 +83,14 @@ def test_summary_shows_each_weight_the_reason_and_the_totals():
 
 def test_include_and_exclude_are_globs_over_weights_and_modules():
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
-    assert verdicts(model, include=("body.*",)) == {
+    assert reasons(model, include=("body.*",)) == {
         "body.0.weight": "",
         "body.1.weight": "",
         "head.weight": "not included",
     }
-    assert verdicts(model, include=("head",))["head.weight"] == ""
-    assert verdicts(model, exclude=("*.1", "head"))["body.0.weight"] == ""
-    assert verdicts(model, exclude=("*.1", "head"))["body.1.weight"] == "excluded"
+    assert reasons(model, include=("head",))["head.weight"] == ""
+    assert reasons(model, exclude=("*.1", "head"))["body.0.weight"] == ""
+    assert reasons(model, exclude=("*.1", "head"))["body.1.weight"] == "excluded"
 
 
 def test_a_glob_that_matches_nothing_is_an_error_that_suggests():
@@ -106,9 +106,9 @@ def test_a_glob_that_matches_nothing_is_an_error_that_suggests():
 
 
 def test_dense_by_default_becomes_sparse_when_asked_for_by_name_and_the_impossible_raises():
-    assert verdicts(Zoo(), include=("*", "depthwise", "rnn"))["depthwise.weight"] == ""
-    assert verdicts(Zoo(), include=("*", "depthwise", "rnn"))["rnn.weight_hh_l0"] == ""
-    assert verdicts(Zoo(), include=("*", "depthwise.weight"))["rnn.weight_hh_l0"] != ""
+    assert reasons(Zoo(), include=("*", "depthwise", "rnn"))["depthwise.weight"] == ""
+    assert reasons(Zoo(), include=("*", "depthwise", "rnn"))["rnn.weight_hh_l0"] == ""
+    assert reasons(Zoo(), include=("*", "depthwise.weight"))["rnn.weight_hh_l0"] != ""
     with pytest.raises(SelectionError, match=r"embed.weight.*masked in place.*Embedding"):
         select(Zoo(), include=("embed",))
 
@@ -130,11 +130,11 @@ def test_tied_weights_count_once_and_stay_dense_with_an_embedding():
     sparsifier = dstlib.sparsify(tied, sparsity=0.5, method="static")
     assert list(sparsifier.masks) == ["a.weight"]
     assert sparsifier.summary().num_sparse == 36
-    assert verdicts(tied, include=("b",))["a.weight"] == "", "either name will do"
+    assert reasons(tied, include=("b",))["a.weight"] == "", "either name will do"
 
     language = nn.ModuleDict({"head": nn.Linear(4, 10), "embed": nn.Embedding(10, 4), "mlp": nn.Linear(4, 4)})
     language["head"].weight = language["embed"].weight
-    assert verdicts(language)["head.weight"].startswith("tied to embed.weight")
+    assert reasons(language)["head.weight"].startswith("tied to embed.weight")
 
 
 def test_transposed_convolutions_are_turned_and_in_proj_is_three_matrices():
@@ -188,7 +188,7 @@ def test_weight_standardisation_is_left_dense():
             return self._conv_forward(x, self.centred(), self.bias)
 
     model = nn.ModuleDict({"std": StdConv(4, 4, 3), "same": SamePadding(4, 4, 3), "helper": ByHelper(4, 4, 3)})
-    found = verdicts(model)
+    found = reasons(model)
     assert "standardises" in found["std.weight"]
     assert "standardises" in found["helper.weight"]
     assert found["same.weight"] == ""
@@ -198,7 +198,7 @@ def test_weight_standardisation_is_left_dense():
 
 def test_names_are_those_of_the_user_under_compile_and_data_parallel():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    assert set(verdicts(torch.compile(model))) == {"0.weight", "1.weight"}
+    assert set(reasons(torch.compile(model))) == {"0.weight", "1.weight"}
     assert plain_name("block._checkpoint_wrapped_module.fc.weight") == "block.fc.weight"
     assert list(dstlib.sparsify(nn.DataParallel(model), sparsity=0.5, method="static").masks) == [
         "0.weight",
@@ -466,12 +466,12 @@ def test_overlapping_weights_are_left_dense():
     model = nn.ModuleDict({"encoder": nn.Linear(6, 4), "decoder": nn.Linear(4, 6), "conv": nn.Conv2d(6, 4, 1)})
     model["decoder"].weight = nn.Parameter(model["encoder"].weight.data.t())
     model["head"] = nn.Linear(4, 2)
-    found = verdicts(model)
+    found = reasons(model)
     assert found["decoder.weight"].startswith("a view of the memory of encoder.weight")
     assert found["encoder.weight"].startswith("a view of the memory of decoder.weight")
     assert found["conv.weight"] == found["head.weight"] == ""
     model["conv"].weight = nn.Parameter(model["encoder"].weight.data.view(4, 6, 1, 1))
-    assert "a view of the memory" in verdicts(model)["conv.weight"]
+    assert "a view of the memory" in reasons(model)["conv.weight"]
     with pytest.raises(SelectionError, match="a view of the memory"):
         select(model, include=("encoder",))
 
@@ -481,32 +481,32 @@ def test_neighbours_in_one_buffer_are_not_overlapping():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
     for i, layer in enumerate(model):
         layer.weight = nn.Parameter(flat[20 * i : 20 * (i + 1)].view_as(layer.weight))
-    assert verdicts(model) == {"0.weight": "", "1.weight": ""}
+    assert reasons(model) == {"0.weight": "", "1.weight": ""}
 
 
 def test_a_tied_weight_is_asked_for_by_any_of_its_names():
     model = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1, groups=4), "b": nn.Linear(4, 4), "c": nn.Conv2d(4, 4, 1, groups=4)})
     model["c"].weight = model["a"].weight
-    assert verdicts(model, include=("b", "c"))["a.weight"] == ""
+    assert reasons(model, include=("b", "c"))["a.weight"] == ""
     model["table"] = nn.ParameterDict({"raw": model["b"].weight})
-    assert verdicts(model, include=("a",))["b.weight"] == "not included"
-    assert verdicts(model, include=("*", "a"))["b.weight"].startswith("tied to table.raw, raw parameter")
-    assert verdicts(model, include=("*", "table.raw"))["b.weight"] == ""
+    assert reasons(model, include=("a",))["b.weight"] == "not included"
+    assert reasons(model, include=("*", "a"))["b.weight"].startswith("tied to table.raw, raw parameter")
+    assert reasons(model, include=("*", "table.raw"))["b.weight"] == ""
 
 
 def test_a_module_or_a_parameter_under_two_names_counts_once():
     model = nn.ModuleDict({"a": nn.Linear(4, 4)})
     model["b"] = model["a"]
-    assert verdicts(model) == {"a.weight": ""}
-    assert verdicts(model, include=("b.weight",)) == {"a.weight": ""}
+    assert reasons(model) == {"a.weight": ""}
+    assert reasons(model, include=("b.weight",)) == {"a.weight": ""}
     model["head"] = nn.Linear(4, 2)
-    assert verdicts(model, exclude=("b",)) == {"a.weight": "excluded", "head.weight": ""}
+    assert reasons(model, exclude=("b",)) == {"a.weight": "excluded", "head.weight": ""}
 
 
 def test_raw_parameters_are_asked_for_by_their_own_name_only():
     model = nn.Sequential(Zoo())
-    assert verdicts(model, include=("*", "0.position"))["0.position"] == ""
-    assert verdicts(model, include=("*", "0.pos*"))["0.position"] != "", "a glob is no request"
+    assert reasons(model, include=("*", "0.position"))["0.position"] == ""
+    assert reasons(model, include=("*", "0.pos*"))["0.position"] != "", "a glob is no request"
     with pytest.raises(SelectionError, match=r"weight of 0\.position.*raw parameter of Zoo"):
         select(model, include=("*", "0"))
 
@@ -527,7 +527,7 @@ def test_grouped_convolutions_count_their_own_inputs(granularity, expected):
 
 def test_bilinear_is_a_matrix_for_each_output_on_request():
     model = nn.Bilinear(3, 4, 5)
-    assert verdicts(model, include=("weight",)) == {"weight": ""}
+    assert reasons(model, include=("weight",)) == {"weight": ""}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     method = replace(RIGL, interval=1)
     sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, include="weight", total_steps=4)
@@ -541,6 +541,6 @@ def test_bilinear_is_a_matrix_for_each_output_on_request():
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_embeddings_are_refused_by_name(kind):
     model = nn.ModuleDict({"table": kind(10, 4), "head": nn.Linear(4, 2)})
-    assert verdicts(model)["table.weight"] == f"weight of {kind.__name__}: no weight of Linear, Conv or attention"
+    assert reasons(model)["table.weight"] == f"weight of {kind.__name__}: no weight of Linear, Conv or attention"
     with pytest.raises(SelectionError, match=kind.__name__):
         select(model, include=("table",))

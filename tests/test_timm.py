@@ -1,4 +1,4 @@
-"""Real models of timm: every family judged, many of them trained and updated with exact densities."""
+"""Real models of timm: every family selected from, many of them trained and updated with exact densities."""
 
 import copy
 import re
@@ -20,7 +20,7 @@ timm = pytest.importorskip("timm")
 class Family:
     """One model for each of timm's modules: ``settings`` make it small enough to train on images of ``size``.
 
-    All are judged on the meta device as their authors publish them; those that are not ``quick`` are trained
+    All are selected from on the meta device as their authors publish them; those that are not ``quick`` are trained
     by the long tests only, those without a size not at all.
     """
 
@@ -226,7 +226,7 @@ def test_the_table_holds_every_family_of_timm():
 
 
 @pytest.mark.parametrize("name", existing(FAMILIES))
-def test_every_weight_of_every_family_has_a_verdict(name):
+def test_every_weight_of_every_family_is_named_with_a_reason(name):
     model = on_meta(FAMILIES[name].model)
     weights = select(model)
     assert {id(w.parameter) for w in weights} == {id(p) for p in model.parameters() if p.ndim >= 2}

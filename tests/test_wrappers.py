@@ -19,7 +19,7 @@ from dstlib.targets import select, unwrap
 EACH_STEP = replace(RIGL, interval=1, distribution=uniform)
 
 
-def verdicts(model, **kwargs):
+def reasons(model, **kwargs):
     return {w.name: w.reason for w in select(model, **kwargs)}
 
 
@@ -86,14 +86,14 @@ FACTOR = "low-rank factor, whose zeros leave the product dense: sparse only if i
 
 
 def test_factors_of_peft_are_dense_unless_named_and_the_frozen_base_is_frozen():
-    found = verdicts(with_head(PeftLinear(nn.Linear(4, 4))))
+    found = reasons(with_head(PeftLinear(nn.Linear(4, 4))))
     assert found == {
         "layer.base_layer.weight": "frozen (requires_grad is False)",
         "layer.lora_A.default.weight": FACTOR,
         "layer.lora_B.default.weight": FACTOR,
         "head.weight": "",
     }
-    named = verdicts(with_head(PeftLinear(nn.Linear(4, 4))), include=("*", "layer.lora_B.default"))
+    named = reasons(with_head(PeftLinear(nn.Linear(4, 4))), include=("*", "layer.lora_B.default"))
     assert [name for name, reason in named.items() if not reason] == ["layer.lora_B.default.weight", "head.weight"]
     table = str(dstlib.sparsify(with_head(PeftLinear(nn.Linear(4, 4))), sparsity=0.5, method="static").summary())
     assert f"dense: {FACTOR}" in table
@@ -116,8 +116,8 @@ def test_a_named_factor_trains_with_exact_density():
 def test_a_trained_base_is_sparse_on_request_as_long_as_nobody_merges():
     torch.manual_seed(0)
     model = with_head(PeftLinear(nn.Linear(4, 4), is_trained=True))
-    assert "merging them would undo the zeros" in verdicts(model)["layer.base_layer.weight"]
-    assert verdicts(model, include=("*", "layer.base_layer"))["layer.base_layer.weight"] == ""
+    assert "merging them would undo the zeros" in reasons(model)["layer.base_layer.weight"]
+    assert reasons(model, include=("*", "layer.base_layer"))["layer.base_layer.weight"] == ""
     sparsifier = dstlib.sparsify(model, sparsity=0.5, method="static", include="layer.base_layer")
     mask = sparsifier.masks["layer.base_layer.weight"]
     model["layer"].merge()
@@ -126,14 +126,14 @@ def test_a_trained_base_is_sparse_on_request_as_long_as_nobody_merges():
 
 def test_a_subclass_that_merges_by_itself_is_refused_by_name():
     model = with_head(LoralibLinear(4, 4, is_trained=True))
-    found = verdicts(model)
+    found = reasons(model)
     assert found["layer.weight"] == "train() and eval() merge a low-rank product into it, which would undo the zeros"
     assert found["layer.lora_A"] == found["layer.lora_B"] == FACTOR
     with pytest.raises(SelectionError, match=r"weight of layer\.weight.*merge a low-rank product"):
         select(model, include=("layer.weight",))
-    assert verdicts(model, include=("layer.lora_A",))["layer.lora_A"] == ""
-    assert verdicts(with_head(LoralibLinear(4, 4)))["layer.weight"] == "frozen (requires_grad is False)"
-    assert "merge a low-rank product" in verdicts(with_head(LoralibConv()))["layer.conv.weight"]
+    assert reasons(model, include=("layer.lora_A",))["layer.lora_A"] == ""
+    assert reasons(with_head(LoralibLinear(4, 4)))["layer.weight"] == "frozen (requires_grad is False)"
+    assert "merge a low-rank product" in reasons(with_head(LoralibConv()))["layer.conv.weight"]
 
 
 def test_factors_named_in_loralib_survive_merging():
@@ -155,7 +155,7 @@ def test_other_layers_beside_factors_are_not_their_base():
             self.lora_A, self.lora_B = nn.Linear(4, 1), nn.Linear(1, 4)
             self.query, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    found = verdicts(Attention())
+    found = reasons(Attention())
     assert [name for name, reason in found.items() if not reason] == ["query.weight", "out.weight"]
 
 
@@ -200,7 +200,7 @@ COMPUTED = {
 def test_what_a_weight_is_computed_from_is_dense_and_refused_by_all_names(name):
     make, maker = COMPUTED[name]
     model = with_head(make())
-    dense = {key: reason for key, reason in verdicts(model).items() if reason}
+    dense = {key: reason for key, reason in reasons(model).items() if reason}
     assert dense, "none is left out in silence"
     for key, reason in dense.items():
         assert reason == f"weight is computed from it at each forward, by {maker}"
@@ -216,7 +216,7 @@ def test_a_model_of_nothing_else_says_so():
 
 def test_a_computed_recurrent_weight_is_dense_and_its_namesakes_are_not():
     model = old_weight_norm(nn.LSTM(3, 2, bidirectional=True), "weight_hh_l0")
-    found = verdicts(model, include=("*", "weight_ih_l0", "weight_hh_l0_reverse"))
+    found = reasons(model, include=("*", "weight_ih_l0", "weight_hh_l0_reverse"))
     computed = "weight_hh_l0 is computed from it at each forward, by WeightNorm"
     assert found["weight_hh_l0_g"] == found["weight_hh_l0_v"] == computed
     assert found["weight_ih_l0"] == found["weight_hh_l0_reverse"] == ""
@@ -228,14 +228,14 @@ def test_a_weight_replaced_by_a_computed_tensor_is_no_parameter():
     layer = nn.Linear(4, 4)
     layer.register_parameter("raw", nn.Parameter(torch.ones(4, 4)))
     layer._parameters["weight"] = layer.raw * 2  # as AWD-LSTM drops out weights
-    found = verdicts(with_head(layer))
+    found = reasons(with_head(layer))
     assert found["layer.weight"] == "a computed tensor, no parameter"
     assert found["layer.raw"] == "raw parameter of Linear: sparse only if included by name"
 
 
 def test_making_it_permanent_makes_it_a_weight_again():
     layer = prune.remove(pruned(), "weight")
-    assert verdicts(layer) == {"weight": ""}
+    assert reasons(layer) == {"weight": ""}
 
 
 # ---------------------------------------------------------------- raw, lazy, quantised
@@ -256,7 +256,7 @@ class CondConv(nn.Module):
 def test_mixed_kernels_are_opt_in_a_budget_for_each_expert_too():
     torch.manual_seed(0)
     model = with_head(CondConv())
-    assert verdicts(model)["layer.weight"] == "raw parameter of CondConv: sparse only if included by name"
+    assert reasons(model)["layer.weight"] == "raw parameter of CondConv: sparse only if included by name"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     sparsifier = dstlib.sparsify(
         model, optimizer, sparsity=0.75, method=EACH_STEP, include="layer.weight", split={"layer": 3}, total_steps=8
@@ -275,7 +275,7 @@ def test_lazy_layers_are_refused_until_they_know_their_shape(layer):
     with pytest.raises(SelectionError, match=r"a lazy module\. Run one forward pass first"):
         select(model)
     model(torch.randn(2, 3, 5, 5) if layer is not nn.LazyLinear else torch.randn(2, 3))
-    assert verdicts(model) == {"0.weight": ""}
+    assert reasons(model) == {"0.weight": ""}
 
 
 def quantizable(num_in=4):
@@ -292,7 +292,7 @@ def test_quantisation_aware_layers_keep_the_zeros_in_what_they_multiply_by():
     """Zero is a point of every quantisation grid."""
     torch.manual_seed(0)
     model = quantizable()
-    assert verdicts(model) == {"0.weight": "", "2.weight": ""}
+    assert reasons(model) == {"0.weight": "", "2.weight": ""}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=EACH_STEP, total_steps=8)
     for _ in range(3):
@@ -337,7 +337,7 @@ def test_quantised_layers_hold_no_weight_to_train():
 def test_weights_of_other_numbers_are_dense(dtype):
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.ones(4, 4, dtype=dtype), requires_grad=False)
-    reason = verdicts(with_head(layer))["layer.weight"]
+    reason = reasons(with_head(layer))["layer.weight"]
     assert reason == f"Tensor of {dtype}, torch.strided: not a plain float tensor"
 
 
@@ -347,7 +347,7 @@ def test_tensor_subclasses_are_dense():
 
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed))
-    assert "Packed of torch.float32" in verdicts(with_head(layer))["layer.weight"]
+    assert "Packed of torch.float32" in reasons(with_head(layer))["layer.weight"]
     with pytest.raises(SelectionError, match="not a plain float tensor"):
         select(with_head(layer), include=("layer",))
 
@@ -454,7 +454,7 @@ def test_a_child_named_module_keeps_its_name():
 def test_names_go_through_every_wrapper():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     wrapped = AveragedModel(nn.DataParallel(torch.compile(model, backend="eager")))
-    assert set(verdicts(unwrap(wrapped))) == {"0.weight", "1.weight"}
+    assert set(reasons(unwrap(wrapped))) == {"0.weight", "1.weight"}
 
 
 # ---------------------------------------------------------------- recurrence

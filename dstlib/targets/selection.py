@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from dstlib.errors import SelectionError, StateError, similar
+from dstlib.errors import SelectionError, StateError, require, similar
 from dstlib.targets.eligibility import Candidate, eligibility_of, overlaps
 from dstlib.targets.views import MatrixView, chunks
 
@@ -75,22 +75,28 @@ def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
     while not shapes.keys() <= named.keys() and isinstance(inner := getattr(unwrap(model), "module", None), nn.Module):
         model, named = inner, _named(inner)  # timm's ModelEmaV2 and V3, and their kind
     for name, shape in shapes.items():
-        if name not in named or named[name].shape != shape:
-            raise StateError.of(
-                "model",
-                "mask_model()",
-                allowed=f"a weight {name} of shape {tuple(shape)}",
-                given=tuple(named[name].shape) if name in named else f"none of that name in {type(model).__name__}",
-                remedy="Pass a copy of the model that was sparsified.",
-            )
+        require(
+            name in named and named[name].shape == shape,
+            "model",
+            "mask_model()",
+            allowed=f"a weight {name} of shape {tuple(shape)}",
+            given=tuple(named[name].shape) if name in named else f"none of that name in {type(model).__name__}",
+            remedy="Pass a copy of the model that was sparsified.",
+            error=StateError,
+        )
     return {name: named[name] for name in shapes}
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    if not isinstance(model, nn.Module):
-        remedy = "Pass the averaged module itself, often its .ema or .module."
-        given = type(model).__name__
-        raise StateError.of("model", "mask_model()", allowed="an nn.Module", given=given, remedy=remedy)
+    require(
+        isinstance(model, nn.Module),
+        "model",
+        "mask_model()",
+        allowed="an nn.Module",
+        given=type(model).__name__,
+        remedy="Pass the averaged module itself, often its .ema or .module.",
+        error=StateError,
+    )
     return {plain_name(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
 
 
@@ -139,18 +145,19 @@ def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
     Raises:
         SelectionError: It matches none.
     """
-    if not any(w.matches(pattern) for w in weights):
-        known = sorted({name for w in weights for name in w.aliases})
-        raise SelectionError.of(
-            f"glob {pattern!r}",
-            where,
-            allowed="a match with the name of a weight or of its module",
-            given="no match",
-            remedy=_hint(pattern, known),
-        )
+    if any(w.matches(pattern) for w in weights):
+        return
+    raise SelectionError.of(
+        f"glob {pattern!r}",
+        where,
+        allowed="a match with the name of a weight or of its module",
+        given="no match",
+        remedy=_hint(pattern, sorted({name for w in weights for name in w.aliases})),
+    )
 
 
 def _hint(pattern: str, known: Sequence[str]) -> str:
+    """Says what a glob without a match may have meant."""
     if any(name.startswith(f"{pattern}.") for name in known):
         return f"Globs match whole names: write {pattern + '.*'!r} for all below it."
     return f"Names here: {similar(pattern, known)}."
@@ -184,16 +191,16 @@ def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
     if not matching:
         return weight
     num, num_rows = split[matching[-1]], len(weight.parameter)
-    is_count = type(num) is int and 0 < num <= num_rows
-    if not (weight.can_split and is_count and num_rows % num == 0):
-        made = f"{weight.kind} is {len(weight.views)} matri{'ces' if len(weight.views) > 1 else 'x'} by its making"
-        raise SelectionError.of(
-            f"split {matching[-1]!r}",
-            weight.name,
-            allowed=f"a divisor of its {num_rows} rows" if weight.can_split else f"no split, as {made}",
-            given=repr(num),
-            remedy="Count the matrices stacked in it, or narrow the glob.",
-        )
+    made = f"{weight.kind} is {len(weight.views)} matri{'ces' if len(weight.views) > 1 else 'x'} by its making"
+    require(
+        weight.can_split and type(num) is int and 0 < num <= num_rows and num_rows % num == 0,
+        f"split {matching[-1]!r}",
+        weight.name,
+        allowed=f"a divisor of its {num_rows} rows" if weight.can_split else f"no split, as {made}",
+        given=repr(num),
+        remedy="Count the matrices stacked in it, or narrow the glob.",
+        error=SelectionError,
+    )
     return replace(weight, views=chunks(weight.name, range(num), num_rows) if num > 1 else (MatrixView(weight.name),))
 
 
@@ -205,11 +212,15 @@ def _all_weights(model: nn.Module) -> Iterator[Weight]:
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                remedy = "Run one forward pass first."
-                raise SelectionError.of(
-                    "weight", module_name, allowed="a known shape", given="a lazy module", remedy=remedy
-                )
+            require(
+                not isinstance(parameter, nn.parameter.UninitializedParameter),
+                "weight",
+                module_name,
+                allowed="a known shape",
+                given="a lazy module",
+                remedy="Run one forward pass first.",
+                error=SelectionError,
+            )
             if parameter.ndim >= 2:
                 name = plain_name(module_name)
                 owner = modules.get(name.rpartition(".")[0]) if name else None
