@@ -3,7 +3,7 @@
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dstlib.engine.decisions import Decision, Decisions
 from dstlib.engine.following import follow
-from dstlib.engine.registry import CANDIDATES, fast_form, obstacle
+from dstlib.engine.layers.fast_layer import FastLayer
+from dstlib.engine.registry import find, obstacle
 
 REPEATS = 3
 Times = dict[str, float]
@@ -30,8 +31,9 @@ def accelerate(
     masks: Mapping[str, Tensor] | None = None,
     dense_gradient: Callable[[str], bool] = _never,
     decisions: Decisions | None = None,
+    layers: Sequence[FastLayer] = (),
 ) -> nn.Module:
-    """A module with the outputs, parameters and ``state_dict`` of the model that runs on the engine where that pays.
+    """Returns a module with the model's outputs, parameters and ``state_dict``, on the engine where that pays.
 
     Every layer that the engine has kernels for is timed on them and as it was, with the same inputs, in whole forward
     passes of ``example_input`` (a tensor, or a tuple of arguments); it stays as it is where that was faster. What was
@@ -48,7 +50,11 @@ def accelerate(
     result, under autocast or with a model of that type. There blocks of 16 × 16 channels, trained by
     ``replace(DSFF, granularity=Block(16, 16))``, save products; other masks gain by fewer passes over memory alone.
 
-    Errors: SettingError for decisions about other layers.
+    ``layers`` are further layer types with their fast forms, tried before those of the engine: see
+    ``docs/your_own.md``.
+
+    Raises:
+        SettingError: The decisions are about other layers.
 
     >>> layer = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
     >>> fast = accelerate(layer, torch.rand(1, 64, 16, 16))
@@ -57,11 +63,13 @@ def accelerate(
     """
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     fast = _sharing(model)
-    candidates = dict(_candidates(fast))
-    obstacles = {name: obstacle(layer) for name, layer in candidates.items()}
+    candidates = dict(_candidates(fast, layers))
+    obstacles = {name: obstacle(layer, layers) for name, layer in candidates.items()}
     able = [name for name, reason in obstacles.items() if reason is None]
     for name in able:
-        fast.set_submodule(name, fast_form(candidates[name]))
+        found = find(candidates[name], layers)
+        assert found is not None, "it is a candidate"
+        fast.set_submodule(name, found.make(candidates[name]))
     if decisions is None:
         plain_ms, fast_ms = _measure(fast, {name: candidates[name] for name in able}, arguments)
         decisions = Decisions.of(
@@ -78,24 +86,29 @@ def accelerate(
 
 
 def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of the modules around the same parameters and buffers."""
+    """Returns a copy of the modules around the same parameters and buffers."""
     kept = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
-def _candidates(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers to decide on, outermost first: what is inside of one that can run fast is decided with it."""
+def _candidates(
+    model: nn.Module, layers: Sequence[FastLayer] = (), prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the layers to decide on, outermost first: what is inside of one that can run fast is decided with it."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
-        if isinstance(child, CANDIDATES):
+        is_candidate = find(child, layers) is not None
+        if is_candidate:
             yield path, child
-        if not isinstance(child, CANDIDATES) or obstacle(child):
-            yield from _candidates(child, f"{path}.")
+        if not is_candidate or obstacle(child, layers):
+            yield from _candidates(child, layers, f"{path}.")
 
 
 @torch.no_grad()
 def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> tuple[Times, Times]:
-    """Milliseconds of each layer in both forms, medians of whole passes; the plain form gets the maps of the fast one.
+    """Measures milliseconds of each layer in both forms, medians of whole passes.
+
+    The plain form gets the maps of the fast one.
 
     A layer that stays plain has neighbours on the engine: what it takes to change the order of their maps is its cost.
     """
@@ -118,14 +131,14 @@ def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], arguments: tuple[A
 
 
 def _timed(fast: nn.Module, name: str, plain: nn.Module, seconds: tuple[_Seconds, _Seconds]) -> Iterator[Any]:
-    """Hooks that note what each pass takes in a layer of the fast model, and in its plain form."""
+    """Yields hooks that note what each pass takes in a layer of the fast model, and in its plain form."""
     layer, began = fast.get_submodule(name), [0.0]
 
-    device = next(layer.parameters()).device
+    parameter = next(layer.parameters(), None)
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if parameter is not None and parameter.is_cuda:
+            torch.cuda.synchronize(parameter.device)
         return time.perf_counter()
 
     def start(*_: Any) -> None:

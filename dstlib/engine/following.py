@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.gpu.module import BlockConv
-from dstlib.engine.layers.fast_layers import FastConv, FastUnit, FastUpsample
-from dstlib.engine.layers.linear import SparseLinear
+from dstlib.engine.layers.fast_layer import FollowsMask
 
 
 @dataclass(eq=False)
 class _Followed:
     """A layer, its weight, and the mask it follows; without one, the zeros of the weight."""
 
-    layer: Any  # has set_mask() and dense_gradient
+    layer: FollowsMask
     weight: Tensor
     mask: Tensor | None
     wants_all: Callable[[], bool]
@@ -44,11 +42,11 @@ def follow(fast: nn.Module, masks: Mapping[str, Tensor], wants_all: Callable[[st
     ``wants_all`` says of a parameter whether this pass is to give the gradients of its inactive weights too.
     """
     names = {id(parameter): name for name, parameter in fast.named_parameters()}
-    pairs = [pair for module in fast.modules() for pair in _layer_and_weight(module)]
-    followed = [
-        _Followed(layer, weight, masks.get(names[id(weight)]), partial(wants_all, names[id(weight)]))
-        for layer, weight in pairs
-    ]
+    followed = []
+    for layer in fast.modules():
+        if isinstance(layer, FollowsMask):
+            name = names[id(layer.weight)]
+            followed.append(_Followed(layer, layer.weight, masks.get(name), partial(wants_all, name)))
 
     def refresh(*_: Any) -> None:
         for each in followed:
@@ -56,9 +54,3 @@ def follow(fast: nn.Module, masks: Mapping[str, Tensor], wants_all: Callable[[st
 
     fast.register_forward_pre_hook(refresh)
     refresh()
-
-
-def _layer_and_weight(module: nn.Module) -> list[tuple[Any, Tensor]]:
-    if isinstance(module, SparseLinear | BlockConv):
-        return [(module, module.weight)]
-    return [(module.kernels, module.kernels.weight)] if isinstance(module, FastConv | FastUnit | FastUpsample) else []

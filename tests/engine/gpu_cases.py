@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, conv3d
 
 from dstlib.engine.gpu import Blocks, Launch, block_conv
+from dstlib.engine.gpu.conv import BlockConvProblem
 from dstlib.layers.shift import shift
 
 SHARES = "shares of positions"
@@ -128,8 +129,8 @@ def check_properties() -> dict[str, bool]:
     with torch.autocast("cpu", torch.bfloat16):
         half = block_conv(inputs[0], inputs[1], blocks, inputs[2])
     tensors, numbers = blocks.plan((-1, 0, 1), x.device).parts()
-    arguments = (inputs[0], None, None, *inputs[1:], tensors, [*numbers, 1, 1, 1, *Launch()])
-    checked = torch.library.opcheck(torch.ops.dstlib.block_conv.default, arguments)
+    problem = BlockConvProblem(1, True, tuple(numbers), (1, 1, 1), Launch())
+    checked = torch.library.opcheck(torch.ops.dstlib.block_conv.default, ([*inputs, *tensors], problem.packed()))
     return {
         "the same in every run": all(map(torch.equal, first, again)),
         "channels last": first[0].is_contiguous(memory_format=torch.channels_last_3d),

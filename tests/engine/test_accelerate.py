@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
-from dstlib.engine.layers.fast_layers import FastConv, FastFusionNode, FastUnit
-from dstlib.engine.layers.pending import Pending, mapped
+from dstlib.engine.layers.conv import FastConv
+from dstlib.engine.layers.feature_map import Pending, feature_map
+from dstlib.engine.layers.fusion_node import FastFusionNode
+from dstlib.engine.layers.unit import FastUnit
+from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.registry import obstacle
 from dstlib.errors import SettingError, StateError
 from dstlib.layers import LearnedShift, Shift, ShiftedConv3d, Unit
@@ -359,7 +362,7 @@ def _pending() -> tuple[Tensor, Tensor]:
     x = torch.randn(2, 3, 5, 4, 4, requires_grad=True)
     scale, offset = torch.rand(2, 3) + 0.5, torch.randn(2, 3)
     y = scale[:, :, None, None, None] * x.detach() + offset[:, :, None, None, None]
-    return Pending.of(x + 0, (scale, offset, 0.01)), torch.maximum(y, 0.01 * y)
+    return Pending.of(FeatureMap(x + 0, (scale, offset, 0.01))), torch.maximum(y, 0.01 * y)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +391,7 @@ def test_what_is_asked_about_a_pending_map_writes_nothing(about: str, monkeypatc
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("written out")
 
-    monkeypatch.setattr("dstlib.engine.layers.pending.materialise", refuse)
+    monkeypatch.setattr("dstlib.engine.layers.feature_map.materialise", refuse)
     expected = True if about == "requires_grad" else getattr(values, about)
     assert getattr(pending, about) == expected
     with pytest.raises(AssertionError, match="written out"):
@@ -404,7 +407,8 @@ def test_gradients_pass_through_foreign_operations():
     assert isinstance(pending, Pending)
     assert pending.shape == (2, 4, 5, 6, 6)
     assert pending.requires_grad
-    assert mapped(pending)[1] is pending.to_apply
+    assert feature_map(pending) is pending.feature_map
+    assert pending.feature_map.norm is not None
     for z in (pending, plain(again)):
         (torch.sin(z) * z).sum().backward()
     _assert_close(x.grad, again.grad, share=1e-3)

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.ops import conv_calls, convolution
-from dstlib.engine.ops import operator as calls
-from dstlib.engine.ops.connections import Connections
-from dstlib.engine.ops.convolution import Geometry, Weights, conv, unit
-from dstlib.engine.ops.feature_maps import Mapped, activated
+from dstlib.engine.ops import feature_map, prepared
+from dstlib.engine.ops.conv import CONV, Affine, Geometry, conv, stated, unit
+from dstlib.engine.ops.feature_map import FeatureMap, activated
 from dstlib.engine.ops.layouts import materialise
-from dstlib.engine.ops.ready import Ready
+from dstlib.engine.ops.patterns import Pattern
+from dstlib.engine.ops.weights import Weights
 from dstlib.engine.runtime import library
 from dstlib.layers import Shift, Unit
 
@@ -74,12 +73,13 @@ class Case:
     shifts: tuple[int, ...]
     seed: int
 
-    def sources(self) -> list[Mapped]:
-        found: list[Mapped] = []
+    def sources(self) -> list[FeatureMap]:
+        found: list[FeatureMap] = []
         for i, count in enumerate(self.channels):
             x = LAYOUTS[self.layouts[i]](_random(self.batch, count, *self.size, seed=self.seed + i)).requires_grad_()
             scale, offset = _random(2, self.batch, count, seed=self.seed + 10 + i)
-            found.append((x, (scale.contiguous(), offset.contiguous(), 0.01) if self.normed[i] else None))
+            norm = (scale.contiguous(), offset.contiguous(), 0.01) if self.normed[i] else None
+            found.append(FeatureMap(x, norm))
         return found
 
     def masks(self) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class Case:
         return chance < self.density, chance < self.graded
 
     def weights(self) -> Weights:
-        active, graded = map(Connections.of, self.masks())
+        active, graded = map(Pattern.of, self.masks())
         shape = (self.outputs, sum(self.channels), 1, self.kernel, self.kernel)
         bias = _random(self.outputs, seed=self.seed + 5).requires_grad_() if self.biased else None
         return Weights(_random(*shape, seed=self.seed + 4).requires_grad_(), bias, active, graded)
@@ -140,7 +140,7 @@ def _reference(case: Case, inputs: Sequence[Tensor], weight: Tensor, bias: Tenso
     return F.conv3d(x, weight, bias, case.stride, (0, case.kernel // 2, case.kernel // 2))
 
 
-def _exact_inputs(sources: Sequence[Mapped]) -> list[Tensor]:
+def _exact_inputs(sources: Sequence[FeatureMap]) -> list[Tensor]:
     """The activated sources in float64, as leaves."""
     doubles = [(x.double(), (n[0].double(), n[1].double(), n[2]) if n else None) for x, n in sources]
     return [activated(*each).detach().requires_grad_() for each in doubles]
@@ -158,7 +158,7 @@ def _check(case: Case, dtype: torch.dtype = torch.float32, share: float = SHARE)
     active, graded = case.masks()
     exact, weight = _exact_inputs(sources), weights.weight.detach().double().requires_grad_()
     bias = None if weights.bias is None else weights.bias.detach().double().requires_grad_()
-    y = conv(sources, weights, geometry)
+    y = conv(sources, weights, geometry).raw
     assert y.dtype == dtype
     expected = _reference(case, exact, weight * active[:, :, None, None, None], bias)
     largest = max(x.detach().abs().max() for x in exact)
@@ -179,10 +179,14 @@ def _check(case: Case, dtype: torch.dtype = torch.float32, share: float = SHARE)
         _assert_close(weights.bias.grad, bias.grad, total, share)
 
 
-def _as(dtype: torch.dtype, sources: Sequence[Mapped], weights: Weights) -> tuple[list[Mapped], Weights]:
+def _affine(norm: nn.InstanceNorm3d) -> Affine:
+    return norm.weight, norm.bias, norm.eps
+
+
+def _as(dtype: torch.dtype, sources: Sequence[FeatureMap], weights: Weights) -> tuple[list[FeatureMap], Weights]:
     """The same numbers in another type."""
     to = lambda x: x.detach().to(dtype).requires_grad_()  # noqa: E731
-    maps = [(to(x), (n[0].to(dtype), n[1].to(dtype), n[2]) if n else None) for x, n in sources]
+    maps = [FeatureMap(to(x), (n[0].to(dtype), n[1].to(dtype), n[2]) if n else None) for x, n in sources]
     bias = None if weights.bias is None else to(weights.bias)
     return maps, Weights(to(weights.weight), bias, weights.active, weights.graded)
 
@@ -215,8 +219,8 @@ def _varied(**changes: object) -> Case:
 
 
 VARIANTS = {
-    "squares": EXAMPLE,
-    "taps": _varied(kernel=1),
+    "winograd": EXAMPLE,
+    "direct": _varied(kernel=1),
     "steps": _varied(stride=(2, 2, 2)),
     "flat steps": _varied(stride=(1, 2, 2)),
     "long steps": _varied(stride=(3, 2, 1)),
@@ -243,14 +247,14 @@ def test_other_numbers_are_computed_by_torch(case: Case, dtype: torch.dtype, sha
 @variants
 def test_graded_connections_are_those_asked_for(case: Case):
     sources, weights = case.sources(), case.weights()
-    everything = Connections.of(torch.ones(weights.weight.shape[:2], dtype=torch.bool))
+    everything = Pattern.of(torch.ones(weights.weight.shape[:2], dtype=torch.bool))
     active, _ = case.masks()
-    y = conv(sources, weights, case.geometry())
+    y = conv(sources, weights, case.geometry()).raw
     whole = Weights(weights.weight, weights.bias, weights.active, everything)
     grad = case.grad(y)
-    (all_of_it,) = torch.autograd.grad(conv(sources, whole, case.geometry()), weights.weight, grad)
+    (all_of_it,) = torch.autograd.grad(conv(sources, whole, case.geometry()).raw, weights.weight, grad)
     only = Weights(weights.weight, weights.bias, weights.active, weights.active)
-    (some,) = torch.autograd.grad(conv(sources, only, case.geometry()), weights.weight, grad)
+    (some,) = torch.autograd.grad(conv(sources, only, case.geometry()).raw, weights.weight, grad)
     assert all_of_it[~active].any() or active.all()
     assert torch.equal(some[active], all_of_it[active])
     assert not some[~active].any()
@@ -260,13 +264,13 @@ def test_graded_connections_are_those_asked_for(case: Case):
 def test_one_gradient_alone(wanted: str):
     """What is frozen gets none, and does not keep the others from theirs."""
     sources, weights = EXAMPLE.sources(), EXAMPLE.weights()
-    leaves = {"source": sources[1][0], "weight": weights.weight, "bias": weights.bias}
-    together = conv(sources, weights, EXAMPLE.geometry())
+    leaves = {"source": sources[1].raw, "weight": weights.weight, "bias": weights.bias}
+    together = conv(sources, weights, EXAMPLE.geometry()).raw
     grad = EXAMPLE.grad(together)
     (expected,) = torch.autograd.grad(together, leaves[wanted], grad)
     for x in (*(x for x, _ in sources), weights.weight, weights.bias):
         x.requires_grad_(x is leaves[wanted])
-    (got,) = torch.autograd.grad(conv(sources, weights, EXAMPLE.geometry()), leaves[wanted], grad)
+    (got,) = torch.autograd.grad(conv(sources, weights, EXAMPLE.geometry()).raw, leaves[wanted], grad)
     assert torch.equal(got, expected)
 
 
@@ -284,17 +288,19 @@ def test_unit_is_the_plain_one(kernel: int, stride: tuple[int, int, int], batch:
         plain.norm.bias.normal_()
         plain.conv.bias.normal_()
     sources = _varied(batch=batch).sources()
-    weights = Weights(plain.conv.weight, plain.conv.bias, Connections.of(active), Connections.of(active))
-    y, norm = unit(
-        sources, weights, Geometry(torch.tensor(EXAMPLE.shifts, dtype=torch.int32), stride), plain.norm, 0.01
-    )
-    assert norm is not None
+    weights = Weights(plain.conv.weight, plain.conv.bias, Pattern.of(active), Pattern.of(active))
+    geometry = Geometry(torch.tensor(EXAMPLE.shifts, dtype=torch.int32), stride)
+    found = unit(sources, weights, geometry, _affine(plain.norm), 0.01)
+    y = found.raw
+    assert found.norm is not None
     double = Unit(9, 6, kernel_size=(1, kernel, kernel), stride=stride, shift=Shift((-1, 0, 1), axis=2)).double()
     double.load_state_dict(plain.state_dict())
     exact = _exact_inputs(sources)
     expected = double(torch.cat(exact, dim=1))
     # outputs round by 1e-7, and instance norms divide by deviations of 0.02 to 1, the empty row by √1e-5
-    torch.testing.assert_close(materialise(y.detach(), norm).double(), expected.detach(), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(
+        materialise(FeatureMap(y.detach(), found.norm)).double(), expected.detach(), rtol=2e-5, atol=2e-5
+    )
     grad = EXAMPLE.grad(y) * (expected.detach().abs() > 1e-3)  # at the kink either slope is right
     y.backward(grad)
     expected.backward(grad.double())
@@ -312,46 +318,76 @@ def test_unit_is_the_plain_one(kernel: int, stride: tuple[int, int, int], batch:
 
 @many
 @given(case=cases())
-def test_a_convolution_that_is_ready_gives_the_same(case: Case):
-    sources, weights, geometry = case.sources(), case.weights(), case.geometry()
+def test_a_prepared_convolution_gives_the_same(case: Case):
+    weights, geometry = case.weights(), case.geometry()
     affine = (_random(case.outputs, seed=1), _random(case.outputs, seed=2), 1e-5)
-    ready, call = Ready(weights, geometry, affine), convolution.call_of(sources, weights, geometry)
-    for seed in (1, 2):  # the second call is described by the first
+    for seed in (1, 2):  # the second call was prepared by the first
+        sources = case.sources()
         for x, _ in sources:
             x.data.copy_(_random(*x.shape, seed=case.seed + 100 * seed))
         with torch.no_grad():
-            found, wanted = ready(sources), conv_calls.convolve(call, affine)
-        assert (found is not None) == bool(calls.kernels())
-        assert not found or (torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1]))
+            y, statistics = CONV(*stated(sources, weights, geometry, affine, 0.01))
+            found, alone = unit(sources, weights, geometry, affine, 0.01), conv(sources, weights, geometry)
+            assert torch.equal(found.raw, y)
+            assert torch.equal(alone.raw, y)
+            assert found.norm is not None
+            assert torch.equal(found.norm[0], statistics[0])
+            assert torch.equal(found.norm[1], statistics[1])
+            assert found.norm[2] == 0.01
 
 
-def _arguments(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
-    call = convolution.call_of(case.sources(), case.weights(), case.geometry())
-    return call.maps, call.parameters, call.fixed, call.numbers
+def test_prepared_calls_see_every_change_of_parameters():
+    sources, weights, geometry = EXAMPLE.sources(), EXAMPLE.weights(), EXAMPLE.geometry()
+    gamma, beta = _random(9, seed=1), _random(9, seed=2)
+
+    def outputs(*, anew: bool) -> list[Tensor]:
+        used = Weights(weights.weight, weights.bias, weights.active, weights.graded) if anew else weights
+        found = unit(sources, used, geometry, (gamma, beta, 1e-5), 0.01)
+        return [found.raw.clone(), materialise(found)]
+
+    with torch.no_grad():
+        before = outputs(anew=False)
+        for parameter in (weights.weight, weights.bias, gamma, beta):
+            parameter.mul_(1.5)
+            after = outputs(anew=False)
+            assert not all(map(torch.equal, before, after))
+            assert all(map(torch.equal, after, outputs(anew=True)))
+            before = after
+        weights.weight.data = weights.weight.data + 1  # memory elsewhere, which no version counts
+        assert all(map(torch.equal, outputs(anew=False), outputs(anew=True)))
 
 
-@pytest.mark.parametrize("name", ["squares", "steps"])
+def test_results_of_prepared_calls_have_memory_of_their_own():
+    sources, weights, geometry = EXAMPLE.sources(), EXAMPLE.weights(), EXAMPLE.geometry()
+    with torch.no_grad():
+        first = conv(sources, weights, geometry).raw
+        kept = first.clone()
+        sources[0].raw.add_(1)
+        assert not torch.equal(conv(sources, weights, geometry).raw, kept)
+        assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("name", ["winograd", "steps"])
 def test_operators_keep_torchs_rules(name: str):
     """Fake tensors, autograd and schemas, as torch.compile and torch.export rely on them."""
-    maps, parameters, fixed, numbers = _arguments(VARIANTS[name])
+    case = VARIANTS[name]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.dstlib.conv.default, (maps, parameters, fixed, numbers), test_utils=tests)
-    affine = [torch.ones(9, requires_grad=True), torch.zeros(9, requires_grad=True)]
-    arguments = (maps, [*parameters, *affine], fixed, [1e-5, 0.01, *numbers])
-    torch.library.opcheck(torch.ops.dstlib.unit.default, arguments, test_utils=tests)
+    affine = (torch.ones(9, requires_grad=True), torch.zeros(9, requires_grad=True), 1e-5)
+    for asked in (None, affine):
+        problem, tensors = stated(case.sources(), case.weights(), case.geometry(), asked, 0.01)
+        torch.library.opcheck(torch.ops.dstlib.conv.default, (tensors, problem.packed()), test_utils=tests)
 
 
 def test_compiled_functions_call_the_operators():
     weights, geometry, norm = EXAMPLE.weights(), EXAMPLE.geometry(), nn.InstanceNorm3d(9, affine=True)
+    unbiased = Weights(weights.weight, None, *[weights.active] * 2)
     _ = weights.active.transposed  # made now, since torch.compile cannot follow how
     sources = EXAMPLE.sources()
 
     def network(*maps: Tensor) -> Tensor:
-        given = [(x, norm) for x, (_, norm) in zip(maps, sources, strict=True)]
+        given = [FeatureMap(x, norm) for x, (_, norm) in zip(maps, sources, strict=True)]
         y = conv(given, weights, geometry)
-        return materialise(
-            *unit([(y, None)], Weights(weights.weight, None, *[weights.active] * 2), geometry, norm, 0.1)
-        )
+        return materialise(unit([y], unbiased, geometry, _affine(norm), 0.1))
 
     maps = [x for x, _ in sources]
     once = network(*maps)
@@ -365,24 +401,25 @@ def test_compiled_functions_call_the_operators():
 def test_maps_larger_than_the_caches():
     """They are written past the caches, and rows of them are padded."""
     x, weight, bias = _random(1, 3, 16, 120, 128, seed=0), _random(9, 3, 1, 3, 3, seed=1), _random(9, seed=2)
-    active = Connections.of(_random(9, 3, seed=3) > 0)
+    active = Pattern.of(_random(9, 3, seed=3) > 0)
     weight *= torch.zeros(27).index_fill(0, active.index, 1).reshape(9, 3, 1, 1, 1)
     norm = nn.InstanceNorm3d(9, affine=True)
     geometry = Geometry(torch.zeros(3, dtype=torch.int32))
     with torch.no_grad():
-        y, found = unit([(x, None)], Weights(weight, bias, active, active), geometry, norm, 0.01)
+        found = unit([FeatureMap(x)], Weights(weight, bias, active, active), geometry, _affine(norm), 0.01)
         wanted = F.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
-        torch.testing.assert_close(y.double(), wanted, rtol=0, atol=27 * 9 * SHARE)  # terms are of size 1 to 9
+        torch.testing.assert_close(found.raw.double(), wanted, rtol=0, atol=27 * 9 * SHARE)  # terms are of size 1 to 9
         torch.testing.assert_close(
-            materialise(y, found), F.leaky_relu(norm(wanted.float()), 0.01), rtol=0, atol=1e-4
+            materialise(found), F.leaky_relu(norm(wanted.float()), 0.01), rtol=0, atol=1e-4
         )  # sums over 245,760 voxels
 
 
 def test_no_samples_give_no_outputs_and_no_gradients():
-    active = Connections.of(torch.ones(5, 3, dtype=torch.bool))
+    active = Pattern.of(torch.ones(5, 3, dtype=torch.bool))
     for kernel in (1, 3):
         x, weight = torch.zeros(0, 3, 4, 6, 5), torch.ones(5, 3, 1, kernel, kernel, requires_grad=True)
-        y = conv([(x, None)], Weights(weight, None, active, active), Geometry(torch.zeros(3, dtype=torch.int32)))
+        weights = Weights(weight, None, active, active)
+        y = conv([FeatureMap(x)], weights, Geometry(torch.zeros(3, dtype=torch.int32))).raw
         assert y.shape == (0, 5, 4, 6, 5)
         y.sum().backward()
         assert weight.grad is not None
@@ -393,8 +430,9 @@ def _results(case: Case) -> list[Tensor]:
     """The norm, outputs and all gradients."""
     sources, weights, geometry = case.sources(), case.weights(), case.geometry()
     affine = (torch.ones(case.outputs), torch.zeros(case.outputs), 1e-5)
-    _, normed = conv_calls.convolve(convolution.call_of(sources, weights, geometry), affine)
-    y = conv(sources, weights, geometry)
+    with torch.no_grad():
+        _, normed = CONV(*stated(sources, weights, geometry, affine))
+    y = conv(sources, weights, geometry).raw
     leaves = [*(x for x, _ in sources), weights.weight, weights.bias]
     return [normed, y.detach(), *torch.autograd.grad(y, leaves, case.grad(y))]
 
@@ -416,7 +454,7 @@ def test_results_are_the_same_each_time_with_any_threads(case: Case, path: str):
 
 
 def test_two_callers_at_once():
-    examples = [EXAMPLE, VARIANTS["steps"], VARIANTS["taps"], VARIANTS["long"]] * 4
+    examples = [EXAMPLE, VARIANTS["steps"], VARIANTS["direct"], VARIANTS["long"]] * 4
     alone = [_results(case) for case in examples]
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(_results, examples))
@@ -462,10 +500,10 @@ def _guarded_cases() -> Iterator[Case]:
 def _run_between_guards(case: Case, *, at_end: bool) -> None:
     place = lambda x: _guarded(x.shape, at_end=at_end).copy_(x.detach()).requires_grad_()  # noqa: E731
     on_map = lambda x: _guarded_map(x.shape, at_end=at_end).copy_(x.detach()).requires_grad_()  # noqa: E731
-    conv_calls.empty_depth_last = lambda size, like: _guarded_map(size, at_end=at_end)
+    feature_map.buffer = prepared.buffer = lambda num: _guarded((num,), at_end=at_end)
     weights = case.weights()
     weights = Weights(place(weights.weight), place(weights.bias), weights.active, weights.graded)
-    y = conv([(on_map(x), norm) for x, norm in case.sources()], weights, case.geometry())
+    y = conv([FeatureMap(on_map(x), norm) for x, norm in case.sources()], weights, case.geometry()).raw
     y.backward(on_map(case.grad(y)).detach())
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 import dstlib
 from dstlib.engine.layers.linear import SparseLinear
 from dstlib.engine.ops import operator as calls
-from dstlib.engine.ops.linear import multiply_op, sparse_linear, weight_gradient_op
+from dstlib.engine.ops.linear import LINEAR, LINEAR_BACKWARD_WEIGHTS, LinearProblem, sparse_linear
 from dstlib.engine.ops.linear_patterns import LinearPattern
 from dstlib.engine.runtime import library
 from dstlib.masking import Element, FanIn
@@ -184,12 +184,12 @@ def test_constant_fan_in_and_n_of_m_are_patterns_like_others():
 def test_a_pattern_lists_each_active_weight_once(o, i, density, block, seed):
     mask_OI = random_mask((o, i), block, density, seed)
     pattern = LinearPattern.of(mask_OI)
-    assert sorted(pattern.source.tolist()) == mask_OI.flatten().nonzero().flatten().tolist()
+    assert sorted(pattern.index.tolist()) == mask_OI.flatten().nonzero().flatten().tolist()
     assert pattern.rows_per_group >= max(r for r in (1, 2, 3, 4) if block[0] % r == 0)
     begin, end = pattern.segments[:, 1].tolist(), pattern.segments[:, 2].tolist()
     assert [0, *end][: len(begin)] == begin
-    assert pattern.transposed.source.sort().values.tolist() == list(range(pattern.num_active))
-    assert pattern.parts[-1] == len(begin)
+    assert pattern.transposed.index.sort().values.tolist() == list(range(pattern.num_active))
+    assert pattern.part_ptr[-1] == len(begin)
 
 
 def test_the_mask_and_the_weights_may_change_at_any_time():
@@ -258,8 +258,10 @@ def test_several_threads_at_once():
 def test_operators_obey_torchs_rules():
     pattern = LinearPattern.of(random_mask((12, 20), (1, 1), 0.3, 0))
     x, weight, bias, grad = torch.randn(6, 20), torch.randn(12, 20), torch.randn(12), torch.randn(6, 12)
-    torch.library.opcheck(multiply_op, (x, weight, bias, pattern.tensors, 12))
-    torch.library.opcheck(weight_gradient_op, (grad, x, pattern.tensors))
+    problem, patterns = LinearProblem(12, has_bias=True), [*pattern.tensors, *pattern.transposed.tensors]
+    torch.library.opcheck(LINEAR.registered.default, ([x, weight, bias, *patterns], problem.packed()))
+    arguments = ([grad, x, *pattern.tensors], problem.packed())
+    torch.library.opcheck(LINEAR_BACKWARD_WEIGHTS.registered.default, arguments)
 
 
 def test_under_the_compiler():

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.ops import conv_transpose as upsampling
-from dstlib.engine.ops import feature_maps as maps
-from dstlib.engine.ops import layouts, norms, pooling
-from dstlib.engine.ops import operator as calls
-from dstlib.engine.ops.connections import Connections
-from dstlib.engine.ops.conv_transpose import ReadyUpsample, upsample
-from dstlib.engine.ops.feature_maps import Norm, activated
-from dstlib.engine.ops.layouts import materialise, to_channels_first, to_depth_last
-from dstlib.engine.ops.norms import norm_backward
-from dstlib.engine.ops.pooling import ReadyPool, max_pool
+from dstlib.engine.ops import conv_transpose as transposed
+from dstlib.engine.ops import feature_map, instance_norm, layouts, prepared
+from dstlib.engine.ops import max_pool as pooling
+from dstlib.engine.ops.conv_transpose import conv_transpose
+from dstlib.engine.ops.feature_map import FeatureMap, Norm, activated
+from dstlib.engine.ops.instance_norm import InstanceNormProblem, instance_norm_backward
+from dstlib.engine.ops.layouts import ActivationProblem, LayoutProblem, materialise, to_channels_first, to_depth_last
+from dstlib.engine.ops.max_pool import max_pool
+from dstlib.engine.ops.patterns import Pattern
+from dstlib.engine.ops.weights import Weights
 from dstlib.errors import SettingError
 
 Size = tuple[int, int, int, int, int]
@@ -73,10 +73,16 @@ def _exact(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def _mask(outputs: int, inputs: int, seed: int) -> Tensor:
-    """About half of the connections, the last output without any."""
+    """About half of the pattern, the last output without any."""
     mask = _random(outputs, inputs, seed=seed + 3) > 0
     mask[-1] = False
     return mask
+
+
+def _upsample(x: Tensor, norm: Norm | None, weight: Tensor, pattern: Pattern, stride: Sequence[int]) -> Tensor:
+    depth, height, width = stride
+    weights = Weights(weight, None, pattern, pattern)
+    return conv_transpose(FeatureMap(x, norm), weights, (depth, height, width)).raw
 
 
 def _assert_close(got: Tensor, exact: Tensor, **tolerance: float) -> None:
@@ -99,10 +105,10 @@ def test_layouts_hold_the_same_values(size: Size, layout: str, seed: int):
 @given(size=sizes, layout=layout_names, slope=slopes, seed=seeds)
 def test_materialise_writes_what_readers_see(size: Size, layout: str, slope: float, seed: int):
     x, norm = LAYOUTS[layout](_random(*size, seed=seed)), _norm(size, slope, seed)
-    z = materialise(x, norm)
+    z = materialise(FeatureMap(x, norm))
     _assert_close(z, _exact(x, norm))
     assert z.stride(2) == 1 or size[2] == 1
-    assert torch.equal(materialise(x, None), x)
+    assert torch.equal(materialise(FeatureMap(x)), x)
 
 
 @many
@@ -115,7 +121,7 @@ def test_max_pool_and_its_gradient(
     x = LAYOUTS[layout](_random(*size, seed=seed).mul(2).round()).requires_grad_()
     norm = (torch.full(size[:2], 2.0), torch.full(size[:2], -1.0), slope) if with_norm else None
     exact = _exact(x, norm)
-    y, expected = max_pool(x, norm, window), F.max_pool3d(exact, window)
+    y, expected = max_pool(FeatureMap(x, norm), window).raw, F.max_pool3d(exact, window)
     _assert_close(y, expected, rtol=0, atol=1e-6)  # one rounding
     grad = _random(*y.shape, seed=seed + 5)
     y.backward(grad)
@@ -125,18 +131,18 @@ def test_max_pool_and_its_gradient(
 
 @many
 @given(size=sizes, layout=layout_names, steps=st.tuples(*[st.integers(1, 2)] * 3), seed=seeds, with_norm=st.booleans())
-def test_what_is_ready_gives_the_same(size: Size, layout: str, steps: Sequence[int], seed: int, with_norm: bool):
+def test_prepared_calls_give_the_same(size: Size, layout: str, steps: Sequence[int], seed: int, with_norm: bool):
     window = tuple(min(step, extent) for step, extent in zip(steps, size[2:], strict=True))
-    weight, connections = _random(size[1], 3, *steps, seed=seed), Connections.of(_mask(3, size[1], seed))
-    pool, fine = ReadyPool(window), ReadyUpsample(weight, connections, steps)
-    for again in (0, 10):  # the second call is described by the first
+    weight, pattern = _random(size[1], 3, *steps, seed=seed), Pattern.of(_mask(3, size[1], seed))
+    weights = Weights(weight, None, pattern, pattern)
+    for again in (0, 10):  # the second call was prepared by the first
         x = LAYOUTS[layout](_random(*size, seed=seed + again))
         norm = _norm(size, 0.1, seed + again) if with_norm else None
-        with torch.no_grad():
-            pairs = [(pool(x, norm), max_pool(x, norm, window))]
-            pairs += [(fine(x, norm), upsample(x, norm, weight, connections, steps))]
-        assert [got is None for got, _ in pairs] == [calls.kernels() is None] * 2
-        assert all(got is None or torch.equal(got, wanted) for got, wanted in pairs)
+        pooled = max_pool(FeatureMap(x, norm), window).raw
+        fine = conv_transpose(FeatureMap(x, norm), weights, steps).raw
+        recorded = FeatureMap(x.detach().requires_grad_(), norm)
+        assert torch.equal(pooled, max_pool(recorded, window).raw)
+        assert torch.equal(fine, conv_transpose(recorded, weights, steps).raw)
 
 
 @pytest.mark.parametrize("depth", [2, 40])
@@ -146,7 +152,7 @@ def test_max_pool_passes_a_nan_on_as_torch_does(depth: int, window: tuple[int, i
     x[x > 1] = torch.nan
     x = to_depth_last(x).requires_grad_()
     again = x.detach().clone().requires_grad_()
-    y, expected = max_pool(x, None, window), F.max_pool3d(again, window)
+    y, expected = max_pool(FeatureMap(x), window).raw, F.max_pool3d(again, window)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     y.sum().backward()
     expected.sum().backward()
@@ -155,7 +161,7 @@ def test_max_pool_passes_a_nan_on_as_torch_does(depth: int, window: tuple[int, i
 
 @many
 @given(size=sizes, outputs=st.integers(1, 5), layout=layout_names, stride=steps, seed=seeds, with_norm=st.booleans())
-def test_upsample_and_its_gradients(
+def test_conv_transpose_and_its_gradients(
     size: Size, outputs: int, layout: str, stride: Sequence[int], seed: int, with_norm: bool
 ):
     x = LAYOUTS[layout](_random(*size, seed=seed)).requires_grad_()
@@ -163,7 +169,7 @@ def test_upsample_and_its_gradients(
     mask_OC = _mask(outputs, size[1], seed)
     weight = _random(size[1], outputs, *stride, seed=seed + 4).requires_grad_()
     exact, exact_weight = _exact(x, norm), weight.detach().double().requires_grad_()
-    y = upsample(x, norm, weight, Connections.of(mask_OC), stride)
+    y = _upsample(x, norm, weight, Pattern.of(mask_OC), stride)
     kept = exact_weight * mask_OC.T[:, :, None, None, None]
     expected = F.conv_transpose3d(exact, kept, stride=tuple(stride))
     _assert_close(y, expected)
@@ -179,7 +185,9 @@ def test_upsample_and_its_gradients(
 
 @many
 @given(size=sizes, layout=layout_names, slope=slopes, seed=seeds)
-def test_norm_backward_is_that_of_instance_norm_and_leaky_relu(size: Size, layout: str, slope: float, seed: int):
+def test_instance_norm_backward_is_that_of_instance_norm_and_leaky_relu(
+    size: Size, layout: str, slope: float, seed: int
+):
     if size[2] * size[3] * size[4] == 1:
         size = (*size[:2], size[2] + 1, *size[3:])  # one voxel has no deviation
     y = LAYOUTS[layout](_random(*size, seed=seed) * 2 + 3)
@@ -194,29 +202,29 @@ def test_norm_backward_is_that_of_instance_norm_and_leaky_relu(size: Size, layou
     norm = (scale.float(), (beta - scale * mean).float(), slope)
     # A voxel at the kink may take the other slope in float32: give those no gradient.
     off_kink = (F.instance_norm(y.double(), weight=gamma.double(), bias=beta.double(), eps=eps).abs() > 1e-4).all()
-    got = norm_backward(y, norm, dz, mean.float(), rstd.float(), gamma)
+    got = instance_norm_backward(FeatureMap(y, norm), dz, mean.float(), rstd.float(), gamma)
     if off_kink:
         for one, leaf in zip(got, exact, strict=True):
             _assert_close(one, leaf.grad, rtol=1e-4, atol=2e-4)  # rstd is up to 10 here, and enters squared
 
 
-def test_norm_backward_at_zero_is_the_slope():
+def test_instance_norm_backward_at_zero_is_the_slope():
     y, dz = torch.zeros(1, 1, 9, 2, 2), torch.ones(1, 1, 9, 2, 2)
     one, zero = torch.ones(1, 1), torch.zeros(1, 1)
-    assert norm_backward(y, (one, zero, 0.25), dz, zero, one, one[0])[2].item() == 9.0
+    assert instance_norm_backward(FeatureMap(y, (one, zero, 0.25)), dz, zero, one, one[0])[2].item() == 9.0
 
 
 def test_threads_share_the_work():
     size = (2, 24, 16, 24, 24)
     x, weight = _random(*size, seed=0), _random(24, 8, 2, 2, 2, seed=1)
-    norm, connections = _norm(size, 0.01, 0), Connections.of(_mask(8, 24, 0))
+    norm, pattern = _norm(size, 0.01, 0), Pattern.of(_mask(8, 24, 0))
 
     def results() -> list[Tensor]:
         z, kernels = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        pooled, up = max_pool(z, norm, (2, 2, 2)), upsample(z, norm, kernels, connections, (2, 2, 2))
+        pooled, up = max_pool(FeatureMap(z, norm), (2, 2, 2)).raw, _upsample(z, norm, kernels, pattern, (2, 2, 2))
         (pooled.square().sum() + up.square().sum()).backward()
-        back = norm_backward(x, norm, x, norm[1], norm[0], norm[0][0])
-        layouts = [to_depth_last(x), to_channels_first(to_depth_last(x)), materialise(x, norm)]
+        back = instance_norm_backward(FeatureMap(x, norm), x, norm[1], norm[0], norm[0][0])
+        layouts = [to_depth_last(x), to_channels_first(to_depth_last(x)), materialise(FeatureMap(x, norm))]
         return [pooled, up, z.grad, kernels.grad, *back, *layouts]
 
     before = torch.get_num_threads()
@@ -240,32 +248,32 @@ def test_large_maps_are_written_past_the_caches(path: str):
         x, weight = to_depth_last(_random(*size, seed=0)), _random(8, 8, 2, 2, 2, seed=1)
         norm = _norm(size, 0.01, 0)
         exact = _exact(x, norm)
-        up = upsample(x, norm, weight, Connections.of(torch.ones(8, 8, dtype=torch.bool)), (2, 2, 2))
+        up = _upsample(x, norm, weight, Pattern.of(torch.ones(8, 8, dtype=torch.bool)), (2, 2, 2))
         _assert_close(up, F.conv_transpose3d(exact, weight.double(), stride=2))
-        flat = upsample(x, norm, weight[:, :, :1], Connections.of(torch.ones(8, 8, dtype=torch.bool)), (1, 2, 2))
+        flat = _upsample(x, norm, weight[:, :, :1], Pattern.of(torch.ones(8, 8, dtype=torch.bool)), (1, 2, 2))
         _assert_close(flat, F.conv_transpose3d(exact, weight[:, :, :1].double(), stride=(1, 2, 2)))
         ones = torch.ones(2, 8)
-        _assert_close(materialise(up, (ones, ones, 0.5)), _exact(up, (ones, ones, 0.5)))
+        _assert_close(materialise(FeatureMap(up, (ones, ones, 0.5))), _exact(up, (ones, ones, 0.5)))
 
 
 def test_other_numbers_are_left_to_torch():
     x = _random(1, 3, 3, 2, 2, seed=0).double().requires_grad_()
     weight = _random(3, 2, 2, 2, 2, seed=1).double().requires_grad_()
     norm = (torch.rand(1, 3).double() + 0.5, torch.rand(1, 3).double(), 1.0)
-    connections = Connections.of(torch.tensor([[True, False, True], [True, True, False]]))
+    pattern = Pattern.of(torch.tensor([[True, False, True], [True, True, False]]))
     # slope 1: there is no kink, and the gradient of the activated map is that of x over scale
-    plain = lambda x, weight: upsample(x, None, weight, connections, (2, 2, 2))  # noqa: E731
+    plain = lambda x, weight: _upsample(x, None, weight, pattern, (2, 2, 2))  # noqa: E731
     inactive = torch.tensor([[False, False], [True, False], [False, True]])
     with torch.no_grad():
         weight[inactive] = 0
     assert torch.autograd.gradcheck(lambda x: plain(x, weight), x)
-    assert torch.autograd.gradcheck(lambda x: max_pool(x, None, (2, 2, 2)), x)
-    assert materialise(x.detach(), norm).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda x: max_pool(FeatureMap(x), (2, 2, 2)).raw, x)
+    assert materialise(FeatureMap(x.detach(), norm)).dtype == torch.float64
 
 
 def test_values_of_autograd_are_activated_maps():
     x, norm = _random(1, 2, 3, 4, 5, seed=0).requires_grad_(), _norm((1, 2, 3, 4, 5), 0.01, 0)
-    for out in (materialise(x, norm), to_depth_last(x), to_channels_first(to_depth_last(x))):
+    for out in (materialise(FeatureMap(x, norm)), to_depth_last(x), to_channels_first(to_depth_last(x))):
         (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
         assert torch.equal(grad, torch.ones_like(x))
 
@@ -281,19 +289,19 @@ def test_nothing_beyond_the_end_is_read_or_written(
     """Maps end where readable memory does, so that one value too far ends the process."""
     window = tuple(min(step, extent) for step, extent in zip(stride, size[2:], strict=True))
     with_end = lambda size, like: _guarded((*size[:2], *size[3:], size[2])).permute(0, 1, 4, 2, 3)  # noqa: E731
-    for module in (layouts, maps, norms, pooling, upsampling):
-        monkeypatch.setattr(module, "empty_depth_last", with_end)
+    for module in (feature_map, layouts, prepared):
+        monkeypatch.setattr(module, "buffer", lambda num: _guarded((num,)))
     plain = _guarded(size).copy_(_random(*size, seed=0))
     x = with_end(size, plain).copy_(plain).requires_grad_()
     weight = _guarded((size[1], 3, *stride)).copy_(_random(size[1], 3, *stride, seed=1)).requires_grad_()
     norm = _norm(size, 0.01, 0)
     assert torch.equal(to_depth_last(plain), plain)
     assert torch.equal(to_channels_first(x.detach()), plain)
-    _assert_close(materialise(x.detach(), norm), _exact(x, norm))
-    connections = Connections.of(torch.ones(3, size[1], dtype=torch.bool))
-    for y in (upsample(x, norm, weight, connections, stride), max_pool(x, norm, window)):
+    _assert_close(materialise(FeatureMap(x.detach(), norm)), _exact(x, norm))
+    pattern = Pattern.of(torch.ones(3, size[1], dtype=torch.bool))
+    for y in (_upsample(x, norm, weight, pattern, stride), max_pool(FeatureMap(x, norm), window).raw):
         y.backward(with_end(tuple(y.shape), y).copy_(y.detach()))
-    dy, _, _ = norm_backward(x.detach(), norm, x.detach(), norm[1], norm[0], norm[0][0].clone())
+    dy, _, _ = instance_norm_backward(FeatureMap(x.detach(), norm), x.detach(), norm[1], norm[0], norm[0][0].clone())
     assert dy.isfinite().all()
 
 
@@ -310,13 +318,13 @@ def _guarded(size: Sequence[int]) -> Tensor:
 
 
 def test_shapes_that_do_not_fit_are_named():
-    x, weight, both = torch.zeros(2, 3, 4, 4, 4), torch.zeros(3, 2, 2, 2, 2), Connections.of(torch.ones(2, 3) > 0)
+    x, weight, both = torch.zeros(2, 3, 4, 4, 4), torch.zeros(3, 2, 2, 2, 2), Pattern.of(torch.ones(2, 3) > 0)
     with pytest.raises(SettingError, match=r"norm of a map: expected both \(N, C\) = \(2, 3\), got scale \(1, 3\)"):
-        materialise(x, (torch.ones(1, 3), torch.ones(2, 3), 0.1))
-    with pytest.raises(SettingError, match=r"weight of upsample\(\): expected \(3, 2, 1, 2, 2\)"):
-        upsample(x, None, weight, both, (1, 2, 2))
-    with pytest.raises(SettingError, match=r"connections \(3, 2\)"):
-        upsample(x, None, weight, both.transposed, (2, 2, 2))
+        materialise(FeatureMap(x, (torch.ones(1, 3), torch.ones(2, 3), 0.1)))
+    with pytest.raises(SettingError, match=r"weight of conv_transpose\(\): expected \(3, 2, 1, 2, 2\)"):
+        _upsample(x, None, weight, both, (1, 2, 2))
+    with pytest.raises(SettingError, match=r"pattern \(3, 2\)"):
+        _upsample(x, None, weight, both.transposed, (2, 2, 2))
 
 
 def test_operators_keep_torchs_rules():
@@ -324,27 +332,32 @@ def test_operators_keep_torchs_rules():
     size = (1, 2, 3, 4, 4)
     x, norm = to_depth_last(_random(*size, seed=0)).requires_grad_(), [*_norm(size, 0.01, 0)[:2]]
     weight = _random(2, 3, 2, 2, 2, seed=1).requires_grad_()
-    connections = Connections.of(_mask(3, 2, 0))
-    pattern = [connections.rows, connections.cols]
+    rows = Pattern.of(_mask(3, 2, 0)).tensors[:2]
+    normed = {"normed": (True,), "slopes": (0.01,)}
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for op, arguments in (
-        (upsampling.UPSAMPLE, (x, norm, 0.01, weight, pattern, [2, 2, 2])),
-        (pooling.MAX_POOL, (x, norm, 0.01, [2, 2, 2])),
-        (layouts.MATERIALISE, (x, norm, 0.01)),
-        (layouts.TO_CHANNELS_FIRST, (x,)),
-        (layouts.TO_DEPTH_LAST, (x.contiguous(),)),
-        (norms.NORM_BACKWARD, (x.detach(), [*norm, *norm], 0.01, x.detach(), norm[0][0].clone())),
+    for op, problem, tensors in (
+        (transposed.CONV_TRANSPOSE, transposed.ConvTransposeProblem(**normed), [x, weight, *rows, *rows, *norm]),
+        (pooling.MAX_POOL, pooling.MaxPoolProblem((2, 2, 2), **normed), [x, *norm]),
+        (layouts.ACTIVATION, ActivationProblem(0.01), [x, *norm]),
+        (layouts.TO_CHANNELS_FIRST, LayoutProblem(), [x]),
+        (layouts.TO_DEPTH_LAST, LayoutProblem(), [x.contiguous()]),
+        (
+            instance_norm.INSTANCE_NORM_BACKWARD,
+            InstanceNormProblem(0.01),
+            [x.detach(), *norm, *norm, norm[0][0].clone(), x.detach()],
+        ),
     ):
-        torch.library.opcheck(op.registered.default, arguments, test_utils=tests)
+        torch.library.opcheck(op.registered.default, (tensors, problem.packed()), test_utils=tests)
 
 
 def test_compiled_networks_call_the_operators(path: str):
-    weight, connections = _random(2, 3, 2, 2, 2, seed=1).requires_grad_(), Connections.of(_mask(3, 2, 0))
-    norm = _norm((1, 2, 3, 4, 4), 0.01, 0)
+    weight, pattern = _random(2, 3, 2, 2, 2, seed=1).requires_grad_(), Pattern.of(_mask(3, 2, 0))
+    norm, weights = _norm((1, 2, 3, 4, 4), 0.01, 0), Weights(weight, None, pattern, pattern)
 
     def network(x: Tensor) -> Tensor:
-        z = materialise(to_depth_last(x), norm)
-        return to_channels_first(max_pool(upsample(z, norm, weight, connections, (2, 2, 2)), None, (1, 2, 2)))
+        z = materialise(FeatureMap(to_depth_last(x), norm))
+        fine = conv_transpose(FeatureMap(z, norm), weights, (2, 2, 2))
+        return to_channels_first(max_pool(fine, (1, 2, 2)).raw)
 
     x = _random(1, 2, 3, 4, 4, seed=0).requires_grad_()
     once = network(x)

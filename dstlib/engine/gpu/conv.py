@@ -4,7 +4,7 @@ Shapes: B batch, C input channels, O output channels, D, H, W depth, height, wid
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ import dstlib.engine.gpu.tiles as tiles
 from dstlib.engine.gpu.blocks import Blocks
 from dstlib.engine.gpu.form import Launch, Shape
 from dstlib.engine.gpu.launch import convolve, input_gradient, interpreted, weight_gradient
-from dstlib.engine.gpu.maps import channels_first, channels_last, present
+from dstlib.engine.gpu.maps import channels_first, channels_last
 from dstlib.engine.gpu.tables import Plan
-from dstlib.engine.ops.operator import Operator
+from dstlib.engine.ops.operator import Implementation, Operator, Problem
 from dstlib.errors import SettingError
 from dstlib.layers.shift import shift
 
@@ -79,9 +79,30 @@ def block_conv(
     tensors, numbers = blocks.plan(shifts, weight.device, tiled=tiled).parts()
     # float32 tiles take twice the room
     chosen = launch or (Launch(tile=64, stages=2) if weight.dtype == torch.float32 else Launch())
-    first, second, third = (*sources, None, None)[: tiles.MOST_SOURCES]
-    y: Tensor = _block_conv(first, second, third, weight, bias, tensors, [*numbers, *steps, *chosen])
-    return y
+    problem = BlockConvProblem(len(sources), bias is not None, tuple(numbers), tuple(steps), tuple(chosen))
+    return _block_conv(problem, [*sources, weight, *([] if bias is None else [bias]), *tensors])[0]
+
+
+@dataclass(frozen=True)
+class BlockConvProblem(Problem):
+    """A convolution by blocks of tensors: sources, weight, bias where there is one, the tables of the plan."""
+
+    num_sources: int
+    has_bias: bool
+    numbers: tuple[int, ...]  # of the plan
+    stride: tuple[int, ...]
+    launch: tuple[int, ...]
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor | None, Plan]:
+        """Returns sources, weight, bias and plan."""
+        sources, (weight, *rest) = list(tensors[: self.num_sources]), tensors[self.num_sources :]
+        bias, tables = (rest[0], rest[1:]) if self.has_bias else (None, rest)
+        return sources, weight, bias, Plan.of_parts(tables, self.numbers)
+
+    def shape(self, weight: Tensor) -> Shape:
+        """Returns kernel and stride."""
+        depth, height, width = weight.shape[2:]
+        return Shape((depth, height, width), (self.stride[0], self.stride[1], self.stride[2]))
 
 
 def _whole(sources: Sequence[Tensor]) -> Tensor:
@@ -93,110 +114,87 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
     return conv3d(moved, weight, bias, tuple(stride), tuple(extent // 2 for extent in weight.shape[2:]))
 
 
-def _convolve(
-    x: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    numbers: Sequence[int],
-) -> Tensor:
-    plan, shape, launch = _settings(weight, tensors, numbers)
-    sources = [channels_last(each) for each in present(x, second, third)]
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        return channels_first(convolve(sources, weight, bias, plan, shape, launch))
+def _convolve(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    sources, weight, bias, plan = problem.split(tensors)
+    with torch.cuda.device_of(weight):  # Triton launches on the current device
+        maps = [channels_last(each) for each in sources]
+        y = convolve(maps, weight, bias, plan, problem.shape(weight), Launch(*problem.launch))
+    return [channels_first(y)]
 
 
-def _convolve_fake(
-    x: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    numbers: Sequence[int],
-) -> Tensor:
-    shape = _shape(weight, numbers)
-    return channels_first(x.new_empty((x.shape[0], *shape.of_output(x.shape[2:]), weight.shape[0])))
+def _convolve_fake(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    x, weight = tensors[0], tensors[problem.num_sources]
+    size = problem.shape(weight).of_output(x.shape[2:])
+    return [channels_first(x.new_empty((x.shape[0], *size, weight.shape[0])))]
 
 
-def _input_gradients(
-    grad: Tensor, weight: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
-) -> list[Tensor]:
-    plan, shape, launch = _settings(weight, tensors, numbers)
+def _input_gradients(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    *given, grad = tensors
+    sources, weight, _, plan = problem.split(given)
+    sizes = [*sources[0].shape[2:], *(each.shape[1] for each in sources)]
     with torch.cuda.device_of(grad):
+        shape, launch = problem.shape(weight), Launch(*problem.launch)
         found = input_gradient(channels_last(grad), weight, sizes, plan, shape, launch)
     return list(map(channels_first, found))
 
 
-def _input_gradients_fake(
-    grad: Tensor, weight: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int]
-) -> list[Tensor]:
-    return [channels_first(grad.new_empty((grad.shape[0], *sizes[:3], width))) for width in sizes[3:]]
+def _input_gradients_fake(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    grad = tensors[-1]
+    sources = tensors[: problem.num_sources]
+    return [channels_first(grad.new_empty((len(x), *x.shape[2:], x.shape[1]))) for x in sources]
 
 
-def _weight_gradient(
-    x: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    grad: Tensor,
-    weight: Tensor,
-    tensors: Sequence[Tensor],
-    numbers: Sequence[int],
-) -> Tensor:
-    plan, shape, launch = _settings(weight, tensors, numbers)
-    sources = [channels_last(each) for each in present(x, second, third)]
-    with torch.cuda.device_of(x):
-        return weight_gradient(sources, channels_last(grad), weight, plan, shape, launch)
+def _weight_gradient(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    *given, grad = tensors
+    sources, weight, _, plan = problem.split(given)
+    with torch.cuda.device_of(weight):
+        maps, shape, launch = [channels_last(each) for each in sources], problem.shape(weight), Launch(*problem.launch)
+        return [weight_gradient(maps, channels_last(grad), weight, plan, shape, launch)]
 
 
-def _weight_gradient_fake(
-    x: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    grad: Tensor,
-    weight: Tensor,
-    tensors: Sequence[Tensor],
-    numbers: Sequence[int],
-) -> Tensor:
-    return weight.new_empty(weight.shape)
+def _weight_gradient_fake(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    weight = tensors[problem.num_sources]
+    return [weight.new_empty(weight.shape)]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *sources, weight, _, tensors, ctx.numbers = inputs
-    ctx.save_for_backward(*sources, weight, *tensors)
+def _remember(problem: BlockConvProblem, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    return list(tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, second, third, weight, *tensors = ctx.saved_tensors
-    *for_sources, for_weight, for_bias = ctx.needs_input_grad[:5]
-    widths = [each.shape[1] for each in present(x, second, third)]
-    grads: list[Tensor | None] = [None] * 3
-    if any(for_sources):
-        found = _input_grads(grad, weight, [*x.shape[2:], *widths], tensors, ctx.numbers)
-        grads = [*found, None, None][: tiles.MOST_SOURCES]
-    return (
-        *grads,
-        _weight_grad(x, second, third, grad, weight, tensors, ctx.numbers) if for_weight else None,
-        grad.sum(dim=(0, 2, 3, 4)) if for_bias else None,
-        None,
-        None,
-    )
+def _backward(
+    problem: BlockConvProblem, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    grad, count = grads[0], problem.num_sources
+    found: list[Tensor | None] = [None] * len(kept)
+    if any(wanted[:count]):
+        found[:count] = _input_grads(problem, [*kept, grad])
+    if wanted[count]:
+        found[count] = _weight_grad(problem, [*kept, grad])[0]
+    if problem.has_bias and wanted[count + 1]:
+        found[count + 1] = grad.sum(dim=(0, 2, 3, 4))
+    return found
 
 
-_input_grads = Operator("block_conv_input_grads", _input_gradients, _input_gradients_fake)
-_weight_grad = Operator("block_conv_weight_grad", _weight_gradient, _weight_gradient_fake)
-_block_conv = Operator("block_conv", _convolve, _convolve_fake, _backward, _remember)
-
-
-def _settings(weight: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Plan, Shape, Launch]:
-    return Plan.of_parts(tensors, numbers[:3]), _shape(weight, numbers), Launch(*numbers[6:])
-
-
-def _shape(weight: Tensor, numbers: Sequence[int]) -> Shape:
-    depth, height, width = weight.shape[2:]
-    return Shape((depth, height, width), (numbers[3], numbers[4], numbers[5]))
+_input_grads = Operator(
+    "block_conv_input_grads",
+    BlockConvProblem,
+    (Implementation("blocks", lambda *_: True, _input_gradients),),
+    _input_gradients_fake,
+)
+_weight_grad = Operator(
+    "block_conv_weight_grad",
+    BlockConvProblem,
+    (Implementation("blocks", lambda *_: True, _weight_gradient),),
+    _weight_gradient_fake,
+)
+_block_conv = Operator(
+    "block_conv",
+    BlockConvProblem,
+    (Implementation("blocks", lambda *_: True, _convolve),),
+    _convolve_fake,
+    _backward,
+    _remember,
+)
 
 
 def _check(
@@ -224,7 +222,7 @@ def _shapes(sources: Sequence[Tensor]) -> str:
 
 
 def _check_types(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> None:
-    types = {each.dtype for each in present(*sources, weight, bias)}
+    types = {each.dtype for each in (*sources, weight, bias) if each is not None}
     if len(types) > 1 or weight.dtype not in DTYPES:
         allowed, given = "one of float16, bfloat16, float32 for all tensors", ", ".join(sorted(map(str, types)))
         remedy = "Use torch.autocast, or convert them."

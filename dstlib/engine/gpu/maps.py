@@ -6,16 +6,16 @@ Shapes: B batch, C channels, D, H, W depth, height, width, S shares of the voxel
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import instance_norm, leaky_relu
 
 import dstlib.engine.gpu.cuda as cuda
-from dstlib.engine.ops.operator import Operator
+from dstlib.engine.ops.operator import Implementation, Operator, Problem
 from dstlib.layers.shift import channel_groups, shift
 
 _SOURCE = "maps.cu"
@@ -33,8 +33,7 @@ def gather(sources: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         return sources[0]
     if len(sources) > 3 or not all(map(cuda.computes, sources)) or max(x.shape[1] for x in sources) > _MOST:
         return shift(torch.cat(list(sources), dim=1), sizes, axis=2)
-    first, second, third = (*sources, None, None)[:3]
-    return _gather(first, second, third, list(sizes))
+    return _gather(GatherProblem(tuple(sizes)), sources)[0]
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
@@ -45,8 +44,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float)
     channels = x.shape[1]
     if not cuda.computes(x) or channels % _PIECE or channels > _MOST or not x.numel():
         return leaky_relu(instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
-    y: Tensor = _normalise(x, weight, bias, eps, slope)[0]
-    return y
+    return _normalise(NormaliseProblem(eps, slope), [x, weight, bias])[0]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -59,53 +57,64 @@ def channels_first(x: Tensor) -> Tensor:
     return x.permute(0, 4, 1, 2, 3)
 
 
-def present(*tensors: Tensor | None) -> list[Tensor]:
-    """Those that are there."""
-    return [each for each in tensors if each is not None]
+@dataclass(frozen=True)
+class GatherProblem(Problem):
+    """How far groups of channels move along depth."""
+
+    sizes: tuple[int, ...]
 
 
-def _gather_now(x: Tensor, second: Tensor | None, third: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    sources = list(map(channels_last, present(x, second, third)))
-    y = x.new_empty((*sources[0].shape[:4], sum(each.shape[4] for each in sources)))
+def _gather_now(problem: GatherProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    sources = list(map(channels_last, tensors))
+    y = sources[0].new_empty((*sources[0].shape[:4], sum(each.shape[4] for each in sources)))
     first = 0
     for each in sources:
-        _move((each, 0), (y, first), each.shape[4], _moves(tuple(sizes), y.shape[4], x.device)[first:], sign=1)
+        _move((each, 0), (y, first), each.shape[4], _moves(problem.sizes, y.shape[4], y.device)[first:], sign=1)
         first += each.shape[4]
-    return channels_first(y)
+    return [channels_first(y)]
 
 
-def _gather_fake(x: Tensor, second: Tensor | None, third: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    channels = sum(each.shape[1] for each in present(x, second, third))
-    return channels_first(x.new_empty((x.shape[0], *x.shape[2:], channels)))
+def _gather_fake(problem: GatherProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    x = tensors[0]
+    return [channels_first(x.new_empty((x.shape[0], *x.shape[2:], sum(each.shape[1] for each in tensors))))]
 
 
-def _keep_widths(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *sources, sizes = inputs
-    ctx.widths, ctx.sizes = [0 if each is None else each.shape[1] for each in sources], sizes
+def _keep_maps(problem: GatherProblem, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [each.new_empty(0, each.shape[1]) for each in tensors]  # how many channels each has
 
 
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    parts = iter(_split(grad, ctx.widths, ctx.sizes))
-    return (*(next(parts) if width else None for width in ctx.widths), None)
+def _gather_backward(
+    problem: GatherProblem, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    return list(_split(problem, [*kept, grads[0]]))
 
 
-def _split_now(grad: Tensor, widths: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+def _split_now(problem: GatherProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    *sources, grad = tensors
     whole, first, parts = channels_last(grad), 0, []
-    for width in filter(None, widths):
+    for width in (each.shape[1] for each in sources):
         part = grad.new_empty((*whole.shape[:4], width))
-        _move((whole, first), (part, 0), width, _moves(tuple(sizes), whole.shape[4], grad.device)[first:], sign=-1)
+        _move((whole, first), (part, 0), width, _moves(problem.sizes, whole.shape[4], grad.device)[first:], sign=-1)
         parts.append(channels_first(part))
         first += width
     return parts
 
 
-def _split_fake(grad: Tensor, widths: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+def _split_fake(problem: GatherProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    *sources, grad = tensors
     shape = (grad.shape[0], *grad.shape[2:])
-    return [channels_first(grad.new_empty((*shape, width))) for width in filter(None, widths)]
+    return [channels_first(grad.new_empty((*shape, each.shape[1]))) for each in sources]
 
 
-_gather = Operator("gather_maps", _gather_now, _gather_fake, _gather_backward, _keep_widths)
-_split = Operator("split_map", _split_now, _split_fake)
+_split = Operator("split_map", GatherProblem, (Implementation("cuda", lambda *_: True, _split_now),), _split_fake)
+_gather = Operator(
+    "gather_maps",
+    GatherProblem,
+    (Implementation("cuda", lambda *_: True, _gather_now),),
+    _gather_fake,
+    _gather_backward,
+    _keep_maps,
+)
 
 
 @cache
@@ -129,54 +138,76 @@ def _move(source: tuple[Tensor, int], target: tuple[Tensor, int], count: int, mo
     cuda.launch(_SOURCE, "move", ((shares, batch * depth), _THREADS), x, (x, y, moves, *numbers))
 
 
-def _normalise_now(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class NormaliseProblem(Problem):
+    """The eps of an instance norm, and the negative slope of the leaky ReLU behind it."""
+
+    eps: float
+    slope: float
+
+
+def _normalise_now(problem: NormaliseProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    x, weight, bias = tensors
     x = channels_last(x)
     grid, (voxels, channels) = _grid(x), (prod(x.shape[1:4]), x.shape[4])
     parts, stats = _sums(x, (grid[0], 2)), _sums(x, (4,))
     y = torch.empty_like(x)
     cuda.launch(_SOURCE, "sum_squares", (grid, _THREADS), x, (x, parts, voxels, channels))
-    tensors = (parts, x, weight.float(), bias.float(), stats)
-    cuda.launch(_SOURCE, "finish_norm", _of_channels(x), x, (*tensors, grid[0], voxels, channels, float(eps)))
-    cuda.launch(_SOURCE, "apply_norm", (grid, _THREADS), x, (x, stats, y, voxels, channels, float(slope)))
-    return channels_first(y), stats
+    sums = (parts, x, weight.float(), bias.float(), stats)
+    cuda.launch(_SOURCE, "finish_norm", _of_channels(x), x, (*sums, grid[0], voxels, channels, problem.eps))
+    cuda.launch(_SOURCE, "apply_norm", (grid, _THREADS), x, (x, stats, y, voxels, channels, problem.slope))
+    return [channels_first(y), stats]
 
 
-def _normalise_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
+def _normalise_fake(problem: NormaliseProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    x = tensors[0]
     y = x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]))
-    return channels_first(y), _sums(y, (4,))
+    return [channels_first(y), _sums(y, (4,))]
 
 
-def _keep_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, ctx.slope = inputs
-    ctx.save_for_backward(x, output[1])
-    ctx.types = weight.dtype, bias.dtype
+def _keep_stats(problem: NormaliseProblem, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    x, weight, bias = tensors
+    return [x, outputs[1], weight.new_empty(0), bias.new_empty(0)]  # the last two for their types
 
 
-def _normalise_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    x, stats = ctx.saved_tensors
-    x_grad, sums = _norm_grads(x, grad, stats, ctx.slope)
+def _normalise_backward(
+    problem: NormaliseProblem, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    x, stats, weight, bias = kept
+    x_grad, sums = _norm_grads(problem, [x, grads[0], stats])
     whole = sums.sum(dim=0)
-    return x_grad, whole[1].to(ctx.types[0]), whole[0].to(ctx.types[1]), None, None
+    return [x_grad, whole[1].to(weight.dtype), whole[0].to(bias.dtype)]
 
 
-def _norm_grads_now(x: Tensor, grad: Tensor, stats: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+def _norm_grads_now(problem: NormaliseProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    x, grad, stats = tensors
     x, grad = channels_last(x), channels_last(grad)
     grid, (voxels, channels) = _grid(x), (prod(x.shape[1:4]), x.shape[4])
     parts, sums = _sums(x, (grid[0], 2)), _sums(x, (2,))
-    x_grad, leak = torch.empty_like(x), float(slope)
+    x_grad, leak = torch.empty_like(x), problem.slope
     cuda.launch(_SOURCE, "sum_grads", (grid, _THREADS), x, (x, grad, stats, parts, voxels, channels, leak))
     cuda.launch(_SOURCE, "finish_sums", _of_channels(x), x, (parts, sums, grid[0], channels))
     cuda.launch(_SOURCE, "apply_grads", (grid, _THREADS), x, (x, grad, stats, sums, x_grad, voxels, channels, leak))
-    return channels_first(x_grad), sums
+    return [channels_first(x_grad), sums]
 
 
-def _norm_grads_fake(x: Tensor, grad: Tensor, stats: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+def _norm_grads_fake(problem: NormaliseProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    x = tensors[0]
     x_grad = x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]))
-    return channels_first(x_grad), _sums(x_grad, (2,))
+    return [channels_first(x_grad), _sums(x_grad, (2,))]
 
 
-_normalise = Operator("normalise_map", _normalise_now, _normalise_fake, _normalise_backward, _keep_stats)
-_norm_grads = Operator("norm_grads", _norm_grads_now, _norm_grads_fake)
+_norm_grads = Operator(
+    "norm_grads", NormaliseProblem, (Implementation("cuda", lambda *_: True, _norm_grads_now),), _norm_grads_fake
+)
+_normalise = Operator(
+    "normalise_map",
+    NormaliseProblem,
+    (Implementation("cuda", lambda *_: True, _normalise_now),),
+    _normalise_fake,
+    _normalise_backward,
+    _keep_stats,
+)
 
 
 def _sums(x: Tensor, shape: tuple[int, ...]) -> Tensor:

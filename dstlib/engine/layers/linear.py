@@ -6,9 +6,11 @@ Shapes: O outputs, I inputs.
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.ops.linear import can_multiply_gathered, multiply_gathered, sparse_linear
+from dstlib.engine.layers.fast_layer import FastLayer
+from dstlib.engine.ops.linear import PreparedLinear, sparse_linear
 from dstlib.engine.ops.linear_patterns import LinearPattern
-from dstlib.errors import SettingError
+from dstlib.engine.ops.prepared import PreparedCalls
+from dstlib.errors import require
 
 
 class SparseLinear(nn.Linear):
@@ -35,32 +37,39 @@ class SparseLinear(nn.Linear):
     def set_mask(self, mask: Tensor) -> None:
         """Follows a mask (O, I) that has changed.
 
-        Errors: SettingError for a mask that is not boolean or of another shape.
+        Raises:
+            SettingError: The mask is not boolean, or of another shape.
         """
-        if mask.dtype != torch.bool or mask.shape != self.weight.shape:
-            allowed, given = f"bool of shape {tuple(self.weight.shape)}", f"{mask.dtype} of shape {tuple(mask.shape)}"
-            remedy = "Pass a mask of the weight, True = active."
-            raise SettingError.of("mask", "SparseLinear", allowed=allowed, given=given, remedy=remedy)
+        require(
+            mask.dtype == torch.bool and mask.shape == self.weight.shape,
+            "mask",
+            "SparseLinear",
+            allowed=f"bool of shape {tuple(self.weight.shape)}",
+            given=f"{mask.dtype} of shape {tuple(mask.shape)}",
+            remedy="Pass a mask of the weight, True = active.",
+        )
         self.pattern = LinearPattern.of(mask)
         _ = self.pattern.transposed  # made now, since torch.compile cannot follow how
-        self._gathered: tuple[tuple[object, ...], Tensor] | None = None
+        self._calls: PreparedCalls[PreparedLinear] = PreparedCalls()
 
     def train(self, mode: bool = True) -> "SparseLinear":
         """As of any module; forgets the weights gathered so far."""
-        self._gathered = None
+        self._calls = PreparedCalls()
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) → (..., O)."""
+        calls = None if self.training else self._calls
         weight, bias, pattern = self.weight, self.bias, self.pattern
-        if self.training or torch.is_grad_enabled() or not can_multiply_gathered(input, weight, bias):
-            return sparse_linear(input, weight, bias, pattern, dense_gradient=self.dense_gradient)
-        state = (weight.data_ptr(), weight._version, pattern)
-        gathered = self._gathered
-        if gathered is None or gathered[0] != state:
-            self._gathered = gathered = (state, weight.flatten()[pattern.source])
-        return multiply_gathered(input, gathered[1], bias, pattern)
+        return sparse_linear(input, weight, bias, pattern, dense_gradient=self.dense_gradient, calls=calls)
 
     def extra_repr(self) -> str:
         """The size of the layer and how many of its weights are active."""
         return f"{super().extra_repr()}, active={self.pattern.num_active}"
+
+
+def _obstacle(layer: nn.Linear) -> str | None:
+    return None if type(layer) is nn.Linear else f"it is a {type(layer).__name__}"
+
+
+LINEAR = FastLayer(nn.Linear, _obstacle, SparseLinear)

@@ -4,177 +4,198 @@ Shapes: N batch, C input channels, O output channels, D, H, W depth, height, wid
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.ops.connections import Connections
-from dstlib.engine.ops.feature_maps import Mapped, Norm, activated, empty_depth_last, pattern, source, target
+from dstlib.engine.ops.feature_map import (
+    FeatureMap,
+    Layout,
+    depth_last,
+    empty_depth_last,
+    empty_like_depth_last,
+    flat,
+    pattern_of,
+    source,
+    source_like,
+    target,
+    target_like,
+    unflat,
+)
 from dstlib.engine.ops.layouts import to_depth_last
-from dstlib.engine.ops.operator import Operator, flat, kernels_for, norm_of
-from dstlib.engine.ops.templates import Template, Templates
+from dstlib.engine.ops.operator import Operator, Tensors, by_kernel, by_torch
+from dstlib.engine.ops.prepared import MapProblem, Places, PreparedCall, by_prepared, run_prepared, state_of
+from dstlib.engine.ops.weights import Weights
+from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.engine.runtime.structs import ConvTranspose
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 
-def upsample(x: Tensor, norm: Norm | None, weight: Tensor, connections: Connections, stride: Sequence[int]) -> Tensor:
-    """Transposed convolution of the activated map (N, C, D, H, W) → (N, O, D · d, H · h, W · w).
+@dataclass(frozen=True)
+class ConvTransposeProblem(MapProblem):
+    """A transposed convolution of tensors: map, weight, patterns, and the scale and offset of the map's norm, if any.
 
-    ``weight`` (C, O, d, h, w) is that of an ``nn.ConvTranspose3d``; of it only the kernels of the connections, whose
-    rows are output channels, are read. Its gradient has zeros at the others; that of x is of the activated map.
+    Of the active kernels, then of the graded ones, there are row_ptr and col_idx.
+    """
+
+    normed: tuple[bool, ...]
+    slopes: tuple[float, ...]
+
+    def maps(self, tensors: Tensors) -> list[FeatureMap]:
+        """Returns the one map."""
+        return unflat(tensors[:1], tensors[6:], self.normed, self.slopes)
+
+
+def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> FeatureMap:
+    """Computes the transposed convolution of the activated map (N, C, D, H, W): (N, O, D · d, H · h, W · w).
+
+    The weight (C, O, d, h, w) is that of an ``nn.ConvTranspose3d`` with this stride, without bias; only its active
+    kernels are read. Its gradient has zeros where no kernel is graded; that of x is of the activated map.
 
     Raises:
-        SettingError: the norm, or the weight, is not of the shape that the other arguments ask for.
+        SettingError: The norm, or the weight, is not of the shape that the map, the pattern and the stride ask for.
 
-    >>> one = Connections.of(torch.tensor([[True, False]]))  # the second input is not connected
+    >>> from dstlib.engine.ops.patterns import Pattern
+    >>> one = Pattern.of(torch.tensor([[True, False]]))  # the second input is not read
     >>> x, weight = torch.tensor([2.0, 5.0]).reshape(1, 2, 1, 1, 1), torch.ones(2, 1, 1, 2, 2)
-    >>> upsample(x, None, weight, one, (1, 2, 2)).flatten()
+    >>> conv_transpose(FeatureMap(x), Weights(weight, None, one, one), (1, 2, 2)).raw.flatten()
     tensor([2., 2., 2., 2.])
     """
-    expected = (x.shape[1], connections.size[0], *stride)
-    if weight.shape != expected or connections.size[1] != x.shape[1]:
-        given = f"{tuple(weight.shape)}, connections {connections.size}"
-        remedy = "Connections are (O, C), the weight is that of an nn.ConvTranspose3d."
-        raise SettingError.of("weight", "upsample()", allowed=f"{expected}", given=given, remedy=remedy)
-    out: Tensor = UPSAMPLE(x, *flat(norm, x), weight, [connections.rows, connections.cols], stride)
-    return out
+    state = state_of([x.tensor], [weights.weight])
+    found = run_prepared(weights.calls, state, [x], lambda: CONV_TRANSPOSE.prepare(*_stated(x, weights, stride)))
+    return found or FeatureMap(CONV_TRANSPOSE(*_stated(x, weights, stride))[0])
 
 
-def _upsample(
-    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, connections: list[Tensor], stride: Sequence[int]
-) -> Tensor:
-    found = kernels_for(x, weight)
-    out = _empty(x, weight, stride)
-    if not found:
-        z = activated(x, norm_of(norm, slope))
-        return out.copy_(F.conv_transpose3d(z, _active(weight, connections), stride=tuple(stride)))
-    x, weight = to_depth_last(x), weight.contiguous()
-    call = _call(x, weight, connections, stride)
-    call.input, call.out, call.weights = source(x, norm_of(norm, slope)), target(out), weight.data_ptr()
-    check(found.conv_transpose_forward(call, torch.get_num_threads()), "upsample()")
-    return out
+def _stated(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> tuple[ConvTransposeProblem, list[Tensor]]:
+    weight, active, channels = weights.weight, weights.active, x.raw.shape[1]
+    expected = (channels, active.size[0], *stride)
+    require(
+        weight.shape == expected and active.size[1] == channels,
+        "weight",
+        "conv_transpose()",
+        allowed=f"{expected}",
+        given=f"{tuple(weight.shape)}, pattern {active.size}",
+        remedy="A pattern is (O, C), the weight is that of an nn.ConvTranspose3d.",
+    )
+    norms, normed, slopes = flat([x])
+    patterns = [tensor for pattern in (active, weights.graded) for tensor in pattern.tensors[:2]]
+    return ConvTransposeProblem(normed, slopes), [x.raw, weight, *patterns, *norms]
 
 
-class ReadyUpsample:
-    """:func:`upsample` of a weight that nobody trains at the moment: its calls are described once for each shape.
-
-    >>> one = Connections.of(torch.tensor([[True]]))
-    >>> ready = ReadyUpsample(torch.ones(1, 1, 1, 1, 2), one, (1, 1, 2))
-    >>> out = ready(torch.ones(1, 1, 1, 1, 1), None)  # None where there are no kernels
-    >>> out is None or out.flatten().tolist() == [1, 1]
-    True
-    """
-
-    def __init__(self, weight: Tensor, connections: Connections, stride: Sequence[int]) -> None:
-        self.weight, self.connections, self.stride = weight.detach().contiguous(), connections, stride
-        self._templates: Templates[ConvTranspose] = Templates("upsample()", self.weight)
-
-    def __call__(self, x: Tensor, norm: Norm | None) -> Tensor | None:
-        """The fine map; None for a map that kernels cannot read."""
-        return self._templates.run([(x, norm)], self._describe)
-
-    def _describe(self, found: Kernels, sources: Sequence[Mapped]) -> Template[ConvTranspose]:
-        ((x, norm),) = sources
-        out = _empty(x, self.weight, self.stride)
-        call = _call(x, self.weight, [self.connections.rows, self.connections.cols], self.stride)
-        call.input, call.out, call.weights = source(x, norm), target(out), self.weight.data_ptr()
-        return Template.of(call, found.conv_transpose_forward, out)
+def _prepare(found: Kernels, problem: ConvTransposeProblem, maps: list[FeatureMap], tensors: Tensors) -> PreparedCall:
+    _, weight, row_ptr, col_idx, *_ = tensors
+    weight, layout = weight.detach().contiguous(), maps[0].layout
+    assert layout is not None
+    n, _, *size = layout.size
+    depth, height, width = (extent * step for extent, step in zip(size, weight.shape[2:], strict=True))
+    fine = n, weight.shape[1], depth, height, width
+    out = Layout.of(fine, depth_last(fine)[1], None)
+    job = _job(layout.size, weight, row_ptr, col_idx)
+    job.input, job.out, job.weights = source_like(layout), target_like(out), weight.data_ptr()
+    alive, places = (weight, row_ptr, col_idx), Places([job.input], job.out)
+    return PreparedCall("conv_transpose()", found.conv_transpose_forward, job, places, out, alive)
 
 
-def _input_grad(grad: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Tensor:
-    """The gradient (N, C, D, H, W) of the activated map."""
-    found = kernels_for(grad, weight)
-    out = _empty_input(grad, weight, stride)
-    if not found:
-        return out.copy_(F.conv3d(grad, _active(weight, connections), stride=tuple(stride)))
-    grad, weight = to_depth_last(grad), weight.contiguous()
-    call = _call(out, weight, connections, stride)
-    call.grad, call.out, call.weights = source(grad), target(out), weight.data_ptr()
-    check(found.conv_transpose_backward_input(call, torch.get_num_threads()), "gradient of upsample()")
-    return out
+def _with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
+    (x,), (_, weight, row_ptr, col_idx, *_) = problem.maps(tensors), tensors
+    y = F.conv_transpose3d(x.activated(), _active(weight, row_ptr, col_idx), stride=tuple(weight.shape[2:]))
+    return [_empty(problem, tensors)[0].copy_(y)]
 
 
-def _weight_grad(
-    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, connections: list[Tensor], stride: Sequence[int]
-) -> Tensor:
-    """The gradient (C, O, d, h, w) of the weight, zeros where there is no connection."""
-    found = kernels_for(x, grad)
-    out = x.new_zeros(x.shape[1], grad.shape[1], *stride)
-    if not found:
-        z = activated(x, norm_of(norm, slope))
-        taps = grad.reshape(*grad.shape[:2], *(n for pair in zip(x.shape[2:], stride, strict=True) for n in pair))
-        return out.copy_(_active(torch.einsum("ncdhw,nodihjwk->coijk", z, taps), connections))
-    x, grad = to_depth_last(x), to_depth_last(grad)
-    call = _call(x, out, connections, stride)
-    call.input, call.grad, call.weights_grad = source(x, norm_of(norm, slope)), source(grad), out.data_ptr()
-    check(found.conv_transpose_backward_weights(call, torch.get_num_threads()), "gradient of upsample()")
-    return out
+def _backward_input(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
+    """Computes the gradient (N, C, D, H, W) of the activated map."""
+    x, weight, row_ptr, col_idx, *_, grad = tensors
+    grad, weight, out = to_depth_last(grad), weight.contiguous(), empty_like_depth_last(x)
+    job = _job(out.shape, weight, row_ptr, col_idx)
+    job.grad, job.out, job.weights = source(grad), target(out), weight.data_ptr()
+    check(found.conv_transpose_backward_input(job, torch.get_num_threads()), "gradient of conv_transpose()")
+    return [out]
 
 
-def _empty(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
-    n, _, d, h, w = x.shape
-    return empty_depth_last((n, weight.shape[1], d * stride[0], h * stride[1], w * stride[2]), x)
+def _backward_input_with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
+    x, weight, row_ptr, col_idx, *_, grad = tensors
+    found = F.conv3d(grad, _active(weight, row_ptr, col_idx), stride=tuple(weight.shape[2:]))
+    return [empty_like_depth_last(x).copy_(found)]
 
 
-def _empty_input(grad: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
-    n, _, d, h, w = grad.shape
-    return empty_depth_last((n, weight.shape[0], d // stride[0], h // stride[1], w // stride[2]), grad)
+def _backward_weights(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
+    """Computes the gradient (C, O, d, h, w) of the weight, zeros where no kernel is graded."""
+    *given, grad = tensors
+    (x,), (_, weight, _, _, row_ptr, col_idx, *_) = problem.maps(given), given
+    raw, grad, out = to_depth_last(x.raw), to_depth_last(grad), x.raw.new_zeros(weight.shape)
+    job = _job(raw.shape, out, row_ptr, col_idx)
+    job.input, job.grad, job.weights_grad = source(raw, x.norm), source(grad), out.data_ptr()
+    check(found.conv_transpose_backward_weights(job, torch.get_num_threads()), "gradient of conv_transpose()")
+    return [out]
 
 
-def _call(coarse: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> ConvTranspose:
-    """What all kernels are told: sizes, and where the connections of a weight, or of its gradient, lie."""
-    n, channels, d, h, w = coarse.shape
-    rows, cols = connections
-    return ConvTranspose(
-        pattern=pattern(rows, cols, channels),
+def _backward_weights_with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
+    *given, grad = tensors
+    (x,), (raw, weight, _, _, row_ptr, col_idx, *_) = problem.maps(given), given
+    steps = [n for pair in zip(raw.shape[2:], weight.shape[2:], strict=True) for n in pair]
+    found = torch.einsum("ncdhw,nodihjwk->coijk", x.activated(), grad.reshape(*grad.shape[:2], *steps))
+    return [raw.new_zeros(weight.shape).copy_(_active(found, row_ptr, col_idx))]
+
+
+def _job(size: Sequence[int], weight: Tensor, row_ptr: Tensor, col_idx: Tensor) -> structs.ConvTranspose:
+    """Describes what all kernels are told: sizes, and where the kernels of a weight, or of its gradient, lie."""
+    n, channels, d, h, w = size
+    return structs.ConvTranspose(
+        pattern=pattern_of(row_ptr, col_idx, channels),
         weight_strides=(weight.stride(1), weight.stride(0)),
         size=(n, d, h, w),
-        stride=tuple(stride),
+        stride=tuple(weight.shape[2:]),
     )
 
 
-def _active(weight: Tensor, connections: list[Tensor]) -> Tensor:
-    """The weight (C, O, d, h, w) with zeros where there is no connection."""
-    rows, cols = connections
-    outputs = torch.arange(len(rows) - 1, device=rows.device).repeat_interleave(rows.diff())
-    mask_CO = torch.zeros(weight.shape[:2], dtype=torch.bool, device=rows.device)
-    mask_CO[cols, outputs] = True
+def _active(weight: Tensor, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
+    """Returns the weight (C, O, d, h, w) with zeros where no kernel is active."""
+    outputs = torch.arange(len(row_ptr) - 1, device=row_ptr.device).repeat_interleave(row_ptr.diff())
+    mask_CO = torch.zeros(weight.shape[:2], dtype=torch.bool, device=row_ptr.device)
+    mask_CO[col_idx, outputs] = True
     return torch.where(mask_CO[:, :, None, None, None], weight, 0)
 
 
-def _empty_output(
-    x: Tensor, norm: list[Tensor], slope: float, weight: Tensor, connections: list[Tensor], stride: Sequence[int]
-) -> Tensor:
-    return _empty(x, weight, stride)
+def _empty(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
+    x, weight = tensors[:2]
+    (n, _, d, h, w), (_, outputs, *stride) = x.shape, weight.shape
+    return [empty_depth_last((n, outputs, d * stride[0], h * stride[1], w * stride[2]), x)]
 
 
-def _empty_input_grad(grad: Tensor, weight: Tensor, connections: list[Tensor], stride: Sequence[int]) -> Tensor:
-    return _empty_input(grad, weight, stride)
+def _backward(
+    problem: ConvTransposeProblem, kept: Tensors, grads: Tensors, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    given = [*kept, grads[0]]
+    grad_x = CONV_TRANSPOSE_BACKWARD_INPUT(problem, given)[0] if wanted[0] else None
+    grad_weight = CONV_TRANSPOSE_BACKWARD_WEIGHTS(problem, given)[0] if wanted[1] else None
+    return [grad_x, grad_weight, *[None] * (len(kept) - 2)]
 
 
-def _empty_weight_grad(
-    x: Tensor, norm: list[Tensor], slope: float, grad: Tensor, connections: list[Tensor], stride: Sequence[int]
-) -> Tensor:
-    return x.new_empty(x.shape[1], grad.shape[1], *stride)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, norm, ctx.slope, weight, connections, ctx.stride = inputs
-    ctx.save_for_backward(x, weight, *connections, *norm)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, *rest = ctx.saved_tensors
-    connections, norm = rest[:2], rest[2:]
-    for_x, _, _, for_weight, *_ = ctx.needs_input_grad
-    grad_x = INPUT_GRAD(grad, weight, connections, ctx.stride) if for_x else None
-    grad_weight = WEIGHT_GRAD(x, norm, ctx.slope, grad, connections, ctx.stride) if for_weight else None
-    return grad_x, None, None, grad_weight, None, None
-
-
-INPUT_GRAD = Operator("upsample_input_grad", _input_grad, _empty_input_grad)
-WEIGHT_GRAD = Operator("upsample_weight_grad", _weight_grad, _empty_weight_grad)
-UPSAMPLE = Operator("upsample", _upsample, _empty_output, _backward, _keep)
+CONV_TRANSPOSE_BACKWARD_INPUT = Operator(
+    "conv_transpose_backward_input",
+    ConvTransposeProblem,
+    (
+        by_kernel("direct", _backward_input, reads=lambda problem, x: [x[1], x[-1]]),
+        by_torch(_backward_input_with_torch),
+    ),
+    fake=lambda problem, tensors: [empty_like_depth_last(tensors[0])],
+)
+CONV_TRANSPOSE_BACKWARD_WEIGHTS = Operator(
+    "conv_transpose_backward_weights",
+    ConvTransposeProblem,
+    (
+        by_kernel("direct", _backward_weights, reads=lambda problem, x: [x[0], x[-1]]),
+        by_torch(_backward_weights_with_torch),
+    ),
+    fake=lambda problem, tensors: [tensors[0].new_empty(tensors[1].shape)],
+)
+CONV_TRANSPOSE = Operator(
+    "conv_transpose",
+    ConvTransposeProblem,
+    (by_prepared("direct", _prepare, reads=lambda problem, x: x[:2]), by_torch(_with_torch)),
+    fake=_empty,
+    backward=_backward,
+    keep=lambda problem, tensors, outputs: list(tensors),
+)

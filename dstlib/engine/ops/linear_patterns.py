@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dstlib.errors import SettingError
+from dstlib.errors import require
 
 PART = 96  # outputs that are computed together: their sums stay in the first cache. LINEAR_PART of csrc/linear.h
 STRETCH = 160  # inputs that are read together: for 64 samples they are about as large as the first cache
@@ -21,56 +21,59 @@ MOST_WEIGHTS = 2**31 - 1  # what an int32 can number
 class LinearPattern:
     """Which weights of an (O, I) matrix are active.
 
-    ``cols`` (U) are their inputs and ``source`` (A) says where each of them lies in the flattened matrix. ``segments``
-    (S, 3) are the stretches of ``cols`` that belong to one group of rows: group, begin, end. They are ordered by
-    ``parts`` (P + 1) of the outputs, then by stretches of the inputs, then by length.
+    ``col_idx`` (U) are their inputs and ``index`` (A) says where each of them lies in the flattened matrix.
+    ``segments`` (S, 3) are the stretches of ``col_idx`` that belong to one group of rows: group, begin, end. They are
+    ordered by ``part_ptr`` (P + 1) of the outputs, then by stretches of the inputs, then by length.
 
     >>> diagonal = LinearPattern.of(torch.eye(3, dtype=torch.bool))
-    >>> diagonal.cols.tolist(), diagonal.source.tolist(), diagonal.segments.tolist()
+    >>> diagonal.col_idx.tolist(), diagonal.index.tolist(), diagonal.segments.tolist()
     ([0, 1, 2], [0, 4, 8], [[0, 0, 1], [1, 1, 2], [2, 2, 3]])
     >>> blocks = LinearPattern.of(torch.eye(2, dtype=torch.bool).repeat_interleave(4, 0).repeat_interleave(4, 1))
     >>> blocks.rows_per_group, blocks.segments.tolist()
     (4, [[0, 0, 4], [1, 4, 8]])
     """
 
-    cols: Tensor
-    source: Tensor
+    col_idx: Tensor
+    index: Tensor
     segments: Tensor
-    parts: Tensor
+    part_ptr: Tensor
     rows_per_group: int
     size: tuple[int, int]  # O, I
 
     @classmethod
     def of(cls, mask_OI: Tensor) -> "LinearPattern":
-        """The weights where the mask (O, I) is True.
+        """Returns the pattern of a mask (O, I).
 
-        Errors: SettingError for a matrix of 2³¹ entries or more.
+        Raises:
+            SettingError: The matrix has 2³¹ entries or more.
         """
-        if mask_OI.numel() > MOST_WEIGHTS:
-            remedy = "Split the layer, or leave it dense."
-            where = "a sparse linear layer"
-            given = mask_OI.numel()
-            raise SettingError.of("weights", where, allowed=f"≤ {MOST_WEIGHTS}", given=given, remedy=remedy)
-        mask_OI = mask_OI.cpu()
-        return _ordered(mask_OI)
+        require(
+            mask_OI.numel() <= MOST_WEIGHTS,
+            "weights",
+            "a sparse linear layer",
+            allowed=f"≤ {MOST_WEIGHTS}",
+            given=mask_OI.numel(),
+            remedy="Split the layer, or leave it dense.",
+        )
+        return _ordered(mask_OI.cpu())
 
     @cached_property
     def transposed(self) -> "LinearPattern":
-        """The same weights as a matrix (I, O); its ``source`` counts in the values ordered as this pattern says."""
+        """The same weights as a matrix (I, O); its ``index`` counts in the values ordered as this pattern says."""
         numbers = torch.full((self.size[0] * self.size[1],), -1, dtype=torch.int32)
-        numbers[self.source] = torch.arange(self.source.numel(), dtype=torch.int32)
+        numbers[self.index] = torch.arange(self.index.numel(), dtype=torch.int32)
         numbers_IO = numbers.view(self.size).t().contiguous()
         return _ordered(numbers_IO >= 0, numbers_IO)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """``cols``, ``source``, ``segments`` and ``parts``."""
-        return [self.cols, self.source, self.segments, self.parts]
+        """``col_idx``, ``index``, ``segments`` and ``part_ptr``."""
+        return [self.col_idx, self.index, self.segments, self.part_ptr]
 
     @property
     def num_active(self) -> int:
         """A, the number of active weights."""
-        return self.source.numel()
+        return self.index.numel()
 
 
 def _ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None) -> LinearPattern:
@@ -97,7 +100,7 @@ def _ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None) -> LinearPattern
 
 
 def _rows_alike(mask_OI: Tensor) -> int:
-    """How many neighbouring rows (at most 4) are alike throughout the mask, so that they can be computed together."""
+    """Returns how many neighbouring rows (at most 4) are alike throughout the mask, to be computed together."""
     outputs, inputs = mask_OI.shape
     for rows in (4, 3, 2):
         if outputs % rows == 0:

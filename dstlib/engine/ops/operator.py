@@ -1,34 +1,124 @@
-"""Operators: one kernel, and the three ways to call it.
+"""Operators: what is to be computed as a value, tensors, and the ways to compute it; recorded by whoever asks to.
 
 The value of a map with a norm is, for autograd, what its readers see: gradients are those of the activated map.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Generic, Self, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from dstlib.engine.ops.feature_maps import Norm
 from dstlib.engine.runtime.library import Kernels, kernels
-from dstlib.errors import SettingError
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
 
 
-class Operator:
-    """A function of tensors that torch's compilers know as ``dstlib::name``, called as directly as can be.
+@dataclass(frozen=True)
+class Problem:
+    """What an operation is told besides tensors, and which tensors there are; hashable.
 
-    Torch's dispatcher takes longer than a small map. So where nobody records, ``kernel`` is called as it is, and where
-    autograd alone does, as its function; only compilers and tensors without values go through ``torch.library``.
+    Fields are whole numbers, floats, flags, or tuples of one of these. Sizes of tensors are not among them: a compiler
+    may leave those open.
 
-    ``kernel`` is annotated, lists hold tensors without gradients or integers, and the result is new. ``fake`` takes the
-    same arguments and makes empty tensors alike. ``keep`` and ``backward`` are those of ``torch.autograd.Function``,
-    with None as gradient of a list.
+    >>> @dataclass(frozen=True)
+    ... class Scaling(Problem):
+    ...     factors: tuple[float, ...]
+    ...     twice: bool = False
+    >>> Scaling((0.5, 2.0)).packed(), Scaling.unpacked([2.0, 2.0, 0.5, 2.0, 0.0])
+    ([2.0, 2.0, 0.5, 2.0, 0.0], Scaling(factors=(0.5, 2.0), twice=False))
+    """
 
-    >>> def kernel(x: Tensor) -> Tensor:
-    ...     return x + x
-    >>> double = Operator("doctest_double", kernel, torch.empty_like, lambda ctx, grad: grad + grad)
+    def packed(self) -> list[float]:
+        """Returns the number of fields and the fields as numbers, as ``torch.library`` takes them."""
+        numbers = [float(len(fields(self)))]  # its gradients take no empty list
+        for field in fields(self):
+            value = getattr(self, field.name)
+            numbers += [float(len(value)), *map(float, value)] if isinstance(value, tuple) else [float(value)]
+        return numbers
+
+    @classmethod
+    def unpacked(cls, numbers: Sequence[float]) -> Self:
+        """Returns the problem that was :meth:`packed`."""
+        rest, values = iter(numbers[1:]), []
+        for kind, is_tuple in _kinds(cls):
+            values.append(tuple(kind(next(rest)) for _ in range(int(next(rest)))) if is_tuple else kind(next(rest)))
+        return cls(*values)
+
+
+@cache
+def _kinds(problem: type[Problem]) -> list[tuple[type, bool]]:
+    """Returns the type of each field, or of the items of a tuple, and whether it is a tuple."""
+    hints = get_type_hints(problem)
+    found = [hints[field.name] for field in fields(problem)]
+    return [(hint, False) if isinstance(hint, type) else (hint.__args__[0], True) for hint in found]
+
+
+P = TypeVar("P", bound=Problem)
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation(Generic[P]):
+    """One way to compute an operation, and for which problems and tensors it can; ``run`` returns new tensors.
+
+    ``prepare``, where there is one, returns the call of a kernel that does the same for other maps of the same layouts,
+    see :mod:`dstlib.engine.ops.prepared`.
+    """
+
+    name: str
+    accepts: Callable[[P, Tensors], bool]
+    run: Callable[[P, Tensors], list[Tensor]]
+    prepare: Callable[[P, Tensors], Any] | None = None
+
+
+def by_kernel(
+    name: str,
+    run: Callable[[Kernels, P, Tensors], list[Tensor]],
+    accepts: Callable[[P, Tensors], bool] = lambda problem, tensors: True,
+    reads: Callable[[P, Tensors], Tensors] = lambda problem, tensors: tensors,
+) -> Implementation[P]:
+    """Returns the implementation by a kernel, for tensors that kernels can read where ``accepts`` agrees.
+
+    ``reads`` chooses those that have to be of float32: all, by default.
+    """
+
+    def accepted(problem: P, tensors: Tensors) -> bool:
+        return kernels_for(*reads(problem, tensors)) is not None and accepts(problem, tensors)
+
+    def called(problem: P, tensors: Tensors) -> list[Tensor]:
+        return run(present_kernels(), problem, tensors)
+
+    return Implementation(name, accepted, called)
+
+
+def by_torch(run: Callable[[P, Tensors], list[Tensor]]) -> Implementation[P]:
+    """Returns the implementation that computes with torch alone, and accepts everything."""
+    return Implementation("torch", lambda problem, tensors: True, run)
+
+
+class Operator(Generic[P]):
+    """An operation on tensors that autograd and torch's compilers know as ``dstlib::name``, called directly if it can.
+
+    Torch's dispatcher takes longer than a small map. So where nobody records, the first implementation that accepts is
+    called as it is, and where autograd alone does, as a function of it; only compilers and tensors without values go
+    through ``torch.library``, whose registered gradients take 0.1 ms a call.
+
+    ``fake`` takes a problem and tensors as an implementation does, and makes empty tensors alike. ``keep`` says, of
+    problem, tensors and outputs, which tensors the gradients need. ``backward`` makes of problem, these, the gradients
+    of the outputs and which gradients are wanted those of the tensors, None for one that has none; it is made of
+    operators itself, and not differentiated again.
+
+    >>> double = Operator(
+    ...     "doctest_double", Problem, (by_torch(lambda problem, tensors: [2 * x for x in tensors]),),
+    ...     fake=lambda problem, tensors: [torch.empty_like(x) for x in tensors],
+    ...     backward=lambda problem, kept, grads, wanted: [2 * grad for grad in grads],
+    ... )
     >>> x = torch.ones(1, requires_grad=True)
-    >>> double(x).backward()
+    >>> double(Problem(), [x])[0].backward()
     >>> x.grad
     tensor([2.])
     """
@@ -36,71 +126,105 @@ class Operator:
     def __init__(
         self,
         name: str,
-        kernel: Callable[..., Any],
-        fake: Callable[..., Any],
-        backward: Callable[..., Any] | None = None,
-        keep: Callable[..., None] | None = None,
+        problem: type[P],
+        implementations: Sequence[Implementation[P]],
+        fake: Callable[[P, Tensors], list[Tensor]],
+        backward: Callable[[P, Tensors, Tensors, Sequence[bool]], Sequence[Tensor | None]] | None = None,
+        keep: Callable[[P, Tensors, Tensors], list[Tensor]] = lambda problem, tensors, outputs: [],
     ) -> None:
-        self.kernel = kernel
-        definition = torch.library.custom_op(f"dstlib::{name}", kernel, mutates_args=())
-        definition.register_fake(fake)
+        self.implementations = tuple(implementations)
+        self.backward, self.keep = backward, keep
+        unpacked = problem.unpacked
+        definition = torch.library.custom_op(
+            f"dstlib::{name}",
+            lambda tensors, problem: self.compute(unpacked(problem), tensors),
+            mutates_args=(),
+            schema="(Tensor[] tensors, float[] problem) -> Tensor[]",
+        )
+        definition.register_fake(lambda tensors, problem: fake(unpacked(problem), tensors))
         self.registered = getattr(torch.ops.dstlib, name)
-        self.function: Any = None
         if backward:
-            keep = keep or _keep_nothing
-            methods = {"forward": staticmethod(_keeping(kernel, keep)), "backward": staticmethod(backward)}
-            self.function = type(name, (torch.autograd.Function,), methods)
-            arguments = self.registered.default._schema.arguments
-            lists = [i for i, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]"]
-            keep, backward = _spell_out(lists, keep, backward)
-            definition.register_autograd(backward, setup_context=keep)
+            definition.register_autograd(self._backward, setup_context=self._keep)
+        self._unpacked = unpacked
 
-    def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.registered(*args)
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if any(type(x) is not Tensor and type(x) is not nn.Parameter for x in tensors):
-            return self.registered(*args)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return self.function.apply(*args) if self.function else self.registered(*args)
-        return self.kernel(*args)
+    def __call__(self, problem: P, tensors: Tensors) -> Sequence[Tensor]:
+        if not is_recorded(*tensors):
+            return self.compute(problem, tensors)
+        if self.backward is None or not _hold_values(tensors):
+            outputs: Sequence[Tensor] = self.registered(list(tensors), problem.packed())
+            return outputs
+        recorded: Sequence[Tensor] = _Recorded.apply(self, problem, *tensors)
+        return recorded
 
+    def compute(self, problem: P, tensors: Tensors) -> list[Tensor]:
+        """Computes with the first implementation that accepts; nobody records it."""
+        return self.choose(problem, tensors).run(problem, tensors)
 
-def _keeping(kernel: Callable[..., Any], keep: Callable[..., None]) -> Callable[..., Any]:
-    """Both as one ``forward``: apart, as ``setup_context``, torch would look at their signatures in every call."""
+    def choose(self, problem: P, tensors: Tensors) -> Implementation[P]:
+        """Returns the first implementation that accepts."""
+        return next(each for each in self.implementations if each.accepts(problem, tensors))
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        result = kernel(*args)
-        keep(ctx, args, result)
-        return result
+    def prepare(self, problem: P, tensors: Tensors) -> Any:
+        """Returns a prepared call of the first implementation that accepts, None if it has no kernel."""
+        prepare = self.choose(problem, tensors).prepare
+        return prepare and prepare(problem, tensors)
 
-    return forward
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        tensors, ctx.problem = inputs[0], self._unpacked(inputs[1])
+        ctx.save_for_backward(*self.keep(ctx.problem, tensors, output))
 
-
-def _spell_out(
-    lists: Sequence[int], keep: Callable[..., None], backward: Callable[..., Any]
-) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """The same two functions as torch.library wants them: with a list of Nones as gradient of a list of tensors."""
-
-    def keep_lengths(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.lengths = {i: len(inputs[i]) for i in lists}
-        keep(ctx, inputs, output)
-
-    def fill(ctx: Any, *grads: Tensor) -> Any:
-        results = backward(ctx, *grads)
-        if not lists:
-            return results
-        return tuple([None] * ctx.lengths[i] if i in ctx.lengths else result for i, result in enumerate(results))
-
-    return keep_lengths, fill
+    def _backward(self, ctx: Any, grads: list[Tensor]) -> tuple[Any, None]:
+        assert self.backward is not None
+        return list(self.backward(ctx.problem, ctx.saved_tensors, grads, ctx.needs_input_grad[0])), None
 
 
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+class _Recorded(torch.autograd.Function):
+    """Any operator, for autograd.
+
+    Both as one ``forward``: apart, as ``setup_context``, torch would look at their signatures in every call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator[Any], problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = operator.compute(problem, tensors)
+        ctx.operator, ctx.problem = operator, problem
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(*operator.keep(problem, tensors, outputs))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *ctx.operator.backward(ctx.problem, ctx.saved_tensors, grads, wanted)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Tells whether autograd, a compiler, or a tensor of another kind than torch's records what becomes of tensors.
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> is_recorded(x), is_recorded(x.detach())
+    (True, False)
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    return not _hold_values(tensors)
+
+
+def _hold_values(tensors: Sequence[Tensor | None]) -> bool:
+    """Tells whether these are tensors proper, and not stand-ins by which a compiler learns what is done to them."""
+    return not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in tensors)
+
+
+def present_kernels() -> Kernels:
+    """Returns the kernels, which there are: an implementation by them has accepted."""
+    found = kernels()
+    assert found is not None, "implementations by kernels accept nothing without them"
+    return found
 
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:
-    """The kernels, where there are any and they can read these tensors; None where torch has to do.
+    """Returns the kernels, where there are any and they can read these tensors; None where torch has to do.
 
     That is for another type, another device, and where there is nothing to compute.
 
@@ -110,24 +234,3 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
     found = kernels()
     readable = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in tensors)
     return found if readable else None
-
-
-def flat(norm: Norm | None, x: Tensor) -> tuple[list[Tensor], float]:
-    """The norm of a map (N, C, ...) as operators take it: [scale, offset] or nothing, and the slope.
-
-    >>> flat(None, torch.zeros(1, 2, 3))
-    ([], 1.0)
-    """
-    if norm is None:
-        return [], 1.0
-    scale, offset, slope = norm
-    if scale.shape != x.shape[:2] or offset.shape != x.shape[:2]:
-        given = f"scale {tuple(scale.shape)}, offset {tuple(offset.shape)}"
-        allowed, remedy = f"both (N, C) = {tuple(x.shape[:2])}", "Each channel of each sample has its own."
-        raise SettingError.of("norm", "a map", allowed=allowed, given=given, remedy=remedy)
-    return [scale.contiguous(), offset.contiguous()], slope
-
-
-def norm_of(tensors: Sequence[Tensor], slope: float) -> Norm | None:
-    """The reverse of :func:`flat`."""
-    return (tensors[0], tensors[1], slope) if tensors else None

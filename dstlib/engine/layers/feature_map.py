@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dstlib.engine.ops.feature_maps import Mapped, Norm
+from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.ops.layouts import materialise
 
 _PROPERTIES = ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn", "layout")
@@ -21,19 +21,18 @@ class Pending(Tensor):
     The engine's layers read the raw values and the norm; any other operation writes the values out first.
 
     >>> x = torch.tensor([-2.0, 1.0]).reshape(1, 1, 2, 1, 1)
-    >>> z = Pending.of(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5))
+    >>> z = Pending.of(FeatureMap(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5)))
     >>> z.shape, (z + 0).flatten()
     (torch.Size([1, 1, 2, 1, 1]), tensor([-1.5000,  3.0000]))
     """
 
-    raw: Tensor
-    to_apply: Norm
+    feature_map: FeatureMap
 
     @staticmethod
-    def of(y: Tensor, norm: Norm) -> "Pending":
-        """The map y, to be read with the norm."""
-        pending = y.as_subclass(Pending)
-        pending.raw, pending.to_apply = y, norm
+    def of(x: FeatureMap) -> "Pending":
+        """Returns the map as a tensor."""
+        pending = x.raw.as_subclass(Pending)
+        pending.feature_map = x
         return pending
 
     @classmethod
@@ -52,10 +51,10 @@ class Pending(Tensor):
             return func(*args, **kwargs)
 
 
-def mapped(x: Tensor) -> Mapped:
-    """A map as the engine reads it: raw values and norm of what is pending, any other tensor as it is."""
-    return (x.raw, x.to_apply) if isinstance(x, Pending) else (x, None)
+def feature_map(x: Tensor) -> FeatureMap:
+    """Returns a map as the engine reads it: raw values and norm of what is pending, any other tensor as it is."""
+    return x.feature_map if type(x) is Pending else FeatureMap(x)
 
 
 def _written(x: Any) -> Any:
-    return materialise(*mapped(x)) if isinstance(x, Pending) else x
+    return materialise(x.feature_map) if isinstance(x, Pending) else x

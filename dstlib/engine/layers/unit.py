@@ -1,0 +1,68 @@
+"""Units on the engine: shift, convolution, norm and activation as one operation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dstlib.engine.layers.conv import obstacle_to_conv
+from dstlib.engine.layers.fast_layer import FastLayer, three
+from dstlib.engine.layers.feature_map import Pending, feature_map
+from dstlib.engine.layers.kernels import ActiveKernels, FollowsKernels
+from dstlib.engine.ops.conv import Geometry, unit
+from dstlib.engine.ops.feature_map import FeatureMap
+from dstlib.layers.blocks import Unit
+from dstlib.layers.shift import Shift, channel_groups
+
+
+class FastUnit(FollowsKernels, nn.Module):
+    """A :class:`~dstlib.layers.Unit` as one operation, whose norm and activation its readers apply."""
+
+    def __init__(self, plain: Unit) -> None:
+        super().__init__()
+        self.shift, self.conv, self.norm, self.activation = plain.shift, plain.conv, plain.norm, plain.activation
+        self.kernels = ActiveKernels(plain.conv.weight)
+        shifts = torch.zeros(plain.conv.in_channels, dtype=torch.int32)
+        if isinstance(plain.shift, Shift):
+            groups = channel_groups(shifts[None], len(plain.shift.sizes))
+            for group, size in zip(groups, plain.shift.sizes, strict=False):
+                group.fill_(size)
+        self.geometry = Geometry(shifts, three(plain.conv.stride))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the convolution."""
+        return self.kernels.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) → (N, O, D / stride, H / stride, W / stride)."""
+        return Pending.of(self.fuse([feature_map(x)]))
+
+    def fuse(self, sources: Sequence[FeatureMap]) -> FeatureMap:
+        """Computes the unit on the concatenation of maps."""
+        norm = self.norm
+        affine = norm.weight, norm.bias, norm.eps
+        weights = self.kernels.weights(self.conv.bias)
+        return unit(sources, weights, self.geometry, affine, self.activation.negative_slope)
+
+
+def obstacle_to_unit(unit: nn.Module) -> str | None:
+    """Tells why the engine cannot compute a unit; None where it can."""
+    return obstacle_around_conv(unit) or obstacle_to_conv(unit.get_submodule("conv"))
+
+
+def obstacle_around_conv(unit: nn.Module) -> str | None:
+    """Tells why all but the convolution of a unit cannot be computed with it; None where it can."""
+    if not isinstance(unit, Unit):
+        return f"it has a {type(unit).__name__} for a unit"
+    norm, slope = unit.norm, getattr(unit.activation, "negative_slope", None)
+    if not isinstance(unit.norm, nn.InstanceNorm3d) or not norm.affine or norm.track_running_stats:
+        return "its norm is not an affine instance norm"
+    if not isinstance(unit.activation, nn.LeakyReLU) or slope is None or not 0 <= slope <= 1:
+        return "its activation is not a leaky ReLU with a slope from 0 to 1"
+    if unit.shift is not None and not (isinstance(unit.shift, Shift) and unit.shift.axis in (2, -3)):
+        return "its shift is learned, or not along depth"
+    return None
+
+
+UNIT = FastLayer(Unit, obstacle_to_unit, FastUnit)

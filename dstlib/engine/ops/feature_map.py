@@ -1,0 +1,216 @@
+"""Feature maps as the kernels read and write them: depth last in memory, so that depths are the lanes of vectors.
+
+Shapes: N batch, C channels, D, H, W depth, height, width. A map is a tensor (N, C, D, H, W) in any memory layout; the
+kernels need the depths of a voxel column to lie side by side, as in ``x.permute(0, 1, 3, 4, 2).contiguous()``.
+Torch's own operations give the same results on such a map as on any other.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from dstlib.engine.runtime import structs
+from dstlib.engine.runtime.memory import buffer
+from dstlib.errors import require
+
+PAGE, PADDING = 1024, 32  # numbers
+Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
+Five = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a prepared call depends on of a map that it reads; equal ones are the same object."""
+
+    size: Five
+    strides: tuple[int, ...]
+    slope: float | None  # None without a norm
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(size: Five, strides: tuple[int, ...], slope: float | None) -> "Layout":
+        """Returns the one layout of these values."""
+        return Layout(size, strides, slope)
+
+
+class FeatureMap:
+    """A map (N, C, D, H, W) with the norm that its readers apply, if any: raw values, and the norm.
+
+    What a prepared call has written is known by its addresses alone; its tensors are made when they are asked for.
+
+    >>> raw, norm = FeatureMap(torch.zeros(1, 2, 3, 4, 5))
+    >>> norm is None
+    True
+    """
+
+    def __init__(self, raw: Tensor, norm: Norm | None = None) -> None:
+        self.tensor: Tensor | None = raw  # None where nobody has asked for it yet
+        self._norm = norm
+        self.layout: Layout | None = None  # None where the addresses are not known
+
+    @staticmethod
+    def at(memory: Tensor, address: int, layout: Layout, statistics: int) -> "FeatureMap":
+        """Returns the map that begins where ``memory`` does, at this address.
+
+        With a norm after it, ``statistics`` numbers further its scale (N, C) begins, then its offset, both contiguous.
+        """
+        found = FeatureMap.__new__(FeatureMap)
+        found.tensor, found._norm, found.layout = None, None, layout
+        found.memory, found.address = memory, address
+        if layout.slope is not None:
+            n, c, *_ = layout.size
+            found._statistics = statistics
+            found.scale = address + 4 * statistics
+            found.offset = found.scale + 4 * n * c
+        return found
+
+    @property
+    def raw(self) -> Tensor:
+        """The values before the norm."""
+        if self.tensor is None:
+            assert self.layout is not None
+            self.tensor = self.memory.as_strided(self.layout.size, self.layout.strides)
+        return self.tensor
+
+    @property
+    def norm(self) -> Norm | None:
+        """The norm to apply while reading, or None."""
+        if self._norm is None and self.layout is not None and self.layout.slope is not None:
+            n, c, *_ = self.layout.size
+            scale, offset = self.memory.as_strided((2, n, c), (n * c, c, 1), self._statistics).unbind()
+            self._norm = scale, offset, self.layout.slope
+        return self._norm
+
+    def __iter__(self) -> Iterator[Tensor | Norm | None]:
+        return iter((self.raw, self.norm))
+
+    def locate(self) -> None:
+        """Finds out the addresses of a map of float32 on a CPU that lies depth last."""
+        x = self.raw
+        n, c, d, h, w = x.shape
+        self.memory, self.address = x, x.data_ptr()
+        slope = None
+        if self._norm is not None:
+            scale, offset, slope = self._norm
+            self._norm = scale, offset, slope = scale.contiguous(), offset.contiguous(), slope
+            self.scale, self.offset = scale.data_ptr(), offset.data_ptr()
+        self.layout = Layout.of((n, c, d, h, w), x.stride(), slope)
+
+    def activated(self) -> Tensor:
+        """Computes with torch what readers see: ``y = scale · x + offset``, then max(y, slope · y)."""
+        return activated(self.raw, self.norm)
+
+
+def empty_depth_last(size: Five, like: Tensor) -> Tensor:
+    """Returns a new map (N, C, D, H, W), depth last, of the type and place of ``like``.
+
+    Rows that would begin a multiple of ``PAGE`` apart are padded: all rows and channels would otherwise share the same
+    few places of the caches.
+    """
+    num, strides = depth_last(size)
+    reusable = like.dtype == torch.float32 and type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
+    memory = buffer(num) if reusable else like.new_empty(num)
+    return memory.as_strided(size, strides)
+
+
+def depth_last(size: Five) -> tuple[int, Five]:
+    """Returns how many numbers such a map takes, and its strides.
+
+    >>> depth_last((1, 2, 3, 4, 5))
+    (120, (120, 60, 1, 15, 3))
+    """
+    batch, channels, depth, height, width = size
+    row = width * depth
+    row += PADDING if row % PAGE == 0 else 0
+    channel = height * row + (PADDING // 2 if row > width * depth else 0)
+    return batch * channels * channel, (channels * channel, channel, 1, row, depth)
+
+
+def empty_like_depth_last(x: Tensor) -> Tensor:
+    """Returns a new map of the size, type and place of another, depth last."""
+    n, c, d, h, w = x.shape
+    return empty_depth_last((n, c, d, h, w), x)
+
+
+def source(x: Tensor, norm: Norm | None = None) -> structs.Source:
+    """Describes a depth-last map to the kernels, with the norm and activation to apply while it is read."""
+    scale, offset, slope = norm or (None, None, 0.0)
+    return structs.Source(
+        data=x.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        offset=None if offset is None else offset.data_ptr(),
+        channels=x.shape[1],
+        strides=_strides(x.stride()),
+        slope=slope,
+    )
+
+
+def target(x: Tensor) -> structs.Target:
+    """Describes a depth-last map that the kernels are to fill."""
+    return structs.Target(data=x.data_ptr(), strides=_strides(x.stride()))
+
+
+def source_like(layout: Layout) -> structs.Source:
+    """Describes all of a map to read but its addresses."""
+    return structs.Source(channels=layout.size[1], strides=_strides(layout.strides), slope=layout.slope or 0.0)
+
+
+def target_like(layout: Layout) -> structs.Target:
+    """Describes all of a map to fill but its address."""
+    return structs.Target(strides=_strides(layout.strides))
+
+
+def pattern_of(row_ptr: Tensor, col_idx: Tensor, num_cols: int) -> structs.Pattern:
+    """Describes active kernels in compressed rows to the engine."""
+    return structs.Pattern(row_ptr.data_ptr(), col_idx.data_ptr(), row_ptr.numel() - 1, num_cols, col_idx.numel())
+
+
+def flat(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], tuple[bool, ...], tuple[float, ...]]:
+    """Returns maps as operators take them: the norms' scales and offsets, which maps have one, and their slopes.
+
+    Raises:
+        SettingError: A norm is not of its map's shape.
+    """
+    tensors, slopes = [], []
+    for each in maps:
+        if each.norm is None:
+            slopes.append(1.0)
+            continue
+        (scale, offset, slope), channels = each.norm, each.raw.shape[:2]
+        require(
+            scale.shape == offset.shape == channels,
+            "norm",
+            "a map",
+            allowed=f"both (N, C) = {tuple(channels)}",
+            given=f"scale {tuple(scale.shape)}, offset {tuple(offset.shape)}",
+            remedy="Each channel of each sample has its own.",
+        )
+        tensors += [scale.contiguous(), offset.contiguous()]
+        slopes.append(slope)
+    return tensors, tuple(each.norm is not None for each in maps), tuple(slopes)
+
+
+def unflat(
+    maps: Sequence[Tensor], tensors: Sequence[Tensor], normed: Sequence[bool], slopes: Sequence[float]
+) -> list[FeatureMap]:
+    """Returns the reverse of :func:`flat`."""
+    rest = iter(tensors)
+    norms = [(next(rest), next(rest), slope) if has else None for has, slope in zip(normed, slopes, strict=True)]
+    return [FeatureMap(x, norm) for x, norm in zip(maps, norms, strict=True)]
+
+
+def activated(x: Tensor, norm: Norm | None) -> Tensor:
+    """Computes with torch what a reader of ``x`` sees: ``y = scale · x + offset``, then max(y, slope · y)."""
+    if norm is None:
+        return x
+    scale, offset, slope = norm
+    y = torch.addcmul(offset[:, :, None, None, None], x, scale[:, :, None, None, None])
+    return torch.maximum(y, y * slope)
+
+
+def _strides(strides: Sequence[int]) -> tuple[int, int, int, int]:
+    n, c, _, h, w = strides
+    return n, c, h, w

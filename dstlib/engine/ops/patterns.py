@@ -1,0 +1,61 @@
+"""Which kernels of a layer are active, in the order in which the engine walks them.
+
+Shapes: O output channels, C input channels, A active kernels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """The active kernels of an (O, C) mask as a sparse matrix, row by row.
+
+    ``row_ptr`` (O + 1) and ``col_idx`` (A) are compressed rows in int32; ``index`` (A) in int64 says which kernel of
+    the flattened (O, C) matrix each one is, so ``weight.reshape(O * C, -1)[index]`` are the values.
+
+    >>> both = Pattern.of(torch.tensor([[True, False, True], [False, False, False]]))
+    >>> both.row_ptr.tolist(), both.col_idx.tolist(), both.index.tolist()
+    ([0, 2, 2], [0, 2], [0, 2])
+    >>> both.transposed.row_ptr.tolist(), both.transposed.col_idx.tolist(), both.transposed.index.tolist()
+    ([0, 1, 1, 2], [0, 0], [0, 2])
+    """
+
+    row_ptr: Tensor
+    col_idx: Tensor
+    index: Tensor
+    size: tuple[int, int]  # O, C
+
+    @classmethod
+    def of(cls, mask_OC: Tensor) -> "Pattern":
+        """Returns the pattern of a mask (O, C)."""
+        outputs, inputs = mask_OC.shape
+        index = mask_OC.flatten().nonzero().flatten()
+        return cls(_row_ptr(mask_OC.sum(dim=1)), (index % inputs).int(), index, (outputs, inputs))
+
+    @cached_property
+    def transposed(self) -> "Pattern":
+        """The same kernels column by column; ``index`` still counts in the (O, C) matrix, row by row."""
+        outputs, inputs = self.size
+        row, col = self.index // inputs, self.index % inputs
+        order = (col * outputs + row).argsort()
+        row_ptr = _row_ptr(torch.bincount(col, minlength=inputs))
+        return Pattern(row_ptr, row[order].int(), self.index[order], (inputs, outputs))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """``row_ptr``, ``col_idx`` and ``index``."""
+        return [self.row_ptr, self.col_idx, self.index]
+
+    @property
+    def num_active(self) -> int:
+        """A, the number of active kernels."""
+        return self.index.numel()
+
+
+def _row_ptr(counts: Tensor) -> Tensor:
+    """Returns where each row begins, and where the last one ends, from how many kernels each has."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()

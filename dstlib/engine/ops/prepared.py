@@ -1,0 +1,196 @@
+"""Prepared calls: a kernel's arguments, settled once for parameters and layouts of maps, and used where nobody records.
+
+Small maps are computed faster than calls are described.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import Structure, c_int, c_int64, c_void_p
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dstlib.engine.ops.feature_map import FeatureMap, Layout
+from dstlib.engine.ops.layouts import to_depth_last
+from dstlib.engine.ops.operator import (
+    Implementation,
+    Problem,
+    Tensors,
+    by_kernel,
+    is_recorded,
+    kernels_for,
+    present_kernels,
+)
+from dstlib.engine.runtime.library import Kernels, check
+from dstlib.engine.runtime.memory import buffer
+from dstlib.engine.runtime.structs import InstanceNorm, Source, Target
+
+MOST_LAYOUTS = 16  # for which a layer keeps calls
+_WORD = 8  # bytes: addresses are written as whole words
+_Kernel = ctypes.CFUNCTYPE(c_int, c_void_p, c_int)
+State = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Places:
+    """The parts of a struct that change from call to call: maps to read, the map to fill, what its norm finds."""
+
+    sources: Sequence[Source]
+    out: Target
+    norm: InstanceNorm | None = None
+
+
+class PreparedCall:
+    """A kernel and its struct, complete but for the addresses of maps; ``alive`` are the tensors that it points to."""
+
+    def __init__(
+        self, what: str, kernel: Callable[..., int], job: Structure, places: Places, out: Layout, alive: object
+    ) -> None:
+        self._what, self._out, self._alive = what, out, alive
+        self._kernel = _Kernel(ctypes.cast(kernel, c_void_p).value)
+        start = ctypes.addressof(job)
+        fields = (Source.data.offset, Source.scale.offset, Source.offset.offset)
+        self._sources = [[(ctypes.addressof(x) - start + field) // _WORD for field in fields] for x in places.sources]
+        self._target = (ctypes.addressof(places.out) - start + Target.data.offset) // _WORD
+        self._found = 0
+        n, c, *_ = out.size
+        self._map = n * out.strides[0]
+        self._room = self._map
+        if places.norm is not None:
+            self._found = (ctypes.addressof(places.norm) - start + InstanceNorm.statistics.offset) // _WORD
+            self._room += 4 * n * c
+        self._job = bytes(job)
+        self._copy = (c_int64 * (len(self._job) // _WORD)).from_buffer_copy
+
+    def __call__(self, maps: Sequence[FeatureMap]) -> FeatureMap:
+        """Returns the map that the kernel makes of these, which lie as those that it was prepared for."""
+        job = self._copy(self._job)
+        for (data, scale, offset), each in zip(self._sources, maps, strict=True):
+            job[data] = each.address
+            if each.layout.slope is not None:  # type: ignore[union-attr]  # located
+                job[scale], job[offset] = each.scale, each.offset
+        memory = buffer(self._room)
+        job[self._target] = address = memory.data_ptr()
+        if self._found:
+            job[self._found] = address + 4 * self._map
+        check(self._kernel(ctypes.addressof(job), torch.get_num_threads()), self._what)
+        return FeatureMap.at(memory, address, self._out, self._map)
+
+    def outputs(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
+        """Returns the map, and what the norm after it finds: scale, offset, mean, 1 / √(variance + eps), (4, N, O)."""
+        out = self(maps)
+        if not self._found:
+            return [out.raw]
+        n, c, *_ = self._out.size
+        # on memory of its own, as operators return it
+        return [out.raw, out.memory.as_strided((4, n, c), (n * c, c, 1), self._map).clone()]
+
+
+class MapProblem(Problem):
+    """A problem whose tensors hold feature maps."""
+
+    def maps(self, tensors: Tensors) -> list[FeatureMap]:
+        """Returns the maps."""
+        raise NotImplementedError
+
+
+M = TypeVar("M", bound=MapProblem)
+
+
+def by_prepared(
+    name: str,
+    prepare: Callable[[Kernels, M, list[FeatureMap], Tensors], PreparedCall],
+    accepts: Callable[[M, Tensors], bool] = lambda problem, tensors: True,
+    reads: Callable[[M, Tensors], Tensors] = lambda problem, tensors: tensors,
+) -> Implementation[M]:
+    """Returns an implementation as of :func:`by_kernel` whose calls can be prepared, of maps that are located."""
+
+    def settle(found: Kernels, problem: M, tensors: Tensors) -> tuple[PreparedCall, list[FeatureMap]]:
+        maps = problem.maps(tensors)
+        assert all(map(locate, maps)), "the implementation accepts what kernels can read"
+        return prepare(found, problem, maps, tensors), maps
+
+    def run(found: Kernels, problem: M, tensors: Tensors) -> list[Tensor]:
+        call, maps = settle(found, problem, tensors)
+        return call.outputs(maps)
+
+    return replace(
+        by_kernel(name, run, accepts, reads),
+        prepare=lambda problem, tensors: settle(present_kernels(), problem, tensors)[0],
+    )
+
+
+Call = TypeVar("Call")
+
+
+class PreparedCalls(Generic[Call]):
+    """The prepared calls of an operation with certain parameters, as layouts of what they read come along."""
+
+    def __init__(self) -> None:
+        self._known: tuple[State, dict[object, Call | None]] = ((), {})
+
+    def find(self, state: State, layout: object, prepare: Callable[[], Call | None]) -> Call | None:
+        """Returns what was prepared for parameters in this state and this layout; None where kernels cannot read it."""
+        known, calls = self._known
+        if known != state or len(calls) > MOST_LAYOUTS:
+            calls = {}
+            self._known = state, calls
+        if layout not in calls:
+            calls[layout] = prepare()
+        return calls[layout]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies begin anew: what is known are addresses."""
+        return {"_known": ((), {})}
+
+
+def run_prepared(
+    calls: PreparedCalls[PreparedCall],
+    state: State | None,
+    maps: Sequence[FeatureMap],
+    prepare: Callable[[], PreparedCall | None],
+) -> FeatureMap | None:
+    """Calls what is prepared for parameters in this state, and these maps; None where there is no kernel for them."""
+    if state is None:
+        return None
+    layouts = tuple([each.layout for each in maps])
+    if None in layouts:
+        if not all(map(locate, maps)):
+            return None
+        layouts = tuple([each.layout for each in maps])
+    call = calls.find(state, layouts, prepare)
+    return None if call is None else call(maps)
+
+
+def state_of(
+    given: Sequence[Tensor | None], copied: Sequence[Tensor] = (), pointed: Sequence[Tensor | None] = ()
+) -> State | None:
+    """Returns what a prepared call depends on besides layouts of what it is given; None where there can be none.
+
+    That is where there are no kernels, somebody records, or changes of the parameters that are copied go unnoticed.
+    Those that are pointed to may change.
+    """
+    if is_recorded(*given, *copied, *pointed):
+        return None
+    found = kernels_for()
+    if found is None:
+        return None
+    try:
+        versions = [x._version for x in copied]
+    except RuntimeError:  # made in inference mode, they have none
+        return None
+    return (found, *versions, *[x.data_ptr() for x in copied], *[0 if x is None else x.data_ptr() for x in pointed])
+
+
+def locate(x: FeatureMap) -> bool:
+    """Finds out where a map lies, which is put depth last where it is not; False for one that kernels cannot read."""
+    if x.layout is not None:
+        return True
+    raw = x.raw
+    if type(raw) not in (Tensor, nn.Parameter) or raw.dtype != torch.float32 or not raw.is_cpu or not raw.numel():
+        return False
+    x.tensor = to_depth_last(raw)
+    x.locate()
+    return True
