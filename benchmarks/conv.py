@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 from _measure import FORMATS, Action, Layer, bars, begin, command_line, layers, medians, progress, write
+from dstlib.engine.ops.connections import Connections
+from dstlib.engine.ops.convolution import Geometry, Weights, conv
+from dstlib.engine.ops.ready import Ready
 from torch import Tensor
 from torch.nn.functional import conv3d
 
-from dstlib.engine.ops.connections import Connections
-from dstlib.engine.ops.convolution import Geometry, Weights, conv
 from dstlib.engine.ops.layouts import to_depth_last
-from dstlib.engine.ops.ready import Ready
 from dstlib.layers import shift
 from dstlib.report import align
 

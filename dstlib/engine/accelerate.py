@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dstlib.engine.decisions import Decision, Decisions
 from dstlib.engine.following import follow
 from dstlib.engine.layers.fast_layer import FastLayer
-from dstlib.engine.registry import find, obstacle
+from dstlib.engine.registry import fast_form, find, obstacle
 
 REPEATS = 3
 Times = dict[str, float]
@@ -67,9 +67,7 @@ def accelerate(
     obstacles = {name: obstacle(layer, layers) for name, layer in candidates.items()}
     able = [name for name, reason in obstacles.items() if reason is None]
     for name in able:
-        found = find(candidates[name], layers)
-        assert found is not None, "it is a candidate"
-        fast.set_submodule(name, found.make(candidates[name]))
+        fast.set_submodule(name, fast_form(candidates[name], layers))
     if decisions is None:
         plain_ms, fast_ms = _measure(fast, {name: candidates[name] for name in able}, arguments)
         decisions = Decisions.of(
