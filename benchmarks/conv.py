@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 from _measure import FORMATS, Action, Layer, bars, begin, command_line, layers, medians, progress, write
-from dstlib.engine.ops.connections import Connections
-from dstlib.engine.ops.convolution import Geometry, Weights, conv
-from dstlib.engine.ops.ready import Ready
 from torch import Tensor
 from torch.nn.functional import conv3d
 
+from dstlib.engine.ops.conv import Geometry, conv
+from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.ops.layouts import to_depth_last
+from dstlib.engine.ops.patterns import Pattern
+from dstlib.engine.ops.weights import Weights
 from dstlib.layers import shift
 from dstlib.report import align
 
@@ -105,17 +106,12 @@ def in_memory(x: Tensor, weight: Tensor, bias: Tensor, memory: torch.memory_form
 
 def on_engine(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Action:
     """The convolution with the kernels under the mask (O, C, 1, 1, 1)."""
-    active = Connections.of(mask.flatten(1))
+    active = Pattern.of(mask.flatten(1))
     weights = Weights(weight, bias, active, active)
     channels = torch.arange(x.shape[1], dtype=torch.int32)
     geometry = Geometry(channels // -(-len(channels) // len(SHIFTS)) - 1)  # the shift of each: SHIFTS, by thirds
-    ready, placed = Ready(weights, geometry), to_depth_last(x)
-
-    def action() -> Tensor:
-        found = ready([(placed, None)])
-        return found[0] if found else conv([(placed, None)], weights, geometry)
-
-    return action
+    source = FeatureMap(to_depth_last(x))
+    return torch.no_grad()(lambda: conv([source], weights, geometry).raw)
 
 
 def random_mask(layer: Layer, sparsity: float) -> Tensor:

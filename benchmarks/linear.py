@@ -33,7 +33,7 @@ from tqdm import tqdm
 from dstlib.command_line import make_parser
 from dstlib.engine import info
 from dstlib.engine.layers.linear import SparseLinear
-from dstlib.engine.ops.linear import multiply, weight_gradient
+from dstlib.engine.ops.linear import LINEAR, LINEAR_BACKWARD_INPUT, LINEAR_BACKWARD_WEIGHTS, LinearProblem
 from dstlib.files import make_folder, write_json, write_whole
 from dstlib.report import align
 
@@ -94,7 +94,8 @@ def actions(dense: nn.Linear, mask: Tensor, x: Tensor, grad: Tensor) -> dict[str
     training, frozen = SparseLinear(dense, mask), SparseLinear(dense, mask).eval()
     outputs, inputs = mask.shape
     pattern, back = training.pattern.tensors, training.pattern.transposed.tensors
-    _, values = multiply(x, weight, bias, pattern, outputs)
+    forward, back_to_input = LinearProblem(outputs, has_bias=True), LinearProblem(inputs)
+    _, values = LINEAR.compute(forward, [x, weight, bias, *pattern])
     leaf = x.clone().requires_grad_()
 
     def step(layer: nn.Linear) -> None:
@@ -105,9 +106,12 @@ def actions(dense: nn.Linear, mask: Tensor, x: Tensor, grad: Tensor) -> dict[str
 
     return {
         "infer": (lambda: dense(x), lambda: frozen(x)),
-        "forward": (lambda: F.linear(x, weight, bias), lambda: multiply(x, weight, bias, pattern, outputs)),
-        "input": (lambda: grad @ weight, lambda: multiply(grad, values, None, back, inputs)),
-        "weight": (lambda: grad.t() @ x, lambda: weight_gradient(grad, x, pattern)),
+        "forward": (lambda: F.linear(x, weight, bias), lambda: LINEAR.compute(forward, [x, weight, bias, *pattern])),
+        "input": (
+            lambda: grad @ weight,
+            lambda: LINEAR_BACKWARD_INPUT(back_to_input, [grad, values, *back]),
+        ),
+        "weight": (lambda: grad.t() @ x, lambda: LINEAR_BACKWARD_WEIGHTS(forward, [grad, x, *pattern])),
         "step": (lambda: step(dense), lambda: step(training)),
     }
 

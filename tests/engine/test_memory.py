@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from dstlib.engine.ops.feature_maps import empty_depth_last
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
+from dstlib.engine.ops.feature_map import empty_depth_last
 from dstlib.engine.runtime import memory
 from dstlib.engine.runtime.memory import GRAIN, SMALLEST, buffer, release_memory
 
