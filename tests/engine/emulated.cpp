@@ -1,4 +1,4 @@
-// The kernels of tiles.cu and maps.cu on a CPU: each thread of a program is a fiber, and those of a warp meet where they
+// The kernels of tiles.cu and feature_map.cu on a CPU: each thread of a program is a fiber, and those of a warp meet where they
 // exchange.
 
 #include <ucontext.h>
@@ -136,7 +136,7 @@ inline void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
 }
 
 #include "tiles.cu"
-#include "maps.cu"
+#include "feature_map.cu"
 
 static void (*body)();
 
@@ -201,9 +201,9 @@ struct Call<KERNEL> {
         run(wide, high, threads, Call<kernel>::now);                                                              \
     }
 
-EMULATE(convolve)
-EMULATE(pack)
-EMULATE(find_weights_grad)
+EMULATE(conv)
+EMULATE(pack_weights)
+EMULATE(conv_backward_weights)
 EMULATE(move)
 EMULATE(sum_squares)
 EMULATE(finish_norm)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, conv3d
 
 from dstlib.engine.gpu import Blocks, Launch, block_conv
-from dstlib.engine.gpu.conv import BlockConvProblem
+from dstlib.engine.gpu.problem import BlockConvProblem
 from dstlib.layers.shift import shift
 
 SHARES = "shares of positions"
@@ -128,9 +128,11 @@ def check_properties() -> dict[str, bool]:
     inputs = [t.float().requires_grad_() for t in (x, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):
         half = block_conv(inputs[0], inputs[1], blocks, inputs[2])
-    tensors, numbers = blocks.plan((-1, 0, 1), x.device).parts()
-    problem = BlockConvProblem(1, True, tuple(numbers), (1, 1, 1), Launch())
-    checked = torch.library.opcheck(torch.ops.dstlib.block_conv.default, ([*inputs, *tensors], problem.packed()))
+    problem = BlockConvProblem(
+        num_sources=1, has_bias=True, block=small.size, stride=(1, 1, 1), shifted=True, tiled=False, launch=Launch()
+    )
+    tensors = [*inputs, *blocks.plan((-1, 0, 1), x.device).tensors()]
+    checked = torch.library.opcheck(torch.ops.dstlib.block_conv.default, (tensors, problem.packed()))
     return {
         "the same in every run": all(map(torch.equal, first, again)),
         "channels last": first[0].is_contiguous(memory_format=torch.channels_last_3d),
@@ -145,8 +147,7 @@ def compiled(architecture: int, sizes: Sequence[tuple[int, int]] = ((16, 16), (1
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from dstlib.engine.gpu import launch
-    from dstlib.engine.gpu.form import Shape
+    from dstlib.engine.gpu import by_triton
 
     target = GPUTarget("cuda", architecture, 32)
     nobody = SimpleNamespace(
@@ -161,12 +162,16 @@ def compiled(architecture: int, sizes: Sequence[tuple[int, int]] = ((16, 16), (1
 
     JITFunction.run = only_compile
     weight = torch.zeros(32, 48, 1, 3, 3, dtype=torch.bfloat16)
-    x, shape = torch.zeros(1, 4, 8, 8, 48, dtype=torch.bfloat16), Shape((1, 3, 3), (1, 1, 1))
+    x = torch.zeros(1, 48, 4, 8, 8, dtype=torch.bfloat16)
     for size in sizes:
+        problem = BlockConvProblem(
+            num_sources=1, has_bias=True, block=size, stride=(1, 1, 1), shifted=True, tiled=False, launch=Launch()
+        )
         plan = Blocks.of(torch.ones(32, 48, dtype=torch.bool), size).plan((-1, 0, 1), x.device)
-        y = launch.convolve([x], weight, weight[:, 0, 0, 0, 0].contiguous(), plan, shape, Launch())
-        launch.input_gradient(y, weight, (4, 8, 8, 48), plan, shape, Launch())
-        launch.weight_gradient([x], y, weight, plan, shape, Launch())
+        tensors = [x, weight, weight[:, 0, 0, 0, 0].contiguous(), *plan.tensors()]
+        (y,) = by_triton.forward(problem, tensors)
+        by_triton.backward_input(problem, [*tensors, y])
+        by_triton.backward_weights(problem, [*tensors, y])
     return made
 
 

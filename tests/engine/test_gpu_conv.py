@@ -23,13 +23,13 @@ from torch.nn.functional import conv2d
 
 import dstlib
 from dstlib import SettingError
-from dstlib.engine.gpu import BlockConv, Blocks, block_conv, conv, tiles
-from dstlib.engine.gpu.tables import NARROW, TAPS, Plan, Table, make_plan, plan_tiles
+from dstlib.engine.gpu import BlockConv, Blocks, block_conv, by_triton, tiles
+from dstlib.engine.gpu.blocks import NARROW, TAPS, Plan, Table, make_plan, plan_tiles
 from dstlib.layers import Shift, ShiftedConv3d, Unit
 
 CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.long] * (c in SLOW)) for c in QUICK + TILED + SLOW]
 # Products are summed in float32, some hundreds of them; inputs are exact, so that what is left is that sum's rounding
-# and the rounding of the results themselves: half a unit of 2⁻¹⁰ or 2⁻⁷, once more where a sum of slots is rounded.
+# and the rounding of the results themselves: half a unit of 2⁻¹⁰ or 2⁻⁷, once more where partial sums are added.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: dstlib[gpu]")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here")
@@ -75,23 +75,38 @@ def test_kernels_compile_for_a_gpu_that_is_not_there_and_use_its_matrix_units(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = program("compile", str(architecture), interpret="0")
-    by_channel = ["gather_gemm", "gather_gemm", "gather_gemm_weight"]
-    by_slots = ["gather_gemm", "gather_gemm", "add_terms", "gather_gemm_weight"]
-    assert [name for name, _ in made] == by_channel + by_slots
+    by_channel = ["gather_gemm", "gather_gemm", "gather_gemm_weights"]
+    by_sums = ["gather_gemm", "gather_gemm", "add_terms", "gather_gemm_weights"]
+    assert [name for name, _ in made] == by_channel + by_sums
     assert all(units == (name != "add_terms") for name, units in made)
 
 
 @pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
 def test_emulated_kernels_compute_tiles(case: Case, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "interpreted", lambda: True)
+    monkeypatch.setattr(by_triton, "interpreted", lambda: True)
     monkeypatch.setattr(tiles, "PROGRAMS", 16)
     assert max(errors(*results(case, "cpu"))) <= TOLERANCE[case.dtype]
-    assert launched == ["pack", "convolve", "pack", "convolve", "find_weights_grad"]
+    assert launched == ["pack_weights", "conv", "pack_weights", "conv", "conv_backward_weights"]
+
+
+def test_emulated_tiles_of_several_maps_without_an_active_block_are_the_bias(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_triton, "interpreted", lambda: True)
+    blocks = Blocks.of(torch.zeros(16, 32, dtype=torch.bool), (16, 16))
+    sources = [torch.randn(1, 16, 2, 3, 4).half().requires_grad_() for _ in range(2)]
+    weight, bias = torch.randn(16, 32, 1, 3, 3).half().requires_grad_(), torch.randn(16).half().requires_grad_()
+    y = block_conv(sources, weight, blocks, bias, shifts=(-1, 1))
+    assert torch.equal(y, bias[:, None, None, None].expand_as(y))
+    *others, bias_grad = torch.autograd.grad(y.sum(), [*sources, weight, bias])
+    assert not any(grad.any() for grad in others)
+    assert bias_grad.tolist() == [24.0] * 16
+    assert launched == ["conv", "conv"]
 
 
 def test_tiles_are_computed_on_a_gpu_alone() -> None:
     x = torch.zeros(1, 32, 2, 4, 4, dtype=torch.float16)
-    assert not tiles.suit([x], (16, 16), (32, 32, 1, 3, 3), (1, 1, 1))
+    assert not tiles.accept([x], (16, 16), (32, 32, 1, 3, 3), (1, 1, 1))
 
 
 @needs_gpu
@@ -126,17 +141,17 @@ def plans(draw: Any) -> tuple[Plan, Tensor, Tensor]:
 
 
 def times_listed(table: Table, connections: int) -> Tensor:
-    return torch.bincount(table.index.flatten(), minlength=connections + 1)[:connections]
+    return torch.bincount(table.weight_idx.flatten(), minlength=connections + 1)[:connections]
 
 
 @given(plans())
 def test_each_connection_is_listed_once_in_each_direction(drawn: tuple[Plan, Tensor, Tensor]) -> None:
     plan, cover, _ = drawn
-    for table in (plan.forward, plan.back):
+    for table in (plan.forward, plan.backward_input):
         assert torch.equal(times_listed(table, cover.numel()), cover.flatten().long())
-        assert table.rows[0] == 0
-        assert table.rows[-1] == len(table.index) == len(table.channels) == len(table.shifts)
-        assert (table.rows.diff() % table.run == 0).all()
+        assert table.row_ptr[0] == 0
+        assert table.row_ptr[-1] == len(table.weight_idx) == len(table.col_idx) == len(table.shifts)
+        assert (table.row_ptr.diff() % table.run == 0).all()
 
 
 def test_weights_of_tiles_are_listed_once_for_each_tap() -> None:
@@ -145,7 +160,7 @@ def test_weights_of_tiles_are_listed_once_for_each_tap() -> None:
     plan = plan_tiles(active, (32, 16), (outputs, inputs), (-1, 0, 1))
     whole = active.repeat_interleave(32, 0).repeat_interleave(16, 1)[:outputs, :inputs]
     expected = whole.flatten().long().repeat_interleave(TAPS)
-    for order in (plan.order, plan.back_order):
+    for order in (plan.order, plan.backward_order):
         assert order.shape[1:] == (TAPS, NARROW * NARROW)
         listed = torch.bincount(order.flatten(), minlength=outputs * inputs * TAPS + TAPS)
         assert torch.equal(listed[: len(expected)], expected)
@@ -155,14 +170,14 @@ def test_weights_of_tiles_are_listed_once_for_each_tap() -> None:
 def test_entries_name_the_channels_and_shifts_of_their_connections(drawn: tuple[Plan, Tensor, Tensor]) -> None:
     plan, cover, moves = drawn
     inputs = cover.shape[1]
-    for table, channel_of in ((plan.forward, lambda i: i % inputs), (plan.back, lambda i: i // inputs)):
-        exists = table.index < cover.numel()
-        named = table.channels[:, None].expand_as(table.index)
-        assert torch.equal(channel_of(table.index[exists]), named[exists].long())
+    for table, channel_of in ((plan.forward, lambda i: i % inputs), (plan.backward_input, lambda i: i // inputs)):
+        exists = table.weight_idx < cover.numel()
+        named = table.col_idx[:, None].expand_as(table.weight_idx)
+        assert torch.equal(channel_of(table.weight_idx[exists]), named[exists].long())
     table = plan.forward
-    exists = table.index < cover.numel()
-    shifts = table.shifts[:, None].expand_as(table.index)
-    assert torch.equal(moves[table.index[exists] % inputs], shifts[exists].long())
+    exists = table.weight_idx < cover.numel()
+    shifts = table.shifts[:, None].expand_as(table.weight_idx)
+    assert torch.equal(moves[table.weight_idx[exists] % inputs], shifts[exists].long())
 
 
 @given(plans())
@@ -170,29 +185,29 @@ def test_columns_of_the_input_gradient_belong_to_the_channels_they_are_added_to(
     drawn: tuple[Plan, Tensor, Tensor],
 ) -> None:
     plan, cover, moves = drawn
-    inputs, table = cover.shape[1], plan.back
-    num_columns = table.index.shape[1]
-    row = torch.bucketize(torch.arange(len(table.index)), table.rows[1:].long(), right=True)
-    column = (row[:, None] * num_columns + torch.arange(num_columns)).expand_as(table.index)
-    exists = table.index < cover.numel()
+    inputs, table = cover.shape[1], plan.backward_input
+    num_columns = table.weight_idx.shape[1]
+    row = torch.bucketize(torch.arange(len(table.weight_idx)), table.row_ptr[1:].long(), right=True)
+    column = (row[:, None] * num_columns + torch.arange(num_columns)).expand_as(table.weight_idx)
+    exists = table.weight_idx < cover.numel()
     owner = torch.full((len(plan.moves),), -1)  # the input channel of each column
     if plan.terms.numel():
         channel, place = (plan.terms >= 0).nonzero().unbind(1)
         owner[plan.terms[channel, place].long()] = channel
     else:
         owner = torch.arange(inputs)
-    assert torch.equal(owner[column[exists]], table.index[exists] % inputs)
-    assert torch.equal(plan.moves[column[exists]].long(), moves[table.index[exists] % inputs])
+    assert torch.equal(owner[column[exists]], table.weight_idx[exists] % inputs)
+    assert torch.equal(plan.moves[column[exists]].long(), moves[table.weight_idx[exists] % inputs])
 
 
 @given(plans())
 def test_the_weight_gradient_visits_each_entry_once(drawn: tuple[Plan, Tensor, Tensor]) -> None:
     plan, _, _ = drawn
     table = plan.forward
-    visited = torch.zeros(len(table.index) + table.chunk)
+    visited = torch.zeros(len(table.weight_idx) + table.chunk)
     for row, first in plan.chunks.tolist():
-        visited[first : min(first + table.chunk, int(table.rows[row + 1]))] += 1
-    assert torch.equal(visited[: len(table.index)], torch.ones(len(table.index)))
+        visited[first : min(first + table.chunk, int(table.row_ptr[row + 1]))] += 1
+    assert torch.equal(visited[: len(table.weight_idx)], torch.ones(len(table.weight_idx)))
 
 
 def test_a_finer_mask_is_covered() -> None:
@@ -314,7 +329,7 @@ def test_importing_and_running_on_a_cpu_load_no_triton() -> None:
     code = (
         "import sys, torch, dstlib, dstlib.engine.gpu as gpu; w = torch.ones(16, 16, 3, 3);"
         "gpu.block_conv(torch.ones(1, 16, 4, 4), w, gpu.Blocks.of(w != 0, (16, 16)));"
-        "print('dstlib.engine.gpu.kernels' in sys.modules)"
+        "print('dstlib.engine.gpu.triton_kernels' in sys.modules)"
     )
     assert run(code, TRITON_INTERPRET="0").strip() == "False"
 
@@ -322,7 +337,7 @@ def test_importing_and_running_on_a_cpu_load_no_triton() -> None:
 def test_without_triton_the_error_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import torch, dstlib.engine.gpu as gpu\n"
-        "import dstlib.engine.gpu.kernels\n"
+        "import dstlib.engine.gpu.triton_kernels\n"
         "w = torch.ones(16, 16, 3, 3)\n"
         "try: gpu.block_conv(torch.ones(1, 16, 4, 4), w, gpu.Blocks.of(w != 0, (16, 16)))\n"
         "except dstlib.SettingError as error: print(error)"

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import instance_norm, leaky_relu
 
 import dstlib
-from dstlib.engine.gpu import BlockConv, conv, maps
-from dstlib.engine.gpu.eligible import gpu_obstacle
-from dstlib.engine.gpu.units import GPUFusionNode, GPUUnit
+from dstlib.engine.gpu import BlockConv, by_triton, feature_map
+from dstlib.engine.gpu.layers import GPU_LAYERS, GPUFusionNode, GPUUnit
 from dstlib.layers import FusionNode, Shift, Unit, shift
 
 # Half a unit in the last place of results that are rounded once; of a gradient of a norm, whose terms cancel, twice.
@@ -32,7 +31,7 @@ slowly = settings(max_examples=25, suppress_health_check=[HealthCheck.function_s
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
         request.getfixturevalue("launched")
-        monkeypatch.setattr(conv, "interpreted", lambda: True)
+        monkeypatch.setattr(by_triton, "interpreted", lambda: True)
     return request.param
 
 
@@ -60,7 +59,7 @@ def test_maps_are_concatenated_and_shifted_and_so_are_gradients_back(
     expected = shift(torch.cat(sources, dim=1), sizes, axis=2)
     grad = normal(*expected.shape, seed=9, dtype=dtype)
     there = [each.detach().to(device).requires_grad_() for each in sources]
-    got = maps.gather(there, sizes)
+    got = feature_map.gather(there, sizes)
     assert torch.equal(got.cpu(), expected)
     wanted = torch.autograd.grad(expected, sources, grad)
     assert all(map(torch.equal, [g.cpu() for g in torch.autograd.grad(got, there, grad.to(device))], wanted))
@@ -79,7 +78,7 @@ def test_maps_are_normalised_and_activated(
     grad = normal(*shape, seed=3, dtype=dtype)
     wanted = torch.autograd.grad(expected, leaves, grad.double())
     own = [t.detach().to(device).requires_grad_() for t in (x, weight, bias)]
-    got = maps.normalise(*own, 1e-5, 0.01)
+    got = feature_map.normalise(*own, 1e-5, 0.01)
     assert got.dtype == dtype
     assert got.is_contiguous(memory_format=torch.channels_last_3d)
     assert error(got, expected) <= ROUNDING[dtype]
@@ -91,13 +90,13 @@ def test_maps_are_normalised_and_activated(
 
 def test_more_channels_than_threads_have_are_shifted_by_torch(device: str) -> None:
     x = normal(1, 2056, 3, 1, 1, dtype=torch.bfloat16)
-    assert torch.equal(maps.gather([x.to(device)], (1, -1)).cpu(), shift(x, (1, -1), axis=2))
+    assert torch.equal(feature_map.gather([x.to(device)], (1, -1)).cpu(), shift(x, (1, -1), axis=2))
 
 
 def test_other_channels_and_types_are_normalised_by_torch(device: str) -> None:
     for x in (normal(1, 12, 2, 3, 3).half(), normal(1, 8, 2, 3, 3)):
         x, weight = x.to(device), torch.ones(x.shape[1], device=device, dtype=x.dtype)
-        got = maps.normalise(x, weight, weight, 1e-5, 0.1)
+        got = feature_map.normalise(x, weight, weight, 1e-5, 0.1)
         torch.testing.assert_close(got, leaky_relu(instance_norm(x, weight=weight, bias=weight), 0.1))
 
 

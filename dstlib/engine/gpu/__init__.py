@@ -1,4 +1,4 @@
-"""The engine on a GPU: only connected blocks of channels are computed, on matrix units, with few passes over memory.
+"""The engine on a GPU: only active blocks of channels are computed, on matrix units, with few passes over memory.
 
 By kernels in CUDA for the common case (``tiles.cu``), in Triton for every other. What compiles them, cuda-core and
 Triton, are extras (``pip install dstlib[gpu]``), loaded when the first kernel runs, never by an import. Train with
@@ -8,7 +8,7 @@ and convolutions (as :class:`BlockConv`) on these kernels where that is faster.
 
 from dstlib.engine.gpu.blocks import Blocks
 from dstlib.engine.gpu.conv import block_conv
-from dstlib.engine.gpu.form import Launch
-from dstlib.engine.gpu.module import BlockConv
+from dstlib.engine.gpu.layers import BlockConv
+from dstlib.engine.gpu.problem import Launch
 
 __all__ = ["BlockConv", "Blocks", "Launch", "block_conv"]

@@ -1,23 +1,20 @@
-"""A convolution that computes only the blocks of channels that are connected, on the matrix units of a GPU.
+"""A convolution that computes only the active blocks of channels, on the matrix units of a GPU.
 
 Shapes: B batch, C input channels, O output channels, D, H, W depth, height, width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv3d
 
+import dstlib.engine.gpu.by_triton as by_triton
 import dstlib.engine.gpu.tiles as tiles
-from dstlib.engine.gpu.blocks import Blocks
-from dstlib.engine.gpu.form import Launch, Shape
-from dstlib.engine.gpu.launch import convolve, input_gradient, interpreted, weight_gradient
-from dstlib.engine.gpu.maps import channels_first, channels_last
-from dstlib.engine.gpu.tables import Plan
-from dstlib.engine.ops.operator import Implementation, Operator, Problem
-from dstlib.errors import SettingError
+from dstlib.engine.gpu.blocks import NARROW, Blocks
+from dstlib.engine.gpu.problem import BlockConvProblem, Launch, channels_first
+from dstlib.engine.ops.operator import Implementation, Operator
+from dstlib.errors import require
 from dstlib.layers.shift import shift
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -33,7 +30,7 @@ def block_conv(
     shifts: Sequence[int] = (0,),
     launch: Launch | None = None,
 ) -> Tensor:
-    """The convolution of x with the weights inside the active blocks, padded by half the kernel.
+    """Computes the convolution of x with the weights inside the active blocks, padded by half the kernel.
 
     Shapes: x (B, C, D, H, W) or (B, C, H, W), weight (O, C, \\*kernel), bias (O); the result (B, O, ...), each extent
     divided by its stride, rounded up (for odd kernels), channels last in memory. x is read channels last, too: in
@@ -51,7 +48,7 @@ def block_conv(
     On a CPU, torch computes the same with a dense convolution.
 
     Raises:
-        SettingError: something does not fit together, or x is on a GPU and Triton is not installed.
+        SettingError: Something does not fit together, or x is on a GPU and Triton is not installed.
 
     >>> weight = torch.randn(32, 64, 1, 3, 3)
     >>> weight[:16, 16:] = 0
@@ -69,40 +66,25 @@ def block_conv(
     if weight.ndim == 4:
         flat = [each[:, :, None] for each in sources]
         return block_conv(flat, weight[:, :, None], blocks, bias, (1, *steps), (0,), launch)[:, :, 0]
-    if not (weight.is_cuda or interpreted()):
+    if not (weight.is_cuda or by_triton.interpreted()):
         own = weight * blocks.cover.to(weight.device)[:, :, None, None, None]
-        return _dense(_whole(sources), own, bias, steps, shifts)
+        return _dense(_whole(sources), own, bias, steps, shifts)  # recorded by torch, as it is made of its operations
     _check_types(sources, weight, bias)
-    tiled = launch is None and tiles.suit(sources, blocks.size, weight.shape, steps)
+    tiled = launch is None and tiles.accept(sources, blocks.size, weight.shape, steps)
     if not tiled:
         sources = [_whole(sources)]
-    tensors, numbers = blocks.plan(shifts, weight.device, tiled=tiled).parts()
-    # float32 tiles take twice the room
-    chosen = launch or (Launch(tile=64, stages=2) if weight.dtype == torch.float32 else Launch())
-    problem = BlockConvProblem(len(sources), bias is not None, tuple(numbers), tuple(steps), tuple(chosen))
-    return _block_conv(problem, [*sources, weight, *([] if bias is None else [bias]), *tensors])[0]
-
-
-@dataclass(frozen=True)
-class BlockConvProblem(Problem):
-    """A convolution by blocks of tensors: sources, weight, bias where there is one, the tables of the plan."""
-
-    num_sources: int
-    has_bias: bool
-    numbers: tuple[int, ...]  # of the plan
-    stride: tuple[int, ...]
-    launch: tuple[int, ...]
-
-    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor | None, Plan]:
-        """Returns sources, weight, bias and plan."""
-        sources, (weight, *rest) = list(tensors[: self.num_sources]), tensors[self.num_sources :]
-        bias, tables = (rest[0], rest[1:]) if self.has_bias else (None, rest)
-        return sources, weight, bias, Plan.of_parts(tables, self.numbers)
-
-    def shape(self, weight: Tensor) -> Shape:
-        """Returns kernel and stride."""
-        depth, height, width = weight.shape[2:]
-        return Shape((depth, height, width), (self.stride[0], self.stride[1], self.stride[2]))
+    problem = BlockConvProblem(
+        num_sources=len(sources),
+        has_bias=bias is not None,
+        block=(NARROW, NARROW) if tiled else blocks.size,
+        stride=(steps[0], steps[1], steps[2]),
+        shifted=any(shifts),
+        tiled=tiled,
+        # float32 tiles take twice the room
+        launch=launch or (Launch(tile=64, stages=2) if weight.dtype == torch.float32 else Launch()),
+    )
+    tables = blocks.plan(shifts, weight.device, tiled=tiled).tensors()
+    return _block_conv(problem, [*sources, weight, *([] if bias is None else [bias]), *tables])[0]
 
 
 def _whole(sources: Sequence[Tensor]) -> Tensor:
@@ -114,86 +96,68 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
     return conv3d(moved, weight, bias, tuple(stride), tuple(extent // 2 for extent in weight.shape[2:]))
 
 
-def _convolve(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
-    sources, weight, bias, plan = problem.split(tensors)
-    with torch.cuda.device_of(weight):  # Triton launches on the current device
-        maps = [channels_last(each) for each in sources]
-        y = convolve(maps, weight, bias, plan, problem.shape(weight), Launch(*problem.launch))
-    return [channels_first(y)]
-
-
-def _convolve_fake(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _empty_output(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
     x, weight = tensors[0], tensors[problem.num_sources]
-    size = problem.shape(weight).of_output(x.shape[2:])
-    return [channels_first(x.new_empty((x.shape[0], *size, weight.shape[0])))]
+    return [channels_first(x.new_empty((len(x), *problem.size_of_output(x.shape[2:], weight), weight.shape[0])))]
 
 
-def _input_gradients(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
-    *given, grad = tensors
-    sources, weight, _, plan = problem.split(given)
-    sizes = [*sources[0].shape[2:], *(each.shape[1] for each in sources)]
-    with torch.cuda.device_of(grad):
-        shape, launch = problem.shape(weight), Launch(*problem.launch)
-        found = input_gradient(channels_last(grad), weight, sizes, plan, shape, launch)
-    return list(map(channels_first, found))
-
-
-def _input_gradients_fake(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
-    grad = tensors[-1]
-    sources = tensors[: problem.num_sources]
+def _empty_inputs(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    sources, grad = tensors[: problem.num_sources], tensors[-1]
     return [channels_first(grad.new_empty((len(x), *x.shape[2:], x.shape[1]))) for x in sources]
-
-
-def _weight_gradient(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
-    *given, grad = tensors
-    sources, weight, _, plan = problem.split(given)
-    with torch.cuda.device_of(weight):
-        maps, shape, launch = [channels_last(each) for each in sources], problem.shape(weight), Launch(*problem.launch)
-        return [weight_gradient(maps, channels_last(grad), weight, plan, shape, launch)]
-
-
-def _weight_gradient_fake(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
-    weight = tensors[problem.num_sources]
-    return [weight.new_empty(weight.shape)]
-
-
-def _remember(problem: BlockConvProblem, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-    return list(tensors)
 
 
 def _backward(
     problem: BlockConvProblem, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    grad, count = grads[0], problem.num_sources
+    (grad, *_), count = grads, problem.num_sources
     found: list[Tensor | None] = [None] * len(kept)
     if any(wanted[:count]):
-        found[:count] = _input_grads(problem, [*kept, grad])
+        found[:count] = _backward_input(problem, [*kept, grad])
     if wanted[count]:
-        found[count] = _weight_grad(problem, [*kept, grad])[0]
+        found[count] = _backward_weights(problem, [*kept, grad])[0]
     if problem.has_bias and wanted[count + 1]:
         found[count + 1] = grad.sum(dim=(0, 2, 3, 4))
     return found
 
 
-_input_grads = Operator(
-    "block_conv_input_grads",
+Direction = Callable[[BlockConvProblem, Sequence[Tensor]], list[Tensor]]
+
+
+def _in_order(in_tiles: Direction, in_triton: Direction) -> tuple[Implementation[BlockConvProblem], ...]:
+    """Returns the ways to compute one direction; what neither does, torch has computed by itself before."""
+    return (
+        Implementation("tiles", lambda problem, tensors: problem.tiled, _on_its_device(in_tiles)),
+        Implementation("triton", lambda problem, tensors: True, _on_its_device(in_triton)),
+    )
+
+
+def _on_its_device(run: Direction) -> Direction:
+    def compute(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+        with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+            return run(problem, tensors)
+
+    return compute
+
+
+_backward_input = Operator(
+    "block_conv_backward_input",
     BlockConvProblem,
-    (Implementation("blocks", lambda *_: True, _input_gradients),),
-    _input_gradients_fake,
+    _in_order(tiles.backward_input, by_triton.backward_input),
+    fake=_empty_inputs,
 )
-_weight_grad = Operator(
-    "block_conv_weight_grad",
+_backward_weights = Operator(
+    "block_conv_backward_weights",
     BlockConvProblem,
-    (Implementation("blocks", lambda *_: True, _weight_gradient),),
-    _weight_gradient_fake,
+    _in_order(tiles.backward_weights, by_triton.backward_weights),
+    fake=lambda problem, tensors: [torch.empty_like(tensors[problem.num_sources])],
 )
 _block_conv = Operator(
     "block_conv",
     BlockConvProblem,
-    (Implementation("blocks", lambda *_: True, _convolve),),
-    _convolve_fake,
-    _backward,
-    _remember,
+    _in_order(tiles.forward, by_triton.forward),
+    fake=_empty_output,
+    backward=_backward,
+    keep=lambda problem, tensors, outputs: list(tensors),
 )
 
 
@@ -203,27 +167,21 @@ def _check(
     (outputs, inputs), x = blocks.channels, sources[0]
     fits = x.ndim in (4, 5) and sum(each.shape[1] for each in sources) == inputs
     alike = all(each.shape[2:] == x.shape[2:] and len(each) == len(x) for each in sources)
-    checks = (
-        ("x", fits, f"(B, {inputs}, [D,] H, W), as the blocks have it", _shapes(sources)),
-        ("x", alike, "maps that agree but for their channels", _shapes(sources)),
+    shapes = ", ".join(str(tuple(each.shape)) for each in sources)
+    for what, holds, allowed, given in (
+        ("x", fits, f"(B, {inputs}, [D,] H, W), as the blocks have it", shapes),
+        ("x", alike, "maps that agree but for their channels", shapes),
         ("weight", weight.shape[:2] == (outputs, inputs), f"({outputs}, {inputs}, *kernel)", tuple(weight.shape)),
         ("weight", weight.ndim == x.ndim, f"{x.ndim} axes, like x", weight.ndim),
         ("stride", len(stride) == x.ndim - 2 and min(stride) > 0, f"{x.ndim - 2} numbers from 1", stride),
         ("shifts", len(shifts) > 0 and (x.ndim == 5 or not any(shifts)), "one or more in 3D, none in 2D", shifts),
-    )
-    for what, holds, allowed, given in checks:
-        if not holds:
-            remedy = "Make the blocks of this weight's mask."
-            raise SettingError.of(what, _WHERE, allowed=allowed, given=given, remedy=remedy)
-
-
-def _shapes(sources: Sequence[Tensor]) -> str:
-    return ", ".join(str(tuple(each.shape)) for each in sources)
+    ):
+        remedy = "Make the blocks of this weight's mask."
+        require(holds, what, _WHERE, allowed=allowed, given=given, remedy=remedy)
 
 
 def _check_types(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> None:
     types = {each.dtype for each in (*sources, weight, bias) if each is not None}
-    if len(types) > 1 or weight.dtype not in DTYPES:
-        allowed, given = "one of float16, bfloat16, float32 for all tensors", ", ".join(sorted(map(str, types)))
-        remedy = "Use torch.autocast, or convert them."
-        raise SettingError.of("type", _WHERE, allowed=allowed, given=given, remedy=remedy)
+    allowed, given = "one of float16, bfloat16, float32 for all tensors", ", ".join(sorted(map(str, types)))
+    holds, remedy = len(types) == 1 and weight.dtype in DTYPES, "Use torch.autocast, or convert them."
+    require(holds, "type", _WHERE, allowed=allowed, given=given, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Kernels in CUDA: compiled when first called, by cuda-core, NVIDIA's own library (``pip install dstlib[gpu]``)."""
+"""Calls of kernels in CUDA: compiled at the first call by cuda-core, NVIDIA's library (``pip install dstlib[gpu]``)."""
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -17,7 +17,7 @@ _INSTALLED = find_spec("cuda") is not None and find_spec("cuda.core") is not Non
 
 
 def computes(x: Tensor) -> bool:
-    """Whether there are kernels for the type and the device of x, and what compiles them."""
+    """Returns whether there are kernels for the type and the device of x, and what compiles them."""
     return x.is_cuda and x.dtype in HALVES and _INSTALLED and _capability(x.device) >= (8, 0)
 
 
@@ -35,7 +35,7 @@ def launch(source: str, name: str, size: tuple[Grid, int], x: Tensor, arguments:
 
 @cache
 def _core() -> Any:
-    """Loaded when the first kernel runs: it is an extra."""
+    """Loads cuda-core when the first kernel runs: it is an extra."""
     import cuda.core
 
     return cuda.core
@@ -59,7 +59,7 @@ def _kernel(source: str, name: str, dtype: torch.dtype, device: torch.device) ->
 
 @cache
 def _compiled(source: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The kernels, compiled for a type and a device: a second or two, once in a process."""
+    """Compiles the kernels of a file for a type and a device: a second or two, once in a process."""
     core = _core()
     macros = ["BFLOAT16"] if dtype == torch.bfloat16 else None
     major, minor = _capability(device)

@@ -2,7 +2,7 @@
 // all nine taps read it, and each of its rows, once in registers, is multiplied by the three taps that see it.
 //
 // Maps lie channels last: of each voxel, `channels` numbers. A plane is one depth of one sample. What the tables say is
-// in tables.py.
+// in blocks.py.
 
 #include "half.cuh"
 
@@ -187,16 +187,16 @@ struct Writer {
 // y[plane, :, :, 16 · row ...] = bias + sum over the blocks of row: x, moved along depth by `shifts`, times weights.
 // Both stand for concatenations, in which no block of 16 channels is of two maps. A program is a tile and a row;
 // `weights` lie as lanes read them, 9 · 256 numbers a block.
-extern "C" __global__ __launch_bounds__(128, 4) void convolve(
+extern "C" __global__ __launch_bounds__(128, 4) void conv(
     Half* first, Half* second, Half* third, const Half* weights, const float* bias, Half* first_y, Half* second_y,
-    Half* third_y, const int* rows, const int* channels, const int* shifts, const int* moves, Int first_channels,
+    Half* third_y, const int* row_ptr, const int* col_idx, const int* shifts, const int* moves, Int first_channels,
     Int second_channels, Int third_channels, Int first_width, Int second_width, Int third_width, Int num_rows, Int depth,
     Int height, Int width) {
     SHARED char memory[2][Wide::BYTES + WEIGHTS];
     const Maps x{first, second, third, first_channels, second_channels, third_channels};
     const Maps y{first_y, second_y, third_y, first_width, second_width, third_width};
     const Plane size{height, width};
-    const int row = blockIdx.x % num_rows, begin = rows[row] / RUN, end = rows[row + 1] / RUN;
+    const int row = blockIdx.x % num_rows, begin = row_ptr[row] / RUN, end = row_ptr[row + 1] / RUN;
     const Place place(blockIdx.x / num_rows, size, Wide::HEIGHT - 2, Wide::WIDTH - 2);
     Wide tile;
     tile.find_voxels(size, place.top, place.left);
@@ -204,7 +204,7 @@ extern "C" __global__ __launch_bounds__(128, 4) void convolve(
     auto start = [&](int block) {
         char* to = memory[(block - begin) & 1];
         const int shift = shifts[block * RUN];
-        int channel = channels[block * RUN];
+        int channel = col_idx[block * RUN];
         const Map map = x.of(channel);
         tile.start(to, map, (place.plane - shift) * height * width, own >= shift && own < depth + shift, channel);
         for (int i = threadIdx.x; i < WEIGHTS / 16; i += Wide::THREADS)
@@ -238,8 +238,8 @@ extern "C" __global__ __launch_bounds__(128, 4) void convolve(
 }
 
 // packed[i] = weight[order[i]]; zeros where that is `most` or more.
-extern "C" __global__ __launch_bounds__(256) void pack(const Half* weight, const Int* order, Half* packed, Int count,
-                                                       Int most) {
+extern "C" __global__ __launch_bounds__(256) void pack_weights(
+    const Half* weight, const Int* order, Half* packed, Int count, Int most) {
     const Int i = blockIdx.x * static_cast<Int>(256) + threadIdx.x;
     if (i < count) packed[i] = order[i] < most ? weight[order[i]] : 0;
 }
@@ -272,14 +272,14 @@ __device__ inline void add_products(const char* tile, const char* grad, int top,
 
 // out[part, k, tap, n] = sum over a part of the map of x[voxel at tap, channel k] · grad[voxel, 16 · row + n], where k
 // are the entries of a block. A program is a block and a share of the tiles; each of its warps writes a part of its own.
-extern "C" __global__ __launch_bounds__(64, 5) void find_weights_grad(
-    Half* first, Half* second, Half* third, Half* grad, float* out, const int* blocks, const int* channels,
+extern "C" __global__ __launch_bounds__(64, 5) void conv_backward_weights(
+    Half* first, Half* second, Half* third, Half* grad, float* out, const int* blocks, const int* col_idx,
     const int* shifts, Int first_channels, Int second_channels, Int third_channels, Int y_channels, Int num_entries,
     Int planes, Int depth, Int height, Int width) {
     SHARED char memory[2][Narrow::BYTES + Inner::BYTES];
     const Plane size{height, width};
     const int row = blocks[2 * blockIdx.x], entry = blocks[2 * blockIdx.x + 1], shift = shifts[entry];
-    int channel = channels[entry];
+    int channel = col_idx[entry];
     const Map in = Maps{first, second, third, first_channels, second_channels, third_channels}.of(channel);
     const Map on{grad, y_channels};
     const Int across = (width + Inner::WIDTH - 1) / Inner::WIDTH, down = (height + Inner::HEIGHT - 1) / Inner::HEIGHT;
