@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from dstlib.engine.gpu.eligible import GPU_LAYERS
+from dstlib.engine.gpu.layers import GPU_LAYERS
 from dstlib.engine.layers.conv import CONV
 from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.fusion_node import FUSION_NODE

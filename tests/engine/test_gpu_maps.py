@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import instance_norm, leaky_relu
 
 import dstlib
+from dstlib.engine import registry
 from dstlib.engine.gpu import BlockConv, by_triton, feature_map
 from dstlib.engine.gpu.layers import GPU_LAYERS, GPUFusionNode, GPUUnit
 from dstlib.layers import FusionNode, Shift, Unit, shift
@@ -164,16 +165,15 @@ def test_blocks_that_are_not_active_have_no_gradient_unless_it_is_asked_for(devi
 
 def test_masks_are_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As accelerate() would on a GPU: here it is told that this is one."""
-    from dstlib.engine import registry as eligible
     from dstlib.engine.following import follow
 
-    monkeypatch.setattr(eligible, "_on_gpu", lambda layer: True)
+    monkeypatch.setattr(registry, "CPU_LAYERS", GPU_LAYERS)
     model = nn.Sequential(Unit(32, 64, kernel_size=(1, 3, 3)), nn.Conv3d(64, 32, (1, 3, 3), padding=(0, 1, 1)))
     model = model.to(device)
     method = replace(dstlib.DSFF, granularity=dstlib.Block(16, 16), interval=2)
     sparsifier = dstlib.sparsify(model, sparsity=0.5, method=method, total_steps=40)
-    assert [eligible.obstacle(layer) for layer in model] == [None, None]
-    fast = nn.Sequential(*map(eligible.fast_form, model))
+    assert [registry.obstacle(layer) for layer in model] == [None, None]
+    fast = nn.Sequential(*(registry.find(layer).make(layer) for layer in model))
     assert [type(layer) for layer in fast] == [GPUUnit, BlockConv]
     follow(fast, sparsifier.masks, lambda name: False)
     optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), set()
@@ -202,8 +202,9 @@ def test_masks_are_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
     ids=["linear", "strided", "groups", "transposed"],
 )
-def test_layers_that_a_gpu_leaves_as_they_are(layer: nn.Module, reason: str) -> None:
-    found = gpu_obstacle(layer)
+def test_layers_that_a_gpu_leaves_as_they_are(layer: nn.Module, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "CPU_LAYERS", GPU_LAYERS)
+    found = registry.obstacle(layer)
     assert found is not None
     assert re.search(reason, found)
 
