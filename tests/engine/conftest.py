@@ -37,7 +37,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, ctyp
     compiler = shutil.which("g++")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux, whose fibers stand for threads of a GPU")
-    source, kernels = Path(__file__).with_name("emulated.cpp"), Path(cuda.__file__).parent
+    source, kernels = Path(__file__).with_name("cuda_emulation") / "kernels.cpp", Path(cuda.__file__).parent
     libraries = {}
     for dtype, macro in ((torch.bfloat16, "-DBFLOAT16"), (torch.float16, "-DFLOAT16")):
         library = tmp_path_factory.mktemp("emulated") / "kernels.so"

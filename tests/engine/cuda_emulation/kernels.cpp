@@ -1,5 +1,5 @@
-// The kernels of tiles.cu and feature_map.cu on a CPU: each thread of a program is a fiber, and those of a warp meet where they
-// exchange.
+// The kernels of tiles.cu and feature_map.cu on a CPU: each thread of a program is a fiber, and those of a warp meet
+// where they exchange.
 
 #include <ucontext.h>
 
