@@ -158,12 +158,7 @@ def _checked(loss: object, name: str) -> Tensor:
 
 
 def _checked_rounds(rounds: int) -> int:
-    require(
-        type(rounds) is int and rounds >= 1,
-        "rounds",
-        "AtInit",
-        allowed="a whole number from 1",
-        given=rounds,
-        remedy="1 looks once; SynFlow takes 100.",
-    )
+    allowed = "a whole number from 1"
+    remedy = "1 looks once; SynFlow takes 100."
+    require(type(rounds) is int and rounds >= 1, "rounds", "AtInit", allowed=allowed, given=rounds, remedy=remedy)
     return rounds

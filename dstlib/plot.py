@@ -63,14 +63,8 @@ def layers(history: History, path: str | os.PathLike[str] | None = None, *, shar
     Raises:
         SettingError: There is no such share, or no matplotlib, or it does not write this file format.
     """
-    require(
-        share in SHARES,
-        "share",
-        "plot.layers()",
-        allowed=", ".join(SHARES),
-        given=repr(share),
-        remedy="They are described at History.arrays.",
-    )
+    remedy = "They are described at History.arrays."
+    require(share in SHARES, "share", "plot.layers()", allowed=", ".join(SHARES), given=repr(share), remedy=remedy)
     a = history.arrays()
     edges, values, start = _edges(history, a), a[share], _first_of(share, a)
     num_layers = len(values)
@@ -214,13 +208,9 @@ def _drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) ->
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SettingError.of(
-            "matplotlib",
-            "dstlib.plot",
-            allowed="an installed package",
-            given=error,
-            remedy='Install it with the extra: pip install "dstlib[viz]".',
-        ) from error
+        allowed = "an installed package"
+        remedy = 'Install it with the extra: pip install "dstlib[viz]".'
+        raise SettingError.of("matplotlib", "dstlib.plot", allowed=allowed, given=error, remedy=remedy) from error
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
@@ -230,14 +220,8 @@ def _drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) ->
 
 def _write(figure: "Figure", path: Path) -> None:
     kind, kinds = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
-    require(
-        kind in kinds,
-        "path",
-        "a figure",
-        allowed=f"*.{', *.'.join(kinds)}",
-        given=path,
-        remedy="Name it density.png, say.",
-    )
+    remedy = "Name it density.png, say."
+    require(kind in kinds, "path", "a figure", allowed=f"*.{', *.'.join(kinds)}", given=path, remedy=remedy)
     content = BytesIO()
     figure.savefig(content, format=kind)
     write_whole(path, content.getbuffer())

@@ -126,13 +126,10 @@ def profile(
     >>> profile(convolution, (1, 3, 32, 32)).flops == 2 * (3 * 8 * 9) * (32 * 32)
     True
     """
+    allowed = " or ".join(get_args(Convention))
+    remedy = "They differ in transposed convolutions."
     require(
-        convention in get_args(Convention),
-        "convention",
-        _WHERE,
-        allowed=" or ".join(get_args(Convention)),
-        given=repr(convention),
-        remedy="They differ in transposed convolutions.",
+        convention in get_args(Convention), "convention", _WHERE, allowed=allowed, given=repr(convention), remedy=remedy
     )
     replica = _meta_copy(unwrap(model)).eval()
     active = _active(replica, sparsifier.masks if sparsifier is not None else {})
@@ -165,13 +162,9 @@ def _shapes(given: Shape | Sequence[Shape]) -> list[torch.Size]:
     try:
         return [torch.Size(shape) for shape in (given if several else [given])]  # type: ignore[arg-type]
     except TypeError as error:
-        raise SettingError.of(
-            "input_shape",
-            _WHERE,
-            allowed="a shape, or a tuple of them",
-            given=given,
-            remedy="Include the batch, as in (1, 1, 128, 128, 128).",
-        ) from error
+        allowed = "a shape, or a tuple of them"
+        remedy = "Include the batch, as in (1, 1, 128, 128, 128)."
+        raise SettingError.of("input_shape", _WHERE, allowed=allowed, given=given, remedy=remedy) from error
 
 
 def _active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, int]:
@@ -180,13 +173,8 @@ def _active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, int]:
     active = {id(p): p.numel() for p in named.values()}
     for name, mask in masks.items():
         if name not in named:
-            raise SelectionError.of(
-                "mask",
-                _WHERE,
-                allowed="the name of a parameter",
-                given=repr(name),
-                remedy=f"Profile the model that the masks were made for. Similar: {similar(name, named)}.",
-            )
+            remedy = f"Profile the model that the masks were made for. Similar: {similar(name, named)}."
+            raise SelectionError.of("mask", _WHERE, allowed="the name of a parameter", given=repr(name), remedy=remedy)
         require(
             mask.shape == named[name].shape,
             f"mask {name}",
@@ -219,13 +207,9 @@ def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Call
         with torch.no_grad(), torch.device("meta"), torch.compiler.set_stance("force_eager"):
             model(*inputs)
     except RuntimeError as error:
-        raise DataError.of(
-            "forward",
-            _WHERE,
-            allowed=f"one that runs without storage on inputs of {', '.join(str(tuple(s)) for s in shapes)}",
-            given=error,
-            remedy="Check the shape. A forward that reads values (.item()) or names a device cannot be profiled.",
-        ) from error
+        allowed = f"one that runs without storage on inputs of {', '.join(str(tuple(s)) for s in shapes)}"
+        remedy = "Check the shape. A forward that reads values (.item()) or names a device cannot be profiled."
+        raise DataError.of("forward", _WHERE, allowed=allowed, given=error, remedy=remedy) from error
     return calls
 
 

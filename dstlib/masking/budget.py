@@ -76,13 +76,10 @@ def num_dropped(num_active: Tensor, drop_fraction: float) -> Tensor:
     >>> num_dropped(torch.tensor([100, 7]), 0.29)
     tensor([29,  2])
     """
+    allowed = "a number in [0, 1]"
+    remedy = "Look at the method's drop_fraction curve."
     require(
-        0 <= drop_fraction <= 1,
-        "drop fraction",
-        "a mask update",
-        allowed="a number in [0, 1]",
-        given=drop_fraction,
-        remedy="Look at the method's drop_fraction curve.",
+        0 <= drop_fraction <= 1, "drop fraction", "a mask update", allowed=allowed, given=drop_fraction, remedy=remedy
     )
     return (num_active.double() * (drop_fraction * NUDGE)).floor().long()
 

@@ -438,13 +438,10 @@ def _scores(site: Site, criterion: Criterion) -> Tensor:
 
 def _power(site: Site, exponent: Curve | float) -> float:
     power = exponent(site.progress) if callable(exponent) else exponent
+    allowed = f"a number in [0, {_MOST:g}]"
+    remedy = "Beyond, chance has no say: use the criterion itself."
     require(
-        0 <= power <= _MOST,
-        "exponent",
-        f"{site.name} at step {site.step}",
-        allowed=f"a number in [0, {_MOST:g}]",
-        given=power,
-        remedy="Beyond, chance has no say: use the criterion itself.",
+        0 <= power <= _MOST, "exponent", f"{site.name} at step {site.step}", allowed=allowed, given=power, remedy=remedy
     )
     return power
 

@@ -53,14 +53,9 @@ class NormalFanIn:
     gain: float = 2**0.5
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.gain < float("inf"),
-            "gain",
-            "NormalFanIn",
-            allowed="a number, 0 or more",
-            given=self.gain,
-            remedy="√2 suits a layer before a ReLU.",
-        )
+        allowed = "a number, 0 or more"
+        remedy = "√2 suits a layer before a ReLU."
+        require(0 <= self.gain < float("inf"), "gain", "NormalFanIn", allowed=allowed, given=self.gain, remedy=remedy)
 
     def __call__(self, site: Site) -> Tensor:
         shape, dtype = site.weight.shape, torch.float32

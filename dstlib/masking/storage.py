@@ -27,21 +27,12 @@ class Trace:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        remedy = "1 adds up; 0.9 forgets by a tenth a step."
+        require(0 <= self.decay <= 1, "decay", "Trace", allowed="a number in [0, 1]", given=self.decay, remedy=remedy)
+        allowed = "1 or more"
+        remedy = "None gathers at every step."
         require(
-            0 <= self.decay <= 1,
-            "decay",
-            "Trace",
-            allowed="a number in [0, 1]",
-            given=self.decay,
-            remedy="1 adds up; 0.9 forgets by a tenth a step.",
-        )
-        require(
-            self.steps is None or self.steps >= 1,
-            "steps",
-            "Trace",
-            allowed="1 or more",
-            given=self.steps,
-            remedy="None gathers at every step.",
+            self.steps is None or self.steps >= 1, "steps", "Trace", allowed=allowed, given=self.steps, remedy=remedy
         )
 
 

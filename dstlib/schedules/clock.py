@@ -26,14 +26,9 @@ class Every:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.interval >= 1,
-            "interval",
-            "the mask updates",
-            allowed="a whole number of optimizer steps, at least 1",
-            given=self.interval,
-            remedy="Pass 100, say, or None for a fixed topology.",
-        )
+        allowed = "a whole number of optimizer steps, at least 1"
+        remedy = "Pass 100, say, or None for a fixed topology."
+        require(self.interval >= 1, "interval", "the mask updates", allowed=allowed, given=self.interval, remedy=remedy)
 
     @property
     def last(self) -> int | None:

@@ -76,13 +76,10 @@ def make_plan(
         SettingError: A number is out of range, or settings contradict each other.
         SelectionError: A glob matches nothing, or a weight has no data.
     """
+    allowed = "another criterion"
+    remedy = "The optimizer's state is masked like the weight, so it cannot tell what to grow; use gradient."
     require(
-        method.grow is not momentum,
-        "grow",
-        f"method {method.name}",
-        allowed="another criterion",
-        given="momentum",
-        remedy="The optimizer's state is masked like the weight, so it cannot tell what to grow; use gradient.",
+        method.grow is not momentum, "grow", f"method {method.name}", allowed=allowed, given="momentum", remedy=remedy
     )
     model = unwrap(model)
     weights = select(model, include=include, exclude=exclude, split=split)

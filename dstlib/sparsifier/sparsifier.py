@@ -150,7 +150,7 @@ class Sparsifier:
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer steps on any of the sparse weights, or on what has replaced one."""
         held = parameter_ids(optimizer)
-        return bool(self._held_by(optimizer)) or any(owner.has_lost(held) for owner in self._owners)
+        return any(id(m.parameter) in held for m in self._masked) or any(o.has_lost(held) for o in self._owners)
 
     @torch.no_grad()
     def before_optimizer(self, optimizer: Optimizer) -> None:

@@ -81,7 +81,7 @@ def _dense(candidate: Candidate, reason: str, *, on_request: frozenset[str] = fr
 
 
 def _computed(candidate: Candidate) -> Eligibility | None:
-    """A parameter from which the real weight is computed, by parametrize or by a hook before each forward."""
+    """Recognises a parameter from which the real weight is computed, by parametrize or by a hook before each forward."""
     if isinstance(candidate.module, ParametrizationList):
         owner, _, weight = candidate.module_name.rpartition("parametrizations.")
         maker, owner = " and ".join(type(m).__name__ for m in candidate.module), owner.rstrip(".")
@@ -98,7 +98,7 @@ def _computed(candidate: Candidate) -> Eligibility | None:
 
 
 def _unusable(candidate: Candidate) -> Eligibility | None:
-    """A parameter that no optimizer trains, or no mask fits."""
+    """Recognises a parameter that no optimizer trains, or no mask fits."""
     parameter = candidate.parameter
     kind = type(parameter.data).__name__
     if not isinstance(parameter, nn.Parameter):
@@ -113,7 +113,7 @@ def _unusable(candidate: Candidate) -> Eligibility | None:
 
 
 def _factor(candidate: Candidate) -> Eligibility | None:
-    """A low-rank factor: A or B of B·A, as a layer of its own (peft) or as a parameter of the layer (loralib)."""
+    """Recognises a low-rank factor, A or B of B·A: a layer of its own (peft) or a parameter of the layer (loralib)."""
     if not any(_FACTOR.fullmatch(part) for part in candidate.name.split(".")):
         return None
     is_layer = isinstance(candidate.module, (nn.Linear, *_CONVS)) and candidate.key == "weight"
@@ -124,7 +124,7 @@ def _factor(candidate: Candidate) -> Eligibility | None:
 
 
 def _adapted(candidate: Candidate) -> Eligibility | None:
-    """A weight beside low-rank factors, in the same module or in the only layer that their module wraps."""
+    """Recognises a weight beside low-rank factors, in its module or in the only layer that their module wraps."""
     if not isinstance(candidate.module, _MATRICES) or candidate.key != "weight":
         return None
     holder = candidate.module if _has_factors(candidate.module) else candidate.owner
@@ -152,7 +152,7 @@ def _attention(candidate: Candidate) -> Eligibility | None:
 
 
 def _recurrent(candidate: Candidate) -> Eligibility | None:
-    """A recurrent weight, in which the gates are stacked."""
+    """Recognises a recurrent weight, in which the gates are stacked."""
     is_weight = re.fullmatch(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", candidate.key)
     if not isinstance(candidate.module, _RECURRENT) or not is_weight:
         return None
@@ -162,7 +162,7 @@ def _recurrent(candidate: Candidate) -> Eligibility | None:
 
 
 def _other(candidate: Candidate) -> Eligibility | None:
-    """A parameter that is no weight of Linear or Conv."""
+    """Recognises a parameter that is no weight of Linear or Conv."""
     if candidate.key == "weight" and isinstance(candidate.module, _MATRICES):
         return None
     if isinstance(candidate.module, nn.Bilinear) and candidate.key == "weight":

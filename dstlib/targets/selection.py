@@ -127,13 +127,9 @@ def select(
     chosen = [_choose(weight, include, exclude) for weight in weights]
     if all(weight.reason for weight in chosen):
         reasons = "; ".join(f"{w.name}: {w.reason}" for w in chosen[:8]) or "no parameter has two axes"
-        raise SelectionError.of(
-            "weights",
-            "the model",
-            allowed="at least one Linear, Conv, ConvTranspose or attention weight to make sparse",
-            given=f"none ({reasons})",
-            remedy="Look at include= and exclude=.",
-        )
+        allowed = "at least one Linear, Conv, ConvTranspose or attention weight to make sparse"
+        remedy = "Look at include= and exclude=."
+        raise SelectionError.of("weights", "the model", allowed=allowed, given=f"none ({reasons})", remedy=remedy)
     for pattern in split:
         check_matches(pattern, [weight for weight in chosen if not weight.reason], "the sparse weights, as a split")
     return tuple(weight if weight.reason else _split(weight, split) for weight in chosen)
@@ -147,13 +143,9 @@ def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
     """
     if any(w.matches(pattern) for w in weights):
         return
-    raise SelectionError.of(
-        f"glob {pattern!r}",
-        where,
-        allowed="a match with the name of a weight or of its module",
-        given="no match",
-        remedy=_hint(pattern, sorted({name for w in weights for name in w.aliases})),
-    )
+    allowed = "a match with the name of a weight or of its module"
+    remedy = _hint(pattern, sorted({name for w in weights for name in w.aliases}))
+    raise SelectionError.of(f"glob {pattern!r}", where, allowed=allowed, given="no match", remedy=remedy)
 
 
 def _hint(pattern: str, known: Sequence[str]) -> str:
@@ -167,13 +159,9 @@ def _check_possible(name: str, weights: Iterable[Weight]) -> None:
     """Checks that a weight of exactly this name, or of the module of this name, may be sparse."""
     named = [weight for weight in weights if name in weight.aliases]
     if named and all(weight.reason and name not in weight.on_request for weight in named):
-        raise SelectionError.of(
-            "weight",
-            named[0].name,
-            allowed="one that can be masked in place",
-            given=named[0].reason,
-            remedy="Take its name out of include=.",
-        )
+        allowed = "one that can be masked in place"
+        remedy = "Take its name out of include=."
+        raise SelectionError.of("weight", named[0].name, allowed=allowed, given=named[0].reason, remedy=remedy)
 
 
 def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> Weight:
