@@ -81,7 +81,7 @@ def _dense(candidate: Candidate, reason: str, *, on_request: frozenset[str] = fr
 
 
 def _computed(candidate: Candidate) -> Eligibility | None:
-    """Recognises a parameter from which the real weight is computed, by parametrize or by a hook before each forward."""
+    """Recognises a parameter from which the real weight is computed: by parametrize, or a hook before each forward."""
     if isinstance(candidate.module, ParametrizationList):
         owner, _, weight = candidate.module_name.rpartition("parametrizations.")
         maker, owner = " and ".join(type(m).__name__ for m in candidate.module), owner.rstrip(".")
