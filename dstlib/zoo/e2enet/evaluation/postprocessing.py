@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.zoo.e2enet.evaluation.metrics import dice_per_class
-from dstlib.zoo.e2enet.inference.postprocess import keep_largest
+from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 
 
 def choose_postprocessing(

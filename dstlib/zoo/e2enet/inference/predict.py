@@ -22,7 +22,7 @@ from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.data.scans.nifti import Scan, read_scan, write_label
-from dstlib.zoo.e2enet.inference.postprocess import keep_largest
+from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.sliding_window import probabilities
 
 RECORD = "prediction.json"

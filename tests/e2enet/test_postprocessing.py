@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from dstlib.zoo.e2enet.evaluation.metrics import dice_per_class
 from dstlib.zoo.e2enet.evaluation.postprocessing import choose_postprocessing
-from dstlib.zoo.e2enet.inference.postprocess import keep_largest
+from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 
 LABELS = arrays(np.uint8, st.tuples(*[st.integers(1, 6)] * 3), elements=st.sampled_from([0, 0, 0, 1, 2]))
 CLASSES = st.sampled_from([(), (1,), (2,), (1, 2), (2, 1)])
