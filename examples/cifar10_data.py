@@ -79,7 +79,12 @@ def open_images(folder: Path | None) -> Images:
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor]:
-    """Reads images and labels of an npz: ``jpeg`` (uint8, all files end to end), ``offsets`` (N + 1), ``labels``."""
+    """Reads images and labels of an npz: ``jpeg`` (uint8, all files end to end), ``offsets`` (N + 1), ``labels``.
+
+    Raises:
+        DataError: The file is missing, damaged, or not of this layout.
+        SettingError: Pillow is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:
@@ -109,7 +114,11 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_binary(path: Path) -> tuple[Tensor, Tensor]:
-    """Reads images and labels of one file of the official binary layout."""
+    """Reads images and labels of one file of the official binary layout.
+
+    Raises:
+        DataError: The file is missing, damaged, or not of this layout.
+    """
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:

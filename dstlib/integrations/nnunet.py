@@ -31,7 +31,7 @@ def name_settings(name: str) -> tuple[str, dict[str, Any]]:
     """Reads a name: the trainer that it begins with, and the settings that its other parts ask for.
 
     Raises:
-        AttributeError: the name is not of this grammar; so nnU-Net goes on searching elsewhere.
+        AttributeError: The name is not of this grammar; so nnU-Net goes on searching elsewhere.
 
     >>> name_settings("nnUNetTrainerDST_rigl_90_250epochs")
     ('nnUNetTrainerDST', {'method': 'rigl', 'sparsity': 0.9, 'epochs': 250})
@@ -78,7 +78,7 @@ def trainer_named(name: str) -> type:
     """Returns the trainer of a name: always the same class.
 
     Raises:
-        AttributeError: the name is none of dstlib's.
+        AttributeError: The name is none of dstlib's.
         ImportError: nnU-Net is not installed.
     """
     trainer, settings = name_settings(name)

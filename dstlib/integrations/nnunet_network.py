@@ -21,7 +21,7 @@ def planned_config(arch_kwargs: Mapping[str, Any], *, in_channels: int, num_clas
     heads. nnU-Net's own kernel sizes, blocks and dropout do not apply.
 
     Raises:
-        SettingError: the plan is two-dimensional, strides its first stage, or has fewer than three stages.
+        SettingError: The plan is two-dimensional, strides its first stage, or has fewer than three stages.
 
     >>> plan = {"n_stages": 3, "features_per_stage": [32, 64, 128], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}
     >>> planned_config(plan, in_channels=1, num_classes=3).heads

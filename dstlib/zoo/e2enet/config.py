@@ -37,7 +37,7 @@ class E2ENetConfig:
     - ``heads``: how many of the finest levels have a head; at most L - 1.
 
     Raises:
-        SettingError: a setting is out of range, or does not fit the number of levels.
+        SettingError: A setting is out of range, or does not fit the number of levels.
 
     Reference: Wu et al., *E2ENet* (NeurIPS 2024, arXiv:2312.04727). Its text starts with stride (1, 2, 2);
     all its published counts belong to (2, 2, 2) throughout, the default here. A learned shift is what the
@@ -65,53 +65,26 @@ number of channels, got 4. The coarsest level has no head.
 
     def __post_init__(self) -> None:
         edges, outer, shift = len(self.channels) - 1, self.outer_kernel_size, self.shift
-        count, kinds = "a whole number from 1 up", KINDS if shift is not None else ("fixed",)
+        count, odd = "a whole number from 1 up", "three odd numbers from 1 up"
+        widths = "two or more whole numbers from 1 up"
+        triples = "one triple of whole numbers from 1 up for each of channels but the first"
+        kinds = f"{' or '.join(KINDS)}, and fixed where shift is None"
+        has_strides = len(self.strides) == edges and all(map(_is_triple, self.strides))
+        is_outer = outer is None or _is_kernel(outer)
+        is_shift = shift is None or (len(shift) > 0 and all(type(size) is int for size in shift))
+        is_kind = self.shift_kind in (KINDS if shift is not None else ("fixed",))
+        has_heads = _counts([self.heads]) and self.heads <= edges
         checks = (
             ("in_channels", _counts([self.in_channels]), count, "Count the modalities of an image."),
             ("num_classes", _counts([self.num_classes]), count, "Count the channels of a head."),
-            (
-                "channels",
-                edges >= 1 and _counts(self.channels),
-                "two or more whole numbers from 1 up",
-                "Give the width of each level, finest first.",
-            ),
-            (
-                "strides",
-                len(self.strides) == edges and all(map(_is_triple, self.strides)),
-                "one triple of whole numbers from 1 up for each of channels but the first",
-                "Give the stride from each level to the next.",
-            ),
-            (
-                "kernel_size",
-                _is_kernel(self.kernel_size),
-                "three odd numbers from 1 up",
-                "Flat across depth is (1, 3, 3).",
-            ),
-            (
-                "outer_kernel_size",
-                outer is None or _is_kernel(outer),
-                "None, or three odd numbers from 1 up",
-                "The paper's variant has (3, 3, 3).",
-            ),
-            (
-                "shift",
-                shift is None or (len(shift) > 0 and all(type(size) is int for size in shift)),
-                "None, or at least one whole number of voxels",
-                "The paper's is (-1, 0, 1).",
-            ),
+            ("channels", edges >= 1 and _counts(self.channels), widths, "Give the width of each level, finest first."),
+            ("strides", has_strides, triples, "Give the stride from each level to the next."),
+            ("kernel_size", _is_kernel(self.kernel_size), odd, "Flat across depth is (1, 3, 3)."),
+            ("outer_kernel_size", is_outer, f"None, or {odd}", "The paper's variant has (3, 3, 3)."),
+            ("shift", is_shift, "None, or at least one whole number of voxels", "The paper's is (-1, 0, 1)."),
             ("shift_axis", self.shift_axis in AXES, " or ".join(AXES), "Name the axis to shift along."),
-            (
-                "shift_kind",
-                self.shift_kind in kinds,
-                f"{' or '.join(KINDS)}, and fixed where shift is None",
-                "A learned shift starts from the sizes in shift.",
-            ),
-            (
-                "heads",
-                _counts([self.heads]) and self.heads <= edges,
-                "a whole number from 1 up, less than the number of channels",
-                "The coarsest level has no head.",
-            ),
+            ("shift_kind", is_kind, kinds, "A learned shift starts from the sizes in shift."),
+            ("heads", has_heads, f"{count}, less than the number of channels", "The coarsest level has no head."),
         )
         for name, holds, allowed, remedy in checks:
             require(holds, name, "E2ENetConfig", allowed=allowed, given=getattr(self, name), remedy=remedy)

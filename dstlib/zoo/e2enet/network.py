@@ -38,7 +38,7 @@ class E2ENet(nn.Module):
     ``encoder.{l - 1}``.
 
     Raises:
-        DataError: the input has other channels than the config says, or a size the strides do not divide.
+        DataError: The input has other channels than the config says, or a size the strides do not divide.
 
     Reference: Wu et al., *E2ENet* (NeurIPS 2024, arXiv:2312.04727). Each convolution starts from Kaiming's
     normal distribution with a = 0.01 and zero bias, as in the published code.

@@ -22,7 +22,7 @@ class Pyramid(nn.Module):
     Shapes: (B, in_channels, D, H, W) → (B, out_channels, D, H, W).
 
     Raises:
-        DataError: a batch of one in training: the norm of the image's mean needs two.
+        DataError: A batch of one in training: the norm of the image's mean needs two.
 
     Reference: Chen et al., *Rethinking Atrous Convolution* (arXiv:1706.05587), section 3.3, one axis more. No
     dropout.

@@ -57,7 +57,7 @@ def vnet(request: Request) -> Segmenter:
     """Builds V-Net, in the one width that MONAI has: 16 channels at the finest level, 256 at the coarsest.
 
     Raises:
-        SettingError: another width, or a number of input channels that does not divide 16.
+        SettingError: Another width, or a number of input channels that does not divide 16.
 
     Reference: Milletari et al., *V-Net* (3DV 2016). It has the 45.65 M parameters of E2ENet's table.
     """

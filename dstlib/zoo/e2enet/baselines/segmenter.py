@@ -25,7 +25,7 @@ class Request:
     - ``width``: multiplies the channels, where the implementation allows it.
 
     Raises:
-        SettingError: a setting is out of range.
+        SettingError: A setting is out of range.
     """
 
     in_channels: int
@@ -35,28 +35,17 @@ class Request:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        size, count = self.patch_size, "a whole number from 1 up"
+        size, config, count = self.patch_size, self.config, "a whole number from 1 up"
+        is_size = isinstance(size, Sequence) and len(size) == 3 and _counts(size)
+        is_width = isinstance(self.width, int | float) and 0 < self.width < math.inf
+        extents = "Give the depth, height and width that the network trains on."
+        levels = "Its levels and strides are those of the network it is compared with."
         checks = (
             ("in_channels", _counts([self.in_channels]), count, "Count the modalities of an image."),
             ("num_classes", _counts([self.num_classes]), count, "Count the channels of the logits."),
-            (
-                "patch_size",
-                isinstance(size, Sequence) and len(size) == 3 and _counts(size),
-                "three whole numbers from 1 up",
-                "Give the depth, height and width that the network trains on.",
-            ),
-            (
-                "config",
-                isinstance(self.config, E2ENetConfig),
-                "an E2ENetConfig",
-                "Its levels and strides are those of the network it is compared with.",
-            ),
-            (
-                "width",
-                isinstance(self.width, int | float) and 0 < self.width < math.inf,
-                "a number above 0",
-                "1 is the published network, 0.5 has half its channels.",
-            ),
+            ("patch_size", is_size, "three whole numbers from 1 up", extents),
+            ("config", isinstance(config, E2ENetConfig), "an E2ENetConfig", levels),
+            ("width", is_width, "a number above 0", "1 is the published network, 0.5 has half its channels."),
         )
         for name, holds, allowed, remedy in checks:
             require(holds, name, "build_model()", allowed=allowed, given=getattr(self, name), remedy=remedy)
@@ -88,7 +77,7 @@ class Segmenter(nn.Module):
     resolutions of it; without, the first of them alone.
 
     Raises:
-        DataError: the input does not fit the host.
+        DataError: The input does not fit the host.
 
     >>> import torch
     >>> net = Segmenter(nn.Conv3d(1, 3, 1), in_channels=1, multiple=(2, 2, 2))

@@ -65,7 +65,7 @@ def build_model(
     ``width`` multiplies the channels of the published networks; "e2enet" and "vnet" allow only 1.
 
     Raises:
-        SettingError: no such baseline, one that cannot be built, or a setting that it does not allow.
+        SettingError: No such baseline, one that cannot be built, or a setting that it does not allow.
 
     >>> tiny = E2ENetConfig(channels=(8, 16), strides=((2, 2, 2),), heads=1)
     >>> net = build_model("nnunet", in_channels=1, num_classes=3, patch_size=(8, 8, 8), config=tiny)
