@@ -23,8 +23,9 @@ from torch.nn.functional import conv2d
 
 import dstlib
 from dstlib import SettingError
-from dstlib.engine.gpu import BlockConv, Blocks, block_conv, by_triton, tiles
+from dstlib.engine.gpu import BlockConv, Blocks, Launch, block_conv, by_triton, tiles
 from dstlib.engine.gpu.blocks import NARROW, TAPS, Plan, Table, make_plan, plan_tiles
+from dstlib.engine.gpu.problem import BlockConvProblem
 from dstlib.layers import Shift, ShiftedConv3d, Unit
 
 CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.long] * (c in SLOW)) for c in QUICK + TILED + SLOW]
@@ -102,6 +103,18 @@ def test_emulated_tiles_of_several_maps_without_an_active_block_are_the_bias(
     assert not any(grad.any() for grad in others)
     assert bias_grad.tolist() == [24.0] * 16
     assert launched == ["conv", "conv"]
+
+
+def test_tiles_of_several_maps_are_an_operator_as_torch_asks_of_it(launched: list[str]) -> None:
+    blocks = Blocks.of(torch.rand(16, 48, generator=torch.Generator().manual_seed(0)) < 0.01, (16, 16))
+    problem = BlockConvProblem(
+        num_sources=2, has_bias=True, block=(16, 16), stride=(1, 1, 1), shifted=True, tiled=True, launch=Launch()
+    )
+    leaves = [torch.randn(1, width, 2, 3, 4).bfloat16() for width in (16, 32)]
+    leaves += [torch.randn(16, 48, 1, 3, 3).bfloat16(), torch.randn(16).bfloat16()]
+    tables = blocks.plan((-1, 1), torch.device("cpu"), tiled=True).tensors()
+    arguments = ([*(x.requires_grad_() for x in leaves), *tables], problem.packed())
+    assert set(torch.library.opcheck(torch.ops.dstlib.block_conv.default, arguments).values()) == {"SUCCESS"}
 
 
 def test_tiles_are_computed_on_a_gpu_alone() -> None:

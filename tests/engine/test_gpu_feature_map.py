@@ -101,6 +101,16 @@ def test_other_channels_and_types_are_normalised_by_torch(device: str) -> None:
         torch.testing.assert_close(got, leaky_relu(instance_norm(x, weight=weight, bias=weight), 0.1))
 
 
+def test_they_are_operators_as_torch_asks_of_them(launched: list[str]) -> None:
+    sources = [normal(2, width, 2, 3, 4, dtype=torch.bfloat16).requires_grad_() for width in (8, 16)]
+    moved = feature_map.Gathering((-1, 1)).packed()
+    x, weight, bias = sources[1], normal(16, seed=1).requires_grad_(), normal(16, seed=2).requires_grad_()
+    normed = feature_map.Normalising(1e-5, 0.5).packed()
+    for name, tensors, problem in (("gather_maps", sources, moved), ("normalise_map", [x, weight, bias], normed)):
+        checked = torch.library.opcheck(getattr(torch.ops.dstlib, name).default, (tensors, problem))
+        assert set(checked.values()) == {"SUCCESS"}
+
+
 def node(*, density: float, units: int = 2) -> FusionNode:
     """A fusion node whose units have some blocks of 16 × 16 channels."""
     torch.manual_seed(0)
