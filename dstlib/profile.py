@@ -9,14 +9,14 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dstlib.errors import DataError, SelectionError, SettingError, require, similar
 from dstlib.report import align
-from dstlib.targets import plain_name, unwrap
+from dstlib.targets import Masked, plain_name, unwrap
 
 Convention = Literal["exact", "paper"]
 Shape = Sequence[int]
@@ -27,13 +27,6 @@ _WHERE = "profile()"
 
 _Count = Callable[[_Counted, Tensor, Tensor], int]
 _Calls = dict[nn.Module, list[tuple[int | None, tuple[int, ...]]]]  # FLOPs and output shape of each call
-
-
-class Masked(Protocol):
-    """Anything with masks: the parameter's qualified name → a boolean tensor of its shape, True = active."""
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

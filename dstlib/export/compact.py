@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from dstlib.errors import StateError, require
 from dstlib.files import write_whole
-from dstlib.profile import Masked
-from dstlib.targets import plain_name, unwrap
+from dstlib.targets import Masked, plain_name, unwrap
 
 FORMAT = "dstlib.compact/1"
 _ENTRY = 128  # bytes that one more tensor takes in the header of a file, about

@@ -1,6 +1,6 @@
 """Which parameters can be sparse, which are asked for, and the matrices that each one holds."""
 
-from dstlib.targets.selection import Weight, check_matches, find_weights, plain_name, select, unwrap
+from dstlib.targets.selection import Masked, Weight, check_matches, find_weights, plain_name, select, unwrap
 from dstlib.targets.views import MatrixView
 
-__all__ = ["MatrixView", "Weight", "check_matches", "find_weights", "plain_name", "select", "unwrap"]
+__all__ = ["Masked", "MatrixView", "Weight", "check_matches", "find_weights", "plain_name", "select", "unwrap"]

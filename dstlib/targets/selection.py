@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, StateError, require, similar
@@ -20,6 +21,13 @@ from dstlib.targets.views import MatrixView, chunks
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NO_SPLIT: Mapping[str, int] = MappingProxyType({})
+
+
+class Masked(Protocol):
+    """Anything with masks: the parameter's qualified name → a boolean tensor of its shape, True = active."""
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
