@@ -1,4 +1,4 @@
-"""What the benchmarks of the engine share: times of actions in turn, the machine, options, and files of results."""
+"""What the benchmarks share: clocks, actions that take turns, peak memory, options, results and a figure of bars."""
 
 import argparse
 import resource
@@ -6,49 +6,90 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from dstlib.command_line import make_parser
 from dstlib.engine import info
-from dstlib.files import make_folder, write_json, write_whole
+from dstlib.files import make_folder, write_json
+from dstlib.plot import drawn
 from dstlib.workers import share
-from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
 
-Action = Callable[[], object]
-FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last_3d}  # where the channels lie in memory
-PLAIN = tuple(FORMATS)
+Action = Callable[[], Any]
+Name = TypeVar("Name")
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A fusion convolution."""
-
-    level: int
-    inputs: int
-    outputs: int
-    extent: tuple[int, int, int]
-
-    def __str__(self) -> str:
-        return f"{self.inputs}→{self.outputs}, {'×'.join(map(str, self.extent))}"
+def wall(action: Action) -> float:
+    """Milliseconds until all that the action started is done, on a GPU too."""
+    _synchronize()
+    start = time.perf_counter()
+    action()
+    _synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
-def layers(size: int) -> list[Layer]:
-    """The first convolution of each level's fusion node."""
-    extent, found = (size, size, size), []
-    for level, width in enumerate(AMOS.channels[:-1], 1):
-        finer = AMOS.channels[level - 2] if level > 1 else 0
-        found.append(Layer(level, 2 * width + finer, width, extent))
-        depth, height, columns = (e // s for e, s in zip(extent, AMOS.strides[level - 1], strict=True))
-        extent = (depth, height, columns)
-    return found
+def cpu(action: Action) -> float:
+    """Milliseconds of this process on the CPU, which programs beside it lengthen less."""
+    start = time.process_time()
+    action()
+    return 1e3 * (time.process_time() - start)
+
+
+def gpu(action: Action) -> float:
+    """Milliseconds by the GPU's own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def own(action: Action) -> Any:
+    """What the action returns: it times itself."""
+    return action()
+
+
+def times(
+    actions: Mapping[Name, Action], rounds: int, *, clock: Callable[[Action], Any] = wall, warm_up: int = 1
+) -> dict[Name, list[Any]]:
+    """What each action took in each round, taking turns so that what else the machine does falls on all alike.
+
+    >>> {name: len(taken) for name, taken in times({"nothing": lambda: None}, 3).items()}
+    {'nothing': 3}
+    """
+    taken = [{name: clock(action) for name, action in actions.items()} for _ in range(warm_up + rounds)]
+    return {name: [each[name] for each in taken[warm_up:]] for name in actions}
+
+
+def medians(
+    actions: Mapping[Name, Action], rounds: int, *, clock: Callable[[Action], float] = wall, warm_up: int = 1
+) -> dict[Name, float]:
+    """The median of what each action took, as :func:`times` has it."""
+    return {name: median(each) for name, each in times(actions, rounds, clock=clock, warm_up=warm_up).items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def recorded(action: Action) -> Action:
+    """The same work as one CUDA graph, which costs no Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            action()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    return graph.replay
 
 
 def peak_memory(build: Callable[..., Action], *arguments: object) -> float:
@@ -71,84 +112,77 @@ def _peak(build: Callable[..., Action], arguments: Sequence[object], *, threads:
     return used / 2**20 if sys.platform == "darwin" else used / 2**10
 
 
-def medians(actions: Mapping[str, Action], repeats: int) -> dict[str, float]:
-    """Milliseconds of each action, taking turns so that what else the machine does falls on all; the first warms up.
-
-    >>> list(medians({"nothing": lambda: None}, repeats=1))
-    ['nothing']
-    """
-    taken: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats + 1):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(times[1:]) for name, times in taken.items()}
-
-
-def config(size: int) -> E2ENetConfig:
-    """The paper's network for AMOS; at 32³ it halves no depth at first, lest the coarsest level be a single voxel."""
-    first = (1, 2, 2) if size <= 32 else (2, 2, 2)
-    return E2ENetConfig(strides=(first, *((2, 2, 2),) * 4))
-
-
-def e2enet(size: int) -> E2ENet:
-    """The same start each time."""
-    torch.manual_seed(0)
-    return E2ENet(config(size))
-
-
-def in_format(model: nn.Module, x: Tensor, name: str) -> tuple[nn.Module, Tensor]:
-    """A model, itself changed, and its input with the channels first or last in memory."""
-    return model.to(memory_format=FORMATS[name]), x.to(memory_format=FORMATS[name])
-
-
 def progress(text: str) -> None:
     """A line for who waits, apart from the results."""
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
-def command_line(description: str | None) -> argparse.ArgumentParser:
-    """The options that all of the benchmarks have."""
-    lines = make_parser(description)
-    default = " (default: %(default)s)"
-    lines.add_argument("--repeats", type=int, default=7, help="rounds of which the medians are taken" + default)
-    lines.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads" + default)
+def needs_gpu() -> None:
+    """Ends the program where there is none."""
+    if not torch.cuda.is_available():
+        sys.exit("This benchmark needs a CUDA GPU, and torch sees none.")
+    torch.backends.cudnn.benchmark = True
+
+
+def command_line(
+    description: str | None, *, repeats: int = 7, flag: str = "--repeats", threads: int | None = None
+) -> argparse.ArgumentParser:
+    """The options of a benchmark that writes its results."""
+    lines, default = make_parser(description), " (default: %(default)s)"
+    lines.add_argument(
+        flag,
+        dest="repeats",
+        type=int,
+        metavar="N",
+        default=repeats,
+        help="rounds of which the medians are taken" + default,
+    )
+    threads = threads or torch.get_num_threads()
+    lines.add_argument("--threads", type=int, default=threads, help="CPU threads" + default)
     lines.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results" + default)
     return lines
 
 
-def begin(lines: argparse.ArgumentParser) -> argparse.Namespace:
+def begin(lines: argparse.ArgumentParser, *, on_gpu: bool = False) -> argparse.Namespace:
     """The options as given, after what is measured on has been printed."""
     options = lines.parse_args()
+    if on_gpu:
+        needs_gpu()
     make_folder(options.out)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"{info()}\ntorch {torch.__version__}, float32, medians of {options.repeats}")
+    print(f"{machine(on_gpu=on_gpu)}, medians of {options.repeats}")
     return options
 
 
-def write(options: argparse.Namespace, name: str, results: Sequence[Mapping[str, Any]]) -> None:
-    """``name``.json in the folder of the results."""
-    machine = {"engine": str(info()), "torch": torch.__version__, "repeats": options.repeats}
-    write_json(options.out / f"{name}.json", {"machine": machine, "results": list(results)})
-    print(f"written: {name}.json and {name}.png in {options.out}")
+def machine(*, on_gpu: bool = False) -> str:
+    """What is measured on, as a line or two of text."""
+    return f"{torch.cuda.get_device_name() if on_gpu else info()}\ntorch {torch.__version__}"
 
 
-def bars(path: Path, groups: Mapping[str, Mapping[str, float]], label: str) -> None:
-    """A figure: a bar for each number, side by side in groups, and a line at 1."""
-    from matplotlib.figure import Figure  # the benchmarks run without, up to here
+def write(
+    path: Path, options: argparse.Namespace, results: Sequence[Mapping[str, Any]], *, on_gpu: bool = False
+) -> None:
+    """A file of results: the machine, the options and the rows."""
+    settings = {name: str(value) for name, value in vars(options).items()}
+    content = {"machine": machine(on_gpu=on_gpu), "settings": settings, "results": list(results)}
+    write_json(path, content)
+    print(f"written: {path}")
 
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    width = 0.8 / len(names)
-    drawn = Figure(figsize=(2 + 1.6 * len(groups), 3.4), layout="constrained")
-    axes = drawn.subplots()
-    for i, name in enumerate(names):
-        heights = [(j, group[name]) for j, group in enumerate(groups.values()) if name in group]
-        axes.bar([j - 0.4 + (i + 0.5) * width for j, _ in heights], [h for _, h in heights], width, label=name)
-    axes.axhline(1, color="#555555", linewidth=0.8)
-    axes.set(ylabel=label, xticks=range(len(groups)), xticklabels=list(groups))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
-    drawn.savefig(image := BytesIO(), format="png", dpi=150)
-    write_whole(path, image.getbuffer())
+
+def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> None:
+    """A figure: title of a panel → group → name of a bar → its height, with a line at 1."""
+    most = max(len(groups) for groups in panels.values())
+    with drawn(path, size=((2 + 1.6 * most) * len(panels), 3.4)) as figure:
+        for axes, (title, groups) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            names = list(dict.fromkeys(name for group in groups.values() for name in group))
+            width = 0.8 / len(names)
+            for i, name in enumerate(names):
+                heights = [(j, group[name]) for j, group in enumerate(groups.values()) if name in group]
+                axes.bar([j - 0.4 + (i + 0.5) * width for j, _ in heights], [h for _, h in heights], width, label=name)
+            axes.axhline(1, color="#555555", linewidth=0.8)
+            axes.set(title=title, ylabel=label, xticks=range(len(groups)), xticklabels=list(groups))
+        axes.legend(fontsize=7)
+    print(f"written: {path}")

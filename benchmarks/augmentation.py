@@ -8,13 +8,15 @@ in the paper, then all of them at once, which is the worst that a draw can be. M
 it turns the patch that was cut, so its corners show padding, and it interpolates low resolution linearly.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
+from itertools import count
 
 import monai
 import numpy as np
 import torch
+from _measure import cpu, times
 from monai import transforms as mt
 
 from dstlib.command_line import make_parser
@@ -82,17 +84,12 @@ def monais(case: Case, size: int, a: Augmentation) -> Draw:
 
 def compare(title: str, draws: dict[str, Draw], num_samples: int) -> None:
     """Draws the samples of each in turn, and prints a table of their seconds."""
-    times: dict[str, list[float]] = {name: [] for name in draws}
-    for i in range(-2, num_samples):
-        for name, draw in draws.items():
-            start = time.process_time()
-            draw(i + 2)
-            if i >= 0:  # the first two warm up
-                times[name].append(time.process_time() - start)
+    numbered = {name: partial(lambda draw, numbers: draw(next(numbers)), draw, count()) for name, draw in draws.items()}
+    taken = {name: np.divide(ms, 1e3) for name, ms in times(numbered, num_samples, clock=cpu, warm_up=2).items()}
     print(f"\n{title}, CPU seconds per sample over {num_samples}")
     print(f"{'':8}{'median':>9}{'mean':>9}{'p90':>9}{'max':>9}{'mean ratio':>12}")
-    least = np.mean(times["dstlib"])
-    for name, seconds in times.items():
+    least = np.mean(taken["dstlib"])
+    for name, seconds in taken.items():
         row = (np.median(seconds), np.mean(seconds), np.quantile(seconds, 0.9), np.max(seconds))
         print(f"{name:8}" + "".join(f"{value:9.3f}" for value in row) + f"{np.mean(seconds) / least:12.2f}")
 

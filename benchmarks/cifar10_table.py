@@ -1,6 +1,5 @@
 """What a grid of benchmarks/cifar10.py came to: cells, means with standard errors, a table and a figure."""
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,9 +7,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from cifar10_training import Settings, write_whole
+from cifar10_training import Settings
 
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import StateError
+from dstlib.plot import drawn
 from dstlib.report import align
 
 INTERVAL_95 = {2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8, 6: 2.6, 7: 2.4, 8: 2.4, 9: 2.3, 10: 2.3}  # Student's t by seeds
@@ -148,14 +148,11 @@ def figure(results: Mapping[Cell, Result], methods: Sequence[str], sparsities: S
     Raises:
         SettingError: matplotlib is not installed, or does not know the format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "pip install 'dstlib[viz]', or leave --figure out."
-        allowed = "matplotlib installed"
-        raise SettingError.of("--figure", "the benchmark", allowed=allowed, given=error, remedy=remedy) from error
-    drawing = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = drawing.subplots()
+    with drawn(path, size=(6.4, 4.2)) as drawing:
+        _draw(drawing.subplots(), results, methods, sparsities)
+
+
+def _draw(axes: Any, results: Mapping[Cell, Result], methods: Sequence[str], sparsities: Sequence[float]) -> None:
     for number, method in enumerate(methods):
         held = [(s, by_seed(results, method, s)) for s in sparsities]
         points = [(i, spread([r["accuracy"] for r in runs.values()])) for i, (_, runs) in enumerate(held) if runs]
@@ -167,16 +164,4 @@ def figure(results: Mapping[Cell, Result], methods: Sequence[str], sparsities: S
     axes.set_xticks(range(len(sparsities)), [f"{s:.0%}" for s in sparsities])
     axes.set(xlabel="sparsity", ylabel="test accuracy, %")
     axes.set_title("Mean and standard error over seeds", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    _write_figure(drawing, path)
-
-
-def _write_figure(drawing: Any, path: Path) -> None:
-    buffer, kind = io.BytesIO(), path.suffix.lstrip(".") or "png"
-    try:
-        drawing.savefig(buffer, format=kind, dpi=150)
-    except ValueError as error:
-        allowed, remedy = "a name that ends in .png, .pdf or .svg", "Rename it."
-        raise SettingError.of("--figure", str(path), allowed=allowed, given=kind, remedy=remedy) from error
-    write_whole(path, buffer.getvalue())
+    axes.legend()

@@ -18,7 +18,8 @@ network that is not in training. Medians over rounds in which every row takes it
 from dataclasses import asdict, dataclass
 
 import torch
-from _measure import FORMATS, Action, Layer, bars, begin, command_line, layers, medians, progress, write
+from _e2enet import FORMATS, Layer, layers
+from _measure import Action, bars, begin, command_line, medians, progress, write
 from torch import Tensor
 from torch.nn.functional import conv3d
 
@@ -77,8 +78,8 @@ def main() -> None:
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         groups.setdefault(f"level {row.layer.level}", {})[f"sparsity {row.sparsity:g}"] = row.speedup
-    bars(options.out / "conv.png", groups, "× oneDNN dense")
-    write(options, "conv", [{**asdict(row), "speedup": row.speedup} for row in rows])
+    bars(options.out / "conv.png", {"": groups}, "× oneDNN dense")
+    write(options.out / "conv.json", options, [{**asdict(row), "speedup": row.speedup} for row in rows])
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def measure(layer: Layer, sparsities: list[float], repeats: int) -> list[Row]:
     weight = torch.randn(layer.outputs, layer.inputs, 1, 3, 3) / (9 * layer.inputs) ** 0.5
     bias = torch.randn(layer.outputs)
     dense = {name: in_memory(x, weight, bias, memory) for name, memory in FORMATS.items()}
-    masks = {f"{s:g}": random_mask(layer, s) for s in sparsities}
+    masks = {f"{s:g}": layer.mask(s)[:, :, None, None, None] for s in sparsities}
     ours = {name: on_engine(x, weight, bias, mask) for name, mask in masks.items()}
     errors = {name: error(action(), x, weight * masks[name], bias) for name, action in ours.items()}
     times = medians({**dense, **ours}, repeats)
@@ -112,14 +113,6 @@ def on_engine(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Action:
     geometry = Geometry(channels // -(-len(channels) // len(SHIFTS)) - 1)  # the shift of each: SHIFTS, by thirds
     source = FeatureMap(to_depth_last(x))
     return torch.no_grad()(lambda: conv([source], weights, geometry).raw)
-
-
-def random_mask(layer: Layer, sparsity: float) -> Tensor:
-    """So many connections, at random: (O, C, 1, 1, 1)."""
-    total = layer.outputs * layer.inputs
-    mask = torch.zeros(total, dtype=torch.bool)
-    mask[torch.randperm(total)[: round(total * (1 - sparsity))]] = True
-    return mask.reshape(layer.outputs, layer.inputs, 1, 1, 1)
 
 
 def error(got: object, x: Tensor, weight: Tensor, bias: Tensor) -> float:

@@ -23,30 +23,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _measure import (
-    FORMATS,
-    Action,
-    bars,
-    begin,
-    command_line,
-    config,
-    e2enet,
-    in_format,
-    medians,
-    peak_memory,
-    progress,
-    write,
-)
+from _e2enet import FORMATS, e2enet, in_format, nnunet, supervise
+from _measure import Action, bars, begin, command_line, medians, peak_memory, progress, write
 from torch import Tensor, nn
 
 import dstlib
 from dstlib.engine import Decisions, accelerate
 from dstlib.report import align
 from dstlib.zoo.e2enet import E2ENet
-from dstlib.zoo.e2enet.baselines import build_model
 
 HEADER = ("image", "network", "× dense", "× nnU-Net", "ms", "peak memory, MiB")
-NUM_CLASSES = 15
 Result = dict[str, Any]
 
 
@@ -66,8 +52,8 @@ def main() -> None:
     groups: dict[str, dict[str, float]] = {}
     for row in results:
         groups.setdefault(f"{row['size']}³", {})[row["network"]] = row["over_dense"]
-    bars(options.out / "e2enet_inference.png", groups, "× dense E2ENet")
-    write(options, "e2enet_inference", results)
+    bars(options.out / "e2enet_inference.png", {"": groups}, "× dense E2ENet")
+    write(options.out / "e2enet_inference.json", options, results)
 
 
 @torch.no_grad()
@@ -77,8 +63,8 @@ def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> l
     actions: dict[str, Action] = {}
     decisions: dict[str, Decisions] = {}
     for name in FORMATS:
-        actions[f"E2ENet, channels {name}"] = run(*in_format(dense(size), x, name))
-        actions[f"nnU-Net, channels {name}"] = run(*in_format(nnunet(size), x, name))
+        actions[f"E2ENet, channels {name}"] = run(*in_format(plain(e2enet, size), x, name))
+        actions[f"nnU-Net, channels {name}"] = run(*in_format(plain(nnunet, size), x, name))
     for sparsity in sparsities:
         name = f"E2ENet, engine, sparsity {sparsity:g}"
         progress(f"{size}³: deciding on the layers at sparsity {sparsity:g}")
@@ -107,28 +93,15 @@ def run(model: nn.Module, x: Tensor) -> Action:
     return torch.no_grad()(lambda: model(x))
 
 
-def dense(size: int) -> E2ENet:
-    """E2ENet as it is."""
-    model = e2enet(size).eval()
-    model.deep_supervision = False
-    return model
+def plain(build: Callable[[int], nn.Module], size: int) -> nn.Module:
+    """A network as it is, with the finest head alone."""
+    return supervise(build(size).eval(), False)
 
 
-def sparse(size: int, sparsity: float) -> E2ENet:
+def sparse(size: int, sparsity: float) -> nn.Module:
     """E2ENet with zeros outside the first masks of DSFF."""
-    model = dense(size)
+    model = plain(e2enet, size)
     dstlib.sparsify(model, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=10_000)
-    return model
-
-
-def nnunet(size: int) -> nn.Module:
-    """The plain U-Net of nnU-Net, of the same strides."""
-    torch.manual_seed(0)
-    patch = (size, size, size)
-    model = build_model("nnunet", in_channels=1, num_classes=NUM_CLASSES, patch_size=patch, config=config(size)).eval()
-    model.host.decoder.deep_supervision = False
-    model.read = lambda logits: (logits,)
-    model.deep_supervision = False
     return model
 
 
@@ -151,8 +124,7 @@ def alone(name: str, size: int, decisions: Decisions | None) -> Action:
     x, word = torch.randn(1, 1, size, size, size), name.split()[-1]
     if decisions is not None:
         return run(accelerate(sparse(size, float(word)), x, decisions=decisions), x)
-    build: Callable[[int], nn.Module] = dense if name.startswith("E2ENet") else nnunet
-    return run(*in_format(build(size), x, word))
+    return run(*in_format(plain(e2enet if name.startswith("E2ENet") else nnunet, size), x, word))
 
 
 def cells(row: Result) -> tuple[str, ...]:

@@ -22,8 +22,6 @@ outputs and gradients are compared with dense ones; "error" is the largest diffe
 """
 
 import argparse
-import io
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,14 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu import medians, needs_gpu, recorded
-from _measure import Action, Layer, layers
+from _e2enet import Layer, layers
+from _measure import Action, bars, gpu, machine, medians, needs_gpu, progress, recorded, write
 from torch import Tensor
 from torch.nn.functional import conv2d, conv3d
 
 from dstlib.command_line import make_parser
 from dstlib.engine.gpu import Blocks, Launch, block_conv
-from dstlib.files import write_json, write_whole
 from dstlib.layers import shift
 from dstlib.report import align
 
@@ -106,16 +103,6 @@ class Tensors:
         return torch.autograd.grad(y, (self.x, self.weight), self.grad)
 
 
-def random_mask(layer: Layer, unit: tuple[int, int], sparsity: float, device: str) -> Tensor:
-    """Connections (outputs, inputs): so many units of the pattern, at random."""
-    shape = (-(-layer.outputs // unit[0]), -(-layer.inputs // unit[1]))
-    total = shape[0] * shape[1]
-    mask = torch.zeros(total, dtype=torch.bool)
-    mask[torch.randperm(total, generator=torch.Generator().manual_seed(0))[: round(total * (1 - sparsity))]] = True
-    whole = mask.reshape(shape).repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1)
-    return whole[: layer.outputs, : layer.inputs].to(device)
-
-
 def checked_error(tensors: Tensors, blocks: Blocks) -> float:
     """Of output and gradients. Their graphs end here: steps cannot be recorded while one of this stream lives."""
     got, wanted = tensors.blocks(blocks), tensors.dense(blocks.cover, shifted=True)
@@ -137,7 +124,7 @@ def measure(layer: Layer, sparsity: float, options: argparse.Namespace) -> list[
         actions[name, "forward"] = torch.no_grad()(form)
         actions[name, "step"] = lambda form=form: tensors.step(form())
     for pattern, (unit, size) in PATTERNS.items():
-        mask = random_mask(layer, unit, sparsity, options.device)
+        mask = layer.mask(sparsity, unit=unit).to(options.device)
         blocks = Blocks.of(mask, size)
         errors[pattern] = checked_error(tensors, blocks)
         cut = cuts[pattern] = tuned(tensors, blocks, options.rounds) if options.tune else None
@@ -146,7 +133,7 @@ def measure(layer: Layer, sparsity: float, options: argparse.Namespace) -> list[
         actions[pattern, "step"] = lambda run=run: tensors.step(run())
     if not options.single:
         actions = {name: recorded(action) for name, action in actions.items()}
-    times = medians(actions, options.rounds)
+    times = medians(actions, options.rounds, clock=gpu, warm_up=3)
     needed = 2 * 9 * layer.inputs * layer.outputs * prod(layer.extent) * (1 - sparsity)
     rows = []
     for pattern, passes in product(PATTERNS, ("forward", "step")):
@@ -159,7 +146,8 @@ def measure(layer: Layer, sparsity: float, options: argparse.Namespace) -> list[
 
 def tuned(tensors: Tensors, blocks: Blocks, rounds: int) -> Launch:
     """The fastest cut of a whole step."""
-    times = medians({c: lambda c=c: tensors.step(tensors.blocks(blocks, c)) for c in CUTS}, rounds)
+    steps = {c: lambda c=c: tensors.step(tensors.blocks(blocks, c)) for c in CUTS}
+    times = medians(steps, rounds, clock=gpu, warm_up=3)
     return min(times, key=times.__getitem__)
 
 
@@ -167,7 +155,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """A line of the table."""
     return (
         str(row.layer.level),
-        f"{row.layer.inputs}→{row.layer.outputs}, {'×'.join(map(str, row.layer.extent))}",
+        str(row.layer),
         f"{row.sparsity:g}",
         row.pattern,
         row.passes,
@@ -180,25 +168,13 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def draw(rows: Sequence[Row], title: str, suffix: str) -> bytes:
+def panels(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """How many times faster than dense each layer is, a panel for each pass and sparsity."""
-    from matplotlib.figure import Figure
-
-    panels = list(dict.fromkeys((row.passes, row.sparsity) for row in rows))
-    drawing = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
-    for axes, (passes, sparsity) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        shown = [row for row in rows if (row.passes, row.sparsity) == (passes, sparsity)]
-        for number, pattern in enumerate(PATTERNS):
-            bars = [(r.layer.level + 0.17 * (number - 2), r.dense / r.time) for r in shown if r.pattern == pattern]
-            axes.bar(*zip(*bars, strict=True), width=0.15, label=pattern)
-        axes.axhline(1, color="#222222", linewidth=0.8)
-        axes.axhline(1 / (1 - sparsity), color="#999999", linestyle="--", linewidth=0.8)  # the products saved
-        axes.set(title=f"{passes}, {sparsity:.0%} sparse", xlabel="level", ylabel="× dense", xticks=range(1, 6))
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    drawing.suptitle(title)
-    drawing.savefig(file := io.BytesIO(), format=suffix)
-    return file.getvalue()
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        title = f"{row.passes}, {row.sparsity:.0%} sparse: products / {1 / (1 - row.sparsity):.3g}"
+        found.setdefault(title, {}).setdefault(f"level {row.layer.level}", {})[row.pattern] = row.dense / row.time
+    return found
 
 
 def main() -> None:
@@ -220,13 +196,13 @@ def main() -> None:
     chosen = [layer for layer in layers(options.size) if layer.level in options.levels]
     for layer, sparsity in product(chosen, options.sparsity):
         rows += measure(layer, sparsity, options)
-        print(f"level {layer.level}, {sparsity:.0%} done", file=sys.stderr)
-    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, medians of {options.rounds}"
-    print("\n".join([*align([HEADER, *map(cells, rows)], left=(1, 3, 4)), where]))
+        progress(f"level {layer.level}, {sparsity:.0%} done")
+    print("\n".join(align([HEADER, *map(cells, rows)], left=(1, 3, 4))))
+    print(f"{machine(on_gpu=True)}, {options.dtype}, medians of {options.rounds}")
     if options.json:
-        write_json(options.json, {"where": where, "rows": [asdict(row) for row in rows]})
+        write(options.json, options, [asdict(row) for row in rows], on_gpu=True)
     if options.figure:
-        write_whole(options.figure, draw(rows, where, options.figure.suffix[1:] or "png"))
+        bars(options.figure, panels(rows), "× dense")
 
 
 if __name__ == "__main__":

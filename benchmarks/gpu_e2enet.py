@@ -22,15 +22,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _gpu import medians, needs_gpu, recorded
-from _measure import PLAIN, Action, bars, command_line, config, e2enet, in_format, progress, write
+from _e2enet import FORMATS, e2enet, in_format, nnunet, supervise
+from _measure import Action, bars, begin, command_line, gpu, medians, progress, recorded, write
 from torch import Tensor, nn
 
 import dstlib
-from dstlib.files import make_folder
 from dstlib.report import align
 from dstlib.zoo.e2enet import E2ENet
-from dstlib.zoo.e2enet.baselines import build_model
 
 PASSES = ("forward", "forward graph", "step", "step graph")
 HEADER = ("image", "network", *(f"{what}: × plain" for what in PASSES), *(f"{what}: × nnU-Net" for what in PASSES))
@@ -45,19 +43,15 @@ def main() -> None:
     lines.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9], help=default.strip())
     lines.add_argument("--dtype", choices=DTYPES, default="bfloat16", help=default.strip())
     lines.add_argument("--without-nnunet", action="store_true", help="leave nnU-Net out, and what it needs")
-    options = lines.parse_args()
-    needs_gpu()
-    make_folder(options.out)
+    options = begin(lines, on_gpu=True)
     warnings.simplefilter("ignore")  # DSFF would know for how long it trains: not at all
     results = [row for size in options.sizes for row in measure(size, options)]
     print("\n".join(align([(*HEADER, *PASSES, "GiB"), *map(cells, results)], left=(0, 1))))
-    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, medians of {options.repeats}"
-    print(where)
     groups = {
         what: {r["network"]: r["over_plain"][what] for r in results if r["size"] == options.sizes[0]} for what in PASSES
     }
-    bars(options.out / "gpu_e2enet.png", groups, f"× plain E2ENet, {options.sizes[0]}³")
-    write(options, "gpu_e2enet", [{"where": where, **row} for row in results])
+    bars(options.out / "gpu_e2enet.png", {f"{options.sizes[0]}³, {options.dtype}": groups}, "× plain E2ENet")
+    write(options.out / "gpu_e2enet.json", options, results, on_gpu=True)
 
 
 def measure(size: int, options: Any) -> list[Result]:
@@ -68,8 +62,11 @@ def measure(size: int, options: Any) -> list[Result]:
     for name, model, image in networks(size, x, dtype, options):
         progress(f"{size}³: {name}")
         forward, step = passes(model, image, dtype)
-        times[name] = medians({"forward": forward, "step": step}, options.repeats)
-        times[name] |= medians({"forward graph": recorded(forward), "step graph": recorded(step)}, options.repeats)
+        for actions in (
+            {"forward": forward, "step": step},
+            {"forward graph": recorded(forward), "step graph": recorded(step)},
+        ):
+            times.setdefault(name, {}).update(medians(actions, options.repeats, clock=gpu, warm_up=3))
         torch.cuda.reset_peak_memory_stats()
         step()
         memory[name] = torch.cuda.max_memory_allocated() / 2**30
@@ -88,7 +85,7 @@ def measure(size: int, options: Any) -> list[Result]:
 
 def networks(size: int, x: Tensor, dtype: torch.dtype, options: Any) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Each network with the image in its layout, one after the other: together they would not fit."""
-    for layout in PLAIN:
+    for layout in FORMATS:
         yield f"plain, channels {layout}", *in_format(e2enet(size).cuda(), x, layout)
         if not options.without_nnunet:
             yield f"nnU-Net, channels {layout}", *in_format(nnunet(size).cuda(), x, layout)
@@ -105,20 +102,6 @@ def networks(size: int, x: Tensor, dtype: torch.dtype, options: Any) -> Iterator
             with torch.autocast("cuda", dtype):
                 fast = sparsifier.accelerate(model, x)
             yield f"accelerated, {kind}, s = {sparsity:g}", fast, x
-
-
-def nnunet(size: int) -> nn.Module:
-    """The plain U-Net of nnU-Net, of the same strides."""
-    torch.manual_seed(0)
-    return build_model("nnunet", in_channels=1, num_classes=15, patch_size=(size,) * 3, config=config(size))
-
-
-def supervise(model: nn.Module, on: bool) -> None:
-    """All heads, or the finest alone."""
-    model.deep_supervision = on  # type: ignore[assignment]
-    if not isinstance(model, E2ENet):  # nnU-Net leaves out coarser heads by itself
-        model.host.decoder.deep_supervision = on  # type: ignore[union-attr]
-        model.read = (lambda logits: tuple(logits)) if on else (lambda logits: (logits,))  # type: ignore[assignment]
 
 
 def passes(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Action, Action]:

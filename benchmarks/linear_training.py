@@ -12,18 +12,18 @@ machine does falls on all; the first block warms up. Seconds are sums over the o
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from _measure import machine, times, write
 from torch import Tensor, nn
 
 import dstlib
-from dstlib.engine import info
-from dstlib.files import make_folder, write_json
+from dstlib.command_line import make_parser
+from dstlib.files import make_folder
 from dstlib.report import align
 
 NUM_FEATURES, NUM_CLASSES = 256, 10
@@ -50,14 +50,9 @@ def main() -> None:
         "masked": trainer(copy.deepcopy(plain), total, options, sparse=True, fast=False),
         "accelerated": trainer(copy.deepcopy(plain), total, options, sparse=True, fast=True),
     }
-    seconds = dict.fromkeys(steps, 0.0)
-    for block in range(options.blocks):
-        data = [draw() for _ in range(options.block)]
-        for name, (step, _) in steps.items():
-            began = time.perf_counter()
-            for x, label in data:
-                step(x, label)
-            seconds[name] += (time.perf_counter() - began) * (block > 0)
+    blocks = [[draw() for _ in range(options.block)] for _ in range(options.blocks)]
+    actions = {name: by_blocks(step, blocks) for name, (step, _) in steps.items()}
+    seconds = {name: sum(taken) / 1e3 for name, taken in times(actions, options.blocks - 1).items()}
     test = [draw() for _ in range(8)]
     losses = {name: evaluate(network, test) for name, (_, network) in steps.items()}
     count = options.block * (options.blocks - 1)
@@ -68,9 +63,8 @@ def main() -> None:
             (name, f"{seconds[name]:.1f}", f"{1e3 * seconds[name] / count:.2f}", f"{speedup:.2f}", losses[name])
         )
     print("\n".join(align(rows, left=(0,))))
-    print(f"{info()}; torch {torch.__version__}; {count} steps timed")
-    settings = {name: str(value) for name, value in vars(options).items()}
-    write_json(options.out / "linear_training.json", {"machine": str(info()), "settings": settings, "seconds": seconds})
+    print(f"{machine()}; {count} steps timed")
+    write(options.out / "linear_training.json", options, [seconds])
 
 
 def trainer(
@@ -97,6 +91,17 @@ def trainer(
     return step, running
 
 
+def by_blocks(step: Callable[[Tensor, Tensor], None], blocks: list[list[tuple[Tensor, Tensor]]]) -> Callable[[], None]:
+    """An action that trains on the next block each time."""
+    remaining = iter(blocks)
+
+    def action() -> None:
+        for x, label in next(remaining):
+            step(x, label)
+
+    return action
+
+
 def batches(teacher: nn.Module, size: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """Draws random points and the teacher's classes of them."""
 
@@ -116,7 +121,7 @@ def evaluate(network: nn.Module, data: list[tuple[Tensor, Tensor]]) -> str:
 
 
 def command_line() -> argparse.ArgumentParser:
-    lines = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = make_parser(__doc__)
     default = "(default: %(default)s)"
     lines.add_argument("--width", type=int, default=1024, help=f"outputs of each hidden layer {default}")
     lines.add_argument("--depth", type=int, default=4, help=f"hidden layers {default}")

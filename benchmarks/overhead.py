@@ -8,12 +8,11 @@ torch.nn.utils.parametrize; and the memory that masks and updates take.
 """
 
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from _measure import medians
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -75,28 +74,6 @@ def peak_bytes(action: Callable[[], object]) -> int:
     return max(itertools.accumulate(size for _, size in changes), default=0)
 
 
-def timed(action: Callable[[], object]) -> Callable[[], float]:
-    """The action, returning its seconds."""
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        action()
-        return time.perf_counter() - start
-
-    return seconds
-
-
-def interleaved(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median of what each action returns; one of each in turn, so that a drifting machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for action in actions.values():
-        action()
-    for _ in range(repeats):
-        for name, action in actions.items():
-            times[name].append(action())
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
 def fill_gradients(model: nn.Module) -> None:
     """Gradients as a dense backward pass leaves them."""
     generator = torch.Generator().manual_seed(1)
@@ -119,17 +96,17 @@ def step_costs(repeats: int) -> None:
     optimizers[1].step()
     update_peak = peak_bytes(optimizers[1].step)
     fill_gradients(sparse)
-    update = interleaved({"update": timed(lambda: (fill_gradients(sparse), optimizers[1].step()))}, 3)["update"]
-    update -= interleaved({"fill": timed(lambda: fill_gradients(sparse))}, 3)["fill"]
+    update = medians({"update": lambda: (fill_gradients(sparse), optimizers[1].step())}, 3)["update"]
+    update -= medians({"fill": lambda: fill_gradients(sparse)}, 3)["fill"]
     sparsifier.freeze()
     step_peak = peak_bytes(optimizers[1].step)
-    times = interleaved({"bare": timed(optimizers[0].step), "sparse": timed(optimizers[1].step)}, repeats)
+    times = medians({"bare": optimizers[0].step, "sparse": optimizers[1].step}, repeats)
     extra = times["sparse"] - times["bare"]
     print(f"{num_weights:,} sparse weights, sparsity 0.9, SGD with momentum and weight decay")
-    print(f"bare optimizer step        {1e3 * times['bare']:8.1f} ms")
-    print(f"step under the controller  {1e3 * times['sparse']:8.1f} ms")
-    print(f"  of it the controller     {1e3 * extra:8.1f} ms   {extra / times['bare']:.2f} × the bare step")
-    print(f"step with a mask update    {1e3 * update:8.1f} ms   RigL, all {len(sparsifier.masks)} tensors")
+    print(f"bare optimizer step        {times['bare']:8.1f} ms")
+    print(f"step under the controller  {times['sparse']:8.1f} ms")
+    print(f"  of it the controller     {extra:8.1f} ms   {extra / times['bare']:.2f} × the bare step")
+    print(f"step with a mask update    {update:8.1f} ms   RigL, all {len(sparsifier.masks)} tensors")
     sizes = {
         "masks": (mask_bytes, f"{mask_bytes / num_weights:.2f} bytes per sparse weight"),
         "transient, ordinary step": (step_peak, "one copy of the largest tensor is SGD's own"),
@@ -149,10 +126,10 @@ def pass_costs(repeats: int) -> None:
         parametrize.register_parametrization(parametrized.get_submodule(owner), key, Masked(mask))
     x = torch.randn(8, 3, 96, 96)
     models = {"dense": dense, "masked in place (ours)": in_place, "torch parametrize": parametrized}
-    times = interleaved({name: timed(lambda m=m: m(x).sum().backward()) for name, m in models.items()}, repeats)
+    times = medians({name: lambda m=m: m(x).sum().backward() for name, m in models.items()}, repeats)
     print("forward and backward, batch 8 of 96²")
-    for name, seconds in times.items():
-        print(f"  {name:24} {1e3 * seconds:8.1f} ms   {seconds / times['dense']:.2f} × dense")
+    for name, taken in times.items():
+        print(f"  {name:24} {taken:8.1f} ms   {taken / times['dense']:.2f} × dense")
 
 
 def main() -> None:

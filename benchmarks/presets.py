@@ -8,11 +8,11 @@ CPU seconds of one thread, which programs beside it lengthen less than those of 
 Gradients are random and the same for all; forward and backward passes are not run, as they are the same for all.
 """
 
-import time
 from dataclasses import replace
 
 import torch
-from overhead import fill_gradients, interleaved, resnet50
+from _measure import cpu, medians, own
+from overhead import fill_gradients, resnet50
 
 import dstlib
 from dstlib import NM, Method
@@ -41,24 +41,22 @@ class Prepared:
         self.step()  # makes the optimizer's state
 
     def step(self) -> float:
-        """CPU seconds of one optimizer step on fresh gradients."""
+        """CPU milliseconds of one optimizer step on fresh gradients."""
         fill_gradients(self.model)
-        start = time.process_time()
-        self.optimizer.step()
-        return time.process_time() - start
+        return cpu(self.optimizer.step)
 
 
 def measure(method: Method, repeats: int) -> tuple[float, float, float]:
-    """Seconds of a static step, of an ordinary step, and what an update adds to it."""
+    """Milliseconds of a static step, of an ordinary step, and what an update adds to it."""
     static = Prepared(replace(dstlib.STATIC, distribution=uniform), None)
     # an interval that never comes, so that traces are gathered and nothing else happens
     ordinary = Prepared(method, None if method.interval is None else 500)
-    times = interleaved({"static": static.step, "ordinary": ordinary.step}, repeats)
+    times = medians({"static": static.step, "ordinary": ordinary.step}, repeats, clock=own)
     if method.interval is None:
         return times["static"], times["ordinary"], 0.0
     del static, ordinary
     updating = Prepared(method, 1)
-    update = interleaved({"update": updating.step}, max(repeats // 2, 2))["update"]
+    update = medians({"update": updating.step}, max(repeats // 2, 2), clock=own)["update"]
     return times["static"], times["ordinary"], update - times["ordinary"]
 
 
@@ -75,7 +73,7 @@ def main() -> None:
         static, ordinary, update = measure(method, args.repeats)
         per_step = ordinary + (update / method.interval if method.interval else 0.0)
         print(
-            f"{name:14} {1e3 * static:8.1f} ms {1e3 * ordinary:11.1f} ms {ordinary / static:10.2f} {update:10.2f} s "
+            f"{name:14} {static:8.1f} ms {ordinary:11.1f} ms {ordinary / static:10.2f} {update / 1e3:10.2f} s "
             f"{method.interval or '–':>9} {per_step / static:13.2f}",
             flush=True,
         )

@@ -10,14 +10,13 @@ weights and optimizer states of all rows).
 """
 
 import argparse
-import time
 from dataclasses import replace
 from itertools import product
-from statistics import median
 
 import torch
+from _e2enet import config
+from _measure import medians, own, progress, wall
 from torch import nn
-from tqdm import trange
 
 from dstlib.command_line import make_parser
 from dstlib.report import align
@@ -33,22 +32,22 @@ NUM_CLASSES = 16
 
 def main() -> None:
     options = command_line().parse_args()
-    config = scaled(options.width)
+    channels = tuple(max(8, round(c * options.width / 48 / 8) * 8) for c in AMOS.channels)
+    architecture = replace(config(options.size), channels=channels)
     size = (options.size,) * 3
     rows = {}
     for name, precision, layout, compiled in product(NETWORKS, options.precision, (False, True), options.compile):
         execution = Execution(
             device=options.device, precision=precision, channels_last=layout, compile=compiled == "on"
         )
-        rows[name, precision, "last" if layout else "first", compiled] = Row(name, config, size, execution)
-    for i in trange(options.rounds + 2, desc="rounds"):
-        for row in rows.values():
-            row.run(keep=i >= 2)
-    dense = next(iter(rows.values())).seconds
+        rows[name, precision, "last" if layout else "first", compiled] = Row(name, architecture, size, execution)
+    progress("measuring")
+    times = medians({key: row.run for key, row in rows.items()}, options.rounds, clock=own, warm_up=2)
+    dense = next(iter(times.values()))
     cells = [("network", "precision", "channels", "compile", "ms", "× first row", "memory, GiB")]
     for key, row in rows.items():
         memory = f"{row.peak / 2**30:.2f}" if row.peak else "-"
-        cells.append((*key, f"{1000 * row.seconds:.0f}", f"{row.seconds / dense:.2f}", memory))
+        cells.append((*key, f"{times[key]:.0f}", f"{times[key] / dense:.2f}", memory))
     print("\n".join(align(cells, left=(0, 1, 2, 3))))
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"Batch of one patch of {options.size}³; {where}, torch {torch.__version__}; {options.rounds} rounds.")
@@ -57,33 +56,32 @@ def main() -> None:
 class Row:
     """A network in training, and what its iterations took."""
 
-    def __init__(self, name: str, config: E2ENetConfig, size: tuple[int, int, int], execution: Execution) -> None:
+    def __init__(self, name: str, architecture: E2ENetConfig, size: tuple[int, int, int], execution: Execution) -> None:
         kind, sparsity = NETWORKS[name]
         torch.manual_seed(0)
-        model = build_model(kind, in_channels=1, num_classes=NUM_CLASSES, patch_size=size, config=config)
+        model = build_model(kind, in_channels=1, num_classes=NUM_CLASSES, patch_size=size, config=architecture)
         settings = TrainSettings(epochs=1000, iterations=250, sparsity=sparsity)
         self.training: Training = start(model, settings, execution)
-        self.network = parallel(self.training)
         image = torch.randn(1, 1, *size, device=execution.device)
         self.image = image.contiguous(memory_format=torch.channels_last_3d) if execution.channels_last else image
+        self.network = parallel(self.training, self.image)
         self.label = torch.randint(0, NUM_CLASSES, (1, 1, *size), device=execution.device)
-        self.times: list[float] = []
         self.peak = 0
 
-    @property
-    def seconds(self) -> float:
-        return median(self.times)
+    def run(self) -> float:
+        """Milliseconds of one iteration; notes the most memory it took."""
+        if self.training.device.type != "cuda":
+            return wall(self.iterate)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        taken = wall(self.iterate)
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before)
+        return taken
 
-    def run(self, *, keep: bool) -> None:
-        """One iteration, timed to the end of what it started on the device."""
-        training, execution = self.training, self.training.execution
-        dtype = execution.autocast_dtype
-        on_gpu = training.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if on_gpu else 0
-        began = time.perf_counter()
+    def iterate(self) -> None:
+        """One iteration of training."""
+        training, dtype = self.training, self.training.execution.autocast_dtype
         training.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(training.device.type, dtype=dtype, enabled=dtype is not None):
             logits = self.network(self.image)
@@ -94,16 +92,6 @@ class Row:
         nn.utils.clip_grad_norm_(training.model.parameters(), training.settings.clip)
         training.scaler.step(training.optimizer)
         training.scaler.update()
-        if on_gpu:
-            torch.cuda.synchronize()
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before)
-        if keep:
-            self.times.append(time.perf_counter() - began)
-
-
-def scaled(width: int) -> E2ENetConfig:
-    """The paper's network for AMOS, its first level ``width`` channels wide instead of 48."""
-    return replace(AMOS, channels=tuple(max(8, round(c * width / 48 / 8) * 8) for c in AMOS.channels))
 
 
 def command_line() -> argparse.ArgumentParser:

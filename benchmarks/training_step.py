@@ -15,14 +15,15 @@ largest difference of their losses is printed. Medians over rounds in which ever
 import argparse
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
-from _measure import FORMATS, Action, bars, begin, command_line, e2enet, in_format, peak_memory, progress, write
+from _e2enet import FORMATS, e2enet, in_format
+from _measure import Action, bars, begin, command_line, own, peak_memory, progress, times, write
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -36,31 +37,23 @@ PARTS = ("forward", "backward", "optimizer")
 
 @dataclass
 class Training:
-    """A network that trains on one image, and milliseconds of each part of its steps."""
+    """A network that trains on one image."""
 
     network: nn.Module
     optimizer: Optimizer
     x: Tensor
-    taken: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def step(self) -> float:
-        """One step, timed; returns its loss."""
+    def step(self) -> tuple[float, ...]:
+        """One step; returns its loss, and the milliseconds of each part."""
         self.optimizer.zero_grad(set_to_none=True)
-        times = [time.perf_counter()]
+        moments = [time.perf_counter()]
         loss = loss_of(self.network(self.x))
-        times.append(time.perf_counter())
+        moments.append(time.perf_counter())
         loss.backward()
-        times.append(time.perf_counter())
+        moments.append(time.perf_counter())
         self.optimizer.step()
-        times.append(time.perf_counter())
-        for part, start, end in zip(PARTS, times[:-1], times[1:], strict=True):
-            self.taken[part].append(1e3 * (end - start))
-        return loss.item()
-
-    def result(self) -> dict[str, float]:
-        """Medians of the parts and of whole steps, without the first, which warms up."""
-        parts = {part: median(self.taken[part][1:]) for part in PARTS}
-        return {"step": median(map(sum, list(zip(*self.taken.values(), strict=True))[1:])), **parts}
+        moments.append(time.perf_counter())
+        return loss.item(), *(1e3 * (end - start) for start, end in pairwise(moments))
 
 
 def main() -> None:
@@ -86,13 +79,11 @@ def compare_times(x: Tensor, options: argparse.Namespace) -> None:
     for sparsity in options.sparsities:
         progress(f"deciding on the layers at sparsity {sparsity:g}")
         rows[f"engine, sparsity {sparsity:g}"] = sparse(x, sparsity, on_engine=True)
-    for i in range(options.repeats + 1):
-        progress(f"round {i} of {options.repeats}")
-        for row in rows.values():
-            row.step()
-    times = {name: row.result() for name, row in rows.items()}
-    best = min((times[f"dense, channels {name}"] for name in FORMATS), key=lambda row: row["step"])
-    results = [result(name, row, best) for name, row in times.items()]
+    progress("measuring")
+    steps = times({name: row.step for name, row in rows.items()}, options.repeats, clock=own)
+    taken = {name: by_part([parts for _, *parts in each]) for name, each in steps.items()}
+    best = min((taken[f"dense, channels {name}"] for name in FORMATS), key=lambda row: row["step"])
+    results = [result(name, row, best) for name, row in taken.items()]
     if options.memory:
         progress("measuring the memory")
         for row in results:
@@ -100,14 +91,14 @@ def compare_times(x: Tensor, options: argparse.Namespace) -> None:
             row["peak_mib"] = peak_memory(alone, name, options.size, getattr(rows[name].network, "decisions", None))
     header = ("network", "× dense", *(f"× {p}" for p in PARTS), "step, ms", *PARTS, "peak memory, MiB")
     print("\n".join(align([header, *map(cells, results)], left=(0,))))
-    bars(options.out / "training_step.png", {row["network"]: row["ratios"] for row in results}, "× dense")
-    write(options, "training_step", results)
+    bars(options.out / "training_step.png", {"": {row["network"]: row["ratios"] for row in results}}, "× dense")
+    write(options.out / "training_step.json", options, results)
 
 
 def compare_losses(x: Tensor, sparsity: float, steps: int) -> None:
     """Prints by how much the losses differ, at most, as a share of those in torch."""
     twins = [sparse(x, sparsity, on_engine=on_engine) for on_engine in (False, True)]
-    losses = [[twin.step() for twin in twins] for _ in range(steps)]
+    losses = [[twin.step()[0] for twin in twins] for _ in range(steps)]
     worst = max(abs(fast - plain) / abs(plain) for plain, fast in losses)
     first, last = losses[0][0], losses[-1][0]
     print(
@@ -147,6 +138,12 @@ def optimizer_of(model: nn.Module) -> Optimizer:
 def loss_of(outputs: Sequence[Tensor]) -> Tensor:
     """Half the weight for each coarser head."""
     return torch.stack([y.square().mean() / 2**i for i, y in enumerate(outputs)]).sum()
+
+
+def by_part(steps: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Medians of whole steps and of each part."""
+    parts = zip(PARTS, zip(*steps, strict=True), strict=True)
+    return {"step": median(map(sum, steps)), **{part: median(each) for part, each in parts}}
 
 
 def result(name: str, times: dict[str, float], best: dict[str, float]) -> dict[str, Any]:

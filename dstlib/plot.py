@@ -68,7 +68,7 @@ def layers(history: History, path: str | os.PathLike[str] | None = None, *, shar
     a = history.arrays()
     edges, values, start = _edges(history, a), a[share], _first_of(share, a)
     num_layers = len(values)
-    with _drawn(path, size=(9, 2.4 + _height(num_layers))) as figure:
+    with drawn(path, size=(9, 2.4 + _height(num_layers))) as figure:
         above, map_ = figure.subplots(2, 1, sharex=True, height_ratios=(1.2, _height(num_layers)))
         above.stairs(a[f"total_{share}"][start:], edges[start:], baseline=None, color=INK, linewidth=1.8)
         above.set_title(SHARES[share])
@@ -97,7 +97,7 @@ def exchange(history: History, path: str | os.PathLike[str] | None = None) -> "F
     """
     a = history.arrays()
     step, lines = a["step"], {"explored_share": INK, "churn": INK, "overlap": INK, "first_overlap": ACCENT}
-    with _drawn(path, size=(8, 7)) as figure:
+    with drawn(path, size=(8, 7)) as figure:
         top, middle, bottom = figure.subplots(3, 1, sharex=True)
         panels = {"explored_share": top, "churn": middle, "overlap": bottom, "first_overlap": bottom}
         for share, panel in panels.items():
@@ -127,7 +127,7 @@ def dead_channels(history: History, path: str | os.PathLike[str] | None = None) 
     a = history.arrays()
     dead = {side: a[f"dead_{side}"] / a[f"num_{side}"][:, None] for side in ("outputs", "inputs")}
     most = max(float(values.max()) for values in dead.values())
-    with _drawn(path, size=(10.5, 1.3 + _height(len(a["name"])))) as figure:
+    with drawn(path, size=(10.5, 1.3 + _height(len(a["name"])))) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         titles = ("Outputs without an active input", "Inputs that no output reads")
         for panel, title, (side, values) in zip(panels, titles, dead.items(), strict=True):
@@ -202,8 +202,12 @@ def _mark_last(axes: "Axes", x: float, y: float, *, colour: str = INK) -> None:
 
 
 @contextmanager
-def _drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) -> Iterator["Figure"]:
-    """Gives a figure to draw into, and writes it at the end."""
+def drawn(path: str | os.PathLike[str] | None, *, size: tuple[float, float]) -> Iterator["Figure"]:
+    """Opens a figure to draw into, in the house's style, and writes it at the end.
+
+    Raises:
+        SettingError: matplotlib is not installed, or does not write files of the kind that the path names.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
