@@ -88,8 +88,8 @@ def evenly_active(num_groups: int, num_units: int, per_group: int, seed: int) ->
 def scores_like(active_GU: Tensor, kind: str, seed: int, offset: int = 0) -> Tensor:
     """(G, U) scores. Distinct ones are whole numbers that differ by 100 at least, and within ``offset`` < 100."""
     if kind == "distinct":
-        rank = torch.randperm(active_GU.numel(), generator=generator(seed)) + 1
-        return (100.0 * rank + offset).view(active_GU.shape)
+        order = torch.randperm(active_GU.numel(), generator=generator(seed)) + 1
+        return (100.0 * order + offset).view(active_GU.shape)
     low, high = {"zero": (0, 1), "tied": (0, 3), "negative": (-5, 0), "signed": (-5, 5)}[kind]
     return torch.randint(low, high, active_GU.shape, generator=generator(seed)).float()
 
@@ -200,7 +200,7 @@ def test_a_fixed_point(allocate: Allocator, accounts: list[Account]) -> None:
 def test_the_order_of_layers_matters_for_ties_only(
     allocate: Allocator, problem: tuple[list[Account], Terms], rng: object
 ) -> None:
-    """Global ranks without ties are the same in any order; the best of all layers tie in LAMP, at 1, and remainders
+    """Global scores without ties choose the same in any order; the best of all layers tie in LAMP, at 1, and remainders
     of shares may, which moves one unit."""
     accounts, terms = problem
     order = list(range(len(accounts)))
@@ -268,7 +268,7 @@ def test_units_of_every_kind_are_counted_alike() -> None:
         assert [int(b.num_target_G.sum()) for b in budgets] == [num_units, num_units // 2], grain
 
 
-# One rank over all: by hand
+# One order over all: by hand
 
 
 STRONG, WEAK = [9.0, 8.0, 1.0, None], [7.0, 2.0, 0.5, None]
@@ -325,10 +325,10 @@ def test_doubles_are_not_ranked_as_singles() -> None:
 
 
 def test_what_does_not_divide_goes_to_another_layer_or_is_unspent() -> None:
-    """Layers of 4 and 3 outputs. Of 11 by rank 6 and 5: quotas 1 and 1, and the 4 spare lift one more layer."""
-    rank = {"a": [[9.0] * 6 + [0.0] * 6, 4], "b": [[8.0] * 5 + [0.0] * 4, 3]}
+    """Layers of 4 and 3 outputs. Of 11 by score 6 and 5: quotas 1 and 1, and the 4 spare lift one more layer."""
+    layers = {"a": [[9.0] * 6 + [0.0] * 6, 4], "b": [[8.0] * 5 + [0.0] * 4, 3]}
     accounts = []
-    for name, (scores, num_groups) in rank.items():
+    for name, (scores, num_groups) in layers.items():
         score_GU = torch.tensor(scores).view(3, num_groups).T.contiguous()
         accounts.append(
             Account(
@@ -340,7 +340,7 @@ def test_what_does_not_divide_goes_to_another_layer_or_is_unspent() -> None:
 
 
 def test_two_layers_share_one_row_that_does_not_divide() -> None:
-    """Of 6 by rank 3 and 3, over 2 outputs each: the first has 2 per output and the second 1, and none is unspent."""
+    """Of 6 by score 3 and 3, over 2 outputs each: the first has 2 per output and the second 1, and none is unspent."""
     score_GU = torch.tensor([[9.0, 7, 5, 3], [8, 0, 0, 0]])
     accounts = [
         Account(
@@ -351,21 +351,21 @@ def test_two_layers_share_one_row_that_does_not_divide() -> None:
     assert targets(global_units(accounts, Terms(num_total=6, drop_fraction=0.0))) == [[2, 2], [1, 1]]
 
 
-# One rank over all: oracles
+# One order over all: oracles
 
 
 def global_reference(scores: list[list[Fraction]], accounts: list[Account], num: int, empty: bool) -> list[int]:
     """How many of the ``num`` best active units lie in each weight; the best of each group first of all."""
-    ranked = []
+    best_first = []
     for i, (layer, a) in enumerate(zip(scores, accounts, strict=True)):
         num_units = a.active_GU.shape[1]
         for g, row in enumerate(a.active_GU.tolist()):
             alive = sorted((u for u, on in enumerate(row) if on), key=lambda u, g=g: (-layer[g * num_units + u], u))
             for place, u in enumerate(alive):
                 first = place == 0 and not empty
-                ranked.append((not first, 0 if first else -layer[g * num_units + u], i, g * num_units + u))
-    ranked.sort()
-    return [sum(entry[2] == i for entry in ranked[:num]) for i in range(len(accounts))]
+                best_first.append((not first, 0 if first else -layer[g * num_units + u], i, g * num_units + u))
+    best_first.sort()
+    return [sum(entry[2] == i for entry in best_first[:num]) for i in range(len(accounts))]
 
 
 def lamp_reference(a: Account) -> list[Fraction]:
@@ -404,7 +404,7 @@ def test_global_rank_equals_plain_python(problem: tuple[list[Account], Terms], e
 
 @given(problems(["FanIn"]))
 def test_quotas_are_those_of_the_rank_rounded(problem: tuple[list[Account], Terms]) -> None:
-    """With several groups, a weight has its count by rank over its number of groups, rounded down or up."""
+    """With several groups, a weight has its count by score over its number of groups, rounded down or up."""
     accounts, terms = problem
     total = min(terms.num_total, num_active(accounts))
     scores = [[Fraction(s) for s in _flat(a.drop_GU)] for a in accounts]
@@ -454,7 +454,7 @@ def test_lamp_scores_equal_the_definition(accounts: list[Account]) -> None:
 def test_lamp_equals_plain_python(problem: tuple[list[Account], Terms]) -> None:
     accounts, terms = problem
     total = min(terms.num_total, num_active(accounts))
-    # pruning ranks active units only, and by their score among the active of their own layer
+    # pruning compares active units only, and by their score among the active of their own layer
     expected = global_reference([lamp_reference(a) for a in accounts], accounts, total, empty=False)
     assert targets(lamp(accounts, replace(terms, num_total=total))) == [[n] for n in expected]
 

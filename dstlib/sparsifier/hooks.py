@@ -20,10 +20,10 @@ class Listener(Protocol):
         """Whether this optimizer is of interest."""
 
     def before_optimizer(self, optimizer: Optimizer) -> None:
-        """Called when the gradients of a step are complete and nothing has moved."""
+        """Acts when the gradients of a step are complete and nothing has moved."""
 
     def after_optimizer(self, optimizer: Optimizer) -> None:
-        """Called when the step has been taken."""
+        """Acts when the step has been taken."""
 
 
 # In the order of listening, not of addresses as a WeakSet: ranks compare masks one listener after the other.
