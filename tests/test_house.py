@@ -67,11 +67,16 @@ def test_functions_take_few_arguments(file):
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_public_names_are_documented(file):
+    """With a first line that reads alone, and what is raised in the form that tools read."""
     tree = ast.parse(file.read_text())
     assert ast.get_docstring(tree), "a module says what it is for"
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{node.name} has no docstring"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        text = ast.get_docstring(node) or ""
+        assert text or node not in tree.body, f"{node.name} has no docstring"
+        assert not text or text.partition("\n")[0].endswith("."), f"{node.name}: its first line is no sentence"
+        assert "Errors:" not in text, f"{node.name}: what it raises stands under Raises:"
 
 
 def test_the_door_is_small_and_documented():

@@ -67,7 +67,8 @@ class Decisions(Mapping[str, Decision]):
     def load(cls, path: Path) -> "Decisions":
         """Reads what :meth:`save` has written.
 
-        Errors: StateError for another file.
+        Raises:
+            StateError: The file is another one.
         """
         try:
             content: Any = json.loads(path.read_text())
