@@ -25,7 +25,7 @@ from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.preprocessing import cache
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
-from dstlib.zoo.e2enet.data.preprocessing.fingerprint import fingerprint, plan_preparation
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import join, plan_preparation, scan_fingerprint
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import prepare_scan
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_scan
 
@@ -96,7 +96,7 @@ def reads(monkeypatch):
 def test_cases_are_those_that_are_prepared_directly(manifest, tmp_path):
     cases, preparation = prepare(manifest, tmp_path / "cache")
     scans = [read_scan(files, num_channels=1, num_classes=2) for files in manifest.train]
-    assert preparation == plan_preparation(fingerprint(scans), modality="ct")
+    assert preparation == plan_preparation(join(map(scan_fingerprint, scans)), modality="ct")
     assert preparation.spacing == (3.0, 1.0, 1.0)
     assert (cases.name, cases.channels, cases.classes) == ("toy", ("CT",), ("liver", "tumour"))
     for case, scan in zip(cases.cases, scans, strict=True):
@@ -137,7 +137,8 @@ def test_the_order_of_the_files_makes_no_difference_but_to_the_order_of_the_case
 
 def test_measuring_is_the_fingerprint(manifest, tmp_path, reads):
     found = measure(manifest, manifest.train, folder=tmp_path, progress=False)
-    assert found == fingerprint(read_scan(files, num_channels=1, num_classes=2) for files in manifest.train)
+    scans = (read_scan(files, num_channels=1, num_classes=2) for files in manifest.train)
+    assert found == join(map(scan_fingerprint, scans))
     prepare(manifest, tmp_path)
     assert reads == list("abcabc")  # and not measured again
 
@@ -229,6 +230,10 @@ def edit(change):
     return lambda file: file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
+def edit_fingerprint(change):
+    return edit(lambda record: record | {"fingerprint": record["fingerprint"] | change})
+
+
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
@@ -245,6 +250,11 @@ def edit(change):
         ("fingerprints/b.json", truncate),
         ("fingerprints/b.json", edit(lambda record: {"made_from": record["made_from"]})),
         ("fingerprints/b.json", edit(lambda record: record | {"fingerprint": {"name": "b"}})),
+        ("fingerprints/b.json", edit_fingerprint({"samples": "?"})),
+        ("fingerprints/b.json", edit_fingerprint({"samples": "AAAA"})),
+        ("fingerprints/b.json", edit_fingerprint({"spacing": [1]})),
+        ("fingerprints/b.json", edit_fingerprint({"kept": None})),
+        ("fingerprints/b.json", edit_fingerprint({"shape": 3})),
     ],
 )
 def test_damaged_entries_are_made_anew(manifest, tmp_path, reads, file, damage):

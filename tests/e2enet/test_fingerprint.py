@@ -9,13 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstlib.errors import DataError, SettingError, StateError
+from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     NUM_SAMPLES,
     Fingerprint,
-    IntensityProperties,
     ScanFingerprint,
-    fingerprint,
     join,
     plan_preparation,
     scan_fingerprint,
@@ -31,9 +29,13 @@ def scan_of(name="a", *, shape=(4, 5, 6), spacing=(3.0, 2.0, 1.0), num_channels=
     return Scan(name, image, (rng.random(shape) < foreground).astype(np.uint8), np.diag([*spacing[::-1], 1.0]))
 
 
+def fingerprint(scans):
+    return join(map(scan_fingerprint, scans))  # a loop's variable would keep a scan while the next is read
+
+
 def measured(spacings, shapes=None, kept=None):
     """A fingerprint by hand, of one channel."""
-    each = IntensityProperties(low=-100.0, high=200.0, mean=50.0, std=30.0)
+    each = CtNormalization(low=-100.0, high=200.0, mean=50.0, std=30.0)
     return Fingerprint(
         num_channels=1,
         spacings=tuple(spacings),
@@ -68,7 +70,6 @@ def test_intensities_are_those_of_the_foreground():
         voxels = np.concatenate([scan.image[channel][scan.label > 0] for scan in scans])
         assert (found.low, found.high) == pytest.approx(tuple(np.percentile(voxels, (0.5, 99.5))))
         assert (found.mean, found.std) == pytest.approx((voxels.mean(), voxels.std()))
-    json.dumps(result.to_json(), allow_nan=False)
 
 
 def test_large_foregrounds_are_sampled_by_the_name_of_the_case():
@@ -114,14 +115,6 @@ def test_a_measured_scan_comes_back_from_json(num_channels, foreground, seed):
     assert {**vars(again), "samples": 0} == {**vars(found), "samples": 0}
 
 
-@pytest.mark.parametrize(
-    "change", [{"samples": "?"}, {"samples": "AAAA"}, {"spacing": [1]}, {"kept": None}, {"shape": 3}]
-)
-def test_a_damaged_measurement_is_refused(change):
-    with pytest.raises(StateError, match="fingerprint of a saved scan: expected what to_json"):
-        ScanFingerprint.from_json(scan_fingerprint(scan_of()).to_json() | change)
-
-
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(DataError, match="scans of fingerprint\\(\\): expected at least one, got none"):
         fingerprint([])
@@ -159,7 +152,6 @@ def test_ct_takes_the_numbers_of_the_set():
     plan = plan_preparation(measured([(2.0, 1.0, 1.0)]), modality="ct")
     assert plan.normalization == (CtNormalization(low=-100.0, high=200.0, mean=50.0, std=30.0),)
     assert (plan.spacing, plan.crop) == ((2.0, 1.0, 1.0), True)
-    assert plan_preparation(measured([(2.0, 1.0, 1.0)]), modality="ct", spacing=(3.0, 3.0, 3.0)).spacing == (3.0,) * 3
 
 
 @pytest.mark.parametrize(("kept", "inside"), [((0.2, 0.3, 1.0), True), ((0.2, 0.75, 1.0), False), ((1.0,) * 3, False)])
@@ -171,8 +163,3 @@ def test_mri_is_masked_where_cropping_takes_over_a_quarter_of_the_median_scan(ke
 def test_a_foreign_modality_is_refused():
     with pytest.raises(SettingError, match=r"modality of plan_preparation\(\): expected ct or mri, got 'pet'"):
         plan_preparation(measured([(1.0, 1.0, 1.0)]), modality="pet")
-
-
-def test_joining_is_measuring():
-    scans = [scan_of(name, seed=ord(name)) for name in "ba"]
-    assert join(map(scan_fingerprint, scans)) == fingerprint(scans)

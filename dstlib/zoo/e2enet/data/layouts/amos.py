@@ -4,8 +4,8 @@ import re
 from dataclasses import replace
 from typing import Literal
 
-from dstlib.errors import require
-from dstlib.zoo.e2enet.data.layouts.manifest import Manifest, part
+from dstlib.errors import DataError, require
+from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
 
 AMOS_ORGANS = (
     "spleen",
@@ -47,16 +47,17 @@ def only_modality(manifest: Manifest, modality: Literal["ct", "mri"]) -> Manifes
         SettingError: The data set is not AMOS22.
         DataError: No training case is left.
     """
-    require(
-        manifest.layout == "amos",
-        "only_modality()",
-        f"data set {manifest.name!r}",
-        allowed="AMOS22",
-        given=f"layout {manifest.layout!r}",
-        remedy="Other data sets hold one modality: leave it out.",
+    where, given = f"data set {manifest.name!r}", f"layout {manifest.layout!r}"
+    remedy = "Other data sets hold one modality: leave it out."
+    require(manifest.layout == "amos", "only_modality()", where, allowed="AMOS22", given=given, remedy=remedy)
+    train, validation, test = (
+        tuple(case for case in cases if amos_modality(case.name) == modality)
+        for cases in (manifest.train, manifest.validation, manifest.test)
     )
-    chosen = part(manifest, lambda name: amos_modality(name) == modality, f"are {modality.upper()}")
-    return replace(chosen, channels=(modality.upper(),))
+    allowed, given = f"some that are {modality.upper()}", f"none of {len(manifest.train)}"
+    remedy = f"Its names are like {', '.join(case.name for case in manifest.train[:3])}."
+    require(bool(train), "training cases", where, allowed=allowed, given=given, remedy=remedy, error=DataError)
+    return replace(manifest, channels=(modality.upper(),), train=train, validation=validation, test=test)
 
 
 def modalities(manifest: Manifest) -> tuple[str, ...]:

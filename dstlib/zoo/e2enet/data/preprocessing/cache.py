@@ -234,7 +234,7 @@ def _find_fingerprint(entry: Entry) -> ScanFingerprint | None:
     record = _record(entry)
     try:
         return None if record is None else ScanFingerprint.from_json(record["fingerprint"])
-    except (KeyError, StateError):
+    except (KeyError, TypeError, ValueError):
         return None
 
 

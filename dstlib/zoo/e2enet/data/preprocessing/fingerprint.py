@@ -4,16 +4,15 @@ Shapes: C channels, N sampled voxels; D depth, H height, W width in canonical or
 """
 
 import base64
-import binascii
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, StateError, require
+from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization, Normalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.data.scans.geometry import (
@@ -23,6 +22,7 @@ from dstlib.zoo.e2enet.data.scans.geometry import (
     box_around,
     box_shape,
     nonzero,
+    three,
     uncropped,
 )
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
@@ -34,33 +34,20 @@ MASKED_BELOW = 3 / 4  # of the image that the box takes: less, and MRI is normal
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntensityProperties:
-    """The intensities of one channel in the foreground: 0.5 and 99.5 percentiles, mean and standard deviation."""
-
-    low: float
-    high: float
-    mean: float
-    std: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Fingerprint:
     """What a data set is like, one entry per scan in the order of their names, and all intensities together.
 
     - ``spacings``, ``shapes``: in mm and voxels along the canonical (D, H, W), the shape within the box.
     - ``kept``: the share of the scan that the box around its non-zero voxels takes.
-    - ``intensities``: one entry per channel; none, if no scan has foreground.
+    - ``intensities``: of the foreground, by which a CT is normalised: 0.5 and 99.5 percentiles, mean and standard
+      deviation, one entry per channel; none, if no scan has foreground.
     """
 
     num_channels: int
     spacings: tuple[Spacing, ...]
     shapes: tuple[Shape, ...]
     kept: tuple[float, ...]
-    intensities: tuple[IntensityProperties, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the fingerprint as JSON has it, for people to read."""
-        return asdict(self)
+    intensities: tuple[CtNormalization, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,21 +70,16 @@ class ScanFingerprint:
         """Reads the fingerprint that :meth:`to_json` wrote.
 
         Raises:
-            StateError: The content is damaged or foreign.
+            KeyError, TypeError, ValueError: The content is damaged or foreign.
         """
-        try:
-            (a, b, c), (d, h, w) = content["spacing"], content["shape"]
-            samples = np.frombuffer(base64.b64decode(content["samples"], validate=True), "<f4")
-            return cls(
-                name=content["name"],
-                spacing=(a, b, c),
-                shape=(d, h, w),
-                kept=float(content["kept"]),
-                samples=samples.reshape(content["num_channels"], -1).astype(np.float32, copy=False),
-            )
-        except (KeyError, TypeError, ValueError, binascii.Error) as error:
-            allowed, remedy = "what to_json() wrote", "Delete the file: it is made anew."
-            raise StateError.of("fingerprint", "a saved scan", allowed=allowed, given=error, remedy=remedy) from error
+        samples = np.frombuffer(base64.b64decode(content["samples"], validate=True), "<f4")
+        return cls(
+            name=content["name"],
+            spacing=three(content["spacing"]),
+            shape=three(content["shape"]),
+            kept=float(content["kept"]),
+            samples=samples.reshape(content["num_channels"], -1).astype(np.float32, copy=False),
+        )
 
 
 def scan_fingerprint(scan: Scan) -> ScanFingerprint:
@@ -105,12 +87,13 @@ def scan_fingerprint(scan: Scan) -> ScanFingerprint:
 
     Raises:
         DataError: The scan has no label, or its affine no direction.
+
+    Reference: nnU-Net, which samples the same number of voxels per scan, with replacement.
     """
     if scan.label is None:
         remedy = "Measure the scans to train on."
         raise DataError.of("scan", f"case {scan.name!r}", allowed="one with a label", given="none", remedy=remedy)
-    d, h, w = scan.label.shape
-    placement = uncropped((d, h, w), scan.affine)
+    placement = uncropped(three(scan.label.shape), scan.affine)
     shape = box_shape(box_around(placement.turn(nonzero(scan.image))))
     foreground = np.flatnonzero(scan.label)
     if len(foreground) > NUM_SAMPLES:
@@ -123,17 +106,6 @@ def scan_fingerprint(scan: Scan) -> ScanFingerprint:
         kept=float(np.prod(shape) / scan.label.size),
         samples=np.stack([channel.ravel()[foreground] for channel in scan.image]),
     )
-
-
-def fingerprint(scans: Iterable[Scan]) -> Fingerprint:
-    """Measures a data set, one scan at a time: an iterator need not hold more than one.
-
-    Raises:
-        DataError: There is no scan, or one without a label.
-
-    Reference: nnU-Net, which samples the same number of voxels per scan, with replacement.
-    """
-    return join(map(scan_fingerprint, scans))  # a loop's variable would keep a scan while the next is read
 
 
 def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
@@ -155,47 +127,38 @@ def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
     )
 
 
-def _intensities(voxels: NDArray[np.float32]) -> IntensityProperties:
-    low, high = np.percentile(voxels.astype(np.float64), (0.5, 99.5))
-    return IntensityProperties(
-        low=float(low),
-        high=float(high),
-        mean=float(voxels.mean(dtype=np.float64)),
-        std=float(voxels.std(dtype=np.float64)),
-    )
+def _intensities(voxels: NDArray[np.float32]) -> CtNormalization:
+    low, high = np.percentile(voxels.astype(np.float64), (0.5, 99.5)).tolist()
+    mean, std = (float(measure(dtype=np.float64)) for measure in (voxels.mean, voxels.std))
+    return CtNormalization(low=low, high=high, mean=mean, std=std)
 
 
-def plan_preparation(fingerprint: Fingerprint, *, modality: Modality, spacing: Spacing | None = None) -> Preparation:
+def plan_preparation(fingerprint: Fingerprint, *, modality: Modality) -> Preparation:
     """Plans the preparation of a data set as nnU-Net does: spacing, cropping and normalisation.
 
-    The spacing is the median along each axis, unless one is passed. CT is normalised by the foreground of the set,
-    MRI by each scan, inside the patient's mask if the box around it takes under 3/4 of the median scan.
+    CT is normalised by the foreground of the set, MRI by each scan, inside the patient's mask if the box around it
+    takes under 3/4 of the median scan.
 
     Raises:
-        SettingError: There is no such modality, or the spacing is out of range.
+        SettingError: There is no such modality.
         DataError: CT without any foreground to measure.
 
     Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), and its version 2 for the anisotropic rule.
     """
-    require(
-        modality in get_args(Modality),
-        "modality",
-        "plan_preparation()",
-        allowed=" or ".join(get_args(Modality)),
-        given=repr(modality),
-        remedy="Pass mri for whatever is not measured in Hounsfield units.",
-    )
+    known, remedy = get_args(Modality), "Pass mri for whatever is not measured in Hounsfield units."
+    allowed, where = " or ".join(known), "plan_preparation()"
+    require(modality in known, "modality", where, allowed=allowed, given=repr(modality), remedy=remedy)
     rules: tuple[Normalization, ...]
     if modality == "mri":
         rule = MriNormalization(inside_mask=bool(np.median(fingerprint.kept) < MASKED_BELOW))
         rules = (rule,) * fingerprint.num_channels
     elif fingerprint.intensities:
-        rules = tuple(CtNormalization(**vars(each)) for each in fingerprint.intensities)
+        rules = fingerprint.intensities
     else:
         given = f"none in {len(fingerprint.kept)} case(s)"
         remedy = "Check that the labels belong to these images, or pass the modality mri."
         raise DataError.of("foreground", "the training cases", allowed="a labelled voxel", given=given, remedy=remedy)
-    return Preparation(spacing=spacing or target_spacing(fingerprint), normalization=rules, crop=True)
+    return Preparation(spacing=target_spacing(fingerprint), normalization=rules)
 
 
 def target_spacing(fingerprint: Fingerprint) -> Spacing:
@@ -203,8 +166,7 @@ def target_spacing(fingerprint: Fingerprint) -> Spacing:
 
     There it is the 10th percentile, though no finer than the other axes.
 
-    >>> each = IntensityProperties(low=0.0, high=1.0, mean=0.5, std=0.1)
-    >>> scans = dict(num_channels=1, kept=(1.0, 1.0), intensities=(each,))
+    >>> scans = dict(num_channels=1, kept=(1.0, 1.0), intensities=())
     >>> target_spacing(Fingerprint(spacings=((5.0, 1.0, 1.0), (7.0, 1.0, 1.0)), shapes=((9, 99, 99),) * 2, **scans))
     (5.2, 1.0, 1.0)
     """
@@ -216,5 +178,4 @@ def target_spacing(fingerprint: Fingerprint) -> Spacing:
     is_short = shape[coarsest] * MAX_ANISOTROPY < shape[others].min()
     if is_coarse and is_short:
         target[coarsest] = max(np.percentile(spacings[:, coarsest], 10), target[others].max())
-    d, h, w = target.tolist()
-    return d, h, w
+    return three(target.tolist())

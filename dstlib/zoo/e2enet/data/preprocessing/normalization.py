@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import SettingError, StateError, require
+from dstlib.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,11 @@ class CtNormalization:
     std: float
 
     def __post_init__(self) -> None:
-        finite = all(math.isfinite(value) for value in vars(self).values())
-        require(
-            finite and self.low <= self.high and self.std >= 0,
-            "low, high, mean, std",
-            "CtNormalization",
-            allowed="finite numbers with low <= high and std >= 0",
-            given=tuple(vars(self).values()),
-            remedy="plan_preparation measures them on a training set.",
-        )
+        given = (self.low, self.high, self.mean, self.std)
+        holds = all(map(math.isfinite, given)) and self.low <= self.high and self.std >= 0
+        allowed = "finite numbers with low <= high and std >= 0"
+        remedy = "plan_preparation measures them on a training set."
+        require(holds, "low, high, mean, std", "CtNormalization", allowed=allowed, given=given, remedy=remedy)
 
     def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
         """Clips and standardises one channel; the mask of the patient makes no difference to a CT.
@@ -99,16 +95,10 @@ def normalization_from_json(content: Mapping[str, Any]) -> Normalization:
     """Reads the normalisation of one channel that its ``to_json`` wrote.
 
     Raises:
-        StateError: The content is damaged or foreign.
+        KeyError, TypeError, AttributeError, SettingError: The content is damaged or foreign.
 
     >>> normalization_from_json(MriNormalization(inside_mask=True).to_json())
     MriNormalization(inside_mask=True)
     """
     kinds: dict[object, type[Normalization]] = {"ct": CtNormalization, "mri": MriNormalization}
-    try:
-        return kinds[content["kind"]](**{name: value for name, value in content.items() if name != "kind"})
-    except (KeyError, TypeError, AttributeError, SettingError) as error:
-        remedy = "Prepare the data again, or restore the file."
-        raise StateError.of(
-            "normalisation", "a saved preparation", allowed="what to_json() wrote", given=content, remedy=remedy
-        ) from error
+    return kinds[content["kind"]](**{name: value for name, value in content.items() if name != "kind"})

@@ -24,6 +24,7 @@ from dstlib.zoo.e2enet.data.scans.geometry import (
     box_around,
     box_shape,
     nonzero,
+    three,
     uncropped,
 )
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
@@ -46,19 +47,12 @@ class Preparation:
     crop: bool = True
 
     def __post_init__(self) -> None:
-        sizes = (1.0, 1.0, 1.0) if self.spacing is None else self.spacing
-        require(
-            len(sizes) == 3 and all(math.isfinite(size) and size > 0 for size in sizes),
-            "spacing",
-            "Preparation",
-            allowed="three finite numbers above 0, or None",
-            given=self.spacing,
-            remedy="Pass mm along depth, height and width.",
-        )
+        sizes, where = (1.0, 1.0, 1.0) if self.spacing is None else self.spacing, "Preparation"
+        holds = len(sizes) == 3 and all(math.isfinite(size) and size > 0 for size in sizes)
+        allowed, remedy = "three finite numbers above 0, or None", "Pass mm along depth, height and width."
+        require(holds, "spacing", where, allowed=allowed, given=self.spacing, remedy=remedy)
         allowed, remedy = "one per channel", "plan_preparation makes them."
-        require(
-            len(self.normalization) > 0, "normalization", "Preparation", allowed=allowed, given="none", remedy=remedy
-        )
+        require(bool(self.normalization), "normalization", where, allowed=allowed, given="none", remedy=remedy)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what :meth:`from_json` reads."""
@@ -76,12 +70,10 @@ class Preparation:
             StateError: The content is damaged or foreign.
         """
         try:
-            spacing = None if content["spacing"] is None else tuple(float(size) for size in content["spacing"])
+            spacing = None if content["spacing"] is None else three(float(size) for size in content["spacing"])
             rules = tuple(normalization_from_json(each) for each in content["normalization"])
-            return cls(spacing=spacing, normalization=rules, crop=bool(content["crop"]))  # type: ignore[arg-type]
-        except StateError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(spacing=spacing, normalization=rules, crop=bool(content["crop"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             allowed, remedy = "what to_json() wrote", "Restore the file, or train anew."
             raise StateError.of("preparation", "a saved run", allowed=allowed, given=content, remedy=remedy) from error
 
@@ -99,20 +91,17 @@ def prepare_image(
     Reference: nnU-Net v2's order: crop, normalise, resample. It stays in stored order, where we turn to RAS.
     """
     rules = preparation.normalization
-    require(
-        image_CDHW.ndim == 4 and len(image_CDHW) == len(rules),
-        "image",
-        "prepare_image()",
-        allowed=f"({len(rules)}, D, H, W)",
-        given=f"shape {image_CDHW.shape}",
-        remedy="Pass the channels that the network was trained on, in that order.",
-        error=DataError,
-    )
-    d, h, w = image_CDHW.shape[1:]
-    placement = uncropped((d, h, w), affine)
+    if image_CDHW.ndim != 4 or len(image_CDHW) != len(rules):
+        allowed, given = f"({len(rules)}, D, H, W)", f"shape {image_CDHW.shape}"
+        remedy = "Pass the channels that the network was trained on, in that order."
+        raise DataError.of("image", "prepare_image()", allowed=allowed, given=given, remedy=remedy)
+    placement = uncropped(three(image_CDHW.shape[1:]), affine)
     is_masked = any(isinstance(rule, MriNormalization) and rule.inside_mask for rule in rules)
     found = placement.turn(nonzero(image_CDHW)) if preparation.crop or is_masked else None
-    placement = _planned(placement, found if preparation.crop else None, preparation.spacing)
+    box = box_around(found) if found is not None and preparation.crop else placement.box
+    spacing = preparation.spacing or placement.stored_spacing
+    shape = new_shape(box_shape(box), placement.stored_spacing, spacing)
+    placement = replace(placement, box=box, spacing=spacing, shape=shape)
     mask = None
     if is_masked and found is not None:
         mask = ndimage.binary_fill_holes(placement.crop(found))  # a dark voxel inside the patient is of the patient
@@ -124,14 +113,6 @@ def prepare_image(
     return out, placement
 
 
-def _planned(placement: Placement, found: NDArray[np.bool_] | None, spacing: Spacing | None) -> Placement:
-    """Returns the placement with its box around ``found``, and the grid of the new spacing in it."""
-    box = placement.box if found is None else box_around(found)
-    spacing = spacing or placement.stored_spacing
-    shape = new_shape(box_shape(box), placement.stored_spacing, spacing)
-    return replace(placement, box=box, spacing=spacing, shape=shape)
-
-
 def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
     """Brings a stored label to the grid of its prepared image: at each voxel the class that is linearly the largest.
 
@@ -140,15 +121,9 @@ def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray
 
     Reference: nnU-Net resamples each class likewise, but leaves voxels to the background where none reaches one half.
     """
-    require(
-        label_DHW.shape == placement.stored_shape,
-        "label",
-        "prepare_label()",
-        allowed=f"the shape {placement.stored_shape} of its image",
-        given=label_DHW.shape,
-        remedy="Pass the label of this very scan.",
-        error=DataError,
-    )
+    if label_DHW.shape != placement.stored_shape:
+        allowed, remedy = f"the shape {placement.stored_shape} of its image", "Pass the label of this very scan."
+        raise DataError.of("label", "prepare_label()", allowed=allowed, given=label_DHW.shape, remedy=remedy)
     label = np.ascontiguousarray(placement.crop(placement.turn(label_DHW)))
     if label.shape == placement.shape:
         return label
@@ -166,17 +141,12 @@ def place_back(probabilities_KDHW: NDArray[np.float32], placement: Placement) ->
     Raises:
         DataError: The probabilities have another shape than the prepared image.
     """
-    require(
-        probabilities_KDHW.shape[1:] == placement.shape,
-        "probabilities",
-        "place_back()",
-        allowed=f"(K, {', '.join(map(str, placement.shape))})",
-        given=probabilities_KDHW.shape,
-        remedy="Pass the placement of this very image.",
-        error=DataError,
-    )
+    if probabilities_KDHW.shape[1:] != placement.shape:
+        allowed, given = f"(K, {', '.join(map(str, placement.shape))})", probabilities_KDHW.shape
+        remedy = "Pass the placement of this very image."
+        raise DataError.of("probabilities", "place_back()", allowed=allowed, given=given, remedy=remedy)
     classes = range(len(probabilities_KDHW))
-    cropped = most_probable(classes, probabilities_KDHW, placement.cropped_shape, placement.coarse)
+    cropped = most_probable(classes, probabilities_KDHW, box_shape(placement.box), placement.coarse)
     canonical = np.zeros([placement.stored_shape[axis] for axis in placement.axes], np.uint8)
     placement.crop(canonical)[...] = cropped
     return np.ascontiguousarray(placement.turn_back(canonical))

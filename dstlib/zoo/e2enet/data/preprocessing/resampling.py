@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dstlib.zoo.e2enet.data.scans.geometry import Shape, Spacing
+from dstlib.zoo.e2enet.data.scans.geometry import Shape, Spacing, three
 
 
 def new_shape(shape: Shape, old: Spacing, new: Spacing) -> Shape:
@@ -20,8 +20,7 @@ def new_shape(shape: Shape, old: Spacing, new: Spacing) -> Shape:
     >>> new_shape((10, 100, 100), (5.0, 0.8, 0.8), (2.5, 1.0, 500.0))
     (20, 80, 1)
     """
-    d, h, w = (max(1, round(n * a / b)) for n, a, b in zip(shape, old, new, strict=True))
-    return d, h, w
+    return three(max(1, round(n * a / b)) for n, a, b in zip(shape, old, new, strict=True))
 
 
 def resample_intensities(volume_DHW: NDArray[np.float32], shape: Shape, coarse: int | None) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ Stored order is the file's own (D, H, W); canonical order leads D to the top (S)
 (R) of the patient. Shapes: C channels, D depth, H height, W width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, StateError, require
+from dstlib.errors import DataError
 
 ORIENTATION = "SAR"  # where D, H and W lead
 MAX_ANISOTROPY = 3.0  # of spacings; beyond it slices are resampled for themselves, as nnU-Net does
@@ -22,6 +22,7 @@ Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]  # mm
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 T = TypeVar("T", bound=np.generic)
+U = TypeVar("U")
 
 
 class Volume(NamedTuple):
@@ -51,11 +52,6 @@ class Placement:
     shape: Shape
 
     @property
-    def cropped_shape(self) -> Shape:
-        """The shape before resampling."""
-        return box_shape(self.box)
-
-    @property
     def coarse(self) -> int | None:
         """The axis along which slices were resampled for themselves."""
         return coarse_axis(self.stored_spacing, self.spacing)
@@ -76,24 +72,6 @@ class Placement:
     def _flipped(self) -> tuple[int, ...]:
         return tuple(axis for axis in range(3) if self.flips[axis])
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns what :meth:`from_json` reads."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Placement":
-        """Reads what :meth:`to_json` wrote.
-
-        Raises:
-            StateError: The content is damaged or foreign.
-        """
-        try:
-            box = tuple(tuple(edges) for edges in content["box"])
-            return cls(**{name: tuple(value) for name, value in content.items() if name != "box"}, box=box)  # type: ignore[arg-type]
-        except (KeyError, TypeError, AttributeError) as error:
-            allowed, remedy = "what to_json() wrote", "Prepare the scan again, or restore the file."
-            raise StateError.of("placement", "a saved scan", allowed=allowed, given=content, remedy=remedy) from error
-
 
 def uncropped(shape: Shape, affine: NDArray[np.float64]) -> Placement:
     """Finds how a scan of a stored shape is turned to the nearest canonical axes; nothing is cropped or resampled.
@@ -111,31 +89,27 @@ def uncropped(shape: Shape, affine: NDArray[np.float64]) -> Placement:
         turned = nibabel.io_orientation(affine)
     except np.linalg.LinAlgError:  # where a number is not finite
         turned = np.full((3, 2), np.nan)
-    require(
-        not np.isnan(turned).any(),
-        "affine",
-        "a scan",
-        allowed="three axes of voxels",
-        given=affine[:3, :3].tolist(),
-        remedy="Repair the header of the file.",
-        error=DataError,
-    )
-    axes, flips = [0, 0, 0], [False, False, False]
-    for file_axis, (axis, direction) in enumerate(turned):  # both count x, y, z, where arrays count D, H, W
-        axes[2 - int(axis)] = 2 - file_axis
-        flips[2 - int(axis)] = bool(direction < 0)
-    sizes = [float(size) for size in voxel_sizes(affine)[::-1]]
-    spacing = (sizes[axes[0]], sizes[axes[1]], sizes[axes[2]])
-    canonical = (shape[axes[0]], shape[axes[1]], shape[axes[2]])
+    if np.isnan(turned).any():
+        given, remedy = affine[:3, :3].tolist(), "Repair the header of the file."
+        raise DataError.of("affine", "a scan", allowed="three axes of voxels", given=given, remedy=remedy)
+    patient_axes, directions = turned[::-1].T  # of D, H, W: both count x, y, z, where arrays count D, H, W
+    axes = np.argsort(2 - patient_axes)
+    flips, sizes, canonical = directions[axes] < 0, voxel_sizes(affine)[::-1][axes], np.array(shape)[axes]
     return Placement(
         stored_shape=shape,
-        axes=(axes[0], axes[1], axes[2]),
-        flips=(flips[0], flips[1], flips[2]),
-        box=((0, canonical[0]), (0, canonical[1]), (0, canonical[2])),
-        stored_spacing=spacing,
-        spacing=spacing,
-        shape=canonical,
+        axes=three(axes.tolist()),
+        flips=three(flips.tolist()),
+        box=three((0, n) for n in canonical.tolist()),
+        stored_spacing=three(sizes.tolist()),
+        spacing=three(sizes.tolist()),
+        shape=three(canonical.tolist()),
     )
+
+
+def three(values: Iterable[U]) -> tuple[U, U, U]:
+    """Returns three values, along D, H and W, as a tuple of that length."""
+    d, h, w = values
+    return d, h, w
 
 
 def coarse_axis(*spacings: Spacing) -> int | None:
@@ -162,11 +136,10 @@ def box_around(mask_DHW: NDArray[np.bool_]) -> Box:
     >>> box_around(np.array([[[False, True, False, True, False]]]))
     ((0, 1), (0, 1), (1, 4))
     """
-    edges = []
-    for axis in range(3):
-        found = np.flatnonzero(mask_DHW.any(tuple(a for a in range(3) if a != axis)))
-        edges.append((int(found[0]), int(found[-1]) + 1) if len(found) else (0, mask_DHW.shape[axis]))
-    return edges[0], edges[1], edges[2]
+    found = [np.flatnonzero(mask_DHW.any(others)) for others in ((1, 2), (0, 2), (0, 1))]
+    if not len(found[0]):
+        return three((0, n) for n in mask_DHW.shape)
+    return three((int(places[0]), int(places[-1]) + 1) for places in found)
 
 
 def nonzero(image_CDHW: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -183,5 +156,4 @@ def box_shape(box: Box) -> Shape:
     >>> box_shape(((0, 1), (2, 4), (0, 9)))
     (1, 2, 9)
     """
-    (d, d_end), (h, h_end), (w, w_end) = box
-    return d_end - d, h_end - h, w_end - w
+    return three(end - start for start, end in box)
