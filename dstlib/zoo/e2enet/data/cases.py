@@ -3,15 +3,28 @@
 Shapes: C channels, D depth (slices), H height, W width.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, require
+from dstlib.errors import DataError
+
+Shape = tuple[int, int, int]
+Spacing = tuple[float, float, float]  # mm
+T = TypeVar("T")
 
 MAX_VOXELS = 10_000  # per class that a case remembers: enough to draw from, and little to keep
+
+
+def three(values: Iterable[T]) -> tuple[T, T, T]:
+    """Returns three values, those along D, H and W, as a tuple that is known to have three."""
+    d, h, w = values
+    return d, h, w
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,20 +46,17 @@ class Case:
     name: str
     image: NDArray[np.float32]
     label: NDArray[np.uint8]
-    spacing: tuple[float, float, float]
+    spacing: Spacing
     orientation: str = "SPL"
 
     def __post_init__(self) -> None:
-        fits = self.image.ndim == 4 and self.image.shape[1:] == self.label.shape
-        require(
-            fits and self.image.dtype == np.float32 and self.label.dtype == np.uint8,
-            "image and label",
-            f"case {self.name!r}",
-            allowed="a float32 image (C, D, H, W) with a uint8 label (D, H, W)",
-            given=f"{self.image.dtype} {self.image.shape} with {self.label.dtype} {self.label.shape}",
-            remedy="Convert with astype(), and give an image of one channel a leading axis.",
-            error=DataError,
-        )
+        image, label = self.image, self.label
+        fits = image.ndim == 4 and image.shape[1:] == label.shape
+        if not (fits and image.dtype == np.float32 and label.dtype == np.uint8):
+            where, allowed = f"case {self.name!r}", "a float32 image (C, D, H, W) with a uint8 label (D, H, W)"
+            given = f"{image.dtype} {image.shape} with {label.dtype} {label.shape}"
+            remedy = "Convert with astype(), and give an image of one channel a leading axis."
+            raise DataError.of("image and label", where, allowed=allowed, given=given, remedy=remedy)
 
     @cached_property
     def class_voxels(self) -> dict[int, NDArray[np.unsignedinteger]]:
@@ -85,24 +95,13 @@ class Cases:
     cases: tuple[Case, ...]
 
     def __post_init__(self) -> None:
-        names = [case.name for case in self.cases]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        require(
-            not repeated,
-            "case names",
-            f"data set {self.name!r}",
-            allowed="one case per name",
-            given=f"{', '.join(repeated)} more than once",
-            remedy="Rename or remove the copies: folds are drawn over names.",
-            error=DataError,
-        )
-        odd = [case for case in self.cases if len(case.image) != len(self.channels)]
-        require(
-            not odd,
-            "channels",
-            f"data set {self.name!r}",
-            allowed=f"{len(self.channels)} per case ({', '.join(self.channels)})",
-            given=", ".join(f"{len(case.image)} in {case.name}" for case in odd),
-            remedy="Give every case the same channels in the same order.",
-            error=DataError,
-        )
+        where, counts = f"data set {self.name!r}", Counter(case.name for case in self.cases)
+        if repeated := sorted(name for name, count in counts.items() if count > 1):
+            given = f"{', '.join(repeated)} more than once"
+            remedy = "Rename or remove the copies: folds are drawn over names."
+            raise DataError.of("case names", where, allowed="one case per name", given=given, remedy=remedy)
+        num_channels = len(self.channels)
+        if odd := [f"{len(case.image)} in {case.name}" for case in self.cases if len(case.image) != num_channels]:
+            allowed = f"{num_channels} per case ({', '.join(self.channels)})"
+            remedy = "Give every case the same channels in the same order."
+            raise DataError.of("channels", where, allowed=allowed, given=", ".join(odd), remedy=remedy)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dstlib.errors import require
-
-Size = tuple[int, int, int]
+from dstlib.zoo.e2enet.data.cases import Shape, three
 
 THIN = 3  # a patch whose longest side is more than this many times its shortest is turned within its plane alone
 
@@ -91,25 +90,15 @@ class Augmentation:
         limits = {"rotation": (-180.0, 180.0), "noise": (0.0, 10.0), "resolution": (0.01, 1.0)}
         for name in (field.name for field in fields(self) if field.name != "per_channel"):
             chance, (least, most) = getattr(self, name), limits.get(name, (0.01, 10.0))
-            require(
-                0 <= chance.probability <= 1 and least <= chance.low <= chance.high <= most,
-                name,
-                "Augmentation",
-                allowed=f"a probability in [0, 1] and a range within [{least:g}, {most:g}]",
-                given=chance,
-                remedy="Pass Chance(probability, low, high); Chance(0, 1, 1) switches most parts off.",
-            )
-        require(
-            0 <= self.per_channel <= 1,
-            "per_channel",
-            "Augmentation",
-            allowed="a number in [0, 1]",
-            given=self.per_channel,
-            remedy="The paper's is 0.5.",
-        )
+            holds = 0 <= chance.probability <= 1 and least <= chance.low <= chance.high <= most
+            allowed = f"a probability in [0, 1] and a range within [{least:g}, {most:g}]"
+            remedy = "Pass Chance(probability, low, high); Chance(0, 1, 1) switches most parts off."
+            require(holds, name, "Augmentation", allowed=allowed, given=chance, remedy=remedy)
+        share, allowed, remedy = self.per_channel, "a number in [0, 1]", "The paper's is 0.5."
+        require(0 <= share <= 1, "per_channel", "Augmentation", allowed=allowed, given=share, remedy=remedy)
 
 
-def thin_axis(size: Size) -> int | None:
+def thin_axis(size: Shape) -> int | None:
     """Finds the axis along which a patch is so thin that nothing is turned or scaled along it.
 
     Reference: nnU-Net's "dummy 2D" augmentation, which presumes that the thin axis is the first.
@@ -120,7 +109,7 @@ def thin_axis(size: Size) -> int | None:
     return size.index(min(size)) if max(size) > THIN * min(size) else None
 
 
-def random_affine(rng: np.random.Generator, augmentation: Augmentation, size: Size) -> NDArray[np.float64] | None:
+def random_affine(rng: np.random.Generator, augmentation: Augmentation, size: Shape) -> NDArray[np.float64] | None:
     """Draws a matrix (3, 3) from patch to case, in voxels around the patch's centre; mostly none.
 
     >>> [random_affine(np.random.default_rng(s), Augmentation(), (8, 8, 8)) is None for s in range(4)]
@@ -141,7 +130,7 @@ def random_affine(rng: np.random.Generator, augmentation: Augmentation, size: Si
     return rotation * scales
 
 
-def seen_box(matrix: NDArray[np.float64], start: Size, size: Size, shape: Size) -> tuple[slice, slice, slice]:
+def seen_box(matrix: NDArray[np.float64], start: Shape, size: Shape, shape: Shape) -> tuple[slice, slice, slice]:
     """Finds the part of a case of ``shape`` that a patch shows which starts at ``start`` and is turned by a matrix.
 
     >>> seen_box(np.diag([2.0, 1.0, 1.0]), (4, 4, 4), (5, 5, 5), (20, 20, 7))
@@ -151,14 +140,12 @@ def seen_box(matrix: NDArray[np.float64], start: Size, size: Size, shape: Size) 
     centre, reach = np.asarray(start) + half, np.abs(matrix) @ half
     # One voxel more on either side, for positions that rounding moved outwards.
     first, last = np.floor(centre - reach).astype(int) - 1, np.ceil(centre + reach).astype(int) + 2
-    depth, height, width = (
-        slice(int(min(max(a, 0), n - 1)), int(max(min(b, n), 1))) for a, b, n in zip(first, last, shape, strict=True)
-    )
-    return depth, height, width
+    edges = zip(first.tolist(), last.tolist(), shape, strict=True)
+    return three(slice(min(max(a, 0), n - 1), max(min(b, n), 1)) for a, b, n in edges)
 
 
 def spatial_transform(
-    image: Tensor, label: Tensor, matrix: NDArray[np.float64], *, centre: NDArray[np.float64], size: Size
+    image: Tensor, label: Tensor, matrix: NDArray[np.float64], *, centre: NDArray[np.float64], size: Shape
 ) -> tuple[Tensor, Tensor]:
     """Cuts a turned patch of ``size`` around ``centre`` out of a box: image (C, D, H, W), label (1, D, H, W).
 
@@ -177,7 +164,7 @@ def spatial_transform(
     return turned[0], named[0].to(label.dtype)
 
 
-def _grid(matrix: NDArray[np.float64], centre: NDArray[np.float64], size: Size, box: NDArray[np.int64]) -> Tensor:
+def _grid(matrix: NDArray[np.float64], centre: NDArray[np.float64], size: Shape, box: NDArray[np.int64]) -> Tensor:
     """Computes positions (1, D, H, W, 3) for grid_sample, which counts W first and from -1 to 1 over the box.
 
     A sum of three short tables: torch's affine_grid multiplies a matrix per voxel, which took longer than sampling.
@@ -196,7 +183,7 @@ def change_intensities(
     A ``thin`` axis keeps its resolution. All strengths but that of the noise are drawn per channel.
 
     >>> change_intensities(torch.zeros(1, 2, 2, 2), np.random.default_rng(0), Augmentation()).shape
-    torch.Size([1, 2, 2, 2])
+    torch.Shape([1, 2, 2, 2])
     """
     a, channels = augmentation, list(image)
     if a.noise.comes(rng):

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +74,6 @@ def _drawn_ahead(draws: _Draws, iterations: range, workers: int) -> Iterator[Bat
         batch_size=None,  # an item is a batch already
         sampler=iterations,
         num_workers=min(workers, len(iterations)),
-        collate_fn=_as_it_is,
         worker_init_fn=_begin,
         # A fork shares the cases, and those in memory-mapped files with all other processes; anything else pickles
         # them. OpenMP does not survive a fork with more than one thread, so workers have one.
@@ -87,10 +85,6 @@ def _drawn_ahead(draws: _Draws, iterations: range, workers: int) -> Iterator[Bat
             raise drawn
         images, labels = drawn
         yield images, labels.long()
-
-
-def _as_it_is(drawn: Any) -> Any:
-    return drawn
 
 
 def _begin(worker: int) -> None:

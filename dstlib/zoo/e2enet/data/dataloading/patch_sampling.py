@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dstlib.errors import DataError, require
-from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.cases import Case, Shape, three
 from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     Augmentation,
     change_intensities,
@@ -23,8 +23,6 @@ from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     spatial_transform,
     thin_axis,
 )
-
-Index = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class PatchSettings:
     1
     """
 
-    patch_size: tuple[int, int, int]
+    patch_size: Shape
     batch_size: int = 2
     oversample: float = 0.33
     augment: Augmentation | None = field(default_factory=Augmentation)
@@ -52,26 +50,16 @@ class PatchSettings:
 
     def __post_init__(self) -> None:
         where = "PatchSettings"
-        require(
-            len(self.patch_size) == 3 and min(self.patch_size) > 0,
-            "patch_size",
-            where,
-            allowed="three positive sizes (D, H, W)",
-            given=self.patch_size,
-            remedy="Pass (64, 128, 128), say.",
-        )
+        holds = len(self.patch_size) == 3 and min(self.patch_size) > 0
+        allowed, remedy = "three positive sizes (D, H, W)", "Pass (64, 128, 128), say."
+        require(holds, "patch_size", where, allowed=allowed, given=self.patch_size, remedy=remedy)
         allowed, remedy = "a positive number", "Pass 2, as the paper."
         require(self.batch_size > 0, "batch_size", where, allowed=allowed, given=self.batch_size, remedy=remedy)
         allowed, remedy = "a number in [0, 1]", "Pass 0.33, as the paper."
         require(0 <= self.oversample <= 1, "oversample", where, allowed=allowed, given=self.oversample, remedy=remedy)
-        require(
-            self.augment is None or isinstance(self.augment, Augmentation),
-            "augment",
-            where,
-            allowed="an Augmentation or None",
-            given=self.augment,
-            remedy="Pass Augmentation() for the paper's, None for none.",
-        )
+        holds = self.augment is None or isinstance(self.augment, Augmentation)
+        allowed, remedy = "an Augmentation or None", "Pass Augmentation() for the paper's, None for none."
+        require(holds, "augment", where, allowed=allowed, given=self.augment, remedy=remedy)
         allowed, remedy = "axes among 0, 1, 2", "Pass () for no mirroring."
         require(set(self.mirror) <= {0, 1, 2}, "mirror", where, allowed=allowed, given=self.mirror, remedy=remedy)
 
@@ -113,8 +101,13 @@ def draw_batch(
     >>> image.shape, label.dtype
     (torch.Size([2, 1, 4, 8, 8]), torch.int64)
     """
-    _refuse_unequal_shares(cases, settings, ranks)
+    allowed, remedy, where = "at least one", "Pass the training cases.", "draw_batch()"
+    require(len(cases) > 0, "cases", where, allowed=allowed, given="none", remedy=remedy, error=DataError)
     rank, num_ranks = ranks
+    shares = 0 <= rank < num_ranks and settings.batch_size % num_ranks == 0
+    allowed = f"(rank, how many), so many that they share the {settings.batch_size} patches of a batch evenly"
+    remedy = "Make batch_size a multiple of the number of processes."
+    require(shares, "ranks", where, allowed=allowed, given=ranks, remedy=remedy)
     images, labels = [], []
     with _one_thread():
         for i in range(rank, settings.batch_size, num_ranks):
@@ -126,20 +119,6 @@ def draw_batch(
             images.append(image)
             labels.append(label)
         return torch.stack(images), torch.stack(labels).long()
-
-
-def _refuse_unequal_shares(cases: Sequence[Case], settings: PatchSettings, ranks: tuple[int, int]) -> None:
-    allowed, remedy = "at least one", "Pass the training cases."
-    require(len(cases) > 0, "cases", "draw_batch()", allowed=allowed, given="none", remedy=remedy, error=DataError)
-    rank, num_ranks = ranks
-    require(
-        0 <= rank < num_ranks and settings.batch_size % num_ranks == 0,
-        "ranks",
-        "draw_batch()",
-        allowed=f"(rank, how many), so many that they share the {settings.batch_size} patches of a batch evenly",
-        given=ranks,
-        remedy="Make batch_size a multiple of the number of processes.",
-    )
 
 
 @contextmanager
@@ -172,17 +151,16 @@ def _draw_patch(
     return image.flip(flipped), label.flip(flipped)
 
 
-def _foreground_voxel(case: Case, rng: np.random.Generator) -> Index | None:
+def _foreground_voxel(case: Case, rng: np.random.Generator) -> Shape | None:
     """Draws a voxel of a class, both drawn uniformly from what the case has; none where it has no foreground."""
     classes = list(case.class_voxels)
     if not classes:
         return None
     voxels = case.class_voxels[classes[int(rng.integers(len(classes)))]]
-    z, y, x = np.unravel_index(int(voxels[rng.integers(len(voxels))]), case.label.shape)
-    return int(z), int(y), int(x)
+    return three(map(int, np.unravel_index(int(voxels[rng.integers(len(voxels))]), case.label.shape)))
 
 
-def _position(shape: Sequence[int], size: Index, voxel: Index | None, rng: np.random.Generator) -> Index:
+def _position(shape: Sequence[int], size: Shape, voxel: Shape | None, rng: np.random.Generator) -> Shape:
     """Draws where a patch starts; negative along an axis on which the case is smaller and lies in the middle."""
     free = rng.random(3)
     start = []
@@ -194,10 +172,10 @@ def _position(shape: Sequence[int], size: Index, voxel: Index | None, rng: np.ra
             start.append(int(free[axis] * (room + 1)))
         else:
             start.append(min(max(voxel[axis] - size[axis] // 2, 0), room))
-    return start[0], start[1], start[2]
+    return three(start)
 
 
-def _cut(volume: NDArray[np.generic], start: Index, size: Index) -> Tensor:
+def _cut(volume: NDArray[np.generic], start: Shape, size: Shape) -> Tensor:
     """Copies a box of a volume (C, D, H, W), with zeros where it reaches beyond."""
     # torch aligns its memory, numpy does not: some sums would round by where a patch happens to lie.
     box = torch.zeros((len(volume), *size), dtype=torch.from_numpy(np.empty(0, volume.dtype)).dtype)
@@ -210,15 +188,13 @@ def _cut(volume: NDArray[np.generic], start: Index, size: Index) -> Tensor:
     return box
 
 
-def _seen_through(matrix: NDArray[np.float64] | None, case: Case, start: Index, size: Index) -> tuple[Tensor, Tensor]:
+def _seen_through(matrix: NDArray[np.float64] | None, case: Case, start: Shape, size: Shape) -> tuple[Tensor, Tensor]:
     """Cuts a patch out of a case, turned and scaled by a matrix if there is one."""
     image, label = case.image, case.label[None]
     if matrix is None:
         return _cut(image, start, size), _cut(label, start, size)
-    depth, height, width = case.label.shape
     # A turned patch is cut from a larger box, so that its corners show the case and not padding.
-    box = seen_box(matrix, start, size, (depth, height, width))
-    corner = (box[0].start, box[1].start, box[2].start)
-    length = (box[0].stop - corner[0], box[1].stop - corner[1], box[2].stop - corner[2])
+    box = seen_box(matrix, start, size, three(case.label.shape))
+    corner, length = three(edge.start for edge in box), three(edge.stop - edge.start for edge in box)
     centre = np.asarray(start) + (np.asarray(size) - 1) / 2 - np.asarray(corner)
     return spatial_transform(_cut(image, corner, length), _cut(label, corner, length), matrix, centre=centre, size=size)

@@ -16,19 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from dstlib.zoo.e2enet.data.cases import Case, Cases
+from dstlib.zoo.e2enet.data.cases import Case, Cases, three
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
-from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
-from dstlib.zoo.e2enet.data.phantoms.drawing import (
-    Mask,
-    Point,
-    Shape,
-    Volume,
-    bent_grid,
-    checked_shape,
-    smooth_field,
-    within,
-)
+from dstlib.zoo.e2enet.data.phantoms.drawing import Mask, Point, Volume, bent_grid, checked_shape, smooth_field, within
 
 FIELD_OF_VIEW = (432.0, 320.0, 400.0)  # mm along (D, H, W)
 MIN_SHAPE = (32, 40, 40)  # below it the adrenal glands are a few voxels, which is no shape to learn
@@ -88,8 +78,10 @@ SPINE = Organ(240, (0.1, 0.16, 0.14), ((-1.1, 0.5, 0.0), (1.1, 0.5, 0.0)))
 CANAL = Organ(30, (0.1, 0.06, 0.06), ((-1.1, 0.68, 0.0), (1.1, 0.68, 0.0)))
 
 
-def phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
+def phantom(seed: int, shape: Sequence[int] = (48, 64, 64), *, organs: Sequence[str] = AMOS_ORGANS) -> Case:
     """Draws a CT of the abdomen in HU, with all fifteen organs of AMOS: the same seed, the same voxels.
+
+    The label names ``organs``, BTCV's thirteen say, and leaves others background; the image is the same for all.
 
     The field of view is 432 x 320 x 400 mm whatever the ``shape`` (D, H, W), so the spacing follows from it.
 
@@ -100,20 +92,24 @@ def phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
     >>> case.image.shape, len(np.unique(case.label)) - 1
     ((1, 48, 64, 64), 15)
     """
-    return _patient(seed, _checked(shape, "phantom()"), AMOS_ORGANS)
-
-
-def btcv_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
-    """Draws the patient of :func:`phantom` with the thirteen organs of BTCV labelled instead: the image is the same.
-
-    Raises:
-        SettingError: The shape is too small to hold every organ.
-
-    >>> case = btcv_phantom(0)
-    >>> len(np.unique(case.label)) - 1, bool((case.image == phantom(0).image).all())
-    (13, True)
-    """
-    return _patient(seed, _checked(shape, "btcv_phantom()"), BTCV_ORGANS)
+    size = checked_shape(shape, "phantom()", least=MIN_SHAPE, why="the adrenal glands vanish in a smaller one")
+    rng = np.random.default_rng(seed)
+    grid = bent_grid(rng, size)
+    hu, cavity = _torso(rng, grid)
+    label = np.zeros(size, np.uint8)
+    numbers = {name: number for number, name in enumerate(organs, start=1)}
+    for name, organ in ORGANS.items():
+        # From patient to patient it is moved a little as a whole, and of another size.
+        points = np.array(organ.points) + rng.uniform(-0.015, 0.015, 3)
+        radii = np.array(organ.radii) * rng.uniform(0.92, 1.12)
+        inside = within(points, radii, grid) & cavity
+        label[inside] = numbers.get(name, 0)
+        hu[inside] = organ.hu + rng.normal(0, 4)
+    hu += 6 * smooth_field(rng, size, num_waves=10)
+    hu = ndimage.gaussian_filter(hu, 0.4)  # voxels: the blur of partial volume
+    hu += rng.normal(0, 10, size).astype(np.float32)
+    spacing = three(mm / n for mm, n in zip(FIELD_OF_VIEW, size, strict=True))
+    return Case(f"phantom_{seed}", np.clip(hu, -1024, 3071)[None], label, spacing)
 
 
 def phantoms(num_cases: int, *, seed: int = 0, shape: Sequence[int] = (48, 64, 64)) -> Cases:
@@ -139,44 +135,6 @@ def patient_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
-def _checked(shape: Sequence[int], where: str) -> Shape:
-    return checked_shape(shape, where, least=MIN_SHAPE, why="the adrenal glands vanish in a smaller one")
-
-
-def _patient(seed: int, shape: Shape, classes: Sequence[str]) -> Case:
-    """Draws one patient, whose label names the organs among ``classes`` and leaves the others background."""
-    rng = np.random.default_rng(seed)
-    grid = bent_grid(rng, shape)
-    hu, cavity = _torso(rng, grid)
-    label = np.zeros(shape, np.uint8)
-    numbers = {name: number for number, name in enumerate(classes, start=1)}
-    for name, organ in ORGANS.items():
-        organ = _varied(organ, rng)
-        inside = within(organ.points, organ.radii, grid) & cavity
-        label[inside] = numbers.get(name, 0)
-        hu[inside] = organ.hu + rng.normal(0, 4)
-    hu += 6 * smooth_field(rng, shape, num_waves=10)
-    hu = ndimage.gaussian_filter(hu, 0.4)  # voxels: the blur of partial volume
-    hu += rng.normal(0, 10, shape).astype(np.float32)
-    spacing = tuple(mm / n for mm, n in zip(FIELD_OF_VIEW, shape, strict=True))
-    image = np.clip(hu, -1024, 3071)[None]
-    return Case(f"phantom_{seed}", image, label, (spacing[0], spacing[1], spacing[2]))
-
-
-def _varied(organ: Organ, rng: np.random.Generator) -> Organ:
-    """Returns the organ of another patient: moved a little as a whole, and of another size.
-
-    >>> other = _varied(Organ(10, (0.1, 0.1, 0.1), ((0.0, 0.0, 0.0),)), np.random.default_rng(0))
-    >>> other.hu, all(0.09 < radius < 0.12 for radius in other.radii)
-    (10, True)
-    """
-    shift = rng.uniform(-0.015, 0.015, 3)
-    scale = rng.uniform(0.92, 1.12)
-    points = tuple((z + shift[0], y + shift[1], x + shift[2]) for z, y, x in organ.points)
-    rz, ry, rx = organ.radii
-    return replace(organ, points=points, radii=(rz * scale, ry * scale, rx * scale))
-
-
 def _torso(rng: np.random.Generator, grid: list[Volume]) -> tuple[Volume, Mask]:
     """Draws what surrounds the organs, in HU, and finds the cavity that they lie in."""
     z, y, x = grid
@@ -187,8 +145,7 @@ def _torso(rng: np.random.Generator, grid: list[Volume]) -> tuple[Volume, Mask]:
     hu[ring < 0.88] = 55  # muscle
     cavity = ring < 0.81
     hu[cavity] = FAT
-    shape = (z.shape[0], z.shape[1], z.shape[2])
-    loops = smooth_field(rng, shape, num_waves=12)
+    loops = smooth_field(rng, z.shape, num_waves=12)
     bowel = cavity & (loops > 0.45) & (y < 0.15) & (z > -0.55) & (z < 0.5)
     hu[bowel] = 220  # what was drunk an hour before the scan has left the stomach
     hu[bowel & (loops > 1.9) & (y < -0.1) & (z < 0.4)] = -700  # gas

@@ -9,12 +9,12 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dstlib.errors import require
+from dstlib.zoo.e2enet.data.cases import Shape, three
 
 Point: TypeAlias = tuple[float, float, float]  # (z, y, x)
-Shape: TypeAlias = tuple[int, int, int]  # (D, H, W)
 Volume: TypeAlias = NDArray[np.float32]
 Mask: TypeAlias = NDArray[np.bool_]
 
@@ -31,19 +31,13 @@ def checked_shape(shape: Sequence[int], where: str, *, least: Shape, why: str) -
     >>> checked_shape([48, 64, 64], "phantom()", least=(32, 40, 40), why="")
     (48, 64, 64)
     """
-    require(
-        len(shape) == 3 and all(n >= m for n, m in zip(shape, least, strict=True)),
-        "shape",
-        where,
-        allowed=f"three sizes (D, H, W) of at least {least}",
-        given=tuple(shape),
-        remedy=f"Choose a larger shape: {why}.",
-    )
-    depth, height, width = shape
-    return depth, height, width
+    holds = len(shape) == 3 and all(n >= m for n, m in zip(shape, least, strict=True))
+    allowed, remedy = f"three sizes (D, H, W) of at least {least}", f"Choose a larger shape: {why}."
+    require(holds, "shape", where, allowed=allowed, given=tuple(shape), remedy=remedy)
+    return three(shape)
 
 
-def smooth_field(rng: np.random.Generator, shape: Shape, *, num_waves: int) -> Volume:
+def smooth_field(rng: np.random.Generator, shape: Sequence[int], *, num_waves: int) -> Volume:
     """Draws a random field of mean 0 and variance 1: the few lowest cosines per axis, randomly weighted.
 
     >>> field = smooth_field(np.random.default_rng(0), (8, 9, 10), num_waves=3)
@@ -71,8 +65,8 @@ def bent_grid(rng: np.random.Generator, shape: Shape) -> list[Volume]:
     return [(line + BEND * np.tanh(field)).astype(np.float32) for line, field in zip(grid, fields, strict=True)]
 
 
-def within(points: Sequence[Point], radii: Point, grid: list[Volume]) -> Mask:
-    """Finds the voxels within the capsules through ``points`` (one point: an ellipsoid).
+def within(points: ArrayLike, radii: ArrayLike, grid: list[Volume]) -> Mask:
+    """Finds the voxels within the capsules through ``points`` (P, 3), with ``radii`` (3); one point: an ellipsoid.
 
     >>> grid = [axis.astype(np.float32) for axis in np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij")]
     >>> np.argwhere(within([(-0.5, 0.5, 0.5)], (0.1, 0.1, 0.1), grid)).tolist()

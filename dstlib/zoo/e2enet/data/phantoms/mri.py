@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS
+from dstlib.zoo.e2enet.data.cases import Case, three
 from dstlib.zoo.e2enet.data.phantoms.drawing import Mask, Point, Volume, bent_grid, checked_shape, smooth_field, within
 
 BRAIN_VIEW = (150.0, 210.0, 190.0)  # mm along (D, H, W)
@@ -44,12 +43,8 @@ def tumour_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
     >>> case.image.shape, np.unique(case.label).tolist()
     ((4, 48, 64, 64), [0, 1, 2, 3])
     """
-    size = checked_shape(
-        shape,
-        "tumour_phantom()",
-        least=MIN_BRAIN_SHAPE,
-        why="the rim of a tumour is thinner than a voxel in a smaller one",
-    )
+    why = "the rim of a tumour is thinner than a voxel in a smaller one"
+    size = checked_shape(shape, "tumour_phantom()", least=MIN_BRAIN_SHAPE, why=why)
     rng = np.random.default_rng(seed)
     grid = bent_grid(rng, size)
     depth = _brain_depth(grid)
@@ -59,14 +54,12 @@ def tumour_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
     for i in range(1 + int(rng.integers(MAX_EXTRA_LESIONS + 1))):
         _add_lesion(label, rng, grid, brain, core_radius=rng.uniform(15, 24) if i == 0 else rng.uniform(7, 12))
     tissue[label > 0] = label[label > 0] + 2  # the classes follow the three tissues in CONTRASTS
-    image = np.zeros((len(TUMOUR_CHANNELS), *size), np.float32)
-    table = np.array(list(CONTRASTS.values()), np.float32)
-    for channel, contrast in enumerate(table.T):
-        image[channel] = _acquired(rng, contrast[tissue], noise=0.03, scale=np.exp(rng.uniform(5.5, 7)))
+    contrasts = np.array(list(CONTRASTS.values()), np.float32).T
+    image = np.stack([_acquired(rng, c[tissue], noise=0.03, scale=np.exp(rng.uniform(5.5, 7))) for c in contrasts])
     image[:, ~brain] = 0
     image[:, brain] = image[:, brain].clip(1)
-    spacing = tuple(mm / n for mm, n in zip(BRAIN_VIEW, size, strict=True))
-    return Case(f"tumour_{seed}", image, label, (spacing[0], spacing[1], spacing[2]))
+    spacing = three(mm / n for mm, n in zip(BRAIN_VIEW, size, strict=True))
+    return Case(f"tumour_{seed}", image, label, spacing)
 
 
 def hippocampus_phantom(seed: int) -> Case:
@@ -88,9 +81,7 @@ def hippocampus_phantom(seed: int) -> Case:
 
     def part(points: Sequence[Point], radii: Point) -> Mask:
         """Capsules given in mm from the middle of the box."""
-        moved = [tuple((np.array(point) * scale + shift) / half) for point in points]
-        extents = np.array(radii) * scale / half
-        return within(moved, (extents[0], extents[1], extents[2]), grid)
+        return within((np.array(points) * scale + shift) / half, np.array(radii) * scale / half, grid)
 
     head = part(((-6, 13, 2), (-5, 7, 0)), (5.0, 6.0, 8.0))
     body = part(((-5, 8, 0), (0, -2, -1), (5, -10, -4), (8, -13, -6)), (4.2, 4.5, 5.0))
@@ -113,18 +104,16 @@ def _brain_depth(grid: list[Volume]) -> Volume:
     z, y, x = grid
     rz, ry, rx = BRAIN
     flat = np.where(z < -0.1, 1.12, 1.0) * (z - 0.02) / rz  # flatter at the base
-    depth: Volume = (1 - (np.abs(flat) ** 2.3 + np.abs(y / ry) ** 2.3 + np.abs(x / rx) ** 2.3) ** (1 / 2.3)) * min(
-        BRAIN
-    )
+    radius = (np.abs(flat) ** 2.3 + np.abs(y / ry) ** 2.3 + np.abs(x / rx) ** 2.3) ** (1 / 2.3)
+    depth: Volume = (1 - radius) * min(BRAIN)
     return depth
 
 
 def _brain_tissue(rng: np.random.Generator, grid: list[Volume], depth: Volume) -> NDArray[np.intp]:
     """Draws the healthy brain: 0 white matter, 1 grey matter, 2 fluid."""
-    shape = (depth.shape[0], depth.shape[1], depth.shape[2])
     z, _, x = grid
-    folds = smooth_field(rng, shape, num_waves=14)
-    tissue = np.zeros(shape, np.intp)
+    folds = smooth_field(rng, depth.shape, num_waves=14)
+    tissue = np.zeros(depth.shape, np.intp)
     tissue[depth < 0.13 + 0.06 * folds] = 1  # cortex
     tissue[(depth < 0.2) & (folds > 1.3) | (depth < 0.02)] = 2  # sulci
     tissue[(np.abs(x) < 0.02) & (depth < 0.45) & (z > 0)] = 2  # the fissure between the hemispheres
@@ -138,12 +127,11 @@ def _add_lesion(
     label: NDArray[np.uint8], rng: np.random.Generator, grid: list[Volume], brain: Mask, *, core_radius: float
 ) -> None:
     """Draws one lesion into a label; where two meet, the higher class stays. The radius is in mm."""
-    shape = (label.shape[0], label.shape[1], label.shape[2])
     side = rng.choice((-1, 1))
     middle = (rng.uniform(-0.3, 0.45), rng.uniform(-0.5, 0.5), side * rng.uniform(0.25, 0.45))
     offsets = [(axis - at) * mm / 2 for axis, at, mm in zip(grid, middle, BRAIN_VIEW, strict=True)]
     distance = np.sqrt(sum(offset**2 for offset in offsets)) / core_radius
-    uneven, ragged = (np.tanh(smooth_field(rng, shape, num_waves=waves)) for waves in (6, 9))
+    uneven, ragged = (np.tanh(smooth_field(rng, label.shape, num_waves=waves)) for waves in (6, 9))
     core = distance * (1 + 0.2 * uneven)
     edema = distance * (1 + 0.3 * ragged) < rng.uniform(1.6, 2.2)
     drawn = np.where(core < 0.7, 2, np.where(core < 1, 3, edema)).astype(np.uint8)
@@ -152,8 +140,7 @@ def _add_lesion(
 
 def _acquired(rng: np.random.Generator, clean: Volume, *, noise: float, scale: float) -> Volume:
     """Makes of a true contrast what a scanner does: partial volume, the coils' bias, noise, a scale of its own."""
-    shape = (clean.shape[0], clean.shape[1], clean.shape[2])
-    bias = np.exp(0.1 * smooth_field(rng, shape, num_waves=3))
+    bias = np.exp(0.1 * smooth_field(rng, clean.shape, num_waves=3))
     blurred = ndimage.gaussian_filter(clean, 0.45)  # voxels
-    image: Volume = (scale * (blurred * bias + noise * rng.normal(size=shape))).astype(np.float32)
+    image: Volume = (scale * (blurred * bias + noise * rng.normal(size=clean.shape))).astype(np.float32)
     return image

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,16 +17,16 @@ from tqdm import tqdm
 
 from dstlib.errors import DataError, StateError, require, similar
 from dstlib.files import write_json
-from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.cases import Case, Shape
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
+from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.layouts.decathlon import (
     HIPPOCAMPUS_CHANNELS,
     HIPPOCAMPUS_CLASSES,
     TUMOUR_CHANNELS,
     TUMOUR_CLASSES,
 )
-from dstlib.zoo.e2enet.data.phantoms.ct import btcv_phantom, patient_seed, phantom
-from dstlib.zoo.e2enet.data.phantoms.drawing import Shape
+from dstlib.zoo.e2enet.data.phantoms.ct import patient_seed, phantom
 from dstlib.zoo.e2enet.data.phantoms.mri import hippocampus_phantom, tumour_phantom
 
 VERSION = 1  # of the phantoms' voxels and of their layouts: a set of another version is another set
@@ -68,7 +69,7 @@ KINDS = {
         classes=AMOS_ORGANS,
     ),
     "btcv": Kind(
-        draw=btcv_phantom,
+        draw=partial(phantom, organs=BTCV_ORGANS),
         image="RawData/Training/img/img{:04d}.nii.gz",
         label="RawData/Training/label/label{:04d}.nii.gz",
         test="RawData/Testing/img/img{:04d}.nii.gz",
@@ -154,14 +155,9 @@ def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> 
     allowed = f"1 to {MAX_SCANS}"
     require(1 <= num_scans <= MAX_SCANS, "num_scans", where, allowed=allowed, given=num_scans, remedy="Pass 30, say.")
     require(seed >= 0, "seed", where, allowed="0 or more", given=seed, remedy="Pass 0, say.")
-    require(
-        shape is None or KINDS[kind].takes_shape,
-        "shape",
-        where,
-        allowed=f"none for {kind}",
-        given=shape and tuple(shape),
-        remedy="Leave it out: each scan has a size of its own, as the real ones.",
-    )
+    remedy = "Leave it out: each scan has a size of its own, as the real ones."
+    holds = shape is None or KINDS[kind].takes_shape
+    require(holds, "shape", where, allowed=f"none for {kind}", given=shape and tuple(shape), remedy=remedy)
     size = list(SHAPE if shape is None else shape) if KINDS[kind].takes_shape else None
     return {"kind": kind, "num_scans": num_scans, "seed": seed, "shape": size, "version": VERSION}
 
@@ -202,10 +198,8 @@ def _write_set(folder: Path, plan: dict[str, Any], *, progress: bool) -> None:
 def _affine(case: Case, seed: int) -> NDArray[np.float64]:
     """Draws the way from voxels (x, y, z) to mm: the scan's middle is somewhere near the scanner's, as patients lie."""
     axes = axcodes2ornt(case.orientation[::-1]).astype(int)
-    affine = np.eye(4)
-    affine[:3, :3] = 0
-    for i, (axis, direction) in enumerate(axes):
-        affine[axis, i] = direction * case.spacing[2 - i]
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    affine[axes[:, 0], range(3)] = axes[:, 1] * case.spacing[::-1]
     middle = (np.array(case.label.shape[::-1]) - 1) / 2
     affine[:3, 3] = np.random.default_rng(seed).uniform(-40, 40, 3) - affine[:3, :3] @ middle
     return affine

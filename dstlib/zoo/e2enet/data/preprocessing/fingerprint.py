@@ -13,18 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import DataError, require
+from dstlib.zoo.e2enet.data.cases import Shape, Spacing, three
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization, Normalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
-from dstlib.zoo.e2enet.data.scans.geometry import (
-    MAX_ANISOTROPY,
-    Shape,
-    Spacing,
-    box_around,
-    box_shape,
-    nonzero,
-    three,
-    uncropped,
-)
+from dstlib.zoo.e2enet.data.scans.geometry import MAX_ANISOTROPY, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
 Modality = Literal["ct", "mri"]

@@ -14,19 +14,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dstlib.errors import DataError, StateError, require
-from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.cases import Case, Spacing, three
 from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization, Normalization, normalization_from_json
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, new_shape, resample_intensities
-from dstlib.zoo.e2enet.data.scans.geometry import (
-    ORIENTATION,
-    Placement,
-    Spacing,
-    box_around,
-    box_shape,
-    nonzero,
-    three,
-    uncropped,
-)
+from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION, Placement, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dstlib.zoo.e2enet.data.scans.geometry import Shape, Spacing, three
+from dstlib.zoo.e2enet.data.cases import Shape, Spacing, three
 
 
 def new_shape(shape: Shape, old: Spacing, new: Spacing) -> Shape:

@@ -4,7 +4,6 @@ Stored order is the file's own (D, H, W); canonical order leads D to the top (S)
 (R) of the patient. Shapes: C channels, D depth, H height, W width.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,15 +13,13 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.cases import Shape, Spacing, three
 
 ORIENTATION = "SAR"  # where D, H and W lead
 MAX_ANISOTROPY = 3.0  # of spacings; beyond it slices are resampled for themselves, as nnU-Net does
 
-Shape = tuple[int, int, int]
-Spacing = tuple[float, float, float]  # mm
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 T = TypeVar("T", bound=np.generic)
-U = TypeVar("U")
 
 
 class Volume(NamedTuple):
@@ -104,12 +101,6 @@ def uncropped(shape: Shape, affine: NDArray[np.float64]) -> Placement:
         spacing=three(sizes.tolist()),
         shape=three(canonical.tolist()),
     )
-
-
-def three(values: Iterable[U]) -> tuple[U, U, U]:
-    """Returns three values, along D, H and W, as a tuple of that length."""
-    d, h, w = values
-    return d, h, w
 
 
 def coarse_axis(*spacings: Spacing) -> int | None:
