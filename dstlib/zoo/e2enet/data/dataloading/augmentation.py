@@ -183,7 +183,7 @@ def change_intensities(
     A ``thin`` axis keeps its resolution. All strengths but that of the noise are drawn per channel.
 
     >>> change_intensities(torch.zeros(1, 2, 2, 2), np.random.default_rng(0), Augmentation()).shape
-    torch.Shape([1, 2, 2, 2])
+    torch.Size([1, 2, 2, 2])
     """
     a, channels = augmentation, list(image)
     if a.noise.comes(rng):

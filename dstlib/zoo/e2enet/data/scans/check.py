@@ -1,6 +1,6 @@
 """What can be wrong with an image or a label, in words: pure functions of voxels and affines.
 
-Defects forbid the use of a file, oddities are warned of. Arrays are in a file's own order (x, y, z[, channel]) where
+Arrays are in a file's own order (x, y, z[, channel]) where
 their names say no other; affines take their voxels to millimetres.
 """
 
@@ -91,24 +91,3 @@ def mismatches(volume: Volume, other: Volume, name: str) -> list[str]:
     if not moved.max() <= MAX_SHIFT * voxel_sizes(other.affine).min():  # so written, NaN is refused too
         return [f"lies {moved.max():.3g} mm away from {name}: the affines differ by more than rounding"]
     return []
-
-
-def place_oddities(volume: Volume) -> list[str]:
-    """Says whether a header leaves open where its file lies, which is legal, but seldom meant."""
-    if volume.is_placed:
-        return []
-    return ["states no place (sform and qform codes are 0): its axes are taken to lead left, front and top"]
-
-
-def image_oddities(image_CDHW: NDArray[np.float32]) -> list[str]:
-    """Says which channels are constant, which is legal, but seldom meant."""
-    return [
-        f"is constant in channel {i}: every voxel is {channel.flat[0]:g}"
-        for i, channel in enumerate(image_CDHW)
-        if channel.min() == channel.max()
-    ]
-
-
-def label_oddities(label_DHW: NDArray[np.uint8]) -> list[str]:
-    """Says whether a label is empty, which is legal, but seldom meant."""
-    return [] if label_DHW.any() else ["has no foreground"]

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, Scan, examine_scan
 
 WHOLE_SET = "(whole set)"  # in the place of a case's name
@@ -59,10 +59,9 @@ class Findings:
         head += f" in {_count(num_bad, 'case')}" if num_bad else ""
         lines = [f"{head}, {_count(len(self.warnings), 'warning')}"]
         rows = [(d.case, "DEFECT", d.text) for d in self.defects] + [(w.case, "warning", w.text) for w in self.warnings]
-        width = max((len(row[0]) for row in rows), default=0)
-        kind_width = max((len(row[1]) for row in rows), default=0)
-        lines += ["case"] * bool(rows)
-        lines += [f"{case:<{max(width, 4)}}  {kind:<{kind_width}}  {text}" for case, kind, text in rows]
+        if rows:
+            width, kind_width = max(4, *(len(case) for case, _, _ in rows)), max(len(kind) for _, kind, _ in rows)
+            lines += ["case", *(f"{case:<{width}}  {kind:<{kind_width}}  {text}" for case, kind, text in rows)]
         return "\n".join(lines)
 
 
@@ -71,7 +70,7 @@ class _Facts(NamedTuple):
 
     name: str
     orientation: str
-    spacing: tuple[float, float, float]  # towards right, front and top of the patient
+    spacing: Spacing  # towards right, front and top of the patient
     classes: frozenset[int]
 
 
@@ -91,17 +90,16 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
             parts[part] = ()
     todo = [(part, case) for part, cases in parts.items() for case in cases]
     for part, case in tqdm(todo, f"checking {manifest.name}", unit="case", disable=not progress):
-        found, wrong, odd = _check_case(case, manifest, with_label=part != "test")
-        defects += wrong
-        warnings += odd
-        facts[part] += found
+        numbers = {"num_channels": len(manifest.channels), "num_classes": len(manifest.classes)}
+        scan, wrong, odd = examine_scan(case, **numbers, with_label=part != "test")
+        defects += [_defect(case.name, fault, manifest.folder) for fault in wrong]
+        warnings += [_defect(case.name, fault, manifest.folder) for fault in odd]
+        if scan is not None:
+            facts[part].append(_facts(scan))
+        del scan  # or it would be held while the next one is read
     warnings += [Defect(WHOLE_SET, text) for text in _oddities_of_set(manifest, facts)]
-    return Findings(
-        manifest_name=manifest.name,
-        num_cases=len(manifest.cases),
-        defects=tuple(defects),
-        warnings=tuple(warnings),
-    )
+    num_cases = len(manifest.cases)
+    return Findings(manifest_name=manifest.name, num_cases=num_cases, defects=tuple(defects), warnings=tuple(warnings))
 
 
 def refuse(findings: Findings) -> None:
@@ -121,41 +119,18 @@ def refuse(findings: Findings) -> None:
     raise DataError.of("data set", findings.manifest_name, allowed=allowed, given=given, remedy=remedy)
 
 
-def _check_case(
-    case: CaseFiles, manifest: Manifest, *, with_label: bool
-) -> tuple[list[_Facts], list[Defect], list[Defect]]:
-    """Returns the facts of a sound case, its defects, and its warnings."""
-    examined = examine_scan(
-        case, num_channels=len(manifest.channels), num_classes=len(manifest.classes), with_label=with_label
-    )
-    facts = [] if examined.scan is None else [_facts(examined.scan)]
-    wrong = [_defect(case.name, fault, manifest.folder) for fault in examined.defects]
-    odd = [_defect(case.name, fault, manifest.folder) for fault in examined.warnings]
-    return facts, wrong, odd
-
-
 def _defect(case: str, fault: Fault, folder: Path) -> Defect:
     file = fault.file.relative_to(folder) if fault.file.is_relative_to(folder) else fault.file
     return Defect(case, f"{file} {fault.text}")
 
 
 def _facts(scan: Scan) -> _Facts:
-    axes = nibabel.io_orientation(scan.affine)[:, 0].astype(int)
-    spacing = np.empty(3)
-    spacing[axes] = voxel_sizes(scan.affine)
-    return _Facts(
-        scan.name,
-        "".join(nibabel.aff2axcodes(scan.affine)),
-        (float(spacing[0]), float(spacing[1]), float(spacing[2])),
-        frozenset() if scan.label is None else _classes(scan.label),
-    )
-
-
-def _classes(label: NDArray[np.uint8]) -> frozenset[int]:
     present = np.zeros(256, bool)
-    for plane in label:  # plane by plane, as an index takes eight times the memory of a label
+    for plane in () if scan.label is None else scan.label:  # as an index takes eight times the memory of a label
         present[plane] = True
-    return frozenset(int(value) for value in np.flatnonzero(present))
+    spacing = voxel_sizes(scan.affine)[np.argsort(nibabel.io_orientation(scan.affine)[:, 0])]
+    orientation = "".join(nibabel.aff2axcodes(scan.affine))
+    return _Facts(scan.name, orientation, three(spacing.tolist()), frozenset(np.flatnonzero(present).tolist()))
 
 
 def _oddities_of_set(manifest: Manifest, facts: dict[str, list[_Facts]]) -> list[str]:

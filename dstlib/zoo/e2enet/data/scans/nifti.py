@@ -22,16 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from dstlib.errors import DataError
 from dstlib.files import write_whole
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
-from dstlib.zoo.e2enet.data.scans.check import (
-    affine_defects,
-    as_label,
-    image_defects,
-    image_oddities,
-    label_oddities,
-    mismatches,
-    place_oddities,
-    voxel_defects,
-)
+from dstlib.zoo.e2enet.data.scans.check import affine_defects, as_label, image_defects, mismatches, voxel_defects
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
@@ -89,18 +80,25 @@ def examine_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_
     volumes = {file: _read_volume(file, np.float32) for file in files.images}
     images = {file: volume for file, volume in volumes.items() if isinstance(volume, Volume)}
     faults = [Fault(file, text) for file, text in volumes.items() if isinstance(text, str)]
-    faults += _image_faults(files.images[0], images, num_channels, complete=not faults)
+    if not faults:  # the number of the channels is judged only if all files could be opened
+        texts = image_defects([volume.voxels for volume in images.values()], num_channels)
+        faults = [Fault(files.images[0], text) for text in texts]
+    first = next(iter(images.items()), None)
+    for file, volume in images.items():
+        texts = voxel_defects(volume.voxels) + affine_defects(volume.affine)
+        if first is not None and file != first[0]:
+            texts += mismatches(volume, first[1], f"its first channel {first[0].name}")
+        faults += [Fault(file, text) for text in texts]
     label: NDArray[np.uint8] | None = None
     if with_label and files.label is None:
         faults.append(Fault(files.images[0], "has no label"))
     elif with_label and files.label is not None:
-        found = _examine_label(files.label, next(iter(images.values()), None), num_classes)
+        found = _examine_label(files.label, first and first[1], num_classes)
         label, texts = (None, found) if isinstance(found, list) else (found, [])
         faults += [Fault(files.label, text) for text in texts]
-    if faults:
+    if faults or first is None:
         return Examined(None, tuple(faults), ())
-    affine = next(iter(images.values())).affine
-    scan = Scan(files.name, _stack([volume.voxels for volume in images.values()]), label, affine)
+    scan = Scan(files.name, _stack([volume.voxels for volume in images.values()]), label, first[1].affine)
     return Examined(scan, (), tuple(_oddities(files, scan, images)))
 
 
@@ -156,43 +154,24 @@ def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
         content = file.read_bytes()
         if file.suffix.lower() == ".gz":
             content = gzip.decompress(content)  # to the very end, where the checksum is: nibabel stops short of it
-        return _parse(content, dtype)
+        kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+        kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
+        if kind is None:
+            return f"cannot be read: its {len(content)} bytes do not begin as NIfTI does"
+        nifti = kind.from_bytes(content)
+        header, stored = nifti.header, nifti.header.get_data_dtype()
+        if stored.kind not in "buif":
+            return f"has voxels of type {stored}, not numbers"
+        needed = math.prod(nifti.shape) * stored.itemsize + int(nifti.dataobj.offset)
+        if len(content) < needed:  # before nibabel asks for the memory that a damaged header promises
+            return f"cannot be read: it ends after {len(content)} of {needed} bytes"
+        with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
+            voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
+        return Volume(voxels, nifti.affine, bool(header["sform_code"] or header["qform_code"]))
     except FileNotFoundError:
         return "is missing"
     except _UNREADABLE as error:
         return f"cannot be read: {error}"
-
-
-def _parse(content: bytes, dtype: DTypeLike | None) -> Volume | str:
-    kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
-    kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
-    if kind is None:
-        return f"cannot be read: its {len(content)} bytes do not begin as NIfTI does"
-    nifti = kind.from_bytes(content)
-    header = nifti.header
-    stored = header.get_data_dtype()
-    if stored.kind not in "buif":
-        return f"has voxels of type {stored}, not numbers"
-    needed = math.prod(nifti.shape) * stored.itemsize + int(nifti.dataobj.offset)
-    if len(content) < needed:  # before nibabel asks for the memory that a damaged header promises
-        return f"cannot be read: it ends after {len(content)} of {needed} bytes"
-    with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
-        voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
-    return Volume(voxels, nifti.affine, bool(header["sform_code"] or header["qform_code"]))
-
-
-def _image_faults(first: Path, images: Mapping[Path, Volume], num_channels: int, *, complete: bool) -> list[Fault]:
-    """Lists the defects of the images that could be opened; their number is judged only if all could."""
-    faults = []
-    if complete:
-        faults += [Fault(first, text) for text in image_defects([v.voxels for v in images.values()], num_channels)]
-    anchor = next(iter(images.items()), None)
-    for file, volume in images.items():
-        texts = voxel_defects(volume.voxels) + affine_defects(volume.affine)
-        if anchor is not None and file != anchor[0]:
-            texts += mismatches(volume, anchor[1], f"its first channel {anchor[0].name}")
-        faults += [Fault(file, text) for text in texts]
-    return faults
 
 
 def _examine_label(file: Path, image: Volume | None, num_classes: int) -> NDArray[np.uint8] | list[str]:
@@ -223,8 +202,11 @@ def _stack(channels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 def _oddities(files: CaseFiles, scan: Scan, images: Mapping[Path, Volume]) -> list[Fault]:
     """Lists what is legal, but seldom meant."""
-    odd = [Fault(file, text) for file, volume in images.items() for text in place_oddities(volume)]
-    odd += [Fault(files.images[0], text) for text in image_oddities(scan.image)]
-    if scan.label is not None and files.label is not None:
-        odd += [Fault(files.label, text) for text in label_oddities(scan.label)]
+    unplaced = "states no place (sform and qform codes are 0): its axes are taken to lead left, front and top"
+    odd = [Fault(file, unplaced) for file, volume in images.items() if not volume.is_placed]
+    for i, channel in enumerate(scan.image):
+        if channel.min() == channel.max():
+            odd.append(Fault(files.images[0], f"is constant in channel {i}: every voxel is {channel.flat[0]:g}"))
+    if scan.label is not None and files.label is not None and not scan.label.any():
+        odd.append(Fault(files.label, "has no foreground"))
     return odd
