@@ -8,16 +8,10 @@ from pathlib import Path
 
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
-from dstlib.zoo.e2enet.data.layouts.files import case_name, nifti_files
+from dstlib.zoo.e2enet.data.layouts.files import by_case, case_name, nifti_files
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 
-BTCV_ORGANS = (
-    *AMOS_ORGANS[:9],
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-)
+BTCV_ORGANS = (*AMOS_ORGANS[:9], "portal and splenic veins", *AMOS_ORGANS[9:12])
 
 
 def training_folder(folder: Path) -> Path | None:
@@ -40,39 +34,26 @@ def read_btcv(folder: Path) -> Manifest:
     Reference: Landman et al., *Multi-Atlas Labeling Beyond the Cranial Vault* (MICCAI 2015, syn3193805).
     """
     training = training_folder(folder)
-    images = _by_number(nifti_files(training / "img"), "img") if training else {}
+    images = by_case(training / "img", prefix="img") if training else {}
     if training is None or not images:
-        raise DataError.of(
-            "data set",
-            str(folder),
-            allowed="BTCV's RawData/Training with img/img0001.nii.gz, ... and label/label0001.nii.gz, ...",
-            given="no folders img and label in it" if training is None else f"no NIfTI file in {training / 'img'}",
-            remedy="Pass the folder Abdomen, RawData or Training, with both in it.",
-        )
-    labels = _by_number(nifti_files(training / "label"), "label")
-    train = [
+        allowed = "BTCV's RawData/Training with img/img0001.nii.gz, ... and label/label0001.nii.gz, ..."
+        given = "no folders img and label in it" if training is None else f"no NIfTI file in {training / 'img'}"
+        remedy = "Pass the folder Abdomen, RawData or Training, with both in it."
+        raise DataError.of("data set", str(folder), allowed=allowed, given=given, remedy=remedy)
+    labels = by_case(training / "label", prefix="label")
+    train = tuple(
         CaseFiles(name=case_name(image), images=(image,), label=label)
         for number in sorted({*images, *labels})
         for image in images.get(number, [training / "img" / f"img{number}.nii.gz"])
         for label in labels.get(number, [training / "label" / f"label{number}.nii.gz"])
-    ]
-    test = (
-        CaseFiles(name=case_name(file), images=(file,)) for file in nifti_files(training.parent / "Testing" / "img")
     )
+    images_to_predict = nifti_files(training.parent / "Testing" / "img")
     return Manifest(
         name="BTCV",
         folder=folder,
         layout="btcv",
         channels=("CT",),
         classes=BTCV_ORGANS,
-        train=tuple(train),
-        test=tuple(test),
+        train=train,
+        test=tuple(CaseFiles(name=case_name(file), images=(file,)) for file in images_to_predict),
     )
-
-
-def _by_number(files: tuple[Path, ...], prefix: str) -> dict[str, list[Path]]:
-    """Sorts files by number: two with a .nii beside a .nii.gz, which make two cases of one name, refused later."""
-    found: dict[str, list[Path]] = {}
-    for file in files:
-        found.setdefault(case_name(file).removeprefix(prefix), []).append(file)
-    return found

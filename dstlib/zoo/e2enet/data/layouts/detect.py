@@ -66,13 +66,9 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     """
     files = nifti_files(folder)
     if not files:
-        raise DataError.of(
-            "images",
-            str(folder),
-            allowed=".nii or .nii.gz files",
-            given="none in it" if folder.is_dir() else "no such folder",
-            remedy="Pass the folder that holds the images themselves.",
-        )
+        allowed, given = ".nii or .nii.gz files", "none in it" if folder.is_dir() else "no such folder"
+        remedy = "Pass the folder that holds the images themselves."
+        raise DataError.of("images", str(folder), allowed=allowed, given=given, remedy=remedy)
     named = [case_channel(file) for file in files]
     numbers = {name[1] if name else num_channels for name in named}
     if 0 in numbers and max(numbers) < num_channels:

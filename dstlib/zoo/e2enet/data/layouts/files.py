@@ -42,6 +42,17 @@ def nifti_files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(files))
 
 
+def by_case(folder: Path, *, prefix: str = "") -> dict[str, list[Path]]:
+    """Lists the NIfTI files of a folder by their names, from which a prefix is taken.
+
+    There are two of a name where a .nii lies beside a .nii.gz: two cases of one name, which are refused later.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in nifti_files(folder):
+        found.setdefault(case_name(file).removeprefix(prefix), []).append(file)
+    return found
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a dataset.json.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstlib.errors import DataError
-from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, numbered, refuse_json
+from dstlib.zoo.e2enet.data.layouts.files import by_case, case_channel, case_name, nifti_files, numbered, refuse_json
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
 
 
@@ -47,13 +47,10 @@ def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int) -> 
     if len(train) == expected:
         return
     partial = [case.name for case in train if not all(f.exists() for f in (*case.images, case.label) if f)]
-    raise DataError.of(
-        "training cases",
-        str(folder),
-        allowed=f"{expected}, as dataset.json says under 'numTraining'",
-        given=f"{len(train)}" + (f", of which files are missing: {', '.join(partial)}" if partial else ""),
-        remedy="Restore or remove files, or correct the number.",
-    )
+    given = f"{len(train)}" + (f", of which files are missing: {', '.join(partial)}" if partial else "")
+    allowed = f"{expected}, as dataset.json says under 'numTraining'"
+    remedy = "Restore or remove files, or correct the number."
+    raise DataError.of("training cases", str(folder), allowed=allowed, given=given, remedy=remedy)
 
 
 def channel_cases(files: tuple[Path, ...], *, num_channels: int) -> tuple[CaseFiles, ...]:
@@ -71,13 +68,9 @@ def channel_cases(files: tuple[Path, ...], *, num_channels: int) -> tuple[CaseFi
         else:
             cases.setdefault(named[0], {})[named[1]] = file
     if odd:
-        raise DataError.of(
-            "image files",
-            str(odd[0].parent),
-            allowed="one file CASE_0000.nii.gz, CASE_0001.nii.gz, ... per case and channel",
-            given=", ".join(file.name for file in odd),
-            remedy="Rename or remove these files.",
-        )
+        allowed = "one file CASE_0000.nii.gz, CASE_0001.nii.gz, ... per case and channel"
+        given, remedy = ", ".join(file.name for file in odd), "Rename or remove these files."
+        raise DataError.of("image files", str(odd[0].parent), allowed=allowed, given=given, remedy=remedy)
     return tuple(CaseFiles(name=name, images=_channels(name, cases[name], num_channels)) for name in sorted(cases))
 
 
@@ -89,16 +82,13 @@ def _channels(name: str, found: dict[int, Path], num_channels: int) -> tuple[Pat
 
 
 def _found(folder: Path, num_channels: int, ending: str) -> tuple[CaseFiles, ...]:
-    images = channel_cases(nifti_files(folder / "imagesTr"), num_channels=num_channels)
-    channels = {case.name: case.images for case in images}
-    labels: dict[str, list[Path]] = {}
-    for file in nifti_files(folder / "labelsTr"):  # .nii beside .nii.gz makes two cases of one name: refused later
-        labels.setdefault(case_name(file), []).append(file)
-    for name in labels:
-        channels.setdefault(name, tuple(folder / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(num_channels)))
+    cases = channel_cases(nifti_files(folder / "imagesTr"), num_channels=num_channels)
+    images, labels = {case.name: case.images for case in cases}, by_case(folder / "labelsTr")
+    for name in labels.keys() - images:
+        images[name] = tuple(folder / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(num_channels))
     return tuple(
-        CaseFiles(name=name, images=channels[name], label=label)
-        for name in sorted(channels)
+        CaseFiles(name=name, images=images[name], label=label)
+        for name in sorted(images)
         for label in labels.get(name, [folder / "labelsTr" / f"{name}{ending}"])
     )
 
@@ -148,7 +138,7 @@ def _wrong_entries(content: dict[str, Any]) -> list[str]:
     ending = content.get("file_ending", ".nii.gz")
     if ending not in (".nii", ".nii.gz"):
         wrong.append(
-            f"'file_ending' is {ending!r}, but only .nii and .nii.gz are read: convert the files, and change it"
+            f"'file_ending' is {ending!r}, but only .nii and .nii.gz are read: convert the files and change it"
         )
     return wrong + _wrong_list(content.get("dataset"))
 
