@@ -3,28 +3,23 @@
 Shapes: K foreground classes, D, H, W depth, height, width in voxels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, hsv_to_rgb
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dstlib.files import write_whole
 from dstlib.layers.fusion import FusionNode
-from dstlib.plot import ACCENT, FAINT, INK, STYLE
+from dstlib.plot import ACCENT, FAINT, INK, drawn
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.network import E2ENet
 
@@ -50,7 +45,7 @@ def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: 
         grown = [100 * u["grown"] / u["active"] for u in updates]
         title = "Share of the active connections that grew at each mask update (grey lines)"
         curves.append((title, "percent", marks, grown, ACCENT))
-    with _figure(path, size=(7.5, 0.9 + 2.2 * len(curves))) as figure:
+    with drawn(path, size=(7.5, 0.9 + 2.2 * len(curves))) as figure:
         panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
         for panel, (title, label, x, y, colour) in zip(panels, curves, strict=True):
             panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
@@ -83,7 +78,7 @@ def slice_comparison(
     aspect = height / width
     colours = class_colours(len(classes))
     tall = 10.5 / 3 * aspect * picture.shape[0] / picture.shape[1]
-    with _figure(path, size=(10.5, tall + 0.6 + 0.22 * -(-len(classes) // 5))) as figure:
+    with drawn(path, size=(10.5, tall + 0.6 + 0.22 * -(-len(classes) // 5))) as figure:
         volumes = {"Image": None, "Label": upright(case.label[depth]), "Prediction": upright(prediction[depth])}
         for panel, (title, volume) in zip(figure.subplots(1, 3), volumes.items(), strict=True):
             panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
@@ -148,7 +143,7 @@ def _nodes(model: E2ENet) -> dict[str, FusionNode]:
 def flow_figure(path: Path, model: E2ENet, masks: Mapping[str, Tensor]) -> None:
     """Draws the density of every fusion weight on the left, the share of each flow per fusion node on the right."""
     nodes = list(_nodes(model))
-    with _figure(path, size=(10.5, 1.8 + 0.36 * len(nodes))) as figure:
+    with drawn(path, size=(10.5, 1.8 + 0.36 * len(nodes))) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(0.6, 1.6))
         _draw_densities(left, model, masks)
         shares, at_random = flow_shares(model, masks), flow_shares(model, {})
@@ -188,14 +183,3 @@ def _draw_flows(axes: Axes, row: int, shares: Mapping[str, float], at_random: Ma
         expected += at_random[flow]
         if flow != list(shares)[-1]:
             axes.plot([expected] * 2, [row - 0.42, row + 0.42], color="black", linewidth=1.2)
-
-
-@contextmanager
-def _figure(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
-    """Saves a figure when the block ends; it is drawn without pyplot, so it needs no display."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure
-        buffer = BytesIO()
-        figure.savefig(buffer, dpi=150)
-        write_whole(path, buffer.getbuffer())
