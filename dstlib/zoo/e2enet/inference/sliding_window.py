@@ -91,18 +91,6 @@ def probabilities(
     return result
 
 
-def most_probable(probabilities_KDHW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Returns the class of the highest probability at every voxel, (D, H, W); ties go to the lower class.
-
-    >>> most_probable(np.array([0.2, 0.4, 0.4], np.float32).reshape(3, 1, 1, 1)).ravel()
-    array([1], dtype=uint8)
-    """
-    label = np.empty(probabilities_KDHW.shape[1:], np.uint8)
-    for depth in range(len(label)):  # slice by slice: argmax of a whole volume makes eight bytes per voxel
-        label[depth] = probabilities_KDHW[:, depth].argmax(axis=0)
-    return label
-
-
 def _blend(
     models: Sequence[nn.Module],
     image_BCDHW: Tensor,
