@@ -1,7 +1,10 @@
 """The documentation's Python runs, block after block, and prints what it says it prints."""
 
+import contextlib
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from pages import run_page
@@ -10,6 +13,11 @@ import dstlib
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ROOMS = ("dstlib", "tests", "benchmarks", "examples", "docs")
 
 
 @pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/methods.md", 1)])
@@ -32,3 +40,20 @@ def test_every_command_of_the_makefile_that_is_named_exists():
 def test_files_that_are_linked_or_run_exist():
     for path in re.findall(r"\]\(([\w/.]+)\)|python (examples/\w+\.py)", README):
         assert (ROOT / (path[0] or path[1])).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page):
+    """Files by their paths or names, and modules, classes and functions of dstlib."""
+    text = page.read_text()
+    names = {path.name for room in ROOMS for path in (ROOT / room).rglob("*")}
+    for name in re.findall(r"`([\w/]+\.(?:py|cu|cuh|inc|def|h|cpp))`", text):
+        assert Path(name).name in names, name
+    for name in re.findall(rf"`((?:{'|'.join(ROOMS)})(?:/[\w.]+)+/?)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`dstlib((?:\.\w+)+)(?:\(.*?\))?`", text):
+        found = dstlib
+        for part in name[1:].split("."):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(f"{found.__name__}.{part}") if isinstance(found, ModuleType) else None
+            found = getattr(found, part)
