@@ -28,14 +28,14 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        _remove(temporary)
+    except BaseException as error:
+        with suppress(OSError):  # what is being reported matters more than a file left over
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         allowed = "a disk to write to"
         remedy = "What was written before is whole. Make room, then repeat the command (a training: with --resume)."
         raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=error, remedy=remedy) from error
-    except BaseException:
-        _remove(temporary)
-        raise
 
 
 def make_folder(folder: Path, *, what: str = "output") -> None:
@@ -80,8 +80,3 @@ def locked(folder: Path, *, if_held: Callable[[], object], refuse: Callable[[OSE
             if_held()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # what is being reported matters more than a file left over
-        path.unlink(missing_ok=True)

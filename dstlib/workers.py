@@ -43,13 +43,8 @@ def share(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise StateError.of(
-            "workers",
-            where,
-            allowed="processes that finish",
-            given="one that the system ended, most likely for want of memory",
-            remedy=remedy,
-        ) from error
+        allowed, given = "processes that finish", "one that the system ended, most likely for want of memory"
+        raise StateError.of("workers", where, allowed=allowed, given=given, remedy=remedy) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -66,10 +61,9 @@ def loader_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
+        allowed, given = "processes that live", str(error).splitlines()[0]
         remedy = "Continue with --resume and fewer --workers: each takes memory of its own."
-        raise DstlibError.of(
-            "workers", "the loader", allowed="processes that live", given=str(error).splitlines()[0], remedy=remedy
-        ) from error
+        raise DstlibError.of("workers", "the loader", allowed=allowed, given=given, remedy=remedy) from error
 
 
 def leave_signals_to_the_parent() -> None:

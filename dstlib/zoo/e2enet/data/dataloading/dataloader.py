@@ -1,8 +1,9 @@
 """Batches drawn ahead: the same whether this process draws them, or others do while it trains."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,35 +43,30 @@ def batches(
     """
     remedy = "0 draws the batches in this process."
     require(workers >= 0, "workers", "batches()", allowed="a whole number from 0 up", given=workers, remedy=remedy)
-    draws = _Draws(cases, settings, seed, ranks)
-    iterations = range(start, stop)
-    return _drawn_ahead(draws, iterations, workers) if workers and iterations else map(draws.draw, iterations)
+    draw, iterations = partial(draw_batch, cases, settings, seed=seed, ranks=ranks), range(start, stop)
+    if workers and iterations:
+        return _drawn_ahead(_Sent(draw), iterations, workers)
+    return (draw(iteration=iteration) for iteration in iterations)
 
 
 @dataclass(frozen=True, eq=False)
-class _Draws(Dataset[Batch | DstlibError]):
-    """The batches of a training, by their iteration."""
+class _Sent(Dataset[Batch | DstlibError]):
+    """The batches as a worker sends them, by their iteration."""
 
-    cases: Sequence[Case]
-    settings: PatchSettings
-    seed: int
-    ranks: tuple[int, int]
-
-    def draw(self, iteration: int) -> Batch:
-        return draw_batch(self.cases, self.settings, seed=self.seed, iteration=iteration, ranks=self.ranks)
+    draw: Callable[..., Batch]
 
     def __getitem__(self, iteration: int) -> Batch | DstlibError:
-        """Draws what a worker sends, labels as bytes: it goes through shared memory, which is scarce in containers."""
+        """Draws one, its labels as bytes: it goes through shared memory, which is scarce in containers."""
         try:
-            images, labels = self.draw(iteration)
+            images, labels = self.draw(iteration=iteration)
         except DstlibError as error:
             return error  # raised, it would arrive with a traceback for its message
         return images, labels.byte()
 
 
-def _drawn_ahead(draws: _Draws, iterations: range, workers: int) -> Iterator[Batch]:
+def _drawn_ahead(sent: _Sent, iterations: range, workers: int) -> Iterator[Batch]:
     loader = DataLoader(
-        draws,
+        sent,
         batch_size=None,  # an item is a batch already
         sampler=iterations,
         num_workers=min(workers, len(iterations)),

@@ -12,8 +12,6 @@ from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Mani
 
 TUMOUR_CHANNELS = ("FLAIR", "T1w", "T1gd", "T2w")  # of Task01_BrainTumour
 TUMOUR_CLASSES = ("edema", "non-enhancing tumour", "enhancing tumour")
-HIPPOCAMPUS_CHANNELS = ("MRI",)  # of Task04_Hippocampus
-HIPPOCAMPUS_CLASSES = ("Anterior", "Posterior")
 
 
 def read_decathlon(folder: Path, content: dict[str, Any], *, layout: str) -> Manifest:

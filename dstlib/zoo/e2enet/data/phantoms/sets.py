@@ -20,12 +20,7 @@ from dstlib.files import write_json
 from dstlib.zoo.e2enet.data.cases import Case, Shape
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
-from dstlib.zoo.e2enet.data.layouts.decathlon import (
-    HIPPOCAMPUS_CHANNELS,
-    HIPPOCAMPUS_CLASSES,
-    TUMOUR_CHANNELS,
-    TUMOUR_CLASSES,
-)
+from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS, TUMOUR_CLASSES
 from dstlib.zoo.e2enet.data.phantoms.ct import patient_seed, phantom
 from dstlib.zoo.e2enet.data.phantoms.mri import hippocampus_phantom, tumour_phantom
 
@@ -94,8 +89,8 @@ KINDS = {
         orientations=("RAS", "LAS"),
         image_type=np.float32,
         name="Hippocampus",
-        modality=HIPPOCAMPUS_CHANNELS,
-        classes=HIPPOCAMPUS_CLASSES,
+        modality=("MRI",),
+        classes=("Anterior", "Posterior"),
         bare_tests=True,
         takes_shape=False,
     ),

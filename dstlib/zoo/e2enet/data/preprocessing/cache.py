@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dstlib.errors import DataError, StateError, require
 from dstlib.files import locked, make_folder, refuse_folder, write_json, write_whole
 from dstlib.workers import share
-from dstlib.zoo.e2enet.data.cases import Case, Cases
+from dstlib.zoo.e2enet.data.cases import Case, Cases, three
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     Fingerprint,
@@ -40,7 +40,10 @@ from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
 
 FORMAT = 1  # to be raised whenever the same scan would be prepared otherwise than before: old entries are then remade
 
+_ARRAYS = ("image.npy", "label.npy")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Whatever is wrong with a file that was not made here is answered by making it here.
+_UNSOUND = (OSError, KeyError, TypeError, AttributeError, ValueError)
 
 T = TypeVar("T")
 
@@ -66,13 +69,12 @@ class Entry:
 
     def made_from(self) -> dict[str, Any]:
         """Returns all that settles the content, as JSON reads it; of a source file its size and time of change."""
-        paths = [*self.files.images, *([] if self.files.label is None else [self.files.label])]
         return {
             "format": FORMAT,
             "num_channels": self.num_channels,
             "num_classes": self.num_classes,
-            "preparation": None if self.preparation is None else self.preparation.to_json(),
-            "sources": [_state(path) for path in paths],
+            "preparation": self.preparation and self.preparation.to_json(),
+            "sources": [_state(path) for path in (*self.files.images, self.files.label) if path is not None],
         }
 
 
@@ -231,60 +233,50 @@ def _npy(array: NDArray[Any]) -> memoryview:
 
 def _find_fingerprint(entry: Entry) -> ScanFingerprint | None:
     """Finds what was measured of a scan; None where nothing is, or nothing that still holds."""
-    record = _record(entry)
     try:
-        return None if record is None else ScanFingerprint.from_json(record["fingerprint"])
-    except (KeyError, TypeError, ValueError):
+        return ScanFingerprint.from_json(_record(entry)["fingerprint"])
+    except _UNSOUND:
         return None
 
 
 def _find_case(entry: Entry) -> Case | None:
     """Finds a prepared case, in memory-mapped files; None where there is none that is whole and not stale."""
-    record = _record(entry)
-    if record is None:
-        return None
     try:
-        for ending, size in record["num_bytes"].items():
-            if entry.file(ending).stat().st_size != size:
-                return None
-        image, label = (np.load(entry.file(f"{kind}.npy"), mmap_mode="r") for kind in ("image", "label"))
-        d, h, w = record["spacing"]
-        return Case(entry.files.name, image, label, (d, h, w), ORIENTATION)
-    # Whatever is wrong with a file that was not made here is answered by making it here.
-    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+        record = _record(entry)
+        if any(entry.file(ending).stat().st_size != size for ending, size in record["num_bytes"].items()):
+            return None
+        image, label = (np.load(entry.file(ending), mmap_mode="r") for ending in _ARRAYS)
+        return Case(entry.files.name, image, label, three(record["spacing"]), ORIENTATION)
+    except _UNSOUND:
         return None
 
 
-def _num_bytes(entry: Entry) -> int:
-    """Counts the bytes on disk of the arrays of an entry that was found."""
-    return sum(entry.file(ending).stat().st_size for ending in ("image.npy", "label.npy"))
+def _record(entry: Entry) -> Any:
+    """Reads the record of an entry.
 
-
-def _record(entry: Entry) -> dict[str, Any] | None:
-    try:
-        record = json.loads(entry.file("json").read_text())
-    except (OSError, ValueError):
-        return None
-    is_current = isinstance(record, dict) and record.get("made_from") == entry.made_from()
-    return record if is_current else None
+    Raises:
+        OSError, KeyError, TypeError, ValueError: There is none, it is damaged, or its sources have changed.
+    """
+    record = json.loads(entry.file("json").read_text())
+    if record["made_from"] != entry.made_from():
+        raise ValueError("stale")
+    return record
 
 
 def _refuse(entries: Sequence[Entry], faults: Sequence[tuple[str, Fault]]) -> NoReturn:
     num_bad = len({name for name, _ in faults})
     listed = "".join(f"\n  {name}: {file} {text}" for name, (file, text) in sorted(faults))
+    allowed = "images and labels that are readable and fit each other"
+    given = f"{len(faults)} defect(s) in {num_bad} of {len(entries)} cases"
     remedy = "Repair or restore these files, or take the cases out of the set. The others need no second reading:"
-    raise DataError.of(
-        "cases",
-        f"data set {entries[0].files.images[0].parent}",
-        allowed="images and labels that are readable and fit each other",
-        given=f"{len(faults)} defect(s) in {num_bad} of {len(entries)} cases",
-        remedy=f"{remedy}{listed}",
-    )
+    where = f"data set {entries[0].files.images[0].parent}"
+    raise DataError.of("cases", where, allowed=allowed, given=given, remedy=remedy + listed)
 
 
 def _refuse_full_disk(entries: Sequence[Entry], num_lacking: int) -> NoReturn:
     """Refuses to go on; what is missing is estimated by what is whole and by the case that did not fit."""
-    sizes = [_num_bytes(entry) for entry in entries if _find_case(entry) is not None]
+    whole = [entry for entry in entries if _find_case(entry) is not None]
+    sizes = [sum(entry.file(ending).stat().st_size for ending in _ARRAYS) for entry in whole]
     num_missing = len(entries) - len(sizes)
     needed = num_missing * (sum(sizes) + num_lacking) / (len(sizes) + 1)
     allowed = f"about {_size(needed)} of room for the {num_missing} of {len(entries)} cases that are missing"
@@ -303,9 +295,4 @@ def _mention_unused(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def _size(num: float) -> str:
-    """Puts a number of bytes in words.
-
-    >>> _size(512), _size(3_200_000_000)
-    ('0.0 MB', '3.2 GB')
-    """
     return f"{num / 1e9:.1f} GB" if num >= 1e9 else f"{num / 1e6:.1f} MB"

@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dstlib.errors import DataError
 from dstlib.files import write_whole
+from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
 from dstlib.zoo.e2enet.data.scans.check import affine_defects, as_label, image_defects, mismatches, voxel_defects
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
@@ -42,10 +43,9 @@ class Scan:
     affine: NDArray[np.float64]
 
     @property
-    def spacing(self) -> tuple[float, float, float]:
+    def spacing(self) -> Spacing:
         """Millimetres from voxel to voxel along (D, H, W)."""
-        x, y, z = (float(size) for size in voxel_sizes(self.affine))
-        return z, y, x
+        return three(voxel_sizes(self.affine)[::-1].tolist())
 
 
 class Fault(NamedTuple):
