@@ -138,7 +138,7 @@ def _wrong_entries(content: dict[str, Any]) -> list[str]:
     ending = content.get("file_ending", ".nii.gz")
     if ending not in (".nii", ".nii.gz"):
         wrong.append(
-            f"'file_ending' is {ending!r}, but only .nii and .nii.gz are read: convert the files and change it"
+            f"'file_ending' is {ending!r}, but only .nii and .nii.gz are read: convert the files, and change it"
         )
     return wrong + _wrong_list(content.get("dataset"))
 

@@ -4,9 +4,8 @@ Shapes: C channels, D depth, H height, W width.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,8 @@ class CtNormalization:
     >>> CtNormalization(low=-100.0, high=200.0, mean=50.0, std=50.0)
     CtNormalization(low=-100.0, high=200.0, mean=50.0, std=50.0)
     """
+
+    kind: ClassVar = "ct"  # its name where it is saved
 
     low: float
     high: float
@@ -49,10 +50,6 @@ class CtNormalization:
         out /= max(self.std, 1e-8)
         return out
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns what :func:`normalization_from_json` reads."""
-        return {"kind": "ct", **vars(self)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class MriNormalization:
@@ -63,6 +60,8 @@ class MriNormalization:
 
     Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), the z-score scheme with and without its mask.
     """
+
+    kind: ClassVar = "mri"
 
     inside_mask: bool = False
 
@@ -83,22 +82,6 @@ class MriNormalization:
             out[~mask] = 0
         return out
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns what :func:`normalization_from_json` reads."""
-        return {"kind": "mri", **vars(self)}
-
 
 Normalization = CtNormalization | MriNormalization
-
-
-def normalization_from_json(content: Mapping[str, Any]) -> Normalization:
-    """Reads the normalisation of one channel that its ``to_json`` wrote.
-
-    Raises:
-        KeyError, TypeError, AttributeError, SettingError: The content is damaged or foreign.
-
-    >>> normalization_from_json(MriNormalization(inside_mask=True).to_json())
-    MriNormalization(inside_mask=True)
-    """
-    kinds: dict[object, type[Normalization]] = {"ct": CtNormalization, "mri": MriNormalization}
-    return kinds[content["kind"]](**{name: value for name, value in content.items() if name != "kind"})
+NORMALIZATIONS: dict[str, type[Normalization]] = {rule.kind: rule for rule in (CtNormalization, MriNormalization)}

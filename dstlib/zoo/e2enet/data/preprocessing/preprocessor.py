@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from dstlib.errors import DataError, StateError, require
 from dstlib.zoo.e2enet.data.cases import Case, Spacing, three
-from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization, Normalization, normalization_from_json
+from dstlib.zoo.e2enet.data.preprocessing.normalization import NORMALIZATIONS, MriNormalization, Normalization
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, new_shape, resample_intensities
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION, Placement, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
@@ -49,7 +49,7 @@ class Preparation:
         """Returns what :meth:`from_json` reads."""
         return {
             "spacing": None if self.spacing is None else list(self.spacing),
-            "normalization": [each.to_json() for each in self.normalization],
+            "normalization": [{"kind": each.kind, **vars(each)} for each in self.normalization],
             "crop": self.crop,
         }
 
@@ -62,7 +62,10 @@ class Preparation:
         """
         try:
             spacing = None if content["spacing"] is None else three(float(size) for size in content["spacing"])
-            rules = tuple(normalization_from_json(each) for each in content["normalization"])
+            rules = tuple(
+                NORMALIZATIONS[each["kind"]](**{name: value for name, value in each.items() if name != "kind"})
+                for each in content["normalization"]
+            )
             return cls(spacing=spacing, normalization=rules, crop=bool(content["crop"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             allowed, remedy = "what to_json() wrote", "Restore the file, or train anew."

@@ -14,7 +14,6 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
-from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
@@ -100,23 +99,6 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
     warnings += [Defect(WHOLE_SET, text) for text in _oddities_of_set(manifest, facts)]
     num_cases = len(manifest.cases)
     return Findings(manifest_name=manifest.name, num_cases=num_cases, defects=tuple(defects), warnings=tuple(warnings))
-
-
-def refuse(findings: Findings) -> None:
-    """Refuses a data set that has defects.
-
-    Raises:
-        DataError: The message holds every defect.
-    """
-    if findings.ok:
-        return
-    num_bad = len({defect.case for defect in findings.defects})
-    width = max(len(defect.case) for defect in findings.defects)
-    table = "\n".join(f"  {defect.case:<{width}}  {defect.text}" for defect in findings.defects)
-    allowed = "cases whose image and label are readable and fit each other"
-    given = f"{len(findings.defects)} defect(s) in {num_bad} of {findings.num_cases} cases"
-    remedy = f"Repair or restore these files, or take the cases out of the data set:\n{table}"
-    raise DataError.of("data set", findings.manifest_name, allowed=allowed, given=given, remedy=remedy)
 
 
 def _defect(case: str, fault: Fault, folder: Path) -> Defect:
