@@ -19,14 +19,18 @@ class _Followed:
     weight: Tensor
     mask: Tensor | None
     wants_all: Callable[[], bool]
-    seen: tuple[object, ...] | None = None
+    seen: int | None = -1
+
+    @property
+    def watched(self) -> Tensor:
+        """The tensor that tells by its version whether the pattern has changed."""
+        return self.weight if self.mask is None else self.mask
 
     def refresh(self) -> None:
         """Tells the layer where the pattern has changed since, and which gradients this pass is to give."""
         self.layer.dense_gradient = self.wants_all()
         trains = self.mask is None and torch.is_grad_enabled() and self.weight.requires_grad
-        watched = self.weight if self.mask is None else self.mask
-        state = ("all", None) if trains else (id(watched), watched._version)
+        state = None if trains else self.watched._version
         if state == self.seen:
             return
         if trains:
@@ -48,9 +52,16 @@ def follow(fast: nn.Module, masks: Mapping[str, Tensor], wants_all: Callable[[st
             name = names[id(layer.weight)]
             followed.append(_Followed(layer, layer.weight, masks.get(name), partial(wants_all, name)))
 
+    watched = [each.watched for each in followed]
+    seen: list[int] | None = None  # their versions at the last pass, if nobody recorded it
+
     def refresh(*_: Any) -> None:
-        for each in followed:
-            each.refresh()
+        nonlocal seen
+        versions, records = [tensor._version for tensor in watched], torch.is_grad_enabled()
+        if records or versions != seen:
+            for each in followed:
+                each.refresh()
+        seen = None if records else versions
 
     fast.register_forward_pre_hook(refresh)
     refresh()

@@ -38,6 +38,7 @@ from dstlib.targets import Weight, find_weights
 
 if TYPE_CHECKING:
     from dstlib.engine.decisions import Decisions
+    from dstlib.engine.layers.fast_layer import FastLayer
 
 
 class Sparsifier:
@@ -173,7 +174,14 @@ class Sparsifier:
         """Does as ``after_step`` for the weights of one optimizer, whose hook calls it."""
         self._end_step(self._held_by(optimizer), (optimizer,))
 
-    def accelerate(self, model: nn.Module, example_input: Any, *, decisions: "Decisions | None" = None) -> nn.Module:
+    def accelerate(
+        self,
+        model: nn.Module,
+        example_input: Any,
+        *,
+        decisions: "Decisions | None" = None,
+        layers: "Sequence[FastLayer]" = (),
+    ) -> nn.Module:
         """Returns the model on the engine, which computes what is active and follows every mask update.
 
         Call the result in place of the model, for training and after; parameters and optimizer stay. Its backward
@@ -190,7 +198,9 @@ class Sparsifier:
         def reads(name: str) -> bool:
             return name in masked and (always or self._is_due(masked[name]))
 
-        return accelerate(model, example_input, masks=self.masks, dense_gradient=reads, decisions=decisions)
+        return accelerate(
+            model, example_input, masks=self.masks, dense_gradient=reads, decisions=decisions, layers=layers
+        )
 
     def freeze(self) -> None:
         """Fixes the topology from now on: zeros hold, masks no longer change."""

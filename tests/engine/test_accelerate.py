@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import dstlib
 from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
 from dstlib.engine.layers.conv import FastConv
+from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.fusion_node import FastFusionNode
 from dstlib.engine.layers.unit import FastUnit
@@ -413,3 +414,54 @@ def test_gradients_pass_through_foreign_operations():
         (torch.sin(z) * z).sum().backward()
     _assert_close(x.grad, again.grad, share=1e-3)
     _assert_close(unit.norm.weight.grad, plain.norm.weight.grad, share=1e-3)
+
+
+class _Projection(nn.Module):
+    """A product with a transposed weight, which the engine does not know."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class _FastProjection(nn.Module):
+    def __init__(self, plain: _Projection) -> None:
+        super().__init__()
+        self.weight, self.dense_gradient, self.masks = plain.weight, False, []
+
+    def set_mask(self, mask: Tensor) -> None:
+        self.masks.append(mask.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * self.masks[-1])
+
+
+def test_layers_of_a_user_come_first_and_follow_masks():
+    def obstacle_to_projection(layer: _Projection) -> str | None:
+        return "it is wide" if layer.weight.shape[1] > 8 else None
+
+    own = (
+        FastLayer(_Projection, obstacle_to_projection, _FastProjection),
+        FastLayer(nn.Linear, lambda layer: "the user says so", nn.Identity),
+    )
+    model = nn.Sequential(_Projection(6, 8), nn.ReLU(), _Projection(8, 9), nn.Linear(9, 4))
+    x = torch.randn(5, 6)
+    mask = torch.rand(6, 8) < 0.5
+    with torch.no_grad():
+        model[0].weight[~mask] = 0
+    rows = [
+        Decision("0", "_Projection", 2.0, 1.0, None),
+        *(Decision(name, "plain", None, None, "as is") for name in ("2", "3")),
+    ]
+    fast = accelerate(model, x, masks={"0.weight": mask}, decisions=Decisions.of(rows), layers=own)
+    assert [type(layer) for layer in fast] == [_FastProjection, nn.ReLU, _Projection, nn.Linear]
+    assert [obstacle(layer, own) for layer in model] == [None, "it is a ReLU", "it is wide", "the user says so"]
+    _assert_close(fast(x), model(x))
+    fast(x)
+    mask[0] = False
+    with torch.no_grad():
+        fast(x)
+    assert [kept.sum() for kept in fast[0].masks] == [kept.sum() for kept in (fast[0].masks[0], mask)]

@@ -1,5 +1,7 @@
 """Fusion nodes on the engine."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from dstlib.engine.layers.conv_transpose import FastConvTranspose
@@ -23,11 +25,11 @@ class FastFusionNode(nn.Module):
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
         """Computes from the maps of this level, the coarser and the finer one, as the plain node does."""
-        sources = [feature_map(same), self.upward.refine(feature_map(coarser))]
+        parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
+        sources = [feature_map(same), parts["upward"].refine(feature_map(coarser))]
         if finer is not None and self.window is not None:
             sources.append(max_pool(feature_map(finer), self.window))
-        for each in self.units:
-            assert isinstance(each, FastUnit)
+        for each in parts["units"]:
             sources = [each.fuse(sources)]  # whose memory serves again from here on
         return Pending.of(sources[0])
 

@@ -1,6 +1,7 @@
 """Units on the engine: shift, convolution, norm and activation as one operation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,10 @@ class FastUnit(FollowsKernels, nn.Module):
 
     def fuse(self, sources: Sequence[FeatureMap]) -> FeatureMap:
         """Computes the unit on the concatenation of maps."""
-        norm = self.norm
-        affine = norm.weight, norm.bias, norm.eps
-        weights = self.kernels.weights(self.conv.bias)
-        return unit(sources, weights, self.geometry, affine, self.activation.negative_slope)
+        parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
+        weights, norm = self.kernels.weights(parts["conv"]._parameters["bias"]), parts["norm"]
+        affine = norm._parameters["weight"], norm._parameters["bias"], norm.eps
+        return unit(sources, weights, self.geometry, affine, parts["activation"].negative_slope)
 
 
 def obstacle_to_unit(unit: nn.Module) -> str | None:

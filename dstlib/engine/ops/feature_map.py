@@ -7,7 +7,7 @@ Torch's own operations give the same results on such a map as on any other.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,11 @@ class Layout:
     strides: tuple[int, ...]
     slope: float | None  # None without a norm
 
+    @cached_property
+    def num_norms(self) -> int:
+        """How many bytes the scales, or the offsets, of a norm take."""
+        return 4 * self.size[0] * self.size[1]
+
     @staticmethod
     @lru_cache(maxsize=4096)
     def of(size: Five, strides: tuple[int, ...], slope: float | None) -> "Layout":
@@ -46,10 +51,14 @@ class FeatureMap:
     True
     """
 
+    memory: Tensor  # in which a map whose addresses are known lies
+    _statistics: int  # numbers from there to its norm
+
     def __init__(self, raw: Tensor, norm: Norm | None = None) -> None:
         self.tensor: Tensor | None = raw  # None where nobody has asked for it yet
         self._norm = norm
         self.layout: Layout | None = None  # None where the addresses are not known
+        self.address = self.scale = self.offset = 0
 
     @staticmethod
     def at(memory: Tensor, address: int, layout: Layout, statistics: int) -> "FeatureMap":
@@ -60,11 +69,11 @@ class FeatureMap:
         found = FeatureMap.__new__(FeatureMap)
         found.tensor, found._norm, found.layout = None, None, layout
         found.memory, found.address = memory, address
+        found.scale = found.offset = 0
         if layout.slope is not None:
-            n, c, *_ = layout.size
             found._statistics = statistics
             found.scale = address + 4 * statistics
-            found.offset = found.scale + 4 * n * c
+            found.offset = found.scale + layout.num_norms
         return found
 
     @property

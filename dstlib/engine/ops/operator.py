@@ -44,7 +44,7 @@ class Problem:
     def unpacked(cls, numbers: Sequence[float]) -> Self:
         """Returns the problem that was :meth:`packed`."""
         rest, values = iter(numbers[1:]), []
-        for kind, is_tuple in _kinds(cls):
+        for kind, is_tuple in _kinds(cls):  # type: ignore[arg-type]  # a class is hashable
             values.append(tuple(kind(next(rest)) for _ in range(int(next(rest)))) if is_tuple else kind(next(rest)))
         return cls(*values)
 
@@ -206,12 +206,14 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     >>> is_recorded(x), is_recorded(x.detach())
     (True, False)
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return True
-    return not _hold_values(tensors)
+    records = torch.is_grad_enabled()
+    for x in tensors:  # a loop: this is asked before each call of a kernel
+        if type(x) not in _PLAIN or (records and x is not None and x.requires_grad):
+            return True
+    return torch.compiler.is_dynamo_compiling()  # other compilers' tensors are of other types
 
 
-def _hold_values(tensors: Sequence[Tensor | None]) -> bool:
+def _hold_values(tensors: Tensors) -> bool:
     """Tells whether these are tensors proper, and not stand-ins by which a compiler learns what is done to them."""
     return not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in tensors)
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dstlib.engine.ops import operator
 from dstlib.engine.ops.feature_map import FeatureMap, Layout
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import (
@@ -20,7 +21,6 @@ from dstlib.engine.ops.operator import (
     Tensors,
     by_kernel,
     is_recorded,
-    kernels_for,
     present_kernels,
 )
 from dstlib.engine.runtime.library import Kernels, check
@@ -49,7 +49,7 @@ class PreparedCall:
         self, what: str, kernel: Callable[..., int], job: Structure, places: Places, out: Layout, alive: object
     ) -> None:
         self._what, self._out, self._alive = what, out, alive
-        self._kernel = _Kernel(ctypes.cast(kernel, c_void_p).value)
+        self._kernel = ctypes.cast(kernel, _Kernel)  # type: ignore[arg-type]  # a pointer to a function
         start = ctypes.addressof(job)
         fields = (Source.data.offset, Source.scale.offset, Source.offset.offset)
         self._sources = [[(ctypes.addressof(x) - start + field) // _WORD for field in fields] for x in places.sources]
@@ -66,16 +66,14 @@ class PreparedCall:
 
     def __call__(self, maps: Sequence[FeatureMap]) -> FeatureMap:
         """Returns the map that the kernel makes of these, which lie as those that it was prepared for."""
-        job = self._copy(self._job)
+        job, memory = self._copy(self._job), buffer(self._room)  # a copy: threads may call at the same time
         for (data, scale, offset), each in zip(self._sources, maps, strict=True):
-            job[data] = each.address
-            if each.layout.slope is not None:  # type: ignore[union-attr]  # located
-                job[scale], job[offset] = each.scale, each.offset
-        memory = buffer(self._room)
+            job[data], job[scale], job[offset] = each.address, each.scale, each.offset
         job[self._target] = address = memory.data_ptr()
         if self._found:
             job[self._found] = address + 4 * self._map
-        check(self._kernel(ctypes.addressof(job), torch.get_num_threads()), self._what)
+        if self._kernel(ctypes.addressof(job), torch.get_num_threads()):
+            check(1, self._what)
         return FeatureMap.at(memory, address, self._out, self._map)
 
     def outputs(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
@@ -174,14 +172,17 @@ def state_of(
     """
     if is_recorded(*given, *copied, *pointed):
         return None
-    found = kernels_for()
+    found = operator.kernels()
     if found is None:
         return None
-    try:
-        versions = [x._version for x in copied]
-    except RuntimeError:  # made in inference mode, they have none
-        return None
-    return (found, *versions, *[x.data_ptr() for x in copied], *[0 if x is None else x.data_ptr() for x in pointed])
+    state: list[object] = [found]
+    for x in copied:
+        if x.is_inference():  # it has no version
+            return None
+        state += (x._version, x.data_ptr())
+    for each in pointed:
+        state.append(each is not None and each.data_ptr())
+    return tuple(state)
 
 
 def locate(x: FeatureMap) -> bool:

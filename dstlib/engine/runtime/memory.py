@@ -19,6 +19,17 @@ _idle: list[tuple[int, mmap.mmap]] = []  # sizes in bytes and blocks, in the ord
 _bytes = {"idle": 0, "used": 0, "peak": 0}
 
 
+class _Loan(weakref.ref[memoryview]):
+    """A block in use, which comes back when the view of it is gone; ``weakref.finalize`` takes longer."""
+
+    __slots__ = ("block", "size")
+    block: mmap.mmap
+    size: int
+
+
+_loans: dict[int, _Loan] = {}
+
+
 def buffer(num: int) -> Tensor:
     """``num`` float32 numbers of any value on the CPU; their memory is used again when the last tensor on it is gone.
 
@@ -37,7 +48,9 @@ def buffer(num: int) -> Tensor:
             _bytes["idle"] -= oldest
     block = block or _allocate(size)
     view = memoryview(block)  # torch holds this very object for as long as it uses the memory
-    weakref.finalize(view, _give_back, block, size).atexit = False
+    loan = _Loan(view, _give_back)
+    loan.block, loan.size = block, size
+    _loans[id(loan)] = loan
     return torch.frombuffer(view, dtype=torch.float32, count=num)
 
 
@@ -66,8 +79,9 @@ def _allocate(size: int) -> mmap.mmap:
     return block
 
 
-def _give_back(block: mmap.mmap, size: int) -> None:
+def _give_back(loan: "_Loan") -> None:
     with _lock:
-        _bytes["used"] -= size
-        _bytes["idle"] += size
-        _idle.append((size, block))
+        del _loans[id(loan)]
+        _bytes["used"] -= loan.size
+        _bytes["idle"] += loan.size
+        _idle.append((loan.size, loan.block))
