@@ -802,7 +802,7 @@ def test_laws_of_a_method_train_each_run_once(monkeypatch):
     assert len(steps) == 2 * one_by_one
 
 
-@parametrize_with_laws([magnitude, *curve_laws(Linear(0.3), low=0.0, high=1.0), SET, Kernel(), erk, lamp])
+@parametrize_with_laws([magnitude, *curve_laws(Linear(0.3), low=0.0, high=1.0), Kernel(), erk, lamp])
 def test_laws_as_test_cases(law):
     law()
 
