@@ -65,7 +65,7 @@ class Info:
 
 
 def info() -> Info:
-    """Which kernels run here: those of an instruction set, or torch's own where none were built, and the reason."""
+    """Says which kernels run here: those of an instruction set, or torch's own where none were built, and why."""
     path, reason = _choice()
     library = _library()
     threads_from = library.engine_threads().decode() if library and path != "torch" else "torch"
@@ -74,14 +74,18 @@ def info() -> Info:
 
 @cache
 def kernels() -> Kernels | None:
-    """The kernels to call; None where torch has to do."""
+    """Returns the kernels to call; None where torch has to do."""
     path, _ = _choice()
     library = _library()
     return None if library is None or path == "torch" else _kernels(library, path)
 
 
 def check(status: int, what: str) -> None:
-    """Raises MemoryError for a kernel that could not allocate what it needs."""
+    """Checks what a kernel returned.
+
+    Raises:
+        MemoryError: it could not allocate what it needs.
+    """
     if status:
         raise MemoryError(f"{what}: no memory for intermediate results. Use fewer threads or smaller inputs.")
 

@@ -1,4 +1,4 @@
-"""Memory for large maps, used again: the first touch of fresh memory costs more than most layers compute.
+"""Memory for large feature maps, used again: the first touch of fresh memory costs more than most layers compute.
 
 A map of 50 MB from the operating system takes several times as long to fill as one that has been written before, and
 the C library gives blocks of that size back at once.
@@ -31,7 +31,9 @@ _loans: dict[int, _Loan] = {}
 
 
 def buffer(num: int) -> Tensor:
-    """``num`` float32 numbers of any value on the CPU; their memory is used again when the last tensor on it is gone.
+    """Returns ``num`` float32 numbers of any value on the CPU.
+
+    Their memory is used again when the last tensor on it is gone.
 
     >>> buffer(1 << 20).shape
     torch.Size([1048576])
@@ -55,14 +57,14 @@ def buffer(num: int) -> Tensor:
 
 
 def release_memory() -> None:
-    """Gives the memory that no map uses at the moment back to the system."""
+    """Gives the memory that no feature map uses at the moment back to the system."""
     with _lock:
         _idle.clear()
         _bytes.update(idle=0, peak=_bytes["used"])
 
 
 def _take(size: int) -> mmap.mmap | None:
-    """The idle block of this size that was used last, which caches may still know."""
+    """Takes the idle block of this size that was used last, which caches may still know."""
     for i in reversed(range(len(_idle))):
         if _idle[i][0] == size:
             _bytes["idle"] -= size
