@@ -78,13 +78,9 @@ def _wrong_files(part: str, entries: object) -> list[str]:
         return [f"{part!r} is {entries!r} but a list of files"]
     wrong = []
     for i, entry in enumerate(entries):
-        if isinstance(entry, dict):
-            image, label = entry.get("image"), entry.get("label")
-            good = bool(image) and isinstance(image, str) and (label is None or isinstance(label, str))
-            good &= bool(label) or part != "training"
-        else:
-            good = bool(entry) and isinstance(entry, str) and part != "training"
-        if not good:
+        image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
+        is_image, is_label = (isinstance(file, str) and bool(file) for file in (image, label))
+        if not is_image or not (is_label or (part != "training" and label in (None, ""))):
             needs = "an 'image' and a 'label'" if part == "training" else "an 'image'"
             wrong.append(f"entry {i} of {part!r} is {entry!r} but names {needs}")
     return wrong
