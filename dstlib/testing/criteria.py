@@ -207,15 +207,8 @@ def _autograd(criterion: Criterion) -> None:
 
 
 LAWS = (
-    _runs,
-    _shape,
-    _finite,
-    _changes_nothing,
-    _repeatable,
-    _no_global_randomness,
-    _no_defaults,
-    _memory_layout,
-    _autograd,
+    *(_runs, _shape, _finite, _changes_nothing, _repeatable),
+    *(_no_global_randomness, _no_defaults, _memory_layout, _autograd),
 )
 
 

@@ -177,17 +177,8 @@ def _seeded(trials: Trials) -> None:
 
 
 LAWS = (
-    _whole_units,
-    _counts,
-    _zeros_hold,
-    _finite,
-    _target,
-    _resumes,
-    _copies,
-    _freezes,
-    _repeatable,
-    _observers_look,
-    _seeded,
+    *(_whole_units, _counts, _zeros_hold, _finite, _target, _resumes),
+    *(_copies, _freezes, _repeatable, _observers_look, _seeded),
 )
 FIRST = next(iter(OPTIMIZERS))  # the optimizer of the laws that look at one alone
 _COPIED = f", copied after step {HALFWAY}"
