@@ -87,14 +87,9 @@ def synflow(model: nn.Module, *inputs: Tensor, rounds: int = 100) -> AtInit:
     flow, NeurIPS, Algorithm 1: 100 rounds.
     """
     bare = unwrap(model)
-    require(
-        bool(inputs) and all(isinstance(x, Tensor) for x in inputs),
-        "inputs",
-        "synflow()",
-        allowed="tensors",
-        given=[type(x).__name__ for x in inputs],
-        remedy="Pass what the model takes: synflow(model, torch.empty(1, 3, 32, 32)), say.",
-    )
+    are_tensors, given = bool(inputs) and all(isinstance(x, Tensor) for x in inputs), [type(x).__name__ for x in inputs]
+    remedy = "Pass what the model takes: synflow(model, torch.empty(1, 3, 32, 32)), say."
+    require(are_tensors, "inputs", "synflow()", allowed="tensors", given=given, remedy=remedy)
 
     def scores(parameters: Sequence[Tensor]) -> list[Tensor | None]:
         positive = {name: _without_offset(name, p.detach()) for name, p in bare.named_parameters()}
@@ -147,18 +142,13 @@ def _gradients(
 
 def _checked(loss: object, name: str) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
-        raise ScoreError.of(
-            "loss",
-            f"{name} at initialisation",
-            allowed="a number",
-            given=f"a tensor of shape {tuple(loss.shape)}: {loss.detach()}" if isinstance(loss, Tensor) else repr(loss),
-            remedy="Return one finite number that depends on the weights.",
-        )
+        given = f"a tensor of shape {tuple(loss.shape)}: {loss.detach()}" if isinstance(loss, Tensor) else repr(loss)
+        where, remedy = f"{name} at initialisation", "Return one finite number that depends on the weights."
+        raise ScoreError.of("loss", where, allowed="a number", given=given, remedy=remedy)
     return loss
 
 
 def _checked_rounds(rounds: int) -> int:
-    allowed = "a whole number from 1"
-    remedy = "1 looks once; SynFlow takes 100."
+    allowed, remedy = "a whole number from 1", "1 looks once; SynFlow takes 100."
     require(type(rounds) is int and rounds >= 1, "rounds", "AtInit", allowed=allowed, given=rounds, remedy=remedy)
     return rounds

@@ -119,21 +119,20 @@ def profile(
     >>> profile(convolution, (1, 3, 32, 32)).flops == 2 * (3 * 8 * 9) * (32 * 32)
     True
     """
-    allowed = " or ".join(get_args(Convention))
-    remedy = "They differ in transposed convolutions."
-    require(
-        convention in get_args(Convention), "convention", _WHERE, allowed=allowed, given=repr(convention), remedy=remedy
-    )
+    known, remedy = get_args(Convention), "They differ in transposed convolutions."
+    allowed, given = " or ".join(known), repr(convention)
+    require(convention in known, "convention", _WHERE, allowed=allowed, given=given, remedy=remedy)
     replica = _meta_copy(unwrap(model)).eval()
     active = _active(replica, sparsifier.masks if sparsifier is not None else {})
     count = partial(_flops, active=active, convention=convention)
-    calls = _run(replica, _shapes(input_shape), count)
-    layers = tuple(_rows(replica, calls, active))
+    layers = tuple(_rows(replica, _run(replica, _shapes(input_shape), count), active))
+    # a layer whose weight its parent uses directly looks uncalled
+    uncounted = {f"{row.type}{'' if row.calls else ' (not called)'}" for row in layers if row.flops is None}
     return Profile(
         params=sum(layer.params for layer in layers),
         flops=sum(layer.flops or 0 for layer in layers),
         layers=layers,
-        uncounted=_uncounted(layers),
+        uncounted=tuple(sorted(uncounted)),
         convention=convention,
     )
 
@@ -155,8 +154,7 @@ def _shapes(given: Shape | Sequence[Shape]) -> list[torch.Size]:
     try:
         return [torch.Size(shape) for shape in (given if several else [given])]  # type: ignore[arg-type]
     except TypeError as error:
-        allowed = "a shape, or a tuple of them"
-        remedy = "Include the batch, as in (1, 1, 128, 128, 128)."
+        allowed, remedy = "a shape, or a tuple of them", "Include the batch, as in (1, 1, 128, 128, 128)."
         raise SettingError.of("input_shape", _WHERE, allowed=allowed, given=given, remedy=remedy) from error
 
 
@@ -168,15 +166,9 @@ def _active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, int]:
         if name not in named:
             remedy = f"Profile the model that the masks were made for. Similar: {similar(name, named)}."
             raise SelectionError.of("mask", _WHERE, allowed="the name of a parameter", given=repr(name), remedy=remedy)
-        require(
-            mask.shape == named[name].shape,
-            f"mask {name}",
-            _WHERE,
-            allowed=f"shape {tuple(named[name].shape)}",
-            given=str(tuple(mask.shape)),
-            remedy="A mask has the shape of its parameter.",
-            error=SelectionError,
-        )
+        if mask.shape != named[name].shape:
+            allowed, remedy = f"shape {tuple(named[name].shape)}", "A mask has the shape of its parameter."
+            raise SelectionError.of(f"mask {name}", _WHERE, allowed=allowed, given=tuple(mask.shape), remedy=remedy)
         active[id(named[name])] = int(mask.count_nonzero())
     return active
 
@@ -186,9 +178,7 @@ def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Call
     calls: _Calls = {m: [] for m in model.modules() if any(p is not None for p in m._parameters.values())}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        flops = None
-        if isinstance(module, _Counted):
-            flops = count(module, next(iter((*args, *kwargs.values()))), output)
+        flops = count(module, [*args, *kwargs.values()][0], output) if isinstance(module, _Counted) else None
         calls[module].append((flops, tuple(output.shape) if isinstance(output, Tensor) else ()))
 
     for module in calls:
@@ -208,14 +198,13 @@ def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Call
 
 def _flops(layer: _Counted, x: Tensor, output: Tensor, *, active: Mapping[int, int], convention: Convention) -> int:
     """Counts the FLOPs of one call: at each position of the grid, every active weight multiplies and adds once."""
-    grid, channels = output, layer.weight.shape[0]
-    if isinstance(layer, _Transposed) and convention == "exact":
-        grid = x
-    elif isinstance(layer, _Transposed):
-        channels = layer.out_channels
+    if isinstance(layer, _Transposed):
+        positions = x.numel() // layer.in_channels if convention == "exact" else output.numel() // layer.out_channels
+    else:
+        positions = output.numel() // layer.weight.shape[0]
     # a parametrised weight is computed anew, so it has no mask
     num_active = active.get(id(layer.weight), layer.weight.numel())
-    return 2 * num_active * (grid.numel() // channels) + (0 if layer.bias is None else output.numel())
+    return 2 * num_active * positions + (0 if layer.bias is None else output.numel())
 
 
 def _rows(model: nn.Module, calls: _Calls, active: Mapping[int, int]) -> Iterator[LayerProfile]:
@@ -236,9 +225,3 @@ def _rows(model: nn.Module, calls: _Calls, active: Mapping[int, int]) -> Iterato
             output_shape=noted[-1][1] if noted else (),
         )
         seen |= {id(p) for p in own}
-
-
-def _uncounted(layers: Sequence[LayerProfile]) -> tuple[str, ...]:
-    """Names the types whose FLOPs are missing; a layer whose weight its parent uses directly looks uncalled."""
-    names = {f"{row.type}{'' if row.calls else ' (not called)'}" for row in layers if row.flops is None}
-    return tuple(sorted(names))

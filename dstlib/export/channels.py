@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from dstlib.export.trace import Trace, compute, own_modules
+from dstlib.export.trace import Trace, interpreter, own_modules
 from dstlib.layers.shift import Shift
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,12 +43,10 @@ _POINTWISE = {
     *(operator.truediv, operator.itruediv, operator.neg, operator.pow, "contiguous"),
 }
 _POOLING = {  # over so many axes
-    **{getattr(nn, f"{kind}Pool{n}d"): n for n in (1, 2, 3) for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")},
-    **{
-        getattr(functional, f"{kind}_pool{n}d"): n
-        for n in (1, 2, 3)
-        for kind in ("max", "avg", "adaptive_avg", "adaptive_max")
-    },
+    pool: n
+    for n in (1, 2, 3)
+    for kind, name in (("Max", "max"), ("Avg", "avg"), ("AdaptiveMax", "adaptive_max"), ("AdaptiveAvg", "adaptive_avg"))
+    for pool in (getattr(nn, f"{kind}Pool{n}d"), getattr(functional, f"{name}_pool{n}d"))
 }
 _NAN = float("nan")
 
@@ -79,24 +77,17 @@ class Layer:
     constant: Tensor
 
 
-@dataclass(frozen=True)
-class Follower:
-    """A module that has something for each channel: a norm or a shift."""
-
-    name: str
-    ids: Tensor
-
-
 class ChannelFlow:
     """The channels of a traced network, in eval mode.
 
+    ``followers`` are modules that have something for each channel, norms and shifts: their names, and these channels.
     ``kept`` (N) says which are read, by number; ``pins`` are the channels that have to stay whoever reads them, and
     why; ``left`` says by name why a module with parameters is not looked into.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.layers: list[Layer] = []
-        self.followers: list[Follower] = []
+        self.followers: list[tuple[str, Tensor]] = []
         self.pins: list[tuple[Tensor, str]] = []
         self.left: dict[str, str] = {}
         self._trace = trace
@@ -139,7 +130,7 @@ class ChannelFlow:
         bias = torch.zeros(len(ids)) if module.bias is None else module.bias.detach().cpu()
         constant = bias.double().masked_fill(live_OI.any(dim=1), _NAN)
         self._channels[node] = Channels(ids, seen.axis, constant)
-        self.layers.append(Layer(str(node.target), seen.ids, ids, live_OI, constant.clone()))
+        self.layers.append(Layer(str(node.target), seen.ids, ids, live_OI, constant))
 
     def _carry(self, node: fx.Node, kind: Any) -> bool:
         """Follows what treats each channel by itself, and changes its place at most."""
@@ -147,7 +138,7 @@ class ChannelFlow:
         if channels is None or not _keeps_channels(kind, node, self._trace.values[source].ndim, channels.axis):
             return False
         if kind in (*NORMS, Shift):
-            self.followers.append(Follower(str(node.target), channels.ids))
+            self.followers.append((str(node.target), channels.ids))
         has_statistics = kind in _BATCH_NORMS and getattr(self._module(node), "running_mean", None) is not None
         varies = channels.constant.isnan()
         if not has_statistics and not _is_pointwise(kind, node):
@@ -197,17 +188,18 @@ class ChannelFlow:
 
     def _put(self, node: fx.Node, sources: Mapping[fx.Node, Channels], ids: Tensor, varies: Tensor) -> None:
         """Notes the channels of a node, and what it makes of constants, by letting it make it."""
-        values = dict(self._trace.values)
+        computing = interpreter(self._trace.root, self._trace.values)
         axis = next(iter(sources.values())).axis
         for source, channels in sources.items():
-            x = values[source]
+            x = self._trace.values[source]
             shape = [-1 if a == axis else 1 for a in range(x.ndim)]
             filling = channels.constant.masked_fill(channels.constant.isnan(), 0.0)
-            values[source] = filling.to(x).reshape(shape).expand_as(x).clone()
+            computing.env[source] = filling.to(x).reshape(shape).expand_as(x).clone()
         with torch.no_grad():
-            result = compute(self._trace.root, node, values).movedim(axis, 0).reshape(len(ids), -1).double().cpu()
+            result = computing.run_node(node).movedim(axis, 0).reshape(len(ids), -1).double().cpu()
         constant = result[:, 0].masked_fill(varies | (result != result[:, :1]).any(dim=1), _NAN)
-        if any(_memory(self._trace.values[source]) == _memory(self._trace.values[node]) for source in sources):
+        memory = {source: self._trace.values[source].untyped_storage().data_ptr() for source in (node, *sources)}
+        if memory.pop(node) in memory.values():
             self._overwrite(ids, constant)
         self._channels[node] = Channels(ids, axis, constant)
 
@@ -315,7 +307,3 @@ def _num_axes(kind: type) -> int:
 
 def _varying(count: int) -> Tensor:
     return torch.full((count,), _NAN, dtype=torch.float64)
-
-
-def _memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()

@@ -57,6 +57,8 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
     >>> kilobytes, same
     (6, True)
     """
+    from safetensors.torch import save  # when first used: importing dstlib loads torch, numpy and einops alone
+
     masks = dict(sparsifier.masks) if sparsifier is not None else {}
     named = _named_state(model)
     entries: dict[str, dict[str, Any]] = {}
@@ -68,10 +70,8 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
             continue
         mask = next((masks.pop(n) for n, other in named.items() if other is tensor and n in masks), None)
         _check_zero_outside(name, tensor, mask)
-        packed = _pack(tensor.detach().cpu(), mask)
-        if packed is None:
-            entries[name] = {}
-            stored[f"values/{name}"] = tensor
+        if (packed := _pack(tensor.detach().cpu(), mask)) is None:
+            entries[name], stored[f"values/{name}"] = {}, tensor
         else:
             entries[name] = {"shape": list(tensor.shape), "axes": packed.axes, "is_mask": mask is not None}
             stored[f"values/{name}"], stored[f"pattern/{name}"] = packed.values, packed.pattern
@@ -80,7 +80,9 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
     require(not masks, "masks", "save_compact()", allowed=allowed, given=given, remedy=remedy, error=StateError)
     text = json.dumps(entries)
     described = json.dumps({"format": FORMAT, "entries": text, "checksum": _checksum(text, stored)})
-    _write_tensors(Path(path), stored, {"dstlib": described})
+    # copies, as the package refuses tensors that share memory, and views of one buffer do
+    copies = {name: _in_order(x).clone() for name, x in stored.items()}
+    write_whole(Path(path), save(copies, {"dstlib": described}))
 
 
 def load_compact(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -120,8 +122,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     masks = {}
     for name, entry in entries.items():
         if entry.get("is_mask"):
-            active = _active_units(stored[f"pattern/{name}"], entry)
-            shape = entry["shape"]
+            active, shape = _active_units(stored[f"pattern/{name}"], entry), entry["shape"]
             masks[name] = active.reshape(-1, 1).expand(-1, prod(shape[entry["axes"] :])).reshape(shape)
     return masks
 
@@ -198,8 +199,7 @@ def _check_zero_outside(name: str, x: Tensor, mask: Tensor | None) -> None:
 def _checksum(text: str, stored: Mapping[str, Tensor]) -> int:
     """Computes a number of all that is in a file: nothing else would notice a flipped bit in a weight."""
     total = zlib.crc32(text.encode())
-    for name in sorted(stored):
-        tensor = stored[name]
+    for name, tensor in sorted(stored.items()):
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
         total = zlib.crc32(_in_order(tensor).reshape(-1).view(torch.uint8).numpy().data, total)
     return total
@@ -210,42 +210,20 @@ def _in_order(x: Tensor) -> Tensor:
     return x.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all."""
-    from safetensors.torch import save  # when first used: importing dstlib loads torch, numpy and einops alone
-
-    # copies, as the package refuses tensors that share memory, and views of one buffer do
-    write_whole(path, save({name: _in_order(x).clone() for name, x in tensors.items()}, metadata))
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads the tensors of a safetensors file, each with memory of its own, and the text beside them.
-
-    Raises:
-        StateError: The file is missing, cut off, damaged in its header, or of another format.
-    """
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Reads a compact file: its entries, and the tensors as they were written, each with memory of its own."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    given: object
     try:
         content = path.read_bytes()  # not mapped: what happens to the file later is no longer of interest
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return tensors, header.get("__metadata__") or {}
-    except OSError as error:
-        given = error.strerror or error
-    except (SafetensorError, KeyError) as error:  # KeyError: of a type that torch does not have
-        given = f"{type(error).__name__}: {error}"
-    allowed = "a whole safetensors file"
-    raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=_COPY_AGAIN)
-
-
-def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Reads a compact file: its entries, and the tensors as they were written."""
-    stored, metadata = _read_tensors(path)
+        stored, header = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: of a type that torch does not have
+        given = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+        allowed = "a whole safetensors file"
+        raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=_COPY_AGAIN) from error
     try:
-        described = json.loads(metadata["dstlib"])
+        described = json.loads(header["__metadata__"]["dstlib"])
         version, text, checksum = described["format"], described["entries"], described["checksum"]
     except (KeyError, ValueError, TypeError):
         version = "a file of another kind"
@@ -266,9 +244,8 @@ def _put(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
     theirs = {name: (tuple(x.shape), x.dtype) for name, x in state.items()}
     here = {plain: (tuple(own[name].shape), own[name].dtype) for plain, name in names.items()}
     if theirs != here:
-        differing = sorted(n for n in theirs.keys() | here.keys() if theirs.get(n) != here.get(n))
-        n = differing[0]
-        given = f"{len(differing)} that differ, such as {n}: {theirs.get(n, 'missing')} in the file"
+        n, *others = sorted(n for n in theirs.keys() | here.keys() if theirs.get(n) != here.get(n))
+        given = f"{len(others) + 1} that differ, such as {n}: {theirs.get(n, 'missing')} in the file"
         allowed = f"the names, shapes and types of {type(inner).__name__}, {n}: {here.get(n, 'none of that name')}"
         remedy = "Build the model as it was when it was saved."
         raise StateError.of("tensors", str(path), allowed=allowed, given=given, remedy=remedy)

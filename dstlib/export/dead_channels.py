@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dstlib.export.channels import NORMS, TRANSPOSED, ChannelFlow, Layer
+from dstlib.export.channels import TRANSPOSED, ChannelFlow, Layer
 from dstlib.export.trace import trace
-from dstlib.layers.shift import Shift, shift
+from dstlib.layers.shift import Shift, channel_groups, shift
 from dstlib.report import align
 from dstlib.targets import unwrap
 
@@ -113,21 +113,20 @@ def remove_dead_channels(model: nn.Module, example: Tensor | Sequence[Tensor]) -
         left = {"(model)": f"its forward cannot be traced: {type(error).__name__}: {error}".partition("\n")[0]}
         return smaller, Removal(smaller={}, left=left, parameters=(counts, counts), difference=0.0)
     flow = ChannelFlow(traced)
-    for follower in flow.followers:
-        _shrink_follower(smaller, follower.name, flow.kept[follower.ids])
+    for name, ids in flow.followers:
+        _shrink_follower(smaller, name, flow.kept[ids])
     sizes = {
         layer.name: _shrink_layer(smaller.get_submodule(layer.name), flow.kept[layer.outputs], flow.kept[layer.inputs])
         for layer in flow.layers
     }
     with torch.no_grad():
         after = smaller(*(x.clone() for x in examples))
-    removal = Removal(
+    return smaller, Removal(
         smaller={name: size for name, size in sizes.items() if size is not None},
         left=flow.left | {layer.name: why for layer in flow.layers if (why := _why_left(layer, flow))},
         parameters=(counts, _num_parameters(smaller)),
         difference=_difference(before, after),
     )
-    return smaller, removal
 
 
 def _shrink_layer(layer: Any, outputs: Tensor, inputs: Tensor) -> Smaller | None:
@@ -135,9 +134,9 @@ def _shrink_layer(layer: Any, outputs: Tensor, inputs: Tensor) -> Smaller | None
     if outputs.all() and inputs.all():
         return None
     first, second = (inputs, outputs) if type(layer) in TRANSPOSED else (outputs, inputs)
-    _replace(layer, "weight", layer.weight[first.to(layer.weight.device)][:, second.to(layer.weight.device)])
+    _replace(layer, "weight", layer.weight[first][:, second])
     if layer.bias is not None:
-        _replace(layer, "bias", layer.bias[outputs.to(layer.bias.device)])
+        _replace(layer, "bias", layer.bias[outputs])
     kind = "features" if type(layer) is nn.Linear else "channels"
     setattr(layer, f"out_{kind}", int(outputs.sum()))
     setattr(layer, f"in_{kind}", int(inputs.sum()))
@@ -147,34 +146,31 @@ def _shrink_layer(layer: Any, outputs: Tensor, inputs: Tensor) -> Smaller | None
 def _shrink_follower(model: nn.Module, name: str, kept: Tensor) -> None:
     if kept.all():
         return
-    module = model.get_submodule(name)
-    if type(module) in NORMS:
-        for key in ("weight", "bias", "running_mean", "running_var"):
-            if isinstance(x := getattr(module, key), Tensor):
-                _replace(module, key, x[kept.to(x.device)])
-        setattr(module, "num_features", int(kept.sum()))  # noqa: B010
-    elif isinstance(module, Shift):
-        groups = kept.split(-(-len(kept) // len(module.sizes)))  # as the shift cuts them
-        counts = [int(group.sum()) for group in groups]
+    module: Any = model.get_submodule(name)
+    if isinstance(module, Shift):
+        counts = [int(group.sum()) for group in channel_groups(kept[None], len(module.sizes))]
         model.set_submodule(name, ShiftedGroups(module.sizes[: len(counts)], counts, axis=module.axis))
+        return
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        if (x := getattr(module, key)) is not None:
+            _replace(module, key, x[kept])
+    module.num_features = int(kept.sum())
 
 
 def _replace(module: nn.Module, key: str, value: Tensor) -> None:
-    old = getattr(module, key)
-    is_parameter = isinstance(old, nn.Parameter)
-    value = value.detach().contiguous()
-    setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
+    old, value = getattr(module, key), value.detach().contiguous()
+    setattr(module, key, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
 def _why_left(layer: Layer, flow: ChannelFlow) -> str:
     """Says why outputs stay that look dead or could not be looked into; empty if there are none."""
-    for ids, reason in flow.pins:
-        if reason and bool(torch.isin(layer.outputs, ids).any()):
-            return f"all its outputs stay: {reason}"
+    pinned = [reason for ids, reason in flow.pins if torch.isin(layer.outputs, ids).any()]
+    if reason := next(filter(None, pinned), ""):
+        return f"all its outputs stay: {reason}"
     constant = int((~layer.constant.isnan() & flow.kept[layer.outputs]).sum())
     if not constant:
         return ""
-    if any(bool(torch.isin(layer.outputs, ids).any()) for ids, _ in flow.pins):
+    if pinned:
         return f"{constant} constant outputs are the model's"
     return f"{constant} constant outputs stay: read as another number than 0, or the one that a layer needs"
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dstlib.layers.learned_shift import LearnedShift
-from dstlib.layers.shift import Shift
+from dstlib.layers.shift import LearnedShift, Shift
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def trace(model: nn.Module, examples: Sequence[Tensor]) -> Trace:
     tracer = _Tracer(examples)
     with torch.no_grad():
         graph = tracer.trace(model)
-    return Trace(model, graph, tracer.values, frozenset(tracer.shape_read))
+    return Trace(model, graph, tracer.interpreter.env, frozenset(tracer.shape_read))
 
 
 def own_modules(trace: Trace) -> set[str]:
@@ -64,10 +63,14 @@ def own_modules(trace: Trace) -> set[str]:
 class _Tracer(fx.Tracer):
     def __init__(self, examples: Sequence[Tensor]) -> None:
         super().__init__()
-        self.values: dict[fx.Node, Any] = {}
         self.shape_read: set[fx.Node] = set()
-        self._examples = iter([x.clone() for x in examples])
+        self._examples = examples
         self._is_computing = False
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self.interpreter = interpreter(root, {})
+        self.interpreter.args_iter = iter([x.clone() for x in self._examples])
+        return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Shift | LearnedShift) or super().is_leaf_module(m, module_qualified_name)
@@ -79,7 +82,7 @@ class _Tracer(fx.Tracer):
         if kind != "output":
             self._is_computing = True  # modules are themselves meanwhile, not nodes of the graph
             try:
-                self.values[node] = self._compute(node)
+                self.interpreter.env[node] = self.interpreter.run_node(node)
             finally:
                 self._is_computing = False
         return node
@@ -93,65 +96,27 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self._is_computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def _compute(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            return next(self._examples, *node.args)  # its default, if it has one
-        return compute(self.root, node, self.values)
 
-
-def compute(root: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Computes what a node that is no placeholder makes of these values of the nodes before it."""
-    args = fx.node.map_arg(node.args, values.__getitem__)
-    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-    target: Any = node.target
-    if node.op == "call_function":
-        return target(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    if node.op == "call_module":
-        return root.get_submodule(target)(*args, **kwargs)
-    owner, _, key = target.rpartition(".")
-    return getattr(root.get_submodule(owner), key)
+def interpreter(root: nn.Module, values: Mapping[fx.Node, Any]) -> fx.Interpreter:
+    """Makes what computes single nodes of a graph, from these values of the nodes before them."""
+    made = fx.Interpreter(root, garbage_collect_values=False, graph=fx.Graph())
+    made.env = dict(values)
+    return made
 
 
 class _Proxy(fx.Proxy):
     """A symbol whose shape and type are known."""
 
-    @property
-    def _value(self) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("shape", "size", "ndim", "dim", "dtype", "device"):
+            return super().__getattr__(name)
         assert isinstance(self.tracer, _Tracer), "made by its proxy()"
-        return self.tracer.values[self.node]
-
-    @property
-    def _sized_value(self) -> Any:
-        assert isinstance(self.tracer, _Tracer), "made by its proxy()"
-        self.tracer.shape_read.add(self.node)
-        return self._value
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._sized_value.shape
-
-    @property
-    def ndim(self) -> int:
-        return self._value.ndim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._value.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._value.device
-
-    def dim(self) -> int:
-        return self._value.ndim
-
-    def size(self, *dim: int) -> Any:
-        return self._sized_value.size(*dim)
+        if name in ("shape", "size"):
+            self.tracer.shape_read.add(self.node)
+        return getattr(self.tracer.interpreter.env[self.node], name)
 
     def __len__(self) -> int:
-        return len(self._sized_value)
+        return self.size(0)
 
     def __iter__(self) -> Iterator[Any]:
         return iter([operator.getitem(self, index) for index in range(len(self))])  # type: ignore[call-overload]

@@ -3,11 +3,9 @@
 And :func:`add_depth_shift`, which gives the shift to other 3D networks.
 """
 
-from dstlib.layers.blocks import Unit
-from dstlib.layers.fusion import FusionNode
-from dstlib.layers.learned_shift import LearnedShift, learned_shift
+from dstlib.layers.blocks import FusionNode, Unit
 from dstlib.layers.plugin import ShiftedConv3d, Shifting, add_depth_shift
-from dstlib.layers.shift import Shift, shift
+from dstlib.layers.shift import LearnedShift, Shift, learned_shift, shift
 
 __all__ = [
     "FusionNode",

@@ -3,10 +3,12 @@
 Shapes: B batch, C channels, O out, I in, D, H, W depth, height, width in voxels.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +49,9 @@ class ShiftedConv3d(nn.Conv3d):
         self.axis: Axis = axis
 
     def forward(self, input: Tensor) -> Tensor:
-        axis = AXES.index(self.axis) - len(AXES)
         if input.ndim == 4:
-            return super().forward(shift(input[None], self.sizes, axis=axis)[0])
-        return super().forward(shift(input, self.sizes, axis=axis))
+            return self.forward(input[None])[0]
+        return super().forward(shift(input, self.sizes, axis=AXES.index(self.axis) - len(AXES)))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sizes={self.sizes}, axis={self.axis!r}"
@@ -112,11 +113,15 @@ def add_depth_shift(
     left as they are: 1
       0  1 input channel for 3 sizes
     """
-    _check(sizes, axis)
+    are_whole = len(sizes) > 0 and all(type(size) is int for size in sizes)
+    allowed, remedy = "one whole number of voxels or more", "The paper's are (-1, 0, 1)."
+    require(are_whole, "sizes", _WHERE, allowed=allowed, given=sizes, remedy=remedy)
+    allowed, remedy = " or ".join(AXES), "Name the axis to shift along."
+    require(axis in AXES, "axis", _WHERE, allowed=allowed, given=repr(axis), remedy=remedy)
     names = _names(model)
     globs = (include,) if isinstance(include, str) else tuple(include)
-    _check_globs(globs, names)
-    owners = _num_owners(model)
+    _check_globs(globs, [name for aliases in names.values() for name in aliases])
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     reasons = {}
     for conv, aliases in names.items():
         included = any(fnmatchcase(name, glob) for name in aliases for glob in globs)
@@ -127,28 +132,19 @@ def add_depth_shift(
     shifted = {}
     for conv, (name, *_) in names.items():
         if not reasons[name]:
-            assert isinstance(conv, nn.Conv3d)
             before = conv.kernel_size
             _convert(conv, tuple(sizes), axis, flatten=flatten)
             shifted[name] = " → ".join(dict.fromkeys(map(_times, (before, conv.kernel_size))))
     return Shifting(shifted=shifted, left={name: reason for name, reason in reasons.items() if reason})
 
 
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+def _names(model: nn.Module) -> dict[Any, list[str]]:
     """Lists every convolution, once, with all names it has: networks hold the same module in several places."""
-    names: dict[nn.Module, list[str]] = {}
+    names: dict[Any, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _CONVOLUTIONS):
             names.setdefault(module, []).append(name)
     return names
-
-
-def _num_owners(model: nn.Module) -> dict[int, int]:
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return owners
 
 
 def _reason(conv: nn.Module, sizes: Sequence[int], axis: Axis, *, flatten: bool) -> str:
@@ -162,26 +158,21 @@ def _reason(conv: nn.Module, sizes: Sequence[int], axis: Axis, *, flatten: bool)
     kernel, at = conv.kernel_size, AXES.index(axis)
     padding = kernel[at] // 2 if conv.padding == "same" else 0 if conv.padding == "valid" else conv.padding[at]
     across = [extent for i, extent in enumerate(kernel) if i != at]
+    few, is_half = conv.in_channels < len(sizes), kernel[at] % 2 == 1 and padding == kernel[at] // 2
     checks = (
         (max(across) == 1, f"{_times(kernel)}: no reach across the {axis}"),
         (conv.groups > 1, f"grouped: {conv.groups} groups of channels that do not meet"),
         (max(conv.dilation) > 1, f"dilated: by {_times(conv.dilation)}"),
         (conv.padding_mode != "zeros", f"padded by {conv.padding_mode!r}, where a shift lets zeros in"),
-        (
-            conv.in_channels < len(sizes),
-            f"{conv.in_channels} input channel{'s' * (conv.in_channels > 1)} for {len(sizes)} sizes",
-        ),
+        (few, f"{conv.in_channels} input channel{'s' * (conv.in_channels > 1)} for {len(sizes)} sizes"),
         ("weight" not in conv._parameters, "its weight is computed from other parameters"),
-        (
-            flatten and (kernel[at] % 2 == 0 or padding != kernel[at] // 2),
-            f"{_times(kernel)}, padded by {padding} along {axis}: not half an odd kernel",
-        ),
+        (flatten and not is_half, f"{_times(kernel)}, padded by {padding} along {axis}: not half an odd kernel"),
     )
     return next((text for refused, text in checks if refused), "")
 
 
 @torch.no_grad()
-def _convert(conv: nn.Conv3d, sizes: tuple[int, ...], axis: Axis, *, flatten: bool) -> None:
+def _convert(conv: Any, sizes: tuple[int, ...], axis: Axis, *, flatten: bool) -> None:
     """Changes the class of the module rather than the module: whoever holds it, under any name, has it."""
     at = AXES.index(axis)
     if flatten and conv.kernel_size[at] > 1:
@@ -191,11 +182,10 @@ def _convert(conv: nn.Conv3d, sizes: tuple[int, ...], axis: Axis, *, flatten: bo
         # (DynUNet keeps its last outputs) would expect the gradient to have.
         conv.weight.data = flat.to(torch.float32 if flat.dtype == torch.float64 else torch.float64)
         conv.weight.data = flat
-        conv.kernel_size = _with(conv.kernel_size, at, 1)
+        conv.kernel_size = (*conv.kernel_size[:at], 1, *conv.kernel_size[at + 1 :])
         if not isinstance(conv.padding, str):
-            conv.padding = _with(conv.padding, at, 0)
+            conv.padding = (*conv.padding[:at], 0, *conv.padding[at + 1 :])
     conv.__class__ = ShiftedConv3d
-    assert isinstance(conv, ShiftedConv3d)
     conv.sizes, conv.axis = sizes, axis
 
 
@@ -203,37 +193,20 @@ def _flatten(weight_OIK: Tensor, sizes: tuple[int, ...], *, dim: int) -> Tensor:
     """Keeps one tap along ``dim``: of each input channel the one that saw what the shift brings, rescaled."""
     taps = weight_OIK.shape[dim]
     half = taps // 2
-    groups = channel_groups(weight_OIK, len(sizes))
-    reached = (half - max(-half, min(half, size)) for size in sizes)
-    kept = [group.narrow(dim, tap, 1) for group, tap in zip(groups, reached, strict=False)]
+    groups = zip(channel_groups(weight_OIK, len(sizes)), sizes, strict=False)
+    kept = [group.narrow(dim, half - max(-half, min(half, size)), 1) for group, size in groups]
     return torch.cat(kept, dim=1) * sqrt(taps)
-
-
-def _with(triple: Sequence[int], at: int, value: int) -> Triple:
-    depth, height, width = (value if i == at else extent for i, extent in enumerate(triple))
-    return depth, height, width
 
 
 def _times(extents: Sequence[int]) -> str:
     return "×".join(map(str, extents))
 
 
-def _check(sizes: Sequence[int], axis: str) -> None:
-    are_whole = len(sizes) > 0 and all(type(size) is int for size in sizes)
-    allowed, remedy = "one whole number of voxels or more", "The paper's are (-1, 0, 1)."
-    require(are_whole, "sizes", _WHERE, allowed=allowed, given=sizes, remedy=remedy)
-    allowed, remedy = " or ".join(AXES), "Name the axis to shift along."
-    require(axis in AXES, "axis", _WHERE, allowed=allowed, given=repr(axis), remedy=remedy)
-
-
-def _check_globs(globs: Sequence[str], names: Mapping[nn.Module, Sequence[str]]) -> None:
-    known = [name for aliases in names.values() for name in aliases]
+def _check_globs(globs: Sequence[str], known: Sequence[str]) -> None:
+    allowed, remedy = "a match with the name of a convolution", f"Names here: {', '.join(known[:5])}."
     for glob in globs:
-        matches = not known or any(fnmatchcase(name, glob) for name in known)
-        allowed, remedy = "a match with the name of a convolution", f"Names here: {', '.join(known[:5])}."
-        require(
-            matches, f"glob {glob!r}", _WHERE, allowed=allowed, given="no match", remedy=remedy, error=SelectionError
-        )
+        if known and not any(fnmatchcase(name, glob) for name in known):
+            raise SelectionError.of(f"glob {glob!r}", _WHERE, allowed=allowed, given="no match", remedy=remedy)
 
 
 def _check_any(reasons: Mapping[str, str], names: Mapping[nn.Module, Sequence[str]]) -> None:

@@ -19,8 +19,7 @@ from dstlib.engine.gpu.feature_map import gather, normalise
 from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.unit import obstacle_around_conv
 from dstlib.errors import SettingError
-from dstlib.layers.blocks import Unit
-from dstlib.layers.fusion import FusionNode
+from dstlib.layers.blocks import FusionNode, Unit
 from dstlib.layers.plugin import ShiftedConv3d
 from dstlib.layers.shift import Shift
 

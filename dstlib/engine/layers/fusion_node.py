@@ -9,8 +9,7 @@ from dstlib.engine.layers.fast_layer import FastLayer, three
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.unit import FastUnit, obstacle_to_unit
 from dstlib.engine.ops.max_pool import max_pool
-from dstlib.layers.blocks import Unit
-from dstlib.layers.fusion import FusionNode
+from dstlib.layers.blocks import FusionNode, Unit
 
 
 class FastFusionNode(nn.Module):

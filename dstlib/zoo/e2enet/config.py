@@ -33,7 +33,7 @@ class E2ENetConfig:
       convolution has offsets of its own, one per group of channels, that start at ``shift``; they move by
       fractions of a voxel, or by the nearest whole number. The offsets are parameters (vectors, hence never
       sparse, and counted). Weight decay pulls them to 0 as it does any other parameter. See
-      :func:`dstlib.layers.learned_shift.learned_shift`.
+      :func:`dstlib.layers.shift.learned_shift`.
     - ``heads``: how many of the finest levels have a head; at most L - 1.
 
     Raises:

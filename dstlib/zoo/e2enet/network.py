@@ -9,10 +9,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from dstlib.errors import DataError
-from dstlib.layers.blocks import Triple, Unit
-from dstlib.layers.fusion import FusionNode
-from dstlib.layers.learned_shift import LearnedShift
-from dstlib.layers.shift import AXES, Shift
+from dstlib.layers.blocks import FusionNode, Triple, Unit
+from dstlib.layers.shift import AXES, LearnedShift, Shift
 from dstlib.zoo.e2enet.config import E2ENetConfig
 
 

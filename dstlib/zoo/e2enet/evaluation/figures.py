@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dstlib.layers.fusion import FusionNode
+from dstlib.layers.blocks import FusionNode
 from dstlib.plot import ACCENT, FAINT, INK, drawn
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.network import E2ENet
