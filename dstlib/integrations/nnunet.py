@@ -19,12 +19,16 @@ from functools import cache
 from typing import Any
 
 from dstlib.errors import similar
-from dstlib.integrations.nnunet_network import E2ENetTraining
+from dstlib.integrations.nnunet_network import E2ENetTraining, SparseE2ENetTraining
 from dstlib.integrations.nnunet_training import SparseTraining
 from dstlib.methods import METHODS
-from dstlib.zoo.e2enet.network import E2ENet
 
-TRAINERS = ("nnUNetTrainerDST", "nnUNetTrainerE2ENet", "nnUNetTrainerE2ENetDST")
+_TRAININGS = {
+    "nnUNetTrainerDST": SparseTraining,
+    "nnUNetTrainerE2ENet": E2ENetTraining,
+    "nnUNetTrainerE2ENetDST": SparseE2ENetTraining,
+}
+TRAINERS = tuple(_TRAININGS)
 
 
 def name_settings(name: str) -> tuple[str, dict[str, Any]]:
@@ -82,27 +86,13 @@ def trainer_named(name: str) -> type:
         ImportError: nnU-Net is not installed.
     """
     trainer, settings = name_settings(name)
-    if name == trainer:
-        bases, own = (*_mixed_in(trainer), _stock_trainer()), {}
-        if trainer == "nnUNetTrainerE2ENetDST":
-            own = {"include": E2ENet.FUSION, "exclude": ()}
-    else:
-        bases, own = (trainer_named(trainer),), settings
-    return type(name, bases, {"__module__": __name__, "__doc__": f"{name}: see dstlib.integrations.nnunet.", **own})
-
-
-def _mixed_in(trainer: str) -> tuple[type, ...]:
-    sparse = (SparseTraining,) if trainer.endswith("DST") else ()
-    return (*sparse, E2ENetTraining) if "E2ENet" in trainer else sparse
-
-
-def _stock_trainer() -> type:
     try:
         from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     except ModuleNotFoundError as error:
         raise ImportError(f"the trainers need nnU-Net v2 ({error}): pip install 'dstlib[nnunet]'") from error
-    stock: type = nnUNetTrainer
-    return stock
+    bases = (_TRAININGS[name], nnUNetTrainer) if name == trainer else (trainer_named(trainer),)
+    members = {"__module__": __name__, "__doc__": f"{name}: see dstlib.integrations.nnunet.", **settings}
+    return type(name, bases, members)
 
 
 def __getattr__(name: str) -> type:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dstlib.errors import StateError, require
 from dstlib.files import write_whole
@@ -106,50 +105,28 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
             stock trainer cannot build; the target exists; what was written is not what was read.
     """
     checkpoint = read_checkpoint(source)
-    _refuse_e2enet(checkpoint, source)
-    is_new, remedy = not target.exists(), "Choose another name, or remove it first."
-    require(
-        is_new, "target", str(target), allowed="a new file", given="an existing one", remedy=remedy, error=StateError
-    )
-    counts = _count(checkpoint["network_weights"], sparse_part(checkpoint, source.name), source.name)
-    stock = {key: value for key, value in checkpoint.items() if key != KEY} | {"trainer_name": STOCK}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(target, stock)
-    written, given = read_checkpoint(target), checkpoint["network_weights"]
-    require(
-        KEY not in written and written["trainer_name"] == STOCK and _equal(written["network_weights"], given),
-        "weights",
-        str(target),
-        allowed="those read",
-        given="others",
-        remedy="Look at the disk, and repeat the command.",
-        error=StateError,
-    )
-    return counts
-
-
-def _refuse_e2enet(checkpoint: Mapping[str, Any], source: Path) -> None:
-    require(
-        not any(name.startswith("fusion.") for name in checkpoint["network_weights"]),
-        "network",
-        source.name,
-        allowed=f"one that {STOCK} builds from the plans",
-        given="an E2ENet",
-        remedy=f"Predict with the trainer that it was trained with, {checkpoint['trainer_name']}.",
-        error=StateError,
-    )
-
-
-def _count(weights: Mapping[str, Tensor], part: Mapping[str, Any], where: str) -> Exported:
-    masks = {name: saved["mask"] for name, saved in part["sparsifier"]["weights"].items()}
+    weights = checkpoint["network_weights"]
+    if any(name.startswith("fusion.") for name in weights):
+        allowed = f"one that {STOCK} builds from the plans"
+        remedy = f"Predict with the trainer that it was trained with, {checkpoint['trainer_name']}."
+        raise StateError.of("network", source.name, allowed=allowed, given="an E2ENet", remedy=remedy)
+    if target.exists():
+        remedy = "Choose another name, or remove it first."
+        raise StateError.of("target", str(target), allowed="a new file", given="an existing one", remedy=remedy)
+    saved = sparse_part(checkpoint, source.name)["sparsifier"]["weights"]
+    masks = {name: weight["mask"] for name, weight in saved.items()}
     for name, mask in masks.items():
-        outside = int(torch.count_nonzero(weights[name][~mask]))
-        allowed = "zeros outside the mask"
-        remedy = "It was changed after the training; export the checkpoint that the training wrote."
-        require(outside == 0, name, where, allowed=allowed, given=outside, remedy=remedy, error=StateError)
+        if outside := int(torch.count_nonzero(weights[name][~mask])):
+            remedy = "It was changed after the training; export the checkpoint that the training wrote."
+            raise StateError.of(name, source.name, allowed="zeros outside the mask", given=outside, remedy=remedy)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stock = {key: value for key, value in checkpoint.items() if key != KEY} | {"trainer_name": STOCK}
+    write_checkpoint(target, stock)
+    written = read_checkpoint(target)
+    copies = written["network_weights"]
+    are_equal = copies.keys() == weights.keys() and all(torch.equal(copies[name], weights[name]) for name in weights)
+    if KEY in written or written["trainer_name"] != STOCK or not are_equal:
+        remedy = "Look at the disk, and repeat the command."
+        raise StateError.of("weights", str(target), allowed="those read", given="others", remedy=remedy)
     num_active = sum(int(mask.sum()) for mask in masks.values())
     return Exported(len(masks), num_active, sum(mask.numel() for mask in masks.values()))
-
-
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

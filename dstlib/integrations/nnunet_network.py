@@ -1,12 +1,12 @@
 """E2ENet under the plans of nnU-Net v2: as many levels, as wide and with the strides that were planned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from dstlib.errors import require
-from dstlib.integrations.nnunet_training import Training
+from dstlib.integrations.nnunet_training import SparseTraining, Training
 from dstlib.targets import unwrap
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.network import E2ENet
@@ -27,11 +27,9 @@ def planned_config(arch_kwargs: Mapping[str, Any], *, in_channels: int, num_clas
     >>> planned_config(plan, in_channels=1, num_classes=3).heads
     2
     """
-    stages, strides = arch_kwargs["n_stages"], [_as_tuple(stride) for stride in arch_kwargs["strides"]]
-    allowed, given, remedy = "three axes", strides, "E2ENet is three-dimensional: take 3d_fullres."
-    require(
-        all(len(stride) == 3 for stride in strides), "strides", "the plan", allowed=allowed, given=given, remedy=remedy
-    )
+    stages, strides = arch_kwargs["n_stages"], [tuple(map(int, stride)) for stride in arch_kwargs["strides"]]
+    are_deep, remedy = all(len(stride) == 3 for stride in strides), "E2ENet is three-dimensional: take 3d_fullres."
+    require(are_deep, "strides", "the plan", allowed="three axes", given=strides, remedy=remedy)
     remedy = "The first level has the size of the image."
     require(set(strides[0]) == {1}, "strides[0]", "the plan", allowed="1 on each axis", given=strides[0], remedy=remedy)
     remedy = "Plan with a larger patch."
@@ -39,7 +37,7 @@ def planned_config(arch_kwargs: Mapping[str, Any], *, in_channels: int, num_clas
     return E2ENetConfig(
         in_channels=in_channels,
         num_classes=num_classes,
-        channels=_as_tuple(arch_kwargs["features_per_stage"]),
+        channels=tuple(map(int, arch_kwargs["features_per_stage"])),
         strides=tuple((depth, height, width) for depth, height, width in strides[1:]),
         heads=min(_HEADS, stages - 1),
     )
@@ -60,9 +58,8 @@ class E2ENetTraining(Training):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Builds the network, for training and for prediction alike."""
-        arch_kwargs = configuration_manager.network_arch_init_kwargs
-        config = planned_config(arch_kwargs, in_channels=num_input_channels, num_classes=num_output_channels)
-        network = E2ENet(config)
+        plan = configuration_manager.network_arch_init_kwargs
+        network = E2ENet(planned_config(plan, in_channels=num_input_channels, num_classes=num_output_channels))
         network.deep_supervision = enable_deep_supervision
         return network
 
@@ -77,5 +74,7 @@ class E2ENetTraining(Training):
         network.deep_supervision = enabled
 
 
-def _as_tuple(numbers: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(number) for number in numbers)
+class SparseE2ENetTraining(SparseTraining, E2ENetTraining):
+    """Trains an E2ENet whose fusion is sparse, as in the paper."""
+
+    include, exclude = E2ENet.FUSION, ()

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from dstlib.errors import require
+import dstlib.integrations.nnunet_checkpoint as checkpoints
+from dstlib.errors import SettingError
 from dstlib.files import write_json
-from dstlib.integrations.nnunet_checkpoint import (
-    KEY,
-    VERSION,
-    read_checkpoint,
-    refuse_other_settings,
-    sparse_part,
-    write_checkpoint,
-)
 from dstlib.masking import MaskUpdate, Site
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
@@ -73,15 +66,11 @@ class Training(Host):
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """Returns nnU-Net's scales, unless all weights in the loss would be 0 / 0, as the coarsest is left out."""
         scales: list[list[float]] | None = super()._get_deep_supervision_scales()
-        if scales is not None:
-            require(
-                len(scales) >= 2,
-                "n_stages",
-                f"configuration {self.configuration_name}",
-                allowed="3 or more, as nnU-Net's deep supervision leaves out the coarsest output",
-                given=len(scales) + 1,
-                remedy="Plan with a larger patch, or set enable_deep_supervision = False in a trainer of yours.",
-            )
+        if scales is not None and len(scales) < 2:
+            where = f"configuration {self.configuration_name}"
+            allowed = "3 or more, as nnU-Net's deep supervision leaves out the coarsest output"
+            remedy = "Plan with a larger patch, or set enable_deep_supervision = False in a trainer of yours."
+            raise SettingError.of("n_stages", where, allowed=allowed, given=len(scales) + 1, remedy=remedy)
         return scales
 
 
@@ -104,13 +93,11 @@ class SparseTraining(Training):
         """Makes nnU-Net's optimizer and schedule. The network, compiled but not yet wrapped by DDP, becomes sparse."""
         optimizer, schedule = super().configure_optimizers()
         method = find_method(self.method)
-        if self.interval is not None:
-            method = replace(method, interval=self.interval)
         self.sparsifier: Sparsifier = sparsify(
             self.network,
             optimizer,
             sparsity=self.sparsity,
-            method=method,
+            method=method if self.interval is None else replace(method, interval=self.interval),
             total_steps=self.num_epochs * self.num_iterations_per_epoch,
             include=self.include,
             exclude=ends(self.network) if self.exclude is None else self.exclude,
@@ -164,10 +151,8 @@ class SparseTraining(Training):
             summary = self.sparsifier.summary()
             rows = {r.name: {"active": r.num_active, "total": r.num_total, "dense": r.reason} for r in summary.rows}
             counts = {"density": summary.density, "params": summary.params, "steps": self.sparsifier.step}
-            write_json(
-                Path(self.output_folder) / "dstlib_summary.json",
-                {"settings": self.sparse_settings(), **counts, "weights": rows},
-            )
+            content = {"settings": self.sparse_settings(), **counts, "weights": rows}
+            write_json(Path(self.output_folder) / "dstlib_summary.json", content)
             self.print_to_log_file(f"dstlib: {summary}")
 
     def sparse_settings(self) -> dict[str, Any]:
@@ -195,8 +180,9 @@ class SparseTraining(Training):
             checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
         finally:
             partial.unlink(missing_ok=True)
-        part = {"version": VERSION, "settings": self.sparse_settings(), "sparsifier": self.sparsifier.state_dict()}
-        write_checkpoint(Path(filename), {**checkpoint, KEY: part})
+        settings, state = self.sparse_settings(), self.sparsifier.state_dict()
+        part = {"version": checkpoints.VERSION, "settings": settings, "sparsifier": state}
+        checkpoints.write_checkpoint(Path(filename), {**checkpoint, checkpoints.KEY: part})
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continues from a checkpoint of a sparse training of the same settings.
@@ -207,8 +193,8 @@ class SparseTraining(Training):
         if not self.was_initialized:
             self.initialize()
         path = Path(filename_or_checkpoint)
-        part = sparse_part(read_checkpoint(path), path.name)
-        refuse_other_settings(part["settings"], self.sparse_settings(), path.name)
+        part = checkpoints.sparse_part(checkpoints.read_checkpoint(path), path.name)
+        checkpoints.refuse_other_settings(part["settings"], self.sparse_settings(), path.name)
         super().load_checkpoint(filename_or_checkpoint)
         self.sparsifier.load_state_dict(part["sparsifier"])
 
