@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from einops import reduce
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -119,18 +120,16 @@ class Blocks:
         Raises:
             SettingError: The size is not of two powers of two up to 64, or the mask is no such mask.
         """
-        where, is_size = "Blocks.of()", len(size) == 2 and all(extent in _SIZES for extent in size)
+        is_size, where = len(size) == 2 and all(extent in _SIZES for extent in size), "Blocks.of()"
         allowed, remedy = f"two powers of two up to {LARGEST}", "Cover a mask of Block(48, 24) by (16, 8), say."
         require(is_size, "size", where, allowed=allowed, given=size, remedy=remedy)
         is_mask, given = mask.ndim >= 2 and mask.dtype == torch.bool, f"{mask.dtype} {tuple(mask.shape)}"
         allowed, remedy = "bool (O, C, *taps)", "Pass sparsifier.masks[name], or weight != 0."
         require(is_mask, "mask", where, allowed=allowed, given=given, remedy=remedy)
-        outputs, inputs = mask.shape[:2]
-        out, into = size
+        (outputs, inputs), (out, into) = mask.shape[:2], size
         active_OC = mask.detach().reshape(outputs, inputs, -1).any(dim=2)
         whole = pad(active_OC, (0, -inputs % into, 0, -outputs % out))
-        active_GJ = whole.unflatten(1, (-1, into)).unflatten(0, (-1, out)).any(dim=3).any(dim=1)
-        return cls(active_GJ, (out, into), (outputs, inputs))
+        return cls(reduce(whole, "(g out) (j into) -> g j", "any", out=out, into=into), (out, into), (outputs, inputs))
 
     @cached_property
     def density(self) -> float:
@@ -140,8 +139,7 @@ class Blocks:
     @property
     def cover(self) -> Tensor:
         """The mask (O, C) of what lies inside active blocks."""
-        out, into = self.size
-        outputs, inputs = self.channels
+        (out, into), (outputs, inputs) = self.size, self.channels
         return self.active.repeat_interleave(out, 0).repeat_interleave(into, 1)[:outputs, :inputs]
 
     def plan(self, shifts: Sequence[int], device: torch.device, *, tiled: bool = False) -> Plan:
@@ -164,8 +162,7 @@ def make_plan(active_GJ: Tensor, size: Pair, channels: Pair, shifts: tuple[int, 
     tensor([0], dtype=torch.int32)
     """
     outputs, inputs = channels
-    per_group = -(-inputs // len(shifts))
-    moves = torch.tensor([shifts[c // per_group] for c in range(inputs)], dtype=torch.int32)
+    moves = torch.tensor(shifts, dtype=torch.int32).repeat_interleave(-(-inputs // len(shifts)))[:inputs]
     forward = _table(active_GJ, size, channels, moves)
     chunks = _chunks(forward)
     out, into = size

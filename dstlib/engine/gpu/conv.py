@@ -12,7 +12,7 @@ from torch.nn.functional import conv3d
 import dstlib.engine.gpu.by_triton as by_triton
 import dstlib.engine.gpu.tiles as tiles
 from dstlib.engine.gpu.blocks import NARROW, Blocks
-from dstlib.engine.gpu.problem import BlockConvProblem, Launch, channels_first
+from dstlib.engine.gpu.problem import BlockConvProblem, Launch, new_map
 from dstlib.engine.ops.operator import Implementation, Operator
 from dstlib.errors import require
 from dstlib.layers.shift import shift
@@ -66,9 +66,10 @@ def block_conv(
     if weight.ndim == 4:
         flat = [each[:, :, None] for each in sources]
         return block_conv(flat, weight[:, :, None], blocks, bias, (1, *steps), (0,), launch)[:, :, 0]
-    if not (weight.is_cuda or by_triton.interpreted()):
+    if not (weight.is_cuda or by_triton.interpreted()):  # recorded by torch, as it is made of its operations
+        moved = shift(_whole(sources), shifts, axis=2) if any(shifts) else _whole(sources)
         own = weight * blocks.cover.to(weight.device)[:, :, None, None, None]
-        return _dense(_whole(sources), own, bias, steps, shifts)  # recorded by torch, as it is made of its operations
+        return conv3d(moved, own, bias, steps, tuple(extent // 2 for extent in weight.shape[2:]))
     _check_types(sources, weight, bias)
     tiled = launch is None and tiles.accept(sources, blocks.size, weight.shape, steps)
     if not tiled:
@@ -91,19 +92,13 @@ def _whole(sources: Sequence[Tensor]) -> Tensor:
     return sources[0] if len(sources) == 1 else torch.cat(list(sources), dim=1)
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], shifts: Sequence[int]) -> Tensor:
-    moved = shift(x, shifts, axis=2) if any(shifts) else x
-    return conv3d(moved, weight, bias, tuple(stride), tuple(extent // 2 for extent in weight.shape[2:]))
-
-
 def _empty_output(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
     x, weight = tensors[0], tensors[problem.num_sources]
-    return [channels_first(x.new_empty((len(x), *problem.size_of_output(x.shape[2:], weight), weight.shape[0])))]
+    return [new_map(x, problem.size_of_output(x.shape[2:], weight), len(weight))]
 
 
 def _empty_inputs(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
-    sources, grad = tensors[: problem.num_sources], tensors[-1]
-    return [channels_first(grad.new_empty((len(x), *x.shape[2:], x.shape[1]))) for x in sources]
+    return [new_map(tensors[-1], x.shape[2:], x.shape[1]) for x in tensors[: problem.num_sources]]
 
 
 def _backward(
@@ -125,18 +120,15 @@ Direction = Callable[[BlockConvProblem, Sequence[Tensor]], list[Tensor]]
 
 def _in_order(in_tiles: Direction, in_triton: Direction) -> tuple[Implementation[BlockConvProblem], ...]:
     """Returns the ways to compute one direction; what neither does, torch has computed by itself before."""
-    return (
-        Implementation("tiles", lambda problem, tensors: problem.tiled, _on_its_device(in_tiles)),
-        Implementation("triton", lambda problem, tensors: True, _on_its_device(in_triton)),
-    )
 
-
-def _on_its_device(run: Direction) -> Direction:
-    def compute(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def run_triton(problem: BlockConvProblem, tensors: Sequence[Tensor]) -> list[Tensor]:
         with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
-            return run(problem, tensors)
+            return in_triton(problem, tensors)
 
-    return compute
+    return (
+        Implementation("tiles", lambda problem, tensors: problem.tiled, in_tiles),
+        Implementation("triton", lambda problem, tensors: True, run_triton),
+    )
 
 
 _backward_input = Operator(
@@ -168,6 +160,7 @@ def _check(
     fits = x.ndim in (4, 5) and sum(each.shape[1] for each in sources) == inputs
     alike = all(each.shape[2:] == x.shape[2:] and len(each) == len(x) for each in sources)
     shapes = ", ".join(str(tuple(each.shape)) for each in sources)
+    remedy = "Make the blocks of this weight's mask."
     for what, holds, allowed, given in (
         ("x", fits, f"(B, {inputs}, [D,] H, W), as the blocks have it", shapes),
         ("x", alike, "maps that agree but for their channels", shapes),
@@ -176,7 +169,6 @@ def _check(
         ("stride", len(stride) == x.ndim - 2 and min(stride) > 0, f"{x.ndim - 2} numbers from 1", stride),
         ("shifts", len(shifts) > 0 and (x.ndim == 5 or not any(shifts)), "one or more in 3D, none in 2D", shifts),
     ):
-        remedy = "Make the blocks of this weight's mask."
         require(holds, what, _WHERE, allowed=allowed, given=given, remedy=remedy)
 
 

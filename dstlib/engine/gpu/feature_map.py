@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import instance_norm, leaky_relu
 
 import dstlib.engine.gpu.cuda as cuda
-from dstlib.engine.gpu.problem import channels_first, channels_last
+from dstlib.engine.gpu.problem import channels_first, channels_last, new_map
 from dstlib.engine.ops.operator import Implementation, Operator, Problem
-from dstlib.layers.shift import channel_groups, shift
+from dstlib.layers.shift import shift
 
 _SOURCE = "feature_map.cu"
 _THREADS, _PIECE = 256, 8  # of a program; numbers that a thread reads at once
@@ -56,29 +56,29 @@ class Gathering(Problem):
 
 
 def _gather_forward(problem: Gathering, sources: Sequence[Tensor]) -> list[Tensor]:
-    x, channels, first = sources[0], sum(each.shape[1] for each in sources), 0
-    y = x.new_empty((len(x), *x.shape[2:], channels))
-    for each in map(channels_last, sources):
-        _move((each, 0), (y, first), each.shape[4], _moves(problem.sizes, channels, y.device)[first:], sign=1)
-        first += each.shape[4]
-    return [channels_first(y)]
+    y, first = _empty(sources[0], sum(each.shape[1] for each in sources)), 0
+    moves = _moves(problem.sizes, y.shape[1], y.device)
+    for each in sources:
+        source = each.contiguous(memory_format=torch.channels_last_3d)
+        _move((source, 0), (y, first), each.shape[1], moves[first:], sign=1)
+        first += each.shape[1]
+    return [y]
 
 
 def _gather_backward(problem: Gathering, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Cuts the gradient, the last of the tensors, into those of maps that have as many channels as the others."""
     *sources, grad = tensors
-    whole, first, parts = channels_last(grad), 0, []
-    for width in (each.shape[1] for each in sources):
-        part = grad.new_empty((*whole.shape[:4], width))
-        _move((whole, first), (part, 0), width, _moves(problem.sizes, whole.shape[4], grad.device)[first:], sign=-1)
-        parts.append(channels_first(part))
-        first += width
+    grad = grad.contiguous(memory_format=torch.channels_last_3d)
+    parts, first = [_empty(grad, each.shape[1]) for each in sources], 0
+    moves = _moves(problem.sizes, grad.shape[1], grad.device)
+    for part in parts:
+        _move((grad, first), (part, 0), part.shape[1], moves[first:], sign=-1)
+        first += part.shape[1]
     return parts
 
 
 def _empty(x: Tensor, channels: int) -> Tensor:
-    """Returns room for a map of the size of x, channels last in memory."""
-    return channels_first(x.new_empty((len(x), *x.shape[2:], channels)))
+    return new_map(x, x.shape[2:], channels)
 
 
 _split = Operator(
@@ -100,22 +100,20 @@ _gather = Operator(
 
 @cache
 def _moves(sizes: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
-    """Returns by how many voxels each channel moves (C)."""
-    moves = torch.zeros(1, channels, dtype=torch.int32)
-    for group, size in zip(channel_groups(moves, len(sizes)), sizes, strict=False):  # as in layers.shift
-        group.fill_(size)
-    return moves[0].to(device)
+    """Returns by how many voxels each channel moves (C), in groups as in layers.shift."""
+    moves = torch.tensor(sizes, dtype=torch.int32).repeat_interleave(-(-channels // len(sizes)))
+    return moves[:channels].to(device)
 
 
 def _move(source: tuple[Tensor, int], target: tuple[Tensor, int], count: int, moves: Tensor, *, sign: int) -> None:
-    """Copies ``count`` channels from the first given one of a map (B, D, H, W, C) to that of another."""
+    """Copies ``count`` channels from the first given one of a map to that of another; both lie channels last."""
     (x, x_first), (y, y_first) = source, target
-    batch, depth, height, width, _ = x.shape
-    voxels, pieces = height * width, -(-count // _PIECE)
+    batch, channels, depth, height, width = x.shape
     if not x.numel():
         return
-    shares = -(-voxels // (_THREADS // pieces * _VISITS))
-    numbers = (x.shape[4], x_first, y.shape[4], y_first, count, sign, depth, voxels)
+    voxels = height * width
+    shares = -(-voxels // (_THREADS // -(-count // _PIECE) * _VISITS))
+    numbers = (channels, x_first, y.shape[1], y_first, count, sign, depth, voxels)
     cuda.launch(_SOURCE, "move", ((shares, batch * depth), _THREADS), x, (x, y, moves, *numbers))
 
 

@@ -24,6 +24,7 @@ from dstlib.layers.plugin import ShiftedConv3d
 from dstlib.layers.shift import Shift
 
 BLOCK = (16, 16)
+_LINEAR = "it is a linear layer, which a GPU computes dense: see to_semi_structured()"
 DENSE = 0.6  # share of active blocks from which on cuDNN computes them all, which was faster there on an H100
 
 
@@ -147,15 +148,13 @@ class GPUFusionNode(nn.Module):
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
         """Joins the maps of this level, the coarser and the finer one, as the plain node does."""
-        flows = [same, self.upward(coarser)]
+        maps = [same, self.upward(coarser)]
         if self.downward is not None:
-            flows.append(self.downward(finer))
-        first, *others = self.units
-        assert isinstance(first, GPUUnit)
-        x = first.fuse(flows)
-        for each in others:
-            x = each(x)
-        return x
+            maps.append(self.downward(finer))
+        for each in self.units:
+            assert isinstance(each, GPUUnit)
+            maps = [each.fuse(maps)]
+        return maps[0]
 
 
 def _dense(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
@@ -210,17 +209,9 @@ def _obstacle_to_unit(unit: nn.Module) -> str | None:
     return obstacle_around_conv(unit) or obstacle_to_blocks(unit.get_submodule("conv"))
 
 
-def _obstacle_to_fusion_node(node: FusionNode) -> str | None:
-    return next(filter(None, map(_obstacle_to_unit, node.units)), None)
-
-
-def _obstacle_to_linear(linear: nn.Linear) -> str:
-    return "it is a linear layer, which a GPU computes dense: see to_semi_structured()"
-
-
 GPU_LAYERS = (
-    FastLayer(FusionNode, _obstacle_to_fusion_node, GPUFusionNode),
+    FastLayer(FusionNode, lambda node: next(filter(None, map(_obstacle_to_unit, node.units)), None), GPUFusionNode),
     FastLayer(Unit, _obstacle_to_unit, GPUUnit),
     FastLayer(nn.Conv2d | nn.Conv3d, obstacle_to_block_conv, partial(BlockConv.of, size=BLOCK)),
-    FastLayer(nn.Linear, _obstacle_to_linear, lambda linear: linear),
+    FastLayer(nn.Linear, lambda linear: _LINEAR, lambda linear: linear),
 )

@@ -54,6 +54,11 @@ class BlockConvProblem(Problem):
         return depth, height, width
 
 
+def new_map(like: Tensor, size: Sequence[int], channels: int) -> Tensor:
+    """Returns room for as many samples (B, C, D, H, W) as ``like`` has, channels last in memory."""
+    return channels_first(like.new_empty((len(like), *size, channels)))
+
+
 def channels_last(x: Tensor) -> Tensor:
     """Returns a map (B, D, H, W, C), contiguous: itself, where its channels lie last."""
     return x.permute(0, 2, 3, 4, 1).contiguous()
