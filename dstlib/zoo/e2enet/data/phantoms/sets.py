@@ -36,7 +36,7 @@ class Kind:
     """How the phantoms of one data set are drawn, named and stored; ``{:04d}`` takes the number of the scan.
 
     ``orientations`` are the directions in which x, y and z lead, dealt out to the scans in turn. Without
-    ``modality`` the layout has no dataset.json, and without ``takes_shape`` each scan draws a size of its own.
+    ``name`` the layout has no dataset.json, and without ``takes_shape`` each scan draws a size of its own.
     """
 
     draw: Callable[[int, Shape], Case]
