@@ -4,10 +4,12 @@ Shapes: N batch, C input channels over all sources, O output channels, D, H, W d
 """
 
 import ctypes
+import gc
 import mmap
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -355,6 +357,20 @@ def test_prepared_calls_see_every_change_of_parameters():
             before = after
         weights.weight.data = weights.weight.data + 1  # memory elsewhere, which no version counts
         assert all(map(torch.equal, outputs(anew=False), outputs(anew=True)))
+
+
+def test_prepared_calls_keep_no_maps_alive():
+    sources, weights, geometry = EXAMPLE.sources(), EXAMPLE.weights(), EXAMPLE.geometry()
+    affine = (_random(9, seed=1), _random(9, seed=2), 1e-5)
+    whole = Pattern.of(torch.ones(2, 9, dtype=torch.bool))
+    after = Weights(_random(2, 9, 1, 1, 1, seed=3), None, whole, whole)
+    with torch.no_grad():
+        found = unit(sources, weights, geometry, affine, 0.01)
+        conv([found], after, Geometry(torch.zeros(9, dtype=torch.int32)))
+        alive = [weakref.ref(x) for x in (found, found.raw, found.norm[0], *(x.raw for x in sources))]
+        del found, sources
+        gc.collect()
+    assert not any(x() is not None for x in alive)
 
 
 def test_results_of_prepared_calls_have_memory_of_their_own():

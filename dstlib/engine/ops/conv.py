@@ -215,11 +215,11 @@ def _forward(name: str, form: int, accepts: Accepts) -> Implementation[ConvProbl
         _set_sizes(job, layouts[0].size, size, weight, problem.stride)
         if bias is not None:
             job.bias = bias.data_ptr()
-        if problem.is_unit:
-            gamma, beta = problem.affine(tensors)
-            job.norm = structs.InstanceNorm(gamma.data_ptr(), beta.data_ptr(), problem.eps)
-        places = Places(job.sources[: len(maps)], job.out, job.norm if problem.is_unit else None)
-        alive = (packed, *tensors[len(maps) :])
+        affine = problem.affine(tensors) if problem.is_unit else ()
+        if affine:
+            job.norm = structs.InstanceNorm(affine[0].data_ptr(), affine[1].data_ptr(), problem.eps)
+        places = Places(job.sources[: len(maps)], job.out, job.norm if affine else None)
+        alive = (packed, bias, *affine, row_ptr, col_idx, shifts)  # no map, and no norm of one
         return PreparedCall("convolution", _kernel(found, form), job, places, out, alive)
 
     return by_prepared(name, prepare, accepts, reads=ConvProblem.reads)
