@@ -4,6 +4,7 @@ A map of 50 MB from the operating system takes several times as long to fill as 
 the C library gives blocks of that size back at once.
 """
 
+import ctypes
 import mmap
 import threading
 import weakref
@@ -13,17 +14,24 @@ from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes from which it pays; the C library keeps smaller blocks by itself
 GRAIN = 1 << 16
+HUGE = 1 << 21  # bytes of a huge page
 MOST = 2  # times what has been of use at one time is kept: sizes are not all wanted at the same time
 _lock = threading.RLock()  # the garbage of a thread that holds it may give blocks back
-_idle: list[tuple[int, mmap.mmap]] = []  # sizes in bytes and blocks, in the order in which they came back
+_idle: list[tuple[int, "_Block"]] = []  # sizes in bytes and blocks, in the order in which they came back
 _bytes = {"idle": 0, "used": 0, "peak": 0}
+
+
+class _Block(mmap.mmap):
+    """Memory from the system; ``start`` is where its first huge page begins, so that most of a map lies in such."""
+
+    start = 0
 
 
 class _Loan(weakref.ref[memoryview]):
     """A block in use, which comes back when the view of it is gone; ``weakref.finalize`` takes longer."""
 
     __slots__ = ("block", "size")
-    block: mmap.mmap
+    block: _Block
     size: int
 
 
@@ -53,7 +61,7 @@ def buffer(num: int) -> Tensor:
     loan = _Loan(view, _give_back)
     loan.block, loan.size = block, size
     _loans[id(loan)] = loan
-    return torch.frombuffer(view, dtype=torch.float32, count=num)
+    return torch.frombuffer(view, dtype=torch.float32, count=num, offset=block.start)
 
 
 def release_memory() -> None:
@@ -63,7 +71,7 @@ def release_memory() -> None:
         _bytes.update(idle=0, peak=_bytes["used"])
 
 
-def _take(size: int) -> mmap.mmap | None:
+def _take(size: int) -> _Block | None:
     """Takes the idle block of this size that was used last, which caches may still know."""
     for i in reversed(range(len(_idle))):
         if _idle[i][0] == size:
@@ -72,12 +80,15 @@ def _take(size: int) -> mmap.mmap | None:
     return None
 
 
-def _allocate(size: int) -> mmap.mmap:
+def _allocate(size: int) -> "_Block":
     if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size)
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process has its own
+        return _Block(-1, size)
+    room = size + HUGE if size >= HUGE else size  # what is never touched takes no memory
+    block = _Block(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process has its own
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
+        if room > size:
+            block.start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % HUGE
     return block
 
 
