@@ -9,6 +9,8 @@
 #pragma once
 #include <stdint.h>
 
+enum { MAX_SOURCES = 3, MAX_TAPS = 64, LINEAR_PART = 96 };
+
 // Sizes or strides along these axes: batch n, channels c, depth d, height h, width w.
 typedef struct { int64_t h, w; } HW;
 typedef struct { int64_t d, h, w; } DHW;
@@ -49,8 +51,6 @@ typedef struct {
     float* statistics;  // (4, N, num_rows): scale, offset, mean, 1 / sqrt(variance + eps); or null: no norm follows
 } InstanceNorm;
 
-enum { MAX_SOURCES = 3 };
-
 // y[n, o, d, h, w] = bias[o] + sum over active (o, c) and taps (i, j) of weights[i, j, (o, c)] *
 //     x[n, c, d * stride.d - shifts[c], h * stride.h + i - padding.h, w * stride.w + j - padding.w]
 // where x is the concatenation of the sources, and zero outside.
@@ -75,8 +75,6 @@ typedef struct {
 
 // The forms of a convolution: Winograd's F(4x4, 3x3), or tap by tap.
 enum { FORM_WINOGRAD, FORM_DIRECT };
-
-enum { MAX_TAPS = 64 };
 
 // Takes the active kernels out of a weight (connections, taps) and transforms them for a form.
 typedef struct {
@@ -142,8 +140,6 @@ typedef struct {
     int32_t group;
     int32_t begin, end;  // into col_idx
 } Segment;
-
-enum { LINEAR_PART = 96 };
 
 // The active weights of W (outputs, inputs). Its rows are taken in groups of `group` neighbours (1 to 4) that have the
 // same active columns: 1 for scattered weights, 4 for blocks of 16 x 16, say. A group's columns ascend, and its values
