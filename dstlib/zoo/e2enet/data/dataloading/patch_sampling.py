@@ -162,12 +162,17 @@ def _foreground_voxel(case: Case, rng: np.random.Generator) -> Shape | None:
 
 def _position(shape: Sequence[int], size: Shape, voxel: Shape | None, rng: np.random.Generator) -> Shape:
     """Draws where a patch starts; negative along an axis on which the case is smaller and lies in the middle."""
-    room, free = np.subtract(shape, size), rng.random(3)
-    if voxel is None:
-        start = (free * (room + 1)).astype(int)
-    else:
-        start = np.clip(np.subtract(voxel, np.floor_divide(size, 2)), 0, room)
-    return three(np.where(room <= 0, -(-room // 2), start).tolist())
+    free = rng.random(3)
+    start = []
+    for axis in range(3):
+        room = shape[axis] - size[axis]
+        if room <= 0:
+            start.append(-(-room // 2))
+        elif voxel is None:
+            start.append(int(free[axis] * (room + 1)))
+        else:
+            start.append(min(max(voxel[axis] - size[axis] // 2, 0), room))
+    return three(start)
 
 
 def _cut(volume: NDArray[np.generic], start: Shape, size: Shape) -> Tensor:
