@@ -6,9 +6,8 @@ a module uses by itself. Their parameters count, and :attr:`Profile.uncounted` n
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,7 +24,6 @@ _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _Counted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | _Transposed
 _WHERE = "profile()"
 
-_Count = Callable[[_Counted, Tensor, Tensor], int]
 _Calls = dict[nn.Module, list[tuple[int | None, tuple[int, ...]]]]  # FLOPs and output shape of each call
 
 
@@ -124,8 +122,8 @@ def profile(
     require(convention in known, "convention", _WHERE, allowed=allowed, given=given, remedy=remedy)
     replica = _meta_copy(unwrap(model)).eval()
     active = _active(replica, sparsifier.masks if sparsifier is not None else {})
-    count = partial(_flops, active=active, convention=convention)
-    layers = tuple(_rows(replica, _run(replica, _shapes(input_shape), count), active))
+    calls = _run(replica, _shapes(input_shape), active, convention)
+    layers = tuple(_rows(replica, calls, active))
     # a layer whose weight its parent uses directly looks uncalled
     uncounted = {f"{row.type}{'' if row.calls else ' (not called)'}" for row in layers if row.flops is None}
     return Profile(
@@ -173,12 +171,14 @@ def _active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, int]:
     return active
 
 
-def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Calls:
+def _run(model: nn.Module, shapes: Sequence[torch.Size], active: Mapping[int, int], convention: Convention) -> _Calls:
     """Runs one forward pass, noting FLOPs and output shape of each call of a module with parameters of its own."""
     calls: _Calls = {m: [] for m in model.modules() if any(p is not None for p in m._parameters.values())}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        flops = count(module, [*args, *kwargs.values()][0], output) if isinstance(module, _Counted) else None
+        flops = None
+        if isinstance(module, _Counted):
+            flops = _flops(module, [*args, *kwargs.values()][0], output, active, convention)
         calls[module].append((flops, tuple(output.shape) if isinstance(output, Tensor) else ()))
 
     for module in calls:
@@ -196,7 +196,7 @@ def _run(model: nn.Module, shapes: Sequence[torch.Size], count: _Count) -> _Call
     return calls
 
 
-def _flops(layer: _Counted, x: Tensor, output: Tensor, *, active: Mapping[int, int], convention: Convention) -> int:
+def _flops(layer: _Counted, x: Tensor, output: Tensor, active: Mapping[int, int], convention: Convention) -> int:
     """Counts the FLOPs of one call: at each position of the grid, every active weight multiplies and adds once."""
     if isinstance(layer, _Transposed):
         positions = x.numel() // layer.in_channels if convention == "exact" else output.numel() // layer.out_channels

@@ -29,16 +29,13 @@ _SUMS = {
     *(operator.sub, operator.isub, torch.sub, "sub", "sub_"),
     *(operator.mul, operator.imul, torch.mul, "mul", "mul_"),
 }
-_ACTIVATIONS = (
-    *("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish"),
-    *("sigmoid", "tanh", "softplus"),
-)
 _POINTWISE = {
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
     *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus),
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *_SUMS,
-    *(getattr(functional, name) for name in _ACTIVATIONS),
+    *(functional.relu, functional.relu6, functional.leaky_relu, functional.elu, functional.gelu, functional.silu),
+    *(functional.mish, functional.hardswish, functional.sigmoid, functional.tanh, functional.softplus),
     *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh"),
     *(operator.truediv, operator.itruediv, operator.neg, operator.pow, "contiguous"),
 }
@@ -198,8 +195,8 @@ class ChannelFlow:
         with torch.no_grad():
             result = computing.run_node(node).movedim(axis, 0).reshape(len(ids), -1).double().cpu()
         constant = result[:, 0].masked_fill(varies | (result != result[:, :1]).any(dim=1), _NAN)
-        memory = {source: self._trace.values[source].untyped_storage().data_ptr() for source in (node, *sources)}
-        if memory.pop(node) in memory.values():
+        made, *read = (self._trace.values[each].untyped_storage().data_ptr() for each in (node, *sources))
+        if made in read:
             self._overwrite(ids, constant)
         self._channels[node] = Channels(ids, axis, constant)
 

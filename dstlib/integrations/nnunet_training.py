@@ -120,16 +120,13 @@ class SparseTraining(Training):
         is_cuda = self.device.type == "cuda"  # nnU-Net computes in half precision there alone
         with torch.autocast("cuda") if is_cuda else nullcontext():
             loss = self.loss(self.network(data), target)
-        if self.grad_scaler is None:
-            loss.backward()
-            self._mask_and_clip()
-            self.optimizer.step()
-        else:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            self._mask_and_clip()
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        scaler = self.grad_scaler or torch.amp.GradScaler(enabled=False)
+        scaler.scale(loss).backward()
+        scaler.unscale_(self.optimizer)
+        self.sparsifier.before_step(self.optimizer)  # else the norm would be that of the dense gradient
+        clip_grad_norm_(self.network.parameters(), _CLIP)
+        scaler.step(self.optimizer)
+        scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
 
     def on_epoch_end(self) -> None:
@@ -197,10 +194,6 @@ class SparseTraining(Training):
         checkpoints.refuse_other_settings(part["settings"], self.sparse_settings(), path.name)
         super().load_checkpoint(filename_or_checkpoint)
         self.sparsifier.load_state_dict(part["sparsifier"])
-
-    def _mask_and_clip(self) -> None:
-        self.sparsifier.before_step(self.optimizer)  # else the norm would be that of the dense gradient
-        clip_grad_norm_(self.network.parameters(), _CLIP)
 
     def _forget_updates(self) -> None:
         self._steps: set[int] = set()

@@ -62,11 +62,7 @@ def channel_groups(x: Tensor, num_groups: int) -> tuple[Tensor, ...]:
 
 
 def _check(x: Tensor, sizes: Sequence[float] | Tensor, axis: int, *, where: str) -> None:
-    """Checks that there are sizes, and that ``axis`` is a spatial axis of x.
-
-    Raises:
-        SettingError: Of ``where``, if not.
-    """
+    """Checks that there are sizes, and that ``axis`` is a spatial axis of x."""
     remedy = "Pass (0,) to move nothing."
     require(len(sizes) > 0, "sizes", where, allowed="at least one", given=sizes, remedy=remedy)
     is_spatial = axis in (*range(2, x.ndim), *range(2 - x.ndim, 0))

@@ -161,18 +161,16 @@ def make_plan(active_GJ: Tensor, size: Pair, channels: Pair, shifts: tuple[int, 
     >>> make_plan(torch.tensor([[True, False]]), (1, 1), (1, 2), (0,)).forward.col_idx
     tensor([0], dtype=torch.int32)
     """
-    outputs, inputs = channels
+    (outputs, inputs), (out, into) = channels, size
     moves = torch.tensor(shifts, dtype=torch.int32).repeat_interleave(-(-inputs // len(shifts)))[:inputs]
-    forward = _table(active_GJ, size, channels, moves)
-    chunks = _chunks(forward)
-    out, into = size
+    places_OC = torch.arange(outputs * inputs).reshape(channels)
+    forward = _table(active_GJ, size, places_OC, moves)
+    starts = forward.row_ptr.tolist()
+    pairs = [(r, k) for r in range(forward.num_rows) for k in range(starts[r], starts[r + 1], forward.chunk)]
+    chunks = torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2)
     if into < NARROW <= out:
-        return Plan(forward, *_by_partial_sums(forward, chunks, channels, moves))
-    still = torch.zeros(outputs, dtype=torch.int32)
-    back = _table(active_GJ.T, (into, out), (inputs, outputs), still)
-    turned = back.weight_idx % outputs * inputs + back.weight_idx // outputs  # from c · O + o
-    none = back.weight_idx == outputs * inputs
-    back = replace(back, weight_idx=turned.masked_fill(none, outputs * inputs))
+        return _by_partial_sums(forward, chunks, channels, moves)
+    back = _table(active_GJ.T, (into, out), places_OC.T, torch.zeros(outputs, dtype=torch.int32))
     return Plan(forward, back, chunks, moves, torch.empty(0, 0, dtype=torch.int32))
 
 
@@ -200,9 +198,9 @@ def _run(extent: int) -> int:
     return extent if extent >= NARROW else 1
 
 
-def _table(active_GJ: Tensor, size: Pair, channels: Pair, moves: Tensor) -> Table:
-    outputs, inputs = channels
-    out, into = size
+def _table(active_GJ: Tensor, size: Pair, places_OC: Tensor, moves: Tensor) -> Table:
+    """Makes the table by which outputs gather inputs; ``places_OC`` says where in the weight theirs are."""
+    (out, into), (_, inputs), none = size, places_OC.shape, places_OC.numel()
     run = _run(into)
     # a run whose channels move differently is listed once for each shift, every time with the weights of its part
     parts = [(c, move) for c in range(0, inputs, run) for move in moves[c : c + run].unique().tolist()]
@@ -212,28 +210,19 @@ def _table(active_GJ: Tensor, size: Pair, channels: Pair, moves: Tensor) -> Tabl
     channel = first[part, None] + torch.arange(run)  # (runs, run)
     reached = (channel < inputs) & (pad(moves, (0, run))[channel] == move[part, None])
     output = row[:, None, None] * out + torch.arange(out)
-    exists = reached[..., None] & (output < outputs)
-    weight_idx = torch.where(exists, output * inputs + channel[..., None], outputs * inputs)
+    weight_idx = pad(places_OC, (0, run, 0, out), value=none)[output, channel[..., None]]
     counts = listed.sum(dim=1) * run
     return Table(
         run=run,
         row_ptr=pad(counts.cumsum(0), (1, 0)).int(),
         col_idx=channel.flatten().int(),
         shifts=move[part].repeat_interleave(run).int(),
-        weight_idx=weight_idx.flatten(0, 1),
+        weight_idx=weight_idx.masked_fill(~reached[..., None], none).flatten(0, 1),
     )
 
 
-def _chunks(table: Table) -> Tensor:
-    starts = table.row_ptr.tolist()
-    pairs = [(r, k) for r in range(table.num_rows) for k in range(starts[r], starts[r + 1], table.chunk)]
-    return torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2)
-
-
-def _by_partial_sums(
-    forward: Table, chunks: Tensor, channels: Pair, moves: Tensor
-) -> tuple[Table, Tensor, Tensor, Tensor]:
-    """Makes a row of partial sums per chunk, which gathers the outputs of its block; then a plan's chunks to terms."""
+def _by_partial_sums(forward: Table, chunks: Tensor, channels: Pair, moves: Tensor) -> Plan:
+    """Makes a plan with a row of partial sums per chunk, which gathers the outputs of its block."""
     outputs, inputs = channels
     out = forward.weight_idx.shape[1]
     row, start = chunks.long().unbind(1)
@@ -256,4 +245,4 @@ def _by_partial_sums(
     terms = torch.full((inputs + 1, max(int(counts[:inputs].max()), 1)), -1)
     kept = channel[order] < inputs
     terms[channel[order][kept], place[kept]] = order[kept]
-    return back, chunks, pad(moves, (0, 1))[channel], terms[:inputs].int()
+    return Plan(forward, back, chunks, pad(moves, (0, 1))[channel], terms[:inputs].int())

@@ -66,12 +66,7 @@ class BlockConv(nn.Module):
 
     @classmethod
     def of(
-        cls,
-        conv: nn.Conv2d | nn.Conv3d,
-        mask: Tensor | None = None,
-        *,
-        size: Pair,
-        shifts: Sequence[int] | None = None,
+        cls, conv: nn.Conv2d | nn.Conv3d, mask: Tensor | None = None, *, size: Pair, shifts: Sequence[int] | None = None
     ) -> "BlockConv":
         """Returns the layer in blocks of ``size`` = (outputs, inputs) that cover the mask, by default of weights ≠ 0.
 
