@@ -61,6 +61,15 @@ def channel_groups(x: Tensor, num_groups: int) -> tuple[Tensor, ...]:
     return x.split(-(-x.shape[1] // num_groups), dim=1)
 
 
+def channel_moves(channels: int, sizes: Sequence[int]) -> Tensor:
+    """Returns by how many voxels each of the channels moves (C), by the size of its group.
+
+    >>> channel_moves(5, (-1, 0, 1))
+    tensor([-1, -1,  0,  0,  1], dtype=torch.int32)
+    """
+    return torch.tensor(sizes, dtype=torch.int32).repeat_interleave(-(-channels // len(sizes)))[:channels]
+
+
 def _check(x: Tensor, sizes: Sequence[float] | Tensor, axis: int, *, where: str) -> None:
     """Checks that there are sizes, and that ``axis`` is a spatial axis of x."""
     remedy = "Pass (0,) to move nothing."

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dstlib.errors import require
+from dstlib.layers.shift import channel_moves
 
 NARROW = 16  # the least that a matrix unit multiplies at once, in each direction
 TAPS = 9  # of the kernels that are computed by tiles
@@ -162,7 +163,7 @@ def make_plan(active_GJ: Tensor, size: Pair, channels: Pair, shifts: tuple[int, 
     tensor([0], dtype=torch.int32)
     """
     (outputs, inputs), (out, into) = channels, size
-    moves = torch.tensor(shifts, dtype=torch.int32).repeat_interleave(-(-inputs // len(shifts)))[:inputs]
+    moves = channel_moves(inputs, shifts)
     places_OC = torch.arange(outputs * inputs).reshape(channels)
     forward = _table(active_GJ, size, places_OC, moves)
     starts = forward.row_ptr.tolist()

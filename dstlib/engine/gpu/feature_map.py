@@ -17,7 +17,7 @@ from torch.nn.functional import instance_norm, leaky_relu
 import dstlib.engine.gpu.cuda as cuda
 from dstlib.engine.gpu.problem import channels_first, channels_last, new_map
 from dstlib.engine.ops.operator import Implementation, Operator, Problem
-from dstlib.layers.shift import shift
+from dstlib.layers.shift import channel_moves, shift
 
 _SOURCE = "feature_map.cu"
 _THREADS, _PIECE = 256, 8  # of a program; numbers that a thread reads at once
@@ -100,9 +100,7 @@ _gather = Operator(
 
 @cache
 def _moves(sizes: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
-    """Returns by how many voxels each channel moves (C), in groups as in layers.shift."""
-    moves = torch.tensor(sizes, dtype=torch.int32).repeat_interleave(-(-channels // len(sizes)))
-    return moves[:channels].to(device)
+    return channel_moves(channels, sizes).to(device)
 
 
 def _move(source: tuple[Tensor, int], target: tuple[Tensor, int], count: int, moves: Tensor, *, sign: int) -> None:

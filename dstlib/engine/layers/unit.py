@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dstlib.engine.layers.conv import obstacle_to_conv
@@ -13,7 +12,7 @@ from dstlib.engine.layers.kernels import ActiveKernels, FollowsKernels
 from dstlib.engine.ops.conv import Geometry, unit
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.layers.blocks import Unit
-from dstlib.layers.shift import Shift, channel_groups
+from dstlib.layers.shift import Shift, channel_moves
 
 
 class FastUnit(FollowsKernels, nn.Module):
@@ -23,12 +22,8 @@ class FastUnit(FollowsKernels, nn.Module):
         super().__init__()
         self.shift, self.conv, self.norm, self.activation = plain.shift, plain.conv, plain.norm, plain.activation
         self.kernels = ActiveKernels(plain.conv.weight)
-        shifts = torch.zeros(plain.conv.in_channels, dtype=torch.int32)
-        if isinstance(plain.shift, Shift):
-            groups = channel_groups(shifts[None], len(plain.shift.sizes))
-            for group, size in zip(groups, plain.shift.sizes, strict=False):
-                group.fill_(size)
-        self.geometry = Geometry(shifts, three(plain.conv.stride))
+        sizes = plain.shift.sizes if isinstance(plain.shift, Shift) else (0,)
+        self.geometry = Geometry(channel_moves(plain.conv.in_channels, sizes), three(plain.conv.stride))
 
     @property
     def weight(self) -> Tensor:
