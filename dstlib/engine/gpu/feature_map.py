@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import instance_norm, leaky_relu
 
 import dstlib.engine.gpu.cuda as cuda
-from dstlib.engine.gpu.problem import channels_first, channels_last, new_map
+from dstlib.engine.gpu.problem import new_map
 from dstlib.engine.ops.operator import Implementation, Operator, Problem
 from dstlib.layers.shift import channel_moves, shift
 
@@ -126,28 +126,28 @@ class Normalising(Problem):
 def _normalise_forward(problem: Normalising, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Computes the map, and statistics (B, 4, C) that the gradients need."""
     x, weight, bias = tensors
-    x = channels_last(x)
-    grid, (voxels, channels) = _grid(x), (prod(x.shape[1:4]), x.shape[4])
-    parts, stats = _sums(x, (grid[0], 2), channels), _sums(x, (4,), channels)
-    y = torch.empty_like(x)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    grid, voxels, channels = _grid(x), prod(x.shape[2:]), x.shape[1]
+    parts = x.new_empty((len(x), grid[0], 2, channels), dtype=torch.float32)
+    y, stats = _empty_with_sums(x, 4)
     cuda.launch(_SOURCE, "sum_squares", (grid, _THREADS), x, (x, parts, voxels, channels))
     read = (parts, x, weight.float(), bias.float(), stats)
     cuda.launch(_SOURCE, "finish_norm", _of_channels(x), x, (*read, grid[0], voxels, channels, problem.eps))
     cuda.launch(_SOURCE, "apply_norm", (grid, _THREADS), x, (x, stats, y, voxels, channels, problem.slope))
-    return [channels_first(y), stats]
+    return [y, stats]
 
 
 def _normalise_backward(problem: Normalising, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Computes the gradient of the map, and sums (B, 2, C) that are the gradients of bias and weight of a sample."""
     x, stats, grad = tensors
-    x, grad = channels_last(x), channels_last(grad)
-    grid, (voxels, channels) = _grid(x), (prod(x.shape[1:4]), x.shape[4])
-    parts, sums = _sums(x, (grid[0], 2), channels), _sums(x, (2,), channels)
-    x_grad, slope = torch.empty_like(x), problem.slope
+    x, grad = (each.contiguous(memory_format=torch.channels_last_3d) for each in (x, grad))
+    grid, voxels, channels, slope = _grid(x), prod(x.shape[2:]), x.shape[1], problem.slope
+    parts = x.new_empty((len(x), grid[0], 2, channels), dtype=torch.float32)
+    x_grad, sums = _empty_with_sums(x, 2)
     cuda.launch(_SOURCE, "sum_grads", (grid, _THREADS), x, (x, grad, stats, parts, voxels, channels, slope))
     cuda.launch(_SOURCE, "finish_sums", _of_channels(x), x, (parts, sums, grid[0], channels))
     cuda.launch(_SOURCE, "apply_grads", (grid, _THREADS), x, (x, grad, stats, sums, x_grad, voxels, channels, slope))
-    return [channels_first(x_grad), sums]
+    return [x_grad, sums]
 
 
 def _all_gradients(
@@ -160,7 +160,8 @@ def _all_gradients(
 
 
 def _empty_with_sums(x: Tensor, count: int) -> list[Tensor]:
-    return [_empty(x, x.shape[1]), _sums(x, (count,), x.shape[1])]
+    """Returns room for a map like x, and for ``count`` sums of each channel of a sample."""
+    return [_empty(x, x.shape[1]), x.new_empty((len(x), count, x.shape[1]), dtype=torch.float32)]
 
 
 _norm_grads = Operator(
@@ -179,18 +180,13 @@ _normalise = Operator(
 )
 
 
-def _sums(like: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
-    """Returns room for sums (B, \\*shape, C) of float32."""
-    return like.new_empty((len(like), *shape, channels), dtype=torch.float32)
-
-
 def _grid(x: Tensor) -> tuple[int, int]:
-    """Returns shares and samples of a map (B, D, H, W, C)."""
-    at_once = _THREADS // (x.shape[4] // _PIECE)
-    shares = prod(x.shape[1:4]) // (at_once * _VISITS)
+    """Returns shares and samples of a map."""
+    at_once = _THREADS // (x.shape[1] // _PIECE)
+    shares = prod(x.shape[2:]) // (at_once * _VISITS)
     return max(1, min(shares, _PROGRAMS // len(x))), len(x)
 
 
 def _of_channels(x: Tensor) -> tuple[tuple[int, int], int]:
     """Returns the size of a launch whose programs each add up eight channels of a sample."""
-    return (x.shape[4] // _PIECE, len(x)), _THREADS
+    return (x.shape[1] // _PIECE, len(x)), _THREADS
