@@ -14,8 +14,6 @@ from dstlib.zoo.e2enet.evaluation.metrics import (
     METRICS,
     Scoring,
     dice_per_class,
-    hd,
-    hd95,
     score,
     surface_dice,
     surface_distances,
@@ -67,6 +65,20 @@ def slow_surface(mask):
         if not all(around):
             found.append(voxel)
     return np.array(found)
+
+
+def of_one_class(metric, label, prediction, spacing):
+    volumes = label.astype(np.uint8), prediction.astype(np.uint8)
+    scoring = Scoring(metrics=("dice", metric))
+    return score(*volumes, spacing=spacing, num_classes=1, scoring=scoring).values[1, 0]
+
+
+def hd95(label, prediction, *, spacing):
+    return of_one_class("hd95", label, prediction, spacing)
+
+
+def hd(label, prediction, *, spacing):
+    return of_one_class("hd", label, prediction, spacing)
 
 
 def slow_distances(label, prediction, spacing):

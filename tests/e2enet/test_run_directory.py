@@ -40,7 +40,7 @@ def test_metrics_are_a_table_and_are_replaced_whole(folder):
     with open_run(folder, CONFIG, resume=True) as run:
         run.write_metrics([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
         run.write_metrics([{"epoch": 1, "loss": 0.5}])
-        assert run.metrics.read_text() == "epoch,loss\n1,0.5\n"
+        assert (run.path / "metrics.csv").read_text() == "epoch,loss\n1,0.5\n"
 
 
 def test_a_run_is_not_overwritten(folder):

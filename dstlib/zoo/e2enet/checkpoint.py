@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dstlib.errors import StateError, require
+from dstlib.errors import StateError
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
@@ -29,15 +29,9 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
     first = configs[0]
     for run, config in zip(runs, configs, strict=True):
         for name in ("channels", "classes", "preparation"):
-            require(
-                config["data"][name] == first["data"][name],
-                "data",
-                f"run {run}",
-                allowed=f"a run on the same data as {runs[0]}",
-                given=f"other {name}",
-                remedy="Average the folds of one data set.",
-                error=StateError,
-            )
+            if config["data"][name] != first["data"][name]:
+                allowed, remedy = f"a run on the same data as {runs[0]}", "Average the folds of one data set."
+                raise StateError.of("data", f"run {run}", allowed=allowed, given=f"other {name}", remedy=remedy)
     results = [run / "result.json" for run in runs]
     processed = [set(read_left_by_run(file, "postprocessing")["postprocessing"]) for file in results if file.exists()]
     patches = first["patches"]
@@ -85,18 +79,16 @@ def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
         config=network,
         width=config["width"],
     )
-    file = run / "model.pt"
     try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        model.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         allowed, remedy = "a finished run", "It is written at the end of the training: continue it with --resume."
         raise StateError.of("model.pt", f"run {run}", allowed=allowed, given="no such file", remedy=remedy) from error
     # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
     except Exception as error:
-        allowed, given = "the weights of this run", f"a damaged or foreign file ({type(error).__name__})"
-        raise StateError.of(
-            "model.pt", f"run {run}", allowed=allowed, given=given, remedy="Resume the run, which writes it anew."
-        ) from error
+        given, remedy = f"a damaged or foreign file ({type(error).__name__})", "Resume the run, which writes it anew."
+        allowed = "the weights of this run"
+        raise StateError.of("model.pt", f"run {run}", allowed=allowed, given=given, remedy=remedy) from error
     return model.to(device)
 
 

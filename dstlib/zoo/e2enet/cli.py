@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from dstlib.command_line import make_parser, run_command
-from dstlib.errors import require
+from dstlib.errors import SettingError
 from dstlib.methods import METHODS
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
-from dstlib.zoo.e2enet.training.settings import (
-    OPTIMIZERS,
-    PRECISIONS,
-    Execution,
-    chosen_device,
-    usual_precision,
-)
+from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS, Execution, chosen_device, usual_precision
 
 if TYPE_CHECKING:
     from dstlib.zoo.e2enet.run import RunConfig
@@ -52,6 +46,9 @@ python -m dstlib.zoo.e2enet compare RUN... --beside amos            # a table wi
 python -m dstlib.zoo.e2enet phantoms amos DIR                       # procedural scans to try it all on
 """
 LAYOUT = "decathlon, amos, btcv or nnunet (default: recognised)"
+DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
+DEFAULT = "(default: %(default)s)"
+AddOption = Callable[..., argparse.Action]
 
 
 def run_script(recipe: Recipe, description: str | None) -> int:
@@ -112,101 +109,74 @@ def _chosen_preset(recipe: Recipe, options: argparse.Namespace) -> Preset:
     training = {name: getattr(options, name) for name in asdict(preset.training)}
     training = {name: value for name, value in training.items() if value is not None}
     if options.method == "dense":
-        allowed, given = "no sparsity with dense", f"--method dense with --sparsity {options.sparsity}"
-        remedy = "Leave one of them out."
-        require(not options.sparsity, "--method", "the command line", allowed=allowed, given=given, remedy=remedy)
+        if options.sparsity:
+            where, given = "the command line", f"--method dense with --sparsity {options.sparsity}"
+            remedy = "Leave one of them out."
+            raise SettingError.of("--method", where, allowed="no sparsity with dense", given=given, remedy=remedy)
         training |= {"method": preset.training.method, "sparsity": 0.0}
     if options.model != "e2enet":
         training.setdefault("sparsity", 0.0)  # as published; sparse on request
-    patches = {
-        **({"patch_size": tuple(options.patch_size)} if options.patch_size else {}),
-        **({"batch_size": options.batch_size} if options.batch_size is not None else {}),
-    }
-    return replace(preset, training=replace(preset.training, **training), patches=replace(preset.patches, **patches))
+    patches = preset.patches
+    if options.patch_size:
+        patches = replace(patches, patch_size=tuple(options.patch_size))
+    if options.batch_size is not None:
+        patches = replace(patches, batch_size=options.batch_size)
+    return replace(preset, training=replace(preset.training, **training), patches=patches)
 
 
 def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.ArgumentParser:
     """Returns a command line whose defaults are those of the recipe's presets."""
     lines = make_parser(description)
-    lines.add_argument(
-        "--preset", choices=recipe.presets, help="the scale (default: quick on --data, demo on phantoms)"
-    )
+    scales = "the scale (default: quick on --data, demo on phantoms)"
+    lines.add_argument("--preset", choices=recipe.presets, help=scales)
     lines.add_argument("--model", default="e2enet", help="the network: e2enet, or a baseline such as nnunet")
     lines.add_argument("--width", type=float, default=1.0, help="multiplies the channels of a baseline (default: 1)")
-    _add_data(lines.add_argument_group("data"), recipe)
-    _add_run(lines.add_argument_group("run"), recipe)
-    _add_execution(lines.add_argument_group("execution"))
-    _add_training(lines.add_argument_group("training; without a value, the preset's"), recipe)
+    _add_data(lines.add_argument_group("data").add_argument, recipe)
+    _add_run(lines.add_argument_group("run").add_argument, recipe)
+    _add_execution(lines.add_argument_group("execution").add_argument)
+    _add_training(lines.add_argument_group("training; without a value, the preset's").add_argument, recipe)
     return lines
 
 
-def _add_data(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
+def _add_data(option: AddOption, recipe: Recipe) -> None:
     kind, number = recipe.phantoms
-    group.add_argument(
-        "--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)"
-    )
-    group.add_argument("--layout", help=LAYOUT)
-    group.add_argument(
-        "--modality", choices=recipe.modalities, default=recipe.modalities[0], help="(default: %(default)s)"
-    )
-    group.add_argument(
-        "--fold",
-        default="0",
-        help="which fifth to hold out, 0 to 4, or 'all': train on every case and hold out the set's own "
-        "validation cases, if it has any (default: 0)",
-    )
-    group.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where prepared scans are kept (default: runs/prepared/NAME)"
-    )
-    group.add_argument(
-        "--scans", type=int, default=number, metavar="N", help="phantoms to draw, at least 5 (default: %(default)s)"
-    )
-    group.add_argument("--patch-size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of a training patch")
-    group.add_argument("--batch-size", type=int, metavar="N", help="patches per iteration, over all processes")
+    option("--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)")
+    option("--layout", help=LAYOUT)
+    option("--modality", choices=recipe.modalities, default=recipe.modalities[0], help=DEFAULT)
+    folds = """which fifth to hold out, 0 to 4, or 'all': train on every case and hold out the set's own validation
+cases, if it has any (default: 0)"""
+    option("--fold", default="0", help=folds)
+    option("--cache", type=Path, metavar="DIR", help="where prepared scans are kept (default: runs/prepared/NAME)")
+    option("--scans", type=int, default=number, metavar="N", help=f"phantoms to draw, at least 5 {DEFAULT}")
+    option("--patch-size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of a training patch")
+    option("--batch-size", type=int, metavar="N", help="patches per iteration, over all processes")
 
 
-def _add_run(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
-    group.add_argument(
-        "--run-dir",
-        type=Path,
-        dest="run",
-        metavar="DIR",
-        help=f"folder for the results (default: runs/{recipe.name}-DATE-TIME)",
-    )
-    group.add_argument("--resume", action="store_true", help="continue the run in --run-dir, with the same settings")
-    group.add_argument(
-        "--from", type=Path, dest="begin_from", metavar="DIR", help="begin with the weights and masks of this run"
-    )
-    group.add_argument(
-        "--freeze-topology", action="store_true", help="keep the masks of --from as they are: only weights train"
-    )
-    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars too")
+def _add_run(option: AddOption, recipe: Recipe) -> None:
+    folder = f"folder for the results (default: runs/{recipe.name}-DATE-TIME)"
+    option("--run-dir", type=Path, dest="run", metavar="DIR", help=folder)
+    option("--resume", action="store_true", help="continue the run in --run-dir, with the same settings")
+    begun = "begin with the weights and masks of this run"
+    option("--from", type=Path, dest="begin_from", metavar="DIR", help=begun)
+    option("--freeze-topology", action="store_true", help="keep the masks of --from as they are: only weights train")
+    option("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
 
-def _add_execution(group: argparse._ArgumentGroup) -> None:
-    on_gpu = torch.cuda.is_available()
-    group.add_argument("--device", help="(default: cuda if there is one, else cpu)")
-    group.add_argument(
-        "--precision", choices=PRECISIONS, help="of the forward pass (default: fp16 on a GPU, else float32)"
-    )
-    group.add_argument("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
-    group.add_argument("--compile", action="store_true", help="compile the network by torch.compile")
-    group.add_argument("--engine", action="store_true", help="compute on dstlib's engine, which is faster")
-    group.add_argument(
-        "--workers",
-        type=int,
-        default=8 if on_gpu else 0,
-        metavar="N",
-        help="processes that draw and augment the batches ahead (default: %(default)s)",
-    )
+def _add_execution(option: AddOption) -> None:
+    option("--device", help=DEVICE)
+    option("--precision", choices=PRECISIONS, help="of the forward pass (default: fp16 on a GPU, else float32)")
+    option("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
+    option("--compile", action="store_true", help="compile the network by torch.compile")
+    option("--engine", action="store_true", help=ENGINE)
+    workers, ahead = 8 if torch.cuda.is_available() else 0, "processes that draw and augment the batches ahead"
+    option("--workers", type=int, default=workers, metavar="N", help=f"{ahead} {DEFAULT}")
 
 
-def _add_training(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
-    presets = {name: asdict(preset.training) for name, preset in recipe.presets.items()}
+def _add_training(option: AddOption, recipe: Recipe) -> None:
     for name, value in asdict(recipe.presets["demo"].training).items():
-        defaults = {preset: values[name] for preset, values in presets.items()}
+        defaults = {key: getattr(preset.training, name) for key, preset in recipe.presets.items()}
         shown = ", ".join(f"{preset} {default}" for preset, default in defaults.items())
-        group.add_argument(
+        option(
             f"--{name.replace('_', '-')}",
             type=type(value),
             choices=CHOICES.get(name),
@@ -257,8 +227,8 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     lines.add_argument("--overwrite", action="store_true", help="predict again what is there already")
     lines.add_argument("--no-mirror", action="store_true", help="one pass, not one per mirror image: up to 8× faster")
     lines.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
-    lines.add_argument("--device", default=None, help="(default: cuda if there is one, else cpu)")
-    lines.add_argument("--engine", action="store_true", help="compute on dstlib's engine, which is faster")
+    lines.add_argument("--device", help=DEVICE)
+    lines.add_argument("--engine", action="store_true", help=ENGINE)
     lines.set_defaults(command=_predict)
 
 
@@ -281,9 +251,8 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _add_evaluate(commands: "Commands[argparse.ArgumentParser]") -> None:
-    text = (
-        "Score predictions against the labels of a data set: Dice, surface Dice, HD95 and HD, per class and per case."
-    )
+    text = """Score predictions against the labels of a data set: Dice, surface Dice, HD95 and HD, per class and per \
+case."""
     lines = commands.add_parser("evaluate", help="score predictions", description=text)
     lines.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz")
     lines.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set with the labels")
@@ -341,8 +310,8 @@ def _add_phantoms(commands: "Commands[argparse.ArgumentParser]") -> None:
     lines = commands.add_parser("phantoms", help="draw procedural scans", description=text)
     lines.add_argument("kind", choices=("amos", "btcv", "brats", "hippocampus"))
     lines.add_argument("folder", type=Path, metavar="DIR")
-    lines.add_argument("--scans", type=int, default=30, metavar="N", help="(default: %(default)s)")
-    lines.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    lines.add_argument("--scans", type=int, default=30, metavar="N", help=DEFAULT)
+    lines.add_argument("--seed", type=int, default=0, help=DEFAULT)
     lines.set_defaults(command=_phantoms)
 
 

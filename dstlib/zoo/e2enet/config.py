@@ -69,15 +69,16 @@ number of channels, got 4. The coarsest level has no head.
         widths = "two or more whole numbers from 1 up"
         triples = "one triple of whole numbers from 1 up for each of channels but the first"
         kinds = f"{' or '.join(KINDS)}, and fixed where shift is None"
-        has_strides = len(self.strides) == edges and all(map(_is_triple, self.strides))
+        has_levels = edges >= 1 and are_counts(self.channels)
+        has_strides = len(self.strides) == edges and all(map(is_triple, self.strides))
         is_outer = outer is None or _is_kernel(outer)
         is_shift = shift is None or (len(shift) > 0 and all(type(size) is int for size in shift))
         is_kind = self.shift_kind in (KINDS if shift is not None else ("fixed",))
-        has_heads = _counts([self.heads]) and self.heads <= edges
+        has_heads = are_counts([self.heads]) and self.heads <= edges
         checks = (
-            ("in_channels", _counts([self.in_channels]), count, "Count the modalities of an image."),
-            ("num_classes", _counts([self.num_classes]), count, "Count the channels of a head."),
-            ("channels", edges >= 1 and _counts(self.channels), widths, "Give the width of each level, finest first."),
+            ("in_channels", are_counts([self.in_channels]), count, "Count the modalities of an image."),
+            ("num_classes", are_counts([self.num_classes]), count, "Count the channels of a head."),
+            ("channels", has_levels, widths, "Give the width of each level, finest first."),
             ("strides", has_strides, triples, "Give the stride from each level to the next."),
             ("kernel_size", _is_kernel(self.kernel_size), odd, "Flat across depth is (1, 3, 3)."),
             ("outer_kernel_size", is_outer, f"None, or {odd}", "The paper's variant has (3, 3, 3)."),
@@ -96,16 +97,18 @@ number of channels, got 4. The coarsest level has no head.
         return depth, height, width
 
 
-def _counts(numbers: Sequence[int]) -> bool:
+def are_counts(numbers: Sequence[int]) -> bool:
+    """Returns whether all are whole numbers from 1 up."""
     return all(type(number) is int and number >= 1 for number in numbers)
 
 
-def _is_triple(numbers: object) -> bool:
-    return isinstance(numbers, Sequence) and len(numbers) == 3 and _counts(numbers)
+def is_triple(numbers: object) -> bool:
+    """Returns whether these are three whole numbers from 1 up."""
+    return isinstance(numbers, Sequence) and len(numbers) == 3 and are_counts(numbers)
 
 
 def _is_kernel(size: Sequence[int]) -> bool:
-    return _is_triple(size) and all(extent % 2 == 1 for extent in size)
+    return is_triple(size) and all(extent % 2 == 1 for extent in size)
 
 
 AMOS = E2ENetConfig()

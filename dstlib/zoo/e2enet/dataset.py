@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dstlib.errors import require
+from dstlib.errors import SettingError, require
 from dstlib.zoo.e2enet.data.cases import Cases
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
@@ -99,18 +100,10 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
     train_names, held_out_names = _fold(manifest, settings.fold)
     cache = settings.cache or RUNS / "prepared" / f"{manifest.name}-{settings.modality}"
     workers = min(workers, NUM_PREPARING)
-    cases, preparation = prepared_cases(
-        manifest, manifest.train, modality=settings.modality, folder=cache, workers=workers
-    )
+    prepared = partial(prepared_cases, manifest, modality=settings.modality, folder=cache, workers=workers)
+    cases, preparation = prepared(manifest.train)
     if settings.fold == "all" and manifest.validation:
-        judged, _ = prepared_cases(
-            manifest,
-            manifest.validation,
-            modality=settings.modality,
-            folder=cache,
-            preparation=preparation,
-            workers=workers,
-        )
+        judged, _ = prepared(manifest.validation, preparation=preparation)
         cases = replace(cases, cases=cases.cases + judged.cases)
     if ranks.leads:
         ranks.wait()
@@ -139,14 +132,10 @@ def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ..
         return tuple(sorted(names)), tuple(sorted(files.name for files in manifest.validation))
     remedy = "Pass 0 for the first fold."
     require(fold.isdecimal(), "--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy)
-    require(
-        len(names) >= NUM_FOLDS,
-        "training cases",
-        f"data set {manifest.name!r}",
-        allowed=f"at least {NUM_FOLDS}, for as many folds",
-        given=len(names),
-        remedy="Pass --fold all to train on every case without holding any out.",
-    )
+    if len(names) < NUM_FOLDS:
+        where, allowed = f"data set {manifest.name!r}", f"at least {NUM_FOLDS}, for as many folds"
+        remedy = "Pass --fold all to train on every case without holding any out."
+        raise SettingError.of("training cases", where, allowed=allowed, given=len(names), remedy=remedy)
     return split(names, fold=int(fold), num_folds=NUM_FOLDS)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from nibabel import aff2axcodes
 from torch import Tensor
 
-from dstlib.files import write_whole
+from dstlib.files import write_json, write_whole
 from dstlib.profile import Convention, profile
 from dstlib.report import align
 from dstlib.zoo.e2enet.data.cases import Case
@@ -42,34 +42,28 @@ def write_report(
         print(f"\nKeeping the largest component alone helps {names}: `predict` does so.")
     masks = training.sparsifier.masks if training.sparsifier else {}
     write_whole(run.path / "scores.csv", scores.csv().encode())
-    run.write_result(
-        {
-            **scores.to_json(),
-            "cost": cost,
-            "patch_size": list(patch_size),
-            "postprocessing": list(helped),
-            "flows": flow_shares(training.model, masks) if isinstance(training.model, E2ENet) else {},
-            "final_loss": training.metrics[-1]["loss"],
-            "mask_updates": training.updates,
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("dstlib", "torch", "monai")}},
-        }
-    )
+    result = {
+        **scores.to_json(),
+        "cost": cost,
+        "patch_size": list(patch_size),
+        "postprocessing": list(helped),
+        "flows": flow_shares(training.model, masks) if isinstance(training.model, E2ENet) else {},
+        "final_loss": training.metrics[-1]["loss"],
+        "mask_updates": training.updates,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("dstlib", "torch", "monai")}},
+    }
+    write_json(run.path / "result.json", result)
     _draw(run, training, scores, files, masks)
     print(f"\nEverything is in {run.path}: configuration, metrics, weights, predictions, scores and figures.")
 
 
 def costs(training: Training, patch_size: Sequence[int], *, in_channels: int) -> dict[str, Any]:
     """Counts parameters and FLOPs of one patch, of the network dense and, if it is, sparse."""
-    shape = (1, in_channels, *patch_size)
-    kinds = {"dense": None, **({"sparse": training.sparsifier} if training.sparsifier else {})}
-    counted = {
-        kind: {c: profile(training.model, shape, sparsifier=masked, convention=c) for c in CONVENTIONS}
-        for kind, masked in kinds.items()
-    }
-    return {
-        kind: {"params": by["exact"].params, "flops": {c: by[c].flops for c in CONVENTIONS}}
-        for kind, by in counted.items()
-    }
+    shape, cost = (1, in_channels, *patch_size), {}
+    for kind, masked in {"dense": None, **({"sparse": training.sparsifier} if training.sparsifier else {})}.items():
+        counted = {c: profile(training.model, shape, sparsifier=masked, convention=c) for c in CONVENTIONS}
+        cost[kind] = {"params": counted["exact"].params, "flops": {c: of.flops for c, of in counted.items()}}
+    return cost
 
 
 def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
@@ -93,7 +87,7 @@ def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
 
 def _postprocessing(run: Run, files: Sequence[CaseFiles], *, num_classes: int) -> tuple[int, ...]:
     """Chooses the classes to post-process, over the cases that could be predicted and have a label."""
-    pairs = [(run.predictions / f"{case.name}.nii.gz", case.label) for case in files if case.label]
+    pairs = [(run.path / "predictions" / f"{case.name}.nii.gz", case.label) for case in files if case.label]
     pairs = [(prediction, label) for prediction, label in pairs if prediction.exists()]
     predictions = (read_label(prediction)[0] for prediction, _ in pairs)
     labels = (read_label(label)[0] for _, label in pairs)
@@ -103,9 +97,10 @@ def _postprocessing(run: Run, files: Sequence[CaseFiles], *, num_classes: int) -
 def _draw(
     run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], masks: dict[str, Tensor]
 ) -> None:
-    learning_curve(run.figures / "learning_curve.png", training.metrics, training.updates)
+    figures = run.path / "figures"
+    learning_curve(figures / "learning_curve.png", training.metrics, training.updates)
     if masks and isinstance(training.model, E2ENet):
-        flow_figure(run.figures / "flows.png", training.model, masks)
+        flow_figure(figures / "flows.png", training.model, masks)
     if not scores.cases:
         return
     # Neither the best nor the worst of the cases: the one whose mean Dice is the median.
@@ -114,7 +109,6 @@ def _draw(
     channels, classes = run.config["network"]["in_channels"], scores.classes
     scan = read_scan(found, num_channels=channels, num_classes=len(classes))
     assert scan.label is not None
-    orientation = "".join(aff2axcodes(scan.affine))[::-1]
-    case = Case(scan.name, scan.image, scan.label, scan.spacing, orientation)
-    prediction, _ = read_label(run.predictions / f"{scan.name}.nii.gz")
-    slice_comparison(run.figures / "slice.png", case, prediction, classes, dice=scores.dice[chosen])
+    case = Case(scan.name, scan.image, scan.label, scan.spacing, "".join(aff2axcodes(scan.affine))[::-1])
+    prediction, _ = read_label(run.path / "predictions" / f"{scan.name}.nii.gz")
+    slice_comparison(figures / "slice.png", case, prediction, classes, dice=scores.dice[chosen])

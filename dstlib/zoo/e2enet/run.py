@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dstlib.errors import require
+from dstlib.errors import SettingError, require
 from dstlib.profile import profile
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
@@ -63,26 +63,15 @@ class RunConfig:
         where = "the command line"
         remedy = "Leave --run-dir out for a folder named by the date."
         require(self.folder != Path(), "--run-dir", where, allowed="a folder", given="''", remedy=remedy)
-        allowed, remedy = "--run-dir with it", "Pass the folder that the run was started in."
-        require(
-            not self.resume or self.folder is not None, "--resume", where, allowed=allowed, given="none", remedy=remedy
-        )
-        require(
-            not self.freeze_topology or self.begin_from is not None,
-            "--freeze-topology",
-            where,
-            allowed="--from with it",
-            given="none",
-            remedy="Pass --from the run whose topology is to be kept, or --method static for a random one.",
-        )
-        require(
-            not self.tensorboard or find_spec("tensorboard") is not None,
-            "--tensorboard",
-            where,
-            allowed="tensorboard installed",
-            given="none",
-            remedy="pip install tensorboard, or leave it out: log.jsonl has the same numbers.",
-        )
+        if self.resume and self.folder is None:
+            remedy = "Pass the folder that the run was started in."
+            raise SettingError.of("--resume", where, allowed="--run-dir with it", given="none", remedy=remedy)
+        if self.freeze_topology and self.begin_from is None:
+            remedy = "Pass --from the run whose topology is to be kept, or --method static for a random one."
+            raise SettingError.of("--freeze-topology", where, allowed="--from with it", given="none", remedy=remedy)
+        if self.tensorboard and find_spec("tensorboard") is None:
+            remedy = "pip install tensorboard, or leave it out: log.jsonl has the same numbers."
+            raise SettingError.of("--tensorboard", where, allowed="tensorboard installed", given="none", remedy=remedy)
 
     def to_json(self, data: Dataset) -> dict[str, object]:
         """Returns what settles the result, as ``config.json`` holds it: not where files lie, nor how it is computed."""
@@ -108,7 +97,10 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
         DstlibError: The settings, the data or the directory cannot be used; the loss is not a number.
     """
     with process_group(config.execution.device) as ranks:
-        _refuse_unequal_shares(config.preset.patches.batch_size, ranks.num)
+        size, allowed = config.preset.patches.batch_size, f"a multiple of {ranks.num}, the number of processes"
+        remedy = "It counts the patches of all processes, and each takes as many."
+        is_shared = size % ranks.num == 0
+        require(is_shared, "--batch-size", "the command line", allowed=allowed, given=size, remedy=remedy)
         data = open_dataset(config.data, workers=config.execution.workers, ranks=ranks)
         network = replace(config.preset.network, in_channels=len(data.channels), num_classes=len(data.classes) + 1)
         config = replace(config, preset=replace(config.preset, network=network))
@@ -134,7 +126,8 @@ def _start(config: RunConfig, ranks: Ranks) -> Training:
     )
     profile(model, (1, network.in_channels, *patch_size))  # refuses a patch that does not fit
     training = start(model, config.preset.training, config.execution, ranks)
-    if config.begin_from is not None and not (config.folder and config.resume and _has_checkpoint(config.folder)):
+    goes_on = config.folder and config.resume and (config.folder / "checkpoint.pt").exists()
+    if config.begin_from is not None and not goes_on:
         remedy = "Pass --from the folder of a run that a recipe has written."
         saved = read_checkpoint(config.begin_from / "checkpoint.pt", remedy=remedy)
         fresh = begin_from(training, saved["state"], freeze=config.freeze_topology)
@@ -149,7 +142,7 @@ def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> E
     with open_run(path, config.to_json(data), resume=config.resume) if leads else nullcontext() as run:
         training.ranks.wait()  # the leader has the directory
         # A run that was stopped before its first checkpoint starts again: its batches are the same.
-        if config.resume and (_has_checkpoint(path) or (path / "metrics.csv").exists()):
+        if config.resume and ((path / "checkpoint.pt").exists() or (path / "metrics.csv").exists()):
             state = run.load_checkpoint() if run else read_checkpoint(path / "checkpoint.pt", remedy=RESTART)["state"]
             training.load_state_dict(state)
         if run:
@@ -159,7 +152,7 @@ def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> E
             return None
         run.write_model(training.model.state_dict())
         if not data.held_out_files:
-            print(f"No case is held out, so nothing is evaluated. The network is in {run.model}.")
+            print(f"No case is held out, so nothing is evaluated. The network is in {path / 'model.pt'}.")
             return None
         try:
             return _evaluate(config, training, data, run)
@@ -197,9 +190,8 @@ def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None
             should_stop=should_stop,
         )
     if not finished:
-        total = config.preset.training.num_iterations
-        done = f"Stopped after iteration {training.iteration} of {total}; nothing is lost"
-        raise KeyboardInterrupt(_stopped(done, path))
+        at = f"iteration {training.iteration} of {config.preset.training.num_iterations}"
+        raise KeyboardInterrupt(_stopped(f"Stopped after {at}; nothing is lost", path))
 
 
 def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) -> Evaluation:
@@ -213,28 +205,13 @@ def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) ->
         channels=data.channels,
         classes=data.classes,
     )
-    outcomes = predict_scans(trained, data.held_out_files, run.predictions)
+    predictions = run.path / "predictions"
+    outcomes = predict_scans(trained, data.held_out_files, predictions)
     if any(outcome.error for outcome in outcomes):
         print(outcome_table(outcomes))
-    workers = config.execution.workers
-    scores = evaluate_folder(run.predictions, data.held_out_files, data.classes, workers=workers)
+    scores = evaluate_folder(predictions, data.held_out_files, data.classes, workers=config.execution.workers)
     write_report(run, training, scores, data.held_out_files, patch_size=patches.patch_size)
     return scores
-
-
-def _has_checkpoint(path: Path) -> bool:
-    return (path / "checkpoint.pt").exists()
-
-
-def _refuse_unequal_shares(batch_size: int, num_ranks: int) -> None:
-    require(
-        batch_size % num_ranks == 0,
-        "--batch-size",
-        "the command line",
-        allowed=f"a multiple of {num_ranks}, the number of processes",
-        given=batch_size,
-        remedy="It counts the patches of all processes, and each takes as many.",
-    )
 
 
 def _stopped(done: str, path: Path) -> str:
@@ -242,7 +219,6 @@ def _stopped(done: str, path: Path) -> str:
     arguments = [a for a in sys.argv if a != "--resume"]
     if not any(a == "--run-dir" or a.startswith("--run-dir=") for a in arguments):
         arguments += ["--run-dir", str(path)]
-    launcher = [sys.executable]
-    if num := os.environ.get("WORLD_SIZE"):
-        launcher = ["torchrun", "--nproc-per-node", num]
+    num = os.environ.get("WORLD_SIZE")
+    launcher = ["torchrun", "--nproc-per-node", num] if num else [sys.executable]
     return f"{done}. Continue with:\n  {shlex.join([*launcher, *arguments, '--resume'])}"

@@ -12,8 +12,7 @@ from torch.nn import functional
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter
 
-STRIDE = 16  # of the features, relative to the image
-RATES = (6, 12, 18)  # of the atrous convolutions; the paper's for this stride
+RATES = (6, 12, 18)  # of the atrous convolutions; the paper's for features of stride 16
 
 
 class Pyramid(nn.Module):
@@ -33,8 +32,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        point = [_unit(in_channels, out_channels)]
-        self.branches = nn.ModuleList(point + [_unit(in_channels, out_channels, rate=rate) for rate in RATES])
+        self.branches = nn.ModuleList(_unit(in_channels, out_channels, rate=rate) for rate in (None, *RATES))
         self.image = _unit(in_channels, out_channels)
         self.join = _unit((len(self.branches) + 1) * out_channels, out_channels)
 
@@ -73,22 +71,18 @@ def deeplabv3(request: Request) -> Segmenter:
     """
     from monai.networks.nets import ResNet  # on demand
 
-    planes = [64, 128, 256, 512]
+    planes = [request.channels(number) for number in (64, 128, 256, 512)]
     resnet = ResNet(
         block="basic",
         layers=[3, 4, 6, 3],
-        block_inplanes=[request.channels(number) for number in planes],
+        block_inplanes=planes,
         n_input_channels=request.in_channels,
         conv1_t_stride=2,
         feed_forward=False,
     )
-    host = DeepLabV3(
-        _trunk(resnet),
-        features=request.channels(planes[-1]),
-        pyramid=request.channels(256),
-        num_classes=request.num_classes,
-    )
-    return Segmenter(host, in_channels=request.in_channels, multiple=(STRIDE,) * 3)
+    pyramid = request.channels(256)
+    host = DeepLabV3(_trunk(resnet), features=planes[-1], pyramid=pyramid, num_classes=request.num_classes)
+    return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16))
 
 
 def _trunk(resnet: Any) -> nn.Sequential:

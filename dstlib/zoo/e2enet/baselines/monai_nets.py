@@ -3,12 +3,8 @@
 MONAI is imported on demand: whoever only reads the table of baselines does not need it.
 """
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from dstlib.errors import require
-from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter, refuse_width
+from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter, padded_size, refuse_width
 
 HEAD_WIDTH = 64  # channels of one attention head of UNETR's ViT-Base
 
@@ -24,7 +20,7 @@ def unetr(request: Request) -> Segmenter:
     """
     from monai.networks.nets import UNETR
 
-    size = request.padded_size((16, 16, 16))
+    size = padded_size(request.patch_size, (16, 16, 16))
     heads = request.channels(12)
     host = UNETR(
         in_channels=request.in_channels,
@@ -45,11 +41,8 @@ def swin_unetr(request: Request) -> Segmenter:
     """
     from monai.networks.nets import SwinUNETR
 
-    host = SwinUNETR(
-        in_channels=request.in_channels,
-        out_channels=request.num_classes,
-        feature_size=12 * request.channels(4),
-    )
+    width = 12 * request.channels(4)
+    host = SwinUNETR(in_channels=request.in_channels, out_channels=request.num_classes, feature_size=width)
     return Segmenter(host, in_channels=request.in_channels, multiple=(32, 32, 32))
 
 
@@ -89,8 +82,6 @@ def unet_plus_plus(request: Request) -> Segmenter:
         features=(*widths, widths[0]),
         deep_supervision=True,
     )
-    return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16), read=_last_first)
-
-
-def _last_first(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(outputs[::-1])
+    return Segmenter(
+        host, in_channels=request.in_channels, multiple=(16, 16, 16), read=lambda outputs: tuple(reversed(outputs))
+    )

@@ -21,7 +21,7 @@ def nnunet(request: Request) -> Segmenter:
     # on demand: whoever only reads the table of baselines does not need the package
     from dynamic_network_architectures.architectures.unet import PlainConvUNet  # type: ignore[import-untyped]
 
-    strides = ((1, 1, 1), *request.config.strides)
+    strides = [(1, 1, 1), *request.config.strides]
     levels = len(strides)
     host = PlainConvUNet(
         input_channels=request.in_channels,
@@ -29,7 +29,7 @@ def nnunet(request: Request) -> Segmenter:
         features_per_stage=[request.channels(min(FEATURES * 2**level, MOST_FEATURES)) for level in range(levels)],
         conv_op=nn.Conv3d,
         kernel_sizes=[(3, 3, 3)] * levels,
-        strides=list(strides),
+        strides=strides,
         n_conv_per_stage=[2] * levels,
         num_classes=request.num_classes,
         n_conv_per_stage_decoder=[2] * (levels - 1),

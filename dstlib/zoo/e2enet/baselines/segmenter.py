@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from dstlib.errors import DataError, require
 from dstlib.layers.blocks import Triple
-from dstlib.zoo.e2enet.config import E2ENetConfig
+from dstlib.zoo.e2enet.config import E2ENetConfig, are_counts, is_triple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +35,15 @@ class Request:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        size, config, count = self.patch_size, self.config, "a whole number from 1 up"
-        is_size = isinstance(size, Sequence) and len(size) == 3 and _counts(size)
         is_width = isinstance(self.width, int | float) and 0 < self.width < math.inf
+        is_config, count = isinstance(self.config, E2ENetConfig), "a whole number from 1 up"
         extents = "Give the depth, height and width that the network trains on."
         levels = "Its levels and strides are those of the network it is compared with."
         checks = (
-            ("in_channels", _counts([self.in_channels]), count, "Count the modalities of an image."),
-            ("num_classes", _counts([self.num_classes]), count, "Count the channels of the logits."),
-            ("patch_size", is_size, "three whole numbers from 1 up", extents),
-            ("config", isinstance(config, E2ENetConfig), "an E2ENetConfig", levels),
+            ("in_channels", are_counts([self.in_channels]), count, "Count the modalities of an image."),
+            ("num_classes", are_counts([self.num_classes]), count, "Count the channels of the logits."),
+            ("patch_size", is_triple(self.patch_size), "three whole numbers from 1 up", extents),
+            ("config", is_config, "an E2ENetConfig", levels),
             ("width", is_width, "a number above 0", "1 is the published network, 0.5 has half its channels."),
         )
         for name, holds, allowed, remedy in checks:
@@ -54,15 +53,11 @@ class Request:
         """Scales a number of channels of the published network by the width; at least 1 is left."""
         return max(1, round(number * self.width))
 
-    def padded_size(self, multiple: Triple) -> Triple:
-        """Rounds each extent of ``patch_size`` up to its multiple."""
-        depth, height, width = (math.ceil(n / m) * m for n, m in zip(self.patch_size, multiple, strict=True))
-        return depth, height, width
 
-
-def one_head(output: Tensor) -> tuple[Tensor, ...]:
-    """Reads the logits of a host that returns nothing but them."""
-    return (output,)
+def padded_size(size: Sequence[int], multiple: Triple) -> Triple:
+    """Rounds each extent up to its multiple."""
+    depth, height, width = (extent + -extent % step for extent, step in zip(size, multiple, strict=True))
+    return depth, height, width
 
 
 class Segmenter(nn.Module):
@@ -91,7 +86,7 @@ class Segmenter(nn.Module):
         *,
         in_channels: int,
         multiple: Triple,
-        read: Callable[[Any], tuple[Tensor, ...]] = one_head,
+        read: Callable[[Any], tuple[Tensor, ...]] = lambda logits: (logits,),
         pad: bool = True,
         fixed_size: Triple | None = None,
     ) -> None:
@@ -105,37 +100,30 @@ class Segmenter(nn.Module):
         self.deep_supervision = True
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        where = f"input of {type(self.host).__name__}"
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             allowed, remedy = f"(B, {self.in_channels}, D, H, W)", "The network was built for this number of channels."
-            raise DataError.of("shape", self._where, allowed=allowed, given=tuple(x.shape), remedy=remedy)
-        size = tuple(x.shape[2:])
-        missing = [-extent % step for extent, step in zip(size, self.multiple, strict=True)]
-        self._check(size, missing)
-        if any(missing):
-            depth, height, width = missing
-            x = functional.pad(x, (0, width, 0, height, 0, depth))
-        logits = self.read(self.host(x))
-        if any(missing):
-            logits = tuple(y[..., : size[0], : size[1], : size[2]] for y in logits)
+            raise DataError.of("shape", where, allowed=allowed, given=tuple(x.shape), remedy=remedy)
+        depth, height, width = size = tuple(x.shape[2:])
+        padded = padded_size(size, self.multiple)
+        if expected := self._expected(size, padded):
+            remedy = "Build the network for another patch size, or with other strides."
+            raise DataError.of("size", where, allowed=expected, given=size, remedy=remedy)
+        if padded == size:
+            logits = self.read(self.host(x))
+        else:
+            x = functional.pad(x, (0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth))
+            logits = tuple(y[..., :depth, :height, :width] for y in self.read(self.host(x)))
         return logits if self.deep_supervision else logits[0]
 
-    @property
-    def _where(self) -> str:
-        return f"input of {type(self.host).__name__}"
-
-    def _check(self, size: tuple[int, ...], missing: Sequence[int]) -> None:
-        padded = tuple(extent + more for extent, more in zip(size, missing, strict=True))
-        allowed = None
+    def _expected(self, size: Sequence[int], padded: Triple) -> str | None:
+        """Says what size the host takes, if it does not take this one."""
         if self.fixed_size is not None and padded != self.fixed_size:
-            allowed = f"a size that pads to {self.fixed_size}"
-        elif any(missing) and not self.pad:
-            allowed = f"D, H, W in multiples of {self.multiple}"
-        elif padded == self.multiple:
-            # a single voxel at the coarsest level would have no variance to normalise by
-            allowed = f"more than {self.multiple}"
-        if allowed is not None:
-            remedy = "Build the network for another patch size, or with other strides."
-            raise DataError.of("size", self._where, allowed=allowed, given=size, remedy=remedy)
+            return f"a size that pads to {self.fixed_size}"
+        if padded != size and not self.pad:
+            return f"D, H, W in multiples of {self.multiple}"
+        # a single voxel at the coarsest level would have no variance to normalise by
+        return f"more than {self.multiple}" if padded == self.multiple else None
 
 
 def refuse_width(request: Request, name: str, remedy: str) -> None:
@@ -145,7 +133,3 @@ def refuse_width(request: Request, name: str, remedy: str) -> None:
         SettingError: Another width is asked for.
     """
     require(request.width == 1, "width", name, allowed="1", given=request.width, remedy=remedy)
-
-
-def _counts(numbers: Sequence[int]) -> bool:
-    return all(type(number) is int and number >= 1 for number in numbers)

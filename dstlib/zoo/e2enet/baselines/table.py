@@ -4,7 +4,7 @@ Nothing heavy is imported until a network is built.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import nn
@@ -24,17 +24,17 @@ UX_NET = "README of MASILab/3DUX-Net, FeTA 2021"
 UNEST = "README of MASILab/UNesT, whole brain"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Published:
     """A row of somebody's table: parameters in millions, FLOPs in billions, as printed; None where not seen."""
 
     setting: str
     params: float | None = None
     flops: float | None = None
-    source: str
+    source: str = field(kw_only=True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Baseline:
     """A network of the comparison; ``reason`` says why it is not runnable where ``build`` is None."""
 
@@ -49,13 +49,7 @@ class Baseline:
 
 
 def build_model(
-    name: str,
-    *,
-    in_channels: int,
-    num_classes: int,
-    patch_size: Triple,
-    config: E2ENetConfig,
-    width: float = 1.0,
+    name: str, *, in_channels: int, num_classes: int, patch_size: Triple, config: E2ENetConfig, width: float = 1.0
 ) -> nn.Module:
     """Builds a network of :data:`BASELINES` as a segmenter: all of them train and predict in the same loop.
 
@@ -74,11 +68,11 @@ def build_model(
     """
     where, given, alike = "build_model()", repr(name), f"Similar: {similar(name, BASELINES)}."
     require(name in BASELINES, "name", where, allowed="the name of a baseline", given=given, remedy=alike)
-    build, reason = BASELINES[name].build, BASELINES[name].reason
+    build = BASELINES[name].build
     if build is None:
-        runnable = ", ".join(key for key, baseline in BASELINES.items() if baseline.build)
-        remedy = f"Not runnable: {reason}"
-        raise SettingError.of("name", where, allowed=f"one of {runnable}", given=given, remedy=remedy)
+        allowed = f"one of {', '.join(key for key, baseline in BASELINES.items() if baseline.build)}"
+        remedy = f"Not runnable: {BASELINES[name].reason}"
+        raise SettingError.of("name", where, allowed=allowed, given=given, remedy=remedy)
     return build(
         Request(in_channels=in_channels, num_classes=num_classes, patch_size=patch_size, config=config, width=width)
     )
@@ -89,83 +83,50 @@ def _e2enet(request: Request) -> E2ENet:
     return E2ENet(replace(request.config, in_channels=request.in_channels, num_classes=request.num_classes))
 
 
+_AUTHORS_COPY = "no package of that name; its authors' code is a copy of nnU-Net's first version, changed."
+_AUTHORS_TIED = "no package of that name; its authors' code is tied to torch 1.7 and a copy of nnU-Net's first version."
+_AUTHORS_SCRIPTS = "no package of it; its authors' code is a set of scripts to run in place, not to install."
+_SEARCHED = (
+    "MONAI has the network, but its architecture is found by a search over the data set, and no result "
+    "of that for AMOS, BraTS or BTCV was found; a made-up one would not be DiNTS."
+)
 _ROWS = (
     Baseline(
-        name="e2enet",
-        implementation="dstlib",
-        published=(
-            Published(setting="AMOS", params=23.90, flops=3069.55, source=E2ENET),
-            Published(setting="BraTS", params=23.89, flops=3071.78, source=E2ENET),
-        ),
+        "e2enet",
+        "dstlib",
+        (Published("AMOS", 23.90, 3069.55, source=E2ENET), Published("BraTS", 23.89, 3071.78, source=E2ENET)),
         build=_e2enet,
     ),
     Baseline(
-        name="nnunet",
-        implementation="dynamic-network-architectures, PlainConvUNet",
-        published=(
-            Published(setting="AMOS", params=31.2, flops=1067.89, source=E2ENET),
-            Published(setting="BraTS", params=31.20, flops=1076.62, source=E2ENET),
-        ),
+        "nnunet",
+        "dynamic-network-architectures, PlainConvUNet",
+        (Published("AMOS", 31.2, 1067.89, source=E2ENET), Published("BraTS", 31.20, 1076.62, source=E2ENET)),
         build=nnunet,
     ),
     Baseline(
-        name="unetr",
-        implementation="MONAI, UNETR",
-        published=(
-            Published(setting="AMOS", params=93.03, source=QUOTED),
-            Published(setting="96³", params=92.8, flops=82.6, source=UX_NET),
-        ),
+        "unetr",
+        "MONAI, UNETR",
+        (Published("AMOS", 93.03, source=QUOTED), Published("96³", 92.8, 82.6, source=UX_NET)),
         build=unetr,
     ),
+    Baseline("swin_unetr", "MONAI, SwinUNETR", (Published("96³", 62.2, 328.4, source=UX_NET),), build=swin_unetr),
+    Baseline("vnet", "MONAI, VNet", (Published("AMOS", 45.65, source=QUOTED),), build=vnet),
     Baseline(
-        name="swin_unetr",
-        implementation="MONAI, SwinUNETR",
-        published=(Published(setting="96³", params=62.2, flops=328.4, source=UX_NET),),
-        build=swin_unetr,
-    ),
-    Baseline(
-        name="vnet",
-        implementation="MONAI, VNet",
-        published=(Published(setting="AMOS", params=45.65, source=QUOTED),),
-        build=vnet,
-    ),
-    Baseline(
-        name="unet_plus_plus",
-        implementation="MONAI, BasicUNetPlusPlus",
-        published=(Published(setting="BraTS", params=58.38, flops=3938.25, source=E2ENET),),
+        "unet_plus_plus",
+        "MONAI, BasicUNetPlusPlus",
+        (Published("BraTS", 58.38, 3938.25, source=E2ENET),),
         build=unet_plus_plus,
     ),
     Baseline(
-        name="deeplabv3",
-        implementation="dstlib, on MONAI's ResNet-34",
-        published=(Published(setting="AMOS", params=74.68, source=QUOTED),),
+        "deeplabv3",
+        "dstlib, on MONAI's ResNet-34",
+        (Published("AMOS", 74.68, source=QUOTED),),
         build=deeplabv3,
     ),
-    Baseline(
-        name="cotr",
-        implementation="-",
-        published=(Published(setting="whole brain", params=42.0, flops=328.0, source=UNEST),),
-        reason="no package of that name; its authors' code is tied to torch 1.7 and a copy of nnU-Net's first version.",
-    ),
-    Baseline(
-        name="nnformer",
-        implementation="-",
-        published=(Published(setting="96³", params=149.3, flops=240.2, source=UX_NET),),
-        reason="no package of that name; its authors' code is a copy of nnU-Net's first version, changed.",
-    ),
-    Baseline(
-        name="medformer",
-        implementation="-",
-        reason="no package of it; its authors' code is a set of scripts to run in place, not to install.",
-    ),
-    Baseline(
-        name="dints",
-        implementation="-",
-        reason=(
-            "MONAI has the network, but its architecture is found by a search over the data set, and no result "
-            "of that for AMOS, BraTS or BTCV was found; a made-up one would not be DiNTS."
-        ),
-    ),
+    Baseline("cotr", "-", (Published("whole brain", 42.0, 328.0, source=UNEST),), reason=_AUTHORS_TIED),
+    Baseline("nnformer", "-", (Published("96³", 149.3, 240.2, source=UX_NET),), reason=_AUTHORS_COPY),
+    Baseline("medformer", "-", reason=_AUTHORS_SCRIPTS),
+    Baseline("dints", "-", reason=_SEARCHED),
 )
 
 BASELINES: Mapping[str, Baseline] = MappingProxyType({row.name: row for row in _ROWS})

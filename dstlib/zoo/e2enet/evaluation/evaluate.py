@@ -3,14 +3,14 @@
 Shapes: K foreground classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dstlib.errors import DataError, require
@@ -19,7 +19,7 @@ from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.check import mismatches
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
-from dstlib.zoo.e2enet.evaluation.metrics import CaseScores, Scoring, score
+from dstlib.zoo.e2enet.evaluation.metrics import Scoring, score
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 
 
@@ -43,7 +43,7 @@ def evaluate_folder(
         DataError: No case could be scored; the message lists every reason.
     """
     scoring = scoring or Scoring()
-    scoring.tolerances(len(classes))
+    tolerances = scoring.tolerances(len(classes))
     where = "evaluate_folder()"
     require(workers >= 0, "workers", where, allowed="0 or more", given=workers, remedy="0 scores in this process.")
     pairs = [(case.label, predictions / f"{case.name}.nii.gz") for case in files]
@@ -56,26 +56,21 @@ def evaluate_folder(
         found = dict(bar)
     results = {case.name: found[pair] for case, pair in zip(files, pairs, strict=True)}
     reasons = {name: result for name, result in results.items() if isinstance(result, str)}
-    if len(reasons) == len(results):
+    scored = {name: result for name, result in results.items() if not isinstance(result, str)}
+    if not scored:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-        allowed, remedy = "a label and a NAME.nii.gz for some case", f"Predict into this folder first.{listed}"
-        raise DataError.of(
-            "predictions", str(predictions), allowed=allowed, given=f"none of {len(files)}", remedy=remedy
-        )
-    scored = {name: found for name, found in results.items() if isinstance(found, _Scored)}
-    return _collect(scored, classes, scoring, left_out=reasons)
+        allowed, given = "a label and a NAME.nii.gz for some case", f"none of {len(files)}"
+        remedy = f"Predict into this folder first.{listed}"
+        raise DataError.of("predictions", str(predictions), allowed=allowed, given=given, remedy=remedy)
+    values, volumes = zip(*scored.values(), strict=True)
+    scores = dict(zip(scoring.metrics, np.stack(values, axis=1), strict=True))
+    return Evaluation(tuple(scored), tuple(classes), scores, np.stack(volumes), tolerances, reasons)
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """The scores of one case, and the volume of its voxels."""
-
-    scores: CaseScores
-    voxel_ml: float
-
-
-def _score_files(pair: tuple[Path | None, Path], *, num_classes: int, scoring: Scoring) -> _Scored | str:
-    """Scores one prediction, or says why it cannot."""
+def _score_files(
+    pair: tuple[Path | None, Path], *, num_classes: int, scoring: Scoring
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | str:
+    """Scores one prediction: its values (M, K), a row per metric, and volumes (K, 2) in ml; or says why it cannot."""
     label_file, file = pair
     if label_file is None:
         return "no label"
@@ -92,18 +87,5 @@ def _score_files(pair: tuple[Path | None, Path], *, num_classes: int, scoring: S
         if (highest := int(volume.max())) > num_classes:
             return f"the {name} has class {highest}, but there are {num_classes}"
     spacing = [float(size) for size in voxel_sizes(affine)[::-1]]
-    scores = score(label, prediction, spacing=spacing, num_classes=num_classes, scoring=scoring)
-    return _Scored(scores, voxel_ml=float(np.prod(spacing)) / 1000)
-
-
-def _collect(
-    results: "Mapping[str, _Scored]",
-    classes: Sequence[str],
-    scoring: Scoring,
-    left_out: Mapping[str, str] | None = None,
-) -> Evaluation:
-    values = np.stack([found.scores.values for found in results.values()], axis=1)
-    volumes = np.stack([found.scores.num_voxels * found.voxel_ml for found in results.values()])
-    tolerances = scoring.tolerances(len(classes))
-    scores = dict(zip(scoring.metrics, values, strict=True))
-    return Evaluation(tuple(results), tuple(classes), scores, volumes, tolerances, left_out or {})
+    found = score(label, prediction, spacing=spacing, num_classes=num_classes, scoring=scoring)
+    return found.values, found.num_voxels * (float(np.prod(spacing)) / 1000)

@@ -49,18 +49,13 @@ def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: 
         panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
         for panel, (title, label, x, y, colour) in zip(panels, curves, strict=True):
             panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
-            _draw_line(panel, x, y, colour=colour)
+            panel.plot(x, y, "o-", color=colour, markersize=3.5)
+            panel.set_xlim(left=0)
+            panel.set_ylim(0, 1.08 * max((value for value in y if np.isfinite(value)), default=0) or 1)
             panel.set_title(title)
             panel.set_ylabel(label)
         panels[-1].set_xlabel("iteration")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], *, colour: str) -> None:
-    axes.plot(x, y, "o-", color=colour, markersize=3.5)
-    axes.set_xlim(left=0)
-    finite = [value for value in y if np.isfinite(value)]
-    axes.set_ylim(0, 1.08 * max(finite, default=0) or 1)
 
 
 def slice_comparison(

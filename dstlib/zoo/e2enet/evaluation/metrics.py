@@ -38,25 +38,13 @@ class Scoring:
     tolerance: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.metrics if name not in METRICS]
-        alike = [f"Similar to {name!r}: {similar(name, METRICS)}." for name in unknown]
-        require(
-            not unknown and "dice" in self.metrics,
-            "metrics",
-            "Scoring",
-            allowed=f"'dice' and more of {', '.join(METRICS)}",
-            given=self.metrics,
-            remedy=[*alike, "Leave it out for all."][0],
-        )
-        values = self.tolerance if isinstance(self.tolerance, tuple) else (self.tolerance,)
-        require(
-            all(math.isfinite(value) and value >= 0 for value in values),
-            "tolerance",
-            "Scoring",
-            allowed="millimetres from 0 up",
-            given=self.tolerance,
-            remedy="Pass 1.0, say.",
-        )
+        where, names, given = "Scoring", self.metrics, self.tolerance
+        alike = [f"Similar to {name!r}: {similar(name, METRICS)}." for name in names if name not in METRICS]
+        allowed, remedy = f"'dice' and more of {', '.join(METRICS)}", [*alike, "Leave it out for all."][0]
+        require("dice" in names and not alike, "metrics", where, allowed=allowed, given=names, remedy=remedy)
+        values = given if isinstance(given, tuple) else (given,)
+        holds, allowed = all(0 <= value < math.inf for value in values), "millimetres from 0 up"
+        require(holds, "tolerance", where, allowed=allowed, given=given, remedy="Pass 1.0, say.")
 
     def tolerances(self, num_classes: int) -> tuple[float, ...]:
         """Returns the tolerance of each class, in mm.
@@ -64,13 +52,12 @@ class Scoring:
         Raises:
             SettingError: There is one tolerance per class, and the classes are more or fewer.
         """
-        if not isinstance(self.tolerance, tuple):
-            return (self.tolerance,) * num_classes
-        allowed = f"one number, or {num_classes} of them"
         given = self.tolerance
-        remedy = "Give the tolerances in the order of the classes."
-        require(len(self.tolerance) == num_classes, "tolerance", "Scoring", allowed=allowed, given=given, remedy=remedy)
-        return self.tolerance
+        if not isinstance(given, tuple):
+            return (given,) * num_classes
+        allowed, remedy = f"one number, or {num_classes} of them", "Give the tolerances in the order of the classes."
+        require(len(given) == num_classes, "tolerance", "Scoring", allowed=allowed, given=given, remedy=remedy)
+        return given
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +69,7 @@ class CaseScores:
 
 
 def score(
-    label: NDArray[Any],
-    prediction: NDArray[Any],
-    *,
-    spacing: Sequence[float],
-    num_classes: int,
-    scoring: Scoring,
+    label: NDArray[Any], prediction: NDArray[Any], *, spacing: Sequence[float], num_classes: int, scoring: Scoring
 ) -> CaseScores:
     """Computes every metric of every class 1..``num_classes``, each within the box of its structure.
 
@@ -166,16 +148,6 @@ def surface_dice(label: Mask, prediction: Mask, *, spacing: Sequence[float], tol
     return float(found)
 
 
-def hd95(label: Mask, prediction: Mask, *, spacing: Sequence[float]) -> float:
-    """Computes the 95th percentile of the distances between two surfaces, in mm; NaN if a mask is empty."""
-    return _percentile(label, prediction, spacing, 95)
-
-
-def hd(label: Mask, prediction: Mask, *, spacing: Sequence[float]) -> float:
-    """Computes the Hausdorff distance, the largest between two surfaces, in mm; NaN if a mask is empty."""
-    return _percentile(label, prediction, spacing, 100)
-
-
 def surface_distances(label: Mask, prediction: Mask, *, spacing: Sequence[float]) -> NDArray[np.float64]:
     """Measures from every surface voxel of each mask to the nearest one of the other, in mm, both directions pooled.
 
@@ -199,24 +171,13 @@ def surface_distances(label: Mask, prediction: Mask, *, spacing: Sequence[float]
     return np.concatenate([trees[1].query(points[0])[0], trees[0].query(points[1])[0]])
 
 
-def _percentile(label: Mask, prediction: Mask, spacing: Sequence[float], percentile: float) -> float:
-    distances = surface_distances(label, prediction, spacing=spacing)
-    return float(np.percentile(distances, percentile)) if len(distances) else math.nan
-
-
 def _count(
     label: NDArray[Any], prediction: NDArray[Any], *, num_classes: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Counts the voxels of each class in both (K,), and in label and prediction (K, 2)."""
-    require(
-        label.shape == prediction.shape,
-        "shape",
-        "a prediction",
-        allowed=f"the label's shape {label.shape}",
-        given=prediction.shape,
-        remedy="Predict and score in the same geometry.",
-        error=DataError,
-    )
+    if label.shape != prediction.shape:
+        allowed, remedy = f"the label's shape {label.shape}", "Predict and score in the same geometry."
+        raise DataError.of("shape", "a prediction", allowed=allowed, given=prediction.shape, remedy=remedy)
     counts = np.zeros((3, num_classes + 1), np.int64)
     flat_label, flat_prediction = label.reshape(-1), prediction.reshape(-1)
     for start in range(0, label.size, CHUNK):

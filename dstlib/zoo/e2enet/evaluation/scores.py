@@ -196,9 +196,11 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     """
     first, names = evaluations[0], [case for e in evaluations for case in e.cases]
     for other in evaluations:
-        for what in ("classes", "tolerances"):
-            _refuse_unlike(what, getattr(first, what), getattr(other, what))
-        _refuse_unlike("metrics", tuple(first.scores), tuple(other.scores))
+        for what, attribute in (("classes", "classes"), ("tolerances", "tolerances"), ("metrics", "scores")):
+            expected, given = (tuple(getattr(e, attribute)) for e in (first, other))
+            if given != expected:
+                allowed, remedy = f"{expected} in all", "Evaluate them alike."
+                raise DataError.of(what, "pooled()", allowed=allowed, given=given, remedy=remedy)
     repeated = sorted({name for name in names if names.count(name) > 1})
     given, remedy = f"{', '.join(repeated)} more than once", "Pool folds that hold out different cases."
     require(not repeated, "cases", "pooled()", allowed="each case once", given=given, remedy=remedy, error=DataError)
@@ -206,11 +208,6 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     volumes = np.concatenate([e.volumes for e in evaluations])
     left_out = {name: why for e in evaluations for name, why in e.left_out.items()}
     return Evaluation(tuple(names), first.classes, scores, volumes, first.tolerances, left_out)
-
-
-def _refuse_unlike(what: str, first: tuple[Any, ...], other: tuple[Any, ...]) -> None:
-    allowed, remedy = f"{first} in all", "Evaluate them alike."
-    require(first == other, what, "pooled()", allowed=allowed, given=other, remedy=remedy, error=DataError)
 
 
 def _mean(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:

@@ -32,16 +32,9 @@ def keep_largest(label: NDArray[np.uint8], classes: Sequence[int]) -> NDArray[np
         inside = kept[boxes[value - 1]]  # a view: what is written here is written to `kept`
         components, num = connected(inside == value, structure=NEIGHBOURS)
         if num > 1:
-            sizes = np.bincount(components.ravel())[1:]
-            inside[(components > 0) & (components != 1 + _first_largest(components, sizes))] = 0
+            flat = components.ravel()
+            sizes = np.bincount(flat)
+            sizes[0] = 0  # the background
+            largest = flat[(sizes[flat] == sizes.max()).argmax()]  # of several, the first in the volume
+            inside[(components > 0) & (components != largest)] = 0
     return kept
-
-
-def _first_largest(components: NDArray[np.int32], sizes: NDArray[np.int64]) -> int:
-    """Returns the index of the largest size; of several, the one that comes first in the volume."""
-    largest = np.flatnonzero(sizes == sizes.max())
-    if len(largest) == 1:
-        return int(largest[0])
-    flat = components.ravel()
-    first = flat[np.isin(flat, largest + 1).argmax()]
-    return int(first) - 1

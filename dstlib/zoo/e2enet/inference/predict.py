@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from dstlib.errors import DataError, StateError, require
+from dstlib.errors import DataError, SettingError, StateError, require
 from dstlib.files import make_folder, write_json
 from dstlib.report import align
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
@@ -47,9 +47,9 @@ class Trained:
     postprocessing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        where, foreign = "Trained", [k for k in self.postprocessing if not 1 <= k <= len(self.classes)]
-        has_models = len(self.models) > 0
-        require(has_models, "models", where, allowed="one or more", given="none", remedy="Pass one network per fold.")
+        where, remedy = "Trained", "Pass one network per fold."
+        require(len(self.models) > 0, "models", where, allowed="one or more", given="none", remedy=remedy)
+        foreign = [k for k in self.postprocessing if not 1 <= k <= len(self.classes)]
         allowed, remedy = f"classes 1 to {len(self.classes)}", "Choose it on these classes."
         require(not foreign, "postprocessing", where, allowed=allowed, given=foreign, remedy=remedy)
 
@@ -78,12 +78,7 @@ def predict_folder(
 
 
 def predict_scans(
-    trained: Trained,
-    files: Sequence[CaseFiles],
-    output: Path,
-    *,
-    overwrite: bool = False,
-    progress: bool = True,
+    trained: Trained, files: Sequence[CaseFiles], output: Path, *, overwrite: bool = False, progress: bool = True
 ) -> tuple[Outcome, ...]:
     """Predicts the images of each case into ``output``/NAME.nii.gz, labels in the image's own geometry.
 
@@ -104,18 +99,17 @@ def predict_scans(
     with tqdm(files, desc="predict", unit="case", disable=not progress) as bar:
         for case in bar:
             bar.set_postfix_str(case.name)
-            target = targets[case.name]
-            if target.exists() and not overwrite:
-                outcomes.append(Outcome(name=case.name, file=target, error=None, kept=True))
-                continue
+            target, error = targets[case.name], None
+            kept = target.exists() and not overwrite
             try:
-                scan = read_scan(case, num_channels=len(trained.channels), num_classes=0, with_label=False)
-                write_label(target, predict_scan(trained, scan), scan.affine)
-                outcomes.append(Outcome(name=case.name, file=target, error=None))
-            except DataError as error:
-                outcomes.append(Outcome(name=case.name, file=None, error=str(error)))
-            except (MemoryError, torch.OutOfMemoryError) as error:  # one huge scan must not stop the others
-                outcomes.append(Outcome(name=case.name, file=None, error=f"does not fit into memory: {error}"))
+                if not kept:
+                    scan = read_scan(case, num_channels=len(trained.channels), num_classes=0, with_label=False)
+                    write_label(target, predict_scan(trained, scan), scan.affine)
+            except DataError as refused:
+                error = str(refused)
+            except (MemoryError, torch.OutOfMemoryError) as refused:  # one huge scan must not stop the others
+                error = f"does not fit into memory: {refused}"
+            outcomes.append(Outcome(name=case.name, file=None if error else target, error=error, kept=kept))
     return tuple(outcomes)
 
 
@@ -146,18 +140,13 @@ def _refuse_other_networks(trained: Trained, record: Path, *, overwrite: bool) -
     }
     if record.exists() and not overwrite:
         try:
-            before = json.loads(record.read_text())
+            is_same = json.loads(record.read_text()) == made_by
         except ValueError:
-            before = None
-        require(
-            before == made_by,
-            "files",
-            f"folder {record.parent}",
-            allowed="predictions of these networks",
-            given="those of other networks or settings",
-            remedy="Choose another folder, or overwrite (--overwrite).",
-            error=StateError,
-        )
+            is_same = False
+        if not is_same:
+            allowed, given = "predictions of these networks", "those of other networks or settings"
+            remedy = "Choose another folder, or overwrite (--overwrite)."
+            raise StateError.of("files", f"folder {record.parent}", allowed=allowed, given=given, remedy=remedy)
     write_json(record, made_by)
 
 
@@ -173,7 +162,7 @@ def _digest(model: nn.Module) -> str:
 def _refuse_inputs(files: Sequence[CaseFiles], targets: dict[str, Path]) -> None:
     inputs = {file.resolve() for case in files for file in (*case.images, *((case.label,) if case.label else ()))}
     taken = sorted(str(target) for target in targets.values() if target.resolve() in inputs)
-    allowed = "another folder than that of the images and labels"
-    given = f"one where {min(taken, default='')} is an input"
-    remedy = "Choose a folder of its own for the predictions."
-    require(not taken, "output folder", "a prediction", allowed=allowed, given=given, remedy=remedy)
+    if taken:
+        allowed, given = "another folder than that of the images and labels", f"one where {taken[0]} is an input"
+        remedy = "Choose a folder of its own for the predictions."
+        raise SettingError.of("output folder", "a prediction", allowed=allowed, given=given, remedy=remedy)

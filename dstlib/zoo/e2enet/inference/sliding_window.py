@@ -66,10 +66,9 @@ def probabilities(
     (K, D, H, W) volume is held instead of one per fold; the mean is the same.
     """
     _refuse_settings(models, patch_size=patch_size, overlap=overlap, mirror=mirror)
-    allowed, given, remedy = "(C, D, H, W)", image_CDHW.shape, "Give an image of one channel a leading axis."
-    require(
-        image_CDHW.ndim == 4, "image", "probabilities()", allowed=allowed, given=given, remedy=remedy, error=DataError
-    )
+    if image_CDHW.ndim != 4:
+        given, remedy = image_CDHW.shape, "Give an image of one channel a leading axis."
+        raise DataError.of("image", "probabilities()", allowed="(C, D, H, W)", given=given, remedy=remedy)
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))[None]
     device = next(models[0].parameters()).device
     with ExitStack() as stack:
@@ -79,15 +78,10 @@ def probabilities(
         stack.enter_context(torch.autocast(device.type, enabled=device.type == "cuda"))
         blended = _blend(models, image, patch_size=patch_size, overlap=overlap, flips=_flips(mirror), device=device)
     result: NDArray[np.float32] = blended[0].cpu().numpy()
-    require(
-        math.isfinite(float(result.sum())),
-        "probabilities",
-        "a prediction",
-        allowed="finite numbers",
-        given="NaN or infinity",
-        remedy="Look for NaN in the image and in the weights; a network trained in float32 may overflow in float16.",
-        error=DataError,
-    )
+    if not math.isfinite(float(result.sum())):
+        allowed, given = "finite numbers", "NaN or infinity"
+        remedy = "Look for NaN in the image and in the weights; a network trained in float32 may overflow in float16."
+        raise DataError.of("probabilities", "a prediction", allowed=allowed, given=given, remedy=remedy)
     return result
 
 
@@ -152,20 +146,13 @@ def _flips(mirror: Sequence[int]) -> list[tuple[int, ...]]:
 def _refuse_settings(
     models: Sequence[nn.Module], *, patch_size: Sequence[int], overlap: float, mirror: Sequence[int]
 ) -> None:
-    where = "probabilities()"
+    where, patch, axes = "probabilities()", tuple(patch_size), tuple(mirror)
     remedy = "Pass a sequence of trained networks."
     require(len(models) > 0, "models", where, allowed="one per fold", given=len(models), remedy=remedy)
-    allowed, given, remedy = "three positive sizes", tuple(patch_size), "Pass the patch of the training."
-    require(
-        len(patch_size) == 3 and min(patch_size) > 0, "patch_size", where, allowed=allowed, given=given, remedy=remedy
-    )
+    is_patch, remedy = len(patch) == 3 and min(patch) > 0, "Pass the patch of the training."
+    require(is_patch, "patch_size", where, allowed="three positive sizes", given=patch, remedy=remedy)
     remedy = "Pass 0.5 for steps of half a patch."
     require(0 <= overlap < 1, "overlap", where, allowed="a share in [0, 1)", given=overlap, remedy=remedy)
-    require(
-        set(mirror) <= {0, 1, 2} and len(set(mirror)) == len(mirror),
-        "mirror",
-        where,
-        allowed="each of the axes 0, 1, 2 at most once",
-        given=tuple(mirror),
-        remedy="Pass the axes that the training mirrored, () for none.",
-    )
+    are_axes = set(axes) <= {0, 1, 2} and len(set(axes)) == len(axes)
+    allowed, remedy = "each of the axes 0, 1, 2 at most once", "Pass the axes that the training mirrored, () for none."
+    require(are_axes, "mirror", where, allowed=allowed, given=axes, remedy=remedy)

@@ -31,7 +31,11 @@ class Log:
 
     def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
         self._file = folder / "log.jsonl"
-        self._writer = _writer(folder / "tensorboard") if tensorboard else None
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+
+            self._writer = SummaryWriter(folder / "tensorboard")
         self._since = time.perf_counter()
         self._iteration = 0
 
@@ -61,10 +65,9 @@ class Log:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
+            where, allowed = f"run {self._file.parent}", "a disk to write to"
             remedy = "Make room, then continue with --resume."
-            raise StateError.of(
-                "log.jsonl", f"run {self._file.parent}", allowed="a disk to write to", given=error, remedy=remedy
-            ) from error
+            raise StateError.of("log.jsonl", where, allowed=allowed, given=error, remedy=remedy) from error
 
 
 def peak_memory(device: torch.device) -> int:
@@ -76,9 +79,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
-
-
-def _writer(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
-
-    return SummaryWriter(folder)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dstlib.errors import DstlibError, require
+from dstlib.errors import DstlibError
 from dstlib.workers import loader_deaths
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
-from dstlib.zoo.e2enet.training.settings import TrainSettings
 from dstlib.zoo.e2enet.training.state import Training, as_trained, autocast, parallel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -89,7 +88,11 @@ def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Ten
         logits = network(_on_device(images, training))
     loss = deep_supervision_loss(logits, labels.to(device, non_blocking=True))
     value = training.ranks.mean(float(loss.detach()), device)
-    _refuse_divergence(value, training.iteration + 1, settings)
+    if not math.isfinite(value):
+        remedy = f"Lower the learning rate ({settings.learning_rate}) and look for odd intensities in the data; "
+        remedy += "the last checkpoint is untouched."
+        where = f"iteration {training.iteration + 1}"
+        raise DstlibError.of("loss", where, allowed="a finite number", given=value, remedy=remedy)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     if training.sparsifier:
@@ -130,29 +133,16 @@ def validate(training: Training, held_out: Sequence[Case], patches: PatchSetting
     Reference: the online evaluation of nnU-Net: one Dice per class from the voxels of all patches.
     """
     settings = training.settings
-    plain = patches.plain()
     overlap, sizes = np.zeros(256), np.zeros(256)
+    drawn = batches(held_out, patches.plain(), seed=settings.seed, start=0, stop=settings.val_iterations)
     with predicting(training.predictor) as model, autocast(training):
-        for images, labels in batches(held_out, plain, seed=settings.seed, start=0, stop=settings.val_iterations):
+        for images, labels in drawn:
             predicted = model(_on_device(images, training)).argmax(dim=1).cpu().numpy()
             truth = labels[:, 0].numpy()
             overlap += np.bincount(truth[truth == predicted], minlength=256)
             sizes += np.bincount(truth.ravel(), minlength=256) + np.bincount(predicted.ravel(), minlength=256)
     seen = sizes[1:] > 0
     return float(np.mean(2 * overlap[1:][seen] / sizes[1:][seen])) if seen.any() else math.nan
-
-
-def _refuse_divergence(loss: float, iteration: int, settings: TrainSettings) -> None:
-    require(
-        math.isfinite(loss),
-        "loss",
-        f"iteration {iteration}",
-        allowed="a finite number",
-        given=loss,
-        remedy=f"Lower the learning rate ({settings.learning_rate}) and look for odd intensities in the data; "
-        "the last checkpoint is untouched.",
-        error=DstlibError,
-    )
 
 
 @contextmanager

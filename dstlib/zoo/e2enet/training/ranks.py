@@ -45,9 +45,9 @@ class Ranks:
             try:
                 distributed.barrier()
             except RuntimeError as error:  # its own message says what happened
-                remedy = "Look for the message of the first process above."
+                given, remedy = "one that has ended", "Look for the message of the first process above."
                 raise StateError.of(
-                    "processes", "torchrun", allowed="all of them", given="one that has ended", remedy=remedy
+                    "processes", "torchrun", allowed="all of them", given=given, remedy=remedy
                 ) from error
 
     def _sum(self, value: float, device: torch.device) -> float:

@@ -39,26 +39,6 @@ class Run:
     path: Path
     config: Mapping[str, Any]
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model.pt"
-
-    @property
-    def predictions(self) -> Path:
-        return self.path / "predictions"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replaces the checkpoint in one step; on a full disk the previous one stays whole.
 
@@ -67,9 +47,8 @@ class Run:
         Raises:
             StateError: The file cannot be written.
         """
-        buffer = io.BytesIO()  # serialised before the disk is touched, so that only the write can fail
-        torch.save({"format": FORMAT, "config": dict(self.config), "state": dict(state)}, buffer)
-        write_whole(self.checkpoint, buffer.getbuffer())
+        content = {"format": FORMAT, "config": dict(self.config), "state": dict(state)}
+        _save(self.path / "checkpoint.pt", content)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Reads the state that was saved last.
@@ -77,17 +56,15 @@ class Run:
         Raises:
             StateError: The file is missing, damaged, foreign, or of a run with other settings.
         """
-        remedy = f"Delete {self.path} and start afresh, or restore the file."
-        saved = read_checkpoint(self.checkpoint, remedy=remedy)
-        _refuse_other_settings(saved["config"], self.config, self.checkpoint)
+        file = self.path / "checkpoint.pt"
+        saved = read_checkpoint(file, remedy=f"Delete {self.path} and start afresh, or restore the file.")
+        _refuse_other_settings(saved["config"], self.config, file)
         state: dict[str, Any] = saved["state"]
         return state
 
     def write_model(self, state: Mapping[str, Any]) -> None:
         """Writes the plain ``state_dict`` of a network: ``torch.load(..., weights_only=True)`` reads it anywhere."""
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        write_whole(self.model, buffer.getbuffer())
+        _save(self.path / "model.pt", state)
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replaces ``metrics.csv``: one line per row, under the names of the first."""
@@ -95,11 +72,7 @@ class Run:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.metrics, text.getvalue().encode())
-
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        """Writes ``result.json``."""
-        write_json(self.path / "result.json", result)
+        write_whole(self.path / "metrics.csv", text.getvalue().encode())
 
 
 @contextmanager
@@ -122,11 +95,13 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
         if resume:
             _refuse_other_settings(_read_config(path), config, path / "config.json")
         else:
-            _refuse_existing(path)
+            found = " and ".join(name for name in ("config.json", "checkpoint.pt") if (path / name).exists())
+            where, allowed, given = f"run {path}", "a folder without a run", f"one with {found}"
+            remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
+            require(not found, "directory", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
             write_json(path / "config.json", config)
-        run = Run(path, config)
-        run.figures.mkdir(exist_ok=True)
-        yield run
+        (path / "figures").mkdir(exist_ok=True)
+        yield Run(path, config)
 
 
 def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
@@ -136,14 +111,15 @@ def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
         StateError: The file is missing, damaged or foreign.
     """
     try:
-        _refuse_flipped_bits(path)
+        with zipfile.ZipFile(path) as archive:  # torch reads past a wrong checksum
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise _unreadable(path, "no such file", remedy) from error
     # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
     except Exception as error:
-        reason = f"a damaged file ({type(error).__name__})"
-        raise _unreadable(path, reason, remedy) from error
+        raise _unreadable(path, f"a damaged file ({type(error).__name__})", remedy) from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
         raise _unreadable(path, "a file of something else", remedy)
     return saved
@@ -165,11 +141,10 @@ def read_left_by_run(file: Path, *names: str) -> dict[str, Any]:
     return content
 
 
-def _refuse_flipped_bits(checkpoint: Path) -> None:
-    """Checks the sums of the archive, as torch reads past a wrong one."""
-    with zipfile.ZipFile(checkpoint) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(damaged)
+def _save(file: Path, content: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()  # serialised before the disk is touched, so that only the write can fail
+    torch.save(dict(content), buffer)
+    write_whole(file, buffer.getbuffer())
 
 
 @contextmanager
@@ -193,14 +168,6 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
         refuse(error)
     with locked(path, if_held=refuse_to_share, refuse=refuse):
         yield
-
-
-def _refuse_existing(path: Path) -> None:
-    found = [name for name in ("config.json", "checkpoint.pt") if (path / name).exists()]
-    allowed = "a folder without a run"
-    given = f"one with {' and '.join(found)}"
-    remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
-    require(not found, "directory", f"run {path}", allowed=allowed, given=given, remedy=remedy, error=StateError)
 
 
 def _read_config(path: Path) -> Any:

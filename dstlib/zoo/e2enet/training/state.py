@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dstlib.errors import StateError, require
+from dstlib.errors import SettingError, StateError
 from dstlib.masking.distribution import erk
 from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
@@ -127,8 +127,12 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
 
 
 def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -> Sparsifier:
-    _refuse_late_updates(settings)
     method = kernel_method(settings.method, settings.interval, settings.block)
+    clock = method.clock(settings.num_iterations)
+    if isinstance(clock, Every) and clock.last == clock.start:  # in the words of the command line, not sparsify()'s
+        given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
+        allowed, remedy = f"at most {clock.stop}", "Lower --interval, or raise --epochs or --iterations."
+        raise SettingError.of("interval", f"method {method.name}", allowed=allowed, given=given, remedy=remedy)
     is_e2enet = isinstance(model, E2ENet)
     return sparsify(
         model,
@@ -139,21 +143,6 @@ def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -
         include=E2ENet.FUSION if is_e2enet else "*",
         seed=settings.seed,
     )
-
-
-def _refuse_late_updates(settings: TrainSettings) -> None:
-    """Checks the interval in the words of the command line; sparsify() would say the same of its own arguments."""
-    method = kernel_method(settings.method, settings.interval, settings.block)
-    clock = method.clock(settings.num_iterations)
-    if isinstance(clock, Every):
-        require(
-            clock.last != clock.start,
-            "interval",
-            f"method {method.name}",
-            allowed=f"at most {clock.stop}",
-            given=f"{settings.interval}, in a training of {settings.num_iterations} iterations",
-            remedy="Lower --interval, or raise --epochs or --iterations.",
-        )
 
 
 def parallel(training: Training, example: Tensor) -> nn.Module:
@@ -209,26 +198,18 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
     """
     own, theirs = training.model.state_dict(), state["model"]
     fresh = [name for name, value in own.items() if name not in theirs or theirs[name].shape != value.shape]
-    require(
-        all("head" in name for name in fresh) and set(theirs) <= set(own),
-        "weights",
-        "--from",
-        allowed="those of this network",
-        given=", ".join([*fresh[:3], *sorted(set(theirs) - set(own))[:3]]),
-        remedy="Begin from a run of the same network: the same model, channels, strides and kernels.",
-        error=StateError,
-    )
+    foreign = sorted(set(theirs) - set(own))
+    if foreign or not all("head" in name for name in fresh):
+        allowed, given = "those of this network", ", ".join([*fresh[:3], *foreign[:3]])
+        remedy = "Begin from a run of the same network: the same model, channels, strides and kernels."
+        raise StateError.of("weights", "--from", allowed=allowed, given=given, remedy=remedy)
     training.model.load_state_dict({name: own[name] if name in fresh else theirs[name] for name in own})
     if training.sparsifier:
         saved = state["sparsifier"]
         if saved is None:
             remedy = "Pass --sparsity 0, or begin from a sparse run."
             raise StateError.of("masks", "--from", allowed="a sparse run", given="a dense one", remedy=remedy)
-        weights = {name: _renewed(weight) for name, weight in saved["weights"].items()}
+        begun = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
+        weights = {name: {**weight, **begun} for name, weight in saved["weights"].items()}
         training.sparsifier.load_state_dict({**saved, "weights": weights, "frozen": freeze})
     return fresh
-
-
-def _renewed(weight: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a weight's mask, and what lies under it, at the beginning of another run."""
-    return {**weight, "step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
