@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing
 from dstlib.zoo.e2enet.evaluation.metrics import dice_per_class
-from dstlib.zoo.e2enet.evaluation.postprocessing import choose_postprocessing
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 
 LABELS = arrays(np.uint8, st.tuples(*[st.integers(1, 6)] * 3), elements=st.sampled_from([0, 0, 0, 1, 2]))

@@ -48,7 +48,6 @@ python -m dstlib.zoo.e2enet phantoms amos DIR                       # procedural
 LAYOUT = "decathlon, amos, btcv or nnunet (default: recognised)"
 DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
 DEFAULT = "(default: %(default)s)"
-AddOption = Callable[..., argparse.Action]
 
 
 def run_script(recipe: Recipe, description: str | None) -> int:
@@ -131,14 +130,8 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
     lines.add_argument("--preset", choices=recipe.presets, help=scales)
     lines.add_argument("--model", default="e2enet", help="the network: e2enet, or a baseline such as nnunet")
     lines.add_argument("--width", type=float, default=1.0, help="multiplies the channels of a baseline (default: 1)")
-    _add_data(lines.add_argument_group("data").add_argument, recipe)
-    _add_run(lines.add_argument_group("run").add_argument, recipe)
-    _add_execution(lines.add_argument_group("execution").add_argument)
-    _add_training(lines.add_argument_group("training; without a value, the preset's").add_argument, recipe)
-    return lines
 
-
-def _add_data(option: AddOption, recipe: Recipe) -> None:
+    option = lines.add_argument_group("data").add_argument
     kind, number = recipe.phantoms
     option("--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)")
     option("--layout", help=LAYOUT)
@@ -151,8 +144,7 @@ cases, if it has any (default: 0)"""
     option("--patch-size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of a training patch")
     option("--batch-size", type=int, metavar="N", help="patches per iteration, over all processes")
 
-
-def _add_run(option: AddOption, recipe: Recipe) -> None:
+    option = lines.add_argument_group("run").add_argument
     folder = f"folder for the results (default: runs/{recipe.name}-DATE-TIME)"
     option("--run-dir", type=Path, dest="run", metavar="DIR", help=folder)
     option("--resume", action="store_true", help="continue the run in --run-dir, with the same settings")
@@ -161,8 +153,7 @@ def _add_run(option: AddOption, recipe: Recipe) -> None:
     option("--freeze-topology", action="store_true", help="keep the masks of --from as they are: only weights train")
     option("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
-
-def _add_execution(option: AddOption) -> None:
+    option = lines.add_argument_group("execution").add_argument
     option("--device", help=DEVICE)
     option("--precision", choices=PRECISIONS, help="of the forward pass (default: fp16 on a GPU, else float32)")
     option("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
@@ -171,8 +162,7 @@ def _add_execution(option: AddOption) -> None:
     workers, ahead = 8 if torch.cuda.is_available() else 0, "processes that draw and augment the batches ahead"
     option("--workers", type=int, default=workers, metavar="N", help=f"{ahead} {DEFAULT}")
 
-
-def _add_training(option: AddOption, recipe: Recipe) -> None:
+    option = lines.add_argument_group("training; without a value, the preset's").add_argument
     for name, value in asdict(recipe.presets["demo"].training).items():
         defaults = {key: getattr(preset.training, name) for key, preset in recipe.presets.items()}
         shown = ", ".join(f"{preset} {default}" for preset, default in defaults.items())
@@ -183,28 +173,70 @@ def _add_training(option: AddOption, recipe: Recipe) -> None:
             metavar=None if name in CHOICES else "N",
             help=f"{HELP[name]} (default: {value if len(set(defaults.values())) == 1 else shown})",
         )
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one of the commands and returns the exit code: 0 done, 1 done with findings, 2 refused."""
-    lines = make_parser(COMMANDS, prog="python -m dstlib.zoo.e2enet")
-    commands = lines.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_check, _add_predict, _add_evaluate, _add_compare, _add_phantoms):
-        add(commands)
-    options = lines.parse_args(arguments)
+    options = _command_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     return run_command(lambda: command(options))
 
 
-Commands = argparse._SubParsersAction  # argparse offers no public name for it
+def _command_parser() -> argparse.ArgumentParser:
+    lines = make_parser(COMMANDS, prog="python -m dstlib.zoo.e2enet")
+    commands = lines.add_subparsers(required=True, metavar="COMMAND")
 
-
-def _add_check(commands: "Commands[argparse.ArgumentParser]") -> None:
     text = "Read every scan of a data set and list what is wrong with it, before any training. Exit code 1 if so."
-    lines = commands.add_parser("check", help="list every defect of a data set", description=text)
-    lines.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
-    lines.add_argument("--layout", help=LAYOUT)
-    lines.set_defaults(command=_check)
+    check = commands.add_parser("check", help="list every defect of a data set", description=text)
+    check.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    check.add_argument("--layout", help=LAYOUT)
+    check.set_defaults(command=_check)
+
+    text = """Segment every image of a folder, by one network or the mean of several (the folds). Labels are written as
+NAME.nii.gz in the geometry of their image. A file that cannot be read is reported while the others go on, and gives
+exit code 1. What is there already is kept, so an interrupted prediction is continued by repeating the command."""
+    predict = commands.add_parser("predict", help="segment a folder of images", description=text)
+    predict.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run; several are averaged")
+    predict.add_argument("--images", type=Path, required=True, metavar="DIR", help="NAME.nii.gz or NAME_0000.nii.gz")
+    predict.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the labels go")
+    predict.add_argument("--overwrite", action="store_true", help="predict again what is there already")
+    predict.add_argument("--no-mirror", action="store_true", help="one pass, not one per mirror image: up to 8× faster")
+    predict.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
+    predict.add_argument("--device", help=DEVICE)
+    predict.add_argument("--engine", action="store_true", help=ENGINE)
+    predict.set_defaults(command=_predict)
+
+    text = (
+        "Score predictions against the labels of a data set: Dice, surface Dice, HD95 and HD, per class and per case."
+    )
+    evaluate = commands.add_parser("evaluate", help="score predictions", description=text)
+    evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set with the labels")
+    evaluate.add_argument("--layout", help=LAYOUT)
+    evaluate.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
+    evaluate.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that score (default: this one)"
+    )
+    evaluate.set_defaults(command=_evaluate)
+
+    text = "One row per run: mDice, mNSD, parameters, FLOPs (counted as the paper does) and PT score."
+    compare = commands.add_parser("compare", help="a table of runs, beside the paper's if asked for", description=text)
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    compare.add_argument("--pool", action="store_true", help="the runs are folds: show the scores over all their cases")
+    compare.add_argument("--beside", metavar="SET", help="published rows to show too: amos, brats, btcv or amos-mri")
+    compare.add_argument("--alpha", type=float, default=0.5, help="weight of the costs in the PT score (default: 0.5)")
+    compare.set_defaults(command=_compare)
+
+    text = "Draw procedural scans in the layout of a real data set."
+    phantoms = commands.add_parser("phantoms", help="draw procedural scans", description=text)
+    phantoms.add_argument("kind", choices=("amos", "btcv", "brats", "hippocampus"))
+    phantoms.add_argument("folder", type=Path, metavar="DIR")
+    phantoms.add_argument("--scans", type=int, default=30, metavar="N", help=DEFAULT)
+    phantoms.add_argument("--seed", type=int, default=0, help=DEFAULT)
+    phantoms.set_defaults(command=_phantoms)
+    return lines
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -216,30 +248,14 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if findings.ok else 1
 
 
-def _add_predict(commands: "Commands[argparse.ArgumentParser]") -> None:
-    text = """Segment every image of a folder, by one network or the mean of several (the folds). Labels are written as
-NAME.nii.gz in the geometry of their image. A file that cannot be read is reported while the others go on, and gives
-exit code 1. What is there already is kept, so an interrupted prediction is continued by repeating the command."""
-    lines = commands.add_parser("predict", help="segment a folder of images", description=text)
-    lines.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run; several are averaged")
-    lines.add_argument("--images", type=Path, required=True, metavar="DIR", help="NAME.nii.gz or NAME_0000.nii.gz")
-    lines.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the labels go")
-    lines.add_argument("--overwrite", action="store_true", help="predict again what is there already")
-    lines.add_argument("--no-mirror", action="store_true", help="one pass, not one per mirror image: up to 8× faster")
-    lines.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
-    lines.add_argument("--device", help=DEVICE)
-    lines.add_argument("--engine", action="store_true", help=ENGINE)
-    lines.set_defaults(command=_predict)
-
-
 def _predict(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.checkpoint import load_trained, on_engine
     from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_folder
 
     device = chosen_device(options.device)
-    execution = Execution(device=device, precision=usual_precision(device), engine=options.engine)
-    trained = load_trained(options.runs, device=execution.device)
-    if execution.engine:
+    Execution(device=device, precision=usual_precision(device), engine=options.engine)  # refuses what it cannot be
+    trained = load_trained(options.runs, device=device)
+    if options.engine:
         trained = on_engine(trained)
     if options.no_mirror:
         trained = replace(trained, mirror=())
@@ -248,19 +264,6 @@ def _predict(options: argparse.Namespace) -> int:
     outcomes = predict_folder(trained, options.images, options.output, overwrite=options.overwrite)
     print(outcome_table(outcomes))
     return 1 if any(outcome.error for outcome in outcomes) else 0
-
-
-def _add_evaluate(commands: "Commands[argparse.ArgumentParser]") -> None:
-    text = """Score predictions against the labels of a data set: Dice, surface Dice, HD95 and HD, per class and per \
-case."""
-    lines = commands.add_parser("evaluate", help="score predictions", description=text)
-    lines.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz")
-    lines.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set with the labels")
-    lines.add_argument("--layout", help=LAYOUT)
-    lines.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
-    lines.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
-    lines.add_argument("--workers", type=int, default=0, metavar="N", help="processes that score (default: this one)")
-    lines.set_defaults(command=_evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -273,13 +276,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.data, options.layout)
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
     predicted = [case for name, case in labelled.items() if (options.predictions / f"{name}.nii.gz").exists()]
-    scores = evaluate_folder(
-        options.predictions,
-        predicted or list(labelled.values()),
-        manifest.classes,
-        scoring=Scoring(tolerance=options.tolerance),
-        workers=options.workers,
-    )
+    cases, scoring = predicted or list(labelled.values()), Scoring(tolerance=options.tolerance)
+    scores = evaluate_folder(options.predictions, cases, manifest.classes, scoring=scoring, workers=options.workers)
     print(scores.table())
     print(f"{len(predicted)} of the {len(labelled)} labelled cases of {manifest.name} have a prediction there.")
     if options.output:
@@ -288,31 +286,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 1 if scores.left_out else 0
 
 
-def _add_compare(commands: "Commands[argparse.ArgumentParser]") -> None:
-    text = "One row per run: mDice, mNSD, parameters, FLOPs (counted as the paper does) and PT score."
-    lines = commands.add_parser("compare", help="a table of runs, beside the paper's if asked for", description=text)
-    lines.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    lines.add_argument("--pool", action="store_true", help="the runs are folds: show the scores over all their cases")
-    lines.add_argument("--beside", metavar="SET", help="published rows to show too: amos, brats, btcv or amos-mri")
-    lines.add_argument("--alpha", type=float, default=0.5, help="weight of the costs in the PT score (default: 0.5)")
-    lines.set_defaults(command=_compare)
-
-
 def _compare(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.compare import compare
 
     print(compare(options.runs, pool=options.pool, beside=options.beside, alpha=options.alpha))
     return 0
-
-
-def _add_phantoms(commands: "Commands[argparse.ArgumentParser]") -> None:
-    text = "Draw procedural scans in the layout of a real data set."
-    lines = commands.add_parser("phantoms", help="draw procedural scans", description=text)
-    lines.add_argument("kind", choices=("amos", "btcv", "brats", "hippocampus"))
-    lines.add_argument("folder", type=Path, metavar="DIR")
-    lines.add_argument("--scans", type=int, default=30, metavar="N", help=DEFAULT)
-    lines.add_argument("--seed", type=int, default=0, help=DEFAULT)
-    lines.set_defaults(command=_phantoms)
 
 
 def _phantoms(options: argparse.Namespace) -> int:

@@ -23,15 +23,14 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     """
     allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
     require(beside is None or beside in PUBLISHED, "--beside", "compare", allowed=allowed, given=beside, remedy=remedy)
-    results = [_result(run) for run in runs]
-    rows = [_row(run.name, result) for run, result in zip(runs, results, strict=True)]
+    results = {run: _result(run) for run in runs}
+    rows = [_row(run.name, results[run]) for run in runs]
     if pool:
-        scores = pooled([Evaluation.from_json(result) for result in results])
+        scores = pooled([Evaluation.from_json(results[run]) for run in runs])
         name = f"all {len(scores.cases)} held-out cases"
         means = {"mNSD": 100 * scores.mean_of("nsd")}
         rows.append(replace(rows[0], name=name, dice=100 * scores.mean, scores=means))
-    patches = ["×".join(map(str, result["patch_size"])) for result in results]
-    sizes = [f"{patch} in {run.name}" for patch, run in zip(patches, runs, strict=True)]
+    sizes = [f"{'×'.join(map(str, results[run]['patch_size']))} in {run.name}" for run in runs]
     note = f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."
     return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + note
 
@@ -44,13 +43,8 @@ def row_of(run: Path) -> Row:
 def _row(name: str, result: Mapping[str, Any]) -> Row:
     cost = result["cost"].get("sparse", result["cost"]["dense"])
     scores = {} if result["mean_nsd"] is None else {"mNSD": 100 * result["mean_nsd"]}
-    return Row(
-        name=name,
-        dice=100 * (result["mean_dice"] or 0.0),
-        params=cost["params"] / 1e6,
-        flops=cost["flops"]["paper"] / 1e9,
-        scores=scores,
-    )
+    dice, params, flops = 100 * (result["mean_dice"] or 0.0), cost["params"] / 1e6, cost["flops"]["paper"] / 1e9
+    return Row(name=name, dice=dice, params=params, flops=flops, scores=scores)
 
 
 def _result(run: Path) -> dict[str, Any]:

@@ -59,13 +59,8 @@ class E2ENet(nn.Module):
         self.deep_supervision = True
         levels = len(config.channels)
         self.encoder = nn.ModuleList(_encoder_level(config, level) for level in range(1, levels + 1))
-        self.fusion = nn.ModuleDict(
-            {
-                _key(stage, level): _fusion_node(config, stage, level)
-                for stage in range(1, levels)
-                for level in range(1, levels - stage + 1)
-            }
-        )
+        nodes = [(stage, level) for stage in range(1, levels) for level in range(1, levels - stage + 1)]
+        self.fusion = nn.ModuleDict({_key(*node): _fusion_node(config, *node) for node in nodes})
         widths = config.channels[: config.heads]
         self.heads = nn.ModuleList(nn.Conv3d(width, config.num_classes, 1, bias=False) for width in widths)
         self.apply(_initialise)
@@ -91,12 +86,11 @@ class E2ENet(nn.Module):
         return tuple(head(x) for head, x in zip(self.heads, finest_first, strict=False))
 
     def _check(self, x: Tensor) -> None:
-        where, shape = "input of E2ENet", tuple(x.shape)
-        channels, divisor = self.config.in_channels, self.config.divisor
+        where, channels, divisor = "input of E2ENet", self.config.in_channels, self.config.divisor
+        shape, size = tuple(x.shape), tuple(x.shape[2:])
         if x.ndim != 5 or x.shape[1] != channels:
             remedy = "The config's in_channels says how many channels come in."
             raise DataError.of("shape", where, allowed=f"(B, {channels}, D, H, W)", given=shape, remedy=remedy)
-        size = shape[2:]
         # a single voxel at the coarsest level would have no variance to normalise by
         if size == divisor or any(extent % step for extent, step in zip(size, divisor, strict=True)):
             allowed = f"D, H, W in multiples of {divisor}, and more than that"

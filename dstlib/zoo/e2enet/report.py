@@ -17,8 +17,8 @@ from dstlib.report import align
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.nifti import read_label, read_scan
+from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing
 from dstlib.zoo.e2enet.evaluation.figures import flow_figure, flow_shares, learning_curve, slice_comparison
-from dstlib.zoo.e2enet.evaluation.postprocessing import choose_postprocessing
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.run_directory import Run
@@ -69,10 +69,8 @@ def costs(training: Training, patch_size: Sequence[int], *, in_channels: int) ->
 def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
     """Returns the table of :func:`costs`, dense and sparse, with what the two conventions mean below."""
     cells = [("network", "params", *(f"FLOPs, {c}" for c in CONVENTIONS))]
-    cells += [
-        (kind, f"{of['params']:,}", *(f"{of['flops'][c] / 1e9:,.3f} G" for c in CONVENTIONS))
-        for kind, of in cost.items()
-    ]
+    for kind, of in cost.items():
+        cells.append((kind, f"{of['params']:,}", *(f"{of['flops'][c] / 1e9:,.3f} G" for c in CONVENTIONS)))
     if "sparse" in cost:
         of, dense = cost["sparse"], cost["dense"]
         flops = (f"{of['flops'][c] / dense['flops'][c]:.1%}" for c in CONVENTIONS)

@@ -180,15 +180,9 @@ def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None
             if training.metrics:
                 log.epoch(training.metrics[-1], training.device)
 
+    cases, held_out, patches = data.train_on.cases, data.held_out.cases, config.preset.patches
     with interruptible() as should_stop:
-        finished = train(
-            training,
-            data.train_on.cases,
-            patches=config.preset.patches,
-            held_out=data.held_out.cases,
-            save=save,
-            should_stop=should_stop,
-        )
+        finished = train(training, cases, patches=patches, held_out=held_out, save=save, should_stop=should_stop)
     if not finished:
         at = f"iteration {training.iteration} of {config.preset.training.num_iterations}"
         raise KeyboardInterrupt(_stopped(f"Stopped after {at}; nothing is lost", path))

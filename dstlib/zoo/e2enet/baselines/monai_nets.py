@@ -20,8 +20,7 @@ def unetr(request: Request) -> Segmenter:
     """
     from monai.networks.nets import UNETR
 
-    size = padded_size(request.patch_size, (16, 16, 16))
-    heads = request.channels(12)
+    size, heads = padded_size(request.patch_size, (16, 16, 16)), request.channels(12)
     host = UNETR(
         in_channels=request.in_channels,
         out_channels=request.num_classes,

@@ -37,14 +37,11 @@ def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: 
     epochs, marks = [float(m["iteration"]) for m in metrics], [float(u["iteration"]) for u in updates]
     curves = [("Training loss, mean of each epoch", "Dice + cross-entropy", epochs, [m["loss"] for m in metrics], INK)]
     if "val_dice" in metrics[0]:
-        dice = [m["val_dice"] for m in metrics]
-        curves.append(
-            ("Dice over patches of the held-out cases", "mean of the classes", epochs, dice, FLOWS["downward"])
-        )
+        title, dice = "Dice over patches of the held-out cases", [m["val_dice"] for m in metrics]
+        curves.append((title, "mean of the classes", epochs, dice, FLOWS["downward"]))
     if updates:
-        grown = [100 * u["grown"] / u["active"] for u in updates]
         title = "Share of the active connections that grew at each mask update (grey lines)"
-        curves.append((title, "percent", marks, grown, ACCENT))
+        curves.append((title, "percent", marks, [100 * u["grown"] / u["active"] for u in updates], ACCENT))
     with drawn(path, size=(7.5, 0.9 + 2.2 * len(curves))) as figure:
         panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
         for panel, (title, label, x, y, colour) in zip(panels, curves, strict=True):
@@ -65,24 +62,18 @@ def slice_comparison(
 
     Shapes: prediction (D, H, W); dice (K,), of the whole volume, goes into the legend.
     """
-    depth = busiest_slice(case.label)
-    _, height, width = case.spacing
-    upright = _upright(case.orientation)
+    depth, upright, colours = busiest_slice(case.label), _upright(case.orientation), class_colours(len(classes))
     picture = upright(case.image[0, depth])
     low, high = np.percentile(picture, (1, 99))
-    aspect = height / width
-    colours = class_colours(len(classes))
+    aspect = case.spacing[1] / case.spacing[2]
     tall = 10.5 / 3 * aspect * picture.shape[0] / picture.shape[1]
     with drawn(path, size=(10.5, tall + 0.6 + 0.22 * -(-len(classes) // 5))) as figure:
         volumes = {"Image": None, "Label": upright(case.label[depth]), "Prediction": upright(prediction[depth])}
         for panel, (title, volume) in zip(figure.subplots(1, 3), volumes.items(), strict=True):
             panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if volume is not None:
-                shown = np.ma.masked_equal(volume, 0)
-                last = len(classes) + 0.5
-                panel.imshow(
-                    shown, cmap=colours, vmin=0.5, vmax=last, alpha=0.5, interpolation="nearest", aspect=aspect
-                )
+                shown, last = np.ma.masked_equal(volume, 0), len(classes) + 0.5
+                panel.imshow(shown, colours, aspect=aspect, interpolation="nearest", alpha=0.5, vmin=0.5, vmax=last)
             panel.set_title(title)
             panel.set_axis_off()
         handles = [

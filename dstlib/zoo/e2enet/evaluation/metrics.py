@@ -138,8 +138,7 @@ def surface_dice(label: Mask, prediction: Mask, *, spacing: Sequence[float], tol
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges", FutureWarning)  # MONAI's own call
         found = compute_surface_dice(
-            torch.from_numpy(np.ascontiguousarray(prediction))[None, None],
-            torch.from_numpy(np.ascontiguousarray(label))[None, None],
+            *(torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (prediction, label)),
             class_thresholds=[tolerance],
             include_background=True,
             spacing=[float(step) for step in spacing],

@@ -146,13 +146,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the evaluation as plain data, with the values of every case; None for NaN."""
-        per_class = {f"class_{m}": _named(self.classes, self.class_means(m)) for m in self.scores}
+        counts = {"num_cases": self.num_cases, "num_missed": self.num_missed, "num_false": self.num_false}
         return {
             **{f"mean_{m}": _or_none(self.mean_of(m)) for m in self.scores},
-            **per_class,
-            "num_cases": dict(zip(self.classes, self.num_cases.tolist(), strict=True)),
-            "num_missed": dict(zip(self.classes, self.num_missed.tolist(), strict=True)),
-            "num_false": dict(zip(self.classes, self.num_false.tolist(), strict=True)),
+            **{f"class_{m}": _named(self.classes, self.class_means(m)) for m in self.scores},
+            **{name: dict(zip(self.classes, count.tolist(), strict=True)) for name, count in counts.items()},
             "num_left_out": int(np.isnan(self.dice).sum()),
             "classes": list(self.classes),
             "tolerances_mm": list(self.tolerances),
@@ -197,10 +195,10 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     first, names = evaluations[0], [case for e in evaluations for case in e.cases]
     for other in evaluations:
         for what, attribute in (("classes", "classes"), ("tolerances", "tolerances"), ("metrics", "scores")):
-            expected, given = (tuple(getattr(e, attribute)) for e in (first, other))
-            if given != expected:
+            expected, found = (tuple(getattr(e, attribute)) for e in (first, other))
+            if found != expected:
                 allowed, remedy = f"{expected} in all", "Evaluate them alike."
-                raise DataError.of(what, "pooled()", allowed=allowed, given=given, remedy=remedy)
+                raise DataError.of(what, "pooled()", allowed=allowed, given=found, remedy=remedy)
     repeated = sorted({name for name in names if names.count(name) > 1})
     given, remedy = f"{', '.join(repeated)} more than once", "Pool folds that hold out different cases."
     require(not repeated, "cases", "pooled()", allowed="each case once", given=given, remedy=remedy, error=DataError)

@@ -1,6 +1,6 @@
 """After the prediction: of the classes that gain by it, only the largest connected component is kept.
 
-Which classes these are is for :mod:`dstlib.zoo.e2enet.evaluation.postprocessing` to say.
+Which classes these are is for :mod:`dstlib.zoo.e2enet.evaluation.evaluate` to say.
 """
 
 from collections.abc import Sequence

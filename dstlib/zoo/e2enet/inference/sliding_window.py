@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -67,8 +67,8 @@ def probabilities(
     """
     _refuse_settings(models, patch_size=patch_size, overlap=overlap, mirror=mirror)
     if image_CDHW.ndim != 4:
-        given, remedy = image_CDHW.shape, "Give an image of one channel a leading axis."
-        raise DataError.of("image", "probabilities()", allowed="(C, D, H, W)", given=given, remedy=remedy)
+        where, remedy = "probabilities()", "Give an image of one channel a leading axis."
+        raise DataError.of("image", where, allowed="(C, D, H, W)", given=image_CDHW.shape, remedy=remedy)
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))[None]
     device = next(models[0].parameters()).device
     with ExitStack() as stack:
@@ -98,12 +98,11 @@ def _blend(
 
     def mean_softmax(window_BCDHW: Tensor) -> Tensor:
         total: Tensor | None = None
-        for model in models:
-            for axes in flips:
-                logits = model(window_BCDHW.flip(axes)) if axes else model(window_BCDHW)
-                softmax = logits.float().softmax(dim=1)
-                softmax = softmax.flip(axes) if axes else softmax
-                total = softmax if total is None else total.add_(softmax)
+        for model, axes in product(models, flips):
+            logits = model(window_BCDHW.flip(axes) if axes else window_BCDHW)
+            softmax = logits.float().softmax(dim=1)
+            softmax = softmax.flip(axes) if axes else softmax
+            total = softmax if total is None else total.add_(softmax)
         assert total is not None
         return total.div_(len(models) * len(flips))
 

@@ -47,18 +47,9 @@ def train(
     """
     settings, ranks = training.settings, training.ranks
     network, total = None, settings.num_iterations
-    drawn = batches(
-        cases,
-        patches,
-        seed=settings.seed,
-        start=training.iteration,
-        stop=total,
-        workers=training.execution.workers,
-        ranks=(ranks.rank, ranks.num),
-    )
-    bar = tqdm(
-        total=total, initial=training.iteration, desc="train", unit="it", mininterval=1.0, disable=not ranks.leads
-    )
+    start, share, workers = training.iteration, (ranks.rank, ranks.num), training.execution.workers
+    drawn = batches(cases, patches, seed=settings.seed, start=start, stop=total, workers=workers, ranks=share)
+    bar = tqdm(total=total, initial=start, desc="train", unit="it", mininterval=1.0, disable=not ranks.leads)
     with bar, loader_deaths():
         for images, labels in drawn:
             if network is None:
@@ -112,12 +103,8 @@ def _on_device(images: Tensor, training: Training) -> Tensor:
 
 def _end_epoch(training: Training, held_out: Sequence[Case], patches: PatchSettings) -> None:
     settings, epoch = training.settings, training.iteration // training.settings.iterations
-    row = {
-        "epoch": epoch,
-        "iteration": training.iteration,
-        "learning_rate": settings.learning_rate_at(epoch - 1),
-        "loss": training.loss_sum / settings.iterations,
-    }
+    rate, loss = settings.learning_rate_at(epoch - 1), training.loss_sum / settings.iterations
+    row = {"epoch": epoch, "iteration": training.iteration, "learning_rate": rate, "loss": loss}
     if settings.val_iterations and held_out and training.ranks.leads:
         row["val_dice"] = validate(training, held_out, patches)
     training.metrics.append(row)

@@ -26,8 +26,8 @@ class TrainSettings:
     (1 - epoch / epochs) ^ ``poly_exponent``. ``sparsity`` is the share of the fusion's connections that stay off, 0 for
     a dense network; ``interval`` counts the iterations between mask updates of the methods that have any. Connections
     are on or off by blocks of ``block`` × ``block`` channels: single ones, as in the paper, or blocks of 16, with which
-    a GPU computes less. After each epoch the Dice of ``val_iterations`` batches of the
-    held-out cases is taken, always the same ones; 0 for none.
+    a GPU computes less. After each epoch the Dice of ``val_iterations`` batches of the held-out cases is taken, always
+    the same ones; 0 for none.
 
     Raises:
         SettingError: A setting is out of range.
@@ -113,13 +113,12 @@ class Execution:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        where, known = "Execution", " or ".join(PRECISIONS)
-        is_known = self.precision in PRECISIONS
-        require(is_known, "precision", where, allowed=known, given=self.precision, remedy="Pass float32 on a CPU.")
-        fits = not self.engine or self._fits_engine
+        where, allowed, given = "Execution", " or ".join(PRECISIONS), self.precision
+        require(given in PRECISIONS, "precision", where, allowed=allowed, given=given, remedy="Pass float32 on a CPU.")
+        fits = (given != "float32") == self.device.startswith("cuda") and not (self.channels_last or self.compile)
         allowed = "float32 on a CPU, half precision on a GPU, nothing else"
         remedy = "Leave the engine out, or the other."
-        require(fits, "engine", where, allowed=allowed, given=self.engine, remedy=remedy)
+        require(fits or not self.engine, "engine", where, allowed=allowed, given=self.engine, remedy=remedy)
         allowed, remedy = "a whole number from 0 up", "0 draws the batches in the training's own process."
         require(self.workers >= 0, "workers", where, allowed=allowed, given=self.workers, remedy=remedy)
         try:
@@ -128,11 +127,6 @@ class Execution:
             allowed, reason = "one that torch can use", str(error).splitlines()[0].split(". ")[0]
             remedy = "Leave --device out, or pass cpu or cuda."
             raise SettingError.of("device", where, allowed=allowed, given=reason, remedy=remedy) from error
-
-    @property
-    def _fits_engine(self) -> bool:
-        plain = not self.channels_last and not self.compile
-        return plain and (self.precision != "float32") == self.device.startswith("cuda")
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -173,10 +167,6 @@ def kernel_method(name: str, interval: int, block: int = 1) -> Method:
     >>> kernel_method("rigl", 50).granularity
     Kernel()
     """
-    method = METHODS[name]
-    return replace(
-        method,
-        granularity=DSFF.granularity if block == 1 else Block(block, block),
-        distribution=DSFF.distribution,
-        interval=None if method.interval is None else interval,
-    )
+    method, granularity = METHODS[name], DSFF.granularity if block == 1 else Block(block, block)
+    every = None if method.interval is None else interval
+    return replace(method, granularity=granularity, distribution=DSFF.distribution, interval=every)

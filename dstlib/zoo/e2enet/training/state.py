@@ -118,12 +118,10 @@ def start(
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
-    lr, weight_decay = settings.learning_rate, settings.weight_decay
+    parameters, lr, decay = model.parameters(), settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=settings.momentum, nesterov=True, weight_decay=weight_decay
-    )
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, nesterov=True, weight_decay=decay)
 
 
 def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -> Sparsifier:
@@ -133,16 +131,11 @@ def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -
         given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
         allowed, remedy = f"at most {clock.stop}", "Lower --interval, or raise --epochs or --iterations."
         raise SettingError.of("interval", f"method {method.name}", allowed=allowed, given=given, remedy=remedy)
-    is_e2enet = isinstance(model, E2ENet)
-    return sparsify(
-        model,
-        optimizer,
-        sparsity=settings.sparsity,
-        method=method if is_e2enet else replace(method, distribution=erk),
-        total_steps=settings.num_iterations,
-        include=E2ENet.FUSION if is_e2enet else "*",
-        seed=settings.seed,
-    )
+    include = E2ENet.FUSION
+    if not isinstance(model, E2ENet):
+        method, include = replace(method, distribution=erk), "*"
+    sparsity, total, seed = settings.sparsity, settings.num_iterations, settings.seed
+    return sparsify(model, optimizer, sparsity=sparsity, method=method, total_steps=total, include=include, seed=seed)
 
 
 def parallel(training: Training, example: Tensor) -> nn.Module:
@@ -157,12 +150,9 @@ def parallel(training: Training, example: Tensor) -> nn.Module:
         network = training.on_engine = _accelerated(training, example)
     if training.ranks.num == 1:
         return network
-    device = training.device
-    return DistributedDataParallel(
-        network,
-        device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=not isinstance(training.model, E2ENet),  # UNETR of MONAI has some
-    )
+    devices = [training.device] if training.device.type == "cuda" else None
+    has_unused = not isinstance(training.model, E2ENet)  # UNETR of MONAI has some
+    return DistributedDataParallel(network, device_ids=devices, find_unused_parameters=has_unused)
 
 
 def as_trained(model: nn.Module) -> None:
