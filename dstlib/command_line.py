@@ -11,12 +11,9 @@ def make_parser(
     description: str | None, *, prog: str | None = None, epilog: str | None = None
 ) -> argparse.ArgumentParser:
     """Returns a parser that shows its description as it is written, and takes options by their whole names only."""
+    as_written = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
-        prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog, description=description, epilog=epilog, formatter_class=as_written, allow_abbrev=False
     )
 
 

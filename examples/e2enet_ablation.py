@@ -42,7 +42,7 @@ class Cell:
     options: tuple[str, ...] = ()
 
 
-DENSE = ("--sparsity", "0")
+DENSE, NNUNET = ("--sparsity", "0"), ("--model", "nnunet")
 FULL = {"kernel_size": (3, 3, 3), "shift": None}
 
 
@@ -64,10 +64,8 @@ def tables(base: E2ENetConfig, interval: int) -> dict[str, tuple[Cell, ...]]:
             Cell(name="width (-1, 0, 1), 3×3×1", network={"shift_axis": "width", "kernel_size": (3, 3, 1)}),
         ),
         "capacity": (
-            Cell(name="nnU-Net", network={}, options=("--model", "nnunet")),
-            Cell(
-                name="nnU-Net(-), three quarters as wide", network={}, options=("--model", "nnunet", "--width", "0.75")
-            ),
+            Cell(name="nnU-Net", network={}, options=NNUNET),
+            Cell(name="nnU-Net(-), three quarters as wide", network={}, options=(*NNUNET, "--width", "0.75")),
             Cell(name="E2ENet", network={}),
             Cell(name="E2ENet(+), wider by 58/48", network={"channels": wider}),
         ),

@@ -97,30 +97,23 @@ def cost(title: str, model: nn.Module, sparsifier: dstlib.Sparsifier | None = No
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
-    for name, least in (("steps", 1), ("scans", 1), ("interval", 1)):
-        require(
-            getattr(options, name) >= least,
-            f"--{name}",
-            "the command line",
-            allowed=f"a number from {least} up",
-            given=getattr(options, name),
-            remedy="Leave it out for the default.",
-        )
+    for name in ("steps", "scans", "interval"):
+        given, remedy = getattr(options, name), "Leave it out for the default."
+        require(given >= 1, f"--{name}", "the command line", allowed="a number from 1 up", given=given, remedy=remedy)
     return options
 
 
 def main() -> None:
     lines = make_parser(__doc__)
     defaults = "(default: %(default)s)"
-    lines.add_argument(
-        "--network", choices=NETWORKS, default="dynunet", help=f"whose convolutions to change {defaults}"
-    )
-    lines.add_argument("--axis", choices=AXES, default="depth", help=f"along which to shift {defaults}")
-    lines.add_argument("--sparsity", type=float, default=0.8, help=f"share of connections that stay off {defaults}")
-    lines.add_argument("--interval", type=int, default=10, help=f"steps between mask updates {defaults}")
-    lines.add_argument("--steps", type=int, default=60, help=f"optimizer steps, one scan each {defaults}")
-    lines.add_argument("--scans", type=int, default=8, help=f"how many phantoms to draw {defaults}")
-    lines.add_argument("--seed", type=int, default=0, help=f"of weights and masks {defaults}")
+    option = lines.add_argument
+    option("--network", choices=NETWORKS, default="dynunet", help=f"whose convolutions to change {defaults}")
+    option("--axis", choices=AXES, default="depth", help=f"along which to shift {defaults}")
+    option("--sparsity", type=float, default=0.8, help=f"share of connections that stay off {defaults}")
+    option("--interval", type=int, default=10, help=f"steps between mask updates {defaults}")
+    option("--steps", type=int, default=60, help=f"optimizer steps, one scan each {defaults}")
+    option("--scans", type=int, default=8, help=f"how many phantoms to draw {defaults}")
+    option("--seed", type=int, default=0, help=f"of weights and masks {defaults}")
     options = checked(lines.parse_args())
 
     torch.manual_seed(options.seed)

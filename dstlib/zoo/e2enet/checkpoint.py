@@ -70,14 +70,10 @@ def network_config(values: dict[str, Any]) -> E2ENetConfig:
 
 
 def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
-    network = network_config(config["network"])
+    network, width, size = network_config(config["network"]), config["width"], tuple(config["patches"]["patch_size"])
+    channels, classes = network.in_channels, network.num_classes
     model = build_model(
-        config["model"],
-        in_channels=network.in_channels,
-        num_classes=network.num_classes,
-        patch_size=tuple(config["patches"]["patch_size"]),
-        config=network,
-        width=config["width"],
+        config["model"], in_channels=channels, num_classes=classes, patch_size=size, config=network, width=width
     )
     try:
         model.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))

@@ -253,9 +253,9 @@ def _predict(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_folder
 
     device = chosen_device(options.device)
-    Execution(device=device, precision=usual_precision(device), engine=options.engine)  # refuses what it cannot be
-    trained = load_trained(options.runs, device=device)
-    if options.engine:
+    execution = Execution(device=device, precision=usual_precision(device), engine=options.engine)
+    trained = load_trained(options.runs, device=execution.device)
+    if execution.engine:
         trained = on_engine(trained)
     if options.no_mirror:
         trained = replace(trained, mirror=())

@@ -114,17 +114,13 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
 
 
 def _start(config: RunConfig, ranks: Ranks) -> Training:
-    network, patch_size = config.preset.network, config.preset.patches.patch_size
+    network, size = config.preset.network, config.preset.patches.patch_size
+    channels, classes, width = network.in_channels, network.num_classes, config.width
     torch.manual_seed(config.preset.training.seed)
     model = build_model(
-        config.model,
-        in_channels=network.in_channels,
-        num_classes=network.num_classes,
-        patch_size=patch_size,
-        config=network,
-        width=config.width,
+        config.model, in_channels=channels, num_classes=classes, patch_size=size, config=network, width=width
     )
-    profile(model, (1, network.in_channels, *patch_size))  # refuses a patch that does not fit
+    profile(model, (1, channels, *size))  # refuses a patch that does not fit
     training = start(model, config.preset.training, config.execution, ranks)
     goes_on = config.folder and config.resume and (config.folder / "checkpoint.pt").exists()
     if config.begin_from is not None and not goes_on:
@@ -190,7 +186,7 @@ def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None
 
 def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) -> Evaluation:
     """Predicts the held-out scans as files in their own geometry, and scores the files."""
-    patches = config.preset.patches
+    patches, predictions = config.preset.patches, run.path / "predictions"
     trained = Trained(
         models=(training.predictor,),
         preparation=data.preparation,
@@ -199,7 +195,6 @@ def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) ->
         channels=data.channels,
         classes=data.classes,
     )
-    predictions = run.path / "predictions"
     outcomes = predict_scans(trained, data.held_out_files, predictions)
     if any(outcome.error for outcome in outcomes):
         print(outcome_table(outcomes))

@@ -71,10 +71,8 @@ def comparison(rows: Sequence[Row], *, alpha: float = 0.5) -> str:
         numbers = (_number(row.params, 2), _number(row.flops, 2), _number(trade_off, 4))
         mark = f"[{sources.index(row.source) + 1}]" if row.source else ""
         cells.append((row.name, _number(row.dice, 1), *scores, *numbers, mark))
-    note = (
-        "Scores in per cent. PT = mDice / highest mDice + "
-        f"{alpha:g} (fewest params / params + fewest FLOPs / FLOPs), over the rows shown."
-    )
+    score = f"mDice / highest mDice + {alpha:g} (fewest params / params + fewest FLOPs / FLOPs)"
+    note = f"Scores in per cent. PT = {score}, over the rows shown."
     listed = [f"[{i}] {source}" for i, source in enumerate(sources, start=1)]
     return "\n".join([*align(cells, left=(0,)), note, *listed])
 

@@ -41,14 +41,13 @@ class Ranks:
         Raises:
             StateError: One of them has ended.
         """
-        if self.num > 1:
-            try:
-                distributed.barrier()
-            except RuntimeError as error:  # its own message says what happened
-                given, remedy = "one that has ended", "Look for the message of the first process above."
-                raise StateError.of(
-                    "processes", "torchrun", allowed="all of them", given=given, remedy=remedy
-                ) from error
+        if self.num == 1:
+            return
+        try:
+            distributed.barrier()
+        except RuntimeError as error:  # its own message says what happened
+            given, remedy = "one that has ended", "Look for the message of the first process above."
+            raise StateError.of("processes", "torchrun", allowed="all of them", given=given, remedy=remedy) from error
 
     def _sum(self, value: float, device: torch.device) -> float:
         if self.num == 1:

@@ -92,14 +92,15 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
     """
     config = json.loads(json.dumps(config))  # as it reads back: tuples are lists
     with _lock(path, create=not resume):
+        file = path / "config.json"
         if resume:
-            _refuse_other_settings(_read_config(path), config, path / "config.json")
+            _refuse_other_settings(_read_config(file), config, file)
         else:
             found = " and ".join(name for name in ("config.json", "checkpoint.pt") if (path / name).exists())
             where, allowed, given = f"run {path}", "a folder without a run", f"one with {found}"
             remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
             require(not found, "directory", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
-            write_json(path / "config.json", config)
+            write_json(file, config)
         (path / "figures").mkdir(exist_ok=True)
         yield Run(path, config)
 
@@ -170,16 +171,14 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
         yield
 
 
-def _read_config(path: Path) -> Any:
-    file = path / "config.json"
+def _read_config(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except FileNotFoundError as error:
         remedy = "Leave out --resume to start a run here, or name the folder of an existing one."
         raise _unreadable(file, "none", remedy) from error
     except (OSError, ValueError) as error:
-        remedy = "Restore the file, or name another folder by --run-dir."
-        raise _unreadable(file, error, remedy) from error
+        raise _unreadable(file, error, "Restore the file, or name another folder by --run-dir.") from error
 
 
 def _refuse_other_settings(saved: Any, config: Mapping[str, Any], file: Path) -> None:
