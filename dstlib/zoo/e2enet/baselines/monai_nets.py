@@ -3,8 +3,12 @@
 MONAI is imported on demand: whoever only reads the table of baselines does not need it.
 """
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from dstlib.errors import require
-from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter, padded_size, refuse_width
+from dstlib.zoo.e2enet.baselines.segmenter import Request, Segmenter, padded_size
 
 HEAD_WIDTH = 64  # channels of one attention head of UNETR's ViT-Base
 
@@ -55,7 +59,8 @@ def vnet(request: Request) -> Segmenter:
     """
     from monai.networks.nets import VNet
 
-    refuse_width(request, "vnet", "MONAI builds V-Net in one width.")
+    given, remedy = request.width, "MONAI builds V-Net in one width."
+    require(given == 1, "width", "vnet", allowed="1", given=given, remedy=remedy)
     given, remedy = request.in_channels, "V-Net adds the image to its 16 first features, so many times over."
     require(16 % request.in_channels == 0, "in_channels", "vnet", allowed="a divisor of 16", given=given, remedy=remedy)
     host = VNet(in_channels=request.in_channels, out_channels=request.num_classes)
@@ -81,6 +86,8 @@ def unet_plus_plus(request: Request) -> Segmenter:
         features=(*widths, widths[0]),
         deep_supervision=True,
     )
-    return Segmenter(
-        host, in_channels=request.in_channels, multiple=(16, 16, 16), read=lambda outputs: tuple(reversed(outputs))
-    )
+    return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16), read=_last_first)
+
+
+def _last_first(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(outputs[::-1])

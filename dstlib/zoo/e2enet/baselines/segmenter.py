@@ -60,6 +60,11 @@ def padded_size(size: Sequence[int], multiple: Triple) -> Triple:
     return depth, height, width
 
 
+def one_head(output: Tensor) -> tuple[Tensor, ...]:
+    """Reads the logits of a host that returns nothing but them."""
+    return (output,)
+
+
 class Segmenter(nn.Module):
     """A host network under the manners of the zoo: it trains, predicts and is made sparse as an E2ENet is.
 
@@ -86,7 +91,7 @@ class Segmenter(nn.Module):
         *,
         in_channels: int,
         multiple: Triple,
-        read: Callable[[Any], tuple[Tensor, ...]] = lambda logits: (logits,),
+        read: Callable[[Any], tuple[Tensor, ...]] = one_head,
         pad: bool = True,
         fixed_size: Triple | None = None,
     ) -> None:
@@ -124,12 +129,3 @@ class Segmenter(nn.Module):
             return f"D, H, W in multiples of {self.multiple}"
         # a single voxel at the coarsest level would have no variance to normalise by
         return f"more than {self.multiple}" if padded == self.multiple else None
-
-
-def refuse_width(request: Request, name: str, remedy: str) -> None:
-    """Refuses another width than 1 for a network that has one width only.
-
-    Raises:
-        SettingError: Another width is asked for.
-    """
-    require(request.width == 1, "width", name, allowed="1", given=request.width, remedy=remedy)

@@ -14,7 +14,7 @@ from dstlib.layers.blocks import Triple
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
 from dstlib.zoo.e2enet.baselines.nnunet import nnunet
-from dstlib.zoo.e2enet.baselines.segmenter import Request, refuse_width
+from dstlib.zoo.e2enet.baselines.segmenter import Request
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.network import E2ENet
 
@@ -79,7 +79,8 @@ def build_model(
 
 
 def _e2enet(request: Request) -> E2ENet:
-    refuse_width(request, "e2enet", "The channels of config say how wide it is.")
+    given, remedy = request.width, "The channels of config say how wide it is."
+    require(given == 1, "width", "e2enet", allowed="1", given=given, remedy=remedy)
     return E2ENet(replace(request.config, in_channels=request.in_channels, num_classes=request.num_classes))
 
 
