@@ -109,7 +109,7 @@ def predict_scans(
                 error = str(refused)
             except (MemoryError, torch.OutOfMemoryError) as refused:  # one huge scan must not stop the others
                 error = f"does not fit into memory: {refused}"
-            outcomes.append(Outcome(name=case.name, file=None if error else target, error=error, kept=kept))
+            outcomes.append(Outcome(name=case.name, file=target if error is None else None, error=error, kept=kept))
     return tuple(outcomes)
 
 
