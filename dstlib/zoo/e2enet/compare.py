@@ -1,6 +1,6 @@
 """Runs side by side, and beside what was published."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
     require(beside is None or beside in PUBLISHED, "--beside", "compare", allowed=allowed, given=beside, remedy=remedy)
     results = {run: _result(run) for run in runs}
-    rows = [_row(run.name, results[run]) for run in runs]
+    rows = [row_of(run) for run in runs]
     if pool:
         scores = pooled([Evaluation.from_json(results[run]) for run in runs])
         name = f"all {len(scores.cases)} held-out cases"
@@ -37,14 +37,11 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
 
 def row_of(run: Path) -> Row:
     """Reads what a run came to, as a row that is named by its folder."""
-    return _row(run.name, _result(run))
-
-
-def _row(name: str, result: Mapping[str, Any]) -> Row:
+    result = _result(run)
     cost = result["cost"].get("sparse", result["cost"]["dense"])
     scores = {} if result["mean_nsd"] is None else {"mNSD": 100 * result["mean_nsd"]}
     dice, params, flops = 100 * (result["mean_dice"] or 0.0), cost["params"] / 1e6, cost["flops"]["paper"] / 1e9
-    return Row(name=name, dice=dice, params=params, flops=flops, scores=scores)
+    return Row(name=run.name, dice=dice, params=params, flops=flops, scores=scores)
 
 
 def _result(run: Path) -> dict[str, Any]:
