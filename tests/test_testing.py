@@ -596,10 +596,10 @@ def test_the_law_of_seeds_bites(monkeypatch):
 
 def test_the_law_of_resumption_bites(monkeypatch):
     """The trace is left out of what is restored."""
-    from dstlib.sparsifier.state import SavedWeight
+    from dstlib.sparsifier.state import MaskedWeight
 
-    restore = SavedWeight.restore
-    monkeypatch.setattr(SavedWeight, "restore", lambda self, m: restore(self._replace(trace=None), m))
+    restore = MaskedWeight.restore
+    monkeypatch.setattr(MaskedWeight, "restore", lambda self, saved: restore(self, replace(saved, trace=None)))
     assert law_of(check_method, METHODS["snfs"]) == "resumes"
 
 

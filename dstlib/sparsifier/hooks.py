@@ -4,7 +4,7 @@ Hooks on all optimizers rather than on one: a copied, replaced or second optimiz
 to life. Listeners are held weakly; the two hooks are registered once and cost nothing without a listener.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -61,29 +61,20 @@ def listeners() -> list[Listener]:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
     concerned = [listener for listener in listeners() if listener.steps_with(optimizer)]
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if not concerned:
-        return args, kwargs
-    if not callable(closure):  # some optimizers' step takes something else
-        _tell(concerned, optimizer)
-        return args, kwargs
-    told = _told_after(closure, concerned, optimizer)
-    return ((args[0], told, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": told})
 
-
-def _told_after(closure: Callable[[], Any], concerned: list[Listener], optimizer: Optimizer) -> Any:
-    """Wraps a closure to tell the listeners after it: only once it has run do the gradients exist."""
-
-    def evaluate() -> Any:
-        loss = closure()
-        _tell(concerned, optimizer)
+    def told(loss: Any = None) -> Any:
+        for listener in concerned:
+            listener.before_optimizer(optimizer)
         return loss
 
-    return evaluate
+    if not concerned or not callable(closure):  # some optimizers' step takes something else
+        told()
+        return args, kwargs
 
+    def evaluate() -> Any:
+        return told(closure())  # only once it has run do the gradients exist
 
-def _tell(concerned: list[Listener], optimizer: Optimizer) -> None:
-    for listener in concerned:
-        listener.before_optimizer(optimizer)
+    return ((args[0], evaluate, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluate})
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

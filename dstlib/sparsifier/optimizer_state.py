@@ -16,10 +16,10 @@ def parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def momentum_of(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
-    """Returns the first moment of the gradient of ``parameter``, or None where none is kept (yet)."""
-    state = optimizer.state.get(parameter, {})
-    return next((state[key] for key in _MOMENTA if state.get(key) is not None), None)
+def momentum_of(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> Tensor | None:
+    """Returns the first moment of the gradient that the first of these keeps; None where none does (yet)."""
+    states = (optimizer.state.get(parameter, {}) for optimizer in optimizers)
+    return next((state[key] for state in states for key in _MOMENTA if state.get(key) is not None), None)
 
 
 def same_shape_state(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[Tensor]:

@@ -1,39 +1,22 @@
 """The life of a sparse training, from the first masks on, around the steps of all torch optimizers."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dstlib.errors import StateError
 from dstlib.masking.update import zero_outside_
 from dstlib.report import Row, Summary
+from dstlib.sparsifier import optimizer_state, update
 from dstlib.sparsifier.distributed import check_equal_masks
 from dstlib.sparsifier.hooks import forget, listen
-from dstlib.sparsifier.optimizer_state import (
-    all_finite,
-    loss_scale,
-    momentum_of,
-    overflowed,
-    parameter_ids,
-    refuse_unsupported,
-    reset_state,
-)
-from dstlib.sparsifier.order import order_of
+from dstlib.sparsifier.optimizer_state import momentum_of, parameter_ids
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight, Owner, check_saved, owners_of, save
-from dstlib.sparsifier.update import (
-    Gradients,
-    Observer,
-    choose_first_masks,
-    gather,
-    spread_reach,
-    update_masks,
-    with_densities,
-)
+from dstlib.sparsifier.state import MaskedWeight, check_saved, find_lost, save
 from dstlib.targets import Weight, find_weights
 
 if TYPE_CHECKING:
@@ -50,7 +33,7 @@ class Sparsifier:
     """
 
     def __init__(self, plan: Plan, optimizers: Sequence[Optimizer], modules: Iterable[nn.Module]) -> None:
-        self.observers: list[Observer] = []
+        self.observers: list[update.Observer] = []
         self.frozen = False
         self._memory = 0.0  # of the method's allocator
         self._attached = True
@@ -63,7 +46,9 @@ class Sparsifier:
         self._optimizers: MutableMapping[Optimizer, None] = WeakKeyDictionary(dict.fromkeys(optimizers))
         with torch.no_grad():
             self.plan = self._start(plan)
-        self._owners: list[Owner] = owners_of(self._masked, modules)
+        by_id = {id(m.parameter): m for m in self._masked}
+        # each module with each sparse weight that it holds now; the module decides how long it lives
+        self._owners = [(ref(o), by_id[id(p)]) for o in modules for p in o._parameters.values() if id(p) in by_id]
         listen(self)
 
     @property
@@ -121,7 +106,7 @@ class Sparsifier:
         grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
         method = self.plan.method
         reads_now = method.trace is not None or method.storage is not None or any(map(self._is_due, weights))
-        if reads_now and not all_finite(grads):
+        if reads_now and not optimizer_state.all_finite(grads):
             return
         self._begin_step(weights, None)
 
@@ -151,19 +136,24 @@ class Sparsifier:
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer steps on any of the sparse weights, or on what has replaced one."""
         held = parameter_ids(optimizer)
-        return any(id(m.parameter) in held for m in self._masked) or any(o.has_lost(held) for o in self._owners)
+        return any(id(m.parameter) in held for m in self._masked) or find_lost(self._owners, held) is not None
 
     @torch.no_grad()
     def before_optimizer(self, optimizer: Optimizer) -> None:
         """Does as ``before_step`` for the weights of one optimizer, whose hook calls it."""
-        refuse_unsupported(optimizer)
-        held = parameter_ids(optimizer)
-        for owner in self._owners:
-            owner.check(held)
+        optimizer_state.refuse_unsupported(optimizer)
+        if (lost := find_lost(self._owners, parameter_ids(optimizer))) is not None:
+            raise StateError.of(
+                "parameter",
+                lost.weight.name,
+                allowed="the one that was made sparse",
+                given="another in its place, or of another shape, which no mask fits",
+                remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift and the like.",
+            )
         self._optimizers.pop(optimizer, None)
         self._optimizers[optimizer] = None
         weights = self._held_by(optimizer)
-        if overflowed(optimizer):
+        if optimizer_state.overflowed(optimizer):
             for m in weights:
                 m.begun = m.step
         else:
@@ -227,9 +217,9 @@ class Sparsifier:
         saved = check_saved(state, self.masks, self.plan)
         with torch.no_grad():
             for m in self._masked:
-                saved[m.weight.name].restore(m)
+                m.restore(saved[m.weight.name])
             if self.plan.densities_from_model:
-                self.plan = with_densities(self.plan, self._masked)
+                self.plan = update.with_densities(self.plan, self._masked)
         self.frozen, self._memory = bool(state["frozen"]), float(state["memory"])
         self.apply_masks()
 
@@ -254,11 +244,11 @@ class Sparsifier:
         if plan.method.storage is not None:
             for m in self._masked:
                 m.hidden = m.parameter.detach().clone()
-        plan = choose_first_masks(self._masked, plan)
+        plan = update.choose_first_masks(self._masked, plan)
         for m in self._masked:
             if m.hidden is not None:
                 m.reveal()
-                spread_reach(m, plan, 0)
+                update.spread_reach(m, plan, 0)
                 m.hide()
             m.clear(self._optimizers)
         return plan
@@ -271,11 +261,16 @@ class Sparsifier:
             m.begin_step()
         # an update that is due waits for the next step at which the weight has a gradient
         ready = [m for m in weights if m.parameter.grad is not None]
-        scale = loss_scale(optimizer)
+        scale = optimizer_state.loss_scale(optimizer)
         if self.plan.method.trace is not None and not self.frozen:
             for m in ready:
-                gather(m, self.plan, _full_gradient(m, scale))
-        changed += order_of(self.plan.method).before_step(ready, self.plan, scale, self._update)
+                update.gather(m, self.plan, _full_gradient(m, scale))
+        if self.plan.method.storage is None:  # the masks first, then the step
+            changed += self._update(ready, scale)
+        else:  # the step first: hidden weights take it, pulled towards zero
+            for m in ready:
+                if m.reveal():
+                    update.pull_hidden(m, self.plan, scale)
         for m in ready:
             if m.learns is not None and m.parameter.grad is not None:  # an update may leave the step out
                 zero_outside_(m.parameter.grad, m.learns)
@@ -284,8 +279,14 @@ class Sparsifier:
     def _end_step(self, weights: Sequence[MaskedWeight], optimizers: Iterable[Optimizer]) -> None:
         """Does all that comes after the step: zeros in the weights and the optimizers' state, one more step counted."""
         held = list(optimizers)
+        # under dense storage the masks are chosen by the weights as they are after the step
+        stepped = [m for m in weights if m.is_revealed and m.is_stepping]
         try:
-            _check_ranks(order_of(self.plan.method).after_step(weights, held, self._update))
+            for m in stepped:
+                m.undo_out_of_reach()
+                m.clear(held)  # what comes within reach now must not bring what weight decay left in its momentum
+            # a fused optimizer has divided the loss scale out in place by now
+            _check_ranks(self._update([m for m in stepped if m.parameter.grad is not None], 1.0))
         finally:
             for m in weights:
                 m.hide()
@@ -306,41 +307,27 @@ class Sparsifier:
             for weights in [together] if method.allocate is not None else [[m] for m in together]:
                 self._update_at(step, weights, scale)
         for m in due:
-            spread_reach(m, self.plan, m.updated_at)
+            update.spread_reach(m, self.plan, m.updated_at)
             if method.trace is not None and method.trace.steps is not None:
                 m.trace = None
             if method.reset_state and int(m.mask.sum()) > num_active[m]:
                 for optimizer in self._holders(m):
-                    reset_state(optimizer, m.parameter)
+                    optimizer_state.reset_state(optimizer, m.parameter)
         if due and method.skip_step:
             self._skip_step(due)
         return due
 
     def _update_at(self, step: int, weights: Sequence[MaskedWeight], scale: float) -> None:
-        with self._cleared(weights):
-            self._memory = update_masks(
-                [(m, self._gradients(m, scale)) for m in weights],
-                self._masked,
-                self.plan,
-                step=step,
-                memory=self._memory,
-                observers=self.observers,
+        due = [(m, _full_gradient(m, scale), momentum_of(self._holders(m), m.parameter)) for m in weights]
+        try:
+            self._memory = update.update_masks(
+                due, self._masked, self.plan, step=step, memory=self._memory, observers=self.observers
             )
             for m in weights:
                 m.updated_at = step
-
-    @contextmanager
-    def _cleared(self, weights: Iterable[MaskedWeight]) -> Iterator[None]:
-        """Clears what fell outside the masks; also where a criterion or an observer raised: the zeros hold."""
-        try:
-            yield
-        finally:
+        finally:  # also where a criterion or an observer raised: the zeros hold
             for m in weights:
                 m.clear(self._holders(m))
-
-    def _gradients(self, m: MaskedWeight, scale: float) -> Gradients:
-        momenta = (momentum_of(optimizer, m.parameter) for optimizer in self._holders(m))
-        return Gradients(grad=_full_gradient(m, scale), momentum=next((x for x in momenta if x is not None), None))
 
     def _skip_step(self, due: Iterable[MaskedWeight]) -> None:
         """Takes the gradients away: no torch optimizer moves a parameter then, so these leave this step out."""
@@ -353,7 +340,7 @@ class Sparsifier:
 
     def _holders(self, m: MaskedWeight) -> list[Optimizer]:
         """Returns the optimizers that were seen to step on a weight, the latest one first."""
-        return [o for o in reversed(list(self._optimizers)) if m.held_by(o)]
+        return [o for o in reversed(list(self._optimizers)) if id(m.parameter) in parameter_ids(o)]
 
     def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
         held = set().union(*map(parameter_ids, optimizers))

@@ -2,22 +2,26 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.errors import StateError, require
+from dstlib.errors import StateError
 from dstlib.masking import num_units, unit_mask
 from dstlib.masking.update import zero_outside_
-from dstlib.sparsifier.optimizer_state import parameter_ids, same_shape_state
+from dstlib.sparsifier.optimizer_state import same_shape_state
 from dstlib.sparsifier.plan import Plan
 from dstlib.targets import Weight
 
 VERSION = 2
-_KEYS = {"densities": "ranked"}  # fields of SavedWeight that have another name in a state of this version
+# the fields of MaskedWeight that a run depends on, by their key in a saved state
+_SAVED = {
+    **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach")},
+    "ranked": "densities",
+}
 
 
 @dataclass(eq=False)
@@ -59,10 +63,6 @@ class MaskedWeight:
         """Whether a step has begun that is not yet done."""
         return self.begun > self.step
 
-    def held_by(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer steps on it."""
-        return id(self.parameter) in parameter_ids(optimizer)
-
     def begin_step(self) -> None:
         """Counts a step as begun, and moves all that belongs to the weight to where it is now."""
         self.begun = self.step + 1
@@ -102,76 +102,34 @@ class MaskedWeight:
             self.hidden = zero_outside_(self.parameter.detach().clone(), ~self.mask)
             self.is_revealed = False
 
+    def restore(self, saved: "MaskedWeight") -> None:
+        """Takes over what was saved, on the weight's device."""
+        device = self.parameter.device
+        self.mask.copy_(saved.mask)
+        self.step = self.begun = saved.step
+        self.updated_at, self.traced_at, self.densities = saved.updated_at, saved.traced_at, saved.densities
+        self.trace, self.hidden, self.reach = (
+            None if x is None else x.detach().clone().to(device) for x in (saved.trace, saved.hidden, saved.reach)
+        )
+        self.is_revealed = False
 
-class Owner:
-    """A module that held a sparse weight, held weakly: the module decides how long it lives."""
 
-    def __init__(self, module: nn.Module, masked: MaskedWeight) -> None:
-        self._module = ref(module)
-        self._masked = masked
+def find_lost(owners: Iterable[tuple[ref[nn.Module], MaskedWeight]], held: Collection[int]) -> MaskedWeight | None:
+    """Returns a weight whose owner now has another parameter, or one of another shape, that is ``held``; else None.
 
-    def has_lost(self, held: Collection[int]) -> bool:
-        """Whether the module now holds another parameter, or one of another shape, that is ``held`` by an optimizer."""
-        module, parameter = self._module(), self._masked.parameter
+    Owners are modules that held a weight when it was made sparse, ``held`` what an optimizer steps on.
+    """
+    for owner, m in owners:
+        module, parameter = owner(), m.parameter
         if module is None:
-            return False
+            continue
         if any(p is parameter for p in module.parameters()):
-            return id(parameter) in held and parameter.shape != self._masked.mask.shape
-        return any(id(p) in held for p in module.parameters())
-
-    def check(self, held: Collection[int]) -> None:
-        """Checks that the weight is still there.
-
-        Raises:
-            StateError: The module ``has_lost`` it.
-        """
-        require(
-            not self.has_lost(held),
-            "parameter",
-            self._masked.weight.name,
-            allowed="the one that was made sparse",
-            given="another in its place, or of another shape, which no mask fits",
-            remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift and the like.",
-            error=StateError,
-        )
-
-
-def owners_of(masked: Iterable[MaskedWeight], modules: Iterable[nn.Module]) -> list[Owner]:
-    """Returns each module with each sparse weight that it holds now."""
-    by_id = {id(m.parameter): m for m in masked}
-    return [
-        Owner(module, by_id[id(parameter)])
-        for module in modules
-        for parameter in module._parameters.values()
-        if id(parameter) in by_id
-    ]
-
-
-class SavedWeight(NamedTuple):
-    """The fields of :class:`MaskedWeight` that a run depends on."""
-
-    mask: Tensor
-    step: int
-    updated_at: int
-    trace: Tensor | None
-    traced_at: int
-    hidden: Tensor | None
-    reach: Tensor | None
-    densities: tuple[float, ...]
-
-    def restore(self, m: MaskedWeight) -> None:
-        """Puts them back, on the weight's device."""
-        device = m.parameter.device
-        m.mask.copy_(self.mask)
-        m.step = m.begun = self.step
-        m.updated_at, m.traced_at, m.densities = self.updated_at, self.traced_at, self.densities
-        m.trace, m.hidden, m.reach = (
-            None if x is None else x.detach().clone().to(device) for x in (self.trace, self.hidden, self.reach)
-        )
-        m.is_revealed = False
-
-
-_SAVED = {_KEYS.get(field, field): field for field in SavedWeight._fields}  # key of a saved state → field
+            is_lost = id(parameter) in held and parameter.shape != m.mask.shape
+        else:
+            is_lost = any(id(p) in held for p in module.parameters())
+        if is_lost:
+            return m
+    return None
 
 
 def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: float) -> dict[str, Any]:
@@ -180,17 +138,11 @@ def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: fl
     for m in masked:
         fields = {key: getattr(m, field) for key, field in _SAVED.items()}
         weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    masks = {m.weight.name: m.mask for m in masked}
-    return {
-        "version": VERSION,
-        "frozen": frozen,
-        "memory": memory,
-        "num_planned": _num_planned(masks, plan),
-        "weights": weights,
-    }
+    num_planned = _num_planned({m.weight.name: m.mask for m in masked}, plan)
+    return {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "weights": weights}
 
 
-def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str, SavedWeight]:
+def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str, MaskedWeight]:
     """Returns the saved weights by name, if every one fits the masks at hand.
 
     Raises:
@@ -211,7 +163,9 @@ def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str
         given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
         raise _misfit("names of the weights", "the saved state", f"the {len(masks)} at hand", given)
     planned = _num_planned(masks, plan)
-    if abs(planned - state["num_planned"]) > (_slack(masks, plan) if plan.densities_from_model else 0):
+    # a look at another batch may leave units idle, or use them, that do not divide into groups
+    slack = sum(num_groups - 1 for _, num_groups, _ in _groups(masks, plan)) if plan.densities_from_model else 0
+    if abs(planned - state["num_planned"]) > slack:
         raise _misfit("sparsity", "the saved state", f"{planned} active units at the end", state["num_planned"])
     by_name = {weight.name: weight for weight in plan.weights}
     return {name: _check_weight(by_name[name], weights[name], masks[name], plan) for name in masks}
@@ -222,11 +176,6 @@ def _num_planned(masks: Mapping[str, Tensor], plan: Plan) -> int:
     return sum(num_groups * num_units(size, plan.densities[name]) for name, num_groups, size in _groups(masks, plan))
 
 
-def _slack(masks: Mapping[str, Tensor], plan: Plan) -> int:
-    """Counts the units that a look at another batch may leave idle, or use, as they do not divide into groups."""
-    return sum(num_groups - 1 for _, num_groups, _ in _groups(masks, plan))
-
-
 def _groups(masks: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, int, int]]:
     """Yields the name of each matrix view, its groups, and the units in each of them."""
     for weight in plan.weights:
@@ -235,11 +184,11 @@ def _groups(masks: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, int,
             yield view.name, num_groups, size
 
 
-def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> SavedWeight:
+def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> MaskedWeight:
     if not isinstance(saved, Mapping) or set(saved) != set(_SAVED):
         given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
         raise _misfit("fields", weight.name, ", ".join(_SAVED), given)
-    theirs = SavedWeight(**{field: saved[key] for key, field in _SAVED.items()})
+    theirs = MaskedWeight(weight, **{field: saved[key] for key, field in _SAVED.items()})
     steps = theirs.step, theirs.updated_at, theirs.traced_at
     if not all(isinstance(step, int) for step in steps):
         raise _misfit("steps", weight.name, "whole numbers", steps)
@@ -250,7 +199,7 @@ def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> Sa
         or not all(isinstance(d, float) and 0 < d <= 1 for d in densities)
     ):
         raise _misfit("ranked densities", weight.name, f"{num_densities} of them", densities)
-    _check_tensors(weight, theirs, current, plan)
+    _check_tensors(theirs, current, plan)
     grain = plan.method.granularity
     for view in weight.views:
         mask = view.of(theirs.mask)
@@ -267,7 +216,7 @@ def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> Sa
     return theirs
 
 
-def _check_tensors(weight: Weight, saved: SavedWeight, current: Tensor, plan: Plan) -> None:
+def _check_tensors(saved: MaskedWeight, current: Tensor, plan: Plan) -> None:
     storage = plan.method.storage
     present = {
         "mask": True,
@@ -284,7 +233,7 @@ def _check_tensors(weight: Weight, saved: SavedWeight, current: Tensor, plan: Pl
         if not fits or (tensor.dtype != torch.bool if kind == "bool" else not tensor.is_floating_point()):
             given = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             allowed = "nothing" if expected is False else f"a {kind} tensor of shape {tuple(current.shape)}"
-            raise _misfit(name, weight.name, allowed, given)
+            raise _misfit(name, saved.weight.name, allowed, given)
 
 
 def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:

@@ -5,45 +5,21 @@ Changes masks and grown weights in place; clearing what fell outside is the call
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dstlib import masking
 from dstlib.errors import ScoreError, require
-from dstlib.masking import (
-    NM,
-    Account,
-    AtInit,
-    Budget,
-    MaskUpdate,
-    Site,
-    Terms,
-    exchange,
-    falling,
-    num_units,
-    random,
-    select_top,
-    site_generator,
-    spend,
-    unit_mask,
-    unit_score,
-)
+from dstlib.masking import NM, Account, AtInit, Budget, MaskUpdate, Site, Terms
 from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight
 from dstlib.targets import MatrixView
 
 Observer = Callable[[Site, MaskUpdate], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients:
-    """What an optimizer's step shows of one weight: the full gradient and its momentum, None where there is none."""
-
-    grad: Tensor | None = None
-    momentum: Tensor | None = None
 
 
 class Scored(NamedTuple):
@@ -55,11 +31,8 @@ class Scored(NamedTuple):
     grow_GU: Tensor
 
 
-NONE = Gradients()
-
-
 def update_masks(
-    due: Iterable[tuple[MaskedWeight, Gradients]],
+    due: Iterable[tuple[MaskedWeight, Tensor, Tensor | None]],
     masked: Sequence[MaskedWeight],
     plan: Plan,
     *,
@@ -69,16 +42,16 @@ def update_masks(
 ) -> float:
     """Updates the masks of the weights that are due, with one allocation for all; returns the allocator's memory.
 
-    ``masked`` are all sparse weights, whether due or not: those that are not keep what they have.
+    ``due`` are weights with their full gradients, and their momenta where the optimizer keeps any; ``masked`` all
+    sparse weights, whether due or not: those that are not keep what they have.
 
     Raises:
         ScoreError: A criterion returned scores by which units cannot be ordered.
         SettingError: The method's allocator gave budgets that cannot be met.
     """
     method = plan.method
-    scored = [
-        _score(make_site(m, view, plan, step, gradients), plan) for m, gradients in due for view in m.weight.views
-    ]
+    sites = [make_site(m, view, plan, step, grad, momentum) for m, grad, momentum in due for view in m.weight.views]
+    scored = [_score(site, plan) for site in sites]
     budgets: dict[str, Budget] = {}
     accounts = [] if method.allocate is None else _accounts(scored, masked, plan, fixed=plan.own)
     if method.allocate is not None and accounts:
@@ -126,7 +99,7 @@ def gather(m: MaskedWeight, plan: Plan, grad: Tensor) -> None:
     if m.trace is None:
         m.trace = torch.zeros_like(m.parameter, dtype=torch.promote_types(m.parameter.dtype, torch.float32))
     for view in m.weight.views:
-        site = make_site(m, view, plan, step, Gradients(grad=grad))
+        site = make_site(m, view, plan, step, grad)
         view.of(m.trace).mul_(trace.decay).add_(trace.of(site))
     m.traced_at = step
 
@@ -140,11 +113,10 @@ def spread_reach(m: MaskedWeight, plan: Plan, step: int) -> None:
     for view in m.weight.views:
         site = make_site(m, view, plan, step)
         active_GU = plan.method.granularity.fold(site.mask)[..., 0]
-        num_active_G = active_GU.sum(dim=1)
-        num_extra_G = (active_GU.shape[1] - num_active_G).clamp(max=num_units(active_GU.shape[1], storage.extra))
+        num_extra_G = (~active_GU).sum(dim=1).clamp(max=masking.num_units(active_GU.shape[1], storage.extra))
         grow_GU = _unit_score(site, plan.method.grow(site), plan)
-        extra_GU = select_top(grow_GU, num_extra_G, among_GU=~active_GU)
-        view.of(m.reach).copy_(unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
+        extra_GU = masking.select_top(grow_GU, num_extra_G, among_GU=~active_GU)
+        view.of(m.reach).copy_(masking.unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
 
 
 def pull_hidden(m: MaskedWeight, plan: Plan, scale: float) -> None:
@@ -164,7 +136,14 @@ def views_of(masked: Iterable[MaskedWeight]) -> Iterator[tuple[MaskedWeight, Mat
     return ((m, view) for m in masked for view in m.weight.views)
 
 
-def make_site(m: MaskedWeight, view: MatrixView, plan: Plan, step: int, gradients: Gradients = NONE) -> Site:
+def make_site(
+    m: MaskedWeight,
+    view: MatrixView,
+    plan: Plan,
+    step: int,
+    grad: Tensor | None = None,
+    momentum: Tensor | None = None,
+) -> Site:
     """Returns one matrix view of a weight at a step, as criteria see it."""
 
     def part(x: Tensor | None) -> Tensor | None:
@@ -174,10 +153,10 @@ def make_site(m: MaskedWeight, view: MatrixView, plan: Plan, step: int, gradient
         name=view.name,
         weight=view.of(m.parameter.detach()),
         mask=view.of(m.mask),
-        grad=part(gradients.grad),
-        momentum=part(gradients.momentum),
+        grad=part(grad),
+        momentum=part(momentum),
         step=step,
-        generator=site_generator(plan.seed, step, view.name),
+        generator=masking.site_generator(plan.seed, step, view.name),
         trace=part(m.trace),
         progress=plan.clock.progress(step),
     )
@@ -194,14 +173,14 @@ def _score(site: Site, plan: Plan) -> Scored:
 def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
     """Averages scores over units; an error says which weight it was."""
     try:
-        return unit_score(score, site.mask.shape, plan.method.granularity)
+        return masking.unit_score(score, site.mask.shape, plan.method.granularity)
     except ScoreError as error:
         raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
 
 
 def _exchange(scored: Scored, budget: Budget, plan: Plan) -> MaskUpdate:
     """Changes the mask of a site as its scores and budget say."""
-    update = exchange(
+    update = masking.exchange(
         scored.site.mask,
         scored.drop_GU,
         scored.grow_GU,
@@ -289,9 +268,9 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
     groups = {view.name: fold(view.of(m.mask)).shape[:2] for m, view in views_of(masked)}
     fixed = set(groups) if isinstance(plan.method.granularity, NM) else plan.own  # N:M leaves nothing to share
     shared = [name for name in groups if name not in fixed]
-    num_last = sum(num_units(groups[n][1], plan.densities[n]) * groups[n][0] for n in shared)
+    num_last = sum(masking.num_units(groups[n][1], plan.densities[n]) * groups[n][0] for n in shared)
     num_all = sum(groups[n].numel() for n in shared)
-    for num_total in falling(num_all, num_last, init.rounds) if shared else [0]:
+    for num_total in masking.falling(num_all, num_last, init.rounds) if shared else [0]:
         scored = _score_together(masked, plan, init)
         accounts = _accounts(scored, masked, plan, fixed=fixed)
         terms = Terms(num_total=max(num_total, sum(groups[n][0] for n in shared)), drop_fraction=0.0)
@@ -303,7 +282,7 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
             zero_outside_(m.parameter, m.mask)
     for m in masked:
         m.densities = tuple(float(fold(view.of(m.mask))[0, :, 0].double().mean()) for view in m.weight.views)
-    method = replace(plan.method, init=random)  # lets go of the model
+    method = replace(plan.method, init=masking.random)  # lets go of the model
     return with_densities(replace(plan, densities_from_model=True, method=method), masked)
 
 
@@ -328,4 +307,4 @@ def _score_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
 
 def _first_budget(x: Scored, plan: Plan) -> Budget:
     num_target = plan.num_target(x.site.name, x.active_GU.shape[1], 0)
-    return spend(x.active_GU.sum(dim=1), num_target=num_target, drop_fraction=0.0)
+    return masking.spend(x.active_GU.sum(dim=1), num_target=num_target, drop_fraction=0.0)
