@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -66,8 +65,3 @@ def refuse_unsupported(optimizer: Optimizer) -> None:
         given=type(optimizer).__name__,
         remedy="Use SGD or Adam, say; LBFGS evaluates several points per step, all of them dense.",
     )
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no entry of any of them is NaN or infinite."""
-    return all(bool(torch.isfinite(x).all()) for x in tensors)

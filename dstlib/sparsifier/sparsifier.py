@@ -104,9 +104,7 @@ class Sparsifier:
         weights = self._held_by(*optimizers) if optimizers else self._masked
         known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
         grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
-        method = self.plan.method
-        reads_now = method.trace is not None or method.storage is not None or any(map(self._is_due, weights))
-        if reads_now and not optimizer_state.all_finite(grads):
+        if any(map(self._reads, weights)) and not all(bool(grad.isfinite().all()) for grad in grads):
             return
         self._begin_step(weights, None)
 
@@ -182,11 +180,9 @@ class Sparsifier:
         from dstlib.engine.accelerate import accelerate  # not before it is asked for: see dstlib.__getattr__
 
         masked = {m.weight.name: m for m in self._masked}
-        method = self.plan.method
-        always = method.trace is not None or method.storage is not None
 
         def reads(name: str) -> bool:
-            return name in masked and (always or self._is_due(masked[name]))
+            return name in masked and self._reads(masked[name])
 
         return accelerate(
             model, example_input, masks=self.masks, dense_gradient=reads, decisions=decisions, layers=layers
@@ -214,10 +210,10 @@ class Sparsifier:
         Raises:
             StateError: The state is damaged, or of another model, granularity or sparsity; nothing has changed then.
         """
-        saved = check_saved(state, self.masks, self.plan)
+        all_saved = check_saved(state, self._masked, self.plan)
         with torch.no_grad():
-            for m in self._masked:
-                m.restore(saved[m.weight.name])
+            for m, saved in zip(self._masked, all_saved, strict=True):
+                m.restore(saved)
             if self.plan.densities_from_model:
                 self.plan = update.with_densities(self.plan, self._masked)
         self.frozen, self._memory = bool(state["frozen"]), float(state["memory"])
@@ -296,6 +292,10 @@ class Sparsifier:
     def _is_due(self, m: MaskedWeight) -> bool:
         """Whether an update is due, or overdue for want of a gradient."""
         return not self.frozen and self.plan.clock.latest(m.step + 1) > m.updated_at
+
+    def _reads(self, m: MaskedWeight) -> bool:
+        """Whether the next step of a weight reads the gradients of all of it."""
+        return self.plan.method.trace is not None or self.plan.method.storage is not None or self._is_due(m)
 
     def _update(self, ready: Sequence[MaskedWeight], scale: float) -> list[MaskedWeight]:
         """Updates the masks that are due; returns their weights."""

@@ -1,6 +1,6 @@
 """Masks in training: a sparse weight with its mask and its counters, what is saved of it, and what is taken back."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dstlib.errors import StateError
-from dstlib.masking import num_units, unit_mask
+from dstlib.masking import Granularity, num_units, unit_mask
 from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.optimizer_state import same_shape_state
 from dstlib.sparsifier.plan import Plan
@@ -114,6 +114,11 @@ class MaskedWeight:
         self.is_revealed = False
 
 
+def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:
+    """Returns the number of groups, and of units in each, of every matrix view by name."""
+    return {view.name: granularity.fold(view.of(m.mask)).shape[:2] for m in masked for view in m.weight.views}
+
+
 def find_lost(owners: Iterable[tuple[ref[nn.Module], MaskedWeight]], held: Collection[int]) -> MaskedWeight | None:
     """Returns a weight whose owner now has another parameter, or one of another shape, that is ``held``; else None.
 
@@ -138,12 +143,12 @@ def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: fl
     for m in masked:
         fields = {key: getattr(m, field) for key, field in _SAVED.items()}
         weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    num_planned = _num_planned({m.weight.name: m.mask for m in masked}, plan)
+    num_planned = _num_planned(masked, plan)
     return {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "weights": weights}
 
 
-def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str, MaskedWeight]:
-    """Returns the saved weights by name, if every one fits the masks at hand.
+def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[MaskedWeight]:
+    """Returns the saved weights, if every one fits its mask at hand.
 
     Raises:
         StateError: The state is damaged or of another version, or its masks have other names, shapes or granularity,
@@ -157,34 +162,27 @@ def check_saved(state: Any, masks: Mapping[str, Tensor], plan: Plan) -> dict[str
     numbers = ("frozen", "memory", "num_planned")
     if missing := [name for name in numbers if not isinstance(state.get(name), int | float)]:
         raise _misfit(*contents, f"no {', '.join(missing)}")
-    weights = state["weights"]
-    if set(weights) != set(masks):
-        missing, extra = sorted(set(masks) - set(weights)), sorted(set(weights) - set(masks))
+    weights, names = state["weights"], [m.weight.name for m in masked]
+    if set(weights) != set(names):
+        missing, extra = sorted(set(names) - set(weights)), sorted(set(weights) - set(names))
         given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
-        raise _misfit("names of the weights", "the saved state", f"the {len(masks)} at hand", given)
-    planned = _num_planned(masks, plan)
+        raise _misfit("names of the weights", "the saved state", f"the {len(names)} at hand", given)
+    planned = _num_planned(masked, plan)
     # a look at another batch may leave units idle, or use them, that do not divide into groups
-    slack = sum(num_groups - 1 for _, num_groups, _ in _groups(masks, plan)) if plan.densities_from_model else 0
-    if abs(planned - state["num_planned"]) > slack:
+    idle = sum(num_groups - 1 for num_groups, _ in groups_of(masked, plan.method.granularity).values())
+    if abs(planned - state["num_planned"]) > (idle if plan.densities_from_model else 0):
         raise _misfit("sparsity", "the saved state", f"{planned} active units at the end", state["num_planned"])
-    by_name = {weight.name: weight for weight in plan.weights}
-    return {name: _check_weight(by_name[name], weights[name], masks[name], plan) for name in masks}
+    return [_check_weight(weights[m.weight.name], m, plan) for m in masked]
 
 
-def _num_planned(masks: Mapping[str, Tensor], plan: Plan) -> int:
+def _num_planned(masked: Iterable[MaskedWeight], plan: Plan) -> int:
     """Counts the active units of all weights at the end of the run."""
-    return sum(num_groups * num_units(size, plan.densities[name]) for name, num_groups, size in _groups(masks, plan))
+    groups = groups_of(masked, plan.method.granularity)
+    return sum(num_groups * num_units(size, plan.densities[name]) for name, (num_groups, size) in groups.items())
 
 
-def _groups(masks: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, int, int]]:
-    """Yields the name of each matrix view, its groups, and the units in each of them."""
-    for weight in plan.weights:
-        for view in weight.views if weight.name in masks else ():
-            num_groups, size = plan.method.granularity.fold(view.of(masks[weight.name])).shape[:2]
-            yield view.name, num_groups, size
-
-
-def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> MaskedWeight:
+def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight:
+    weight = current.weight
     if not isinstance(saved, Mapping) or set(saved) != set(_SAVED):
         given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
         raise _misfit("fields", weight.name, ", ".join(_SAVED), given)
@@ -199,7 +197,7 @@ def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> Ma
         or not all(isinstance(d, float) and 0 < d <= 1 for d in densities)
     ):
         raise _misfit("ranked densities", weight.name, f"{num_densities} of them", densities)
-    _check_tensors(theirs, current, plan)
+    _check_tensors(theirs, current.mask.shape, plan)
     grain = plan.method.granularity
     for view in weight.views:
         mask = view.of(theirs.mask)
@@ -216,7 +214,7 @@ def _check_weight(weight: Weight, saved: Any, current: Tensor, plan: Plan) -> Ma
     return theirs
 
 
-def _check_tensors(saved: MaskedWeight, current: Tensor, plan: Plan) -> None:
+def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
     storage = plan.method.storage
     present = {
         "mask": True,
@@ -229,10 +227,10 @@ def _check_tensors(saved: MaskedWeight, current: Tensor, plan: Plan) -> None:
         if tensor is None and expected is not True:
             continue
         kind = "bool" if name in ("mask", "reach") else "floating"
-        fits = isinstance(tensor, Tensor) and expected is not False and tensor.shape == current.shape
+        fits = isinstance(tensor, Tensor) and expected is not False and tensor.shape == shape
         if not fits or (tensor.dtype != torch.bool if kind == "bool" else not tensor.is_floating_point()):
             given = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-            allowed = "nothing" if expected is False else f"a {kind} tensor of shape {tuple(current.shape)}"
+            allowed = "nothing" if expected is False else f"a {kind} tensor of shape {tuple(shape)}"
             raise _misfit(name, saved.weight.name, allowed, given)
 
 

@@ -4,9 +4,8 @@ Changes masks and grown weights in place; clearing what fell outside is the call
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +15,10 @@ from dstlib.errors import ScoreError, require
 from dstlib.masking import NM, Account, AtInit, Budget, MaskUpdate, Site, Terms
 from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight
+from dstlib.sparsifier.state import MaskedWeight, groups_of
 from dstlib.targets import MatrixView
 
 Observer = Callable[[Site, MaskUpdate], None]
-
-
-class Scored(NamedTuple):
-    """A site with its unit scores, (G, U) each."""
-
-    site: Site
-    active_GU: Tensor
-    drop_GU: Tensor
-    grow_GU: Tensor
 
 
 def update_masks(
@@ -51,17 +41,20 @@ def update_masks(
     """
     method = plan.method
     sites = [make_site(m, view, plan, step, grad, momentum) for m, grad, momentum in due for view in m.weight.views]
-    scored = [_score(site, plan) for site in sites]
+    scored = [(site, _account(site, plan, method.drop(site), method.grow(site))) for site in sites]
+    shared = [account for _, account in scored if account.name not in plan.own]
     budgets: dict[str, Budget] = {}
-    accounts = [] if method.allocate is None else _accounts(scored, masked, plan, fixed=plan.own)
-    if method.allocate is not None and accounts:
-        num_total = _shared_total(accounts, masked, plan)
+    if method.allocate is not None and shared:
+        num_total = _shared_total(shared, masked, plan)
         terms = Terms(num_total=num_total, drop_fraction=plan.drop_fraction(step), memory=memory)
-        allocation = method.allocate(accounts, terms)
-        budgets, memory = _by_name(allocation.budgets, accounts, num_total, method.name), allocation.memory
-    for x in scored:
-        budget = budgets.get(x.site.name) or plan.budget(x.site.name, x.active_GU, step)
-        _apply(x, budget, plan, observers)
+        allocation = method.allocate(shared, terms)
+        budgets, memory = _by_name(allocation.budgets, shared, num_total, method.name), allocation.memory
+    for site, account in scored:
+        budget = budgets.get(site.name) or plan.budget(site.name, account.active_GU, step)
+        change = _exchange(site, account, budget, plan)
+        site.weight.copy_(torch.where(change.grown, method.grown_init(site), site.weight))
+        for observe in observers:
+            observe(site, change)
     return memory
 
 
@@ -76,10 +69,8 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
         return _prune_together(masked, plan, init)
     for m, view in views_of(masked):
         site = make_site(m, view, plan, 0)
-        score_GU = _unit_score(site, init(site), plan)
-        site.mask.zero_()
-        scored = Scored(site, torch.zeros_like(score_GU, dtype=torch.bool), score_GU, score_GU)
-        _exchange(scored, _first_budget(scored, plan), plan)
+        account = _account(site, plan, init(site))
+        _exchange(site, account, _first_budget(account), plan)
     return plan
 
 
@@ -137,12 +128,7 @@ def views_of(masked: Iterable[MaskedWeight]) -> Iterator[tuple[MaskedWeight, Mat
 
 
 def make_site(
-    m: MaskedWeight,
-    view: MatrixView,
-    plan: Plan,
-    step: int,
-    grad: Tensor | None = None,
-    momentum: Tensor | None = None,
+    m: MaskedWeight, view: MatrixView, plan: Plan, step: int, grad: Tensor | None = None, momentum: Tensor | None = None
 ) -> Site:
     """Returns one matrix view of a weight at a step, as criteria see it."""
 
@@ -162,12 +148,18 @@ def make_site(
     )
 
 
-def _score(site: Site, plan: Plan) -> Scored:
-    """Asks the method's criteria."""
-    method = plan.method
-    active_GU = method.granularity.fold(site.mask)[..., 0]
-    drop_GU, grow_GU = (_unit_score(site, criterion(site), plan) for criterion in (method.drop, method.grow))
-    return Scored(site, active_GU, drop_GU, grow_GU)
+def _account(site: Site, plan: Plan, drop: Tensor, grow: Tensor | None = None) -> Account:
+    """Returns a site as allocators see it; a single score says what is kept and what is grown."""
+    active_GU = plan.method.granularity.fold(site.mask)[..., 0]
+    drop_GU = _unit_score(site, drop, plan)
+    return Account(
+        name=site.name,
+        active_GU=active_GU,
+        drop_GU=drop_GU,
+        grow_GU=drop_GU if grow is None else _unit_score(site, grow, plan),
+        num_planned=_num_planned(plan, site.name, active_GU, site.step),
+        is_last=site.name == list(plan.densities)[-1],
+    )
 
 
 def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
@@ -178,45 +170,14 @@ def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
         raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
 
 
-def _exchange(scored: Scored, budget: Budget, plan: Plan) -> MaskUpdate:
+def _exchange(site: Site, account: Account, budget: Budget, plan: Plan) -> MaskUpdate:
     """Changes the mask of a site as its scores and budget say."""
-    update = masking.exchange(
-        scored.site.mask,
-        scored.drop_GU,
-        scored.grow_GU,
-        granularity=plan.method.granularity,
-        budget=budget,
-        regrow=plan.method.regrow,
+    method = plan.method
+    change = masking.exchange(
+        site.mask, account.drop_GU, account.grow_GU, granularity=method.granularity, budget=budget, regrow=method.regrow
     )
-    scored.site.mask.copy_(update.mask)
-    return update
-
-
-def _apply(scored: Scored, budget: Budget, plan: Plan, observers: Iterable[Observer]) -> None:
-    """Changes the mask of a site, gives grown weights their values, and tells the observers."""
-    update, site = _exchange(scored, budget, plan), scored.site
-    site.weight.copy_(torch.where(update.grown, plan.method.grown_init(site), site.weight))
-    for observe in observers:
-        observe(site, update)
-
-
-def _accounts(
-    scored: Iterable[Scored], masked: Iterable[MaskedWeight], plan: Plan, *, fixed: Collection[str]
-) -> list[Account]:
-    """Returns what an allocator sees of these sites, but for those whose numbers are ``fixed``."""
-    *_, (_, last) = views_of(masked)
-    return [
-        Account(
-            name=x.site.name,
-            active_GU=x.active_GU,
-            drop_GU=x.drop_GU,
-            grow_GU=x.grow_GU,
-            num_planned=_num_planned(plan, x.site.name, x.active_GU, x.site.step),
-            is_last=x.site.name == last.name,
-        )
-        for x in scored
-        if x.site.name not in fixed
-    ]
+    site.mask.copy_(change.mask)
+    return change
 
 
 def _shared_total(accounts: Sequence[Account], masked: Iterable[MaskedWeight], plan: Plan) -> int:
@@ -265,19 +226,19 @@ def _by_name(budgets: Sequence[Budget], accounts: Sequence[Account], num_total: 
 def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) -> Plan:
     """Scores and prunes in rounds, from dense, the budgets shared; then the densities are those of the masks."""
     fold = plan.method.granularity.fold
-    groups = {view.name: fold(view.of(m.mask)).shape[:2] for m, view in views_of(masked)}
+    groups = groups_of(masked, plan.method.granularity)
     fixed = set(groups) if isinstance(plan.method.granularity, NM) else plan.own  # N:M leaves nothing to share
     shared = [name for name in groups if name not in fixed]
     num_last = sum(masking.num_units(groups[n][1], plan.densities[n]) * groups[n][0] for n in shared)
     num_all = sum(groups[n].numel() for n in shared)
     for num_total in masking.falling(num_all, num_last, init.rounds) if shared else [0]:
         scored = _score_together(masked, plan, init)
-        accounts = _accounts(scored, masked, plan, fixed=fixed)
+        accounts = [account for _, account in scored if account.name not in fixed]
         terms = Terms(num_total=max(num_total, sum(groups[n][0] for n in shared)), drop_fraction=0.0)
         given = init.allocate(accounts, terms).budgets if accounts else ()
         budgets = _by_name(given, accounts, terms.num_total, init.name)
-        for x in scored:
-            _exchange(x, budgets.get(x.site.name) or _first_budget(x, plan), plan)
+        for site, account in scored:
+            _exchange(site, account, budgets.get(site.name) or _first_budget(account), plan)
         for m in masked:
             zero_outside_(m.parameter, m.mask)
     for m in masked:
@@ -286,7 +247,7 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
     return with_densities(replace(plan, densities_from_model=True, method=method), masked)
 
 
-def _score_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) -> list[Scored]:
+def _score_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) -> list[tuple[Site, Account]]:
     scores = init.scores([m.parameter for m in masked])
     scored = []
     for m, score in zip(masked, scores, strict=True):
@@ -300,11 +261,10 @@ def _score_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
             )
         for view in m.weight.views:
             site = make_site(m, view, plan, 0)
-            score_GU = _unit_score(site, view.of(score), plan)
-            scored.append(Scored(site, plan.method.granularity.fold(site.mask)[..., 0], score_GU, score_GU))
+            scored.append((site, _account(site, plan, view.of(score))))
     return scored
 
 
-def _first_budget(x: Scored, plan: Plan) -> Budget:
-    num_target = plan.num_target(x.site.name, x.active_GU.shape[1], 0)
-    return masking.spend(x.active_GU.sum(dim=1), num_target=num_target, drop_fraction=0.0)
+def _first_budget(account: Account) -> Budget:
+    num_target = account.num_planned // len(account.active_GU)
+    return masking.spend(account.active_GU.sum(dim=1), num_target=num_target, drop_fraction=0.0)
