@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,28 @@ _CONTAINERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
 _STATISTICS = {"batch_norm", "mean", "var_mean", "std_mean", "var", "std", "weight_standardization"}
 _FACTOR = re.compile(r"lora_(embedding_)?(a|b|down|up)", re.IGNORECASE)  # of peft, loralib, torchtune and kohya
 _BY_NAME = "sparse only if included by name"
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter that is sparse, or dense for a ``reason``, which is empty where it is sparse.
+
+    ``views`` are the matrices in it; ``can_split`` is whether the user may choose how many. ``aliases`` are all names
+    that mean it; those in ``on_request`` make it sparse in spite of the reason.
+    """
+
+    name: str
+    kind: str
+    parameter: nn.Parameter
+    views: tuple[MatrixView, ...]
+    reason: str = ""
+    on_request: frozenset[str] = frozenset()
+    can_split: bool = True
+    aliases: frozenset[str] = frozenset()
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob matches a name of the parameter, or of a module that owns it."""
+        return any(fnmatchcase(name, pattern) for name in self.aliases)
 
 
 @dataclass(frozen=True)
@@ -48,39 +71,36 @@ class Candidate:
         """Its own name and its module's: a user may mean it by either."""
         return frozenset({self.name, self.module_name} - {""})
 
+    def weight(
+        self,
+        reason: str = "",
+        *,
+        views: tuple[MatrixView, ...] = (),
+        on_request: frozenset[str] = frozenset(),
+        can_split: bool = True,
+        stands_for: frozenset[str] = frozenset(),
+    ) -> Weight:
+        """Returns the weight that it is, one matrix unless ``views`` are given.
 
-@dataclass(frozen=True)
-class Eligibility:
-    """Whether a parameter is sparse, as which matrices, or why it stays dense.
-
-    ``reason`` is empty if it is sparse; naming one of ``on_request`` in full overrules it. ``can_split`` is
-    whether the user may choose how many matrices it is; ``stands_for`` are further names, of what is computed
-    from it.
-    """
-
-    views: tuple[MatrixView, ...]
-    reason: str = ""
-    on_request: frozenset[str] = frozenset()
-    can_split: bool = True
-    stands_for: frozenset[str] = frozenset()
+        ``stands_for`` are further names, of what is computed from it.
+        """
+        kind, views = type(self.module).__name__, views or (MatrixView(self.name),)
+        aliases = self.names | stands_for
+        return Weight(self.name, kind, self.parameter, views, reason, on_request, can_split, aliases)
 
 
-def eligibility_of(candidate: Candidate) -> Eligibility:
-    """Returns the eligibility of a parameter, by the first rule that applies.
+def weight_of(candidate: Candidate) -> Weight:
+    """Returns a parameter as a weight, sparse or dense and why, by the first rule that applies.
 
     >>> table = nn.Embedding(4, 2)
-    >>> eligibility_of(Candidate("table", "weight", table.weight, table, None)).reason
+    >>> weight_of(Candidate("table", "weight", table.weight, table, None)).reason
     'weight of Embedding: no weight of Linear, Conv or attention'
     """
     rules = (_computed, _unusable, _factor, _adapted, _attention, _recurrent, _other, _matrix)
     return next(found for rule in rules if (found := rule(candidate)) is not None)
 
 
-def _dense(candidate: Candidate, reason: str, *, on_request: frozenset[str] = frozenset()) -> Eligibility:
-    return Eligibility((MatrixView(candidate.name),), reason, on_request)
-
-
-def _computed(candidate: Candidate) -> Eligibility | None:
+def _computed(candidate: Candidate) -> Weight | None:
     """Recognises a parameter from which the real weight is computed: by parametrize, or a hook before each forward."""
     if isinstance(candidate.module, ParametrizationList):
         owner, _, weight = candidate.module_name.rpartition("parametrizations.")
@@ -94,25 +114,25 @@ def _computed(candidate: Candidate) -> Eligibility | None:
         maker, owner = " and ".join(makers) or "a hook", candidate.module_name
     reason = f"{weight} is computed from it at each forward, by {maker}"
     stands_for = frozenset({f"{owner}.{weight}" if owner else weight, owner} - {""})
-    return Eligibility((MatrixView(candidate.name),), reason, stands_for=stands_for)
+    return candidate.weight(reason, stands_for=stands_for)
 
 
-def _unusable(candidate: Candidate) -> Eligibility | None:
+def _unusable(candidate: Candidate) -> Weight | None:
     """Recognises a parameter that no optimizer trains, or no mask fits."""
     parameter = candidate.parameter
     kind = type(parameter.data).__name__
     if not isinstance(parameter, nn.Parameter):
-        return _dense(candidate, "a computed tensor, no parameter")
+        return candidate.weight("a computed tensor, no parameter")
     if kind == "DTensor":
-        return _dense(candidate, "sharded (DTensor): not supported yet")
+        return candidate.weight("sharded (DTensor): not supported yet")
     if not parameter.is_floating_point() or parameter.layout != torch.strided or kind not in ("Tensor", "Parameter"):
-        return _dense(candidate, f"{kind} of {parameter.dtype}, {parameter.layout}: not a plain float tensor")
+        return candidate.weight(f"{kind} of {parameter.dtype}, {parameter.layout}: not a plain float tensor")
     if not parameter.numel():
-        return _dense(candidate, "empty")
-    return None if parameter.requires_grad else _dense(candidate, "frozen (requires_grad is False)")
+        return candidate.weight("empty")
+    return None if parameter.requires_grad else candidate.weight("frozen (requires_grad is False)")
 
 
-def _factor(candidate: Candidate) -> Eligibility | None:
+def _factor(candidate: Candidate) -> Weight | None:
     """Recognises a low-rank factor, A or B of B·A: a layer of its own (peft) or a parameter of the layer (loralib)."""
     if not any(_FACTOR.fullmatch(part) for part in candidate.name.split(".")):
         return None
@@ -120,10 +140,10 @@ def _factor(candidate: Candidate) -> Eligibility | None:
     if not (is_layer or _is_own(candidate)):
         return None
     reason = f"low-rank factor, whose zeros leave the product dense: {_BY_NAME}"
-    return _dense(candidate, reason, on_request=candidate.names if is_layer else frozenset({candidate.name}))
+    return candidate.weight(reason, on_request=candidate.names if is_layer else frozenset({candidate.name}))
 
 
-def _adapted(candidate: Candidate) -> Eligibility | None:
+def _adapted(candidate: Candidate) -> Weight | None:
     """Recognises a weight beside low-rank factors, in its module or in the only layer that their module wraps."""
     if not isinstance(candidate.module, _MATRICES) or candidate.key != "weight":
         return None
@@ -134,47 +154,46 @@ def _adapted(candidate: Candidate) -> Eligibility | None:
     if holder is not candidate.module and layers != [candidate.module]:
         return None
     if any("train" in vars(cls) for cls in type(holder).__mro__ if not _is_torch(cls)):
-        return _dense(candidate, "train() and eval() merge a low-rank product into it, which would undo the zeros")
+        return candidate.weight("train() and eval() merge a low-rank product into it, which would undo the zeros")
     reason = f"adapted by low-rank factors, and merging them would undo the zeros: {_BY_NAME}"
-    return _dense(candidate, reason, on_request=candidate.names)
+    return candidate.weight(reason, on_request=candidate.names)
 
 
 def _has_factors(module: nn.Module) -> bool:
     return any(_FACTOR.fullmatch(name) for name in (*module._parameters, *module._modules))
 
 
-def _attention(candidate: Candidate) -> Eligibility | None:
+def _attention(candidate: Candidate) -> Weight | None:
     if not isinstance(candidate.module, nn.MultiheadAttention):
         return None
     if candidate.key == "in_proj_weight":
-        return Eligibility(chunks(candidate.name, "qkv", len(candidate.parameter)), can_split=False)
-    return Eligibility((MatrixView(candidate.name),)) if re.fullmatch("[qkv]_proj_weight", candidate.key) else None
+        return candidate.weight(views=chunks(candidate.name, "qkv", len(candidate.parameter)), can_split=False)
+    return candidate.weight() if re.fullmatch("[qkv]_proj_weight", candidate.key) else None
 
 
-def _recurrent(candidate: Candidate) -> Eligibility | None:
+def _recurrent(candidate: Candidate) -> Weight | None:
     """Recognises a recurrent weight, in which the gates are stacked."""
     is_weight = re.fullmatch(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", candidate.key)
     if not isinstance(candidate.module, _RECURRENT) or not is_weight:
         return None
     num_gates = 1 if is_weight[1] == "hr" else len(candidate.parameter) // candidate.module.hidden_size
     views = chunks(candidate.name, range(num_gates), len(candidate.parameter))
-    return Eligibility(views, f"recurrent: {_BY_NAME}", on_request=candidate.names, can_split=False)
+    return candidate.weight(f"recurrent: {_BY_NAME}", views=views, on_request=candidate.names, can_split=False)
 
 
-def _other(candidate: Candidate) -> Eligibility | None:
+def _other(candidate: Candidate) -> Weight | None:
     """Recognises a parameter that is no weight of Linear or Conv."""
     if candidate.key == "weight" and isinstance(candidate.module, _MATRICES):
         return None
     if isinstance(candidate.module, nn.Bilinear) and candidate.key == "weight":
-        return _dense(candidate, f"bilinear: {_BY_NAME}", on_request=candidate.names)
+        return candidate.weight(f"bilinear: {_BY_NAME}", on_request=candidate.names)
     if not _is_own(candidate):
-        return _dense(
-            candidate, f"{candidate.key} of {type(candidate.module).__name__}: no weight of Linear, Conv or attention"
-        )
+        kind = type(candidate.module).__name__
+        return candidate.weight(f"{candidate.key} of {kind}: no weight of Linear, Conv or attention")
     if candidate.key == "weight" and _standardizes_weight(type(candidate.module)):
-        return _dense(candidate, "its forward standardises the weight, which would undo the zeros")
+        return candidate.weight("its forward standardises the weight, which would undo the zeros")
     kind = type(candidate.owner if isinstance(candidate.module, _CONTAINERS[1:]) else candidate.module).__name__
-    return _dense(candidate, f"raw parameter of {kind}: {_BY_NAME}", on_request=frozenset({candidate.name}))
+    return candidate.weight(f"raw parameter of {kind}: {_BY_NAME}", on_request=frozenset({candidate.name}))
 
 
 def _is_own(candidate: Candidate) -> bool:
@@ -183,21 +202,18 @@ def _is_own(candidate: Candidate) -> bool:
     return base in _CONTAINERS or candidate.key not in ("weight", "bias_k", "bias_v")
 
 
-def _matrix(candidate: Candidate) -> Eligibility:
-    module, view = candidate.module, MatrixView(candidate.name)
+def _matrix(candidate: Candidate) -> Weight:
+    module = candidate.module
     if _standardizes_weight(type(module)):
-        return _dense(candidate, "its forward standardises the weight, which would undo the zeros")
+        return candidate.weight("its forward standardises the weight, which would undo the zeros")
     if isinstance(module, _TRANSPOSED):
         reason = "grouped transposed convolution" if module.groups > 1 else ""
-        return Eligibility((MatrixView(candidate.name, transposed=True),), reason, can_split=False)
+        return candidate.weight(reason, views=(MatrixView(candidate.name, transposed=True),), can_split=False)
     if isinstance(module, _CONVS) and module.groups > 1 and module.weight.shape[1] == 1:
-        return Eligibility((view,), f"depthwise: {_BY_NAME}", on_request=candidate.names)
-    parts = (
-        fused_parts(candidate.module_name, candidate.parameter, candidate.owner)
-        if isinstance(module, nn.Linear)
-        else ""
-    )
-    return Eligibility(chunks(candidate.name, parts, len(candidate.parameter)) if parts else (view,))
+        return candidate.weight(f"depthwise: {_BY_NAME}", on_request=candidate.names)
+    is_linear = isinstance(module, nn.Linear)
+    parts = fused_parts(candidate.module_name, candidate.parameter, candidate.owner) if is_linear else ""
+    return candidate.weight(views=chunks(candidate.name, parts, len(candidate.parameter)) if parts else ())
 
 
 def _standardizes_weight(cls: type) -> bool:

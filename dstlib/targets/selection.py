@@ -6,8 +6,7 @@ nothing is left out in silence.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, StateError, require, similar
-from dstlib.targets.eligibility import Candidate, eligibility_of, overlaps
+from dstlib.targets.eligibility import Candidate, Weight, overlaps, weight_of
 from dstlib.targets.views import MatrixView, chunks
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -28,28 +27,6 @@ class Masked(Protocol):
 
     @property
     def masks(self) -> Mapping[str, Tensor]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A parameter that is sparse, or dense for a ``reason``, which is empty where it is sparse.
-
-    ``views`` are the matrices in it. ``aliases`` are all names that mean it; those in ``on_request`` make it
-    sparse in spite of the reason.
-    """
-
-    name: str
-    kind: str
-    parameter: nn.Parameter
-    views: tuple[MatrixView, ...]
-    reason: str = ""
-    on_request: frozenset[str] = frozenset()
-    can_split: bool = True
-    aliases: frozenset[str] = frozenset()
-
-    def matches(self, pattern: str) -> bool:
-        """Whether a glob matches a name of the parameter, or of a module that owns it."""
-        return any(fnmatchcase(name, pattern) for name in self.aliases)
 
 
 def plain_name(name: str) -> str:
@@ -220,7 +197,7 @@ def _all_weights(model: nn.Module) -> Iterator[Weight]:
             if parameter.ndim >= 2:
                 name = plain_name(module_name)
                 owner = modules.get(name.rpartition(".")[0]) if name else None
-                weight = _weight_of(Candidate(name, key, parameter, module, owner))
+                weight = weight_of(Candidate(name, key, parameter, module, owner))
                 owners.setdefault(id(parameter), []).append(weight)
     shared = overlaps(dict(model.named_parameters()))
     for weights in owners.values():
@@ -229,20 +206,6 @@ def _all_weights(model: nn.Module) -> Iterator[Weight]:
             reason = f"a view of the memory of {plain_name(other)}, whose zeros a mask would be written through to"
             weight = replace(weight, reason=reason, on_request=frozenset())
         yield weight
-
-
-def _weight_of(candidate: Candidate) -> Weight:
-    found = eligibility_of(candidate)
-    return Weight(
-        name=candidate.name,
-        kind=type(candidate.module).__name__,
-        parameter=candidate.parameter,
-        views=found.views,
-        reason=found.reason,
-        on_request=found.on_request,
-        can_split=found.can_split,
-        aliases=candidate.names | found.stands_for,
-    )
 
 
 def _tied(weights: Sequence[Weight]) -> Weight:
