@@ -87,13 +87,6 @@ def _needs(criterion: Criterion, method: Method, name: str, shape: torch.Size, *
     return False
 
 
-def _mask(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draws about every second entry; some of both kinds, wherever there are two."""
-    mask = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < 0.5
-    mask.view(-1)[0], mask.view(-1)[-1] = True, False
-    return mask
-
-
 def _sites(method: Method, name: str, shape: torch.Size, progress: float) -> Iterator[Site]:
     """Yields two sites that differ in the gradients outside the mask."""
     generator = torch.Generator("cpu").manual_seed(0)
@@ -101,7 +94,8 @@ def _sites(method: Method, name: str, shape: torch.Size, progress: float) -> Ite
     def draw() -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
-    mask = _mask(shape, generator)
+    mask = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < 0.5
+    mask.view(-1)[0], mask.view(-1)[-1] = True, False  # some of both kinds, wherever there are two entries
     weight, grad, other, momentum, trace = (draw() for _ in range(5))
     site = Site(
         name=name,

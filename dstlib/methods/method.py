@@ -7,24 +7,9 @@ class per method and nothing to register. The field's methods are in :mod:`dstli
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dstlib import masking
 from dstlib.errors import require
-from dstlib.masking import (
-    NM,
-    Allocator,
-    AtInit,
-    Criterion,
-    DenseStorage,
-    Distribution,
-    Element,
-    Granularity,
-    GrownInit,
-    Trace,
-    erk,
-    magnitude,
-    random,
-    round_down,
-    zeros,
-)
+from dstlib.masking import NM, Allocator, AtInit, Criterion, DenseStorage, Distribution, Granularity, GrownInit, Trace
 from dstlib.schedules import Clock, Constant, Cosine, Curve, Every, Never
 
 
@@ -59,10 +44,10 @@ class Method:
 
     name: str
     reference: str
-    drop: Criterion = magnitude
-    grow: Criterion = random
-    granularity: Granularity = Element()
-    distribution: Distribution = erk
+    drop: Criterion = masking.magnitude
+    grow: Criterion = masking.random
+    granularity: Granularity = masking.Element()
+    distribution: Distribution = masking.erk
     drop_fraction: Curve = Cosine(0.3)
     ramp: Curve = Constant(1.0)
     start_density: float = 1.0
@@ -70,8 +55,8 @@ class Method:
     allocate: Allocator | None = None
     interval: int | None = 100
     stop: float = 0.75
-    init: Criterion | AtInit = random
-    grown_init: GrownInit = zeros
+    init: Criterion | AtInit = masking.random
+    grown_init: GrownInit = masking.zeros
     trace: Trace | None = None
     storage: DenseStorage | None = None
     regrow: bool = True
@@ -91,7 +76,7 @@ class Method:
         """Returns when this method updates in a run of ``total_steps`` optimizer steps (None: of unknown length)."""
         if self.interval is None:
             return Never()
-        stop = None if total_steps is None else round_down(self.stop * total_steps)
+        stop = None if total_steps is None else masking.round_down(self.stop * total_steps)
         return Every(interval=self.interval, stop=stop)
 
     def density(self, target: float, progress: float, start: float | None = None) -> float:

@@ -5,7 +5,7 @@ steps until 75 % of the run, unless the paper's point is another. Where a preset
 ``reference`` says so.
 
 >>> from dataclasses import replace
->>> mine = replace(GRANET, interval=1000, granularity=Kernel())
+>>> mine = replace(GRANET, interval=1000, granularity=masking.Kernel())
 >>> print(METHODS["rigl"].reference[:17])
 Evci et al. 2020,
 """
@@ -14,31 +14,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from dstlib import masking
 from dstlib.errors import require, similar
-from dstlib.masking import (
-    NM,
-    AdaptiveThreshold,
-    DenseStorage,
-    FanIn,
-    Kernel,
-    NeuronAblation,
-    OverDensity,
-    Sampled,
-    Trace,
-    WeightAndGradient,
-    global_units,
-    gradient,
-    link_prediction,
-    magnitude,
-    momentum_share,
-    relative_importance,
-    sign_balanced,
-    stored,
-    traced_magnitude,
-    uniform,
-    uniform_fan_out,
-    zeros,
-)
 from dstlib.methods.method import Method
 from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Linear
 
@@ -53,23 +30,23 @@ SET = Method(
     reference="Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse "
     "connectivity, Nature Communications. Deviates: updates each 100 steps, not each epoch, until 75 % of "
     "the run, and ERK where the paper has ER on linear layers.",
-    drop=sign_balanced,
+    drop=masking.sign_balanced,
     drop_fraction=Constant(0.3),
-    grown_init=uniform_fan_out,
+    grown_init=masking.uniform_fan_out,
 )
 
 RIGL = Method(
     name="rigl",
     reference="Evci et al. 2020, Rigging the lottery: making all tickets winners, ICML, Algorithm 1. "
     "Deviates: the optimizer step at an update proceeds, with the new mask.",
-    grow=gradient,
+    grow=masking.gradient,
 )
 
 GMP = Method(
     name="gmp",
     reference="Zhu & Gupta 2017, To prune, or not to prune, arXiv:1710.01878, equation 1. Starts dense.",
-    grow=magnitude,  # never asked: the target only shrinks and nothing is dropped beyond it
-    distribution=uniform,
+    grow=masking.magnitude,  # never asked: the target only shrinks and nothing is dropped beyond it
+    distribution=masking.uniform,
     drop_fraction=Constant(0.0),
     ramp=Cubic(0.0, 1.0),
 )
@@ -78,8 +55,8 @@ DSFF = Method(
     name="dsff",
     reference="Wu et al. 2024, E2ENet: dynamic sparse feature fusion, NeurIPS, arXiv:2312.04727. Deviates: "
     "drops floor(f·A) kernels where the published code rounds up.",
-    granularity=Kernel(),
-    distribution=uniform,
+    granularity=masking.Kernel(),
+    distribution=masking.uniform,
     drop_fraction=Cosine(0.5, end=0.001),
     interval=1200,
     stop=1.0,
@@ -91,11 +68,11 @@ SNFS = Method(
     "performance, arXiv:1907.04840. Momentum is a trace of the dense gradient, as the optimizer's is masked. "
     "Deviates: an update each 100 steps, not each epoch, until 75 % of the run; what a full layer leaves goes to the "
     "others by their shares, not evenly.",
-    grow=traced_magnitude,
-    distribution=uniform,
+    grow=masking.traced_magnitude,
+    distribution=masking.uniform,
     drop_fraction=Cosine(0.5),
-    allocate=momentum_share,
-    trace=Trace(decay=0.9),
+    allocate=masking.momentum_share,
+    trace=masking.Trace(decay=0.9),
 )
 
 DSR = Method(
@@ -103,16 +80,16 @@ DSR = Method(
     reference="Mostafa & Wang 2019, Parameter efficient training of deep convolutional neural networks by dynamic "
     "sparse reparameterization, ICML, Algorithm 1. Deviates: the number to drop is a tenth of the active weights, "
     "where the paper sets it per network, and the interval is constant.",
-    distribution=uniform,
+    distribution=masking.uniform,
     drop_fraction=Constant(0.1),
-    allocate=AdaptiveThreshold(),
+    allocate=masking.AdaptiveThreshold(),
 )
 
 MEST = Method(
     name="mest",
     reference="Yuan et al. 2021, MEST: accurate and fast memory-economic sparse training framework on the edge, "
     "NeurIPS: elastic mutation (EM). Deviates: the mutation rate falls by a cosine from 0.3.",
-    drop=WeightAndGradient(0.01),
+    drop=masking.WeightAndGradient(0.01),
 )
 
 MEST_SOFT = replace(
@@ -129,9 +106,9 @@ SET_ITOP = replace(
     name="set_itop",
     reference="Liu et al. 2021, Do we actually need dense over-parameterization? In-time over-parameterization in "
     "sparse training, ICML: SET with long intervals and α = 0.5, to the end of the run.",
-    drop=magnitude,
+    drop=masking.magnitude,
     drop_fraction=Cosine(0.5),
-    grown_init=zeros,
+    grown_init=masking.zeros,
     interval=1500,
     stop=1.0,
 )
@@ -150,10 +127,10 @@ GRANET = Method(
     reference="Liu et al. 2021, Sparse training via boosting pruning plasticity with neuroregeneration, NeurIPS, "
     "Algorithm 1, from dense: weights of all layers are pruned together along the cubic ramp, then each layer "
     "exchanges its weakest half, falling by a cosine. Deviates: an update each 100 steps, for 75 % of the run.",
-    grow=gradient,
+    grow=masking.gradient,
     drop_fraction=Cosine(0.5),
     ramp=Cubic(0.0, 1.0),
-    allocate=global_units,
+    allocate=masking.global_units,
 )
 
 GRANET_SPARSE = replace(
@@ -167,7 +144,7 @@ GMP_GLOBAL = replace(
     GMP,
     name="gmp_global",
     reference="Zhu & Gupta 2017, the cubic ramp, with one magnitude threshold for all layers (Han et al. 2015).",
-    allocate=global_units,
+    allocate=masking.global_units,
 )
 
 ACDC = Method(
@@ -175,10 +152,10 @@ ACDC = Method(
     reference="Peste et al. 2021, AC/DC: alternating compressed/decompressed training of deep neural networks, "
     "NeurIPS, Algorithm 1, pruning all layers together. Deviates: phases are tenths of the run and begin at the "
     "next update, so give a run of many intervals.",
-    grow=magnitude,  # chooses nothing: what grows is everything
+    grow=masking.magnitude,  # chooses nothing: what grows is everything
     drop_fraction=Constant(0.0),
     ramp=Alternating(),
-    allocate=global_units,
+    allocate=masking.global_units,
     stop=1.0,
     reset_state=True,
 )
@@ -189,9 +166,9 @@ SRIGL = Method(
     "neuron ablation, γ = 0.3 as for convolutional networks; replace(SRIGL, allocate=NeuronAblation(0.95)) for "
     "vision transformers. Deviates: an ablated neuron stays so, where the published code looks at all neurons anew, "
     "and γ is of the present fan-in, which rises as neurons go.",
-    grow=gradient,
-    granularity=FanIn(),
-    allocate=NeuronAblation(0.3),
+    grow=masking.gradient,
+    granularity=masking.FanIn(),
+    allocate=masking.NeuronAblation(0.3),
 )
 
 CHT = Method(
@@ -200,8 +177,8 @@ CHT = Method(
     "brain-inspired theory for ultra-sparse advantage in deep learning, ICLR. Deviates: links are predicted by "
     "CH2-L3n, where the paper has the path-based CH3-L3p; random first masks, no removal of dead neurons, an update "
     "each 100 steps, until 75 % of the run.",
-    grow=link_prediction,
-    distribution=uniform,
+    grow=masking.link_prediction,
+    distribution=masking.uniform,
     drop_fraction=Constant(0.3),
 )
 
@@ -211,8 +188,8 @@ CHTS = replace(
     reference="Zhang et al. 2025, Brain network science modelling of sparse neural networks enables transformers and "
     "LLMs to perform as fully connected, arXiv:2501.19107, section 3.1: links are kept by draws with p ∝ score^T, T = "
     "δ/(1-δ) for δ from 0.5 to 0.75, and grown by draws. Deviates: T rises linearly, not δ; masks and interval as cht.",
-    drop=Sampled(relative_importance, Linear(1.0, 3.0)),
-    grow=Sampled(link_prediction),
+    drop=masking.Sampled(masking.relative_importance, Linear(1.0, 3.0)),
+    grow=masking.Sampled(masking.link_prediction),
 )
 
 TOPKAST = Method(
@@ -220,14 +197,14 @@ TOPKAST = Method(
     reference="Jayakumar et al. 2020, Top-KAST: top-k always sparse training, NeurIPS: forward with the largest "
     "weights, gradients for a further tenth, which are pulled to zero by 1/density. Deviates: the pull is 1e-4 "
     "beside the optimizer's own weight decay.",
-    grow=magnitude,
-    distribution=uniform,
+    grow=masking.magnitude,
+    distribution=masking.uniform,
     drop_fraction=Constant(1.0),  # nothing is kept for its own sake: growth by magnitude chooses all anew
     interval=1,
     stop=1.0,
-    init=magnitude,
-    grown_init=stored,
-    storage=DenseStorage(extra=0.1, decay=OverDensity(1e-4)),
+    init=masking.magnitude,
+    grown_init=masking.stored,
+    storage=masking.DenseStorage(extra=0.1, decay=masking.OverDensity(1e-4)),
 )
 
 SRSTE = replace(
@@ -236,34 +213,16 @@ SRSTE = replace(
     reference="Zhou et al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch, ICLR, "
     "equation 9: a straight-through gradient for all weights, and a pull of 2e-4 on the hidden ones. For other "
     "patterns, replace(SRSTE, granularity=NM(1, 4)).",
-    granularity=NM(2, 4),
-    storage=DenseStorage(decay=Constant(2e-4)),
+    granularity=masking.NM(2, 4),
+    storage=masking.DenseStorage(decay=Constant(2e-4)),
 )
 
-_ALL = (
-    STATIC,
-    SET,
-    SET_ITOP,
-    RIGL,
-    RIGL_ITOP,
-    SNFS,
-    DSR,
-    MEST,
-    MEST_SOFT,
-    GRANET,
-    GRANET_SPARSE,
-    GMP,
-    GMP_GLOBAL,
-    ACDC,
-    SRIGL,
-    CHT,
-    CHTS,
-    TOPKAST,
-    SRSTE,
-    DSFF,
-)
+# in the order of docs/methods.md: one density throughout; one that moves; structure, links, weights that live on
+_SPARSE = (STATIC, SET, SET_ITOP, RIGL, RIGL_ITOP, SNFS, DSR, MEST, MEST_SOFT)
+_RAMPED = (GRANET, GRANET_SPARSE, GMP, GMP_GLOBAL, ACDC)
+_OTHERS = (SRIGL, CHT, CHTS, TOPKAST, SRSTE, DSFF)
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (*_SPARSE, *_RAMPED, *_OTHERS)})
 
 
 def find_method(method: str | Method) -> Method:
