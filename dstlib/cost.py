@@ -19,7 +19,6 @@ from dstlib.masking import num_units
 from dstlib.methods.dense_gradients import Reading, examples, find_reading
 from dstlib.profile import Convention, Profile, Shape, profile
 from dstlib.schedules import Every
-from dstlib.sparsifier import Sparsifier
 from dstlib.targets import plain_name, unwrap
 
 
@@ -79,7 +78,8 @@ class TrainingCost:
         self._history = history
         self._sparsifier = sparsifier = history.sparsifier
         whole = profile(model, input_shape, convention=convention)
-        rest = profile(model, input_shape, sparsifier=_Emptied.of(sparsifier), convention=convention)
+        emptied = _Emptied({n: torch.zeros((), dtype=torch.bool).expand(m.shape) for n, m in sparsifier.masks.items()})
+        rest = profile(model, input_shape, sparsifier=emptied, convention=convention)
         self.dense, self.uncounted, self._rest = whole.flops, whole.uncounted, rest.flops
         per_entry = _flops_per_entry(model, whole, rest)
         shapes = {s.name: s.of(w.parameter.detach()).shape for w in sparsifier.weights for s in w.views}
@@ -153,11 +153,6 @@ class _Emptied:
     """Masks without an active entry: what is left of the FLOPs then is none of the sparse weights'."""
 
     masks: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, sparsifier: Sparsifier) -> "_Emptied":
-        none = torch.zeros((), dtype=torch.bool)
-        return cls({name: none.expand(mask.shape) for name, mask in sparsifier.masks.items()})
 
 
 def _flops_per_entry(model: nn.Module, whole: Profile, rest: Profile) -> Callable[[str], int]:

@@ -128,9 +128,8 @@ class Track:
         dead = dead_channels(mask)
         from_first = mask & (self.marks == _FIRST)
         counted = (mask, dropped, grown, self.marks != 0, from_first, dead.outputs, dead.inputs)
-        self._numbers.extend(
-            [step, *torch.stack([x.count_nonzero() for x in counted]).tolist()]
-        )  # one wait for the device
+        # one wait for the device
+        self._numbers.extend([step, *torch.stack([x.count_nonzero() for x in counted]).tolist()])
 
 
 _COUNTS = Change._fields[1:]

@@ -96,17 +96,20 @@ def exchange(history: History, path: str | os.PathLike[str] | None = None) -> "F
         SettingError: There is no matplotlib, or it does not write this file format.
     """
     a = history.arrays()
-    step, lines = a["step"], {"explored_share": INK, "churn": INK, "overlap": INK, "first_overlap": ACCENT}
+    step = a["step"]
     with drawn(path, size=(8, 7)) as figure:
         top, middle, bottom = figure.subplots(3, 1, sharex=True)
-        panels = {"explored_share": top, "churn": middle, "overlap": bottom, "first_overlap": bottom}
-        for share, panel in panels.items():
-            start = _first_of(share, a)
+        for share, panel, colour, label in (
+            ("explored_share", top, INK, None),
+            ("churn", middle, INK, None),
+            ("overlap", bottom, INK, "with the mask before"),
+            ("first_overlap", bottom, ACCENT, "with the first mask"),
+        ):
+            start, total = _first_of(share, a), a[f"total_{share}"]
             low, high = np.quantile(a[share][:, start:], (0.1, 0.9), axis=0)
-            panel.fill_between(step[start:], low, high, color=lines[share], alpha=0.15, linewidth=0)
-            total = a[f"total_{share}"]
-            panel.plot(step[start:], total[start:], color=lines[share], linewidth=1.8, label=_LABELS.get(share))
-            _mark_last(panel, step[-1], total[-1], colour=lines[share])
+            panel.fill_between(step[start:], low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.plot(step[start:], total[start:], color=colour, linewidth=1.8, label=label)
+            _mark_last(panel, step[-1], total[-1], colour=colour)
         top.set_title("Explored share of the entries, all layers together (shaded: 10 to 90 % of the layers)")
         middle.set_title("Churn: share of the active entries exchanged at an update")
         bottom.set_title("Overlap: share of the entries of an earlier mask still active")
@@ -137,9 +140,6 @@ def dead_channels(history: History, path: str | os.PathLike[str] | None = None) 
             panel.set_xlabel("optimizer step")
         figure.colorbar(mesh, ax=panels, pad=0.02, aspect=30, label="share of the layer's channels")
     return figure
-
-
-_LABELS = {"overlap": "with the mask before", "first_overlap": "with the first mask"}
 
 
 def _height(num_layers: int) -> float:

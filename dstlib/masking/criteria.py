@@ -413,40 +413,23 @@ def _keys(site: Site, criterion: Criterion, exponent: Curve | float, *, sign: in
 
     In double precision: ten million keys tie too often in single.
     """
-    score = _scores(site, criterion)
-    power = _power(site, exponent)
-    is_zero = (score == 0) & (power > 0)
-    log_time = _log_time(site)
-    key = power * score.where(score > 0, torch.ones_like(score)).log() + sign * log_time
-    lowest = key.masked_fill(is_zero, 0.0).min()
-    return torch.where(is_zero, lowest - 4 + log_time, key)  # log_time is below 4
-
-
-def _scores(site: Site, criterion: Criterion) -> Tensor:
-    score = criterion(site).double()
-    is_fit = (score >= 0) & score.isfinite()
-    if not bool(is_fit.all()):
+    score, where = criterion(site).double(), f"{site.name} at step {site.step}"
+    if num_unfit := int((~(score >= 0) | ~score.isfinite()).sum()):
         raise ScoreError.of(
             "scores to draw by",
-            f"{site.name} at step {site.step}",
+            where,
             allowed="finite numbers, 0 or more",
-            given=f"{int((~is_fit).sum())} that are not",
+            given=f"{num_unfit} that are not",
             remedy="Draw by a criterion that is never negative, such as magnitude.",
         )
-    return score
-
-
-def _power(site: Site, exponent: Curve | float) -> float:
     power = exponent(site.progress) if callable(exponent) else exponent
-    allowed = f"a number in [0, {_MOST:g}]"
     remedy = "Beyond, chance has no say: use the criterion itself."
-    require(
-        0 <= power <= _MOST, "exponent", f"{site.name} at step {site.step}", allowed=allowed, given=power, remedy=remedy
-    )
-    return power
-
-
-def _log_time(site: Site) -> Tensor:
-    """Draws logarithms of exponential waiting times of rate 1: in [-37, 3.7]."""
+    fits = 0 <= power <= _MOST
+    require(fits, "exponent", where, allowed=f"a number in [0, {_MOST:g}]", given=power, remedy=remedy)
+    is_zero = (score == 0) & (power > 0)
     uniform = torch.rand(site.weight.shape, generator=site.generator, dtype=torch.float64, device="cpu")
-    return uniform.clamp_(min=2.0**-54).log_().neg_().log_().to(site.weight.device)
+    # logarithms of exponential waiting times of rate 1, in [-37, 3.7]
+    log_time = uniform.clamp_(min=2.0**-54).log_().neg_().log_().to(site.weight.device)
+    key = power * score.where(score > 0, torch.ones_like(score)).log() + sign * log_time
+    lowest = key.masked_fill(is_zero, 0.0).min()
+    return torch.where(is_zero, lowest - 4 + log_time, key)

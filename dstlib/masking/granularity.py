@@ -30,8 +30,16 @@ class Granularity(Protocol):
         """Turns (G, U, E) back into (O, I, *K), which is ``shape``."""
 
 
+class _InOrder:
+    """Units whose weights, one after the other, are in the order of memory."""
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """Inverts ``fold``."""
+        return x_GUE.reshape(shape)
+
+
 @dataclass(frozen=True)
-class Element:
+class Element(_InOrder):
     """Each weight for itself, all competing: unstructured sparsity.
 
     >>> tuple(Element().fold(torch.zeros(4, 3, 5, 5)).shape)
@@ -42,13 +50,9 @@ class Element:
         """Turns (O, I, *K) into (1, O·I·K, 1)."""
         return rearrange(x_OIK, "o i ... -> 1 (o i ...) 1")
 
-    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """Inverts ``fold``."""
-        return x_GUE.reshape(shape)
-
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(_InOrder):
     """One connection between an input and an output channel, with all its taps.
 
     Reference: Wu et al. 2024 (E2ENet), DSFF.
@@ -61,13 +65,9 @@ class Kernel:
         """Turns (O, I, *K) into (1, O·I, K)."""
         return rearrange(x_OIK, "o i ... -> 1 (o i) (...)")
 
-    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """Inverts ``fold``."""
-        return x_GUE.reshape(shape)
-
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(_InOrder):
     """A whole output channel (a row of a linear layer).
 
     >>> tuple(Channel().fold(torch.zeros(4, 3, 5, 5)).shape)
@@ -77,10 +77,6 @@ class Channel:
     def fold(self, x_OIK: Tensor) -> Tensor:
         """Turns (O, I, *K) into (1, O, I·K)."""
         return rearrange(x_OIK, "o i ... -> 1 o (i ...)")
-
-    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """Inverts ``fold``."""
-        return x_GUE.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,7 @@ class Block:
 
     def __post_init__(self) -> None:
         given = (self.out, self.into)
-        require(
-            min(given) >= 1, "out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4), say."
-        )
+        require(min(given) >= 1, "out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4).")
 
     def fold(self, x_OIK: Tensor) -> Tensor:
         """Turns (O, I, *K) into (1, O/out · I/into, out·into·K)."""
@@ -116,7 +110,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class FanIn:
+class FanIn(_InOrder):
     """Weights of one output compete among themselves: each output keeps the same number of inputs.
 
     Reference: Lasby et al. 2024 (SRigL), constant fan-in.
@@ -128,10 +122,6 @@ class FanIn:
     def fold(self, x_OIK: Tensor) -> Tensor:
         """Turns (O, I, *K) into (O, I·K, 1)."""
         return rearrange(x_OIK, "o i ... -> o (i ...) 1")
-
-    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
-        """Inverts ``fold``."""
-        return x_GUE.reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,8 @@ class Trace:
     def __post_init__(self) -> None:
         remedy = "1 adds up; 0.9 forgets by a tenth a step."
         require(0 <= self.decay <= 1, "decay", "Trace", allowed="a number in [0, 1]", given=self.decay, remedy=remedy)
-        allowed = "1 or more"
-        remedy = "None gathers at every step."
-        require(
-            self.steps is None or self.steps >= 1, "steps", "Trace", allowed=allowed, given=self.steps, remedy=remedy
-        )
+        fits, remedy = self.steps is None or self.steps >= 1, "None gathers at every step."
+        require(fits, "steps", "Trace", allowed="1 or more", given=self.steps, remedy=remedy)
 
 
 @dataclass(frozen=True)
