@@ -69,8 +69,10 @@ class GlobalRank:
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
         active = [a.active_GU for a in accounts]
         scores = [self.rescale(a.drop_GU, a.active_GU) for a in accounts]
+        if not self.may_empty:
+            scores = [_first_of_group_first(s, a) for s, a in zip(scores, active, strict=True)]
         num_active = sum(int(x.sum()) for x in active)
-        counts = self._counts(scores, active, min(terms.num_total, num_active))
+        counts = [int(x.sum()) for x in _best_of_all(scores, active, min(terms.num_total, num_active))]
         if terms.num_total > num_active:
             inactive = [~x for x in active]
             grown = _best_of_all([a.grow_GU for a in accounts], inactive, terms.num_total - num_active)
@@ -80,12 +82,6 @@ class GlobalRank:
             stays_G = torch.minimum(account.active_GU.sum(dim=1), num_target)
             budgets.append(Budget(stays_G - num_dropped(stays_G, terms.drop_fraction), num_target))
         return Allocation(tuple(budgets))
-
-    def _counts(self, scores: Sequence[Tensor], among: Sequence[Tensor], num: int) -> list[int]:
-        """Counts how many of the ``num`` best lie in each weight."""
-        if not self.may_empty:
-            scores = [_first_of_group_first(s, a) for s, a in zip(scores, among, strict=True)]
-        return [int(x.sum()) for x in _best_of_all(scores, among, num)]
 
 
 global_units = GlobalRank()

@@ -51,9 +51,8 @@ def find_reading(method: Method, layers: Mapping[str, torch.Size] | None = None)
         return Reading(0)
     steps: set[int | None] = {0}
     for name, shape in (layers or {"layer": torch.Size((8, 6))}).items():
-        if _needs(method.drop, method, name, shape, among_active=True):
-            steps.add(1)
-        if any(_needs(criterion, method, name, shape) for criterion in (method.grow, method.grown_init)):
+        of_all = any(_needs(criterion, method, name, shape) for criterion in (method.grow, method.grown_init))
+        if of_all or _needs(method.drop, method, name, shape, among_active=True):
             steps.add(1)
         if method.trace is not None and _needs(method.trace.of, method, name, shape):
             steps.add(method.trace.steps)

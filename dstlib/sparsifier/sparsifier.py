@@ -270,7 +270,7 @@ class Sparsifier:
         for m in ready:
             if m.learns is not None and m.parameter.grad is not None:  # an update may leave the step out
                 zero_outside_(m.parameter.grad, m.learns)
-        _check_ranks(changed)
+        check_equal_masks(changed)
 
     def _end_step(self, weights: Sequence[MaskedWeight], optimizers: Iterable[Optimizer]) -> None:
         """Does all that comes after the step: zeros in the weights and the optimizers' state, one more step counted."""
@@ -282,7 +282,7 @@ class Sparsifier:
                 m.undo_out_of_reach()
                 m.clear(held)  # what comes within reach now must not bring what weight decay left in its momentum
             # a fused optimizer has divided the loss scale out in place by now
-            _check_ranks(self._update([m for m in stepped if m.parameter.grad is not None], 1.0))
+            check_equal_masks(self._update([m for m in stepped if m.parameter.grad is not None], 1.0))
         finally:
             for m in weights:
                 m.hide()
@@ -345,11 +345,6 @@ class Sparsifier:
     def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
         held = set().union(*map(parameter_ids, optimizers))
         return [m for m in self._masked if id(m.parameter) in held]
-
-
-def _check_ranks(changed: Sequence[MaskedWeight]) -> None:
-    if changed:
-        check_equal_masks({m.weight.name: m.mask for m in changed}, max(m.step for m in changed) + 1)
 
 
 def _full_gradient(m: MaskedWeight, scale: float) -> Tensor:
