@@ -20,7 +20,7 @@ class DstlibError(ValueError):
         Traceback (most recent call last):
         dstlib.errors.SettingError: sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9.
         """
-        return cls(explain(what, where, allowed=allowed, given=given, remedy=remedy))
+        return cls(f"{what} of {where}: expected {allowed}, got {given}. {remedy}")
 
 
 class SettingError(DstlibError):
@@ -41,15 +41,6 @@ class StateError(DstlibError):
 
 class DataError(DstlibError):
     """A data set, an image or a label cannot be used."""
-
-
-def explain(what: str, where: str, *, allowed: str, given: object, remedy: str) -> str:
-    """Words a message: what is wrong, where, what is allowed, what was given, and what to do.
-
-    >>> explain("sparsity", "sparsify()", allowed="a number in [0, 1)", given=1.5, remedy="Pass 0.9, say.")
-    'sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9, say.'
-    """
-    return f"{what} of {where}: expected {allowed}, got {given}. {remedy}"
 
 
 def require(

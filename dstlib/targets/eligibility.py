@@ -223,12 +223,9 @@ def _standardizes_weight(cls: type) -> bool:
     ScaledStdConv2d and their kind). Told by the names that the code uses, so that it can be told of a model on
     the meta device too.
     """
-    own = [base for base in cls.__mro__ if not _is_torch(base)]
-    return any(
-        _takes_statistics(vars(base).get(method), cls)
-        for base in own
-        for method in ("forward", "_conv_forward", "get_weight")
-    )
+    own = [vars(base) for base in cls.__mro__ if not _is_torch(base)]
+    methods = ("forward", "_conv_forward", "get_weight")
+    return any(_takes_statistics(names.get(method), cls) for names in own for method in methods)
 
 
 def _takes_statistics(function: object, cls: type, depth: int = 2) -> bool:

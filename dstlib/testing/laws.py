@@ -12,7 +12,7 @@ from unittest import SkipTest
 import numpy as np
 import torch
 
-from dstlib.errors import explain
+from dstlib.errors import DstlibError
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ class Law:
             if b.law not in ("", self.name):
                 raise SkipTest(f"cannot be judged while law {b.law!r} is broken") from b
             law, where = f"law {self.name!r}", f"{self.subject}, on {b.on}"
-            message = explain(law, where, allowed=b.expected, given=b.got, remedy=b.remedy)
-            raise LawError(self.name, message) from b.__cause__
+            message = DstlibError.of(law, where, allowed=b.expected, given=b.got, remedy=b.remedy)
+            raise LawError(self.name, str(message)) from b.__cause__
 
     def __str__(self) -> str:
         return f"{re.sub(r' at 0x[0-9a-f]+', '', self.subject)}: {self.name}"  # alike in all processes of a test run

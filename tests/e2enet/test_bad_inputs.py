@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from dstlib.errors import StateError, explain
+from dstlib.errors import StateError
 from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.inference import predict as predict_module
@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up_and_ctrl_c_leave_whole_predictions_alone(sound, tr
         return written
 
     def fill():
-        raise StateError(explain("amos_0003.nii.gz", "the disk", allowed="room", given="none", remedy="Make room."))
+        raise StateError.of("amos_0003.nii.gz", "the disk", allowed="room", given="none", remedy="Make room.")
 
     monkeypatch.setattr(predict_module, "write_label", until_third(fill))
     assert "Make room" in refused(capsys, *predict)
