@@ -1,7 +1,8 @@
 """Hooks around each step of every torch optimizer of the process.
 
 Hooks on all optimizers rather than on one: a copied, replaced or second optimizer can never train zeros back
-to life. Listeners are held weakly; the two hooks are registered once and cost nothing without a listener.
+to life. Listeners are held weakly; the two hooks are registered once and cost nothing without a listener. What is
+done around a step is in :class:`dstlib.sparsifier.sparsifier.Sparsifier`.
 """
 
 from collections.abc import Iterable

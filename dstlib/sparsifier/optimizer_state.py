@@ -1,4 +1,4 @@
-"""What a torch optimizer, known or not, keeps for a weight."""
+"""What a torch optimizer, known or not, keeps for a weight; it is masked where the weight is, in ``state.py``."""
 
 from collections.abc import Iterable, Iterator
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dstlib.errors import DataError, require
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.scans.check import mismatches
+from dstlib.zoo.e2enet.data.scans.defects import mismatches
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring, dice_per_class, score

@@ -4,7 +4,11 @@ No voxel is opened here: :mod:`dstlib.zoo.e2enet.data.scans.integrity` does that
 """
 
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from dstlib.errors import DataError, require, similar
@@ -14,13 +18,37 @@ from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, read_nnunet
 
-LAYOUTS = ("decathlon", "amos", "btcv", "nnunet")
 
-_LOOKS = """\
-  decathlon  dataset.json with 'modality', 'labels' and 'training'; imagesTr/NAME.nii.gz, labelsTr/NAME.nii.gz
-  amos       as decathlon, with 'validation' and imagesVa/NAME.nii.gz, labelsVa/NAME.nii.gz
-  btcv       RawData/Training/img/img0001.nii.gz, RawData/Training/label/label0001.nii.gz; no dataset.json
-  nnunet     dataset.json with 'channel_names' and 'labels'; imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz"""
+@dataclass(frozen=True)
+class Layout:
+    """How the files of a data set lie: in words, and what reads the folder and its dataset.json, if it has one."""
+
+    looks: str
+    read: Callable[[Path, dict[str, Any]], Manifest]
+    has_list: bool = True
+
+
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "decathlon": Layout(
+            "dataset.json with 'modality', 'labels' and 'training'; imagesTr/NAME.nii.gz, labelsTr/NAME.nii.gz",
+            partial(read_decathlon, layout="decathlon"),
+        ),
+        "amos": Layout(
+            "as decathlon, with 'validation' and imagesVa/NAME.nii.gz, labelsVa/NAME.nii.gz",
+            partial(read_decathlon, layout="amos"),
+        ),
+        "btcv": Layout(
+            "RawData/Training/img/img0001.nii.gz, RawData/Training/label/label0001.nii.gz; no dataset.json",
+            lambda folder, _: read_btcv(folder),
+            has_list=False,
+        ),
+        "nnunet": Layout(
+            "dataset.json with 'channel_names' and 'labels'; imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz",
+            read_nnunet,
+        ),
+    }
+)
 
 
 def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
@@ -41,15 +69,10 @@ def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
     allowed, remedy = ", ".join(LAYOUTS), f"Did you mean {similar(str(layout), LAYOUTS)}? None recognises it."
     require(layout in (None, *LAYOUTS), "layout", "read_manifest()", allowed=allowed, given=repr(layout), remedy=remedy)
     content = read_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else None
-    layout = layout or _recognise(folder, content)
-    if layout == "btcv":
-        manifest = read_btcv(folder)
-    elif content is None:
+    chosen = LAYOUTS[layout or _recognise(folder, content)]
+    if content is None and chosen.has_list:
         _refuse_folder(folder)
-    elif layout == "nnunet":
-        manifest = read_nnunet(folder, content)
-    else:
-        manifest = read_decathlon(folder, content, layout=layout)
+    manifest = chosen.read(folder, content or {})
     refuse_copies(folder, manifest.cases)
     return manifest
 
@@ -95,7 +118,7 @@ def _recognise(folder: Path, content: dict[str, Any] | None) -> str:
 
 
 def _refuse_folder(folder: Path, given: str = "") -> NoReturn:
-    remedy = f"The layouts look so:\n{_LOOKS}"
+    remedy = "\n".join(["The layouts look so:", *(f"  {name:10} {each.looks}" for name, each in LAYOUTS.items())])
     if folder.is_dir():
         inside = sorted(file.name + "/" * file.is_dir() for file in folder.iterdir() if file.name[0] != ".")
         given = given or "no dataset.json in it, but " + (", ".join(inside[:8]) or "nothing")

@@ -1,7 +1,7 @@
 """A data set checked before any training: every defect and every oddity of every case, in one table.
 
 A defect forbids the use of its case; a warning tells what is legal but seldom meant. What is checked of one case is in
-:mod:`dstlib.zoo.e2enet.data.scans.check`; here are the checks that compare cases.
+:mod:`dstlib.zoo.e2enet.data.scans.defects`; here are the checks that compare cases.
 """
 
 from collections.abc import Sequence

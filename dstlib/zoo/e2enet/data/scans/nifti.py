@@ -23,7 +23,7 @@ from dstlib.errors import DataError
 from dstlib.files import write_whole
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
-from dstlib.zoo.e2enet.data.scans.check import affine_defects, as_label, image_defects, mismatches, voxel_defects
+from dstlib.zoo.e2enet.data.scans.defects import affine_defects, as_label, image_defects, mismatches, voxel_defects
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
