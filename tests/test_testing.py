@@ -575,22 +575,22 @@ def test_the_law_of_zeros_bites_in_the_optimizer(monkeypatch):
 def test_the_law_of_observers_bites(monkeypatch):
     from dstlib.sparsifier import update as updating
 
-    apply = updating._apply
+    update_masks = updating.update_masks
 
-    def disturbed(scored, budget, plan, observers):
-        apply(scored, budget, plan, observers)
-        if observers:
-            scored.site.weight.mul_(1.5)
+    def disturbed(due, *arguments, observers, **settings):
+        memory = update_masks(due, *arguments, observers=observers, **settings)
+        for m, _, _ in due if observers else ():
+            m.parameter.mul_(1.5)
+        return memory
 
-    monkeypatch.setattr(updating, "_apply", disturbed)
+    monkeypatch.setattr(updating, "update_masks", disturbed)
     assert law_of(check_method, RIGL) == "observers look"
 
 
 def test_the_law_of_seeds_bites(monkeypatch):
     from dstlib.masking import site_generator
-    from dstlib.sparsifier import update as updating
 
-    monkeypatch.setattr(updating, "site_generator", lambda seed, step, name: site_generator(0, step, name))
+    monkeypatch.setattr("dstlib.masking.site_generator", lambda seed, step, name: site_generator(0, step, name))
     assert law_of(check_method, SET) == "seeded"
 
 
