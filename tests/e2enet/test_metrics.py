@@ -247,7 +247,7 @@ def test_only_the_metrics_asked_for(metrics):
     label, prediction = np.random.default_rng(1).integers(0, 3, (2, 5, 6, 7)).astype(np.uint8)
     every = score(label, prediction, spacing=(1, 1, 1), num_classes=2, scoring=Scoring()).values
     some = score(label, prediction, spacing=(1, 1, 1), num_classes=2, scoring=Scoring(metrics=metrics)).values
-    np.testing.assert_array_equal(some, every[[METRICS.index(name) for name in metrics]])
+    np.testing.assert_array_equal(some, every[[list(METRICS).index(name) for name in metrics]])
 
 
 def test_other_shapes_are_refused():

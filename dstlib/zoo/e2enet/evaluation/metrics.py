@@ -5,8 +5,10 @@ Shapes: K foreground classes, D, H, W depth, height, width in voxels; spacing in
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,66 @@ from scipy.spatial import KDTree
 
 from dstlib.errors import DataError, require, similar
 
-METRICS = ("dice", "nsd", "hd95", "hd")
 Mask = NDArray[np.bool_]
 CHUNK = 1 << 22  # voxels counted at a time: bincount makes eight bytes of each
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A structure in label and prediction, both there: masks (D, H, W), their spacing, the tolerance in mm."""
+
+    label: Mask
+    prediction: Mask
+    spacing: Sequence[float]
+    tolerance: float
+
+    @cached_property
+    def distances(self) -> NDArray[np.float64]:
+        """The distances between the surfaces, in mm."""
+        return surface_distances(self.label, self.prediction, spacing=self.spacing)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: its name in tables, what it is, and how it is measured; None is by the numbers of voxels alone.
+
+    A share is 0 where a structure is missed; a distance, in mm, has no value there.
+    """
+
+    name: str
+    definition: str
+    measure: Callable[[Pair], float] | None
+    is_share: bool
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "dice": Metric(
+            "Dice",
+            "Dice = 2 |label ∩ prediction| / (|label| + |prediction|), per class and case.",
+            None,
+            is_share=True,
+        ),
+        "nsd": Metric(
+            "NSD",
+            "NSD, surface Dice: the share of both surfaces, by area, within {tolerance} of the other one.",
+            lambda pair: surface_dice(pair.label, pair.prediction, spacing=pair.spacing, tolerance=pair.tolerance),
+            is_share=True,
+        ),
+        "hd95": Metric(
+            "HD95",
+            "HD95: 95th percentile, in mm, of the distances between the surface voxels, both directions pooled.",
+            lambda pair: np.percentile(pair.distances, 95),
+            is_share=False,
+        ),
+        "hd": Metric(
+            "HD",
+            "HD: the largest of these distances, in mm.",
+            lambda pair: np.percentile(pair.distances, 100),
+            is_share=False,
+        ),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +93,7 @@ class Scoring:
     (1.0, 2.5)
     """
 
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = tuple(METRICS)
     tolerance: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
@@ -88,7 +147,7 @@ def score(
     overlap, sizes = _count(label, prediction, num_classes=num_classes)
     values = np.full((len(scoring.metrics), num_classes), np.nan)
     present = sizes.sum(axis=1) > 0
-    values[:, present] = [[0.0 if name in ("dice", "nsd") else np.nan] for name in scoring.metrics]
+    values[:, present] = [[0.0 if METRICS[name].is_share else np.nan] for name in scoring.metrics]
     rows = {name: values[row] for row, name in enumerate(scoring.metrics)}
     rows["dice"][:] = _dice(overlap, sizes)
     if set(rows) == {"dice"}:
@@ -98,14 +157,10 @@ def score(
     for k in np.flatnonzero((sizes > 0).all(axis=1)):
         sides = zip(*(found[k] for found in boxes), strict=True)
         box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in sides)
-        masks = label[box] == k + 1, prediction[box] == k + 1
-        if "nsd" in rows:
-            rows["nsd"][k] = surface_dice(*masks, spacing=spacing, tolerance=tolerances[k])
-        if {"hd95", "hd"} & set(rows):
-            distances = surface_distances(*masks, spacing=spacing)
-            for name, percentile in (("hd95", 95), ("hd", 100)):
-                if name in rows:
-                    rows[name][k] = np.percentile(distances, percentile)
+        pair = Pair(label[box] == k + 1, prediction[box] == k + 1, spacing, tolerances[k])
+        for name, row in rows.items():
+            if measure := METRICS[name].measure:
+                row[k] = measure(pair)
     return CaseScores(values, sizes)
 
 

@@ -17,13 +17,6 @@ from dstlib.report import align
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
 SIDES = ("label", "prediction")
-NAMES = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95", "hd": "HD"}
-DEFINITIONS = {
-    "dice": "Dice = 2 |label ∩ prediction| / (|label| + |prediction|), per class and case.",
-    "nsd": "NSD, surface Dice: the share of both surfaces, by area, within {tolerance} of the other one.",
-    "hd95": "HD95: 95th percentile, in mm, of the distances between the surface voxels, both directions pooled.",
-    "hd": "HD: the largest of these distances, in mm.",
-}
 POLICY = """\
 Means are over the cases with a value, class by class, then over the classes with a mean.
 A class absent from label and prediction has no value in that case and is left out; absent from one of them (missed:
@@ -104,7 +97,7 @@ class Evaluation:
     def table(self) -> str:
         """Returns a row per class and the means, with what was counted, left out and meant below."""
         columns = {name: self.class_means(name) for name in self.scores}
-        rows = [("class", *(NAMES[name] for name in columns), "cases", "missed", "false")]
+        rows = [("class", *(METRICS[name].name for name in columns), "cases", "missed", "false")]
         for k, label in enumerate(self.classes):
             counts = (str(x[k]) for x in (self.num_cases, self.num_missed, self.num_false))
             rows.append((label, *(_number(name, means[k]) for name, means in columns.items()), *counts))
@@ -119,7 +112,7 @@ class Evaluation:
         tolerance = " / ".join(f"{value:g}" for value in dict.fromkeys(self.tolerances)) + " mm"
         if len(set(self.tolerances)) > 1:
             tolerance = "the tolerance of its class (" + ", ".join(f"{value:g}" for value in self.tolerances) + " mm)"
-        return "\n".join([*(DEFINITIONS[name].format(tolerance=tolerance) for name in self.scores), POLICY])
+        return "\n".join([*(METRICS[name].definition.format(tolerance=tolerance) for name in self.scores), POLICY])
 
     def _notes(self) -> list[str]:
         notes = []
@@ -225,7 +218,7 @@ def _named(classes: Sequence[str], values: NDArray[np.float64]) -> dict[str, flo
 
 
 def _number(metric: str, value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.3f}" if metric in ("dice", "nsd") else f"{value:.2f}"
+    return "-" if np.isnan(value) else f"{value:.3f}" if METRICS[metric].is_share else f"{value:.2f}"
 
 
 def _or_none(value: float) -> float | None:
