@@ -185,10 +185,10 @@ def test_without_masks_weights_zeroed_in_place_are_followed():
     unit = fast.get_submodule("fusion.stage1_level1.units.0")
     with torch.no_grad():
         fast(_images())
-        before = unit.kernels.active.num_active
+        before = unit.active.num_active
         network.get_parameter("fusion.stage1_level1.units.0.conv.weight")[:4] = 0
         _assert_close(fast(_images()), network.eval()(_images()))
-        assert unit.kernels.active.num_active < before
+        assert unit.active.num_active < before
         network.get_parameter("fusion.stage1_level1.units.0.conv.weight")[:2] = 1
         _assert_close(fast(_images()), network(_images()))
 

@@ -336,8 +336,8 @@ def test_operators_keep_torchs_rules():
     normed = {"normed": (True,), "slopes": (0.01,)}
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for op, problem, tensors in (
-        (transposed.CONV_TRANSPOSE, transposed.ConvTransposeProblem(**normed), [x, weight, *rows, *rows, *norm]),
-        (pooling.MAX_POOL, pooling.MaxPoolProblem((2, 2, 2), **normed), [x, *norm]),
+        (transposed.CONV_TRANSPOSE, transposed.ConvTransposeProblem(**normed), [x, *norm, weight, *rows, *rows]),
+        (pooling.MAX_POOL, pooling.MaxPoolProblem(window=(2, 2, 2), **normed), [x, *norm]),
         (layouts.ACTIVATION, ActivationProblem(0.01), [x, *norm]),
         (layouts.TO_CHANNELS_FIRST, LayoutProblem(), [x]),
         (layouts.TO_DEPTH_LAST, LayoutProblem(), [x.contiguous()]),

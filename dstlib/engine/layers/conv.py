@@ -5,26 +5,25 @@ from torch import Tensor, nn
 
 from dstlib.engine.layers.fast_layer import FastLayer, three
 from dstlib.engine.layers.feature_map import feature_map
-from dstlib.engine.layers.kernels import ActiveKernels, FollowsKernels
+from dstlib.engine.layers.kernels import FollowsKernels
 from dstlib.engine.ops.conv import Geometry, conv
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.ops.layouts import to_channels_first
 
 
-class FastConv(FollowsKernels, nn.Module):
+class FastConv(FollowsKernels):
     """A convolution of two axes: ``nn.Conv2d``, or ``nn.Conv3d`` with a kernel that is flat along depth."""
 
     def __init__(self, plain: nn.Conv2d | nn.Conv3d) -> None:
-        super().__init__()
+        super().__init__(plain.weight)
         self.weight, self.bias = plain.weight, plain.bias
-        self.kernels = ActiveKernels(plain.weight)
         self.geometry = Geometry(torch.zeros(plain.in_channels, dtype=torch.int32), three(plain.stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), whose samples then take the place of depths."""
         flat = x.ndim == 4
         source = FeatureMap(x.transpose(0, 1).unsqueeze(0)) if flat else feature_map(x)
-        y = to_channels_first(conv([source], self.kernels.weights(self.bias), self.geometry).raw)
+        y = to_channels_first(conv([source], self.weights(self.bias), self.geometry).raw)
         return y.squeeze(0).transpose(0, 1) if flat else y
 
 

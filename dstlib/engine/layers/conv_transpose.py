@@ -4,18 +4,17 @@ from torch import Tensor, nn
 
 from dstlib.engine.layers.fast_layer import three
 from dstlib.engine.layers.feature_map import feature_map
-from dstlib.engine.layers.kernels import ActiveKernels, FollowsKernels
+from dstlib.engine.layers.kernels import FollowsKernels
 from dstlib.engine.ops.conv_transpose import conv_transpose
 from dstlib.engine.ops.feature_map import FeatureMap
 
 
-class FastConvTranspose(FollowsKernels, nn.Module):
+class FastConvTranspose(FollowsKernels):
     """An ``nn.ConvTranspose3d`` whose kernel is its stride, without bias."""
 
     def __init__(self, plain: nn.ConvTranspose3d) -> None:
-        super().__init__()
+        super().__init__(plain.weight, transposed=True)
         self.weight, self.stride = plain.weight, three(plain.stride)
-        self.kernels = ActiveKernels(plain.weight, transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D · stride, H · stride, W · stride)."""
@@ -23,4 +22,4 @@ class FastConvTranspose(FollowsKernels, nn.Module):
 
     def refine(self, x: FeatureMap) -> FeatureMap:
         """Computes the finer map."""
-        return conv_transpose(x, self.kernels.weights(None), self.stride)
+        return conv_transpose(x, self.weights(None), self.stride)

@@ -8,27 +8,26 @@ from torch import Tensor, nn
 from dstlib.engine.layers.conv import obstacle_to_conv
 from dstlib.engine.layers.fast_layer import FastLayer, three
 from dstlib.engine.layers.feature_map import Pending, feature_map
-from dstlib.engine.layers.kernels import ActiveKernels, FollowsKernels
+from dstlib.engine.layers.kernels import FollowsKernels
 from dstlib.engine.ops.conv import Geometry, unit
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.layers.blocks import Unit
 from dstlib.layers.shift import Shift, channel_moves
 
 
-class FastUnit(FollowsKernels, nn.Module):
+class FastUnit(FollowsKernels):
     """A :class:`~dstlib.layers.Unit` as one operation, whose norm and activation its readers apply."""
 
     def __init__(self, plain: Unit) -> None:
-        super().__init__()
+        super().__init__(plain.conv.weight)
         self.shift, self.conv, self.norm, self.activation = plain.shift, plain.conv, plain.norm, plain.activation
-        self.kernels = ActiveKernels(plain.conv.weight)
         sizes = plain.shift.sizes if isinstance(plain.shift, Shift) else (0,)
         self.geometry = Geometry(channel_moves(plain.conv.in_channels, sizes), three(plain.conv.stride))
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # it is registered as the convolution's
         """The weight of the convolution."""
-        return self.kernels.weight
+        return self.conv.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D / stride, H / stride, W / stride)."""
@@ -37,7 +36,7 @@ class FastUnit(FollowsKernels, nn.Module):
     def fuse(self, sources: Sequence[FeatureMap]) -> FeatureMap:
         """Computes the unit on the concatenation of maps."""
         parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
-        weights, norm = self.kernels.weights(parts["conv"]._parameters["bias"]), parts["norm"]
+        weights, norm = self.weights(parts["conv"]._parameters["bias"]), parts["norm"]
         affine = norm._parameters["weight"], norm._parameters["bias"], norm.eps
         return unit(sources, weights, self.geometry, affine, parts["activation"].negative_slope)
 

@@ -10,42 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.ops.feature_map import (
-    FeatureMap,
-    Layout,
-    depth_last,
-    empty_depth_last,
-    empty_like_depth_last,
-    flat,
-    pattern_of,
-    source,
-    source_like,
-    target,
-    target_like,
-    unflat,
-)
+from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_last, flat, pattern_of, source, target
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, Tensors, by_kernel, by_torch
-from dstlib.engine.ops.prepared import MapProblem, Places, PreparedCall, by_prepared, run_prepared, state_of
+from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
 from dstlib.engine.ops.weights import Weights
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
 from dstlib.errors import require
 
+NUM_PATTERN = 4  # tensors: row_ptr and col_idx of the active kernels, then of the graded ones
+
 
 @dataclass(frozen=True)
 class ConvTransposeProblem(MapProblem):
-    """A transposed convolution of tensors: map, weight, patterns, and the scale and offset of the map's norm, if any.
-
-    Of the active kernels, then of the graded ones, there are row_ptr and col_idx.
-    """
-
-    normed: tuple[bool, ...]
-    slopes: tuple[float, ...]
-
-    def maps(self, tensors: Tensors) -> list[FeatureMap]:
-        """Returns the one map."""
-        return unflat(tensors[:1], tensors[6:], self.normed, self.slopes)
+    """A transposed convolution of one map; its weight, row_ptr and col_idx of active and of graded kernels follow."""
 
 
 def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> FeatureMap:
@@ -64,8 +43,7 @@ def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]
     tensor([2., 2., 2., 2.])
     """
     state = state_of([x.tensor], [weights.weight])
-    found = run_prepared(weights.calls, state, [x], lambda: CONV_TRANSPOSE.prepare(*_stated(x, weights, stride)))
-    return found or FeatureMap(CONV_TRANSPOSE(*_stated(x, weights, stride))[0])
+    return run(CONV_TRANSPOSE, weights.calls, state, [x], lambda: _stated(x, weights, stride))
 
 
 def _stated(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> tuple[ConvTransposeProblem, list[Tensor]]:
@@ -79,73 +57,65 @@ def _stated(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> tu
         given=f"{tuple(weight.shape)}, pattern {active.size}",
         remedy="A pattern is (O, C), the weight is that of an nn.ConvTranspose3d.",
     )
-    norms, normed, slopes = flat([x])
-    patterns = [tensor for pattern in (active, weights.graded) for tensor in pattern.tensors[:2]]
-    return ConvTransposeProblem(normed, slopes), [x.raw, weight, *patterns, *norms]
+    tensors, normed, slopes = flat([x])
+    patterns = [*active.tensors[:2], *weights.graded.tensors[:2]]
+    return ConvTransposeProblem(normed, slopes), [*tensors, weight, *patterns]
 
 
 def _prepare(found: Kernels, problem: ConvTransposeProblem, maps: list[FeatureMap], tensors: Tensors) -> PreparedCall:
-    _, weight, row_ptr, col_idx, *_ = tensors
-    weight, layout = weight.detach().contiguous(), maps[0].layout
-    assert layout is not None
-    n, _, *size = layout.size
-    depth, height, width = (extent * step for extent, step in zip(size, weight.shape[2:], strict=True))
-    fine = n, weight.shape[1], depth, height, width
-    out = Layout.of(fine, depth_last(fine)[1], None)
-    job = _job(layout.size, weight, row_ptr, col_idx)
-    job.input, job.out, job.weights = source_like(layout), target_like(out), weight.data_ptr()
-    alive, places = (weight, row_ptr, col_idx), Places([job.input], job.out)
-    return PreparedCall("conv_transpose()", found.conv_transpose_forward, job, places, out, alive)
+    (x,), (_, (weight, row_ptr, col_idx, *_)) = maps, problem.split(tensors)
+    weight = weight.detach().contiguous()
+    job = _job(x.raw, weight, row_ptr, col_idx)
+    job.input, job.weights = source(x.raw, x.norm), weight.data_ptr()
+    alive, places = (weight, row_ptr, col_idx), Places([job.input], job.out, _output_size(x.raw, weight))
+    return PreparedCall("conv_transpose()", found.conv_transpose_forward, job, places, alive)
 
 
 def _with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
-    (x,), (_, weight, row_ptr, col_idx, *_) = problem.maps(tensors), tensors
+    (x,), (weight, row_ptr, col_idx, *_) = problem.split(tensors)
     y = F.conv_transpose3d(x.activated(), _active(weight, row_ptr, col_idx), stride=tuple(weight.shape[2:]))
     return [_empty(problem, tensors)[0].copy_(y)]
 
 
 def _backward_input(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
     """Computes the gradient (N, C, D, H, W) of the activated map."""
-    x, weight, row_ptr, col_idx, *_, grad = tensors
-    grad, weight, out = to_depth_last(grad), weight.contiguous(), empty_like_depth_last(x)
-    job = _job(out.shape, weight, row_ptr, col_idx)
+    _, (weight, row_ptr, col_idx, *_, grad) = problem.split(tensors)
+    grad, weight, out = to_depth_last(grad), weight.contiguous(), empty_depth_last(tensors[0].shape, grad)
+    job = _job(out, weight, row_ptr, col_idx)
     job.grad, job.out, job.weights = source(grad), target(out), weight.data_ptr()
     check(found.conv_transpose_backward_input(job, torch.get_num_threads()), "gradient of conv_transpose()")
     return [out]
 
 
 def _backward_input_with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
-    x, weight, row_ptr, col_idx, *_, grad = tensors
+    _, (weight, row_ptr, col_idx, *_, grad) = problem.split(tensors)
     found = F.conv3d(grad, _active(weight, row_ptr, col_idx), stride=tuple(weight.shape[2:]))
-    return [empty_like_depth_last(x).copy_(found)]
+    return [empty_depth_last(tensors[0].shape, tensors[0]).copy_(found)]
 
 
 def _backward_weights(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
     """Computes the gradient (C, O, d, h, w) of the weight, zeros where no kernel is graded."""
-    *given, grad = tensors
-    (x,), (_, weight, _, _, row_ptr, col_idx, *_) = problem.maps(given), given
+    (x,), (weight, _, _, row_ptr, col_idx, grad) = problem.split(tensors)
     raw, grad, out = to_depth_last(x.raw), to_depth_last(grad), x.raw.new_zeros(weight.shape)
-    job = _job(raw.shape, out, row_ptr, col_idx)
+    job = _job(raw, out, row_ptr, col_idx)
     job.input, job.grad, job.weights_grad = source(raw, x.norm), source(grad), out.data_ptr()
     check(found.conv_transpose_backward_weights(job, torch.get_num_threads()), "gradient of conv_transpose()")
     return [out]
 
 
 def _backward_weights_with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
-    *given, grad = tensors
-    (x,), (raw, weight, _, _, row_ptr, col_idx, *_) = problem.maps(given), given
-    steps = [n for pair in zip(raw.shape[2:], weight.shape[2:], strict=True) for n in pair]
+    (x,), (weight, _, _, row_ptr, col_idx, grad) = problem.split(tensors)
+    steps = [n for pair in zip(x.raw.shape[2:], weight.shape[2:], strict=True) for n in pair]
     found = torch.einsum("ncdhw,nodihjwk->coijk", x.activated(), grad.reshape(*grad.shape[:2], *steps))
-    return [raw.new_zeros(weight.shape).copy_(_active(found, row_ptr, col_idx))]
+    return [weight.new_zeros(weight.shape).copy_(_active(found, row_ptr, col_idx))]
 
 
-def _job(size: Sequence[int], weight: Tensor, row_ptr: Tensor, col_idx: Tensor) -> structs.ConvTranspose:
+def _job(x: Tensor, weight: Tensor, row_ptr: Tensor, col_idx: Tensor) -> structs.ConvTranspose:
     """Describes what all kernels are told: sizes, and where the kernels of a weight, or of its gradient, lie."""
-    n, channels, d, h, w = size
     return structs.ConvTranspose(
-        pattern=pattern_of(row_ptr, col_idx, channels),
+        pattern=pattern_of(row_ptr, col_idx, x.shape[1]),
         weight_strides=(weight.stride(1), weight.stride(0)),
-        size=(n, d, h, w),
+        size=(len(x), *x.shape[2:]),
         stride=tuple(weight.shape[2:]),
     )
 
@@ -158,43 +128,45 @@ def _active(weight: Tensor, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
     return torch.where(mask_CO[:, :, None, None, None], weight, 0)
 
 
+def _output_size(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    finer = (extent * step for extent, step in zip(x.shape[2:], weight.shape[2:], strict=True))
+    return x.shape[0], weight.shape[1], *finer
+
+
 def _empty(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
-    x, weight = tensors[:2]
-    (n, _, d, h, w), (_, outputs, *stride) = x.shape, weight.shape
-    return [empty_depth_last((n, outputs, d * stride[0], h * stride[1], w * stride[2]), x)]
+    (x,), (weight, *_) = problem.split(tensors)
+    return [empty_depth_last(_output_size(x.raw, weight), x.raw)]
+
+
+def _read_backward(problem: ConvTransposeProblem, tensors: Tensors) -> Tensors:
+    return [*tensors[: -NUM_PATTERN - 1], tensors[-1]]
 
 
 def _backward(
     problem: ConvTransposeProblem, kept: Tensors, grads: Tensors, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    given = [*kept, grads[0]]
+    given, position = [*kept, grads[0]], len(kept) - NUM_PATTERN - 1
     grad_x = CONV_TRANSPOSE_BACKWARD_INPUT(problem, given)[0] if wanted[0] else None
-    grad_weight = CONV_TRANSPOSE_BACKWARD_WEIGHTS(problem, given)[0] if wanted[1] else None
-    return [grad_x, grad_weight, *[None] * (len(kept) - 2)]
+    grad_weight = CONV_TRANSPOSE_BACKWARD_WEIGHTS(problem, given)[0] if wanted[position] else None
+    return [grad_x, *[None] * (position - 1), grad_weight]
 
 
 CONV_TRANSPOSE_BACKWARD_INPUT = Operator(
     "conv_transpose_backward_input",
     ConvTransposeProblem,
-    (
-        by_kernel("direct", _backward_input, reads=lambda problem, x: [x[1], x[-1]]),
-        by_torch(_backward_input_with_torch),
-    ),
-    fake=lambda problem, tensors: [empty_like_depth_last(tensors[0])],
+    (by_kernel("direct", _backward_input, reads=_read_backward), by_torch(_backward_input_with_torch)),
+    fake=lambda problem, tensors: [empty_depth_last(tensors[0].shape, tensors[0])],
 )
 CONV_TRANSPOSE_BACKWARD_WEIGHTS = Operator(
     "conv_transpose_backward_weights",
     ConvTransposeProblem,
-    (
-        by_kernel("direct", _backward_weights, reads=lambda problem, x: [x[0], x[-1]]),
-        by_torch(_backward_weights_with_torch),
-    ),
-    fake=lambda problem, tensors: [tensors[0].new_empty(tensors[1].shape)],
+    (by_kernel("direct", _backward_weights, reads=_read_backward), by_torch(_backward_weights_with_torch)),
+    fake=lambda problem, tensors: [tensors[0].new_empty(tensors[-NUM_PATTERN - 2].shape)],
 )
 CONV_TRANSPOSE = Operator(
     "conv_transpose",
     ConvTransposeProblem,
-    (by_prepared("direct", _prepare, reads=lambda problem, x: x[:2]), by_torch(_with_torch)),
+    (by_prepared("direct", _prepare, reads=lambda problem, tensors: tensors[:-NUM_PATTERN]), by_torch(_with_torch)),
     fake=_empty,
     backward=_backward,
     keep=lambda problem, tensors, outputs: list(tensors),

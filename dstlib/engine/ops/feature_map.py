@@ -12,20 +12,20 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor, nn
 
+from dstlib.engine.ops.operator import Problem, Tensors
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.memory import buffer
 from dstlib.errors import require
 
 PAGE, PADDING = 1024, 32  # numbers
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
-Five = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """What a prepared call depends on of a map that it reads; equal ones are the same object."""
 
-    size: Five
+    size: tuple[int, ...]
     strides: tuple[int, ...]
     slope: float | None  # None without a norm
 
@@ -36,7 +36,7 @@ class Layout:
 
     @staticmethod
     @lru_cache(maxsize=4096)
-    def of(size: Five, strides: tuple[int, ...], slope: float | None) -> "Layout":
+    def of(size: tuple[int, ...], strides: tuple[int, ...], slope: float | None) -> "Layout":
         """Returns the one layout of these values."""
         return Layout(size, strides, slope)
 
@@ -99,21 +99,20 @@ class FeatureMap:
     def locate(self) -> None:
         """Finds out the addresses of a map of float32 on a CPU that lies depth last."""
         x = self.raw
-        n, c, d, h, w = x.shape
         self.memory, self.address = x, x.data_ptr()
         slope = None
         if self._norm is not None:
             scale, offset, slope = self._norm
             self._norm = scale, offset, slope = scale.contiguous(), offset.contiguous(), slope
             self.scale, self.offset = scale.data_ptr(), offset.data_ptr()
-        self.layout = Layout.of((n, c, d, h, w), x.stride(), slope)
+        self.layout = Layout.of(tuple(x.shape), x.stride(), slope)
 
     def activated(self) -> Tensor:
         """Computes with torch what readers see: ``y = scale · x + offset``, then max(y, slope · y)."""
         return activated(self.raw, self.norm)
 
 
-def empty_depth_last(size: Five, like: Tensor) -> Tensor:
+def empty_depth_last(size: Sequence[int], like: Tensor) -> Tensor:
     """Returns a new map (N, C, D, H, W), depth last, of the type and place of ``like``.
 
     Rows that would begin a multiple of ``PAGE`` apart are padded: all rows and channels would otherwise share the same
@@ -125,7 +124,7 @@ def empty_depth_last(size: Five, like: Tensor) -> Tensor:
     return memory.as_strided(size, strides)
 
 
-def depth_last(size: Five) -> tuple[int, Five]:
+def depth_last(size: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """Returns how many numbers such a map takes, and its strides.
 
     >>> depth_last((1, 2, 3, 4, 5))
@@ -138,12 +137,6 @@ def depth_last(size: Five) -> tuple[int, Five]:
     return batch * channels * channel, (channels * channel, channel, 1, row, depth)
 
 
-def empty_like_depth_last(x: Tensor) -> Tensor:
-    """Returns a new map of the size, type and place of another, depth last."""
-    n, c, d, h, w = x.shape
-    return empty_depth_last((n, c, d, h, w), x)
-
-
 def source(x: Tensor, norm: Norm | None = None) -> structs.Source:
     """Describes a depth-last map to the kernels, with the norm and activation to apply while it is read."""
     scale, offset, slope = norm or (None, None, 0.0)
@@ -152,24 +145,20 @@ def source(x: Tensor, norm: Norm | None = None) -> structs.Source:
         scale=None if scale is None else scale.data_ptr(),
         offset=None if offset is None else offset.data_ptr(),
         channels=x.shape[1],
-        strides=_strides(x.stride()),
+        strides=plane_strides(x.stride()),
         slope=slope,
     )
 
 
 def target(x: Tensor) -> structs.Target:
     """Describes a depth-last map that the kernels are to fill."""
-    return structs.Target(data=x.data_ptr(), strides=_strides(x.stride()))
+    return structs.Target(data=x.data_ptr(), strides=plane_strides(x.stride()))
 
 
-def source_like(layout: Layout) -> structs.Source:
-    """Describes all of a map to read but its addresses."""
-    return structs.Source(channels=layout.size[1], strides=_strides(layout.strides), slope=layout.slope or 0.0)
-
-
-def target_like(layout: Layout) -> structs.Target:
-    """Describes all of a map to fill but its address."""
-    return structs.Target(strides=_strides(layout.strides))
+def plane_strides(strides: Sequence[int]) -> tuple[int, int, int, int]:
+    """Returns the strides that the kernels are told: all but the depth's, which is 1."""
+    n, c, _, h, w = strides
+    return n, c, h, w
 
 
 def pattern_of(row_ptr: Tensor, col_idx: Tensor, num_cols: int) -> structs.Pattern:
@@ -178,12 +167,12 @@ def pattern_of(row_ptr: Tensor, col_idx: Tensor, num_cols: int) -> structs.Patte
 
 
 def flat(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], tuple[bool, ...], tuple[float, ...]]:
-    """Returns maps as operators take them: the norms' scales and offsets, which maps have one, and their slopes.
+    """Returns maps as operators take them: tensors, which maps have a norm, and the slopes, see :class:`MapProblem`.
 
     Raises:
         SettingError: A norm is not of its map's shape.
     """
-    tensors, slopes = [], []
+    tensors, slopes = [each.raw for each in maps], []
     for each in maps:
         if each.norm is None:
             slopes.append(1.0)
@@ -202,13 +191,23 @@ def flat(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], tuple[bool, ...], tu
     return tensors, tuple(each.norm is not None for each in maps), tuple(slopes)
 
 
-def unflat(
-    maps: Sequence[Tensor], tensors: Sequence[Tensor], normed: Sequence[bool], slopes: Sequence[float]
-) -> list[FeatureMap]:
-    """Returns the reverse of :func:`flat`."""
-    rest = iter(tensors)
-    norms = [(next(rest), next(rest), slope) if has else None for has, slope in zip(normed, slopes, strict=True)]
-    return [FeatureMap(x, norm) for x, norm in zip(maps, norms, strict=True)]
+@dataclass(frozen=True)
+class MapProblem(Problem):
+    """A problem whose tensors begin with feature maps, then the scale and the offset of each that has a norm."""
+
+    normed: tuple[bool, ...]  # which maps have a norm to apply
+    slopes: tuple[float, ...]  # of each map
+
+    def split(self, tensors: Tensors) -> tuple[list[FeatureMap], list[Tensor]]:
+        """Returns the maps, and the tensors that follow: the reverse of :func:`flat`."""
+        rest = iter(tensors[len(self.normed) :])
+        flags = zip(self.normed, self.slopes, strict=True)
+        norms = [(next(rest), next(rest), slope) if has else None for has, slope in flags]
+        return list(map(FeatureMap, tensors, norms)), list(rest)
+
+    def result(self, outputs: Tensors) -> FeatureMap:
+        """Returns the map that the operator has computed."""
+        return FeatureMap(outputs[0])
 
 
 def activated(x: Tensor, norm: Norm | None) -> Tensor:
@@ -218,8 +217,3 @@ def activated(x: Tensor, norm: Norm | None) -> Tensor:
     scale, offset, slope = norm
     y = torch.addcmul(offset[:, :, None, None, None], x, scale[:, :, None, None, None])
     return torch.maximum(y, y * slope)
-
-
-def _strides(strides: Sequence[int]) -> tuple[int, int, int, int]:
-    n, c, _, h, w = strides
-    return n, c, h, w

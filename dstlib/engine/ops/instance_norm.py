@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.engine.ops.feature_map import FeatureMap, empty_like_depth_last, source, target
+from dstlib.engine.ops.feature_map import FeatureMap, empty_depth_last, source, target
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by_torch
 from dstlib.engine.runtime import structs
@@ -50,9 +50,8 @@ def _by_kernel(found: Kernels, problem: InstanceNormProblem, tensors: Tensors) -
     """Computes the gradient of y, and (N, C, 2) in float64: sums over the voxels of g and of g · ŷ."""
     raw, *per_channel, gamma, grad = tensors
     scale, offset, mean, rstd = (x.contiguous() for x in per_channel)
-    y, dz, out = to_depth_last(raw), to_depth_last(grad), empty_like_depth_last(raw)
-    n, c, d, h, w = y.shape
-    sums = y.new_empty(n, c, 2, dtype=torch.float64)
+    y, dz, out = to_depth_last(raw), to_depth_last(grad), empty_depth_last(raw.shape, raw)
+    sums = y.new_empty(*y.shape[:2], 2, dtype=torch.float64)
     call = structs.InstanceNormBackward(
         input=source(y, (scale, offset, problem.slope)),
         grad=source(dz),
@@ -61,7 +60,7 @@ def _by_kernel(found: Kernels, problem: InstanceNormProblem, tensors: Tensors) -
         rstd=rstd.data_ptr(),
         gamma=gamma.data_ptr(),
         sums=sums.data_ptr(),
-        size=(n, d, h, w),
+        size=(len(y), *y.shape[2:]),
     )
     check(found.instance_norm_backward(call, torch.get_num_threads()), "instance_norm_backward()")
     return [out, sums]
@@ -75,17 +74,17 @@ def _with_torch(problem: InstanceNormProblem, tensors: Tensors) -> list[Tensor]:
     voxels = (2, 3, 4)
     dy = gamma[:, None, None, None] * rstd * (g - g.mean(voxels, True) - normed * (g * normed).mean(voxels, True))
     sums = torch.stack([g.sum(voxels, dtype=torch.float64), (g * normed).sum(voxels, dtype=torch.float64)], dim=2)
-    return [empty_like_depth_last(y).copy_(dy), sums]
+    return [empty_depth_last(y.shape, y).copy_(dy), sums]
 
 
 def _empty(problem: InstanceNormProblem, tensors: Tensors) -> list[Tensor]:
     y = tensors[0]
-    return [empty_like_depth_last(y), y.new_empty(*y.shape[:2], 2, dtype=torch.float64)]
+    return [empty_depth_last(y.shape, y), y.new_empty(*y.shape[:2], 2, dtype=torch.float64)]
 
 
 INSTANCE_NORM_BACKWARD = Operator(
     "instance_norm_backward",
     InstanceNormProblem,
-    (by_kernel("direct", _by_kernel, reads=lambda problem, x: [x[0], x[-1]]), by_torch(_with_torch)),
+    (by_kernel("direct", _by_kernel), by_torch(_with_torch)),
     fake=_empty,
 )

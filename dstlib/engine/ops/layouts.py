@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.engine.ops.feature_map import FeatureMap, activated, empty_like_depth_last, flat, source, target
+from dstlib.engine.ops.feature_map import FeatureMap, activated, empty_depth_last, flat, source, target
 from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by_torch
 from dstlib.engine.runtime.library import Kernels, check
 from dstlib.engine.runtime.memory import buffer
@@ -56,12 +56,12 @@ def materialise(x: FeatureMap) -> Tensor:
     >>> materialise(FeatureMap(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5))).flatten()
     tensor([-1.5000,  3.0000])
     """
-    norms, _, (slope,) = flat([x])
-    return ACTIVATION(ActivationProblem(slope), [x.raw, *norms])[0] if norms else to_depth_last(x.raw)
+    tensors, (is_normed,), (slope,) = flat([x])
+    return ACTIVATION(ActivationProblem(slope), tensors)[0] if is_normed else to_depth_last(x.raw)
 
 
 def _to_depth_last(found: Kernels, problem: LayoutProblem, tensors: Tensors) -> list[Tensor]:
-    x, out = tensors[0], empty_like_depth_last(tensors[0])
+    x, out = tensors[0], empty_depth_last(tensors[0].shape, tensors[0])
     check(found.reorder_to_depth_last(_reorder(x, out), torch.get_num_threads()), "to_depth_last()")
     return [out]
 
@@ -75,9 +75,8 @@ def _to_channels_first(found: Kernels, problem: LayoutProblem, tensors: Tensors)
 def _activation(found: Kernels, problem: ActivationProblem, tensors: Tensors) -> list[Tensor]:
     raw, scale, offset = tensors
     x = to_depth_last(raw)
-    out = empty_like_depth_last(x)
-    n, _, d, h, w = x.shape
-    call = Activation(source(x, (scale, offset, problem.slope)), target(out), (n, d, h, w))
+    out = empty_depth_last(x.shape, x)
+    call = Activation(source(x, (scale, offset, problem.slope)), target(out), (len(x), *x.shape[2:]))
     check(found.activation_forward(call, torch.get_num_threads()), "materialise()")
     return [out]
 
@@ -87,7 +86,7 @@ def _reorder(x: Tensor, out: Tensor) -> Reorder:
 
 
 def _depth_last(problem: Problem, tensors: Tensors) -> list[Tensor]:
-    return [empty_like_depth_last(tensors[0])]
+    return [empty_depth_last(tensors[0].shape, tensors[0])]
 
 
 def _channels_first(problem: Problem, tensors: Tensors) -> list[Tensor]:
@@ -98,16 +97,12 @@ def _pass_on(problem: Problem, kept: Tensors, grads: Tensors, wanted: object) ->
     return list(grads)
 
 
-def _pass_on_to_map(problem: Problem, kept: Tensors, grads: Tensors, wanted: object) -> list[Tensor | None]:
-    return [grads[0], None, None]
-
-
 TO_DEPTH_LAST = Operator(
     "to_depth_last",
     LayoutProblem,
     (
         by_kernel("reorder", _to_depth_last, accepts=lambda problem, x: x[0].stride(4) == 1),
-        by_torch(lambda problem, x: [empty_like_depth_last(x[0]).copy_(x[0])]),
+        by_torch(lambda problem, x: [_depth_last(problem, x)[0].copy_(x[0])]),
     ),
     _depth_last,
     _pass_on,
@@ -126,9 +121,9 @@ ACTIVATION = Operator(
     "activation",
     ActivationProblem,
     (
-        by_kernel("direct", _activation, reads=lambda problem, x: x[:1]),
-        by_torch(lambda problem, x: [empty_like_depth_last(x[0]).copy_(activated(x[0], (x[1], x[2], problem.slope)))]),
+        by_kernel("direct", _activation),
+        by_torch(lambda problem, x: [_depth_last(problem, x)[0].copy_(activated(x[0], (x[1], x[2], problem.slope)))]),
     ),
     _depth_last,
-    _pass_on_to_map,
+    _pass_on,
 )

@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from dstlib.engine.ops.linear_patterns import LinearPattern
-from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by_torch, kernels_for, present_kernels
+from dstlib.engine.ops.operator import (
+    Operator,
+    Problem,
+    Tensors,
+    by_kernel,
+    by_torch,
+    groups,
+    kernels_for,
+    present_kernels,
+)
 from dstlib.engine.ops.prepared import PreparedCalls, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
@@ -78,10 +87,11 @@ def sparse_linear(
     samples = x.shape[:-1]
     x_NI = x.reshape(samples.numel(), inputs)
     state = None if calls is None else state_of([x], [weight], [bias])
-    if calls is not None and state is not None and _readable(x_NI, weight, bias):
-        call = calls.find(state, pattern, lambda: PreparedLinear(weight, bias, pattern))
-        assert call is not None, "there are kernels"
-        y_NO = call(x_NI)
+    if calls is not None and state is not None and kernels_for(x_NI, weight, bias):
+        known = calls.of(state)
+        if pattern not in known:
+            known[pattern] = PreparedLinear(weight, bias, pattern)
+        y_NO = known[pattern](x_NI)
     else:
         problem = LinearProblem(outputs, bias is not None, dense_gradient)
         patterns = [*pattern.tensors, *pattern.transposed.tensors]
@@ -139,9 +149,9 @@ def _keep(problem: LinearProblem, tensors: Tensors, outputs: Tensors) -> list[Te
 
 
 def _backward(problem: LinearProblem, kept: Tensors, grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
-    (x, values, *patterns), grad = kept, grads[0]
-    pattern, transposed = patterns[:NUM_PATTERN], patterns[NUM_PATTERN:]
-    found: list[Tensor | None] = [None] * (2 + problem.has_bias + len(patterns))
+    (x,), (values,), pattern, transposed = groups(kept, 1, 1, NUM_PATTERN)
+    grad = grads[0]
+    found: list[Tensor | None] = [None] * (2 + problem.has_bias)
     if wanted[0]:
         found[0] = LINEAR_BACKWARD_INPUT(LinearProblem(x.shape[1]), [grad, values, *transposed])[0]
     if wanted[1] and problem.dense_gradient:
@@ -151,11 +161,6 @@ def _backward(problem: LinearProblem, kept: Tensors, grads: Tensors, wanted: Seq
     if problem.has_bias and wanted[2]:
         found[2] = grad.sum(0)
     return found
-
-
-def _readable(*tensors: Tensor | None) -> bool:
-    """Tells whether kernels can read these tensors, and there is anything to compute."""
-    return kernels_for(*[x for x in tensors if x is not None]) is not None
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -183,30 +188,12 @@ def _call(
     bias: Tensor | None,
     pattern: Tensors,
 ) -> None:
-    (x, y), (col_idx, index, segments, part_ptr) = matrices, pattern
-    num_cols = col_idx.numel()
+    (x, y), (_, index, _, part_ptr), num_cols = matrices, pattern, pattern[0].numel()
     bias = None if bias is None else bias.contiguous()
-    job = structs.Linear(
-        (
-            col_idx.data_ptr(),
-            index.data_ptr(),
-            segments.data_ptr(),
-            part_ptr.data_ptr(),
-            y.shape[1],
-            x.shape[1],
-            index.numel() // num_cols if num_cols else 1,
-            num_cols,
-            part_ptr.numel() - 1,
-        ),
-        x.data_ptr(),
-        y.data_ptr(),
-        None if weights is None else weights.data_ptr(),
-        values.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        x.shape[0],
-        x.stride(0),
-        y.stride(0),
-    )
+    sizes = y.shape[1], x.shape[1], index.numel() // num_cols if num_cols else 1, num_cols, part_ptr.numel() - 1
+    operands = (None if each is None else each.data_ptr() for each in (x, y, weights, values, bias))
+    described = (*(each.data_ptr() for each in pattern), *sizes)
+    job = structs.Linear(described, *operands, x.shape[0], x.stride(0), y.stride(0))
     check(kernel(job, torch.get_num_threads()), "sparse_linear()")
 
 

@@ -6,6 +6,7 @@ The value of a map with a norm is, for autograd, what its readers see: gradients
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, Generic, Self, TypeVar, get_type_hints
 
 import torch
@@ -58,6 +59,7 @@ def _kinds(problem: type[Problem]) -> list[tuple[type, bool]]:
 
 
 P = TypeVar("P", bound=Problem)
+Item = TypeVar("Item")
 Tensors = Sequence[Tensor]
 
 
@@ -109,8 +111,8 @@ class Operator(Generic[P]):
 
     ``fake`` takes a problem and tensors as an implementation does, and makes empty tensors alike. ``keep`` says, of
     problem, tensors and outputs, which tensors the gradients need. ``backward`` makes of problem, these, the gradients
-    of the outputs and which gradients are wanted those of the tensors, None for one that has none; it is made of
-    operators itself, and not differentiated again.
+    of the outputs and which gradients are wanted those of the tensors, None for one that has none, and nothing for the
+    last ones that have none; it is made of operators itself, and not differentiated again.
 
     >>> double = Operator(
     ...     "doctest_double", Problem, (by_torch(lambda problem, tensors: [2 * x for x in tensors]),),
@@ -174,8 +176,13 @@ class Operator(Generic[P]):
         ctx.save_for_backward(*self.keep(ctx.problem, tensors, output))
 
     def _backward(self, ctx: Any, grads: list[Tensor]) -> tuple[Any, None]:
+        return self.gradients(ctx, grads, ctx.needs_input_grad[0]), None
+
+    def gradients(self, ctx: Any, grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Computes the gradient of each tensor, None for one that has none."""
         assert self.backward is not None
-        return list(self.backward(ctx.problem, ctx.saved_tensors, grads, ctx.needs_input_grad[0])), None
+        found = self.backward(ctx.problem, ctx.saved_tensors, grads, wanted)
+        return [*found, *[None] * (len(wanted) - len(found))]
 
 
 class _Recorded(torch.autograd.Function):
@@ -195,8 +202,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad[2:]
-        return None, None, *ctx.operator.backward(ctx.problem, ctx.saved_tensors, grads, wanted)
+        return None, None, *ctx.operator.gradients(ctx, grads, ctx.needs_input_grad[2:])
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -225,7 +231,16 @@ def present_kernels() -> Kernels:
     return found
 
 
-def kernels_for(*tensors: Tensor) -> Kernels | None:
+def groups(given: Sequence[Item], *sizes: int) -> list[Sequence[Item]]:
+    """Cuts tensors, or what there is of each, into groups of these sizes; the last is what is left.
+
+    >>> groups([1, 2, 3, 4], 1, 0, 2)
+    [[1], [], [2, 3], [4]]
+    """
+    return [given[begin:end] for begin, end in pairwise((*accumulate(sizes, initial=0), len(given)))]
+
+
+def kernels_for(*tensors: Tensor | None) -> Kernels | None:
     """Returns the kernels, where there are any and they can read these tensors; None where torch has to do.
 
     That is for another type, another device, and where there is nothing to compute.
@@ -234,5 +249,6 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
     True
     """
     found = kernels()
-    readable = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in tensors)
+    given = [x for x in tensors if x is not None]
+    readable = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in given)
     return found if readable else None

@@ -13,16 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.engine.ops import operator
-from dstlib.engine.ops.feature_map import FeatureMap, Layout
+from dstlib.engine.ops.feature_map import FeatureMap, Layout, MapProblem, depth_last, plane_strides
 from dstlib.engine.ops.layouts import to_depth_last
-from dstlib.engine.ops.operator import (
-    Implementation,
-    Problem,
-    Tensors,
-    by_kernel,
-    is_recorded,
-    present_kernels,
-)
+from dstlib.engine.ops.operator import Implementation, Operator, Tensors, by_kernel, is_recorded, present_kernels
 from dstlib.engine.runtime.library import Kernels, check
 from dstlib.engine.runtime.memory import buffer
 from dstlib.engine.runtime.structs import InstanceNorm, Source, Target
@@ -35,32 +28,36 @@ State = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Places:
-    """The parts of a struct that change from call to call: maps to read, the map to fill, what its norm finds."""
+    """The parts of a struct that change from call to call: maps to read, the map to fill, what its norm finds.
+
+    ``size`` (N, C, D, H, W) is that of the map to fill, ``slope`` that behind its norm.
+    """
 
     sources: Sequence[Source]
     out: Target
+    size: tuple[int, ...]
     norm: InstanceNorm | None = None
+    slope: float | None = None
 
 
 class PreparedCall:
-    """A kernel and its struct, complete but for the addresses of maps; ``alive`` are the tensors that it points to."""
+    """A kernel and its struct, complete but for its places; ``alive`` are the tensors that it points to."""
 
-    def __init__(
-        self, what: str, kernel: Callable[..., int], job: Structure, places: Places, out: Layout, alive: object
-    ) -> None:
-        self._what, self._out, self._alive = what, out, alive
+    def __init__(self, what: str, kernel: Callable[..., int], job: Structure, places: Places, alive: object) -> None:
+        num, strides = depth_last(places.size)
+        places.out.strides = plane_strides(strides)
+        self._what, self._alive = what, alive
+        self._out = Layout.of(places.size, strides, places.slope)
         self._kernel = ctypes.cast(kernel, _Kernel)  # type: ignore[arg-type]  # a pointer to a function
         start = ctypes.addressof(job)
         fields = (Source.data.offset, Source.scale.offset, Source.offset.offset)
         self._sources = [[(ctypes.addressof(x) - start + field) // _WORD for field in fields] for x in places.sources]
         self._target = (ctypes.addressof(places.out) - start + Target.data.offset) // _WORD
         self._found = 0
-        n, c, *_ = out.size
-        self._map = n * out.strides[0]
-        self._room = self._map
+        self._map = self._room = num
         if places.norm is not None:
             self._found = (ctypes.addressof(places.norm) - start + InstanceNorm.statistics.offset) // _WORD
-            self._room += 4 * n * c
+            self._room += 4 * places.size[0] * places.size[1]
         self._job = bytes(job)
         self._copy = (c_int64 * (len(self._job) // _WORD)).from_buffer_copy
 
@@ -86,14 +83,6 @@ class PreparedCall:
         return [out.raw, out.memory.as_strided((4, n, c), (n * c, c, 1), self._map).clone()]
 
 
-class MapProblem(Problem):
-    """A problem whose tensors hold feature maps."""
-
-    def maps(self, tensors: Tensors) -> list[FeatureMap]:
-        """Returns the maps."""
-        raise NotImplementedError
-
-
 M = TypeVar("M", bound=MapProblem)
 
 
@@ -106,7 +95,7 @@ def by_prepared(
     """Returns an implementation as of :func:`by_kernel` whose calls can be prepared, of maps that are located."""
 
     def settle(found: Kernels, problem: M, tensors: Tensors) -> tuple[PreparedCall, list[FeatureMap]]:
-        maps = problem.maps(tensors)
+        maps, _ = problem.split(tensors)
         assert all(map(locate, maps)), "the implementation accepts what kernels can read"
         return prepare(found, problem, maps, tensors), maps
 
@@ -127,39 +116,44 @@ class PreparedCalls(Generic[Call]):
     """The prepared calls of an operation with certain parameters, as layouts of what they read come along."""
 
     def __init__(self) -> None:
-        self._known: tuple[State, dict[object, Call | None]] = ((), {})
+        self._known: tuple[State, dict[object, Call]] = ((), {})
 
-    def find(self, state: State, layout: object, prepare: Callable[[], Call | None]) -> Call | None:
-        """Returns what was prepared for parameters in this state and this layout; None where kernels cannot read it."""
+    def of(self, state: State) -> dict[object, Call]:
+        """Returns what is prepared for parameters in this state, by layout."""
         known, calls = self._known
         if known != state or len(calls) > MOST_LAYOUTS:
             calls = {}
             self._known = state, calls
-        if layout not in calls:
-            calls[layout] = prepare()
-        return calls[layout]
+        return calls
 
     def __getstate__(self) -> dict[str, object]:
         """Copies begin anew: what is known are addresses."""
         return {"_known": ((), {})}
 
 
-def run_prepared(
-    calls: PreparedCalls[PreparedCall],
+def run(
+    operation: Operator[M],
+    calls: PreparedCalls[PreparedCall | None] | None,  # None where there is no kernel
     state: State | None,
     maps: Sequence[FeatureMap],
-    prepare: Callable[[], PreparedCall | None],
-) -> FeatureMap | None:
-    """Calls what is prepared for parameters in this state, and these maps; None where there is no kernel for them."""
-    if state is None:
-        return None
-    layouts = tuple([each.layout for each in maps])
-    if None in layouts:
-        if not all(map(locate, maps)):
-            return None
+    stated: Callable[[], tuple[M, Tensors]],
+) -> FeatureMap:
+    """Computes a map by the call that is prepared for parameters in this state and these maps, if there can be one.
+
+    Otherwise the operator computes it from what is ``stated``.
+    """
+    if calls is not None and state is not None:
         layouts = tuple([each.layout for each in maps])
-    call = calls.find(state, layouts, prepare)
-    return None if call is None else call(maps)
+        if None not in layouts or all(map(locate, maps)):
+            known = calls.of(state)
+            if None in layouts:
+                layouts = tuple([each.layout for each in maps])
+            if layouts not in known:
+                known[layouts] = operation.prepare(*stated())
+            if call := known[layouts]:
+                return call(maps)
+    problem, tensors = stated()
+    return problem.result(operation(problem, tensors))
 
 
 def state_of(

@@ -22,4 +22,4 @@ class Weights:
     bias: Tensor | None
     active: Pattern
     graded: Pattern
-    calls: PreparedCalls[PreparedCall] = field(default_factory=PreparedCalls, repr=False)
+    calls: PreparedCalls[PreparedCall | None] = field(default_factory=PreparedCalls, repr=False)
