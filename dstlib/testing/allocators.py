@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from dstlib.masking import Account, Allocation, Allocator, Budget, Terms, num_units
-from dstlib.testing.laws import BreachError, Law, attempt, global_state, hold, laws, world
+from dstlib.testing.laws import BreachError, Law, Rules, attempt, expect, global_state, hold, laws, world
 
 # (G, U) of each weight: without groups, and outputs that compete within themselves
 MODELS = {"elements": ((1, 40), (1, 9), (1, 120)), "fan-in": ((4, 10), (3, 3), (8, 15)), "one weight": ((1, 30),)}
@@ -63,80 +64,65 @@ def allocator_laws(allocator: Allocator) -> tuple[Law, ...]:
     return laws("allocator", allocator, LAWS, allocator)
 
 
-def _an_allocation(allocator: Allocator) -> None:
-    for problem in _problems():
-        _allocate(allocator, problem)
+def _an_allocation(allocator: Allocator, problem: Problem) -> None:
+    _allocate(allocator, problem)
 
 
-def _changes_nothing(allocator: Allocator) -> None:
-    for problem in _problems():
-        given = copy.deepcopy(problem)
-        _allocate(allocator, given)
-        for before, after in zip(problem.accounts, given.accounts, strict=True):
-            for name in ("active_GU", "drop_GU", "grow_GU"):
-                if not torch.equal(getattr(before, name), getattr(after, name)):
-                    expected, got = f"{name} of {before.name} as it was", "other values"
-                    remedy = "An allocator only looks: the exchange of units is the library's."
-                    raise BreachError(on=problem, expected=expected, got=got, remedy=remedy)
+def _changes_nothing(allocator: Allocator, problem: Problem) -> None:
+    given = copy.deepcopy(problem)
+    _allocate(allocator, given)
+    for before, after in zip(problem.accounts, given.accounts, strict=True):
+        for name in ("active_GU", "drop_GU", "grow_GU"):
+            is_same = torch.equal(getattr(before, name), getattr(after, name))
+            remedy = "An allocator only looks: the exchange of units is the library's."
+            expect(is_same, f"{name} of {before.name} as it was", got="other values", remedy=remedy)
 
 
-def _feasible(allocator: Allocator) -> None:
-    for problem in _problems():
-        for account, budget in zip(problem.accounts, _allocate(allocator, problem).budgets, strict=True):
-            kept_G, target_G = budget.num_kept_G, budget.num_target_G
-            active_G, num_all = account.active_GU.sum(dim=1), account.active_GU.shape[1]
-            is_met = (kept_G >= 0) & (kept_G <= active_G) & (kept_G <= target_G) & (target_G <= num_all)
-            if not bool(is_met.all()):
-                expected = f"0 ≤ kept ≤ active and kept ≤ target ≤ all in {account.name}"
-                got = f"kept {kept_G.tolist()}, active {active_G.tolist()}, target {target_G.tolist()}, all {num_all}"
-                remedy = "Take torch.minimum of kept and target; what does not fit into one weight goes to another."
-                raise BreachError(on=problem, expected=expected, got=got, remedy=remedy)
+def _feasible(allocator: Allocator, problem: Problem) -> None:
+    for account, budget in zip(problem.accounts, _allocate(allocator, problem).budgets, strict=True):
+        kept_G, target_G = budget.num_kept_G, budget.num_target_G
+        active_G, num_all = account.active_GU.sum(dim=1), account.active_GU.shape[1]
+        is_met = (kept_G >= 0) & (kept_G <= active_G) & (kept_G <= target_G) & (target_G <= num_all)
+        expected = f"0 ≤ kept ≤ active and kept ≤ target ≤ all in {account.name}"
+        got = f"kept {kept_G.tolist()}, active {active_G.tolist()}, target {target_G.tolist()}, all {num_all}"
+        remedy = "Take torch.minimum of kept and target; what does not fit into one weight goes to another."
+        expect(is_met.all(), expected, got=got, remedy=remedy)
 
 
-def _total(allocator: Allocator) -> None:
-    for problem in _problems():
-        num_given = sum(int(budget.num_target_G.sum()) for budget in _allocate(allocator, problem).budgets)
-        num_total, slack = problem.terms.num_total, problem.slack
-        if not num_total - slack <= num_given <= num_total:
-            expected = f"targets that add up to {num_total}" + f", or up to {slack} below" * bool(slack)
-            remedy = "Round last: dstlib.masking.counts.apportion splits a total into whole numbers that add up."
-            raise BreachError(on=problem, expected=expected, got=num_given, remedy=remedy)
+def _total(allocator: Allocator, problem: Problem) -> None:
+    num_given = sum(int(budget.num_target_G.sum()) for budget in _allocate(allocator, problem).budgets)
+    num_total, slack = problem.terms.num_total, problem.slack
+    expected = f"targets that add up to {num_total}" + f", or up to {slack} below" * bool(slack)
+    remedy = "Round last: dstlib.masking.counts.apportion splits a total into whole numbers that add up."
+    expect(num_total - slack <= num_given <= num_total, expected, got=num_given, remedy=remedy)
 
 
-def _repeatable(allocator: Allocator) -> None:
-    for problem in _problems():
-        first = _allocate(allocator, problem)
-        with world(1):
-            before = global_state()
-            again = allocator(problem.accounts, problem.terms)
-            has_moved = global_state() != before
-        same = again.memory == first.memory and all(
-            torch.equal(x.num_kept_G, y.num_kept_G) and torch.equal(x.num_target_G, y.num_target_G)
-            for x, y in zip(first.budgets, again.budgets, strict=True)
-        )
-        if has_moved or not same:
-            expected, got = "the same budgets again", "draws from a global generator" if has_moved else "others"
-            remedy = "What it is to remember goes into Allocation.memory, a number that is saved and handed back."
-            raise BreachError(on=problem, expected=expected, got=got, remedy=remedy)
+def _repeatable(allocator: Allocator, problem: Problem) -> None:
+    first = _allocate(allocator, problem)
+    with world(1):
+        before = global_state()
+        again = allocator(problem.accounts, problem.terms)
+        has_moved = global_state() != before
+    is_same = again.memory == first.memory and all(
+        torch.equal(x.num_kept_G, y.num_kept_G) and torch.equal(x.num_target_G, y.num_target_G)
+        for x, y in zip(first.budgets, again.budgets, strict=True)
+    )
+    got = "draws from a global generator" if has_moved else "others"
+    remedy = "What it is to remember goes into Allocation.memory, a number that is saved and handed back."
+    expect(is_same and not has_moved, "the same budgets again", got=got, remedy=remedy)
 
 
-LAWS = (_an_allocation, _changes_nothing, _feasible, _total, _repeatable)
-
-
-def _problems() -> Iterator[Problem]:
+def _problems(allocator: Allocator) -> Iterator[Problem]:
     ways = (("stays", 1 / 3), ("falls", 0.2), ("rises", 0.7), ("is one per group", 0.0), ("is all", 1.0))
-    for model, shapes in MODELS.items():
-        for way, density in ways:
-            for scores, drop_fraction, memory in (
-                ("distinct", 0.0, 0.0),
-                ("distinct", 0.3, 0.25),
-                ("distinct", 1.0, 0.0),
-                ("zero", 0.3, 0.0),
-            ):
-                accounts = _accounts(shapes, scores, density)
-                num_total = sum(account.num_planned for account in accounts)
-                terms = Terms(num_total=num_total, drop_fraction=drop_fraction, memory=memory)
-                yield Problem(f"{model}, {scores} scores, the total {way}", accounts, terms)
+    terms = (("distinct", 0.0, 0.0), ("distinct", 0.3, 0.25), ("distinct", 1.0, 0.0), ("zero", 0.3, 0.0))
+    for (model, shapes), (way, density), (scores, share, memory) in product(MODELS.items(), ways, terms):
+        accounts = _accounts(shapes, scores, density)
+        num_total = sum(account.num_planned for account in accounts)
+        what = f"{model}, {scores} scores, the total {way}"
+        yield Problem(what, accounts, Terms(num_total=num_total, drop_fraction=share, memory=memory))
+
+
+LAWS: Rules[Allocator] = dict.fromkeys((_an_allocation, _changes_nothing, _feasible, _total, _repeatable), _problems)
 
 
 def _accounts(shapes: Sequence[tuple[int, int]], scores: str, density: float) -> tuple[Account, ...]:
@@ -168,7 +154,7 @@ def _allocate(allocator: Allocator, problem: Problem) -> Allocation:
     expected = f"an Allocation with {len(problem.accounts)} budgets of whole numbers per group"
     with world(0):
         call = partial(allocator, problem.accounts, problem.terms)
-        found = attempt(call, on=problem, expected=expected, remedy=remedy, law=law)
+        found = attempt(call, expected, remedy=remedy, law=law)
     fits = (
         isinstance(found, Allocation)
         and len(found.budgets) == len(problem.accounts)
@@ -178,7 +164,7 @@ def _allocate(allocator: Allocator, problem: Problem) -> Allocation:
         )
     )
     if not fits or not isinstance(found.memory, Real) or not math.isfinite(found.memory):
-        raise BreachError(on=problem, expected=expected, got=repr(found), remedy=remedy, law=law)
+        raise BreachError(expected, got=repr(found), remedy=remedy, law=law)
     return found
 
 

@@ -1,13 +1,13 @@
 """What every criterion keeps to: a function of its site, of any shape, precision and layout, and of nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dstlib.masking import Criterion, Site, site_generator
-from dstlib.testing.laws import BreachError, Law, attempt, global_state, hold, laws, world
+from dstlib.testing.laws import Law, Rules, attempt, expect, global_state, hold, laws, world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Case:
     def __str__(self) -> str:
         return f"{self.what}: {str(self.dtype).removeprefix('torch.')}, shape {self.shape}, {self.active} active"
 
-    def site(self, step: int = 7) -> Site:
+    def site(self) -> Site:
         """The same site each time, with a fresh generator."""
         weight, grad, momentum, trace = (self._tensor(i) for i in range(4))
         mask = self._tensor(4) > 0 if self.active == "half" else torch.ones_like(weight, dtype=torch.bool)
@@ -32,18 +32,8 @@ class Case:
             mask[-1, 0] = torch.arange(mask[-1, 0].numel()).view(mask[-1, 0].shape) == 0
         if self.kind != "hidden":
             weight.masked_fill_(~mask, 0.0)
-        name, generator = "layer", site_generator(0, step, "layer")
-        return Site(
-            name=name,
-            weight=weight,
-            mask=mask,
-            grad=grad,
-            momentum=momentum,
-            step=step,
-            generator=generator,
-            trace=trace,
-            progress=0.25,
-        )
+        tensors = {"weight": weight, "mask": mask, "grad": grad, "momentum": momentum, "trace": trace}
+        return Site(name="layer", step=7, progress=0.25, generator=site_generator(0, 7, "layer"), **tensors)
 
     def _tensor(self, seed: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -53,10 +43,9 @@ class Case:
         return values.transpose(0, 1).contiguous().transpose(0, 1) if self.kind == "turned" else values
 
 
-PLAIN = Case(what="a matrix", shape=(6, 5))
 TURNED = Case(what="a transposed convolution, which is a view", shape=(4, 6, 3, 2), kind="turned")
 CASES = (
-    PLAIN,
+    Case(what="a matrix", shape=(6, 5)),
     Case(what="a convolution in one dimension", shape=(4, 3, 5)),
     Case(what="a convolution in three dimensions", shape=(4, 3, 2, 3, 2)),
     Case(what="half precision", shape=(6, 5), dtype=torch.bfloat16),
@@ -105,111 +94,105 @@ def criterion_laws(criterion: Criterion) -> tuple[Law, ...]:
     return laws("criterion", criterion, LAWS, criterion)
 
 
-def _runs(criterion: Criterion) -> None:
-    for case in CASES:
-        _called(criterion, case)
+def _runs(criterion: Criterion, case: Case) -> None:
+    _called(criterion, case)
 
 
-def _shape(criterion: Criterion) -> None:
-    for case in CASES:
-        _scored(criterion, case)
+def _shape(criterion: Criterion, case: Case) -> None:
+    _scored(criterion, case)
 
 
-def _finite(criterion: Criterion) -> None:
-    for case in CASES:
-        if num_bad := int((~_scored(criterion, case).isfinite()).sum()):
-            got, remedy = f"{num_bad} that are NaN or infinite", "Guard a division: x / total.clamp_min(1e-30)."
-            raise BreachError(on=case, expected="finite scores", got=got, remedy=remedy)
+def _finite(criterion: Criterion, case: Case) -> None:
+    num_bad = int((~_scored(criterion, case).isfinite()).sum())
+    remedy = "Guard a division: x / total.clamp_min(1e-30)."
+    expect(not num_bad, "finite scores", got=f"{num_bad} that are NaN or infinite", remedy=remedy)
 
 
-def _changes_nothing(criterion: Criterion) -> None:
-    for case in CASES:
-        site = _called(criterion, case)[1]
-        with world(0):
-            untouched = case.site()
-        for name in ("weight", "mask", "grad", "momentum", "trace"):
-            if not torch.equal(getattr(site, name), getattr(untouched, name)):
-                remedy = "A criterion only looks. Copy before you write: site.grad.clone(), or abs() for abs_()."
-                raise BreachError(on=case, expected=f"site.{name} as it was", got="other values", remedy=remedy)
+def _changes_nothing(criterion: Criterion, case: Case) -> None:
+    site = _called(criterion, case)[1]
+    untouched = case.site()
+    for name in ("weight", "mask", "grad", "momentum", "trace"):
+        is_same = torch.equal(getattr(site, name), getattr(untouched, name))
+        remedy = "A criterion only looks. Copy before you write: site.grad.clone(), or abs() for abs_()."
+        expect(is_same, f"site.{name} as it was", got="other values", remedy=remedy)
 
 
-def _repeatable(criterion: Criterion) -> None:
-    first = _scored(criterion, PLAIN)
+def _repeatable(criterion: Criterion, case: Case) -> None:
+    first = _scored(criterion, case)
     _scored(criterion, CASES[2])
-    if not _same(first, _scored(criterion, PLAIN)):
-        remedy = (
-            "Keep nothing between calls: a resumed run starts without it, and scores of other weights would count. "
-            "Method.trace gathers over steps. Draw from site.generator, by site.rand() say."
-        )
-        expected, got = "the same scores for the same site", "others the second time"
-        raise BreachError(on=PLAIN, expected=expected, got=got, remedy=remedy)
+    remedy = (
+        "Keep nothing between calls: a resumed run starts without it, and scores of other weights would count. "
+        "Method.trace gathers over steps. Draw from site.generator, by site.rand() say."
+    )
+    is_same = _same(first, _scored(criterion, case))
+    expect(is_same, "the same scores for the same site", got="others the second time", remedy=remedy)
 
 
-def _no_global_randomness(criterion: Criterion) -> None:
+def _no_global_randomness(criterion: Criterion, case: Case) -> None:
     remedy = "Draw from site.generator, which knows seed, step and name: site.rand(), say."
-    if not _same(*(_scored(criterion, PLAIN, seed) for seed in (0, 1))):
-        raise BreachError(on=PLAIN, expected="the same scores under any global seed", got="others", remedy=remedy)
+    is_same = _same(*(_scored(criterion, case, seed) for seed in (0, 1)))
+    expect(is_same, "the same scores under any global seed", got="others", remedy=remedy)
     with world(0), torch.no_grad():
         before = global_state()
-        criterion(PLAIN.site())
-        if global_state() != before:
-            expected, got = "the global generators where they stood", "draws from one of them"
-            raise BreachError(on=PLAIN, expected=expected, got=got, remedy=remedy)
+        criterion(case.site())
+        is_same = global_state() == before
+    expect(is_same, "the global generators where they stood", got="draws from one of them", remedy=remedy)
 
 
-def _no_defaults(criterion: Criterion) -> None:
+def _no_defaults(criterion: Criterion, case: Case) -> None:
     remedy = "Make tensors like another one, torch.zeros_like(site.weight), or name dtype= and device=."
-    first, default = _scored(criterion, PLAIN), torch.get_default_dtype()
+    first, default = _scored(criterion, case), torch.get_default_dtype()
     other = torch.float64 if default != torch.float64 else torch.float32
 
     def in_another_dtype() -> Tensor:
         try:
             torch.set_default_dtype(other)
             with world(0), torch.no_grad():
-                return criterion(PLAIN.site())
+                return criterion(case.site())
         finally:
             torch.set_default_dtype(default)
 
     def on_another_device() -> Tensor:
         with world(0), torch.no_grad():
-            site = PLAIN.site()
+            site = case.site()
             with torch.device("meta"):
                 return criterion(site)
 
     for what, call in ((f"default dtype {other}", in_another_dtype), ("default device meta", on_another_device)):
-        on, expected = f"{PLAIN}, {what}", "the same scores whatever the defaults are"
-        found = attempt(call, on=on, expected=expected, remedy=remedy)
-        if found.device != first.device or not _same(first, found):
-            got = f"scores on {found.device}" if found.device != first.device else "others"
-            raise BreachError(on=on, expected=expected, got=got, remedy=remedy)
+        on, expected = f"{case}, {what}", "the same scores whatever the defaults are"
+        found = attempt(call, expected, remedy=remedy, on=on)
+        is_there = found.device == first.device
+        got = "others" if is_there else f"scores on {found.device}"
+        expect(is_there and _same(first, found), expected, got=got, remedy=remedy, on=on)
 
 
-def _memory_layout(criterion: Criterion) -> None:
-    straight = _scored(criterion, Case(what="its copy", shape=TURNED.shape))
+def _memory_layout(criterion: Criterion, case: Case) -> None:
+    straight = _scored(criterion, replace(case, kind="plain"))
     expected = "scores of a view as of its contiguous copy"
     remedy = "Weights of transposed convolutions are views: use reshape() and flatten(), not view()."
     with world(0), torch.no_grad():
-        site = TURNED.site()
-        found = attempt(lambda: criterion(site), on=TURNED, expected=expected, remedy=remedy)
-    if found.shape != straight.shape or not _same(found.double(), straight.double(), rtol=1e-4, atol=1e-6):
-        got = "other scores" if found.shape == straight.shape else f"shape {tuple(found.shape)}"
-        raise BreachError(on=TURNED, expected=expected, got=got, remedy=remedy)
+        site = case.site()
+        found = attempt(lambda: criterion(site), expected, remedy=remedy)
+    fits = found.shape == straight.shape
+    is_same = fits and _same(found.double(), straight.double(), rtol=1e-4, atol=1e-6)
+    expect(is_same, expected, got="other scores" if fits else f"shape {tuple(found.shape)}", remedy=remedy)
 
 
-def _autograd(criterion: Criterion) -> None:
-    straight, expected = _scored(criterion, PLAIN), "the same scores in gradient mode as under no_grad, without a graph"
+def _autograd(criterion: Criterion, case: Case) -> None:
+    straight, expected = _scored(criterion, case), "the same scores in gradient mode as under no_grad, without a graph"
     remedy = "It is called under torch.no_grad(). Where you need gradients, detach() the scores."
     with world(0), torch.enable_grad():
-        found = attempt(lambda: criterion(PLAIN.site()), on=PLAIN, expected=expected, remedy=remedy)
-    if found.requires_grad or not _same(found, straight):
-        got = "scores that require a gradient" if found.requires_grad else "others"
-        raise BreachError(on=PLAIN, expected=expected, got=got, remedy=remedy)
+        found = attempt(lambda: criterion(case.site()), expected, remedy=remedy)
+    got = "scores that require a gradient" if found.requires_grad else "others"
+    expect(not found.requires_grad and _same(found, straight), expected, got=got, remedy=remedy)
 
 
-LAWS = (
-    *(_runs, _shape, _finite, _changes_nothing, _repeatable),
-    *(_no_global_randomness, _no_defaults, _memory_layout, _autograd),
-)
+LAWS: Rules[Criterion] = {
+    **dict.fromkeys((_runs, _shape, _finite, _changes_nothing), lambda _: CASES),
+    **dict.fromkeys((_repeatable, _no_global_randomness, _no_defaults), lambda _: CASES[:1]),
+    _memory_layout: lambda _: (TURNED,),
+    _autograd: lambda _: CASES[:1],
+}
 
 
 def _called(criterion: Criterion, case: Case, seed: int = 0) -> tuple[Any, Site]:
@@ -217,19 +200,17 @@ def _called(criterion: Criterion, case: Case, seed: int = 0) -> tuple[Any, Site]
     remedy = "It is called with any weight of a model; see the cause above."
     with world(seed), torch.no_grad():
         site = case.site()
-        found = attempt(lambda: criterion(site), on=case, expected="scores without an error", remedy=remedy, law="runs")
-    return found, site
+        return attempt(lambda: criterion(site), "scores without an error", remedy=remedy, law="runs"), site
 
 
 def _scored(criterion: Criterion, case: Case, seed: int = 0) -> Tensor:
     """What a criterion returns, once it is known to be scores."""
     score, site = _called(criterion, case, seed)
     fits = isinstance(score, Tensor) and score.shape == site.weight.shape and not score.is_complex()
-    if not fits or score.device != site.weight.device:
-        got = f"{score.dtype}, shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-        expected = f"a real tensor of shape {case.shape} on {site.weight.device}"
-        remedy = "Return one score per weight; the granularity averages them. keepdim=True keeps the axes."
-        raise BreachError(on=case, expected=expected, got=got, remedy=remedy, law="shape")
+    got = f"{score.dtype}, shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+    expected = f"a real tensor of shape {case.shape} on {site.weight.device}"
+    remedy = "Return one score per weight; the granularity averages them. keepdim=True keeps the axes."
+    expect(fits and score.device == site.weight.device, expected, got=got, remedy=remedy, law="shape")
     return score
 
 

@@ -4,11 +4,10 @@ import copy
 import math
 import pickle
 from dataclasses import dataclass
-from functools import partial
 from numbers import Real
 
 from dstlib.schedules import Curve
-from dstlib.testing.laws import BreachError, Law, attempt, hold, laws, world
+from dstlib.testing.laws import Law, Rules, attempt, expect, hold, laws, world
 
 _POINTS = tuple(i / 100 for i in range(101))
 
@@ -39,7 +38,7 @@ number in [0, 1], got 2.0. Drop fractions, ramps and surpluses are shares.
 
 def curve_laws(curve: Curve, *, low: float = -math.inf, high: float = math.inf) -> tuple[Law, ...]:
     """Returns the laws of :func:`check_curve`, one by one."""
-    return laws("curve", curve, LAWS, _Bounded(curve, low, high))
+    return laws("curve", curve, LAWS, _Bounded(curve, low, high), on=lambda progress: f"progress {progress}")
 
 
 @dataclass(frozen=True)
@@ -52,59 +51,53 @@ class _Bounded:
 
     def __call__(self, progress: float) -> float:
         """The value there, once it is known to be a finite number."""
-        on, expected, remedy = (
-            f"progress {progress}",
-            "a finite number",
-            "Return a float: a plain number, not a tensor.",
-        )
-        value = attempt(partial(self.curve, progress), on=on, expected=expected, remedy=remedy, law="finite")
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            raise BreachError(on=on, expected=expected, got=repr(value), remedy=remedy, law="finite")
+        expected, remedy = "a finite number", "Return a float: a plain number, not a tensor."
+        value = attempt(lambda: self.curve(progress), expected, remedy=remedy, law="finite")
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        expect(is_number, expected, got=repr(value), remedy=remedy, law="finite")
         return value
 
 
-def _finite(value_at: _Bounded) -> None:
-    for progress in (*_POINTS, -0.5, 1.5):
-        value_at(progress)
+def _finite(value_at: _Bounded, progress: float) -> None:
+    value_at(progress)
 
 
-def _repeatable(value_at: _Bounded) -> None:
-    found = []
-    for seed, points in ((0, _POINTS), (1, tuple(reversed(_POINTS)))):
-        with world(seed):
-            found.append({progress: value_at(progress) for progress in points})
-    for progress in _POINTS:
-        if found[0][progress] != found[1][progress]:
-            expected, got = f"{found[0][progress]}, as before", found[1][progress]
-            remedy = "Keep nothing between calls and draw nothing: a resumed run asks for fewer points."
-            raise BreachError(on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
+def _repeatable(value_at: _Bounded, points: tuple[float, ...]) -> None:
+    with world(0):
+        first = {progress: value_at(progress) for progress in points}
+    with world(1):
+        second = {progress: value_at(progress) for progress in reversed(points)}
+    for progress, value in first.items():
+        remedy = "Keep nothing between calls and draw nothing: a resumed run asks for fewer points."
+        expected, got, on = f"{value}, as before", second[progress], f"progress {progress}"
+        expect(got == value, expected, got=got, remedy=remedy, on=on)
 
 
-def _in_range(value_at: _Bounded) -> None:
-    for progress in _POINTS:
-        if not value_at.low <= (got := value_at(progress)) <= value_at.high:
-            expected = f"a number in [{value_at.low:g}, {value_at.high:g}]"
-            remedy = "Drop fractions, ramps and surpluses are shares."
-            raise BreachError(on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
+def _in_range(value_at: _Bounded, progress: float) -> None:
+    low, high, value = value_at.low, value_at.high, value_at(progress)
+    remedy = "Drop fractions, ramps and surpluses are shares."
+    expect(low <= value <= high, f"a number in [{low:g}, {high:g}]", got=value, remedy=remedy)
 
 
-def _clamped(value_at: _Bounded) -> None:
-    for progress, end in ((-0.5, 0.0), (1.5, 1.0)):
-        if (got := value_at(progress)) != value_at(end):
-            expected, remedy = (
-                f"its value at {end:g}, {value_at(end)}",
-                "Begin with progress = min(max(progress, 0.0), 1.0).",
-            )
-            raise BreachError(on=f"progress {progress}", expected=expected, got=got, remedy=remedy)
+def _clamped(value_at: _Bounded, progress: float) -> None:
+    end = min(max(progress, 0.0), 1.0)
+    wanted, got = value_at(end), value_at(progress)
+    remedy = "Begin with progress = min(max(progress, 0.0), 1.0)."
+    expect(got == wanted, f"its value at {end:g}, {wanted}", got=got, remedy=remedy)
 
 
-def _a_value(value_at: _Bounded) -> None:
-    curve = value_at.curve
+def _a_value(value_at: _Bounded, what: str) -> None:
+    curve, expected = value_at.curve, f"a {what} that equals it"
     remedy = "Write a function, or a @dataclass(frozen=True) with __call__, at the top level of a module; no lambda."
-    for what, same in (("copy", copy.deepcopy), ("pickled copy", lambda c: pickle.loads(pickle.dumps(c)))):
-        expected = f"a {what} that equals it"
-        if attempt(partial(same, curve), on="itself", expected=expected, remedy=remedy) != curve:
-            raise BreachError(on="itself", expected=expected, got="one that differs", remedy=remedy)
+    same = copy.deepcopy if what == "copy" else lambda c: pickle.loads(pickle.dumps(c))
+    is_same = attempt(lambda: same(curve), expected, remedy=remedy, on="itself") == curve
+    expect(is_same, expected, got="one that differs", remedy=remedy, on="itself")
 
 
-LAWS = (_finite, _repeatable, _in_range, _clamped, _a_value)
+LAWS: Rules[_Bounded] = {
+    _finite: lambda _: (*_POINTS, -0.5, 1.5),
+    _repeatable: lambda _: (_POINTS,),
+    _in_range: lambda _: _POINTS,
+    _clamped: lambda _: (-0.5, 1.5),
+    _a_value: lambda _: ("copy", "pickled copy"),
+}

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from numbers import Real
 
 from dstlib.masking import Distribution, num_units
-from dstlib.testing.laws import BreachError, Law, attempt, hold, laws, world
+from dstlib.testing.laws import Law, Rules, attempt, expect, hold, laws, world
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -77,64 +76,56 @@ def check_distribution(distribution: Distribution, *, keeps_total: bool = True) 
 
 def distribution_laws(distribution: Distribution, *, keeps_total: bool = True) -> tuple[Law, ...]:
     """Returns the laws of :func:`check_distribution`, one by one."""
-    kept = LAWS if keeps_total else tuple(law for law in LAWS if law is not _total)
+    kept = {law: inputs for law, inputs in LAWS.items() if keeps_total or law is not _total}
     return laws("distribution", distribution, kept, distribution)
 
 
-def _every_name(distribution: Distribution) -> None:
-    for case in CASES:
-        _answer(distribution, case)
+def _every_name(distribution: Distribution, case: Case) -> None:
+    _answer(distribution, case)
 
 
-def _in_range(distribution: Distribution) -> None:
-    for case in CASES:
-        _densities(distribution, case)
+def _in_range(distribution: Distribution, case: Case) -> None:
+    _densities(distribution, case)
 
 
-def _repeatable(distribution: Distribution) -> None:
-    for case in CASES:
-        first, given = _answer(distribution, case), dict(case.shapes)
-        with world(1):
-            again = distribution(given, case.density)
-        if again != first or list(given.items()) != list(case.shapes.items()):
-            expected, got = "the same densities twice, and shapes as they were", "something else the second time"
-            remedy = "Compute from shapes and density alone: a resumed run must find the same."
-            raise BreachError(on=case, expected=expected, got=got, remedy=remedy)
+def _repeatable(distribution: Distribution, case: Case) -> None:
+    first, given = _answer(distribution, case), dict(case.shapes)
+    with world(1):
+        again = distribution(given, case.density)
+    is_same = again == first and list(given.items()) == list(case.shapes.items())
+    expected, got = "the same densities twice, and shapes as they were", "something else the second time"
+    remedy = "Compute from shapes and density alone: a resumed run must find the same."
+    expect(is_same, expected, got=got, remedy=remedy)
 
 
-def _total(distribution: Distribution) -> None:
-    for case in CASES:
-        num_active = sum(num_units(case.sizes[name], x) for name, x in _densities(distribution, case).items())
-        wanted, slack = case.density * sum(case.sizes.values()), len(case.sizes)
-        if abs(num_active - wanted) > slack:
-            expected = f"{wanted:,.0f} active entries in all, to {slack}"
-            remedy = "Scale the densities until size · density adds up; pass keeps_total=False if it is not meant to."
-            raise BreachError(on=case, expected=expected, got=f"{num_active:,}", remedy=remedy)
+def _total(distribution: Distribution, case: Case) -> None:
+    num_active = sum(num_units(case.sizes[name], x) for name, x in _densities(distribution, case).items())
+    wanted, slack = case.density * sum(case.sizes.values()), len(case.sizes)
+    expected = f"{wanted:,.0f} active entries in all, to {slack}"
+    remedy = "Scale the densities until size · density adds up; pass keeps_total=False if it is not meant to."
+    expect(abs(num_active - wanted) <= slack, expected, got=f"{num_active:,}", remedy=remedy)
 
 
-def _monotone(distribution: Distribution) -> None:
-    for lower, case in pairwise(CASES):
-        if lower.model != case.model:
-            continue
-        before, found = _densities(distribution, lower), _densities(distribution, case)
-        for name, value in before.items():
-            if found[name] < value - 1 / case.sizes[name]:
-                expected = f"{name} at {value:.4g} or denser, as for a lower density"
-                remedy = "A ramp goes from one answer to another, and must not grow back what it prunes."
-                raise BreachError(on=case, expected=expected, got=found[name], remedy=remedy)
+def _monotone(distribution: Distribution, pair: tuple[Case, Case]) -> None:
+    before, found = (_densities(distribution, case) for case in pair)
+    for name, value in before.items():
+        expected = f"{name} at {value:.4g} or denser, as for a lower density"
+        remedy = "A ramp goes from one answer to another, and must not grow back what it prunes."
+        is_kept = found[name] >= value - 1 / pair[0].sizes[name]
+        expect(is_kept, expected, got=found[name], remedy=remedy, on=str(pair[1]))
 
 
-def _dense_is_dense(distribution: Distribution) -> None:
-    for case in CASES:
-        for name, value in _densities(distribution, case).items() if case.density == 1 else ():
-            if value != 1:
-                remedy = "Bound each density by 1, and share the rest out again."
-                raise BreachError(
-                    on=case, expected="density 1 for every weight", got=f"{value} for {name}", remedy=remedy
-                )
+def _dense_is_dense(distribution: Distribution, case: Case) -> None:
+    remedy = "Bound each density by 1, and share the rest out again."
+    for name, value in _densities(distribution, case).items():
+        expect(value == 1, "density 1 for every weight", got=f"{value} for {name}", remedy=remedy)
 
 
-LAWS = (_every_name, _in_range, _repeatable, _total, _monotone, _dense_is_dense)
+LAWS: Rules[Distribution] = {
+    **dict.fromkeys((_every_name, _in_range, _repeatable, _total), lambda _: CASES),
+    _monotone: lambda _: (pair for pair in pairwise(CASES) if pair[0].model == pair[1].model),
+    _dense_is_dense: lambda _: (case for case in CASES if case.density == 1),
+}
 
 
 def _answer(distribution: Distribution, case: Case) -> dict[str, float]:
@@ -142,11 +133,10 @@ def _answer(distribution: Distribution, case: Case) -> dict[str, float]:
     expected = f"densities of {', '.join(list(case.shapes)[:3])}, ..."
     law, remedy = "every name", "Return {name: density for name in shapes}."
     with world(0):
-        call = partial(distribution, dict(case.shapes), case.density)
-        found = attempt(call, on=case, expected=expected, remedy=remedy, law=law)
-    if not isinstance(found, Mapping) or set(found) != set(case.shapes):
-        got = f"a dict of {', '.join(map(str, found)) or 'nothing'}" if isinstance(found, Mapping) else repr(found)
-        raise BreachError(on=case, expected=expected, got=got, remedy=remedy, law=law)
+        found = attempt(lambda: distribution(dict(case.shapes), case.density), expected, remedy=remedy, law=law)
+    got = f"a dict of {', '.join(map(str, found)) or 'nothing'}" if isinstance(found, Mapping) else repr(found)
+    names_all = isinstance(found, Mapping) and set(found) == set(case.shapes)
+    expect(names_all, expected, got=got, remedy=remedy, law=law)
     return dict(found)
 
 
@@ -154,8 +144,7 @@ def _densities(distribution: Distribution, case: Case) -> dict[str, float]:
     """What a distribution returns, once it is known to be densities."""
     found = _answer(distribution, case)
     for name, value in found.items():
-        if not isinstance(value, Real) or not 0 <= value <= 1:
-            remedy = "Weights that would exceed 1 stay dense; what they leave goes to the others."
-            expected, got = "plain numbers in [0, 1]", f"{value!r} for {name}"
-            raise BreachError(on=case, expected=expected, got=got, remedy=remedy, law="in range")
+        remedy = "Weights that would exceed 1 stay dense; what they leave goes to the others."
+        is_density = isinstance(value, Real) and 0 <= value <= 1
+        expect(is_density, "plain numbers in [0, 1]", got=f"{value!r} for {name}", remedy=remedy, law="in range")
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dstlib.errors import SettingError
 from dstlib.masking import Granularity
-from dstlib.testing.laws import BreachError, Law, attempt, hold, laws, world
+from dstlib.testing.laws import BreachError, Law, Rules, attempt, expect, hold, laws
 
 # outputs and inputs that multiples of most small numbers divide, with 0 to 3 axes of taps
 SHAPES = tuple(
@@ -47,7 +47,7 @@ def check_granularity(granularity: Granularity, *, shapes: Iterable[tuple[int, .
 def granularity_laws(granularity: Granularity, *, shapes: Iterable[tuple[int, ...]] = SHAPES) -> tuple[Law, ...]:
     """Returns the laws of :func:`check_granularity`, one by one."""
     trial = _Trial(granularity, tuple(torch.Size(shape) for shape in shapes))
-    return laws("granularity", granularity, LAWS, trial)
+    return laws("granularity", granularity, LAWS, trial, on=_on)
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,25 @@ class _Trial:
 
     def folding(self) -> Iterator[torch.Size]:
         """The shapes that it folds, once it is known to be a value that refuses all others."""
-        _a_value(self)
+        _a_value(self, "itself")
         law, num_folding = "divides or refuses", 0
         for shape in self.shapes:
             expected = "a fold, or a SettingError where the shape does not divide"
             remedy = 'Raise dstlib.SettingError("..."): sparsify() then names the weight.'
-            if attempt(partial(self._folds, shape), on=_on(shape), expected=expected, remedy=remedy, law=law):
+            if attempt(partial(self._folds, shape), expected, remedy=remedy, law=law, on=_on(shape)):
                 num_folding += 1
                 yield shape
-        if not num_folding:
-            expected, remedy = "at least one shape that folds", "Pass shapes= that it divides."
-            got = f"a SettingError for each of {len(self.shapes)}"
-            raise BreachError(on="all shapes", expected=expected, got=got, remedy=remedy, law=law)
+        got, remedy = f"a SettingError for each of {len(self.shapes)}", "Pass shapes= that it divides."
+        expect(num_folding, "at least one shape that folds", got=got, remedy=remedy, law=law, on="all shapes")
 
     def folded(self, x: Tensor) -> Tensor:
         """What fold makes of a tensor, once it is known to have three axes."""
-        on, expected = _on(x.shape), f"each of {x.numel()} entries once"
-        call = partial(self.granularity.fold, x)
-        folded = attempt(call, on=on, expected=expected, remedy=_REARRANGE, law="each entry once")
+        call, expected = partial(self.granularity.fold, x), f"each of {x.numel()} entries once"
+        folded = attempt(call, expected, remedy=_REARRANGE, law="each entry once")
         if not isinstance(folded, Tensor) or folded.ndim != 3 or folded.dtype != x.dtype:
             got = f"{folded.ndim} axes of {folded.dtype}" if isinstance(folded, Tensor) else repr(folded)
-            expected, remedy = f"(G, U, E) of {x.dtype}", "Groups, units, elements: a single one is an axis of 1."
-            raise BreachError(on=on, expected=expected, got=got, remedy=remedy, law="three axes")
+            remedy = "Groups, units, elements: a single one is an axis of 1."
+            raise BreachError(f"(G, U, E) of {x.dtype}", got=got, remedy=remedy, law="three axes")
         return folded
 
     def _folds(self, shape: torch.Size) -> bool:
@@ -91,77 +88,64 @@ class _Trial:
         return True
 
 
-def _a_value(trial: _Trial) -> None:
+def _a_value(trial: _Trial, on: str) -> None:
     granularity, law = trial.granularity, "a value"
     remedy = "Make it a @dataclass(frozen=True) with fold and unfold, and pass an instance."
-    if not isinstance(granularity, Granularity) or isinstance(granularity, type):
-        expected, got = "an instance with fold and unfold", repr(granularity)
-        raise BreachError(on="itself", expected=expected, got=got, remedy=remedy, law=law)
+    is_instance = isinstance(granularity, Granularity) and not isinstance(granularity, type)
+    expect(is_instance, "an instance with fold and unfold", got=repr(granularity), remedy=remedy, law=law, on=on)
     try:
         same = granularity == copy.deepcopy(granularity) and hash(granularity) == hash(copy.deepcopy(granularity))
     except TypeError:
         same = False
-    if not same:
-        expected, got = "equal to its copy, with an equal hash", "a copy that differs"
-        raise BreachError(on="itself", expected=expected, got=got, remedy=remedy, law=law)
+    expect(same, "equal to its copy, with an equal hash", got="a copy that differs", remedy=remedy, law=law, on=on)
 
 
-@world(0)
-def _divides_or_refuses(trial: _Trial) -> None:
-    for _ in trial.folding():
-        pass
+def _divides_or_refuses(trial: _Trial, shape: torch.Size) -> None:
+    """Looks at nothing more: to try the shapes is to find those that fold."""
 
 
-@world(0)
-def _three_axes(trial: _Trial) -> None:
-    for shape in trial.folding():
-        trial.folded(_index(shape))
+def _three_axes(trial: _Trial, shape: torch.Size) -> None:
+    trial.folded(_index(shape))
 
 
-@world(0)
-def _each_entry_once(trial: _Trial) -> None:
-    for shape in trial.folding():
-        index, noise = _index(shape), _noise(shape)
-        folded = trial.folded(index)
-        if not torch.equal(folded.flatten().sort().values, index.flatten()):
-            got = f"{folded.numel()} places with {len(folded.flatten().unique())} of them"
-            raise BreachError(
-                on=_on(shape), expected=f"each of {shape.numel()} entries once", got=got, remedy=_REARRANGE
-            )
-        if not torch.equal(trial.folded(noise), noise.flatten()[folded]):
-            expected, got = "places that depend on the shape alone", "places that depend on values"
-            raise BreachError(on=_on(shape), expected=expected, got=got, remedy=_REARRANGE)
+def _each_entry_once(trial: _Trial, shape: torch.Size) -> None:
+    index, noise = _index(shape), _noise(shape)
+    folded = trial.folded(index)
+    if not torch.equal(folded.flatten().sort().values, index.flatten()):
+        got = f"{folded.numel()} places with {len(folded.flatten().unique())} of them"
+        raise BreachError(f"each of {shape.numel()} entries once", got=got, remedy=_REARRANGE)
+    is_same = torch.equal(trial.folded(noise), noise.flatten()[folded])
+    expect(is_same, "places that depend on the shape alone", got="places that depend on values", remedy=_REARRANGE)
 
 
-@world(0)
-def _unfold_undoes_fold(trial: _Trial) -> None:
-    for shape in trial.folding():
-        noise = _noise(shape)
-        for x in (noise, noise.double(), noise > 0, _index(shape)):
-            on, expected = f"{_on(shape)}, {x.dtype}", "unfold(fold(x), shape) equal to x"
-            remedy = "Turn the pattern of fold round; (G, U, E) → (O, I, *K)."
-            call = partial(trial.granularity.unfold, trial.folded(x).contiguous(), shape)
-            back = attempt(call, on=on, expected=expected, remedy=remedy)
-            if not _same(back, x):
-                got = f"shape {tuple(back.shape)} of {back.dtype}" if back.shape != shape else "other entries"
-                raise BreachError(on=on, expected=expected, got=got, remedy=remedy)
+def _unfold_undoes_fold(trial: _Trial, shape: torch.Size) -> None:
+    noise = _noise(shape)
+    for x in (noise, noise.double(), noise > 0, _index(shape)):
+        on, expected = f"{_on(shape)}, {x.dtype}", "unfold(fold(x), shape) equal to x"
+        remedy = "Turn the pattern of fold round; (G, U, E) → (O, I, *K)."
+        call = partial(trial.granularity.unfold, trial.folded(x).contiguous(), shape)
+        back = attempt(call, expected, remedy=remedy, on=on)
+        got = f"shape {tuple(back.shape)} of {back.dtype}" if back.shape != shape else "other entries"
+        expect(_same(back, x), expected, got=got, remedy=remedy, on=on)
 
 
-@world(0)
-def _memory_layout(trial: _Trial) -> None:
+def _memory_layout(trial: _Trial, shape: torch.Size) -> None:
     fold, unfold = trial.granularity.fold, trial.granularity.unfold
     expected, remedy = "of a view what its copy gives", "Use reshape() or einops.rearrange, not view()."
-    for shape in trial.folding():
-        x = _noise(shape)
-        y = trial.folded(x).contiguous()
-        turned_x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        turned_y = y.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-        for call, plain in ((partial(fold, turned_x), y), (partial(unfold, turned_y, shape), x)):
-            if not _same(attempt(call, on=_on(shape), expected=expected, remedy=remedy), plain):
-                raise BreachError(on=_on(shape), expected=expected, got="something else", remedy=remedy)
+    x = _noise(shape)
+    y = trial.folded(x).contiguous()
+    turned_x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    turned_y = y.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for call, plain in ((partial(fold, turned_x), y), (partial(unfold, turned_y, shape), x)):
+        expect(_same(attempt(call, expected, remedy=remedy), plain), expected, got="something else", remedy=remedy)
 
 
-LAWS = (_a_value, _divides_or_refuses, _three_axes, _each_entry_once, _unfold_undoes_fold, _memory_layout)
+LAWS: Rules[_Trial] = {
+    _a_value: lambda _: ("itself",),
+    **dict.fromkeys(
+        (_divides_or_refuses, _three_axes, _each_entry_once, _unfold_undoes_fold, _memory_layout), _Trial.folding
+    ),
+}
 _REARRANGE = "Rearrange only, as einops.rearrange does: no sum, no sort, no padding."
 
 

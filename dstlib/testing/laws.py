@@ -2,11 +2,11 @@
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest import SkipTest
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from dstlib.errors import DstlibError
 
 T = TypeVar("T")
+Rules = Mapping[Callable[[T, Any], None], Callable[[T], Iterable[Any]]]  # a law → the inputs it is tried on
 
 
 class LawError(AssertionError):
@@ -29,14 +30,25 @@ class LawError(AssertionError):
 
 
 class BreachError(Exception):
-    """What a law found to be wrong: on which input, what should have come and what came, and what to do.
+    """What a law found to be wrong: what should have come and what came, and what to do.
 
-    ``law`` is the law that is broken, where that is another one, on which the one that looked relies.
+    ``on`` is the input, where that is another one than the law was called with; ``law`` is the law that is broken,
+    where that is another one, on which the one that looked relies.
     """
 
-    def __init__(self, *, on: object, expected: str, got: object, remedy: str, law: str = "") -> None:
-        super().__init__(on, expected, got, remedy)
-        self.law, self.on, self.expected, self.got, self.remedy = law, on, expected, got, remedy
+    def __init__(self, expected: str, *, got: object, remedy: str, law: str = "", on: str = "") -> None:
+        super().__init__(expected, got, remedy)
+        self.expected, self.got, self.remedy, self.law, self.on = expected, got, remedy, law, on
+
+
+def expect(holds: object, expected: str, *, got: object, remedy: str, law: str = "", on: str = "") -> None:
+    """Checks a condition that a law sets.
+
+    Raises:
+        BreachError: It does not hold.
+    """
+    if not holds:
+        raise BreachError(expected, got=got, remedy=remedy, law=law, on=on)
 
 
 @dataclass(frozen=True)
@@ -47,15 +59,14 @@ class Law:
         LawError: The value breaks the law.
         unittest.SkipTest: It breaks another law, without which this one cannot be judged; pytest skips it then.
 
-    >>> def finite(number: float) -> None:
-    ...     if number != number:
-    ...         raise BreachError(on="itself", expected="a number", got="NaN", remedy="Clamp.")
-    >>> (law,) = laws("score", "mine", [finite], float("nan"))
+    >>> def finite(score: Callable[[int], float], x: int) -> None:
+    ...     expect(score(x) == score(x), "a number", got="NaN", remedy="Clamp.")
+    >>> (law,) = laws("score", "mine", {finite: lambda _: (0, 1)}, lambda x: x * float("inf"))
     >>> str(law)
     "score 'mine': finite"
     >>> law()
     Traceback (most recent call last):
-    dstlib.testing.laws.LawError: law 'finite' of score 'mine', on itself: expected a number, got NaN. Clamp.
+    dstlib.testing.laws.LawError: law 'finite' of score 'mine', on 0: expected a number, got NaN. Clamp.
     """
 
     name: str
@@ -76,13 +87,27 @@ class Law:
         return f"{re.sub(r' at 0x[0-9a-f]+', '', self.subject)}: {self.name}"  # alike in all processes of a test run
 
 
-def laws(kind: str, thing: object, rules: Iterable[Callable[[T], None]], given: T) -> tuple[Law, ...]:
-    """Makes laws of functions, by their names; each is called with ``given``.
+def laws(kind: str, thing: object, rules: Rules[T], given: T, *, on: Callable[[Any], str] = str) -> tuple[Law, ...]:
+    """Makes laws of functions, by their names.
 
-    Messages call the thing by its own name or, where it has none, by its repr.
+    Each is called with ``given`` and one of its inputs after the other, in a world of seed 0; ``on`` puts an input into
+    words. Messages call the thing by its own name or, where it has none, by its repr.
     """
     subject = f"{kind} {getattr(thing, '__name__', repr(thing))}"
-    return tuple(Law(rule.__name__.strip("_").replace("_", " "), subject, partial(rule, given)) for rule in rules)
+
+    def hold(rule: Callable[[T, Any], None], inputs: Callable[[T], Iterable[Any]]) -> None:
+        with world(0):
+            for x in inputs(given):
+                try:
+                    rule(given, x)
+                except BreachError as breach:
+                    breach.on = breach.on or on(x)
+                    raise
+
+    return tuple(
+        Law(rule.__name__.strip("_").replace("_", " "), subject, partial(hold, rule, inputs))
+        for rule, inputs in rules.items()
+    )
 
 
 def hold(laws: Iterable[Law]) -> None:
@@ -91,7 +116,7 @@ def hold(laws: Iterable[Law]) -> None:
         law()
 
 
-def attempt(call: Callable[[], T], *, on: object, expected: str, remedy: str, law: str = "") -> T:
+def attempt(call: Callable[[], T], expected: str, *, remedy: str, law: str = "", on: str = "") -> T:
     """Returns the outcome of a call that must not raise.
 
     Raises:
@@ -101,7 +126,7 @@ def attempt(call: Callable[[], T], *, on: object, expected: str, remedy: str, la
         return call()
     except Exception as error:
         got = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
-        raise BreachError(on=on, expected=expected, got=got, remedy=remedy, law=law) from error
+        raise BreachError(expected, got=got, remedy=remedy, law=law, on=on) from error
 
 
 @contextmanager

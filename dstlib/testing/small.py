@@ -171,6 +171,9 @@ class Trial:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
+    def __str__(self) -> str:
+        return str(self.setting)
+
     @property
     def moments(self) -> list[Moment]:
         """What was seen before the first step and after each, of a run that an error may have ended early."""
