@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -125,18 +125,13 @@ def needs_gpu() -> None:
 
 
 def command_line(
-    description: str | None, *, repeats: int = 7, flag: str = "--repeats", threads: int | None = None
+    description: str | None, *, repeats: int = 7, flag: str | None = "--repeats", threads: int | None = None
 ) -> argparse.ArgumentParser:
     """The options of a benchmark that writes its results."""
     lines, default = make_parser(description), " (default: %(default)s)"
-    lines.add_argument(
-        flag,
-        dest="repeats",
-        type=int,
-        metavar="N",
-        default=repeats,
-        help="rounds of which the medians are taken" + default,
-    )
+    if flag:
+        told = "rounds of which the medians are taken" + default
+        lines.add_argument(flag, dest="repeats", type=int, metavar="N", default=repeats, help=told)
     threads = threads or torch.get_num_threads()
     lines.add_argument("--threads", type=int, default=threads, help="CPU threads" + default)
     lines.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results" + default)
@@ -151,7 +146,7 @@ def begin(lines: argparse.ArgumentParser, *, on_gpu: bool = False) -> argparse.N
     make_folder(options.out)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"{machine(on_gpu=on_gpu)}, medians of {options.repeats}")
+    print(machine(on_gpu=on_gpu) + (f", medians of {options.repeats}" if "repeats" in options else ""))
     return options
 
 
@@ -165,13 +160,15 @@ def write(
 ) -> None:
     """A file of results: the machine, the options and the rows."""
     settings = {name: str(value) for name, value in vars(options).items()}
-    content = {"machine": machine(on_gpu=on_gpu), "settings": settings, "results": list(results)}
-    write_json(path, content)
+    write_json(path, {"machine": machine(on_gpu=on_gpu), "settings": settings, "results": list(results)})
     print(f"written: {path}")
 
 
-def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> None:
-    """A figure: title of a panel → group → name of a bar → its height, with a line at 1."""
+def bars(path: Path, heights: Iterable[tuple[str, str, str, float]], label: str) -> None:
+    """A figure of bars, each a title of a panel, a group in it, a name and a height, with a line at 1."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for title, group, name, height in heights:
+        panels.setdefault(title, {}).setdefault(group, {})[name] = height
     most = max(len(groups) for groups in panels.values())
     with drawn(path, size=((2 + 1.6 * most) * len(panels), 3.4)) as figure:
         for axes, (title, groups) in zip(
@@ -180,8 +177,8 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], la
             names = list(dict.fromkeys(name for group in groups.values() for name in group))
             width = 0.8 / len(names)
             for i, name in enumerate(names):
-                heights = [(j, group[name]) for j, group in enumerate(groups.values()) if name in group]
-                axes.bar([j - 0.4 + (i + 0.5) * width for j, _ in heights], [h for _, h in heights], width, label=name)
+                found = {j - 0.4 + (i + 0.5) * width: x[name] for j, x in enumerate(groups.values()) if name in x}
+                axes.bar(list(found), list(found.values()), width, label=name)
             axes.axhline(1, color="#555555", linewidth=0.8)
             axes.set(title=title, ylabel=label, xticks=range(len(groups)), xticklabels=list(groups))
         axes.legend(fontsize=7)

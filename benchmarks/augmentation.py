@@ -108,10 +108,8 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, MONAI {monai.__version__}, one thread; patch {args.size}³ from a case of {side}³"
     )
-    for title, augmentation in (
-        ("as often as the paper", Augmentation()),
-        ("everything at once", always(Augmentation())),
-    ):
+    each = {"as often as the paper": Augmentation(), "everything at once": always(Augmentation())}
+    for title, augmentation in each.items():
         draws = {"dstlib": ours(case, args.size, augmentation), "MONAI": monais(case, args.size, augmentation)}
         compare(title, draws, args.samples)
 

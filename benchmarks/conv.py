@@ -15,7 +15,9 @@ The engine's time includes the shift along depth, oneDNN's does not. The weights
 network that is not in training. Medians over rounds in which every row takes its turn.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from _e2enet import FORMATS, Layer, layers
@@ -36,73 +38,53 @@ HEADER = ("level", "shape", "sparsity", "× dense", "of limit", "ms", "first, ms
 MOST_DEPTHS = 8  # of the output that is compared with float64
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured of a layer at a sparsity; times are in milliseconds."""
-
-    layer: Layer
-    sparsity: float
-    time: float
-    dense_first: float
-    dense_last: float
-    error: float
-
-    @property
-    def speedup(self) -> float:
-        """Over the faster dense form."""
-        return min(self.dense_first, self.dense_last) / self.time
-
-    def cells(self) -> tuple[str, ...]:
-        """A line of the table."""
-        times = (f"{t:.2f}" for t in (self.time, self.dense_first, self.dense_last))
-        share = f"{self.speedup * (1 - self.sparsity):.0%}"
-        about = (str(self.layer.level), str(self.layer), f"{self.sparsity:g}")
-        return (*about, f"{self.speedup:.2f}", share, *times, f"{self.error:.1e}")
+Result = dict[str, Any]
 
 
 def main() -> None:
-    lines = command_line(__doc__)
-    default = " (default: %(default)s)"
+    lines, default = command_line(__doc__), " (default: %(default)s)"
     lines.add_argument("--size", type=int, default=64, help="voxels of the image along each axis" + default)
-    lines.add_argument(
-        "--sparsities", type=float, nargs="+", default=[0, 0.8, 0.9, 0.95], help="(default: %(default)s)"
-    )
+    lines.add_argument("--sparsities", type=float, nargs="+", default=[0, 0.8, 0.9, 0.95], help=default.strip())
     lines.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="finest first" + default)
     options = begin(lines)
-    rows: list[Row] = []
+    found: list[tuple[Layer, Result]] = []
     for layer in layers(options.size):
         if layer.level in options.levels:
             progress(f"level {layer.level}: {layer}")
-            rows += measure(layer, options.sparsities, options.repeats)
-    print("\n".join(align([HEADER, *(row.cells() for row in rows)], left=(1,))))
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        groups.setdefault(f"level {row.layer.level}", {})[f"sparsity {row.sparsity:g}"] = row.speedup
-    bars(options.out / "conv.png", {"": groups}, "× oneDNN dense")
-    write(options.out / "conv.json", options, [{**asdict(row), "speedup": row.speedup} for row in rows])
+            found += ((layer, row) for row in measure(layer, options.sparsities, options.repeats))
+    print("\n".join(align([HEADER, *(cells(layer, row) for layer, row in found)], left=(1,))))
+    heights = ((f"level {layer.level}", f"sparsity {row['sparsity']:g}", row["speedup"]) for layer, row in found)
+    bars(options.out / "conv.png", (("", *height) for height in heights), "× oneDNN dense")
+    write(options.out / "conv.json", options, [{"layer": asdict(layer), **row} for layer, row in found])
 
 
 @torch.no_grad()
-def measure(layer: Layer, sparsities: list[float], repeats: int) -> list[Row]:
-    """A row for each sparsity."""
+def measure(layer: Layer, sparsities: list[float], repeats: int) -> list[Result]:
+    """A row for each sparsity; times are in milliseconds."""
     x = torch.randn(1, layer.inputs, *layer.extent)
     weight = torch.randn(layer.outputs, layer.inputs, 1, 3, 3) / (9 * layer.inputs) ** 0.5
     bias = torch.randn(layer.outputs)
-    dense = {name: in_memory(x, weight, bias, memory) for name, memory in FORMATS.items()}
-    masks = {f"{s:g}": layer.mask(s)[:, :, None, None, None] for s in sparsities}
-    ours = {name: on_engine(x, weight, bias, mask) for name, mask in masks.items()}
-    errors = {name: error(action(), x, weight * masks[name], bias) for name, action in ours.items()}
-    times = medians({**dense, **ours}, repeats)
+    dense = {
+        name: partial(conv3d, x.to(memory_format=f), weight.to(memory_format=f), bias, padding=(0, 1, 1))
+        for name, f in FORMATS.items()
+    }
+    masks = {s: layer.mask(s)[:, :, None, None, None] for s in sparsities}
+    ours = {s: on_engine(x, weight, bias, mask) for s, mask in masks.items()}
+    errors = {s: error(action(), x, weight * masks[s], bias) for s, action in ours.items()}
+    times: dict[Any, float] = medians({**dense, **ours}, repeats)
+    first, last = times["first"], times["last"]
     return [
-        Row(layer, s, times[name], times["first"], times["last"], errors[name])
-        for s, name in zip(sparsities, masks, strict=True)
+        {"sparsity": s, "time": times[s], "dense_first": first, "dense_last": last, "error": errors[s]}
+        | {"speedup": min(first, last) / times[s]}  # over the faster dense form
+        for s in sparsities
     ]
 
 
-def in_memory(x: Tensor, weight: Tensor, bias: Tensor, memory: torch.memory_format) -> Action:
-    """The dense convolution, input and weight in a memory format."""
-    placed, weights = x.to(memory_format=memory), weight.to(memory_format=memory)
-    return lambda: conv3d(placed, weights, bias, padding=(0, 1, 1))
+def cells(layer: Layer, row: Result) -> tuple[str, ...]:
+    """A line of the table."""
+    times = (f"{row[name]:.2f}" for name in ("time", "dense_first", "dense_last"))
+    ratios = (f"{row['speedup']:.2f}", f"{row['speedup'] * (1 - row['sparsity']):.0%}")
+    return (str(layer.level), str(layer), f"{row['sparsity']:g}", *ratios, *times, f"{row['error']:.1e}")
 
 
 def on_engine(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Action:

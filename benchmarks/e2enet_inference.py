@@ -37,8 +37,7 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    lines = command_line(__doc__)
-    default = " (default: %(default)s)"
+    lines, default = command_line(__doc__), " (default: %(default)s)"
     lines.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="voxels along each axis" + default)
     lines.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95], help=default.strip())
     lines.add_argument("--memory", action="store_true", help="run each network alone too, for its peak memory")
@@ -49,10 +48,8 @@ def main() -> None:
     ]
     print("\n".join(align([HEADER, *map(cells, results)], left=(0, 1))))
     print("\n".join(align(kinds(results), left=(0, 1, 2))))
-    groups: dict[str, dict[str, float]] = {}
-    for row in results:
-        groups.setdefault(f"{row['size']}³", {})[row["network"]] = row["over_dense"]
-    bars(options.out / "e2enet_inference.png", {"": groups}, "× dense E2ENet")
+    heights = [("", f"{row['size']}³", row["network"], row["over_dense"]) for row in results]
+    bars(options.out / "e2enet_inference.png", heights, "× dense E2ENet")
     write(options.out / "e2enet_inference.json", options, results)
 
 

@@ -153,28 +153,10 @@ def tuned(tensors: Tensors, blocks: Blocks, rounds: int) -> Launch:
 
 def cells(row: Row) -> tuple[str, ...]:
     """A line of the table."""
-    return (
-        str(row.layer.level),
-        str(row.layer),
-        f"{row.sparsity:g}",
-        row.pattern,
-        row.passes,
-        f"{row.dense / row.time:.2f}",
-        f"{row.shift_dense / row.time:.2f}",
-        f"{row.time:.3f}",
-        f"{row.dense:.3f}",
-        f"{row.tflops:.1f}",
-        f"{row.error:.1e}" + (f"  {tuple(row.launch)}" if row.launch else ""),
-    )
-
-
-def panels(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many times faster than dense each layer is, a panel for each pass and sparsity."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        title = f"{row.passes}, {row.sparsity:.0%} sparse: products / {1 / (1 - row.sparsity):.3g}"
-        found.setdefault(title, {}).setdefault(f"level {row.layer.level}", {})[row.pattern] = row.dense / row.time
-    return found
+    about = (str(row.layer.level), str(row.layer), f"{row.sparsity:g}", row.pattern, row.passes)
+    ratios = (f"{row.dense / row.time:.2f}", f"{row.shift_dense / row.time:.2f}")
+    error = f"{row.error:.1e}" + (f"  {tuple(row.launch)}" if row.launch else "")
+    return (*about, *ratios, f"{row.time:.3f}", f"{row.dense:.3f}", f"{row.tflops:.1f}", error)
 
 
 def main() -> None:
@@ -202,7 +184,9 @@ def main() -> None:
     if options.json:
         write(options.json, options, [asdict(row) for row in rows], on_gpu=True)
     if options.figure:
-        bars(options.figure, panels(rows), "× dense")
+        titles = (f"{r.passes}, {r.sparsity:.0%} sparse: products / {1 / (1 - r.sparsity):.3g}" for r in rows)
+        heights = ((f"level {r.layer.level}", r.pattern, r.dense / r.time) for r in rows)
+        bars(options.figure, ((title, *height) for title, height in zip(titles, heights, strict=True)), "× dense")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    lines = command_line(__doc__)
-    default = " (default: %(default)s)"
+    lines, default = command_line(__doc__), " (default: %(default)s)"
     lines.add_argument("--sizes", type=int, nargs="+", default=[128, 64], help="voxels along each axis" + default)
     lines.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9], help=default.strip())
     lines.add_argument("--dtype", choices=DTYPES, default="bfloat16", help=default.strip())
@@ -47,10 +46,9 @@ def main() -> None:
     warnings.simplefilter("ignore")  # DSFF would know for how long it trains: not at all
     results = [row for size in options.sizes for row in measure(size, options)]
     print("\n".join(align([(*HEADER, *PASSES, "GiB"), *map(cells, results)], left=(0, 1))))
-    groups = {
-        what: {r["network"]: r["over_plain"][what] for r in results if r["size"] == options.sizes[0]} for what in PASSES
-    }
-    bars(options.out / "gpu_e2enet.png", {f"{options.sizes[0]}³, {options.dtype}": groups}, "× plain E2ENet")
+    title, shown = f"{options.sizes[0]}³, {options.dtype}", [r for r in results if r["size"] == options.sizes[0]]
+    heights = [(title, what, r["network"], r["over_plain"][what]) for what in PASSES for r in shown]
+    bars(options.out / "gpu_e2enet.png", heights, "× plain E2ENet")
     write(options.out / "gpu_e2enet.json", options, results, on_gpu=True)
 
 
@@ -62,11 +60,9 @@ def measure(size: int, options: Any) -> list[Result]:
     for name, model, image in networks(size, x, dtype, options):
         progress(f"{size}³: {name}")
         forward, step = passes(model, image, dtype)
-        for actions in (
-            {"forward": forward, "step": step},
-            {"forward graph": recorded(forward), "step graph": recorded(step)},
-        ):
-            times.setdefault(name, {}).update(medians(actions, options.repeats, clock=gpu, warm_up=3))
+        times[name] = medians({"forward": forward, "step": step}, options.repeats, clock=gpu, warm_up=3)
+        graphs = {"forward graph": recorded(forward), "step graph": recorded(step)}
+        times[name] |= medians(graphs, options.repeats, clock=gpu, warm_up=3)
         torch.cuda.reset_peak_memory_stats()
         step()
         memory[name] = torch.cuda.max_memory_allocated() / 2**30

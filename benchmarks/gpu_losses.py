@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from _measure import progress
 from torch import Tensor
 from torch.nn.functional import avg_pool3d, cross_entropy, interpolate
 
@@ -87,7 +88,7 @@ def main() -> None:
     found = {}
     for run in RUNS:
         found[run] = losses(run, options)
-        print(f"... {run}", file=sys.stderr)
+        progress(run)
     wanted = found["torch, float32"]
     rows = []
     for run, got in found.items():

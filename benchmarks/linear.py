@@ -67,11 +67,11 @@ def main() -> None:
     results = [compare(*setting, options) for setting in tqdm(list(settings))]
     print("dense time ÷ sparse time")
     print("\n".join(align([("layer", "batch", "sparsity", "pattern", *COLUMNS), *map(cells, results)], left=(0, 3))))
-    panels: dict[str, dict[str, dict[str, float]]] = {}
-    for r in results:
-        group = panels.setdefault(f"{r['size']}, batch {r['batch']}", {}).setdefault(f"s = {r['sparsity']:g}", {})
-        group |= {f"{r['pattern']}, {column}": r["speedup"][column] for column in ("infer", "step")}
-    bars(options.out / "linear.png", panels, "dense time ÷ sparse time")
+    heights = (
+        (f"{r['size']}, batch {r['batch']}", f"s = {r['sparsity']:g}", f"{r['pattern']}, {name}", r["speedup"][name])
+        for r, name in product(results, ("infer", "step"))
+    )
+    bars(options.out / "linear.png", heights, "dense time ÷ sparse time")
     write(options.out / "linear.json", options, results)
 
 
@@ -106,10 +106,7 @@ def actions(dense: nn.Linear, mask: Tensor, x: Tensor, grad: Tensor) -> dict[str
     return {
         "infer": (lambda: dense(x), lambda: frozen(x)),
         "forward": (lambda: F.linear(x, weight, bias), lambda: LINEAR.compute(forward, [x, weight, bias, *pattern])),
-        "input": (
-            lambda: grad @ weight,
-            lambda: LINEAR_BACKWARD_INPUT(back_to_input, [grad, values, *back]),
-        ),
+        "input": (lambda: grad @ weight, lambda: LINEAR_BACKWARD_INPUT(back_to_input, [grad, values, *back])),
         "weight": (lambda: grad.t() @ x, lambda: LINEAR_BACKWARD_WEIGHTS(forward, [grad, x, *pattern])),
         "step": (lambda: step(dense), lambda: step(training)),
     }

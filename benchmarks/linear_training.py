@@ -15,15 +15,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from _measure import machine, times, write
+from _measure import begin, command_line, times, write
 from torch import Tensor, nn
 
 import dstlib
-from dstlib.command_line import make_parser
-from dstlib.files import make_folder
 from dstlib.report import align
 
 NUM_FEATURES, NUM_CLASSES = 256, 10
@@ -37,18 +34,22 @@ def mlp(width: int, depth: int) -> nn.Sequential:
 
 
 def main() -> None:
-    options = command_line().parse_args()
-    make_folder(options.out)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    lines, default = command_line(__doc__, flag=None, threads=2), "(default: %(default)s)"
+    lines.add_argument("--width", type=int, default=1024, help=f"outputs of each hidden layer {default}")
+    lines.add_argument("--depth", type=int, default=4, help=f"hidden layers {default}")
+    lines.add_argument("--batch", type=int, default=256, help=f"samples per step {default}")
+    lines.add_argument("--sparsity", type=float, default=0.9, help=f"share of zeros in the hidden layers {default}")
+    lines.add_argument("--interval", type=int, default=100, help=f"steps between mask updates {default}")
+    lines.add_argument("--block", type=int, default=50, help=f"steps in turn {default}")
+    lines.add_argument("--blocks", type=int, default=9, help=f"of which the first is not timed {default}")
+    options = begin(lines)
     teacher = mlp(256, 1)
     draw = batches(teacher, options.batch)
     total = options.block * options.blocks
     plain = mlp(options.width, options.depth)
     steps = {
-        "dense": trainer(copy.deepcopy(plain), total, options, sparse=False, fast=False),
-        "masked": trainer(copy.deepcopy(plain), total, options, sparse=True, fast=False),
-        "accelerated": trainer(copy.deepcopy(plain), total, options, sparse=True, fast=True),
+        name: trainer(copy.deepcopy(plain), total, options, sparse=name != "dense", fast=name == "accelerated")
+        for name in ("dense", "masked", "accelerated")
     }
     blocks = [[draw() for _ in range(options.block)] for _ in range(options.blocks)]
     actions = {name: by_blocks(step, blocks) for name, (step, _) in steps.items()}
@@ -58,12 +59,10 @@ def main() -> None:
     count = options.block * (options.blocks - 1)
     rows = [("network", "s", "ms per step", "speed-up", "test loss")]
     for name in steps:
-        speedup = seconds["dense"] / seconds[name]
-        rows.append(
-            (name, f"{seconds[name]:.1f}", f"{1e3 * seconds[name] / count:.2f}", f"{speedup:.2f}", losses[name])
-        )
+        taken, speedup = seconds[name], seconds["dense"] / seconds[name]
+        rows.append((name, f"{taken:.1f}", f"{1e3 * taken / count:.2f}", f"{speedup:.2f}", losses[name]))
     print("\n".join(align(rows, left=(0,))))
-    print(f"{machine()}; {count} steps timed")
+    print(f"{count} steps timed")
     write(options.out / "linear_training.json", options, [seconds])
 
 
@@ -118,21 +117,6 @@ def evaluate(network: nn.Module, data: list[tuple[Tensor, Tensor]]) -> str:
     """The mean loss."""
     losses = [nn.functional.cross_entropy(network(x), label).item() for x, label in data]
     return f"{sum(losses) / len(losses):.3f}"
-
-
-def command_line() -> argparse.ArgumentParser:
-    lines = make_parser(__doc__)
-    default = "(default: %(default)s)"
-    lines.add_argument("--width", type=int, default=1024, help=f"outputs of each hidden layer {default}")
-    lines.add_argument("--depth", type=int, default=4, help=f"hidden layers {default}")
-    lines.add_argument("--batch", type=int, default=256, help=f"samples per step {default}")
-    lines.add_argument("--sparsity", type=float, default=0.9, help=f"share of zeros in the hidden layers {default}")
-    lines.add_argument("--interval", type=int, default=100, help=f"steps between mask updates {default}")
-    lines.add_argument("--block", type=int, default=50, help=f"steps in turn {default}")
-    lines.add_argument("--blocks", type=int, default=9, help=f"of which the first is not timed {default}")
-    lines.add_argument("--threads", type=int, default=2, help=f"CPU threads of torch {default}")
-    lines.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help=f"folder of the results {default}")
-    return lines
 
 
 if __name__ == "__main__":

@@ -40,12 +40,8 @@ class Bottleneck(nn.Module):
 
 def resnet50() -> nn.Sequential:
     """ResNet-50: 25,502,912 weights in 54 tensors."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2, 1),
-    ]
+    stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     into = 64
     for width, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for i in range(depth):

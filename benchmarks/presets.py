@@ -27,16 +27,11 @@ class Prepared:
         torch.manual_seed(0)
         self.model = resnet50()
         # N:M needs inputs that divide: all but the first convolution
-        exclude = ["0"] if isinstance(method.granularity, NM) else []
-        sparsity = 0.5 if isinstance(method.granularity, NM) else 0.9
+        sparsity, exclude = (0.5, ["0"]) if isinstance(method.granularity, NM) else (0.9, [])
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+        method = replace(method, interval=interval)
         self.sparsifier = dstlib.sparsify(
-            self.model,
-            self.optimizer,
-            sparsity=sparsity,
-            method=replace(method, interval=interval),
-            total_steps=1_000,
-            exclude=exclude,
+            self.model, self.optimizer, sparsity=sparsity, method=method, total_steps=1_000, exclude=exclude
         )
         self.step()  # makes the optimizer's state
 

@@ -9,7 +9,6 @@ after two to warm up. Memory is the GPU's, the most that an iteration took beyon
 weights and optimizer states of all rows).
 """
 
-import argparse
 from dataclasses import replace
 from itertools import product
 
@@ -31,7 +30,15 @@ NUM_CLASSES = 16
 
 
 def main() -> None:
-    options = command_line().parse_args()
+    lines = make_parser(__doc__)
+    on_gpu = torch.cuda.is_available()
+    lines.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
+    lines.add_argument("--size", type=int, default=128, help="edge of the patch (default: %(default)s)")
+    lines.add_argument("--width", type=int, default=48, help="channels of E2ENet's first level (default: %(default)s)")
+    lines.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    lines.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16"], help="(default: bf16)")
+    lines.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"], help="(default: off)")
+    options = lines.parse_args()
     channels = tuple(max(8, round(c * options.width / 48 / 8) * 8) for c in AMOS.channels)
     architecture = replace(config(options.size), channels=channels)
     size = (options.size,) * 3
@@ -92,18 +99,6 @@ class Row:
         nn.utils.clip_grad_norm_(training.model.parameters(), training.settings.clip)
         training.scaler.step(training.optimizer)
         training.scaler.update()
-
-
-def command_line() -> argparse.ArgumentParser:
-    lines = make_parser(__doc__)
-    on_gpu = torch.cuda.is_available()
-    lines.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
-    lines.add_argument("--size", type=int, default=128, help="edge of the patch (default: %(default)s)")
-    lines.add_argument("--width", type=int, default=48, help="channels of E2ENet's first level (default: %(default)s)")
-    lines.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
-    lines.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16"], help="(default: bf16)")
-    lines.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"], help="(default: off)")
-    return lines
 
 
 if __name__ == "__main__":

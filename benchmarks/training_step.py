@@ -57,8 +57,7 @@ class Training:
 
 
 def main() -> None:
-    lines = command_line(__doc__)
-    default = " (default: %(default)s)"
+    lines, default = command_line(__doc__), " (default: %(default)s)"
     lines.add_argument("--size", type=int, default=64, help="voxels of the image along each axis" + default)
     lines.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9], help=default.strip())
     lines.add_argument("--memory", action="store_true", help="run each network alone too, for its peak memory")
@@ -83,7 +82,10 @@ def compare_times(x: Tensor, options: argparse.Namespace) -> None:
     steps = times({name: row.step for name, row in rows.items()}, options.repeats, clock=own)
     taken = {name: by_part([parts for _, *parts in each]) for name, each in steps.items()}
     best = min((taken[f"dense, channels {name}"] for name in FORMATS), key=lambda row: row["step"])
-    results = [result(name, row, best) for name, row in taken.items()]
+    results: list[dict[str, Any]] = [
+        {"network": name, "ms": row, "ratios": {part: best[part] / ms for part, ms in row.items()}}
+        for name, row in taken.items()
+    ]
     if options.memory:
         progress("measuring the memory")
         for row in results:
@@ -91,7 +93,8 @@ def compare_times(x: Tensor, options: argparse.Namespace) -> None:
             row["peak_mib"] = peak_memory(alone, name, options.size, getattr(rows[name].network, "decisions", None))
     header = ("network", "× dense", *(f"× {p}" for p in PARTS), "step, ms", *PARTS, "peak memory, MiB")
     print("\n".join(align([header, *map(cells, results)], left=(0,))))
-    bars(options.out / "training_step.png", {"": {row["network"]: row["ratios"] for row in results}}, "× dense")
+    heights = (("", row["network"], part, ratio) for row in results for part, ratio in row["ratios"].items())
+    bars(options.out / "training_step.png", heights, "× dense")
     write(options.out / "training_step.json", options, results)
 
 
@@ -144,11 +147,6 @@ def by_part(steps: Sequence[Sequence[float]]) -> dict[str, float]:
     """Medians of whole steps and of each part."""
     parts = zip(PARTS, zip(*steps, strict=True), strict=True)
     return {"step": median(map(sum, steps)), **{part: median(each) for part, each in parts}}
-
-
-def result(name: str, times: dict[str, float], best: dict[str, float]) -> dict[str, Any]:
-    """A row: milliseconds, and the ratios of the faster dense network to it."""
-    return {"network": name, "ms": times, "ratios": {part: best[part] / taken for part, taken in times.items()}}
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Shapes: G groups, U units per group, E elements per unit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from dstlib.methods.method import Method
 from dstlib.testing.laws import Law, Rules, expect, hold, laws
 from dstlib.testing.small import HALFWAY, OPTIMIZERS, Moment, Run, Setting, Trial
 
-Trials = Sequence[Trial]  # one for each optimizer
+Trials = list[Trial]  # one for each optimizer
 
 
 def check_method(method: Method, *, sparsity: float | None = None, width: int = 16) -> None:
