@@ -53,8 +53,8 @@ def main() -> None:
             progress(f"level {layer.level}: {layer}")
             found += ((layer, row) for row in measure(layer, options.sparsities, options.repeats))
     print("\n".join(align([HEADER, *(cells(layer, row) for layer, row in found)], left=(1,))))
-    heights = ((f"level {layer.level}", f"sparsity {row['sparsity']:g}", row["speedup"]) for layer, row in found)
-    bars(options.out / "conv.png", (("", *height) for height in heights), "× oneDNN dense")
+    heights = (("", f"level {layer.level}", f"sparsity {row['sparsity']:g}", row["speedup"]) for layer, row in found)
+    bars(options.out / "conv.png", heights, "× oneDNN dense")
     write(options.out / "conv.json", options, [{"layer": asdict(layer), **row} for layer, row in found])
 
 

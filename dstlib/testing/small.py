@@ -3,7 +3,7 @@
 import copy
 import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from dstlib.masking import AtInit, Criterion, MaskUpdate, Site
 from dstlib.methods.method import Method
-from dstlib.sparsifier import Sparsifier
 from dstlib.sparsifier.api import sparsify
 from dstlib.testing.laws import world
 
@@ -63,18 +62,11 @@ class Setting:
         return f"a small model of width {self.width} under {self.optimizer}, sparsity {self.sparsity:g}"
 
 
-@dataclass
 class Run:
     """A training under way."""
 
-    setting: Setting
-    model: nn.Module = field(init=False)
-    optimizer: Optimizer = field(init=False)
-    sparsifier: Sparsifier = field(init=False)
-    num_steps: int = 0
-
-    def __post_init__(self) -> None:
-        s = self.setting
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.num_steps, s = setting, 0, setting
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             self.model = SmallModel(s.width)
@@ -99,10 +91,6 @@ class Run:
         for _ in self.steps(until):
             pass
         return self
-
-    def copied(self) -> "Run":
-        """Model, optimizer and sparsifier copied together."""
-        return copy.deepcopy(self)
 
     def saved_and_loaded(self) -> "Run":
         """Made anew, with the three states through a file."""
@@ -202,7 +190,7 @@ class Trial:
         """Copied halfway; another copy, frozen then; and the masks that were frozen."""
         with world(0):
             half = Run(self.setting).train(HALFWAY)
-            copied, frozen = half.copied(), half.copied()
+            copied, frozen = copy.deepcopy(half), copy.deepcopy(half)
             half.end()
             copied.train().end()
             frozen.sparsifier.freeze()
