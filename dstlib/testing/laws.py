@@ -95,7 +95,7 @@ def laws(kind: str, thing: object, rules: Rules[T], given: T, *, on: Callable[[A
     """
     subject = f"{kind} {getattr(thing, '__name__', repr(thing))}"
 
-    def hold(rule: Callable[[T, Any], None], inputs: Callable[[T], Iterable[Any]]) -> None:
+    def try_each(rule: Callable[[T, Any], None], inputs: Callable[[T], Iterable[Any]]) -> None:
         with world(0):
             for x in inputs(given):
                 try:
@@ -105,7 +105,7 @@ def laws(kind: str, thing: object, rules: Rules[T], given: T, *, on: Callable[[A
                     raise
 
     return tuple(
-        Law(rule.__name__.strip("_").replace("_", " "), subject, partial(hold, rule, inputs))
+        Law(rule.__name__.strip("_").replace("_", " "), subject, partial(try_each, rule, inputs))
         for rule, inputs in rules.items()
     )
 
