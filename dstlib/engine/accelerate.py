@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dstlib.engine.decisions import Decision, Decisions
 from dstlib.engine.following import follow
 from dstlib.engine.layers.fast_layer import FastLayer
-from dstlib.engine.registry import fast_form, find, obstacle
+from dstlib.engine.registry import find, obstacle
 
 REPEATS = 3
 Times = dict[str, float]
@@ -62,12 +62,15 @@ def accelerate(
     (True, 1)
     """
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    fast = _sharing(model)
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    fast = copy.deepcopy(model, kept)  # other modules around the same parameters and buffers
     candidates = dict(_candidates(fast, layers))
     obstacles = {name: obstacle(layer, layers) for name, layer in candidates.items()}
     able = [name for name, reason in obstacles.items() if reason is None]
     for name in able:
-        fast.set_submodule(name, fast_form(candidates[name], layers))
+        found = find(candidates[name], layers)
+        assert found is not None, "it has no obstacle"
+        fast.set_submodule(name, found.make(candidates[name]))
     if decisions is None:
         plain_ms, fast_ms = _measure(fast, {name: candidates[name] for name in able}, arguments)
         decisions = Decisions.of(
@@ -81,12 +84,6 @@ def accelerate(
     follow(fast, masks or {}, dense_gradient)
     object.__setattr__(fast, "decisions", decisions)  # not a module, a parameter or a buffer
     return fast
-
-
-def _sharing(model: nn.Module) -> nn.Module:
-    """Returns a copy of the modules around the same parameters and buffers."""
-    kept = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
 def _candidates(

@@ -16,7 +16,7 @@ CPU_LAYERS = (FUSION_NODE, UNIT, CONV, LINEAR)  # the first that is of a layer's
 
 def find(layer: nn.Module, layers: Sequence[FastLayer] = ()) -> FastLayer | None:
     """Returns the first fast layer of this layer's type: of ``layers``, then of those of its device; None of others."""
-    known = GPU_LAYERS if _on_gpu(layer) else CPU_LAYERS
+    known = GPU_LAYERS if any(parameter.is_cuda for parameter in layer.parameters()) else CPU_LAYERS
     return next((each for each in (*layers, *known) if isinstance(layer, each.kind)), None)
 
 
@@ -30,14 +30,3 @@ def obstacle(layer: nn.Module, layers: Sequence[FastLayer] = ()) -> str | None:
         return "its parameters were made in inference mode, in which changes go unnoticed"
     found = find(layer, layers)
     return found.obstacle(layer) if found else f"it is a {type(layer).__name__}"
-
-
-def fast_form(layer: nn.Module, layers: Sequence[FastLayer] = ()) -> nn.Module:
-    """Returns the fast form of a layer, which shares its parameters; for one without :func:`obstacle` alone."""
-    found = find(layer, layers)
-    assert found is not None, "it has no obstacle"
-    return found.make(layer)
-
-
-def _on_gpu(layer: nn.Module) -> bool:
-    return any(parameter.is_cuda for parameter in layer.parameters())

@@ -152,7 +152,8 @@ class Operator(Generic[P]):
     def __call__(self, problem: P, tensors: Tensors) -> Sequence[Tensor]:
         if not is_recorded(*tensors):
             return self.compute(problem, tensors)
-        if self.backward is None or not _hold_values(tensors):
+        stands_in = torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in tensors)  # for a compiler
+        if self.backward is None or stands_in:
             outputs: Sequence[Tensor] = self.registered(list(tensors), problem.packed())
             return outputs
         recorded: Sequence[Tensor] = _Recorded.apply(self, problem, *tensors)
@@ -217,11 +218,6 @@ def is_recorded(*tensors: Tensor | None) -> bool:
         if type(x) not in _PLAIN or (records and x is not None and x.requires_grad):
             return True
     return torch.compiler.is_dynamo_compiling()  # other compilers' tensors are of other types
-
-
-def _hold_values(tensors: Tensors) -> bool:
-    """Tells whether these are tensors proper, and not stand-ins by which a compiler learns what is done to them."""
-    return not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in tensors)
 
 
 def present_kernels() -> Kernels:
