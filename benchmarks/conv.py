@@ -28,8 +28,7 @@ from torch.nn.functional import conv3d
 from dstlib.engine.ops.conv import Geometry, conv
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.ops.layouts import to_depth_last
-from dstlib.engine.ops.patterns import Pattern
-from dstlib.engine.ops.weights import Weights
+from dstlib.engine.ops.patterns import Pattern, Weights
 from dstlib.layers import shift
 from dstlib.report import align
 

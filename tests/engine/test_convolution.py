@@ -25,8 +25,7 @@ from dstlib.engine.ops import feature_map, prepared
 from dstlib.engine.ops.conv import CONV, Affine, Geometry, conv, stated, unit
 from dstlib.engine.ops.feature_map import FeatureMap, activated
 from dstlib.engine.ops.layouts import materialise
-from dstlib.engine.ops.patterns import Pattern
-from dstlib.engine.ops.weights import Weights
+from dstlib.engine.ops.patterns import Pattern, Weights
 from dstlib.engine.runtime import library
 from dstlib.layers import Shift, Unit
 

@@ -23,8 +23,7 @@ from dstlib.engine.ops.feature_map import FeatureMap, Norm, activated
 from dstlib.engine.ops.instance_norm import InstanceNormProblem, instance_norm_backward
 from dstlib.engine.ops.layouts import ActivationProblem, LayoutProblem, materialise, to_channels_first, to_depth_last
 from dstlib.engine.ops.max_pool import max_pool
-from dstlib.engine.ops.patterns import Pattern
-from dstlib.engine.ops.weights import Weights
+from dstlib.engine.ops.patterns import Pattern, Weights
 from dstlib.errors import SettingError
 
 Size = tuple[int, int, int, int, int]

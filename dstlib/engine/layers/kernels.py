@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.ops.patterns import Pattern
-from dstlib.engine.ops.weights import Weights
+from dstlib.engine.ops.patterns import Pattern, Weights
 
 
 class FollowsKernels(nn.Module):

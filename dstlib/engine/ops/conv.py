@@ -18,8 +18,8 @@ from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_la
 from dstlib.engine.ops.instance_norm import instance_norm_backward
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Implementation, Item, Operator, Tensors, by_kernel, by_torch, groups
+from dstlib.engine.ops.patterns import Weights
 from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
-from dstlib.engine.ops.weights import Weights
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
 from dstlib.engine.runtime.structs import FORM_DIRECT, FORM_WINOGRAD

@@ -13,8 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_last, flat, pattern_of, source, target
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, Tensors, by_kernel, by_torch
+from dstlib.engine.ops.patterns import Weights
 from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
-from dstlib.engine.ops.weights import Weights
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
 from dstlib.errors import require

@@ -12,16 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from dstlib.engine.ops.linear_patterns import LinearPattern
-from dstlib.engine.ops.operator import (
-    Operator,
-    Problem,
-    Tensors,
-    by_kernel,
-    by_torch,
-    groups,
-    kernels_for,
-    present_kernels,
-)
+from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by_torch, groups, kernels_for
 from dstlib.engine.ops.prepared import PreparedCalls, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
@@ -87,10 +78,10 @@ def sparse_linear(
     samples = x.shape[:-1]
     x_NI = x.reshape(samples.numel(), inputs)
     state = None if calls is None else state_of([x], [weight], [bias])
-    if calls is not None and state is not None and kernels_for(x_NI, weight, bias):
+    if calls and state and (found := kernels_for(x_NI, weight, bias)):
         known = calls.of(state)
         if pattern not in known:
-            known[pattern] = PreparedLinear(weight, bias, pattern)
+            known[pattern] = PreparedLinear(found, weight, bias, pattern)
         y_NO = known[pattern](x_NI)
     else:
         problem = LinearProblem(outputs, bias is not None, dense_gradient)
@@ -102,9 +93,9 @@ def sparse_linear(
 class PreparedLinear:
     """The kernel of a layer whose active weights are gathered; records nothing."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: LinearPattern) -> None:
+    def __init__(self, found: Kernels, weight: Tensor, bias: Tensor | None, pattern: LinearPattern) -> None:
         self._values = weight.detach().flatten()[pattern.index]
-        self._bias, self._pattern, self._kernel = bias, pattern, present_kernels().linear_forward
+        self._bias, self._pattern, self._kernel = bias, pattern, found.linear_forward
 
     def __call__(self, x: Tensor) -> Tensor:
         """Computes (N, I) → (N, O)."""

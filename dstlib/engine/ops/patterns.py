@@ -1,13 +1,15 @@
-"""Which kernels of a layer are active, in the order in which the engine walks them.
+"""Which kernels of a layer are active, in the order in which the engine walks them; the weight that has them.
 
 Shapes: O output channels, C input channels, A active kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from dstlib.engine.ops.prepared import PreparedCall, PreparedCalls
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,23 @@ class Pattern:
     def num_active(self) -> int:
         """A, the number of active kernels."""
         return self.index.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The weight of a convolution, contiguous, its bias (O) or None, and which of its kernels are active.
+
+    Shapes: O output channels, C input channels; the weight is (O, C, kh, kw) or (O, C, 1, kh, kw), of a transposed
+    convolution (C, O, d, h, w); patterns are (O, C). ``graded`` are the kernels whose gradient is wanted: the active
+    ones, or all where a criterion reads them. Keep this value for as long as these stay the same: it knows prepared
+    calls.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    active: Pattern
+    graded: Pattern
+    calls: PreparedCalls[PreparedCall | None] = field(default_factory=PreparedCalls, repr=False)
 
 
 def _row_ptr(counts: Tensor) -> Tensor:
