@@ -187,3 +187,10 @@ def test_a_start_below_the_end_is_refused():
 def test_traces_out_of_range_are_refused(settings):
     with pytest.raises(SettingError, match="of Trace: expected"):
         Trace(**settings)
+
+
+@pytest.mark.parametrize("name", ["plan", "observers", "frozen", "masks", "weights", "step"])
+def test_what_a_sparsifier_tells_is_not_to_be_set(name):
+    sparsifier = dstlib.sparsify(torch.nn.Linear(8, 8), sparsity=0.5, method="static")
+    with pytest.raises(AttributeError):
+        setattr(sparsifier, name, getattr(sparsifier, name))

@@ -95,7 +95,8 @@ class Block:
 
     def __post_init__(self) -> None:
         given = (self.out, self.into)
-        require(min(given) >= 1, "out and into", "Block", allowed="1 or more", given=given, remedy="Pass Block(4, 4).")
+        remedy = "Pass Block(4, 4), say."
+        require(min(given) >= 1, "out and into", "Block", allowed="1 or more", given=given, remedy=remedy)
 
     def fold(self, x_OIK: Tensor) -> Tensor:
         """Turns (O, I, *K) into (1, O/out · I/into, out·into·K)."""

@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 class Sparsifier:
     """Keeps weights sparse and changes their masks as a method says; made by :func:`dstlib.sparsify`.
 
-    The masks live here, the zeros in the weights; the model itself knows nothing. ``plan`` is what was settled
-    beforehand: method, clock, weights, densities. ``observers`` are called with (site, update) after each mask update
-    of each weight; append yours. ``frozen`` is whether the topology is fixed.
+    The masks live here, the zeros in the weights; the model itself knows nothing.
     """
 
     def __init__(self, plan: Plan, optimizers: Sequence[Optimizer], modules: Iterable[nn.Module]) -> None:
-        self.observers: list[update.Observer] = []
-        self.frozen = False
+        self._observers: list[update.Observer] = []
+        self._frozen = False
         self._memory = 0.0  # of the method's allocator
         self._attached = True
         self._masked = [
@@ -45,11 +43,26 @@ class Sparsifier:
         # those that were seen to step, the latest one last
         self._optimizers: MutableMapping[Optimizer, None] = WeakKeyDictionary(dict.fromkeys(optimizers))
         with torch.no_grad():
-            self.plan = self._start(plan)
+            self._plan = self._start(plan)
         by_id = {id(m.parameter): m for m in self._masked}
         # each module with each sparse weight that it holds now; the module decides how long it lives
         self._owners = [(ref(o), by_id[id(p)]) for o in modules for p in o._parameters.values() if id(p) in by_id]
         listen(self)
+
+    @property
+    def plan(self) -> Plan:
+        """What was settled beforehand: method, clock, weights, densities."""
+        return self._plan
+
+    @property
+    def observers(self) -> list[update.Observer]:
+        """Called with (site, update) after each mask update of each weight; append yours."""
+        return self._observers
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the topology is fixed."""
+        return self._frozen
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -190,7 +203,7 @@ class Sparsifier:
 
     def freeze(self) -> None:
         """Fixes the topology from now on: zeros hold, masks no longer change."""
-        self.frozen = True
+        self._frozen = True
 
     def detach(self) -> None:
         """Stops listening to optimizers, for good. The weights keep the zeros they have at this moment."""
@@ -215,8 +228,8 @@ class Sparsifier:
             for m, saved in zip(self._masked, all_saved, strict=True):
                 m.restore(saved)
             if self.plan.densities_from_model:
-                self.plan = update.with_densities(self.plan, self._masked)
-        self.frozen, self._memory = bool(state["frozen"]), float(state["memory"])
+                self._plan = update.with_densities(self.plan, self._masked)
+        self._frozen, self._memory = bool(state["frozen"]), float(state["memory"])
         self.apply_masks()
 
     def __repr__(self) -> str:
