@@ -19,7 +19,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -31,8 +31,16 @@ from dstlib.masking import Criterion, magnitude, random, zeros
 from dstlib.schedules import Constant, Cosine, Curve
 
 
-def law(num_total: int, num_active: int, num_grown: Sequence[int]) -> tuple[float, float]:
-    """Mean and standard deviation of R_s of one run, exactly, for these numbers of entries grown at each update."""
+@dataclass(frozen=True)
+class Law:
+    """Mean and standard deviation of R_s of one run."""
+
+    mean: float
+    deviation: float
+
+
+def law(num_total: int, num_active: int, num_grown: Sequence[int]) -> Law:
+    """The exact law of R_s, up to its second moment, for these numbers of entries grown at each update."""
     mean, variance = float(num_total - num_active), 0.0  # of the number of entries never active
     for k in num_grown:
         pool = num_total - num_active + k
@@ -40,7 +48,7 @@ def law(num_total: int, num_active: int, num_grown: Sequence[int]) -> tuple[floa
             spread = pool * mean - (variance + mean**2)  # E[U (N - U)]
             within = k * spread / pool**2 * (pool - k) / max(pool - 1, 1)
             mean, variance = mean * (1 - k / pool), within + variance * (1 - k / pool) ** 2
-    return 1 - mean / num_total, math.sqrt(max(variance, 0.0)) / num_total
+    return Law(1 - mean / num_total, math.sqrt(max(variance, 0.0)) / num_total)
 
 
 def explored(method: dstlib.Method, *, size: int, density: float, num_updates: int, seed: int) -> History:
@@ -60,18 +68,9 @@ def explored(method: dstlib.Method, *, size: int, density: float, num_updates: i
     return history
 
 
-def measure(
-    drop: Criterion, fraction: Curve, *, size: int, density: float, num_updates: int, seeds: Sequence[int]
-) -> tuple[float, float, float, float]:
-    """Runs one setting: SET, updating at each step to the end of the run.
-
-    Settings whose z are compared take seeds of their own, as growth depends on nothing else.
-
-    Returns:
-        The mean of R_s over the seeds and its standard error, by the exact variance of one run; what is expected of
-        it; and the closed form without floors.
-    """
-    method = replace(
+def random_growth(drop: Criterion, fraction: Curve) -> dstlib.Method:
+    """SET, updating at each step to the end of the run."""
+    return replace(
         dstlib.SET,
         drop=drop,
         drop_fraction=fraction,
@@ -80,14 +79,39 @@ def measure(
         interval=1,
         stop=1.0,
     )
+
+
+@dataclass(frozen=True)
+class Result:
+    """R_s over seeds beside its law; ``unrounded`` is the closed form without floors."""
+
+    seen: tuple[float, ...]
+    law: Law
+    unrounded: float
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean over seeds, by the exact variance of one run."""
+        return self.law.deviation / math.sqrt(len(self.seen))
+
+    @property
+    def z(self) -> float:
+        """Standard errors between the mean over seeds and its expectation."""
+        return (statistics.fmean(self.seen) - self.law.mean) / self.error
+
+
+def measure(
+    drop: Criterion, fraction: Curve, *, size: int, density: float, num_updates: int, seeds: Sequence[int]
+) -> Result:
+    """Runs one setting; settings whose z are compared take seeds of their own, as growth depends on nothing else."""
+    method = random_growth(drop, fraction)
     runs = [explored(method, size=size, density=density, num_updates=num_updates, seed=seed) for seed in seeds]
     num_active = int(runs[0].arrays()["active"][0, 0])
     fractions = [fraction(u / num_updates) for u in range(1, num_updates + 1)]
     # a nudge as the library's: 0.3 · 10 is 3, not a hair less
     num_grown = [math.floor(f * num_active * (1 + 1e-12)) for f in fractions]
-    expected, deviation = law(size * size, num_active, num_grown)
-    seen = statistics.fmean(run.explored for run in runs)
-    return seen, deviation / math.sqrt(len(runs)), expected, explored_by_chance(density, fractions)
+    exact = law(size * size, num_active, num_grown)
+    return Result(tuple(run.explored for run in runs), exact, explored_by_chance(density, fractions))
 
 
 def main() -> None:
@@ -104,12 +128,13 @@ def main() -> None:
     scores = []
     for i, (drop, fraction, density) in enumerate(itertools.product(drops, fractions, (0.02, 0.1, 0.2, 0.5))):
         seeds = range(i * args.seeds, (i + 1) * args.seeds)
-        seen, error, expected, unrounded = measure(
+        result = measure(
             drops[drop], fractions[fraction], size=args.size, density=density, num_updates=args.updates, seeds=seeds
         )
-        scores.append(z := (seen - expected) / error)
-        mean, means = f"{seen:.5f} ± {error:.5f}", f"{expected:7.5f}  {unrounded:9.5f}"
-        print(f"{drop:9}  {fraction:10} {density:7.2f}  {mean:>18}  {means}  {z:5.2f}")
+        scores.append(result.z)
+        seen = f"{statistics.fmean(result.seen):.5f} ± {result.error:.5f}"
+        means = f"{result.law.mean:7.5f}  {result.unrounded:9.5f}"
+        print(f"{drop:9}  {fraction:10} {density:7.2f}  {seen:>18}  {means}  {result.z:5.2f}")
     chi = sum(z * z for z in scores)
     print(f"Σ z² = {chi:.1f} over {len(scores)} settings (expected {len(scores)} ± {math.sqrt(2 * len(scores)):.1f})")
 
