@@ -55,6 +55,8 @@ def require(
 ) -> None:
     """Checks a condition on what a user gave.
 
+    The texts are made even where it holds: in what runs in every pass of a network, an ``if`` raises by hand.
+
     Raises:
         SettingError: It does not hold; or an error of another class, ``error``.
 

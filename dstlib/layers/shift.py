@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dstlib.errors import require
+from dstlib.errors import SettingError, require
 
 Axis = Literal["depth", "height", "width"]
 AXES = get_args(Axis)  # in the order of the axes of (D, H, W)
@@ -74,10 +74,10 @@ def _check(x: Tensor, sizes: Sequence[float] | Tensor, axis: int, *, where: str)
     """Checks that there are sizes, and that ``axis`` is a spatial axis of x."""
     remedy = "Pass (0,) to move nothing."
     require(len(sizes) > 0, "sizes", where, allowed="at least one", given=sizes, remedy=remedy)
-    is_spatial = axis in (*range(2, x.ndim), *range(2 - x.ndim, 0))
-    allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
-    remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
-    require(is_spatial, "axis", where, allowed=allowed, given=axis, remedy=remedy)
+    if axis not in (*range(2, x.ndim), *range(2 - x.ndim, 0)):
+        allowed = f"a spatial axis of a tensor of {x.ndim} axes, 2 to {x.ndim - 1}"
+        remedy = "Axes 0 and 1 are batch and channels; 2 is depth."
+        raise SettingError.of("axis", where, allowed=allowed, given=axis, remedy=remedy)
 
 
 def _move(x: Tensor, size: int, axis: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dstlib.errors import require
+from dstlib.errors import SettingError, require
 
 
 @runtime_checkable
@@ -155,11 +155,7 @@ class NM:
 
 
 def _check_divides(size: int, divisor: int, what: str) -> None:
-    require(
-        size % divisor == 0,
-        f"number of {what}",
-        f"a weight with {size} of them",
-        allowed=f"a multiple of {divisor}",
-        given=size,
-        remedy="Choose another granularity, or leave this weight out by exclude=.",
-    )
+    if size % divisor:
+        where, allowed = f"a weight with {size} of them", f"a multiple of {divisor}"
+        remedy = "Choose another granularity, or leave this weight out by exclude=."
+        raise SettingError.of(f"number of {what}", where, allowed=allowed, given=size, remedy=remedy)

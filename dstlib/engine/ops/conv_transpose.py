@@ -17,7 +17,7 @@ from dstlib.engine.ops.patterns import Weights
 from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.errors import require
+from dstlib.errors import SettingError
 
 NUM_PATTERN = 4  # tensors: row_ptr and col_idx of the active kernels, then of the graded ones
 
@@ -49,14 +49,10 @@ def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]
 def _stated(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> tuple[ConvTransposeProblem, list[Tensor]]:
     weight, active, channels = weights.weight, weights.active, x.raw.shape[1]
     expected = (channels, active.size[0], *stride)
-    require(
-        weight.shape == expected and active.size[1] == channels,
-        "weight",
-        "conv_transpose()",
-        allowed=f"{expected}",
-        given=f"{tuple(weight.shape)}, pattern {active.size}",
-        remedy="A pattern is (O, C), the weight is that of an nn.ConvTranspose3d.",
-    )
+    if weight.shape != expected or active.size[1] != channels:
+        given = f"{tuple(weight.shape)}, pattern {active.size}"
+        remedy = "A pattern is (O, C), the weight is that of an nn.ConvTranspose3d."
+        raise SettingError.of("weight", "conv_transpose()", allowed=f"{expected}", given=given, remedy=remedy)
     tensors, normed, slopes = flat([x])
     patterns = [*active.tensors[:2], *weights.graded.tensors[:2]]
     return ConvTransposeProblem(normed, slopes), [*tensors, weight, *patterns]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dstlib.engine.ops.operator import Problem, Tensors
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.memory import buffer
-from dstlib.errors import require
+from dstlib.errors import SettingError
 
 PAGE, PADDING = 1024, 32  # numbers
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
@@ -178,14 +178,10 @@ def flat(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], tuple[bool, ...], tu
             slopes.append(1.0)
             continue
         (scale, offset, slope), channels = each.norm, each.raw.shape[:2]
-        require(
-            scale.shape == offset.shape == channels,
-            "norm",
-            "a map",
-            allowed=f"both (N, C) = {tuple(channels)}",
-            given=f"scale {tuple(scale.shape)}, offset {tuple(offset.shape)}",
-            remedy="Each channel of each sample has its own.",
-        )
+        if not scale.shape == offset.shape == channels:
+            given = f"scale {tuple(scale.shape)}, offset {tuple(offset.shape)}"
+            allowed, remedy = f"both (N, C) = {tuple(channels)}", "Each channel of each sample has its own."
+            raise SettingError.of("norm", "a map", allowed=allowed, given=given, remedy=remedy)
         tensors += [scale.contiguous(), offset.contiguous()]
         slopes.append(slope)
     return tensors, tuple(each.norm is not None for each in maps), tuple(slopes)

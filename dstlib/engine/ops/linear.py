@@ -16,7 +16,7 @@ from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by
 from dstlib.engine.ops.prepared import PreparedCalls, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.errors import require
+from dstlib.errors import SettingError
 
 NUM_PATTERN = 4  # tensors: col_idx, index, segments, part_ptr
 
@@ -64,14 +64,9 @@ def sparse_linear(
     tensor([ 1., 11.])
     """
     outputs, inputs = pattern.size
-    require(
-        x.shape[-1:] == (inputs,),
-        "x",
-        "sparse_linear()",
-        allowed=f"(..., {inputs})",
-        given=f"the shape {tuple(x.shape)}",
-        remedy="Pass what the dense layer takes.",
-    )
+    if x.shape[-1:] != (inputs,):
+        given, remedy = f"the shape {tuple(x.shape)}", "Pass what the dense layer takes."
+        raise SettingError.of("x", "sparse_linear()", allowed=f"(..., {inputs})", given=given, remedy=remedy)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return sparse_linear(x.to(weight.dtype), weight, bias, pattern, dense_gradient=dense_gradient)
