@@ -14,7 +14,7 @@ help:
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[medical,viz,timm,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[medical,viz,timm,trainers,dev]"
 	@touch $@
 
 demo: $(BIN)/.installed
