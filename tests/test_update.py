@@ -40,6 +40,7 @@ from dstlib.masking import (
     num_units,
     update_mask,
 )
+from dstlib.masking.update import count_outside, zero_outside_
 
 
 @dataclass(frozen=True)
@@ -526,3 +527,19 @@ def test_a_mean_that_cannot_be_told_never_changes_the_count() -> None:
 def test_more_units_than_there_are_is_our_own_bug() -> None:
     with pytest.raises(AssertionError):
         _update(num_target=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(seed=seeds, percent=percents)
+def test_what_lies_outside_is_counted_and_nothing_changes(dtype: torch.dtype, seed: int, percent: int) -> None:
+    drawn_from = generator(seed)
+    x = torch.randn(5, 7, 3, generator=drawn_from).to(dtype).transpose(0, 1)  # not contiguous, as a view may be
+    mask = torch.rand(x.shape, generator=drawn_from) < percent / 100
+    for value in (0.0, -0.0, math.nan, math.inf):
+        x[torch.rand(x.shape, generator=drawn_from) < 0.2] = value
+    before = x.clone().nan_to_num(7.0), mask.clone()
+    outside = [value for value, active in zip(x.flatten().tolist(), mask.flatten().tolist(), strict=True) if not active]
+    assert count_outside(x, mask) == sum(value != 0 for value in outside)
+    assert torch.equal(x.nan_to_num(7.0), before[0])
+    assert torch.equal(mask, before[1])
+    assert count_outside(zero_outside_(x.contiguous(), mask), mask) == 0

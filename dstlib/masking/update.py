@@ -147,3 +147,14 @@ def zero_outside_(x: Tensor, mask: Tensor) -> Tensor:
     """
     x.detach().view(_BITS[x.element_size()]).mul_(mask.to(x.device).view(torch.int8))
     return x
+
+
+def count_outside(x: Tensor, mask: Tensor) -> int:
+    """Counts the entries of ``x`` that are not zero where ``mask`` is False; NaN and inf are not, -0.0 is.
+
+    One temporary of a byte per entry; on a CPU it takes about as long as one reading of ``x``.
+
+    >>> count_outside(torch.tensor([1.5, -2.0, float("nan"), 0.0]), torch.tensor([True, False, False, False]))
+    2
+    """
+    return int((x.detach() != 0).gt_(mask.to(x.device)).count_nonzero())
