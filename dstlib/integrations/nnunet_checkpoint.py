@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dstlib.errors import StateError, require
+from dstlib.errors import StateError
 from dstlib.files import write_whole
 
 KEY = "dstlib"
@@ -77,24 +77,6 @@ def sparse_part(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
         remedy = f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks."
         raise StateError.of(f"key {KEY!r}", where, allowed=allowed, given=given, remedy=remedy)
     return part
-
-
-def refuse_other_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
-    """Refuses a training that differs from the one that was saved, naming each setting that does.
-
-    Raises:
-        StateError: A setting differs.
-
-    >>> refuse_other_settings({"sparsity": 0.8, "seed": 0}, {"sparsity": 0.9, "seed": 0}, "checkpoint_latest.pth")
-    Traceback (most recent call last):
-        ...
-    dstlib.errors.StateError: settings of checkpoint_latest.pth: expected sparsity 0.8, got sparsity 0.9. Continue \
-with the trainer and the settings that it was saved with.
-    """
-    names = [name for name in sorted({*saved, *settings}) if saved.get(name) != settings.get(name)]
-    allowed, given = (", ".join(f"{name} {side.get(name)}" for name in names) for side in (saved, settings))
-    remedy = "Continue with the trainer and the settings that it was saved with."
-    require(not names, "settings", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
 
 
 def export_checkpoint(source: Path, target: Path) -> Exported:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 import dstlib.integrations.nnunet_checkpoint as checkpoints
 from dstlib.errors import SettingError
 from dstlib.files import write_json
+from dstlib.integrations.training import refuse_other_settings
 from dstlib.masking import MaskUpdate, Site
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
@@ -191,7 +192,7 @@ class SparseTraining(Training):
             self.initialize()
         path = Path(filename_or_checkpoint)
         part = checkpoints.sparse_part(checkpoints.read_checkpoint(path), path.name)
-        checkpoints.refuse_other_settings(part["settings"], self.sparse_settings(), path.name)
+        refuse_other_settings(part["settings"], self.sparse_settings(), path.name)
         super().load_checkpoint(filename_or_checkpoint)
         self.sparsifier.load_state_dict(part["sparsifier"])
 

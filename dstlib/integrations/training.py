@@ -1,0 +1,193 @@
+"""Sparse training inside a trainer of someone else: what the adapters share. Knows no trainer."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dstlib.errors import StateError, require
+from dstlib.methods import find_method
+from dstlib.methods.method import Method
+from dstlib.sparsifier import Sparsifier, sparsify
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of :func:`dstlib.sparsify`, kept until there is a model; no ``total_steps``: the trainer's own."""
+
+    sparsity: float
+    method: str | Method = "rigl"
+    include: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
+    overrides: Mapping[str, float] | None = None
+    seed: int = 0
+    total_steps: int | None = None
+
+    def sparsify(self, model: nn.Module, *optimizers: Optimizer, total_steps: int | None) -> Sparsifier:
+        """Makes a model sparse by these settings."""
+        return sparsify(
+            model,
+            *optimizers,
+            sparsity=self.sparsity,
+            method=self.method,
+            total_steps=total_steps,
+            include=self.include,
+            exclude=self.exclude,
+            overrides=self.overrides,
+            seed=self.seed,
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Returns, as plain values, what a resumed training must share with the one that was saved.
+
+        >>> Settings(sparsity=0.9, include="encoder.*").plain()["include"]
+        ['encoder.*']
+        """
+        method = find_method(self.method)
+        return {
+            "sparsity": self.sparsity,
+            "method": method.name,
+            "granularity": repr(method.granularity),
+            "interval": method.interval,
+            "include": [self.include] if isinstance(self.include, str) else list(self.include),
+            "exclude": [self.exclude] if isinstance(self.exclude, str) else list(self.exclude),
+            "overrides": dict(self.overrides or {}),
+            "seed": self.seed,
+        }
+
+
+class HostedTraining:
+    """A sparse training that a trainer hosts: it begins once optimizers exist, and travels in the checkpoints."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._sparsifier: Sparsifier | None = None
+        self._total_steps: int | None = None
+        self._loaded: Mapping[str, Any] | None = None  # a state that came before there was a model
+
+    @property
+    def sparsifier(self) -> Sparsifier:
+        """The sparsifier of the training.
+
+        Raises:
+            StateError: The training has not begun in this process.
+        """
+        if self._sparsifier is None:
+            raise StateError.of(
+                "sparsifier",
+                "SparseTraining",
+                allowed="a training that has begun in this process",
+                given="none",
+                remedy="It is made when the trainer begins to train, in the very processes that train.",
+            )
+        return self._sparsifier
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the training has begun, with this very model."""
+        if self._sparsifier is None:
+            return False
+        ours = {id(parameter) for parameter in model.parameters()}
+        return all(id(weight.parameter) in ours for weight in self._sparsifier.weights)
+
+    def begin(self, model: nn.Module, *optimizers: Optimizer, total_steps: int | None) -> None:
+        """Makes the model sparse, or continues a training of it: the state that was loaded, or the masks it has.
+
+        Weights that belong to such a state keep their values. ``total_steps`` is the trainer's count of optimizer
+        steps, None where it has no end; the settings' own number, if any, comes first.
+
+        Raises:
+            SettingError: A setting is out of range.
+            SelectionError: Weights do not exist, cannot be sparse or are sparse already.
+            StateError: The loaded state is damaged or of another model.
+        """
+        total_steps = self.settings.total_steps if self.settings.total_steps is not None else total_steps
+        state, self._loaded = self._loaded, None
+        if self.is_of(model):
+            if total_steps == self._total_steps:
+                if state is not None:
+                    self._restore(state)
+                return
+            state = self.state_dict() if state is None else state
+        observers = self._leave(model)
+        self._total_steps = total_steps
+        if state is None:
+            self._sparsifier = self.settings.sparsify(model, *optimizers, total_steps=total_steps)
+        else:
+            with torch.no_grad():
+                weights = [(p, p.detach().clone()) for p in model.parameters() if p.ndim > 1]
+                self._sparsifier = self.settings.sparsify(model, *optimizers, total_steps=total_steps)
+                for parameter, weight in weights:  # the first masks are not those that the weights belong to
+                    parameter.copy_(weight)
+            self._restore(state)
+        self._sparsifier.observers.extend(observers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a trainer's checkpoint is to hold beside model and optimizers: plain values and tensors."""
+        return {
+            "version": VERSION,
+            "settings": self.settings.plain(),
+            "total_steps": self._total_steps,
+            "sparsifier": self.sparsifier.state_dict(),
+        }
+
+    def load_state_dict(self, state: Any, model: nn.Module | None, *, where: str) -> None:
+        """Takes a state from ``state_dict``, now if it is of the model that is trained, or else when that begins.
+
+        The weights of the model are loaded by then. ``model`` is None where there is none yet, ``where`` names the
+        checkpoint in messages.
+
+        Raises:
+            StateError: There is none, it is damaged, or it was saved under other settings; nothing has changed then.
+        """
+        allowed = f"the masks of a sparse training, version {VERSION}"
+        given = "none" if state is None else type(state).__name__
+        if isinstance(state, Mapping):
+            given = f"version {state.get('version')}"
+        remedy = "Continue from a checkpoint that SparseTraining was there to write."
+        is_ours = isinstance(state, Mapping) and state.get("version") == VERSION
+        require(is_ours, "masks", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
+        refuse_other_settings(state["settings"], self.settings.plain(), where)
+        if model is not None and self.is_of(model):
+            self._restore(state)
+        else:
+            self._loaded = state
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if state["total_steps"] != self._total_steps:
+            warnings.warn(
+                f"The masks were saved in a training of {state['total_steps']} optimizer steps, which now has "
+                f"{self._total_steps}: from here on, they change by the schedule of the new one.",
+                stacklevel=3,
+            )
+        self.sparsifier.load_state_dict(state["sparsifier"])
+
+    def _leave(self, model: nn.Module) -> list[Any]:
+        """Ends a training of this model under another plan, and returns who observed it; lets one of another be."""
+        if not self.is_of(model):
+            return []
+        self.sparsifier.detach()
+        return self.sparsifier.observers
+
+
+def refuse_other_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
+    """Refuses a training that differs from the one that was saved, naming each setting that does.
+
+    Raises:
+        StateError: A setting differs.
+
+    >>> refuse_other_settings({"sparsity": 0.8, "seed": 0}, {"sparsity": 0.9, "seed": 0}, "checkpoint_latest.pth")
+    Traceback (most recent call last):
+        ...
+    dstlib.errors.StateError: settings of checkpoint_latest.pth: expected sparsity 0.8, got sparsity 0.9. Continue \
+with the trainer and the settings that it was saved with.
+    """
+    names = [name for name in sorted({*saved, *settings}) if saved.get(name) != settings.get(name)]
+    allowed, given = (", ".join(f"{name} {side.get(name)}" for name in names) for side in (saved, settings))
+    remedy = "Continue with the trainer and the settings that it was saved with."
+    require(not names, "settings", where, allowed=allowed, given=given, remedy=remedy, error=StateError)

@@ -1,0 +1,137 @@
+"""A sparse training inside a trainer of someone else, without one: begin, save, load, begin again."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from dstlib.errors import StateError
+from dstlib.integrations.training import HostedTraining, Settings
+
+SETTINGS = Settings(sparsity=0.8, method="set", seed=3)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+
+
+def train(model, steps, *, first=0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(first, first + steps):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    return model
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def halfway():
+    """A model after 250 of 400 steps, its weights and its state."""
+    training, model = HostedTraining(SETTINGS), network()
+    training.begin(model, total_steps=400)
+    train(model, 250)
+    return training, model, weights(model), training.state_dict()
+
+
+def test_before_it_begins_there_is_no_sparsifier():
+    with pytest.raises(StateError, match="a training that has begun in this process"):
+        HostedTraining(SETTINGS).sparsifier
+
+
+def test_a_state_that_was_loaded_before_it_begins_keeps_the_weights_bit_for_bit(halfway):
+    training, model, at_250, state = halfway
+    other, resumed = HostedTraining(SETTINGS), network(seed=1)
+    resumed.load_state_dict(at_250)
+    other.load_state_dict(state, resumed, where="a file")
+    other.begin(resumed, total_steps=400)
+    assert equal(weights(resumed), at_250)
+    assert other.sparsifier.step == 250
+    assert equal(other.sparsifier.masks, training.sparsifier.masks)
+    assert equal(weights(train(model, 150, first=250)), weights(train(resumed, 150, first=250)))
+
+
+def test_a_state_that_comes_later_is_taken_at_once(halfway):
+    training, model, at_250, state = halfway
+    train(model, 100, first=250)
+    masks = {name: mask.clone() for name, mask in training.sparsifier.masks.items()}
+    model.load_state_dict(at_250)
+    training.load_state_dict(state, model, where="a file")
+    assert training.sparsifier.step == 250
+    assert equal(weights(model), at_250)
+    assert not equal(training.sparsifier.masks, masks)
+
+
+def test_beginning_again_changes_nothing(halfway):
+    training, model, at_250, _ = halfway
+    sparsifier = training.sparsifier
+    training.begin(model, total_steps=400)
+    assert training.sparsifier is sparsifier
+    assert equal(weights(model), at_250)
+
+
+def test_a_longer_run_goes_on_with_masks_weights_and_observers(halfway):
+    training, model, at_250, state = halfway
+    seen = []
+    training.sparsifier.observers.append(lambda site, update: seen.append(site.step))
+    with pytest.warns(UserWarning, match="400 optimizer steps, which now has 800"):
+        training.begin(model, total_steps=800)
+    assert equal(weights(model), at_250)
+    assert equal(training.sparsifier.masks, {k: w["mask"] for k, w in state["sparsifier"]["weights"].items()})
+    train(model, 60, first=250)
+    assert set(seen) == {300}  # the one that was left would have updated as well: an observer is told once per weight
+    assert len(seen) == 2
+
+
+def test_another_model_begins_afresh_and_leaves_the_first_alone(halfway):
+    training, model, at_250, _ = halfway
+    first, other = training.sparsifier, network(seed=2)
+    training.begin(other, total_steps=400)
+    assert training.sparsifier is not first
+    assert training.sparsifier.step == 0
+    assert equal(weights(model), at_250)
+
+
+def test_its_own_total_steps_come_first():
+    training, model = HostedTraining(Settings(sparsity=0.5, total_steps=200)), network()
+    training.begin(model, total_steps=1000)
+    assert training.state_dict()["total_steps"] == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: None, "masks of a file: expected the masks of a sparse training, version 1, got none"),
+        (lambda state: {**state, "version": 7}, "got version 7"),
+        (lambda state: {**state, "settings": {**state["settings"], "seed": 4}}, "expected seed 4, got seed 3"),
+    ],
+)
+def test_other_states_are_refused_and_change_nothing(halfway, change, message):
+    training, model, at_250, state = halfway
+    with pytest.raises(StateError, match=message):
+        training.load_state_dict(change(state), model, where="a file")
+    assert equal(weights(model), at_250)
+    assert training.sparsifier.step == 250
+
+
+def test_a_state_is_read_with_weights_only(halfway, tmp_path):
+    *_, state = halfway
+    torch.save(state, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert read["settings"] == state["settings"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = network()
+        training = HostedTraining(SETTINGS)
+        training.load_state_dict(read, model, where="a file")
+        training.begin(model, total_steps=400)
