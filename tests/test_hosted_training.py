@@ -1,11 +1,14 @@
 """A sparse training inside a trainer of someone else, without one: begin, save, load, begin again."""
 
+import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import dstlib
 from dstlib.errors import StateError
 from dstlib.integrations.training import HostedTraining, Settings
 
@@ -59,6 +62,27 @@ def test_a_state_that_was_loaded_before_it_begins_keeps_the_weights_bit_for_bit(
     assert other.sparsifier.step == 250
     assert equal(other.sparsifier.masks, training.sparsifier.masks)
     assert equal(weights(train(model, 150, first=250)), weights(train(resumed, 150, first=250)))
+
+
+def test_optimizer_state_that_was_loaded_before_it_begins_stays_too():
+    settings = replace(SETTINGS, method=replace(dstlib.SET, interval=1))
+
+    def start(seed=0):
+        model = network(seed)
+        return HostedTraining(settings), model, torch.optim.Adam(model.parameters())
+
+    first, model, optimizer = start()
+    first.begin(model, optimizer, total_steps=400)
+    for _ in range(3):
+        model(torch.ones(8, 16)).square().sum().backward()
+        optimizer.step()
+    second, resumed, other = start(seed=1)
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    second.load_state_dict(first.state_dict(), resumed, where="a file")
+    second.begin(resumed, other, total_steps=400)
+    for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(optimizer.state[ours]["exp_avg"], other.state[theirs]["exp_avg"])
 
 
 def test_a_state_that_comes_later_is_taken_at_once(halfway):

@@ -67,6 +67,31 @@ def test_resume_equals_uninterrupted(name, cut, amid):
     assert_same(sparsifier.state_dict(), second[2].state_dict())
 
 
+@pytest.mark.parametrize("cut", [2, 5])
+def test_an_optimizer_that_is_named_before_its_first_step_takes_part_in_it(cut):
+    """As when gradients are clipped: an update leaves the step out, also for weights that are not sparse."""
+    method = replace(RIGL, interval=3, skip_step=True)
+
+    def clipped(model, optimizer, sparsifier, steps, start):
+        for step in range(start, start + steps):
+            optimizer.zero_grad()
+            backward(model, step)
+            sparsifier.before_step(optimizer)
+            optimizer.step()
+
+    whole, first, second = (set_up(method) for _ in range(3))
+    clipped(*whole, 12, 0)
+    clipped(*first, cut, 0)
+    second[2].detach()
+    resumed = dstlib.sparsify(second[0], sparsity=0.6, method=method, total_steps=12)
+    second = (*second[:2], resumed)
+    for part, saved in zip(second, through_a_file([part.state_dict() for part in first]), strict=True):
+        part.load_state_dict(saved)
+    clipped(*second, 12 - cut, cut)
+    assert_same(whole[0].state_dict(), second[0].state_dict())
+    assert_same(whole[1].state_dict()["state"], second[1].state_dict()["state"])
+
+
 def test_model_and_sparsifier_pickle_together():
     model, optimizer, sparsifier = set_up(METHODS["rigl"])
     train(model, optimizer, 4)

@@ -121,8 +121,9 @@ class HostedTraining:
         else:
             with torch.no_grad():
                 weights = [(p, p.detach().clone()) for p in model.parameters() if p.ndim > 1]
-                self._sparsifier = self.settings.sparsify(model, *optimizers, total_steps=total_steps)
-                for parameter, weight in weights:  # the first masks are not those that the weights belong to
+                # without the optimizers: the first masks are not those that their state and the weights belong to
+                self._sparsifier = self.settings.sparsify(model, total_steps=total_steps)
+                for parameter, weight in weights:
                     parameter.copy_(weight)
             self._restore(state)
         self._sparsifier.observers.extend(observers)

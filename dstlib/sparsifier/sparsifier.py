@@ -114,6 +114,8 @@ class Sparsifier:
             ScoreError: A criterion returned scores by which units cannot be ordered.
             StateError: Ranks hold different masks.
         """
+        for optimizer in optimizers:
+            self._meet(optimizer)
         weights = self._held_by(*optimizers) if optimizers else self._masked
         known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
         grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
@@ -161,8 +163,7 @@ class Sparsifier:
                 given="another in its place, or of another shape, which no mask fits",
                 remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift and the like.",
             )
-        self._optimizers.pop(optimizer, None)
-        self._optimizers[optimizer] = None
+        self._meet(optimizer)
         weights = self._held_by(optimizer)
         if optimizer_state.overflowed(optimizer):
             for m in weights:
@@ -301,6 +302,11 @@ class Sparsifier:
                 m.hide()
                 m.clear(held)
                 m.step = m.begun
+
+    def _meet(self, optimizer: Optimizer) -> None:
+        """Takes note of an optimizer that steps now, as the latest one."""
+        self._optimizers.pop(optimizer, None)
+        self._optimizers[optimizer] = None
 
     def _is_due(self, m: MaskedWeight) -> bool:
         """Whether an update is due, or overdue for want of a gradient."""
