@@ -12,7 +12,7 @@ from dstlib.errors import SelectionError, SettingError, require
 from dstlib.masking import NM, Budget, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
-from dstlib.targets import Weight, check_matches, select, unwrap
+from dstlib.targets import Weight, check_matches, select, shortfall, unwrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def make_plan(
     total_steps: int | None,
     include: Sequence[str],
     exclude: Sequence[str],
-    split: Mapping[str, int],
+    split: Mapping[str, int | str],
     overrides: Mapping[str, float],
     seed: int,
 ) -> Plan:
@@ -115,6 +115,8 @@ def make_plan(
         )
         starts = _densities(weights, method, method.start_density, overrides)[0]
         starts |= {name: max(method.start_density, densities[name]) for name in own}
+    if message := shortfall(weights, include):
+        warnings.warn(message, stacklevel=3)
     return Plan(
         method=method,
         clock=_make_clock(method, total_steps),
@@ -151,15 +153,27 @@ def _densities(
 
 
 def _check_folds(weight: Weight, method: Method) -> None:
-    """Checks that the granularity divides a weight."""
+    """Checks that the granularity divides a weight, and that its axes are known if it tells them apart."""
     for view in weight.views:
         matrix = view.of(weight.parameter.detach())
         try:
-            method.granularity.fold(matrix)
+            shape = method.granularity.fold(matrix).shape
         except SettingError as error:
             joined = f' Or keep its {len(weight.views)} parts together: split={{"{weight.name}": 1}}.'
             hint = joined if weight.can_split and len(weight.views) > 1 else ""
             raise SettingError(f"{view.name}, {tuple(matrix.shape)} as outputs, inputs, taps: {error}{hint}") from error
+        if not weight.knows_axes and shape != (1, matrix.numel(), 1):
+            raise SettingError.of(
+                f"granularity {method.granularity}",
+                f"{view.name}, {tuple(matrix.shape)}",
+                allowed="Element(), as nothing says which of its axes counts the outputs",
+                given="one that tells outputs from inputs",
+                remedy=f'State the axes, by split={{"{weight.name}": "{_example(weight)}"}}, say, or exclude it.',
+            )
+
+
+def _example(weight: Weight) -> str:
+    return " ".join(["e"] * (weight.parameter.ndim - 2) + ["o", "i"])
 
 
 def _checked_density(name: str, density: float | None, method: Method) -> float:

@@ -6,7 +6,7 @@ is computed from the parameter anew each time, or where something adds to it beh
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dstlib.targets.views import MatrixView, chunks, fused_parts
+from dstlib.targets.layouts import layout_of, overriding
+from dstlib.targets.views import MatrixView, chunks, fused_parts, stacked
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -24,14 +25,16 @@ _CONTAINERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
 _STATISTICS = {"batch_norm", "mean", "var_mean", "std_mean", "var", "std", "weight_standardization"}
 _FACTOR = re.compile(r"lora_(embedding_)?(a|b|down|up)", re.IGNORECASE)  # of peft, loralib, torchtune and kohya
 _BY_NAME = "sparse only if included by name"
+_STANDARDISED = "its forward standardises the weight, which would undo the zeros"
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A parameter that is sparse, or dense for a ``reason``, which is empty where it is sparse.
 
-    ``views`` are the matrices in it; ``can_split`` is whether the user may choose how many. ``aliases`` are all names
-    that mean it; those in ``on_request`` make it sparse in spite of the reason.
+    ``views`` are the matrices in it; ``can_split`` is whether the user may choose how many, ``knows_axes`` whether
+    it is known which axis counts their outputs. ``aliases`` are all names that mean it; those in ``on_request``
+    make it sparse in spite of the reason.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Weight:
     reason: str = ""
     on_request: frozenset[str] = frozenset()
     can_split: bool = True
+    knows_axes: bool = True
     aliases: frozenset[str] = frozenset()
 
     def matches(self, pattern: str) -> bool:
@@ -78,6 +82,7 @@ class Candidate:
         views: tuple[MatrixView, ...] = (),
         on_request: frozenset[str] = frozenset(),
         can_split: bool = True,
+        knows_axes: bool = True,
         stands_for: frozenset[str] = frozenset(),
     ) -> Weight:
         """Returns the weight that it is, one matrix unless ``views`` are given.
@@ -86,7 +91,7 @@ class Candidate:
         """
         kind, views = type(self.module).__name__, views or (MatrixView(self.name),)
         aliases = self.names | stands_for
-        return Weight(self.name, kind, self.parameter, views, reason, on_request, can_split, aliases)
+        return Weight(self.name, kind, self.parameter, views, reason, on_request, can_split, knows_axes, aliases)
 
 
 def weight_of(candidate: Candidate) -> Weight:
@@ -96,7 +101,7 @@ def weight_of(candidate: Candidate) -> Weight:
     >>> weight_of(Candidate("table", "weight", table.weight, table, None)).reason
     'weight of Embedding: no weight of Linear, Conv or attention'
     """
-    rules = (_computed, _unusable, _factor, _adapted, _attention, _recurrent, _other, _matrix)
+    rules = (_computed, _unusable, _factor, _adapted, _attention, _recurrent, _foreign, _other, _matrix)
     return next(found for rule in rules if (found := rule(candidate)) is not None)
 
 
@@ -140,23 +145,30 @@ def _factor(candidate: Candidate) -> Weight | None:
     if not (is_layer or _is_own(candidate)):
         return None
     reason = f"low-rank factor, whose zeros leave the product dense: {_BY_NAME}"
-    return candidate.weight(reason, on_request=candidate.names if is_layer else frozenset({candidate.name}))
+    on_request = candidate.names if is_layer else frozenset({candidate.name})
+    return candidate.weight(reason, on_request=on_request, knows_axes=is_layer)
 
 
 def _adapted(candidate: Candidate) -> Weight | None:
     """Recognises a weight beside low-rank factors, in its module or in the only layer that their module wraps."""
-    if not isinstance(candidate.module, _MATRICES) or candidate.key != "weight":
+    if not _is_layer(candidate.module) or candidate.key != "weight":
         return None
     holder = candidate.module if _has_factors(candidate.module) else candidate.owner
     if holder is None or not _has_factors(holder):
         return None
-    layers = [m for n, m in holder.named_children() if isinstance(m, _MATRICES) and not _FACTOR.fullmatch(n)]
+    layers = [m for n, m in holder.named_children() if _is_layer(m) and not _FACTOR.fullmatch(n)]
     if holder is not candidate.module and layers != [candidate.module]:
         return None
     if any("train" in vars(cls) for cls in type(holder).__mro__ if not _is_torch(cls)):
         return candidate.weight("train() and eval() merge a low-rank product into it, which would undo the zeros")
     reason = f"adapted by low-rank factors, and merging them would undo the zeros: {_BY_NAME}"
     return candidate.weight(reason, on_request=candidate.names)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight, torch's or another library's."""
+    weight = module._parameters.get("weight")
+    return isinstance(module, _MATRICES) or (weight is not None and layout_of(module, "weight", weight) is not None)
 
 
 def _has_factors(module: nn.Module) -> bool:
@@ -181,6 +193,27 @@ def _recurrent(candidate: Candidate) -> Weight | None:
     return candidate.weight(f"recurrent: {_BY_NAME}", views=views, on_request=candidate.names, can_split=False)
 
 
+def _foreign(candidate: Candidate) -> Weight | None:
+    """Recognises a parameter of a layer of another library, whose matrices lie as a table says."""
+    module, parameter = candidate.module, candidate.parameter
+    layout = layout_of(module, candidate.key, parameter)
+    if layout is None:
+        return None
+    if _standardizes_weight(overriding(module), type(module)):
+        return candidate.weight(_STANDARDISED)
+    if parameter.ndim > 2:
+        views = stacked(candidate.name, parameter.shape, transposed=layout.transposed)
+        if module._parameters.get(layout.mixer) is None:
+            return candidate.weight(views=views, can_split=False)
+        reason = f"mixed by {layout.mixer}, where zeros of one stay dense: {_BY_NAME}"
+        return candidate.weight(reason, views=views, on_request=frozenset({candidate.name}), can_split=False)
+    matrix = MatrixView(candidate.name, transposed=layout.transposed)
+    weight = matrix.of(parameter)
+    parts = fused_parts(candidate.module_name, weight, candidate.owner)
+    views = chunks(candidate.name, parts, len(weight), transposed=layout.transposed) if parts else (matrix,)
+    return candidate.weight(views=views)
+
+
 def _other(candidate: Candidate) -> Weight | None:
     """Recognises a parameter that is no weight of Linear or Conv."""
     if candidate.key == "weight" and isinstance(candidate.module, _MATRICES):
@@ -190,10 +223,11 @@ def _other(candidate: Candidate) -> Weight | None:
     if not _is_own(candidate):
         kind = type(candidate.module).__name__
         return candidate.weight(f"{candidate.key} of {kind}: no weight of Linear, Conv or attention")
-    if candidate.key == "weight" and _standardizes_weight(type(candidate.module)):
-        return candidate.weight("its forward standardises the weight, which would undo the zeros")
+    if candidate.key == "weight" and _standardizes_weight(type(candidate.module).__mro__, type(candidate.module)):
+        return candidate.weight(_STANDARDISED)
     kind = type(candidate.owner if isinstance(candidate.module, _CONTAINERS[1:]) else candidate.module).__name__
-    return candidate.weight(f"raw parameter of {kind}: {_BY_NAME}", on_request=frozenset({candidate.name}))
+    reason = f"raw parameter of {kind}: {_BY_NAME}"
+    return candidate.weight(reason, on_request=frozenset({candidate.name}), knows_axes=False)
 
 
 def _is_own(candidate: Candidate) -> bool:
@@ -204,8 +238,8 @@ def _is_own(candidate: Candidate) -> bool:
 
 def _matrix(candidate: Candidate) -> Weight:
     module = candidate.module
-    if _standardizes_weight(type(module)):
-        return candidate.weight("its forward standardises the weight, which would undo the zeros")
+    if _standardizes_weight(type(module).__mro__, type(module)):
+        return candidate.weight(_STANDARDISED)
     if isinstance(module, _TRANSPOSED):
         reason = "grouped transposed convolution" if module.groups > 1 else ""
         return candidate.weight(reason, views=(MatrixView(candidate.name, transposed=True),), can_split=False)
@@ -216,14 +250,14 @@ def _matrix(candidate: Candidate) -> Weight:
     return candidate.weight(views=chunks(candidate.name, parts, len(candidate.parameter)) if parts else ())
 
 
-def _standardizes_weight(cls: type) -> bool:
-    """Whether a subclass's own forward takes statistics of something, as weight standardisation does.
+def _standardizes_weight(bases: Iterable[type], cls: type) -> bool:
+    """Whether the forward of one of these bases of a class takes statistics, as weight standardisation does.
 
     It re-centres the zeros: a stored density of 0.2 becomes 1.0 inside the convolution (timm's StdConv2d,
     ScaledStdConv2d and their kind). Told by the names that the code uses, so that it can be told of a model on
     the meta device too.
     """
-    own = [vars(base) for base in cls.__mro__ if not _is_torch(base)]
+    own = [vars(base) for base in bases if not _is_torch(base)]
     methods = ("forward", "_conv_forward", "get_weight")
     return any(_takes_statistics(names.get(method), cls) for names in own for method in methods)
 

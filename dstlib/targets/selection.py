@@ -7,6 +7,7 @@ nothing is left out in silence.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Protocol
 
@@ -16,10 +17,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, StateError, require, similar
 from dstlib.targets.eligibility import Candidate, Weight, overlaps, weight_of
-from dstlib.targets.views import MatrixView, chunks
+from dstlib.targets.views import MatrixView, chunks, stacked
 
+NOT_INCLUDED, EXCLUDED = "not included", "excluded"  # reasons of the user
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_NO_SPLIT: Mapping[str, int] = MappingProxyType({})
+_NO_SPLIT: Mapping[str, int | str] = MappingProxyType({})
 
 
 class Masked(Protocol):
@@ -90,15 +92,17 @@ def select(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    split: Mapping[str, int] = _NO_SPLIT,
+    split: Mapping[str, int | str] = _NO_SPLIT,
 ) -> tuple[Weight, ...]:
     """Returns every parameter with two axes or more, sparse or dense, in the model's order; tied ones once.
 
     Globs match whole qualified names of parameters ("head.weight") or of their modules ("head"). A name
-    written out in full asks for that weight, and turns on those that are dense only by default. ``split``
-    maps globs to the number of matrices of equal height that are stacked in a weight, each to compete for
-    itself; of several that match, the last wins. By default the well-known fused projections are split into
-    queries, keys and values; 1 keeps them together.
+    written out in full asks for that weight, and turns on those that are dense only by default; so does a glob
+    whose last part is written out ("*.experts.up_proj"), if it matches no others. ``split`` maps globs to the
+    number of matrices of equal height that are stacked in a weight, each to compete for itself, or to the order
+    of its axes ("e i o": several matrices behind one another, each inputs × outputs); of several that match, the
+    last wins. By default the well-known fused projections are split into queries, keys and values; 1 keeps them
+    together.
 
     Raises:
         SelectionError: A glob matches nothing, a weight asked for by its full name cannot be sparse, one cannot be
@@ -109,7 +113,8 @@ def select(
         check_matches(pattern, weights, "the model")
     for pattern in include:
         _check_possible(pattern, weights)
-    chosen = [_choose(weight, include, exclude) for weight in weights]
+    asking = [pattern for pattern in include if asks_for(pattern, weights)]
+    chosen = [_choose(weight, include, exclude, asking) for weight in weights]
     if all(weight.reason for weight in chosen):
         reasons = "; ".join(f"{w.name}: {w.reason}" for w in chosen[:8]) or "no parameter has two axes"
         allowed = "at least one Linear, Conv, ConvTranspose or attention weight to make sparse"
@@ -149,21 +154,38 @@ def _check_possible(name: str, weights: Iterable[Weight]) -> None:
         raise SelectionError.of("weight", named[0].name, allowed=allowed, given=named[0].reason, remedy=remedy)
 
 
-def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str]) -> Weight:
-    reason = "" if weight.on_request.intersection(include) else weight.reason
+def asks_for(pattern: str, weights: Iterable[Weight]) -> bool:
+    """Whether a glob turns on what it matches: its last part is written out, and all are dense only by default."""
+    matched = [weight for weight in weights if weight.matches(pattern)]
+    is_named = not set("*?[") & set(pattern.rpartition(".")[2])
+    return is_named and bool(matched) and all(_requests(pattern, weight) for weight in matched)
+
+
+def _requests(pattern: str, weight: Weight) -> bool:
+    return any(fnmatchcase(name, pattern) for name in weight.on_request)
+
+
+def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str], asking: Sequence[str]) -> Weight:
+    is_asked = weight.on_request.intersection(include) or any(_requests(pattern, weight) for pattern in asking)
+    reason = "" if is_asked else weight.reason
     if not any(weight.matches(pattern) for pattern in include):
-        reason = "not included"
+        reason = NOT_INCLUDED
     if any(weight.matches(pattern) for pattern in exclude):
-        reason = "excluded"
+        reason = EXCLUDED
     return replace(weight, reason=reason)
 
 
-def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
-    """Returns the weight as so many matrices, each of as many rows."""
+def _split(weight: Weight, split: Mapping[str, int | str]) -> Weight:
+    """Returns the weight as so many matrices, each of as many rows, or as those along its axes."""
     matching = [pattern for pattern in split if weight.matches(pattern)]
     if not matching:
         return weight
-    num, num_rows = split[matching[-1]], len(weight.parameter)
+    num, turned = split[matching[-1]], weight.views[0].transposed
+    if isinstance(num, str):
+        return _turned(weight, num, matching[-1])
+    if len(weight.views) == num > 1 and not weight.can_split:
+        return weight
+    num_rows = weight.parameter.shape[1 if turned else 0]
     made = f"{weight.kind} is {len(weight.views)} matri{'ces' if len(weight.views) > 1 else 'x'} by its making"
     require(
         weight.can_split and type(num) is int and 0 < num <= num_rows and num_rows % num == 0,
@@ -174,7 +196,26 @@ def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
         remedy="Count the matrices stacked in it, or narrow the glob.",
         error=SelectionError,
     )
-    return replace(weight, views=chunks(weight.name, range(num), num_rows) if num > 1 else (MatrixView(weight.name),))
+    parts = chunks(weight.name, range(num), num_rows, transposed=turned)
+    return replace(weight, views=parts if num > 1 else (MatrixView(weight.name, transposed=turned),))
+
+
+def _turned(weight: Weight, order: str, pattern: str) -> Weight:
+    """Returns the weight as the matrices along its axes, in an order that the user states."""
+    axes = order.split()
+    fits = len(axes) == weight.parameter.ndim and set(axes[:-2]) <= {"e"} and sorted(axes[-2:]) == ["i", "o"]
+    unknown = f"the order of its {weight.parameter.ndim} axes, where e counts matrices and o and i are the last two"
+    require(
+        fits and not weight.knows_axes,
+        f"split {pattern!r}",
+        weight.name,
+        allowed="no order of axes, which is known" if weight.knows_axes else unknown,
+        given=repr(order),
+        remedy='Write "i o" for one of inputs × outputs, "e o i" for several of outputs × inputs.',
+        error=SelectionError,
+    )
+    views = stacked(weight.name, weight.parameter.shape, transposed=axes[-1] == "o")
+    return replace(weight, views=views, knows_axes=True)
 
 
 def _all_weights(model: nn.Module) -> Iterator[Weight]:
@@ -217,5 +258,6 @@ def _tied(weights: Sequence[Weight]) -> Weight:
         reason=reason,
         on_request=frozenset().union(*(w.on_request for w in dense if all(v.on_request for v in dense))),
         can_split=all(weight.can_split for weight in weights),
+        knows_axes=all(w.knows_axes and w.views[0].transposed == weights[0].views[0].transposed for w in weights),
         aliases=frozenset().union(*(weight.aliases for weight in weights)),
     )

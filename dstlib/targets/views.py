@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 # Linear layers that hold several projections one above the other, by the last part of their name, lower case.
 # Not "query_key_value" (GPT-NeoX, BLOOM, Falcon, Persimmon): its rows alternate between the three, head by head.
 _FUSED = {
     "qkv": ("qkv", "to_qkv", "qkv_proj", "in_proj", "in_proj_qkv", "wqkv", "c_attn", "w_pack"),
-    "kv": ("kv", "to_kv", "kv_proj", "wkv"),
+    "kv": ("kv", "to_kv", "kv_proj", "wkv", "c_attn"),
     "qk": ("qk", "to_qk", "qk_proj", "wqk"),
 }
 # Owners of a layer of such a name whose rows alternate head by head all the same: no range of rows is the queries.
@@ -27,21 +28,34 @@ _ALTERNATING = (
 class MatrixView:
     """A matrix within a parameter, turned to (O, I, *K): outputs, inputs, kernel taps.
 
-    ``rows`` are those of the parameter, from and up to; None: all of them.
+    ``at`` says which of several that lie behind one another along the first axes; ``rows`` are its outputs, from and
+    up to, after it was turned; None: all of them.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    at: tuple[int, ...] = ()
 
     def of(self, x: Tensor) -> Tensor:
         """Returns this matrix of ``x``, a tensor of the parameter's shape, sharing its memory."""
-        part = x if self.rows is None else x[slice(*self.rows)]
-        return part.transpose(0, 1) if self.transposed else part
+        matrix = x[self.at] if self.at else x
+        matrix = matrix.transpose(0, 1) if self.transposed else matrix
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
 
 
-def chunks(name: str, parts: Iterable[object], num_rows: int) -> tuple[MatrixView, ...]:
-    """Returns the views of matrices of equal height that are stacked in one parameter.
+def stacked(name: str, shape: Size, *, transposed: bool) -> tuple[MatrixView, ...]:
+    """Returns the views of matrices that lie behind one another, (*, O, I), or (*, I, O) where they are transposed.
+
+    >>> [(view.name, view.at) for view in stacked("experts.up", Size((2, 4, 8)), transposed=False)]
+    [('experts.up.0', (0,)), ('experts.up.1', (1,))]
+    """
+    places = product(*map(range, shape[:-2]))
+    return tuple(MatrixView(".".join((name, *map(str, at))), transposed=transposed, at=at) for at in places)
+
+
+def chunks(name: str, parts: Iterable[object], num_rows: int, *, transposed: bool = False) -> tuple[MatrixView, ...]:
+    """Returns the views of matrices of equal height that are stacked in one parameter, or side by side if transposed.
 
     >>> [view.rows for view in chunks("qkv.weight", "qkv", 12)]
     [(0, 4), (4, 8), (8, 12)]
@@ -49,14 +63,14 @@ def chunks(name: str, parts: Iterable[object], num_rows: int) -> tuple[MatrixVie
     names = [f"{name}.{part}" for part in parts]
     height = num_rows // len(names)
     assert height * len(names) == num_rows, "rows left over"
-    return tuple(MatrixView(n, (i * height, (i + 1) * height)) for i, n in enumerate(names))
+    return tuple(MatrixView(n, (i * height, (i + 1) * height), transposed) for i, n in enumerate(names))
 
 
 def fused_parts(module_name: str, weight: Tensor, owner: nn.Module | None) -> str:
     """Returns the projections that a linear layer of this name holds, a letter each, or "" where it holds one.
 
-    Only those of equal height, each as high as the layer is wide: grouped queries, which are higher than
-    their keys, stay joint, and so do layers whose rows alternate between the projections.
+    ``weight`` is (O, I). Only those of equal height, each as high as the layer is wide: grouped queries, which are
+    higher than their keys, stay joint, and so do layers whose rows alternate between the projections.
 
     >>> import torch
     >>> fused_parts("blocks.0.attn.qkv", torch.empty(24, 8), None), fused_parts("attn.qkv", torch.empty(16, 8), None)
