@@ -34,11 +34,11 @@ def shortfall(weights: Sequence[Weight], include: Sequence[str]) -> str:
     least = _LEAST * sum(map(_num_entries, kinds))
     named = [kind for kind in kinds[:_NUM_NAMED] if _num_entries(kind) >= least]
     globs = [glob for kind in named if kind[0].on_request for glob in _globs(kind, weights)]
-    remedy = f"include={[*include, *globs]} makes sparse what can be; " if globs else ""
+    remedy = f"include={[*include, *globs]} makes sparse what can be. " if globs else ""
     return (
-        f"{float(share):.1%} of the entries of this model's matrices become sparse. The largest that stay dense:\n"
+        f"Only {float(share):.1%} of the entries of this model's matrices become sparse. The largest that stay dense:\n"
         + "".join(f"  {_line(kind)}\n" for kind in named)
-        + f"{remedy}exclude= says of what else is named here that it is to stay dense, and ends this warning."
+        + f"{remedy}What is to stay dense, name in exclude=, and this is not said of it."
     )
 
 

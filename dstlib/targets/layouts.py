@@ -30,7 +30,7 @@ _EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _LINEAR = Layout(("weight",), transposed=False)
 _TURNED = Layout(("weight",), transposed=True)
 _EXPERTS_LINEAR, _EXPERTS_TURNED = Layout(_EXPERTS, transposed=False), Layout(_EXPERTS, transposed=True)
-# As the forward of transformers 5.24, torch_geometric 2.8 and diffusers 0.42 reads them: see tests/test_layouts.py
+# As the forward of transformers 5.24, torch_geometric 2.8 and diffusers 0.42 reads them: see tests/test_foreign_layers.py
 _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "transformers.pytorch_utils.Conv1D": _TURNED,
@@ -49,6 +49,7 @@ _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         f"{_GRAPH_CONVS}.gated_graph_conv.GatedGraphConv": _TURNED,
         f"{_GRAPH_CONVS}.gcn2_conv.GCN2Conv": Layout(("weight1", "weight2"), transposed=True),
         f"{_GRAPH_CONVS}.rgcn_conv.RGCNConv": Layout(("weight", "root"), transposed=True, mixer="comp"),
+        f"{_GRAPH_CONVS}.rgat_conv.RGATConv": Layout(("weight", "q", "k", "e"), transposed=True),
         f"{_GRAPH_CONVS}.arma_conv.ARMAConv": Layout(("weight", "init_weight", "root_weight"), transposed=True),
     }
 )

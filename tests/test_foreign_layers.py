@@ -1,0 +1,217 @@
+"""Weights of other libraries' layers: which axis counts outputs, and which of several matrices is which."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import assert_zero_outside
+from torch import nn
+
+import dstlib
+from dstlib import NM, Block, Channel, FanIn, Kernel, SelectionError, SettingError, uniform
+from dstlib.targets import select
+from dstlib.targets.layouts import _LAYOUTS
+
+STATIC = replace(dstlib.STATIC, distribution=uniform)
+
+
+class Turned(nn.Module):
+    """GPT-2's layer: a weight of inputs × outputs."""
+
+    def __init__(self, num_out, num_in):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_in, num_out))
+        self.bias = nn.Parameter(torch.zeros(num_out))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Standardised(Turned):
+    def forward(self, x):
+        return x @ (self.weight - self.weight.mean(dim=0))
+
+
+class Experts(nn.Module):
+    """Stacked as in transformers 5, a matrix for each expert: inputs × outputs where ``is_transposed``."""
+
+    def __init__(self, is_transposed, num=3, hidden=8, between=12):
+        super().__init__()
+        self.num_experts, self.is_transposed = num, is_transposed
+        up, down = ((hidden, between), (between, hidden)) if is_transposed else ((between, hidden), (hidden, between))
+        self.up_proj, self.down_proj = nn.Parameter(torch.randn(num, *up)), nn.Parameter(torch.randn(num, *down))
+        self.up_proj_bias = nn.Parameter(torch.zeros(num, between))
+
+
+Turned.__module__, Turned.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+
+class Stack(nn.Module):
+    """Raw parameters of which nobody knows the axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3, 8, 12))
+        self.head = nn.Linear(8, 4)
+
+
+def sparsified(model, granularity, sparsity=0.5, **settings):
+    method = replace(STATIC, granularity=granularity)
+    return dstlib.sparsify(model, sparsity=sparsity, method=method, **settings)
+
+
+def test_a_turned_weight_is_sparse_by_its_outputs_and_inputs():
+    layer = Turned(12, 8)
+    assert [(w.reason, [v.transposed for v in w.views]) for w in select(layer)] == [("", [True])]
+    assert sparsified(Turned(12, 8), FanIn()).masks["weight"].sum(dim=0).tolist() == [4] * 12
+    by_channel = sparsified(layer, Channel()).masks["weight"]
+    assert sorted(by_channel.sum(dim=0).tolist()) == [0] * 6 + [8] * 6
+    assert (layer(torch.randn(5, 8)) == 0).all(dim=0).tolist() == (~by_channel.any(dim=0)).tolist()
+    of_four = sparsified(Turned(12, 8), NM(2, 4)).masks["weight"]
+    assert (of_four.view(2, 4, 12).sum(dim=1) == 2).all(), "2 of every 4 inputs of each output"
+    blocks = sparsified(Turned(12, 8), Block(3, 4)).masks["weight"].view(2, 4, 4, 3).sum(dim=(1, 3))
+    assert set(blocks.flatten().tolist()) == {0, 12}
+
+
+def test_turned_queries_keys_and_values_are_three_matrices_side_by_side():
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": Turned(24, 8), "c_proj": Turned(8, 8)})})
+    with torch.no_grad():
+        model["attn"]["c_attn"].weight[:, :8] *= 0.01
+    method = replace(STATIC, init=dstlib.masking.magnitude)
+    masks = dstlib.sparsify(model, sparsity=0.5, method=method).masks
+    assert masks["attn.c_attn.weight"].view(8, 3, 8).sum(dim=(0, 2)).tolist() == [32] * 3, "small queries do not starve"
+    names = [view.name.rpartition(".")[2] for w in select(model) for view in w.views if len(w.views) > 1]
+    assert names == ["q", "k", "v"]
+    joint = select(model, split={"attn.c_attn": 1})[0]
+    assert [(v.rows, v.transposed) for v in joint.views] == [(None, True)]
+    halves = select(model, split={"attn.c_attn": 2})[0]
+    assert [tuple(v.of(halves.parameter).shape) for v in halves.views] == [(12, 8), (12, 8)]
+    with pytest.raises(SelectionError, match="a divisor of its 24 rows"):
+        select(model, split={"attn.c_attn": 5})
+
+
+def test_a_subclass_counts_as_its_base_unless_it_standardises_the_weight():
+    assert [w.reason for w in select(type("Mine", (Turned,), {})(4, 4))] == [""]
+    model = nn.Sequential(nn.Linear(8, 8), Standardised(4, 4))
+    assert "standardises" in select(model)[1].reason
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_each_expert_is_a_matrix_with_a_budget_of_its_own(is_transposed):
+    weights = {w.name: w for w in select(Experts(is_transposed))}
+    shapes = {name: {tuple(v.of(w.parameter).shape) for v in w.views} for name, w in weights.items() if not w.reason}
+    assert shapes == {"up_proj": {(12, 8)}, "down_proj": {(8, 12)}}
+    assert [v.name for v in weights["up_proj"].views] == ["up_proj.0", "up_proj.1", "up_proj.2"]
+    assert "raw parameter" in weights["up_proj_bias"].reason
+    masks = sparsified(Experts(is_transposed), Channel()).masks
+    inputs = 1 if is_transposed else 2
+    assert masks["up_proj"].any(dim=inputs).sum(dim=1).tolist() == [6] * 3, "half of the outputs of each expert"
+    assert masks["down_proj"].any(dim=inputs).sum(dim=1).tolist() == [4] * 3
+    fan_in = sparsified(Experts(is_transposed), FanIn()).masks["up_proj"]
+    assert (fan_in.sum(dim=inputs) == 4).all()
+    assert fan_in.sum(dim=inputs).shape == (3, 12)
+
+
+def test_experts_take_the_number_that_they_are_and_no_other():
+    model = Experts(False)
+    assert len(select(model, split={"*_proj": 3})[0].views) == 3
+    with pytest.raises(SelectionError, match="3 matrices by its making"):
+        select(model, split={"up_proj": 2})
+    with pytest.raises(SelectionError, match="no order of axes, which is known, got 'e i o'"):
+        select(model, split={"up_proj": "e i o"})
+
+
+def test_experts_change_their_masks_each_within_itself():
+    model = Experts(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = replace(dstlib.RIGL, interval=1)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.8, method=method, total_steps=12)
+    before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(step))
+        torch.bmm(torch.bmm(x, model.up_proj).relu(), model.down_proj).square().sum().backward()
+        optimizer.step()
+    for name, mask in sparsifier.masks.items():
+        assert not torch.equal(mask, before[name])
+        assert mask.sum(dim=(1, 2)).tolist() == before[name].sum(dim=(1, 2)).tolist()
+    assert_zero_outside(model, sparsifier.masks, optimizer)
+
+
+def test_axes_that_nobody_knows_are_asked_for_where_they_matter():
+    element = dstlib.sparsify(Stack(), sparsity=0.5, method="static", include=["*", "weights"])
+    assert int(element.masks["weights"].sum()) > 0
+    for granularity in (FanIn(), Channel(), NM(2, 4), Kernel(), Block(1, 4)):
+        with pytest.raises(SettingError, match=r"of weights, \(3, 8, 12\).*split=\{\"weights\": \"e o i\"\}"):
+            sparsified(Stack(), granularity, include=["*", "weights"])
+    for order, outputs in {"e o i": 1, "e i o": 2}.items():
+        masks = sparsified(Stack(), FanIn(), include=["*", "weights"], split={"weights": order}).masks
+        per_output = masks["weights"].sum(dim=3 - outputs)
+        assert per_output.unique().tolist() == [masks["weights"].shape[3 - outputs] // 2]
+
+
+@pytest.mark.parametrize("order", ["", "o i", "i o e", "e i i", "e o", "x i o", "e  o  x"])
+def test_an_order_of_axes_that_does_not_fit_is_refused(order):
+    with pytest.raises(SelectionError, match="the order of its 3 axes, where e counts matrices"):
+        select(Stack(), include=["*", "weights"], split={"weights": order})
+
+
+def shapes_of(layer):
+    """Outputs and inputs of each sparse matrix of a layer, by parameter."""
+    weights = [w for w in select(layer) if not w.reason]
+    return {w.name: {tuple(view.of(w.parameter).shape) for view in w.views} for w in weights}
+
+
+# every size is another, so that the shape of a matrix tells its outputs from its inputs
+EXPERTS = {"hidden_size": 24, "intermediate_size": 20, "num_local_experts": 3}
+OUT_IN = {"gate_up_proj": {(40, 24)}, "down_proj": {(24, 20)}}
+
+
+def test_the_layers_of_transformers_lie_as_the_table_says():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.convbert.modeling_convbert import GroupedLinearLayer
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(6, 4)
+    assert shapes_of(conv) == {"weight": {(6, 4)}}
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(conv(x), x @ select(conv)[0].views[0].of(conv.weight).T + conv.bias)
+    assert shapes_of(GroupedLinearLayer(8, 12, 2)) == {"weight": {(6, 4)}}
+    assert shapes_of(JetMoeParallelExperts(3, 4, 6)) == {"weight": {(6, 4)}}
+    assert shapes_of(MoshiFlexibleLinear(4, 6, 3)) == {"weight": {(6, 4)}}
+    assert shapes_of(MixtralExperts(transformers.MixtralConfig(**EXPERTS))) == OUT_IN
+    assert shapes_of(GptOssExperts(transformers.GptOssConfig(**EXPERTS))) == OUT_IN
+    assert shapes_of(Llama4TextExperts(transformers.Llama4TextConfig(**EXPERTS))) == OUT_IN
+    assert len(select(MixtralExperts(transformers.MixtralConfig(**EXPERTS)))[0].views) == 3
+
+
+def test_the_layers_of_torch_geometric_lie_as_the_table_says():
+    geometric = pytest.importorskip("torch_geometric.nn")
+    from torch_geometric.nn.conv.dna_conv import Linear
+
+    assert shapes_of(geometric.Linear(4, 6)) == {"weight": {(6, 4)}}
+    assert shapes_of(geometric.HeteroLinear(4, 6, 3)) == {"weight": {(6, 4)}}
+    assert shapes_of(Linear(8, 12, 2)) == {"weight": {(6, 4)}}
+    relations = {"weight": {(6, 4)}, "root": {(6, 4)}}
+    assert shapes_of(geometric.RGCNConv(4, 6, 3)) == shapes_of(geometric.FastRGCNConv(4, 6, 3)) == relations
+    assert shapes_of(geometric.RGCNConv(8, 12, 3, num_blocks=2)) == {"weight": {(6, 4)}, "root": {(12, 8)}}
+    assert shapes_of(geometric.RGCNConv(4, 6, 3, num_bases=2)) == {"root": {(6, 4)}}
+    bases = {w.name: w.reason for w in select(geometric.RGCNConv(4, 6, 3, num_bases=2))}
+    assert bases["weight"] == "mixed by comp, where zeros of one stay dense: sparse only if included by name"
+    arma = {"init_weight": {(6, 4)}, "root_weight": {(6, 4)}, "weight": {(6, 6)}}
+    assert shapes_of(geometric.ARMAConv(4, 6, num_stacks=2, num_layers=2)) == arma
+    attention = geometric.RGATConv(4, 6, 3, heads=2, dim=5, attention_mode="multiplicative-self-attention")
+    assert shapes_of(attention) == {"weight": {(12, 4)}, "q": {(10, 12)}, "k": {(10, 12)}}
+
+
+def test_every_class_of_the_table_exists_in_the_libraries_that_are_here():
+    for name in _LAYOUTS:
+        module, _, cls = name.rpartition(".")
+        library = module.partition(".")[0]
+        pytest.importorskip(library)
+        assert isinstance(getattr(__import__(module, fromlist=[cls]), cls), type), name
