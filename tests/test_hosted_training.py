@@ -159,3 +159,17 @@ def test_a_state_is_read_with_weights_only(halfway, tmp_path):
         training = HostedTraining(SETTINGS)
         training.load_state_dict(read, model, where="a file")
         training.begin(model, total_steps=400)
+
+
+def test_a_state_that_does_not_fit_leaves_the_weights_bit_for_bit_and_unmasked(halfway):
+    _, _, at_250, state = halfway
+    state["sparsifier"]["weights"].pop("0.weight")
+    other, resumed = HostedTraining(SETTINGS), network()
+    resumed.load_state_dict(at_250)
+    other.load_state_dict(state, None, where="a file")
+    with pytest.raises(StateError, match="1 missing"):
+        other.begin(resumed, total_steps=400)
+    assert equal(weights(resumed), at_250)
+    with torch.no_grad():
+        resumed[0].weight.fill_(1.0)
+    assert not (train(resumed, 1)[0].weight == 0).any()

@@ -125,7 +125,11 @@ class HostedTraining:
                 self._sparsifier = self.settings.sparsify(model, total_steps=total_steps)
                 for parameter, weight in weights:
                     parameter.copy_(weight)
-            self._restore(state)
+            try:
+                self._restore(state)
+            except StateError:
+                self._sparsifier.detach()  # or else its masks, the first ones, would hold
+                raise
         self._sparsifier.observers.extend(observers)
 
     def state_dict(self) -> dict[str, Any]:
