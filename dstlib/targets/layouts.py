@@ -30,7 +30,7 @@ _EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _LINEAR = Layout(("weight",), transposed=False)
 _TURNED = Layout(("weight",), transposed=True)
 _EXPERTS_LINEAR, _EXPERTS_TURNED = Layout(_EXPERTS, transposed=False), Layout(_EXPERTS, transposed=True)
-# As the forward of transformers 5.24, torch_geometric 2.8 and diffusers 0.42 reads them: see tests/test_foreign_layers.py
+# As the forward of transformers 5.24, torch_geometric 2.8 and diffusers 0.42 reads them: tests/test_foreign_layers.py
 _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "transformers.pytorch_utils.Conv1D": _TURNED,
