@@ -1,0 +1,275 @@
+"""Sparse training as a callback of Hugging Face's Trainer.
+
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[SparseTraining(sparsity=0.9, method="rigl")])
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+
+Needs ``transformers`` and ``accelerate``.
+"""
+
+import inspect
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import GradientState, PartialState
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dstlib.errors import SettingError, StateError
+from dstlib.files import write_whole
+from dstlib.integrations.backward import AfterBackward
+from dstlib.integrations.training import HostedTraining, Settings
+from dstlib.masking.update import count_outside
+from dstlib.methods.method import Method
+from dstlib.sparsifier import Sparsifier
+from dstlib.targets import find_weights
+
+FILE = "dstlib.pt"  # in each folder of a checkpoint
+
+
+class SparseTraining(TrainerCallback):
+    """Keeps the model of a Trainer sparse from the first step to the last, and in its checkpoints.
+
+    The settings are those of :func:`dstlib.sparsify`; without ``total_steps``, the Trainer's own count of steps is
+    taken. The model becomes sparse when ``train()`` begins. From then on, ``sparsifier`` tells what is sparse.
+
+    >>> SparseTraining(sparsity=0.9, method="rigl", exclude="lm_head").sparsifier
+    Traceback (most recent call last):
+    dstlib.errors.StateError: sparsifier of SparseTraining: expected a training that has begun in this process, got \
+none. It is made when the trainer begins to train, in the very processes that train.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        method: str | Method = "rigl",
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = (),
+        overrides: Mapping[str, float] | None = None,
+        seed: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        self._training = HostedTraining(
+            Settings(
+                sparsity=sparsity,
+                method=method,
+                include=include,
+                exclude=exclude,
+                overrides=overrides,
+                seed=seed,
+                total_steps=total_steps,
+            )
+        )
+        self._after_backward: AfterBackward | None = None
+        self._has_begun_step = self._has_masked = False
+
+    @property
+    def sparsifier(self) -> Sparsifier:
+        """The sparsifier of the latest ``train()``.
+
+        Raises:
+            StateError: None has begun in this process.
+        """
+        return self._training.sparsifier
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        **others: Any,
+    ) -> None:
+        """Makes the model sparse, or takes the masks of the checkpoint that is resumed.
+
+        Model and optimizer are there, loaded and on their device, and no step was taken. A second ``train()`` is a
+        training of its own, of the weights that the first one left.
+
+        Raises:
+            SettingError: A setting is out of range, or the weights are sharded.
+            SelectionError: Weights do not exist, cannot be sparse or are sparse already.
+            StateError: The checkpoint has no masks, or others than its weights; nothing has changed then.
+        """
+        _refuse_sharding()
+        self._leave(model)
+        folder = _resumed_from()
+        training = HostedTraining(self._training.settings)
+        if folder is not None:
+            saved = _read(folder)
+            training.load_state_dict(saved, None, where=str(folder))
+            if num_outside := _count_outside(model, saved):
+                raise StateError.of(
+                    FILE,
+                    f"checkpoint {folder}",
+                    allowed="masks that cover every zero of the weights beside it",
+                    given=f"{num_outside:,} non-zeros outside them",
+                    remedy="The files are of different runs; resume from a folder as the Trainer wrote it.",
+                )
+        inner = _inner(optimizer)
+        training.begin(model, inner, total_steps=state.max_steps)
+        self._training = training
+        _save_with(state, training)
+
+        def mask_gradients() -> None:
+            self._refuse_second_pass()
+            _mask_gradients(training.sparsifier, inner, optimizer.scaler)
+
+        self._after_backward = AfterBackward(model.parameters(), is_wanted=self._is_last_pass, call=mask_gradients)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Waits for the gradients of a step, which are masked before the Trainer clips them."""
+        self._has_begun_step, self._has_masked = True, False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Waits no more: other backward passes are none of the Trainer's."""
+        self._has_begun_step = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **others: Any
+    ) -> None:
+        """Takes the masks of the best checkpoint, if the Trainer has loaded its weights.
+
+        Raises:
+            StateError: That checkpoint has no masks.
+        """
+        if self._after_backward is not None:
+            self._after_backward.remove()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            folder = Path(state.best_model_checkpoint)
+            saved = _read(folder)
+            if not _count_outside(model, saved):  # or else they were not loaded: a trial that was pruned, say
+                self._training.load_state_dict(saved, model, where=str(folder))
+
+    def _leave(self, model: nn.Module) -> None:
+        if self._after_backward is not None:
+            self._after_backward.remove()
+        if self._training.is_of(model):
+            self.sparsifier.detach()
+
+    def _is_last_pass(self) -> bool:
+        """Whether the gradients of a pass are all that the optimizer will step with."""
+        return self._has_begun_step and bool(GradientState().sync_gradients)
+
+    def _refuse_second_pass(self) -> None:
+        if self._has_masked:
+            raise SettingError.of(
+                "backward passes",
+                "the last batch of a step",
+                allowed="one, which completes the gradients that masks are updated and clipped by",
+                given="another",
+                remedy="Checkpoint activations with use_reentrant=False; add losses up before backward().",
+            )
+        self._has_masked = True
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Returns the last checkpoint of a folder that is whole, to resume from; None without one.
+
+    A process that is killed while it saves leaves a folder without ``trainer_state.json``, which is written last.
+    ``train(resume_from_checkpoint=True)`` takes the folder of the highest number, and fails there.
+    """
+    folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
+    return next((str(folder) for folder in folders if _step_of(folder) >= 0 and _is_whole(folder)), None)
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):  # not there yet, or half of it
+        return False
+    return (folder / FILE).is_file()
+
+
+def _refuse_sharding() -> None:
+    kind = str(PartialState().distributed_type.value)
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise SettingError.of(
+            "distributed training",
+            "Trainer with SparseTraining",
+            allowed="one process, or several that each hold whole weights (DistributedDataParallel)",
+            given=kind,
+            remedy="Launch it by torchrun without fsdp and deepspeed.",
+        )
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _resumed_from() -> Path | None:
+    """Returns the folder that the Trainer resumes from: it tells its callbacks everything but that."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_inner_training_loop":
+        frame = frame.f_back
+    folder = None if frame is None else frame.f_locals["resume_from_checkpoint"]
+    return None if folder is None else Path(folder)
+
+
+def _save_with(state: TrainerState, training: HostedTraining) -> None:
+    """Has the Trainer's state bring the masks into each folder that it is saved to, before itself.
+
+    No event would do: ``on_save`` comes when the checkpoint seems whole, and older ones have been deleted.
+    """
+    save_to_json = state.save_to_json
+
+    def save(json_path: str | os.PathLike[str]) -> None:
+        buffer = io.BytesIO()
+        torch.save(training.state_dict(), buffer)
+        write_whole(Path(json_path).parent / FILE, buffer.getbuffer())
+        save_to_json(json_path)
+
+    state.save_to_json = save
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    where, allowed = f"checkpoint {folder}", f"{FILE} beside {TRAINER_STATE_NAME}"
+    remedy = "Take a checkpoint that was saved with SparseTraining among the callbacks; this one was left as it is."
+    if not (folder / FILE).is_file():
+        given = f"only {', '.join(sorted(path.name for path in folder.iterdir()))}"
+        raise StateError.of("masks", where, allowed=allowed, given=given, remedy=remedy)
+    try:
+        saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader of damaged files raises whatever it stumbles over
+        given = f"a file that cannot be read ({type(error).__name__})"
+        raise StateError.of("masks", where, allowed=allowed, given=given, remedy=remedy) from error
+    return saved
+
+
+def _count_outside(model: nn.Module, saved: Mapping[str, Any]) -> int:
+    """Counts the non-zeros of a model outside saved masks."""
+    masks = {name: weight["mask"] for name, weight in saved["sparsifier"]["weights"].items()}
+    weights = find_weights(model, {name: mask.shape for name, mask in masks.items()})
+    return sum(count_outside(weights[name], mask.to(weights[name].device)) for name, mask in masks.items())
+
+
+def _mask_gradients(sparsifier: Sparsifier, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """Changes the masks if an update is due, and masks the gradients, which may carry the loss scale."""
+    grads = [w.parameter.grad for w in sparsifier.weights if w.parameter.grad is not None]
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    if scale != 1:  # a power of two, unless the user chose another: no digit is lost on the way there and back
+        torch._foreach_div_(grads, scale)
+    sparsifier.before_step(optimizer)
+    if scale != 1:
+        torch._foreach_mul_(grads, scale)

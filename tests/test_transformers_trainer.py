@@ -1,0 +1,364 @@
+"""Sparse training by Hugging Face's own Trainer: its clipping, accumulation, saving, resumption and best model."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import assert_same, assert_zero_outside
+from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
+
+import dstlib
+from dstlib import SettingError, StateError
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from trainer_runs import RIGL, Net, data, net, sparse, trainer
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from dstlib.integrations.transformers import FILE, last_checkpoint
+
+
+def logged(made, *names):
+    return [[entry.get(name) for name in names] for entry in made.state.log_history if "grad_norm" in entry]
+
+
+def test_a_model_is_sparse_from_the_first_step_to_the_last(tmp_path):
+    callback = sparse()
+    made = trainer(tmp_path, callback)
+    made.train()
+    sparsifier = callback.sparsifier
+    assert sparsifier.step == 12 == made.state.max_steps
+    assert sparsifier.density == pytest.approx(0.2, abs=1 / 1536)  # whole units
+    assert_zero_outside(made.model, sparsifier.masks, made.optimizer.optimizer)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def fused_adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+
+def by_hand(made, model, optimizer, *, accumulation, max_norm, scaler=None):
+    """What a Trainer does, in a loop that masks gradients before it clips them; returns the sparsifier and norms."""
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.8, method=RIGL, total_steps=12)
+    batches, norms = [list(made.get_train_dataloader())] * 5, []
+    for epoch in batches:
+        for first in range(0, len(epoch), accumulation):
+            if len(norms) == 12:
+                return sparsifier, norms
+            group = epoch[first : first + accumulation]
+            for batch in group:
+                loss = model(**batch)["loss"] / len(group)
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            sparsifier.before_step(optimizer)
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+    raise AssertionError("too few batches")
+
+
+def made_for(tmp_path, callback, model, optimizer, *, accumulation, **settings):
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return trainer(
+        tmp_path,
+        callback,
+        model=model,
+        optimizers=(optimizer, constant),
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])  # 15 batches an epoch: the last group of four has three
+def test_clipping_sees_the_masked_norm_and_equals_a_loop_by_hand(tmp_path, accumulation):
+    callback, model, hand = sparse(), net(), net()
+    made = made_for(tmp_path, callback, model, sgd(model), accumulation=accumulation, max_grad_norm=0.1)
+    sparsifier, norms = by_hand(made, hand, sgd(hand), accumulation=accumulation, max_norm=0.1)
+    made.train()
+    assert min(norms) > 0.1  # each is clipped
+    assert logged(made, "grad_norm") == [[norm] for norm in norms]
+    assert_same(model.state_dict(), hand.state_dict())
+    assert_same(callback.sparsifier.state_dict(), sparsifier.state_dict())
+
+
+@pytest.mark.parametrize("make", [sgd, fused_adam])
+@pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
+def test_a_step_that_the_loss_scaler_skips_is_not_counted(tmp_path, monkeypatch, make, max_grad_norm):
+    """As with fp16 on a GPU: the scaler is real, and so is what Accelerate does with it."""
+
+    def scaler():
+        return torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=4)
+
+    callback, model, hand = sparse(), net(), net()
+    with torch.no_grad():
+        for either in (model, hand):
+            either.head.weight.mul_(100)  # a large loss, which overflows at first, and whenever the scale grows
+    made = made_for(tmp_path, callback, model, make(model), accumulation=1, max_grad_norm=max_grad_norm)
+    accelerator = made.accelerator
+    monkeypatch.setattr(accelerator, "scaler", scaler())
+    # what it does under fp16, which autocast would make of the forward pass as well
+    monkeypatch.setattr(accelerator, "unscale_gradients", lambda: accelerator.scaler.unscale_(made.optimizer.optimizer))
+    norm = max_grad_norm or float("inf")
+    sparsifier, norms = by_hand(made, hand, make(hand), accumulation=1, max_norm=norm, scaler=scaler())
+    made.train()
+    finite = [norm for norm in norms if norm < float("inf")]
+    assert 0 < len(finite) < 12
+    assert callback.sparsifier.step == len(finite)
+    assert_same(callback.sparsifier.state_dict(), sparsifier.state_dict())
+    assert_same(model.state_dict(), hand.state_dict())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole, first, again, elsewhere = (sparse() for _ in range(4))
+    made = trainer(tmp_path / "whole", whole)
+    made.train()
+    stopped = trainer(tmp_path / "run", first, EarlyStop(at=7))  # between an update and the next
+    stopped.train()
+    assert first.sparsifier.step == 7
+    # by the trainer's own search, and from a folder that was moved
+    last = trainer(tmp_path / "run", again)
+    last.train(resume_from_checkpoint=True)
+    moved = shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "kept" / "of_step_8")
+    other = trainer(tmp_path / "other", elsewhere)
+    other.train(resume_from_checkpoint=str(moved))
+    for resumed, callback in ((last, again), (other, elsewhere)):
+        assert_same(resumed.model.state_dict(), made.model.state_dict())
+        assert_same(callback.sparsifier.state_dict(), whole.sparsifier.state_dict())
+        assert_same(resumed.optimizer.state_dict(), made.optimizer.state_dict())
+        assert logged(resumed, "step", "loss", "grad_norm") == logged(made, "step", "loss", "grad_norm")
+
+
+class EarlyStop(TrainerCallback):
+    """Stops at a step, and saves."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, args, state, control, **others):
+        control.should_training_stop |= state.global_step == self.at
+        control.should_save |= state.global_step == self.at
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    trainer(tmp_path / "run", sparse(), max_steps=4).train()
+    return tmp_path / "run" / "checkpoint-4"
+
+
+def without(folder):
+    (folder / FILE).unlink()
+
+
+def damaged(folder):
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:1000])
+
+
+def of_another_run(folder):
+    callback = sparse(seed=1)
+    trainer(folder.parent.parent / "another", callback, max_steps=4).train()
+    saved = torch.load(folder / FILE, weights_only=True)
+    torch.save({**saved, "sparsifier": callback.sparsifier.state_dict()}, folder / FILE)
+
+
+@pytest.mark.parametrize(
+    ("harm", "settings", "message"),
+    [
+        (without, {}, f"expected {FILE} beside trainer_state.json, got only model.safetensors, optimizer.pt"),
+        (damaged, {}, "a file that cannot be read"),
+        (of_another_run, {}, "non-zeros outside them"),
+        (lambda folder: None, {"sparsity": 0.9}, "expected sparsity 0.8, got sparsity 0.9"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_resumed_is_refused_and_nothing_erased(
+    tmp_path, checkpoint, harm, settings, message
+):
+    harm(checkpoint)
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    made = trainer(tmp_path / "run", sparse(**settings))
+    with pytest.raises(StateError, match=message):
+        made.train(resume_from_checkpoint=True)
+    assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert_same(made.model.state_dict(), load_file(checkpoint / "model.safetensors"))
+
+
+def accuracy_falls():
+    """A metric that is best at the second evaluation."""
+    calls = []
+
+    def metrics(prediction):
+        calls.append(prediction)
+        return {"accuracy": [0.5, 0.9, 0.6, 0.4][len(calls) - 1]}
+
+    return metrics
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "best"])
+def test_the_best_model_at_the_end_has_the_masks_that_belong_to_it(tmp_path, save_strategy):
+    callback = sparse()
+    made = trainer(
+        tmp_path,
+        callback,
+        EarlyStoppingCallback(early_stopping_patience=2),
+        eval_dataset=data(8),
+        compute_metrics=accuracy_falls(),
+        max_steps=20,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy=save_strategy,
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+    )
+    made.train()
+    best = tmp_path / "checkpoint-8"
+    assert made.state.best_model_checkpoint == str(best)
+    assert made.state.global_step == 16  # stopped early
+    assert callback.sparsifier.step == 8
+    assert_same(made.model.state_dict(), load_file(best / "model.safetensors"))
+    assert_zero_outside(made.model, callback.sparsifier.masks)
+    active = sum(int(mask.sum()) for mask in callback.sparsifier.masks.values())
+    assert active == sum(int(made.model.state_dict()[name].count_nonzero()) for name in callback.sparsifier.masks)
+
+
+def test_a_model_that_was_not_loaded_at_the_end_keeps_its_own_masks(tmp_path):
+    """As in a trial that a search prunes: the training ends, but nobody loads the best model."""
+    callback = sparse()
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps"}
+    made = trainer(tmp_path, callback, eval_dataset=data(8), eval_steps=4, **settings)
+    made._load_best_model = lambda: None
+    made.train()
+    made.state.best_model_checkpoint = str(tmp_path / "checkpoint-4")
+    made.callback_handler.on_train_end(made.args, made.state, made.control)
+    assert callback.sparsifier.step == 12
+    assert_zero_outside(made.model, callback.sparsifier.masks)
+
+
+def test_evaluation_and_other_backward_passes_move_nothing(tmp_path):
+    class Look(TrainerCallback):
+        """Computes gradients of its own between the steps, as those who watch a training do."""
+
+        def on_step_end(self, args, state, control, *, model, **others):
+            model(**{key: torch.stack([item[key] for item in data(4)]) for key in ("x", "labels")})["loss"].backward()
+            model.zero_grad()
+
+    def end(folder, *others, **settings):
+        callback = sparse()
+        made = trainer(folder, callback, *others, model=net(), eval_dataset=data(8), **settings)
+        made.train()
+        return {"model": made.model.state_dict(), "sparsifier": callback.sparsifier.state_dict()}
+
+    plain = end(tmp_path / "plain", save_strategy="no")
+    watched = end(
+        tmp_path / "watched", Look(), save_strategy="no", eval_strategy="steps", eval_steps=1, eval_on_start=True
+    )
+    assert_same(watched, plain)
+
+
+def test_each_model_of_model_init_is_made_sparse_anew(tmp_path):
+    callback = sparse()
+    made = trainer(tmp_path, callback, model_init=lambda: net(), save_strategy="no")
+    ends = []
+    for _ in range(2):
+        made.train()
+        ends.append((made.model, callback.sparsifier))
+    (first, before), (second, after) = ends
+    assert first is not second
+    assert_same(before.state_dict(), after.state_dict())
+    for model, sparsifier in ends:  # the first one's zeros still hold for whoever trains it on
+        optimizer = sgd(model)
+        model(**{key: torch.stack([item[key] for item in data(4)]) for key in ("x", "labels")})["loss"].backward()
+        optimizer.step()
+        assert_zero_outside(model, sparsifier.masks)
+
+
+class Checkpointed(Net):
+    """Computes its body again in the backward pass; if ``reentrant``, by a backward pass within the backward pass."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.load_state_dict(net().state_dict())
+
+    def forward(self, x, labels):
+        hidden = checkpoint_activations(self.body, x.clone().requires_grad_(), use_reentrant=self.reentrant)
+        logits = self.head(hidden)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_checkpointed_activations(tmp_path):
+    made, plain = (
+        trainer(tmp_path, sparse(), model=model, save_strategy="no") for model in (Checkpointed(False), net())
+    )
+    for each in (made, plain):
+        each.train()
+    assert_same(made.model.state_dict(), plain.model.state_dict())
+    assert logged(made, "grad_norm") == logged(plain, "grad_norm")
+    with pytest.raises(SettingError, match="use_reentrant=False"):
+        trainer(tmp_path, sparse(), model=Checkpointed(True), save_strategy="no").train()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharded_weights_are_refused(tmp_path, monkeypatch, name):
+    made = trainer(tmp_path, sparse())
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType[name])
+    with pytest.raises(SettingError, match=f"got {name}"):
+        made.callback_handler.on_train_begin(made.args, made.state, made.control)
+
+
+def test_the_last_whole_checkpoint_is_found(tmp_path, checkpoint):
+    run = checkpoint.parent
+    assert last_checkpoint(tmp_path / "nothing") is None
+    assert last_checkpoint(run) == str(checkpoint)
+    shutil.copytree(checkpoint, run / "checkpoint-30")
+    shutil.copytree(checkpoint, run / "checkpoint-old")
+    assert last_checkpoint(run) == str(run / "checkpoint-30")
+    state = run / "checkpoint-30" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])  # killed while it was written
+    assert last_checkpoint(run) == str(checkpoint)
+    state.unlink()
+    assert last_checkpoint(run) == str(checkpoint)
+    without(checkpoint)
+    assert last_checkpoint(run) is None
+
+
+def test_masks_are_written_before_what_makes_a_checkpoint_whole(tmp_path):
+    """And before the Trainer deletes older ones."""
+    callback = sparse()
+    made = trainer(tmp_path, callback, save_total_limit=1)
+    orders = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **others):
+            save = state.save_to_json
+
+            def watched(path):
+                save(path)
+                folder = Path(path).parent
+                times = {
+                    name: (folder / name).stat().st_mtime_ns for name in ("model.safetensors", FILE, Path(path).name)
+                }
+                orders.append(sorted(times, key=times.get))
+
+            state.save_to_json = watched
+
+    made.add_callback(Watch())
+    made.train()
+    assert orders == [["model.safetensors", FILE, "trainer_state.json"]] * 3
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
