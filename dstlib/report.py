@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One weight of a summary; ``reason`` says why it is dense and is empty where it is sparse."""
+    """One weight of a summary; ``reason`` says why it is dense and is empty where it is sparse.
+
+    ``num_active`` counts all that is not surely zero; ``note`` says what of that is not as planned.
+    """
 
     name: str
     kind: str
@@ -14,11 +17,12 @@ class Row:
     num_active: int
     num_total: int
     reason: str = ""
+    note: str = ""
 
     @property
     def density(self) -> float:
-        """Active entries over all entries."""
-        return self.num_active / self.num_total
+        """Active entries over all entries; 1 where there are none."""
+        return self.num_active / self.num_total if self.num_total else 1.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Summary:
     @property
     def density(self) -> float:
         """Active entries over all entries, of the sparse weights."""
-        return self.num_active / self.num_sparse
+        return self.num_active / self.num_sparse if self.num_sparse else 1.0
 
     @property
     def params(self) -> int:
@@ -54,7 +58,7 @@ class Summary:
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
             full = " (full)" if row.num_active == row.num_total else ""
-            state = f"dense: {row.reason}" if row.reason else f"sparse{full}"
+            state = f"dense: {row.reason}" if row.reason else row.note or f"sparse{full}"
             cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", state))
         num_sparse_rows = sum(not row.reason for row in self.rows)
         num_dense = sum(row.num_total for row in self.rows if row.reason)

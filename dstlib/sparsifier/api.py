@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dstlib.errors import SelectionError, require
@@ -27,6 +28,7 @@ def sparsify(
     overrides: Mapping[str, float] | None = None,
     split: Mapping[str, int] | None = None,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Makes a model sparse now, and keeps it sparse under any torch optimizer that steps on its weights.
 
@@ -36,7 +38,9 @@ def sparsify(
     globs to sparsities of their own, outside the budget of the others; of several that match, the last wins.
     ``split`` maps globs to the number of matrices stacked in a weight, each to compete for itself: known fused
     projections (``qkv``, say) are split without it, and 1 keeps one together.
-    Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
+    Weights that already hold the zeros of such a plan keep them: their places become the first masks.
+    ``process_group`` are the ranks that hold a replica of the model, whose masks are compared at each update; by
+    default all. Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
 
     Raises:
         SettingError: A setting is out of range.
@@ -66,7 +70,7 @@ def sparsify(
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
     _check_unmasked(sparse)
     owners = [m for m in unwrap(model).modules() if any(id(p) in sparse for p in m._parameters.values())]
-    sparsifier = Sparsifier(plan, optimizers, owners)
+    sparsifier = Sparsifier(plan, optimizers, unwrap(model), process_group)
     keep(sparsifier, owners)
     if optimizers:
         _warn_of_unheld(plan, optimizers)

@@ -1,36 +1,93 @@
 """Masks of replicas: they agree by construction, and this checks that they do."""
 
+import json
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from dstlib.errors import StateError
 from dstlib.sparsifier.state import MaskedWeight
 
+PATIENCE = timedelta(seconds=10)
+# How many sparsifiers of the same weights this process has made: twins must not be taken for each other.
+_MADE: Counter[int] = Counter()
 
-def check_equal_masks(changed: Sequence[MaskedWeight]) -> None:
-    """Checks that all ranks hold the same masks of these weights; does nothing without any, or with one process.
 
-    Collective: all ranks of the default process group must call it.
+class Replicas:
+    """Compares the masks of a model over the ranks that hold it, through the store that they found each other by.
 
-    Raises:
-        StateError: Masks differ, on every rank: gradients were not reduced before the optimizer step, or ranks were
-            given other seeds or weights.
+    No collective: a rank that has no more data (``Join``), or that trains something of its own, keeps nobody
+    waiting for long. Each rank leaves its checksums and reads those of the others; those that do not come within
+    ``PATIENCE`` are waited for no more, but are compared whenever they come, by themselves.
     """
-    if not (changed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    mine = {m.weight.name: zlib.crc32(m.mask.cpu().contiguous().numpy().tobytes()) for m in changed}
-    ranks: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, mine)
-    differing = [name for name in mine if any(rank.get(name) != mine[name] for rank in ranks)]
-    if differing or any(set(rank) != set(mine) for rank in ranks):
+
+    def __init__(self, names: Sequence[str], group: ProcessGroup | None) -> None:
+        tag = zlib.crc32("\n".join(names).encode())
+        _MADE[tag] += 1
+        self._group = group
+        self._key = f"dstlib/{tag}/{_MADE[tag]}"
+        self._num_checks = 0
+        self._absent: set[int] = set()
+
+    def check_equal(self, changed: Sequence[MaskedWeight]) -> None:
+        """Checks that all ranks hold the same masks of these weights; does nothing without any, or with one process.
+
+        Raises:
+            StateError: Masks differ, on every rank: gradients were not reduced before the optimizer step, or ranks
+                were given other seeds or weights.
+        """
+        if not (changed and dist.is_available() and dist.is_initialized()):
+            return
+        rank, num_ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
+        if rank < 0 or num_ranks == 1:
+            return
+        mine = {m.weight.name: zlib.crc32(m.mask.cpu().contiguous().numpy().tobytes()) for m in changed}
         step = max(m.step for m in changed) + 1
-        raise StateError.of(
-            "masks",
-            f"{', '.join(differing) or 'some weights'} at step {step}",
-            allowed=f"the same on all {len(ranks)} ranks",
-            given="different ones",
-            remedy="Give every rank the same seed, weights and reduced gradients (DistributedDataParallel does the "
-            "last two).",
-        )
+        theirs = self._exchange(rank, num_ranks, mine, step)
+        differing = [name for name in mine if any(other.get(name) != mine[name] for other in theirs)]
+        if differing or any(set(other) != set(mine) for other in theirs):
+            raise StateError.of(
+                "masks",
+                f"{', '.join(differing) or 'some weights'} at step {step}",
+                allowed=f"the same on all {num_ranks} ranks",
+                given="different ones",
+                remedy="Give every rank the same seed, weights and reduced gradients (DistributedDataParallel does "
+                "the last two); if ranks train models of their own, pass process_group= to sparsify().",
+            )
+
+    def _exchange(self, rank: int, num_ranks: int, mine: Mapping[str, int], step: int) -> list[dict[str, int]]:
+        """Leaves what is mine, and returns what the other ranks have left for the same check."""
+        group = self._group or dist.distributed_c10d._get_default_group()
+        store = dist.distributed_c10d._get_process_group_store(group)
+        self._num_checks += 1
+        key = f"{self._key}/{self._num_checks}"
+        store.set(f"{key}/{rank}", json.dumps(mine))
+        others = set(range(num_ranks)) - {rank}
+        self._absent = {other for other in self._absent if not store.check([f"{key}/{other}"])}
+        late = {other for other in others - self._absent if not _comes(store, f"{key}/{other}")}
+        if late:
+            self._absent |= late
+            warnings.warn(
+                f"masks at step {step}: rank {', '.join(map(str, sorted(late)))} did not come to compare them within "
+                f"{PATIENCE.seconds} s, and is waited for no more. If this rank trains alone, pass process_group= to "
+                "sparsify(): the ranks that hold a replica, or a group of this rank only.",
+                stacklevel=2,
+            )
+        if not self._absent:  # all have set this key, so they have read the last one
+            store.delete_key(f"{self._key}/{self._num_checks - 1}/{rank}")
+        there = (f"{key}/{other}" for other in sorted(others))
+        return [json.loads(store.get(name)) for name in there if store.check([name])]
+
+
+def _comes(store: Any, key: str) -> bool:
+    try:
+        store.wait([key], PATIENCE)
+    except dist.DistStoreError:
+        return False
+    return True

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -36,9 +37,9 @@ _HOOKS: list[Any] = []
 
 def listen(listener: Listener) -> None:
     """Tells the listener of all steps from now on; once is enough."""
-    if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_before))
-        _HOOKS.append(register_optimizer_step_post_hook(_after))
+    if not _HOOKS:  # a compiled step must not trace into them: masks are no part of its graph
+        _HOOKS.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before)))
+        _HOOKS.append(register_optimizer_step_post_hook(torch.compiler.disable(_after)))
     _LISTENERS[listener] = None
 
 

@@ -45,6 +45,21 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf.item())
 
 
+def takes_no_step(optimizer: Optimizer) -> bool:
+    """Whether this call of ``step`` is none of the training: an AMP overflow, or a rehearsal.
+
+    ``torch.distributed.checkpoint`` steps an optimizer to have its state made, with zero gradients and rates.
+    """
+    if overflowed(optimizer):
+        return True
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # a rate on another device would have to be waited for at each step, and torch's rehearsal has none there
+    if any(rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) for rate in rates):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+
 def loss_scale(optimizer: Optimizer | None) -> float:
     """Returns the loss scale in the gradients, which a fused optimizer divides out only inside its step; else 1."""
     scale = getattr(optimizer, "grad_scale", None)

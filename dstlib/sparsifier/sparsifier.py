@@ -1,27 +1,35 @@
 """The life of a sparse training, from the first masks on, around the steps of all torch optimizers."""
 
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from dstlib.errors import StateError
+from dstlib.errors import SettingError, StateError
 from dstlib.masking.update import zero_outside_
-from dstlib.report import Row, Summary
-from dstlib.sparsifier import optimizer_state, update
-from dstlib.sparsifier.distributed import check_equal_masks
+from dstlib.report import Summary
+from dstlib.sparsifier import loaded, optimizer_state, update
+from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.hooks import forget, listen
 from dstlib.sparsifier.optimizer_state import momentum_of, parameter_ids
+from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight, check_saved, find_lost, save
+from dstlib.sparsifier.state import MaskedWeight, check_saved, save
+from dstlib.sparsifier.summary import summarize
 from dstlib.targets import Weight, find_weights
 
 if TYPE_CHECKING:
     from dstlib.engine.decisions import Decisions
     from dstlib.engine.layers.fast_layer import FastLayer
+
+
+_UNSTEPPED = 10  # steps of others after which a weight that has taken none is told of
 
 
 class Sparsifier:
@@ -30,7 +38,9 @@ class Sparsifier:
     The masks live here, the zeros in the weights; the model itself knows nothing.
     """
 
-    def __init__(self, plan: Plan, optimizers: Sequence[Optimizer], modules: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, plan: Plan, optimizers: Sequence[Optimizer], model: nn.Module, process_group: ProcessGroup | None = None
+    ) -> None:
         self._observers: list[update.Observer] = []
         self._frozen = False
         self._memory = 0.0  # of the method's allocator
@@ -40,13 +50,15 @@ class Sparsifier:
             for w in plan.weights
             if not w.reason
         ]
-        # those that were seen to step, the latest one last
-        self._optimizers: MutableMapping[Optimizer, None] = WeakKeyDictionary(dict.fromkeys(optimizers))
+        self._process_group = process_group
+        self._has_asked = False  # whether all weights take steps
+        self._lost_at = -1  # the last step at which something else had written outside the masks
+        self._num_unheard, self._next_look = 0, 2  # backward passes since the last step, and when to look at a weight
+        self._connect(model)
+        for optimizer in optimizers:
+            self._meet(optimizer, self._held_by(optimizer))
         with torch.no_grad():
             self._plan = self._start(plan)
-        by_id = {id(m.parameter): m for m in self._masked}
-        # each module with each sparse weight that it holds now; the module decides how long it lives
-        self._owners = [(ref(o), by_id[id(p)]) for o in modules for p in o._parameters.values() if id(p) in by_id]
         listen(self)
 
     @property
@@ -84,21 +96,14 @@ class Sparsifier:
         """Active entries over all entries, of the sparse weights."""
         return self.summary().density
 
+    @torch.no_grad()
     def summary(self) -> Summary:
-        """Returns each weight, sparse or dense and why, with its shape and density; printable."""
-        active = {name: int(mask.sum()) for name, mask in self.masks.items()}
-        rows = tuple(
-            Row(
-                name=w.name,
-                kind=w.kind,
-                shape=tuple(w.parameter.shape),
-                num_active=active.get(w.name, w.parameter.numel()),
-                num_total=w.parameter.numel(),
-                reason=w.reason,
-            )
-            for w in self.plan.weights
-        )
-        return Summary(rows, self.plan.num_dense, f"{self.plan.method.name} at step {self.step}")
+        """Returns each weight, sparse or dense and why, with its shape and density; printable.
+
+        Counted is what is: non-zeros outside the masks, and what stands where a sparse weight was.
+        """
+        losses = self._ownership.losses(self._by_name)
+        return summarize(self.plan, self._masked, self._ownership.model, losses, self.step)
 
     @torch.no_grad()
     def before_step(self, *optimizers: Optimizer) -> None:
@@ -115,8 +120,9 @@ class Sparsifier:
             StateError: Ranks hold different masks.
         """
         for optimizer in optimizers:
-            self._meet(optimizer)
+            self._meet(optimizer, self._held_by(optimizer))
         weights = self._held_by(*optimizers) if optimizers else self._masked
+        self._check_owned(weights)
         known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
         grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
         if any(map(self._reads, weights)) and not all(bool(grad.isfinite().all()) for grad in grads):
@@ -126,13 +132,13 @@ class Sparsifier:
     @torch.no_grad()
     def after_step(self) -> None:
         """Masks the weights and the optimizers' state, and counts the step that ``before_step`` began."""
-        self._end_step(self._masked, self._optimizers)
+        self._end_step(self._masked)
 
     @torch.no_grad()
     def apply_masks(self) -> None:
         """Sets the weights and optimizer state to zero outside the masks, as after loading other weights."""
         for m in self._masked:
-            m.clear(self._optimizers)
+            m.clear(self._holders(m))
 
     @torch.no_grad()
     def mask_model(self, model: nn.Module) -> None:
@@ -147,25 +153,24 @@ class Sparsifier:
             zero_outside_(parameter, self.masks[name])
 
     def steps_with(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer steps on any of the sparse weights, or on what has replaced one."""
-        held = parameter_ids(optimizer)
-        return any(id(m.parameter) in held for m in self._masked) or find_lost(self._owners, held) is not None
+        """Whether the optimizer steps on any of the sparse weights, or has not been seen before."""
+        if optimizer not in self._strangers:
+            return True
+        return any(id(p) in self._by_id for group in optimizer.param_groups for p in group["params"])
 
     @torch.no_grad()
     def before_optimizer(self, optimizer: Optimizer) -> None:
         """Does as ``before_step`` for the weights of one optimizer, whose hook calls it."""
-        optimizer_state.refuse_unsupported(optimizer)
-        if (lost := find_lost(self._owners, parameter_ids(optimizer))) is not None:
-            raise StateError.of(
-                "parameter",
-                lost.weight.name,
-                allowed="the one that was made sparse",
-                given="another in its place, or of another shape, which no mask fits",
-                remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift and the like.",
-            )
-        self._meet(optimizer)
         weights = self._held_by(optimizer)
-        if optimizer_state.overflowed(optimizer):
+        if optimizer not in self._optimizers and optimizer not in self._strangers:
+            self._check_first_step(optimizer)
+        if not weights:
+            self._strangers.add(optimizer)
+            return
+        optimizer_state.refuse_unsupported(optimizer)
+        self._check_owned(weights)
+        self._meet(optimizer, weights)
+        if optimizer_state.takes_no_step(optimizer):
             for m in weights:
                 m.begun = m.step
         else:
@@ -174,7 +179,7 @@ class Sparsifier:
     @torch.no_grad()
     def after_optimizer(self, optimizer: Optimizer) -> None:
         """Does as ``after_step`` for the weights of one optimizer, whose hook calls it."""
-        self._end_step(self._held_by(optimizer), (optimizer,))
+        self._end_step(self._held_by(optimizer))
 
     def accelerate(
         self,
@@ -241,13 +246,32 @@ class Sparsifier:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns all but the optimizers, which are met again when they step: copies follow the copied weights."""
-        return {**vars(self), "_optimizers": None, "_owners": []}
+        """Returns all but the optimizers, which are met again when they step: copies follow the copied model."""
+        left_out = {"_optimizers", "_strangers", "_by_id", "_by_name", "_held", "_ownership", "_replicas"}
+        state = {name: value for name, value in vars(self).items() if name not in left_out}
+        return {**state, "_process_group": None, "model": self._ownership.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _optimizers=WeakKeyDictionary())
+        model = state.pop("model")
+        self.__dict__.update(state)
+        self._connect(model)
         if self._attached:
             listen(self)
+
+    def _connect(self, model: nn.Module | None) -> None:
+        """Makes all that belongs to this process and these very objects, which no copy takes along."""
+        # those that were seen to step, the latest one last; those that hold none of the weights
+        self._optimizers: MutableMapping[Optimizer, None] = WeakKeyDictionary()
+        self._strangers: WeakSet[Optimizer] = WeakSet()
+        self._held: dict[MaskedWeight, list[ref[Optimizer]]] = {m: [] for m in self._masked}
+        self._by_id = {id(m.parameter): (i, m) for i, m in enumerate(self._masked)}
+        self._by_name = {m.weight.name: m for m in self._masked}
+        self._ownership = Ownership(model, {name: m.parameter for name, m in self._by_name.items()})
+        self._replicas = Replicas(list(self._by_name), self._process_group)
+        for m in self._masked:
+            if m.parameter.requires_grad and not m.parameter.is_inference():
+                m.parameter.register_post_accumulate_grad_hook(partial(_note_backward, ref(self)))
+                break
 
     def _start(self, plan: Plan) -> Plan:
         """Chooses the first masks; under dense storage the values beneath them are put aside."""
@@ -255,22 +279,89 @@ class Sparsifier:
             for m in self._masked:
                 m.hidden = m.parameter.detach().clone()
         plan = update.choose_first_masks(self._masked, plan)
+        loaded.tell_of_regrowth(self._masked, plan.method.name)
         for m in self._masked:
+            if m.num_outside():  # weights that are sparse already keep their places, where these fit
+                loaded.take_places(m, plan.method.granularity)
             if m.hidden is not None:
                 m.reveal()
                 update.spread_reach(m, plan, 0)
                 m.hide()
-            m.clear(self._optimizers)
+            m.clear(self._holders(m))
         return plan
+
+    def _check_owned(self, weights: Iterable[MaskedWeight]) -> None:
+        """Checks that the model still computes with these weights as they are; warns of those that are gone."""
+        weights = list(weights)
+        names = self._ownership.changed(m.weight.name for m in weights)
+        reshaped = [m.weight.name for m in weights if m.parameter.shape != m.mask.shape]
+        for name, loss in self._ownership.losses(names).items() if names else ():
+            if loss.kind == "replaced":
+                raise _replaced(name, loss.story)
+            self._ownership.forget(name)
+            warnings.warn(
+                f"{name}: sparse until now, but {loss.story}. Call detach(), and sparsify() again, for a layer that "
+                "was replaced to be sparse; summary() counts what is.",
+                stacklevel=2,
+            )
+        for name in reshaped:
+            raise _replaced(name, "another shape, which no mask fits")
+
+    def _check_first_step(self, optimizer: Optimizer) -> None:
+        """Checks all weights, as an optimizer of this model may hold what came in their place."""
+        model = self._ownership.model
+        if model is not None and self._ownership.changed(self._by_name):
+            ours = {id(parameter) for parameter in model.parameters()}
+            if ours & parameter_ids(optimizer):
+                self._check_owned(self._masked)
+
+    def _look_for_foreign_writes(self, weights: Iterable[MaskedWeight]) -> list[MaskedWeight]:
+        """Looks at weights that something else wrote since the last step; returns those whose masks followed."""
+        outside = {m: n for m in weights if m.is_written and (n := m.num_outside())}
+        if not outside:
+            return []
+        taken = [m for m in outside if loaded.take_places(m, self.plan.method.granularity)]
+        step = 1 + max(m.step for m in outside)
+        if taken:
+            loaded.tell_of_zeros(taken, step)
+        for m in taken:
+            if m.hidden is not None:
+                m.hidden = zero_outside_(m.hidden, ~m.mask)
+                update.spread_reach(m, self.plan, m.step)
+            m.clear(self._holders(m))
+        lost = {m: n for m, n in outside.items() if m not in taken}
+        if lost and step > self._lost_at + 1:  # at each step in a row it has the same cause
+            loaded.tell_of_loss(lost, step)
+        self._lost_at = step if lost else self._lost_at
+        return taken
+
+    def _look_for_unheard_steps(self) -> None:
+        """Looks at a small weight, ever more seldom, when several backward passes have had no step between them."""
+        self._num_unheard += 1
+        if self._num_unheard < self._next_look or not self._attached:
+            return
+        self._next_look *= 2
+        partly = [m for m in self._masked if not bool(m.mask.all())]
+        if partly and (num := (m := min(partly, key=lambda m: m.mask.numel())).num_outside()):
+            loaded.tell_of_unheard(m, num, self._num_unheard)
 
     def _begin_step(self, weights: Sequence[MaskedWeight], optimizer: Optimizer | None) -> None:
         """Does all that comes before the step of these weights; a second call changes nothing."""
+        self._num_unheard = 0
+        if not self._has_asked and any(m.step >= _UNSTEPPED for m in weights):
+            self._has_asked = True
+            if waiting := [m for m in self._masked if m.begun == 0 and m.parameter.requires_grad]:
+                loaded.tell_of_unstepped(waiting, _UNSTEPPED)
         # also at the first step: the first masks differ between ranks of other seeds or weights
         changed = [m for m in weights if m.begun == 0]
+        written = self._look_for_foreign_writes(weights)
+        changed += [m for m in written if m.begun > 0]
         for m in weights:
             m.begin_step()
         # an update that is due waits for the next step at which the weight has a gradient
         ready = [m for m in weights if m.parameter.grad is not None]
+        if self.plan.method.interval is not None and not self.frozen:
+            _refuse_graph(ready)
         scale = optimizer_state.loss_scale(optimizer)
         if self.plan.method.trace is not None and not self.frozen:
             for m in ready:
@@ -284,29 +375,25 @@ class Sparsifier:
         for m in ready:
             if m.learns is not None and m.parameter.grad is not None:  # an update may leave the step out
                 zero_outside_(m.parameter.grad, m.learns)
-        check_equal_masks(changed)
+        self._replicas.check_equal(changed)
 
-    def _end_step(self, weights: Sequence[MaskedWeight], optimizers: Iterable[Optimizer]) -> None:
+    def _end_step(self, weights: Sequence[MaskedWeight]) -> None:
         """Does all that comes after the step: zeros in the weights and the optimizers' state, one more step counted."""
-        held = list(optimizers)
         # under dense storage the masks are chosen by the weights as they are after the step
         stepped = [m for m in weights if m.is_revealed and m.is_stepping]
         try:
             for m in stepped:
                 m.undo_out_of_reach()
-                m.clear(held)  # what comes within reach now must not bring what weight decay left in its momentum
+                m.clear(
+                    self._holders(m)
+                )  # what comes within reach now must not bring what weight decay left in its momentum
             # a fused optimizer has divided the loss scale out in place by now
-            check_equal_masks(self._update([m for m in stepped if m.parameter.grad is not None], 1.0))
+            self._replicas.check_equal(self._update([m for m in stepped if m.parameter.grad is not None], 1.0))
         finally:
             for m in weights:
                 m.hide()
-                m.clear(held)
+                m.clear(self._holders(m))
                 m.step = m.begun
-
-    def _meet(self, optimizer: Optimizer) -> None:
-        """Takes note of an optimizer that steps now, as the latest one."""
-        self._optimizers.pop(optimizer, None)
-        self._optimizers[optimizer] = None
 
     def _is_due(self, m: MaskedWeight) -> bool:
         """Whether an update is due, or overdue for want of a gradient."""
@@ -357,16 +444,55 @@ class Sparsifier:
             if m.is_stepping and not self._holders(m):  # under an engine without torch optimizers
                 m.parameter.grad = None
 
+    def _meet(self, optimizer: Optimizer, weights: Sequence[MaskedWeight]) -> None:
+        """Notes that an optimizer steps on these weights, as the latest one."""
+        self._optimizers[optimizer] = None
+        seen = ref(optimizer)  # the same object at each call, while the optimizer lives
+        for m in weights:
+            held = self._held[m]
+            if not held or held[-1] is not seen:
+                held[:] = [other for other in held if other is not seen and other() is not None] + [seen]
+
     def _holders(self, m: MaskedWeight) -> list[Optimizer]:
         """Returns the optimizers that were seen to step on a weight, the latest one first."""
-        return [o for o in reversed(list(self._optimizers)) if id(m.parameter) in parameter_ids(o)]
+        return [optimizer for seen in reversed(self._held[m]) if (optimizer := seen()) is not None]
 
     def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
-        held = set().union(*map(parameter_ids, optimizers))
-        return [m for m in self._masked if id(m.parameter) in held]
+        """Returns the sparse weights that these step on, in the model's order."""
+        parameters = (p for o in optimizers for group in o.param_groups for p in group["params"])
+        held = {self._by_id[id(p)] for p in parameters if id(p) in self._by_id}
+        return [m for _, m in sorted(held, key=lambda indexed: indexed[0])]
 
 
 def _full_gradient(m: MaskedWeight, scale: float) -> Tensor:
     grad = m.parameter.grad
     assert grad is not None
     return grad if scale == 1.0 else grad / scale
+
+
+def _refuse_graph(weights: Iterable[MaskedWeight]) -> None:
+    """Refuses gradients that are to be differentiated: autograd forbids masks to move before that is done."""
+    for m in weights:
+        if m.parameter.grad is not None and m.parameter.grad.requires_grad:
+            raise SettingError.of(
+                "gradient",
+                m.weight.name,
+                allowed="one that is no part of a graph, as masks change between the backward pass and the step",
+                given="one of backward(create_graph=True), as AdaHessian and its like need",
+                remedy='Use method="static" or freeze(), which change no mask, or another optimizer.',
+            )
+
+
+def _replaced(name: str, given: str) -> StateError:
+    return StateError.of(
+        "parameter",
+        name,
+        allowed="the one that was made sparse",
+        given=given,
+        remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift, FSDP and the like.",
+    )
+
+
+def _note_backward(sparsifier: "ref[Sparsifier]", parameter: Tensor) -> None:
+    if (listening := sparsifier()) is not None:
+        listening._look_for_unheard_steps()

@@ -1,9 +1,8 @@
 """Masks in training: a sparse weight with its mask and its counters, what is saved of it, and what is taken back."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from dstlib.errors import StateError
 from dstlib.masking import Granularity, num_units, unit_mask
-from dstlib.masking.update import zero_outside_
+from dstlib.masking.update import count_outside, zero_outside_
 from dstlib.sparsifier.optimizer_state import same_shape_state
 from dstlib.sparsifier.plan import Plan
 from dstlib.targets import Weight
@@ -33,7 +32,7 @@ class MaskedWeight:
     come to. ``hidden`` are the values under the mask, zero inside it, and ``reach`` marks what receives gradients:
     both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values.
     ``densities`` are those of the matrix views that came of a look at the model, where the method's ``init`` takes
-    one.
+    one. ``version`` is the parameter's when it was last seen to be zero outside the mask.
     """
 
     weight: Weight
@@ -47,6 +46,14 @@ class MaskedWeight:
     reach: Tensor | None = None
     is_revealed: bool = False
     densities: tuple[float, ...] = ()
+    version: int = -1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes masks as copies: tensors that were sent to another process share their memory with the sender."""
+        self.__dict__.update(state)
+        for name in ("mask", "trace", "hidden", "reach"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.clone())
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -63,6 +70,14 @@ class MaskedWeight:
         """Whether a step has begun that is not yet done."""
         return self.begun > self.step
 
+    @property
+    def is_written(self) -> bool:
+        """Whether something else may have written to the parameter since it was seen to be zero outside the mask.
+
+        Versions do not tell of all; so the first step looks in any case.
+        """
+        return not self.is_revealed and (self.begun == 0 or self.version != self.parameter._version)
+
     def begin_step(self) -> None:
         """Counts a step as begun, and moves all that belongs to the weight to where it is now."""
         self.begun = self.step + 1
@@ -76,10 +91,15 @@ class MaskedWeight:
         """Writes zeros outside the mask, to the weight and to what these optimizers keep for it."""
         if not self.is_revealed:
             zero_outside_(self.parameter, self.mask)
+            self.version = self.parameter._version
         if self.learns is not None:
             for optimizer in optimizers:
                 for state in same_shape_state(optimizer, self.parameter):
                     zero_outside_(state, self.learns)
+
+    def num_outside(self) -> int:
+        """Counts the non-zeros of the parameter outside the mask; there are none unless something else wrote them."""
+        return 0 if self.is_revealed else count_outside(self.parameter, self.mask)
 
     def reveal(self) -> bool:
         """Puts the hidden values back into the parameter; returns False if they are there already."""
@@ -117,24 +137,6 @@ class MaskedWeight:
 def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:
     """Returns the number of groups, and of units in each, of every matrix view by name."""
     return {view.name: granularity.fold(view.of(m.mask)).shape[:2] for m in masked for view in m.weight.views}
-
-
-def find_lost(owners: Iterable[tuple[ref[nn.Module], MaskedWeight]], held: Collection[int]) -> MaskedWeight | None:
-    """Returns a weight whose owner now has another parameter, or one of another shape, that is ``held``; else None.
-
-    Owners are modules that held a weight when it was made sparse, ``held`` what an optimizer steps on.
-    """
-    for owner, m in owners:
-        module, parameter = owner(), m.parameter
-        if module is None:
-            continue
-        if any(p is parameter for p in module.parameters()):
-            is_lost = id(parameter) in held and parameter.shape != m.mask.shape
-        else:
-            is_lost = any(id(p) in held for p in module.parameters())
-        if is_lost:
-            return m
-    return None
 
 
 def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: float) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""Weights that something else wrote, with non-zeros outside their masks: a checkpoint, an average, another optimizer.
+
+Where they are sparse themselves, and their non-zeros fit the plan, the masks move to where these are, and nothing
+is lost; all else is for the user to hear of.
+
+Shapes: G groups, U units per group.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+from dstlib.masking import Granularity, select_top, unit_mask
+from dstlib.sparsifier.state import MaskedWeight
+
+_STATE = "the state that was saved with these weights, sparsifier.load_state_dict(state)"
+
+
+def take_places(m: MaskedWeight, granularity: Granularity) -> bool:
+    """Moves a mask to where the weight's non-zeros are, if it has room for all of them; else changes nothing.
+
+    Each group keeps its number of active units. What room is left stays with units that were active before.
+    """
+    new = []
+    for view in m.weight.views:
+        weight, mask = view.of(m.parameter.detach()), view.of(m.mask)
+        active_GU = granularity.fold(mask)[..., 0]
+        occupied_GU = granularity.fold(weight != 0).any(dim=-1)
+        num_free_G = active_GU.sum(dim=1) - occupied_GU.sum(dim=1)
+        if bool((num_free_G < 0).any()):
+            return False
+        filled_GU = occupied_GU | select_top(active_GU.float(), num_free_G, among_GU=~occupied_GU)
+        new.append((mask, unit_mask(filled_GU, granularity, mask.shape)))
+    for mask, moved in new:
+        mask.copy_(moved)
+    return True
+
+
+def tell_of_zeros(taken: Sequence[MaskedWeight], step: int) -> None:
+    """Warns that masks have followed loaded weights, whose zeros a step would else have moved."""
+    warnings.warn(
+        f"step {step}: sparse weights were loaded into {_named(taken)} without the masks that belong to them. Their "
+        f"non-zeros fit the plan, so their places became the masks, and no weight was lost; but the clock is at step "
+        f"{step - 1}. To resume a run as it was, load {_STATE}.",
+        stacklevel=2,
+    )
+
+
+def tell_of_regrowth(masked: Iterable[MaskedWeight], method: str) -> None:
+    """Warns of weights that are sparse, in a method that starts from dense; if there are any."""
+    sparse = [m for m in masked if bool(m.mask.all()) and 0 < 2 * int(m.parameter.count_nonzero()) <= m.mask.numel()]
+    if not sparse:
+        return
+    warnings.warn(
+        f"sparsify(): {_named(sparse)} already held zeros, at more than half of their entries, but method {method} "
+        f"starts from dense weights, so these zeros will train. To resume a run, load {_STATE}; to go on from a sparse "
+        'model, choose a method that keeps its density, such as "rigl".',
+        stacklevel=2,
+    )
+
+
+def tell_of_loss(outside: Mapping[MaskedWeight, int], step: int) -> None:
+    """Warns that a step sets these non-zeros outside the masks to zero."""
+    warnings.warn(
+        f"step {step}: {sum(outside.values()):,} non-zeros outside the masks of {_named(list(outside))}, which this "
+        "step sets to zero. Something wrote to the weights since the step before: weights were loaded without the "
+        "masks that belong to them, an average was swapped in, or an optimizer moves weights outside of its step(). "
+        f"After loading, load {_STATE}, or load before sparsify(); around an optimizer that moves weights at other "
+        "times, call sparsifier.before_step() and after_step().",
+        stacklevel=2,
+    )
+
+
+def tell_of_unheard(m: MaskedWeight, num_outside: int, num_passes: int) -> None:
+    """Warns of non-zeros outside a mask although no optimizer step was heard."""
+    warnings.warn(
+        f"{m.weight.name}: {num_outside:,} non-zeros outside its mask after {num_passes} backward passes in which no "
+        "optimizer.step() was heard. Something moves the weights by itself: an optimizer that steps during backward "
+        "(LOMO), one that steps in two halves (SAM), or one on copies of the weights (offloaded, master weights). "
+        "Call sparsifier.before_step() before it moves the weights and sparsifier.after_step() after it.",
+        stacklevel=2,
+    )
+
+
+def tell_of_unstepped(masked: Sequence[MaskedWeight], num_steps: int) -> None:
+    """Warns of sparse weights on which no optimizer has stepped."""
+    warnings.warn(
+        f"{_named(masked)}: sparse, but on them no optimizer has stepped in the first {num_steps} steps of others. "
+        "They keep their zeros, and neither train nor change their masks. Pass their parameters to an optimizer, or "
+        "leave them out by sparsify(exclude=...).",
+        stacklevel=2,
+    )
+
+
+def _named(masked: Sequence[MaskedWeight]) -> str:
+    names = [m.weight.name for m in masked]
+    more = f" and {len(names) - 3} more weights" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

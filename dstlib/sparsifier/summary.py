@@ -1,0 +1,74 @@
+"""The summary of a sparse training: each weight as it is at this moment, whatever was planned."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from dstlib.report import Row, Summary
+from dstlib.sparsifier.ownership import Loss
+from dstlib.sparsifier.plan import Plan
+from dstlib.sparsifier.state import MaskedWeight
+from dstlib.targets import Weight, plain_name
+
+
+def summarize(
+    plan: Plan, masked: Sequence[MaskedWeight], model: nn.Module | None, losses: Mapping[str, Loss], step: int
+) -> Summary:
+    """Returns a row for each weight of the plan, and for each that has come to the model since.
+
+    A weight that the model has lost is counted as what stands in its place; where nothing does, as nothing.
+    """
+    by_name = {m.weight.name: m for m in masked}
+    rows = [
+        _lost_row(weight, losses[weight.name]) if weight.name in losses else _row(weight, by_name.get(weight.name))
+        for weight in plan.weights
+    ]
+    named = {} if model is None else {plain_name(name): p for name, p in model.named_parameters()}
+    known = {id(weight.parameter) for weight in plan.weights} | {id(loss.stand_in) for loss in losses.values()}
+    new = {name: p for name, p in named.items() if p.ndim >= 2 and id(p) not in known}
+    rows += [_new_row(name, parameter) for name, parameter in new.items()]
+    num_vectors = sum(p.numel() for p in named.values() if p.ndim < 2) if named else plan.num_dense
+    return Summary(tuple(rows), num_vectors, f"{plan.method.name} at step {step}")
+
+
+def _row(weight: Weight, m: MaskedWeight | None) -> Row:
+    num_total = weight.parameter.numel()
+    num_outside = 0 if m is None else m.num_outside()
+    return Row(
+        name=weight.name,
+        kind=weight.kind,
+        shape=tuple(weight.parameter.shape),
+        num_active=num_total if m is None else int(m.mask.sum()) + num_outside,
+        num_total=num_total,
+        reason=weight.reason,
+        note=f"{num_outside:,} non-zeros outside the mask" if num_outside else "",
+    )
+
+
+def _lost_row(weight: Weight, loss: Loss) -> Row:
+    stand_in = loss.stand_in
+    return Row(
+        name=weight.name,
+        kind=weight.kind,
+        shape=() if stand_in is None else tuple(stand_in.shape),
+        num_active=0 if stand_in is None else _num_nonzero(stand_in),
+        num_total=0 if stand_in is None else stand_in.numel(),
+        note=f"not masked: {loss.story}",
+    )
+
+
+def _new_row(name: str, parameter: Tensor) -> Row:
+    return Row(
+        name=name,
+        kind=type(parameter).__name__,
+        shape=tuple(parameter.shape),
+        num_active=_num_nonzero(parameter),
+        num_total=parameter.numel(),
+        reason="came to the model after sparsify()",
+    )
+
+
+def _num_nonzero(x: Tensor) -> int:
+    """Counts the non-zeros; all entries count where they are not there to be read, as of a freed FSDP shard."""
+    is_there = not x.is_meta and x.untyped_storage().nbytes() >= x.numel() * x.element_size()
+    return int(x.count_nonzero()) if is_there else x.numel()
