@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dstlib.targets import plain_name
 
-
 _Links = tuple[tuple[ref[nn.Module], str, ref[nn.Module]], ...]  # a parent, the name it has for a child, the child
 
 
