@@ -69,7 +69,7 @@ class HostedTraining:
         self.settings = settings
         self._sparsifier: Sparsifier | None = None
         self._total_steps: int | None = None
-        self._loaded: Mapping[str, Any] | None = None  # a state that came before there was a model
+        self.loaded: Mapping[str, Any] | None = None  # a state that waits for its training to begin
 
     @property
     def sparsifier(self) -> Sparsifier:
@@ -107,7 +107,7 @@ class HostedTraining:
             StateError: The loaded state is damaged or of another model.
         """
         total_steps = self.settings.total_steps if self.settings.total_steps is not None else total_steps
-        state, self._loaded = self._loaded, None
+        state, self.loaded = self.loaded, None
         if self.is_of(model):
             if total_steps == self._total_steps:
                 if state is not None:
@@ -161,16 +161,16 @@ class HostedTraining:
         if model is not None and self.is_of(model):
             self._restore(state)
         else:
-            self._loaded = state
+            self.loaded = state
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        if state["total_steps"] != self._total_steps:
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        if state["total_steps"] != self._total_steps and self.sparsifier.step > 0:
             warnings.warn(
                 f"The masks were saved in a training of {state['total_steps']} optimizer steps, which now has "
                 f"{self._total_steps}: from here on, they change by the schedule of the new one.",
                 stacklevel=3,
             )
-        self.sparsifier.load_state_dict(state["sparsifier"])
 
     def _leave(self, model: nn.Module) -> list[Any]:
         """Ends a training of this model under another plan, and returns who observed it; lets one of another be."""
