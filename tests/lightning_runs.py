@@ -12,7 +12,7 @@ from pathlib import Path
 import conftest  # noqa: F401 - first, for what torchvision may lack, also in the processes that Lightning starts
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -119,13 +119,14 @@ def main(folder, strategy):
     warnings.simplefilter("ignore")
     sparse = sparse_training()
     saving = ModelCheckpoint(folder, every_n_train_steps=2, save_last=True)
-    callbacks = [sparse, EMAWeightAveraging(decay=0.8), Reporting(folder, sparse), saving]
-    devices = 1 if strategy == "auto" else 2
+    is_alone = strategy == "auto"
+    average = EMAWeightAveraging(decay=0.8) if is_alone else WeightAveraging()  # an EMA cannot be sent to a process
+    callbacks = [sparse, average, Reporting(folder, sparse), saving]
     trainer = make_trainer(
         folder,
         *callbacks,
         strategy=strategy,
-        devices=devices,
+        devices=1 if is_alone else 2,
         max_epochs=5,
         gradient_clip_val=0.1,
         use_distributed_sampler=False,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pages import run_page
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -200,12 +201,11 @@ AVERAGES = [
 ]
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize("average", AVERAGES, ids=lambda average: type(average).__name__)
-def test_averages_are_as_sparse_as_the_network(tmp_path, average, is_first, batch_norm):
+def test_averages_are_as_sparse_as_the_network(tmp_path, average, is_first):
     """Also when they are validated and saved, and whatever the order in which the callbacks were given."""
-    callback, model = sparse_training(), Net(batch_norm=batch_norm)
+    callback, model = sparse_training(), Net(batch_norm=is_first)
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1)
     given = [deepcopy(average), saving, callback]
     make_trainer(tmp_path, *(given[::-1] if is_first else given)).fit(model)
@@ -286,8 +286,14 @@ def saved(tmp_path):
     return callback, model, tmp_path
 
 
-@pytest.mark.parametrize("path", ["step=5.ckpt", "step=10.ckpt", "step=20.ckpt", "last"])
-@pytest.mark.parametrize("average", [[], [EMAWeightAveraging(decay=0.8)]], ids=["plain", "averaged"])
+@pytest.mark.parametrize(
+    ("path", "average"),
+    [
+        ("step=5.ckpt", []),
+        ("step=20.ckpt", [EMAWeightAveraging(decay=0.8)]),
+        ("last", [StochasticWeightAveraging(0.01, swa_epoch_start=1)]),
+    ],
+)
 def test_a_resumed_run_is_the_one_that_never_stopped(tmp_path, path, average):
     """From any checkpoint, within an epoch or at its end: weights, masks and averages, bit for bit."""
     runs = []
@@ -520,3 +526,8 @@ def test_trainers_of_the_other_package_take_it_too(tmp_path):
         Model(), batches(), ckpt_path=tmp_path / "step=5.ckpt"
     )
     assert resumed.sparsifier.step == 24
+
+
+def test_the_page_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(Path(__file__).parents[1] / "docs" / "lightning.md", {}, least=5, host="lightning")
