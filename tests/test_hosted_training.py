@@ -85,6 +85,22 @@ def test_optimizer_state_that_was_loaded_before_it_begins_stays_too():
         assert torch.equal(optimizer.state[ours]["exp_avg"], other.state[theirs]["exp_avg"])
 
 
+def test_pruning_from_dense_goes_on_without_a_word_about_the_zeros_that_it_brought():
+    settings = replace(SETTINGS, method=replace(dstlib.GMP, interval=1))
+    first, model = HostedTraining(settings), network()
+    first.begin(model, total_steps=12)
+    train(model, 10)
+    assert first.sparsifier.density < 0.5
+    second, resumed = HostedTraining(settings), network(seed=1)
+    resumed.load_state_dict(model.state_dict())
+    second.load_state_dict(first.state_dict(), resumed, where="a file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.begin(resumed, total_steps=12)
+        train(resumed, 2, first=10)
+    assert equal(weights(train(model, 2, first=10)), weights(resumed))
+
+
 def test_a_state_that_comes_later_is_taken_at_once(halfway):
     training, model, at_250, state = halfway
     train(model, 100, first=250)

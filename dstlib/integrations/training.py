@@ -119,7 +119,8 @@ class HostedTraining:
         if state is None:
             self._sparsifier = self.settings.sparsify(model, *optimizers, total_steps=total_steps)
         else:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=r"sparsify\(\): .*already held zeros")  # these will not train
                 weights = [(p, p.detach().clone()) for p in model.parameters() if p.ndim > 1]
                 # without the optimizers: the first masks are not those that their state and the weights belong to
                 self._sparsifier = self.settings.sparsify(model, total_steps=total_steps)
