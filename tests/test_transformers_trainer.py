@@ -1,6 +1,8 @@
 """Sparse training by Hugging Face's own Trainer: its clipping, accumulation, saving, resumption and best model."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from dstlib import SettingError, StateError
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import trainer_runs
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
@@ -362,3 +365,17 @@ def test_masks_are_written_before_what_makes_a_checkpoint_whole(tmp_path):
     made.train()
     assert orders == [["model.safetensors", FILE, "trainer_state.json"]] * 3
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+@pytest.mark.long
+def test_runs_that_are_killed_at_any_moment_end_as_if_they_had_not_been(tmp_path):
+    """By SIGKILL, up to three times each; some of them within a save, which ``last_checkpoint`` steps over."""
+    command = [sys.executable, trainer_runs.__file__, "kill", str(tmp_path), "20"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    trials = [[int(number) for number in line.split()] for line in printed.splitlines()]
+    assert len(trials) == 20
+    assert sum(kills for _, kills, _ in trials) >= 20
+    assert sum(partial for *_, partial in trials) >= 1
+    whole = torch.load(tmp_path / "whole" / "end.pt")
+    for trial, _, _ in trials:
+        assert_same(torch.load(tmp_path / str(trial) / "end.pt"), whole, f"trial {trial}")

@@ -1,19 +1,26 @@
-"""Trainings by Hugging Face's Trainer, small enough for tests; as a program, one that may be killed at any moment."""
+"""Trainings by Hugging Face's Trainer, small enough for tests; as a program, a run, or runs that are killed."""
 
+import gc
+import json
+import random
 import sys
+import time
 from dataclasses import replace
+from multiprocessing import Process, get_context
 from pathlib import Path
 
 import conftest  # noqa: F401 - where torchvision does not match the torch build, transformers needs its operators too
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import dstlib
 from dstlib.integrations.transformers import SparseTraining, last_checkpoint
 
 logging.set_verbosity_error()
+gc.freeze()  # each train() has all garbage collected, which takes a second with all that transformers imports
 RIGL = replace(dstlib.RIGL, interval=3)
 
 
@@ -71,14 +78,55 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None =
     return made
 
 
-def run(folder: Path, steps: int, save_steps: int) -> None:
-    """Trains, or continues from what is there, and leaves what it came to."""
+def run(folder: Path, **settings: object) -> None:
+    """Trains, or continues from the last whole checkpoint, and leaves what it came to."""
     callback = sparse()
-    made = trainer(folder / "run", callback, max_steps=steps, save_steps=save_steps, save_total_limit=2)
+    made = trainer(folder / "run", callback, **settings)
     made.train(resume_from_checkpoint=last_checkpoint(folder / "run"))
-    state = {"model": made.model.state_dict(), "optimizer": made.optimizer.state_dict()}
-    torch.save({**state, "sparsifier": callback.sparsifier.state_dict()}, folder / "end.pt")
+    if made.is_world_process_zero():
+        end = {
+            "model": made.model.state_dict(),
+            "optimizer": made.optimizer.state_dict(),
+            "sparsifier": callback.sparsifier.state_dict(),
+            "norms": {entry["step"]: entry["grad_norm"] for entry in made.state.log_history if "grad_norm" in entry},
+        }
+        torch.save(end, folder / "unfinished.pt")
+        (folder / "unfinished.pt").replace(folder / "end.pt")
+
+
+def kill(folder: Path, trials: int) -> None:
+    """Kills trainings at random moments, again and again, and prints of each how often, and how often in a save."""
+    begin, draw = get_context("fork").Process, random.Random(0)
+
+    def start(where: Path) -> Process:
+        where.mkdir(exist_ok=True)
+        # by epochs: with max_steps, a run that is resumed from its very end takes one step more (transformers 5.24)
+        settings = {"max_steps": -1, "num_train_epochs": 2, "save_steps": 3, "save_total_limit": 2}
+        process = begin(target=run, args=(where,), kwargs=settings)
+        process.start()
+        return process
+
+    start(folder / "whole").join()
+    started = time.monotonic()
+    start(folder / "timed").join()
+    duration = time.monotonic() - started
+    for trial in range(trials):
+        where, kills, partial = folder / str(trial), 0, 0
+        while not (where / "end.pt").exists():
+            process = start(where)
+            process.join(draw.uniform(0.2, 1.0) * duration if kills < 3 else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                kills += 1
+                saved = (where / "run").is_dir() and get_last_checkpoint(where / "run")
+                partial += bool(saved) and saved != last_checkpoint(where / "run")
+        print(trial, kills, partial, flush=True)
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    target, where, *arguments = sys.argv[1:]
+    if target == "kill":
+        kill(Path(where), int(arguments[0]))
+    else:
+        run(Path(where), **json.loads(arguments[0]))
