@@ -291,6 +291,27 @@ def test_each_model_of_model_init_is_made_sparse_anew(tmp_path):
         assert_zero_outside(model, sparsifier.masks)
 
 
+def test_a_second_training_goes_on_from_the_weights_of_the_first_with_a_clock_of_its_own(tmp_path):
+    begun = []
+
+    class Look(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, *, model, **others):
+            if state.global_step == 0:
+                begun.append(({name: p.detach().clone() for name, p in model.named_parameters()}, callback.sparsifier))
+
+    callback = sparse()
+    made = trainer(tmp_path, callback, Look(), save_strategy="no")
+    made.train()
+    first, at_end = callback.sparsifier, {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    made.train()
+    weights, second = begun[-1]
+    assert_same(weights, at_end)
+    assert second is callback.sparsifier is not first
+    assert second.step == 12
+    assert max(weight["updated_at"] for weight in second.state_dict()["weights"].values()) == 9
+    assert_zero_outside(made.model, second.masks)
+
+
 class Checkpointed(Net):
     """Computes its body again in the backward pass; if ``reentrant``, by a backward pass within the backward pass."""
 
