@@ -1,6 +1,7 @@
 """Two ranks hold equal masks, and equal one process with the doubled batch (METHODS.md, trap 4)."""
 
 import socket
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import batch, small
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import dstlib
 from dstlib import RIGL, StateError
+from dstlib.sparsifier import distributed
 
 STEPS = 9
 TRIED = ["rigl", "snfs", "granet", "topkast"]
@@ -74,6 +77,46 @@ def diverge(rank, port, folder):
     dist.destroy_process_group()
 
 
+def train_unevenly(rank, port, folder):
+    """Rank 1 has four batches more, and ``Join`` lets rank 0 answer DDP meanwhile, but no mask check."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    distributed.PATIENCE = 0.5
+    replica = DistributedDataParallel(small())
+    sparsifier = dstlib.sparsify(replica, sparsity=0.7, method=tried("rigl"), total_steps=40)
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1)
+    with Join([replica]), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(6 + 4 * rank):
+            optimizer.zero_grad()
+            loss(replica, *batch(step)).backward()
+            optimizer.step()
+    said = [str(w.message) for w in told if "did not come to compare" in str(w.message)]
+    torch.save((sparsifier.step, said), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train_alone(rank, port, says_so, folder):
+    """Rank 0 trains a model of its own beside the other rank, which waits for it in vain or not at all."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    distributed.PATIENCE = 0.5
+    alone = dist.new_group([0])
+    told = []
+    if rank == 0:
+        model, group = small(), alone if says_so else None
+        sparsifier = dstlib.sparsify(model, sparsity=0.7, method=tried("rigl"), total_steps=STEPS, process_group=group)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                loss(model, *batch(step)).backward()
+                optimizer.step()
+        assert sparsifier.step == STEPS
+    dist.barrier()
+    torch.save([str(w.message) for w in told], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
 def run(target, tmp_path, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -104,3 +147,15 @@ def test_ranks_that_part_say_so(tmp_path):
     for message in run(diverge, tmp_path):
         assert "conv.weight" in message
         assert "step 1: expected the same on all 2 ranks" in message
+
+
+def test_a_rank_without_data_keeps_nobody_waiting(tmp_path):
+    (early, _), (late, said) = run(train_unevenly, tmp_path)
+    assert (early, late) == (6, 10)
+    assert [line.partition(" did")[0] for line in said] == ["masks at step 8: rank 0"]
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["a group of one", "the default group"])
+def test_a_rank_may_train_a_model_of_its_own(says_so, tmp_path):
+    said, _ = run(train_alone, tmp_path, says_so)
+    assert [line.partition(" did")[0] for line in said] == ([] if says_so else ["masks at step 1: rank 1"])

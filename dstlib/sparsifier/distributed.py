@@ -1,11 +1,11 @@
 """Masks of replicas: they agree by construction, and this checks that they do."""
 
 import json
+import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from dstlib.errors import StateError
 from dstlib.sparsifier.state import MaskedWeight
 
-PATIENCE = timedelta(seconds=10)
+PATIENCE = 10.0  # seconds
 # How many sparsifiers of the same weights this process has made: twins must not be taken for each other.
 _MADE: Counter[int] = Counter()
 
@@ -75,7 +75,7 @@ class Replicas:
             self._absent |= late
             warnings.warn(
                 f"masks at step {step}: rank {', '.join(map(str, sorted(late)))} did not come to compare them within "
-                f"{PATIENCE.seconds} s, and is waited for no more. If this rank trains alone, pass process_group= to "
+                f"{PATIENCE:g} s, and is waited for no more. If this rank trains alone, pass process_group= to "
                 "sparsify(): the ranks that hold a replica, or a group of this rank only.",
                 stacklevel=2,
             )
@@ -86,8 +86,10 @@ class Replicas:
 
 
 def _comes(store: Any, key: str) -> bool:
-    try:
-        store.wait([key], PATIENCE)
-    except dist.DistStoreError:
-        return False
+    """Waits for a key, by asking: to wait in the store itself would leave its complaint in the log."""
+    deadline = time.monotonic() + PATIENCE
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
     return True

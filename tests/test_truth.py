@@ -1,0 +1,399 @@
+"""What summary, density and repr tell is what is, and whoever loses a zero is told so: replaced layers, loaded weights,
+optimizers that step unheard."""
+
+import copy
+import pickle
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from models import assert_zero_outside, small, train
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+import dstlib
+from dstlib import GMP, NM, RIGL, Channel, Element, SettingError, StateError
+from dstlib.masking import FanIn, uniform
+from dstlib.sparsifier.loaded import take_places
+
+METHOD = replace(RIGL, interval=2)
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def step(model, optimizer, num=1):
+    for _ in range(num):
+        optimizer.zero_grad()
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def real_density(model):
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    return sum(int(p.count_nonzero()) for p in weights) / sum(p.numel() for p in weights)
+
+
+def sparse(model, **settings):
+    return dstlib.sparsify(model, **{"sparsity": 0.75, "method": METHOD, "total_steps": 200, **settings})
+
+
+# ---- layers that are replaced
+
+
+def test_a_replaced_layer_is_told_of_at_the_first_step_and_counted_as_it_is():
+    model = mlp()
+    sparsifier = sparse(model)
+    model[2] = nn.Linear(16, 16)
+    with pytest.warns(UserWarning, match=r"2\.weight: sparse until now, .* a dense one of shape \(16, 16\)"):
+        step(model, sgd(model))
+    assert sparsifier.density == real_density(model)
+    assert sparsifier.density > 0.5
+    rows = {row.name: row for row in sparsifier.summary().rows}
+    assert rows["2.weight"].num_active == 256
+    assert "no longer in the model" in str(sparsifier.summary())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        step(model, sgd(model), 3)
+
+
+def test_a_layer_that_is_removed_is_told_of_and_counts_for_nothing():
+    model = mlp()
+    sparsifier = sparse(model)
+    model[4] = nn.Identity()
+    with pytest.warns(UserWarning, match=r"4\.weight: sparse until now, but its module is no longer in the model\."):
+        step(model, sgd(model))
+    assert sparsifier.summary().num_sparse == 8 * 16 + 16 * 16
+    assert sparsifier.density == real_density(model)
+
+
+def test_matrices_that_come_later_are_in_the_summary():
+    model = mlp()
+    sparsifier = sparse(model)
+    model.append(nn.Linear(3, 5))
+    summary = sparsifier.summary()
+    row = summary.rows[-1]
+    assert (row.name, row.num_active, row.reason) == ("5.weight", 15, "came to the model after sparsify()")
+    assert summary.num_other == sum(p.numel() for p in model.parameters() if p.ndim < 2)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["optimizer first", "optimizer last"])
+def test_assigned_parameters_are_refused_whichever_the_optimizer_holds(is_first):
+    model = mlp()
+    optimizer = sgd(model)
+    sparsifier = sparse(model, **{})
+    model.load_state_dict(mlp(1).state_dict(), assign=True)
+    assert sparsifier.density == 1.0
+    optimizer = optimizer if is_first else sgd(model)
+    with pytest.raises(StateError, match=r"0\.weight: expected the one that was made sparse, got another in its place"):
+        step(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm],
+    ids=["orthogonal", "weight_norm", "old spectral_norm"],
+)
+def test_a_weight_that_is_computed_afterwards_is_refused(change):
+    model = mlp()
+    sparsifier = sparse(model)
+    change(model[2])
+    effective = int(model[2].weight.count_nonzero())
+    rows = {row.name: row for row in sparsifier.summary().rows}
+    assert rows["2.weight"].num_active == effective
+    with pytest.raises(StateError, match=r"2\.weight: .* got a tensor computed from another in its place"):
+        step(model, sgd(model))
+
+
+def test_layers_may_move_and_be_wrapped():
+    model = mlp()
+    sparsifier = sparse(model)
+    model[2] = nn.Sequential(model[2])
+    other = nn.ModuleDict({"body": model})
+    optimizer = sgd(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer, 5)
+    assert_zero_outside_by_identity(sparsifier)
+    assert sparsifier.density == real_density(model)
+
+
+def test_a_wrapper_that_nobody_keeps_takes_no_layer_along():
+    model = mlp()
+    sparsifier = sparse(nn.ModuleDict({"body": model}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, sgd(model), 5)
+    assert_zero_outside_by_identity(sparsifier)
+
+
+def assert_zero_outside_by_identity(sparsifier):
+    for weight in sparsifier.weights:
+        assert not weight.parameter[~sparsifier.masks[weight.name]].count_nonzero()
+
+
+def test_a_copied_pair_watches_its_own_layers():
+    model = mlp()
+    sparsifier = sparse(model)
+    for copied, theirs in (
+        copy.deepcopy((model, sparsifier)),
+        pickle.loads(pickle.dumps((model, sparsifier))),
+    ):
+        copied[2] = nn.Linear(16, 16)
+        with pytest.warns(UserWarning, match=r"2\.weight: sparse until now"):
+            step(copied, sgd(copied))
+        assert theirs.density == real_density(copied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, sgd(model))
+
+
+def test_flat_parameters_of_fsdp_are_refused(tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = mlp()
+        sparsifier = sparse(model)
+        sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        with pytest.raises(StateError, match=r"0\.weight: expected the one that was made sparse"):
+            step(sharded, sgd(sharded))
+        assert sparsifier.summary().num_sparse
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- weights that are loaded
+
+
+def test_non_zeros_outside_the_masks_are_counted_and_named():
+    model = mlp()
+    sparsifier = sparse(model)
+    planned = sparsifier.density
+    assert planned == real_density(model)
+    model.load_state_dict(mlp(1).state_dict())
+    assert sparsifier.density == real_density(model) == 1.0
+    assert "non-zeros outside the mask" in str(sparsifier.summary())
+    num_sparse = sparsifier.summary().num_sparse
+    assert repr(sparsifier).startswith(f"Sparsifier(rigl, 3 weights, {num_sparse} of {num_sparse} active")
+    with pytest.warns(UserWarning, match="step 1: .* non-zeros outside the masks of .*, which this step sets to zero"):
+        step(model, sgd(model))
+    assert sparsifier.density == real_density(model) == planned
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["load, then sparsify", "sparsify, then load"])
+@pytest.mark.parametrize("grain", [Element(), Channel(), FanIn(), NM(1, 4)], ids=str)
+def test_sparse_weights_without_their_masks_keep_all_they_have(first, grain):
+    method = replace(METHOD, granularity=grain, distribution=uniform)
+    trained = mlp()[:4]
+    settings = {"method": method, "sparsity": 0.75}
+    sparsifier = sparse(trained, **settings)
+    step(trained, sgd(trained), 7)
+    saved = copy.deepcopy(trained.state_dict())
+    model = mlp(1)[:4]
+    if first:
+        model.load_state_dict(saved)
+        later = sparse(model, seed=5, **settings)
+    else:
+        later = sparse(model, seed=5, **settings)
+        model.load_state_dict(saved)
+        later.freeze()  # else the step may also be an update
+        with pytest.warns(UserWarning, match="without the masks that belong to them"):
+            step(model, sgd(model))
+    for name, mask in later.masks.items():
+        assert not saved[name][~mask].count_nonzero(), "a trained weight was lost"
+        assert int(mask.sum()) == int(sparsifier.masks[name].sum())
+    assert later.density >= real_density(model), "grown weights may be zero as yet"
+
+
+def test_a_dense_start_says_that_zeros_will_train():
+    model = mlp()
+    sparse(model).detach()
+    with pytest.warns(UserWarning, match="method gmp starts from dense weights"):
+        sparse(model, method=GMP, total_steps=1000)
+
+
+@given(st.data())
+def test_places_are_taken_whole_or_not_at_all(data):
+    grain = data.draw(st.sampled_from([Element(), Channel(), FanIn()]))
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    model = nn.Linear(6, 6, bias=False)
+    sparsifier = sparse(model, method=replace(METHOD, granularity=grain), sparsity=0.5)
+    m = sparsifier._masked[0]
+    before = m.mask.clone()
+    with torch.no_grad():
+        model.weight.copy_(
+            torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.0, 1.0]), min_size=36, max_size=36))).view(6, 6)
+        )
+    fits = take_places(m, grain)
+    room = grain.fold(before)[..., 0].sum(dim=1)
+    assert torch.equal(grain.fold(m.mask)[..., 0].sum(dim=1), room), "each group keeps its number"
+    needed = grain.fold(model.weight.detach() != 0).any(dim=-1).sum(dim=1)
+    assert fits == bool((needed <= room).all())
+    assert bool((model.weight[~m.mask] == 0).all()) if fits else torch.equal(m.mask, before)
+
+
+# ---- steps that nobody hears, and steps that nobody takes
+
+
+class InBackward(torch.optim.Optimizer):
+    """Steps while gradients arrive, and has no step to speak of."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(self.move)
+
+    def move(self, p):
+        p.data.sub_(p.grad, alpha=0.1)
+        p.grad = None
+
+
+def test_an_optimizer_that_steps_in_backward_is_told_of():
+    model = mlp()
+    sparsifier = sparse(model)
+    InBackward(model.parameters())
+    model(torch.ones(2, 8)).square().sum().backward()
+    loss = model(torch.ones(2, 8)).square().sum()
+    with pytest.warns(UserWarning, match=r"no optimizer\.step\(\) was heard"):
+        loss.backward()
+    assert sparsifier.density == real_density(model)
+
+
+def test_weights_that_move_after_the_step_are_told_of_once_in_a_row():
+    model = mlp()
+    sparse(model)
+    optimizer = sgd(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            step(model, optimizer)
+            with torch.no_grad():
+                model[2].weight.add_(1.0)
+    assert [str(w.message).partition(":")[0] for w in told] == ["step 2"]
+
+
+def test_a_weight_on_which_nobody_steps_is_told_of():
+    model = mlp()
+    sparse(model)
+    optimizer = torch.optim.SGD([*model[0].parameters(), *model[4].parameters()], lr=0.1)
+    with pytest.warns(
+        UserWarning, match=r"2\.weight: sparse, but on them no optimizer has stepped in the first 10 steps"
+    ):
+        step(model, optimizer, 11)
+
+
+def test_reading_the_state_for_a_distributed_checkpoint_is_no_step():
+    runs = []
+    for reads in (False, True):
+        model = small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sparsifier = sparse(model)
+        for i in range(12):
+            train(model, optimizer, 1, start=i)
+            optimizer.zero_grad()
+            if reads:
+                get_optimizer_state_dict(model, optimizer)
+        assert sparsifier.step == 12
+        runs.append(sparsifier.masks)
+    assert all(torch.equal(runs[0][name], mask) for name, mask in runs[1].items())
+
+
+def test_a_warmup_from_zero_is_a_step():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = sparse(model)
+    train(model, optimizer, 2)
+    assert sparsifier.step == 2
+
+
+@pytest.mark.parametrize("method", ["rigl", "static"])
+def test_gradients_to_be_differentiated_are_refused_where_masks_move(method):
+    model = mlp()
+    sparse(model, method=method, total_steps=200)
+    optimizer = sgd(model)
+    model(torch.ones(2, 8)).square().sum().backward(create_graph=True)
+    if method == "static":
+        optimizer.step()
+        return
+    with pytest.raises(SettingError, match=r"gradient of 0\.weight: .*create_graph=True"):
+        optimizer.step()
+
+
+# ---- cost, and other processes
+
+
+def calls_of_a_step(num_layers):
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(num_layers)])
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        *[torch.optim.SGD([p], lr=0.1) for p in model.parameters()],
+    ]
+    sparse(model, method="static", sparsity=0.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    counts = []
+    for together in (optimizers[:1], optimizers[1:]):
+        for optimizer in together:
+            optimizer.step()
+        num = 0
+
+        def count(frame, event, argument):
+            nonlocal num
+            num += 1
+
+        sys.setprofile(count)
+        for optimizer in together:
+            optimizer.step()
+        sys.setprofile(None)
+        counts.append(num)
+    return counts
+
+
+def test_a_step_costs_as_much_for_each_of_many_layers_as_of_few():
+    for few, many in zip(calls_of_a_step(10), calls_of_a_step(80), strict=True):
+        assert many < 8.5 * few, f"{few} calls for 10 layers, {many} for 80"
+
+
+def test_masks_that_were_sent_to_another_process_are_its_own():
+    from multiprocessing.reduction import ForkingPickler
+
+    sparsifier = sparse(mlp())
+    theirs = pickle.loads(bytes(ForkingPickler.dumps(sparsifier)))
+    assert sparsifier.masks["2.weight"].is_shared()
+    assert not theirs.masks["2.weight"].is_shared()
+    assert torch.equal(theirs.masks["2.weight"], sparsifier.masks["2.weight"])
+
+
+def test_hooks_are_no_part_of_a_compiled_step():
+    model = mlp()
+    sparsifier = sparse(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(optimizer.step, backend=backend)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.ones(2, 8)).square().sum().backward()
+        compiled()
+    names = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert graphs
+    assert not any("int32" in name or "bool" in name for name in names)
+    assert_zero_outside(model, sparsifier.masks)
+    assert sparsifier.step == 5
