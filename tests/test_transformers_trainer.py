@@ -1,5 +1,6 @@
 """Sparse training by Hugging Face's own Trainer: its clipping, accumulation, saving, resumption and best model."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -400,3 +401,39 @@ def test_runs_that_are_killed_at_any_moment_end_as_if_they_had_not_been(tmp_path
     whole = torch.load(tmp_path / "whole" / "end.pt")
     for trial, _, _ in trials:
         assert_same(torch.load(tmp_path / str(trial) / "end.pt"), whole, f"trial {trial}")
+
+
+def launched(folder, processes, **settings):
+    folder.mkdir(exist_ok=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [trainer_runs.__file__, "run", str(folder), json.dumps(settings)]
+    subprocess.run([*(launcher if processes > 1 else [sys.executable]), *command], check=True)
+    return torch.load(folder / "end.pt")
+
+
+@pytest.mark.long
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    """Masks bit for bit; the masked norm and the weights up to the order of sums, in double precision."""
+    settings = {
+        "is_double": True,
+        "optim": "sgd",
+        "max_grad_norm": 0.1,
+        "train_sampling_strategy": "sequential",
+        "gradient_accumulation_steps": 2,
+    }
+    one = launched(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    two = launched(tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
+    for name, weight in one["sparsifier"]["weights"].items():
+        assert torch.equal(weight["mask"], two["sparsifier"]["weights"][name]["mask"])
+    assert min(one["norms"].values()) > 0.1
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-12)
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.long
+def test_two_processes_resume_as_if_they_had_not_stopped(tmp_path):
+    whole = launched(tmp_path, 2, gradient_accumulation_steps=2)  # with dropout, which differs between ranks
+    (tmp_path / "end.pt").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    assert_same(launched(tmp_path, 2, gradient_accumulation_steps=2), whole)

@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.head = nn.Linear(32, 4)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.head(self.body(x))
+        logits = self.head(self.body(x.to(self.head.weight.dtype)))
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -78,10 +78,10 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None =
     return made
 
 
-def run(folder: Path, **settings: object) -> None:
+def run(folder: Path, *, is_double: bool = False, **settings: object) -> None:
     """Trains, or continues from the last whole checkpoint, and leaves what it came to."""
     callback = sparse()
-    made = trainer(folder / "run", callback, **settings)
+    made = trainer(folder / "run", callback, model=net().double() if is_double else None, **settings)
     made.train(resume_from_checkpoint=last_checkpoint(folder / "run"))
     if made.is_world_process_zero():
         end = {
