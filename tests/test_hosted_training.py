@@ -165,13 +165,14 @@ def test_other_states_are_refused_and_change_nothing(halfway, change, message):
 
 
 def test_a_state_is_read_with_weights_only(halfway, tmp_path):
-    *_, state = halfway
+    *_, at_250, state = halfway
     torch.save(state, tmp_path / "state.pt")
     read = torch.load(tmp_path / "state.pt", weights_only=True)
     assert read["settings"] == state["settings"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = network()
+        model.load_state_dict(at_250)
         training = HostedTraining(SETTINGS)
         training.load_state_dict(read, model, where="a file")
         training.begin(model, total_steps=400)

@@ -224,6 +224,49 @@ def test_a_dense_start_says_that_zeros_will_train():
         sparse(model, method=GMP, total_steps=1000)
 
 
+def two_moments():
+    """A model at its eighth step, with the weights and the state of its fourth."""
+    model = mlp()
+    optimizer, sparsifier = sgd(model), sparse(model)
+    step(model, optimizer, 4)
+    earlier = copy.deepcopy((model.state_dict(), sparsifier.state_dict()))
+    step(model, optimizer, 4)
+    return model, sparsifier, *earlier
+
+
+def test_a_state_that_is_saved_beside_other_weights_says_so():
+    model, sparsifier, weights, _ = two_moments()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsifier.state_dict()
+    model.load_state_dict(weights)
+    with pytest.warns(UserWarning, match=r"state_dict\(\): \d+ non-zeros of the weights lie outside the masks"):
+        sparsifier.state_dict()
+
+
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_weights_and_state_of_one_moment_fit_in_any_order(weights_first):
+    model, sparsifier, weights, state = two_moments()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if weights_first:
+            model.load_state_dict(weights)
+        sparsifier.load_state_dict(state)
+        if not weights_first:
+            model.load_state_dict(weights)
+        assert sparsifier.density == sum(int(m.sum()) for m in sparsifier.masks.values()) / (8 * 16 + 16 * 16 + 48)
+        step(model, sgd(model))
+    assert_zero_outside_by_identity(sparsifier)
+
+
+def test_a_state_of_another_moment_than_the_weights_says_so():
+    model, sparsifier, weights, _ = two_moments()
+    later = sparsifier.state_dict()
+    model.load_state_dict(weights)
+    with pytest.warns(UserWarning, match=r"load_state_dict\(\): \d+ non-zeros of weights that were loaded before"):
+        sparsifier.load_state_dict(later)
+
+
 @given(st.data())
 def test_places_are_taken_whole_or_not_at_all(data):
     grain = data.draw(st.sampled_from([Element(), Channel(), FanIn()]))
@@ -269,6 +312,10 @@ def test_an_optimizer_that_steps_in_backward_is_told_of():
     loss = model(torch.ones(2, 8)).square().sum()
     with pytest.warns(UserWarning, match=r"no optimizer\.step\(\) was heard"):
         loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        for _ in range(8):
+            model(torch.ones(2, 8)).square().sum().backward()
     assert sparsifier.density == real_density(model)
 
 

@@ -70,6 +70,26 @@ def tell_of_loss(outside: Mapping[MaskedWeight, int], step: int) -> None:
     )
 
 
+def tell_of_others(outside: Mapping[MaskedWeight, int]) -> None:
+    """Warns that a state is saved beside weights that its masks do not belong to."""
+    warnings.warn(
+        f"state_dict(): {sum(outside.values()):,} non-zeros of the weights lie outside the masks of "
+        f"{_named(list(outside))}: other weights were loaded or swapped in, to which this state does not belong. Save "
+        "it beside the weights that were trained with these masks.",
+        stacklevel=2,
+    )
+
+
+def tell_of_misfit(outside: Mapping[MaskedWeight, int]) -> None:
+    """Warns that a state was loaded over weights that it does not belong to."""
+    warnings.warn(
+        f"load_state_dict(): {sum(outside.values()):,} non-zeros of weights that were loaded before lie outside the "
+        f"masks of this state, in {_named(list(outside))}, and are zero now. Weights and state are of different steps: "
+        "load both from one checkpoint.",
+        stacklevel=2,
+    )
+
+
 def tell_of_unheard(m: MaskedWeight, num_outside: int, num_passes: int) -> None:
     """Warns of non-zeros outside a mask although no optimizer step was heard."""
     warnings.warn(

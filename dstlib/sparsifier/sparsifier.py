@@ -1,5 +1,6 @@
 """The life of a sparse training, from the first masks on, around the steps of all torch optimizers."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
@@ -53,7 +54,8 @@ class Sparsifier:
         self._process_group = process_group
         self._has_asked = False  # whether all weights take steps
         self._lost_at = -1  # the last step at which something else had written outside the masks
-        self._num_unheard, self._next_look = 0, 2  # backward passes since the last step, and when to look at a weight
+        self._num_unheard = 0  # backward passes since the last step
+        self._next_look = 2.0  # so many, and a weight is looked at; infinite once something was found
         self._connect(model)
         for optimizer in optimizers:
             self._meet(optimizer, self._held_by(optimizer))
@@ -216,8 +218,14 @@ class Sparsifier:
         self._attached = False
         forget(self)
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Returns masks, steps and what the method remembers: what a resumption needs beside model and optimizer."""
+        """Returns masks, steps and what the method remembers: what a resumption needs beside model and optimizer.
+
+        Warns where the weights of this moment are not those that the masks belong to.
+        """
+        if outside := self._outside():
+            loaded.tell_of_others(outside)
         return save(self._masked, self.plan, frozen=self.frozen, memory=self._memory)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,6 +241,8 @@ class Sparsifier:
         with torch.no_grad():
             for m, saved in zip(self._masked, all_saved, strict=True):
                 m.restore(saved)
+            if outside := self._outside():  # weights that were loaded before, and are of another step
+                loaded.tell_of_misfit(outside)
             if self.plan.densities_from_model:
                 self._plan = update.with_densities(self.plan, self._masked)
         self._frozen, self._memory = bool(state["frozen"]), float(state["memory"])
@@ -315,6 +325,10 @@ class Sparsifier:
             if ours & parameter_ids(optimizer):
                 self._check_owned(self._masked)
 
+    def _outside(self) -> dict[MaskedWeight, int]:
+        """Counts the non-zeros outside the masks of weights that something else has written since the last step."""
+        return {m: n for m in self._masked if m.is_written and m.begun and (n := m.num_outside())}
+
     def _look_for_foreign_writes(self, weights: Iterable[MaskedWeight]) -> list[MaskedWeight]:
         """Looks at weights that something else wrote since the last step; returns those whose masks followed."""
         outside = {m: n for m in weights if m.is_written and (n := m.num_outside())}
@@ -343,6 +357,7 @@ class Sparsifier:
         self._next_look *= 2
         partly = [m for m in self._masked if not bool(m.mask.all())]
         if partly and (num := (m := min(partly, key=lambda m: m.mask.numel())).num_outside()):
+            self._next_look = math.inf
             loaded.tell_of_unheard(m, num, self._num_unheard)
 
     def _begin_step(self, weights: Sequence[MaskedWeight], optimizer: Optimizer | None) -> None:
