@@ -3,7 +3,7 @@
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.engine.decisions import Decision, Decisions
-from dstlib.engine.following import follow
+from dstlib.engine.following import OTHERWISE, Told, follow, never
 from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.registry import find, obstacle
+from dstlib.inputs import arguments
+from dstlib.targets import find_masked, find_outside, refuse_outside
 
 REPEATS = 3
 Times = dict[str, float]
 _Seconds = dict[str, list[float]]
-
-
-def _never(name: str) -> bool:
-    return False
 
 
 def accelerate(
@@ -29,21 +27,28 @@ def accelerate(
     example_input: Any,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    dense_gradient: Callable[[str], bool] = _never,
+    dense_gradient: Told = never,
+    holds: Told = never,
     decisions: Decisions | None = None,
     layers: Sequence[FastLayer] = (),
 ) -> nn.Module:
     """Returns a module with the model's outputs, parameters and ``state_dict``, on the engine where that pays.
 
     Every layer that the engine has kernels for is timed on them and as it was, with the same inputs, in whole forward
-    passes of ``example_input`` (a tensor, or a tuple of arguments); it stays as it is where that was faster. What was
+    passes of ``example_input``; it stays as it is where that was faster. A mapping is passed by name,
+    ``model(**example_input)``, a tuple by place, and anything else, such as a tensor, as the only argument. What was
     decided, and why, is in ``decisions`` of the result: print it, save it, and pass it in to measure nothing the next
     time.
 
     The parameters are those of the model, not copies. Active are the weights under ``masks`` (by parameter name, as
     of :attr:`Sparsifier.masks`, followed as they change), else those that are not zero. With masks a training step
-    gives the gradients of active weights, and those of the others where ``dense_gradient`` says so of a parameter:
-    :meth:`Sparsifier.accelerate` passes both. Without masks it gives all.
+    gives the gradients of active weights, and those of the others where ``dense_gradient`` says so of a parameter.
+    Without masks it gives all.
+
+    What is not zero outside the masks would be left out, so it is refused, here and in forward passes. It is counted
+    when a mask or a weight has changed, unless ``holds`` says that a parameter is still as its mask left it;
+    :meth:`Sparsifier.accelerate` passes masks and both of these. What is written through ``weight.data`` is noticed
+    when the model next begins or ends training.
 
     On a CPU the maps of the result lie depth last in memory, and outputs differ from the plain ones by rounding, about
     1e-5 of the largest. On a GPU maps lie channels last; kernels are of float16 and bfloat16, so call this, and the
@@ -55,13 +60,16 @@ def accelerate(
 
     Raises:
         SettingError: The decisions are about other layers.
+        SelectionError: A mask belongs to no parameter, or is not of its shape.
+        StateError: Weights are not zero outside their masks; a later pass raises it too, if others were loaded since.
 
     >>> layer = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
     >>> fast = accelerate(layer, torch.rand(1, 64, 16, 16))
     >>> list(fast.state_dict()) == list(layer.state_dict()), len(fast.decisions)
     (True, 1)
     """
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    masks = {} if masks is None else masks
+    refuse_outside(find_outside(find_masked(model, masks, "accelerate()"), masks), "accelerate()", OTHERWISE)
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     fast = copy.deepcopy(model, kept)  # other modules around the same parameters and buffers
     candidates = dict(_candidates(fast, layers))
@@ -72,7 +80,7 @@ def accelerate(
         assert found is not None, "it has no obstacle"
         fast.set_submodule(name, found.make(candidates[name]))
     if decisions is None:
-        plain_ms, fast_ms = _measure(fast, {name: candidates[name] for name in able}, arguments)
+        plain_ms, fast_ms = _measure(fast, {name: candidates[name] for name in able}, example_input)
         decisions = Decisions.of(
             Decision(name, type(layer).__name__, plain_ms.get(name), fast_ms.get(name), obstacles[name])
             for name, layer in candidates.items()
@@ -81,7 +89,7 @@ def accelerate(
     for name in able:
         if not decisions[name].is_fast:
             fast.set_submodule(name, candidates[name])
-    follow(fast, masks or {}, dense_gradient)
+    follow(fast, model, masks, dense_gradient, holds)
     object.__setattr__(fast, "decisions", decisions)  # not a module, a parameter or a buffer
     return fast
 
@@ -100,13 +108,14 @@ def _candidates(
 
 
 @torch.no_grad()
-def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> tuple[Times, Times]:
+def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], example: Any) -> tuple[Times, Times]:
     """Measures milliseconds of each layer in both forms, medians of whole passes.
 
     The plain form gets the maps of the fast one.
 
     A layer that stays plain has neighbours on the engine: what it takes to change the order of their maps is its cost.
     """
+    args, kwargs = arguments(example)
     layers = [fast, *plain.values()]
     modes = [(module, module.training) for layer in layers for module in layer.modules()]
     seconds: tuple[_Seconds, _Seconds] = (defaultdict(list), defaultdict(list))
@@ -115,7 +124,7 @@ def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], arguments: tuple[A
         for layer in layers:
             layer.eval()  # norms that keep statistics must not learn from the example
         for _ in range(REPEATS + 1):  # the first warms up
-            fast(*arguments)
+            fast(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -138,7 +138,11 @@ class Sparsifier:
 
     @torch.no_grad()
     def apply_masks(self) -> None:
-        """Sets the weights and optimizer state to zero outside the masks, as after loading other weights."""
+        """Sets the weights and optimizer state to zero outside the masks, whatever they hold there.
+
+        Not after loading weights: ``load_state_dict`` of the state that was saved with them brings the masks that
+        belong to them, and loses nothing.
+        """
         for m in self._masked:
             m.clear(self._holders(m))
 
@@ -197,6 +201,9 @@ class Sparsifier:
         pass gives the gradients of active weights, and those of the others at the steps of an update, which may grow
         by them and lets what it has grown take that very step; at all steps if the method traces gradients. See
         :func:`dstlib.accelerate`.
+
+        Raises:
+            StateError: Weights were loaded without their masks, now or before a later pass.
         """
         from dstlib.engine.accelerate import accelerate  # not before it is asked for: see dstlib.__getattr__
 
@@ -206,7 +213,13 @@ class Sparsifier:
             return name in masked and self._reads(masked[name])
 
         return accelerate(
-            model, example_input, masks=self.masks, dense_gradient=reads, decisions=decisions, layers=layers
+            model,
+            example_input,
+            masks=self.masks,
+            dense_gradient=reads,
+            holds=lambda name: not masked[name].is_written,
+            decisions=decisions,
+            layers=layers,
         )
 
     def freeze(self) -> None:

@@ -2,17 +2,23 @@
 
 from dstlib.targets.coverage import coverage, shortfall
 from dstlib.targets.eligibility import Weight
+from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
 from dstlib.targets.selection import Masked, check_matches, find_weights, plain_name, select, unwrap
 from dstlib.targets.views import MatrixView
 
 __all__ = [
+    "BELONGING",
     "Masked",
     "MatrixView",
     "Weight",
     "check_matches",
     "coverage",
+    "describe_outside",
+    "find_masked",
+    "find_outside",
     "find_weights",
     "plain_name",
+    "refuse_outside",
     "select",
     "shortfall",
     "unwrap",

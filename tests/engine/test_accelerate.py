@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections import UserDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from dstlib.engine.layers.fusion_node import FastFusionNode
 from dstlib.engine.layers.unit import FastUnit
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.registry import obstacle
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import SelectionError, SettingError, StateError
+from dstlib.inputs import arguments, tensors_in
 from dstlib.layers import LearnedShift, Shift, ShiftedConv3d, Unit
+from dstlib.targets import outside
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 
 MODULE = importlib.import_module("dstlib.engine.accelerate")  # the package has the function under this name
@@ -416,6 +419,195 @@ def test_gradients_pass_through_foreign_operations():
     _assert_close(unit.norm.weight.grad, plain.norm.weight.grad, share=1e-3)
 
 
+class _Conditioned(nn.Module):
+    """Takes an image and what else by name, calls its layers by name too, and returns a nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.table, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Embedding(5, 8), nn.Linear(8, 4)
+
+    def forward(self, image: Tensor, label: Tensor, *, scale: float | None = None) -> dict[str, Any]:
+        features = self.stem(input=image).mean((-1, -2)) + self.table(label)
+        return {"logits": self.head(input=features) * (scale or 1.0), "parts": (features, None)}
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["a mapping", "a tuple"])
+def test_any_inputs_and_outputs(by_name: bool):
+    torch.manual_seed(0)
+    model, image, label = _Conditioned(), torch.randn(2, 3, 6, 6), torch.tensor([1, 4])
+    sparsifier = dstlib.sparsify(model, sparsity=0.5, method="static")
+    example = UserDict(image=image, label=label, scale=2.0) if by_name else (image, label)
+    args, kwargs = arguments(example)
+    fast = sparsifier.accelerate(model, example)  # measured
+    assert {row.name for row in fast.decisions.values() if row.plain_ms} == {"stem", "head"}
+    fast = sparsifier.accelerate(model, example, decisions=_forced(model))
+    assert sum(isinstance(m, FastConv | SparseLinear) for m in fast.modules()) == 2
+    got, expected = fast(*args, **kwargs), model(*args, **kwargs)
+    assert got.keys() == expected.keys()
+    assert got["parts"][1] is None
+    for one, other in zip(tensors_in(got), tensors_in(expected), strict=True):
+        _assert_close(one, other)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.Conv2d, (3, 6, 6)), (nn.Conv3d, (3, 3, 6, 6))])
+def test_one_sample_without_a_batch(kind: Any, shape: tuple[int, ...]):
+    flat = (1, 3, 3) if kind is nn.Conv3d else 3
+    model = nn.Sequential(kind(3, 3, flat, padding=(0, 1, 1) if kind is nn.Conv3d else 1))
+    fast, x = accelerate(model, torch.randn(1, *shape), decisions=_forced(model)), torch.randn(shape)
+    assert isinstance(fast[0], FastConv)
+    _assert_close(fast(x), model(x))
+    _assert_close(fast(x[None]), model(x[None]))
+
+
+REFUSED = (
+    r"accelerate\(\): expected zeros outside their masks, got {:,} that are not zero, in .*load_state_dict\(state\)"
+)
+
+
+def _two_layers() -> tuple[nn.Module, dstlib.Sparsifier, Tensor]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)), torch.randn(7, 20)
+    method = replace(dstlib.RIGL, interval=3)
+    return model, dstlib.sparsify(model, sparsity=0.8, method=method, total_steps=100), x
+
+
+def _steps(model: nn.Module, x: Tensor, number: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(number):
+        optimizer.zero_grad()
+        (model(x) - x[:, :5]).square().mean().backward()
+        optimizer.step()
+
+
+def _num_outside(model: nn.Module, sparsifier: dstlib.Sparsifier) -> int:
+    parameters = dict(model.named_parameters())
+    return sum(int((parameters[name][~mask] != 0).sum()) for name, mask in sparsifier.masks.items())
+
+
+@pytest.mark.parametrize("records", [True, False], ids=["recorded", "not recorded"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_weights_that_came_without_their_masks_are_refused(records: bool, training: bool):
+    """A best model, put back before or after it is accelerated: its own state makes it right, and erases nothing."""
+    model, sparsifier, x = _two_layers()
+    model.train(training)
+    fast = sparsifier.accelerate(model, x, decisions=_forced(model))
+    with torch.set_grad_enabled(records):
+        fast(x)
+    best, state = copy.deepcopy(model.state_dict()), sparsifier.state_dict()
+    _steps(model, x, 20)
+    model.load_state_dict(best)
+    expected, num = model(x), _num_outside(model, sparsifier)
+    assert num
+    pattern = REFUSED.format(num)
+    with pytest.raises(StateError, match=pattern):
+        sparsifier.accelerate(model, x, decisions=_forced(model))
+    with pytest.raises(StateError, match=pattern):
+        accelerate(model, x, masks=sparsifier.masks, decisions=_forced(model))
+    with torch.set_grad_enabled(records):
+        for _ in range(2):  # it does not pass a second time
+            with pytest.raises(StateError, match=pattern):
+                fast(x)
+        sparsifier.load_state_dict(state)
+        assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+        _assert_close(fast(x), expected)
+        _assert_close(sparsifier.accelerate(model, x, decisions=_forced(model))(x), expected)
+
+
+def test_an_average_is_refused_until_it_is_cut_to_the_masks():
+    model, sparsifier, x = _two_layers()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    fast = sparsifier.accelerate(model, x, decisions=_forced(model))
+    for _ in range(4):
+        _steps(fast, x, 5)
+        average.update_parameters(model)
+    model.load_state_dict(average.module.state_dict())
+    with pytest.raises(StateError, match=REFUSED.format(_num_outside(model, sparsifier))):
+        fast(x)
+    sparsifier.mask_model(average)
+    model.load_state_dict(average.module.state_dict())
+    _assert_close(fast(x), average(x))
+    without = accelerate(model, x, decisions=_forced(model))
+    _assert_close(without(x), average(x))
+
+
+def test_what_is_written_unseen_is_noticed_when_training_ends():
+    model, sparsifier, x = _two_layers()
+    fast = sparsifier.accelerate(model, x, decisions=_forced(model))
+    fast(x)
+    model[0].weight.data.fill_(1.0)  # as averages are swapped in by some; this has no version
+    fast.eval()
+    with torch.no_grad(), pytest.raises(StateError, match=REFUSED.format(_num_outside(model, sparsifier))):
+        fast(x)
+
+
+def test_it_is_counted_once_for_each_change(monkeypatch: pytest.MonkeyPatch):
+    model, sparsifier, x = _two_layers()
+    fast, counted = accelerate(model, x, masks=sparsifier.masks, decisions=_forced(model)).eval(), []
+    count = outside.count_outside
+    monkeypatch.setattr(outside, "count_outside", lambda x, mask: counted.append(mask) or count(x, mask))
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)  # the first is the first in evaluation
+        assert len(counted) == 2
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        for _ in range(3):
+            fast(x)
+    assert len(counted) == 4
+
+
+def test_a_training_counts_nothing(monkeypatch: pytest.MonkeyPatch):
+    model, sparsifier, x = _two_layers()
+    fast = sparsifier.accelerate(model, x, decisions=_forced(model))
+    _steps(fast, x, 1)
+    monkeypatch.setattr(outside, "count_outside", lambda *_: pytest.fail("counted"))
+    _steps(fast, x, 7)
+    with torch.no_grad():
+        fast(x)
+
+
+@pytest.mark.parametrize("change", ["assigned", "replaced"])
+def test_a_model_that_got_other_parameters_is_refused(change: str):
+    model, sparsifier, x = _two_layers()
+    fast = sparsifier.accelerate(model, x, decisions=_forced(model))
+    if change == "assigned":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    with pytest.raises(StateError, match=r"the parameters that it was accelerated with, got another \d\.weight"):
+        fast(x)
+
+
+def test_masks_of_another_model_are_refused():
+    model, x = _networks()["mlp"]
+    for masks, given in (
+        ({"fc.weight": torch.ones(30, 20, dtype=torch.bool)}, "got 'fc.weight'"),
+        ({"0.weight": torch.ones(20, 30, dtype=torch.bool)}, r"expected shape \(30, 20\), got \(20, 30\)"),
+    ):
+        with pytest.raises(SelectionError, match=given):
+            accelerate(model, x, masks=masks)
+
+
+def test_a_copy_follows_its_own_weights():
+    model, sparsifier, x = _two_layers()
+    fast = sparsifier.accelerate(model, x, decisions=_forced(model)).eval()
+    without = accelerate(model, x, decisions=_forced(model)).eval()
+    dense = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        without(x)
+        again, alone = copy.deepcopy(fast), copy.deepcopy(without)
+        dense[0].weight.fill_(1.0)
+        again.load_state_dict(dense.state_dict())
+        alone.load_state_dict(dense.state_dict())
+        _assert_close(alone(x), dense(x))
+        with pytest.raises(StateError, match=REFUSED.format(int((~sparsifier.masks["0.weight"]).sum()))):
+            again(x)
+        _assert_close(fast(x), model(x))
+        _assert_close(without(x), model(x))
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        again.load_state_dict(fast.state_dict())
+        _assert_close(again(x), model(x))  # a copy has parameters of its own, whatever became of the model's
+
+
 class _Projection(nn.Module):
     """A product with a transposed weight, which the engine does not know."""
 
@@ -463,5 +655,6 @@ def test_layers_of_a_user_come_first_and_follow_masks():
     fast(x)
     mask[0] = False
     with torch.no_grad():
+        model[0].weight[0] = 0
         fast(x)
     assert [kept.sum() for kept in fast[0].masks] == [kept.sum() for kept in (fast[0].masks[0], mask)]

@@ -185,7 +185,7 @@ def test_masks_are_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [registry.obstacle(layer) for layer in model] == [None, None]
     fast = nn.Sequential(*(registry.find(layer).make(layer) for layer in model))
     assert [type(layer) for layer in fast] == [GPUUnit, BlockConv]
-    follow(fast, sparsifier.masks, lambda name: False)
+    follow(fast, model, sparsifier.masks, lambda name: False, lambda name: False)
     optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), set()
     x = normal(1, 32, 2, 5, 5).to(device)
     for _ in range(12):

@@ -89,10 +89,10 @@ class BlockConv(nn.Module):
         """Computes with the blocks of another mask (O, C, \\*kernel) from now on."""
         self.blocks = Blocks.of(mask, self.blocks.size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Computes the convolution by the active blocks, or by all where inactive weights are to get gradients."""
         blocks = self._all if self.dense_gradient else self.blocks
-        return block_conv(x, self.weight, blocks, self.bias, self.stride, self.shifts)
+        return block_conv(input, self.weight, blocks, self.bias, self.stride, self.shifts)
 
     def extra_repr(self) -> str:
         """Returns what the layer is, and how many of its blocks are active."""

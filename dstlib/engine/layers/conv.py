@@ -18,11 +18,17 @@ class FastConv(FollowsKernels):
         super().__init__(plain.weight)
         self.weight, self.bias = plain.weight, plain.bias
         self.geometry = Geometry(torch.zeros(plain.in_channels, dtype=torch.int32), three(plain.stride))
+        self.num_axes = len(plain.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), whose samples then take the place of depths."""
-        flat = x.ndim == 4
-        source = FeatureMap(x.transpose(0, 1).unsqueeze(0)) if flat else feature_map(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), whose samples then take the place of depths.
+
+        Without N, one sample.
+        """
+        if input.ndim == self.num_axes + 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        flat = self.num_axes == 2
+        source = FeatureMap(input.transpose(0, 1).unsqueeze(0)) if flat else feature_map(input)
         y = to_channels_first(conv([source], self.weights(self.bias), self.geometry).raw)
         return y.squeeze(0).transpose(0, 1) if flat else y
 
