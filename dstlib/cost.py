@@ -6,18 +6,17 @@ weights pays f_D for the last. These are the FLOPs that an implementation which 
 papers report; they are not seconds, and not what a GPU does that multiplies the zeros.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from dstlib.history import Change, History
 from dstlib.masking import num_units
 from dstlib.methods.dense_gradients import Reading, examples, find_reading
-from dstlib.profile import Convention, Profile, Shape, profile
+from dstlib.profile import Convention, Profile, profile
 from dstlib.schedules import Every
 from dstlib.targets import plain_name, unwrap
 
@@ -45,16 +44,16 @@ class TrainingCost:
 
     Exact along a run whose densities move, as the sum over stretches between mask updates: the step at which a
     mask changes still computed with the old one. ``input_shape`` is what one optimizer step sees, the batch
-    first; gradients accumulated over several batches are one large batch. Counted is what :mod:`dstlib.profile`
-    counts. Input gradients of the first layer count as well, as in the published formulas; optimizer, masks and
-    scores do not. Where topology is frozen early, a method that reads gradients at every step is taken to have
-    done so up to its last update. Nothing to save but the history.
+    first, or example inputs, as :func:`dstlib.profile` takes them; gradients accumulated over several batches are
+    one large batch. Counted is what :mod:`dstlib.profile` counts. Input gradients of the first layer count as well,
+    as in the published formulas; optimizer, masks and scores do not. Where topology is frozen early, a method that
+    reads gradients at every step is taken to have done so up to its last update. Nothing to save but the history.
 
     Raises:
         DstlibError: As :func:`dstlib.profile` does.
         SelectionError: The model is not the one that was sparsified.
 
-    >>> import dstlib
+    >>> import dstlib, torch
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     >>> sparsifier = dstlib.sparsify(model, sparsity=0.9, method="rigl", total_steps=200)
     >>> cost = TrainingCost(History(sparsifier), model, (8, 64))
@@ -70,7 +69,7 @@ class TrainingCost:
         self,
         history: History,
         model: nn.Module,
-        input_shape: Shape | tuple[Shape, ...],
+        input_shape: Any,
         *,
         convention: Convention = "exact",
         reading: Reading | None = None,
@@ -78,13 +77,13 @@ class TrainingCost:
         self._history = history
         self._sparsifier = sparsifier = history.sparsifier
         whole = profile(model, input_shape, convention=convention)
-        emptied = _Emptied({n: torch.zeros((), dtype=torch.bool).expand(m.shape) for n, m in sparsifier.masks.items()})
-        rest = profile(model, input_shape, sparsifier=emptied, convention=convention)
-        self.dense, self.uncounted, self._rest = whole.flops, whole.uncounted, rest.flops
-        per_entry = _flops_per_entry(model, whole, rest)
+        self.dense, self.uncounted = whole.flops, whole.uncounted
+        per_entry = _flops_per_entry(model, whole)
         shapes = {s.name: s.of(w.parameter.detach()).shape for w in sparsifier.weights for s in w.views}
         self._size = {name: shape.numel() for name, shape in shapes.items()}
         self._per_entry = {s.name: per_entry(w.name) for w in sparsifier.weights for s in w.views}
+        # what is left where no sparse weight has an active entry
+        self._rest = self.dense - sum(self._per_entry[name] * size for name, size in self._size.items())
         method = sparsifier.plan.method
         self.reading = find_reading(method, examples(shapes)) if reading is None else reading
 
@@ -148,24 +147,13 @@ class TrainingCost:
 _ACTIVE = Change._fields.index("active")
 
 
-@dataclass(frozen=True)
-class _Emptied:
-    """Masks without an active entry: what is left of the FLOPs then is none of the sparse weights'."""
-
-    masks: Mapping[str, Tensor]
-
-
-def _flops_per_entry(model: nn.Module, whole: Profile, rest: Profile) -> Callable[[str], int]:
+def _flops_per_entry(model: nn.Module, dense: Profile) -> Callable[[str], int]:
     """Counts the forward FLOPs of one active entry of a weight, by name, in all layers that share the weight."""
     model = unwrap(model)
     modules = {plain_name(name): module for name, module in model.named_modules()}
     per_entry: dict[int, int] = {}
-    for full, empty in zip(whole.layers, rest.layers, strict=True):
-        if full.flops != empty.flops:  # else no weight of the layer is masked, or its FLOPs are not counted
-            assert full.flops is not None
-            assert empty.flops is not None
-            weight = modules[full.name].weight
-            assert isinstance(weight, Tensor)
-            per_entry[id(weight)] = per_entry.get(id(weight), 0) + (full.flops - empty.flops) // weight.numel()
+    for layer in dense.layers:
+        weight = modules[layer.name]._parameters.get("weight")
+        per_entry[id(weight)] = per_entry.get(id(weight), 0) + layer.flops_per_entry
     named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     return lambda name: per_entry.get(id(named[name]), 0)

@@ -1,11 +1,13 @@
 """Training costs: the published fractions, and exact sums along runs whose densities move."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from models import small, train
+from torch import nn
 
 import dstlib
 from dstlib import NM, History, TrainingCost
@@ -164,8 +166,31 @@ def test_topkast_learns_a_little_more_than_it_uses():
         num_active, num_extra = int(sparsifier.masks[name].sum()), int(0.1 * mask.numel() + 0.5)
         mask.view(-1)[: num_active + num_extra] = True
     reach = SimpleNamespace(masks=learning)
-    sparse, learned = (dstlib.profile(model, INPUT, sparsifier=s).flops for s in (sparsifier, reach))
+    bare = copy.deepcopy(model).to("meta")  # of which the masks alone count
+    sparse, learned = (dstlib.profile(bare, INPUT, sparsifier=s).flops for s in (sparsifier, reach))
     assert cost.so_far == 4 * (2 * sparse + learned)
+
+
+class Reader(nn.Module):
+    """Token ids by name; the head is called twice, and shares the weight of the layer before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.EmbeddingBag(9, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.head.weight = self.body.weight
+
+    def forward(self, ids, *, weights=None):
+        return self.head(self.head(self.body(self.table(ids, per_sample_weights=weights))))
+
+
+def test_the_cost_of_a_model_of_token_ids_and_shared_weights():
+    torch.manual_seed(0)
+    model, inputs = Reader(), {"ids": torch.zeros(5, 3, dtype=torch.long), "weights": None}
+    sparsifier = dstlib.sparsify(model, sparsity=0.75, method="static")
+    cost = TrainingCost(History(sparsifier), model, inputs)
+    assert cost.dense == 5 * (3 * 2 * 64 + 2 * 8)
+    assert cost.forward_share == 5 * (3 * 2 * 16 + 2 * 8) / cost.dense
+    assert cost.forward_share == dstlib.profile(model, inputs, sparsifier=sparsifier).flops / cost.dense
 
 
 def test_the_cost_goes_on_after_a_resumption_and_begins_with_the_history():

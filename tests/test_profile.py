@@ -1,6 +1,9 @@
 """Params and FLOPs against hand-worked layers, torch's own counter, and the published tables."""
 
+import copy
 import math
+import warnings
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -79,6 +82,7 @@ def test_masked_flops_and_params_count_active_weights(case: tuple[nn.Module, tup
     layer, shape = case
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    layer.to("meta")  # where the masks alone count
     active = mask(tuple(weight.shape), round(density * weight.numel()))
     dense = profile(layer, shape)
     sparse = profile(layer, shape, sparsifier=Masks({"weight": active}))
@@ -111,7 +115,7 @@ def test_turning_deep_supervision_off_saves_the_other_heads() -> None:
 
 
 def test_table_names_every_layer() -> None:
-    model = nn.Sequential(nn.Linear(40, 50), nn.BatchNorm1d(50))
+    model = nn.Sequential(nn.Linear(40, 50), nn.BatchNorm1d(50)).to("meta")
     halved = Masks({"0.weight": mask((50, 40), 1000)})
     assert str(profile(model, (1, 40), sparsifier=halved)).splitlines() == [
         "layer  type         output  params  density  FLOPs",
@@ -149,7 +153,9 @@ def test_shared_modules_cost_flops_per_call_and_params_once() -> None:
 
 @pytest.mark.parametrize("name", ["inner.weight", "tied.weight"])
 def test_a_mask_of_a_tied_weight_holds_under_either_name(name: str) -> None:
-    result = profile(Twice(), (1, 4), sparsifier=Masks({name: mask((4, 4), 5)}))
+    with torch.device("meta"):
+        model = Twice()
+    result = profile(model, (1, 4), sparsifier=Masks({name: mask((4, 4), 5)}))
     assert (result.params, result.flops) == (5 + 4, 2 * (10 + 4) + 10)
 
 
@@ -168,6 +174,142 @@ def test_several_inputs_keyword_calls_and_tensors_made_inside() -> None:
     assert result.flops == 2 * 5 * (2 * 6 + 2)
     assert result.params == 8 + 28
     assert result.uncounted == ("Bilinear",)
+
+
+class Reader(nn.Module):
+    """As a language model is: token ids, a mask made of them, a flag, and a nest for an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 6), nn.Linear(6, 9)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, *, scales: Any = None, last: bool = False
+    ) -> dict[str, Any]:
+        hidden = self.body(self.table(ids)) * (ids != 0)[..., None]
+        if mask is not None:
+            hidden = hidden * mask[..., None]
+        for scale in scales or ():
+            hidden = hidden * scale
+        return {"logits": self.head(hidden[:, -1:] if last else hidden), "states": (hidden, None)}
+
+
+IDS = torch.arange(10).view(2, 5).remainder(9)
+PER_POSITION = 2 * 4 * 6 + 6, 2 * 6 * 9 + 9
+
+
+@pytest.mark.parametrize(
+    ("inputs", "num_positions"),
+    [
+        (IDS, (10, 10)),
+        ((IDS, None), (10, 10)),
+        ((IDS, (2, 5)), (10, 10)),
+        ({"ids": IDS, "last": True}, (10, 2)),
+        (UserDict(ids=IDS, mask=IDS != 1, last=False), (10, 10)),
+        ({"ids": IDS.to("meta"), "scales": [(2, 5, 6), (6,), 2.0]}, (10, 10)),
+        ({"ids": IDS[:1], "scales": (torch.ones(6), [1])}, (5, 5)),
+    ],
+    ids=["ids", "a tuple", "with a shape", "by name", "no dict", "shapes in a list", "tensors in a tuple"],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_token_ids_names_and_nests(inputs: Any, num_positions: tuple[int, int], device: str) -> None:
+    result = profile(Reader().to(device), inputs)
+    assert [row.flops for row in result.layers] == [
+        None,
+        *(n * each for n, each in zip(num_positions, PER_POSITION, strict=True)),
+    ]
+
+
+class Choosing(Reader):
+    """Reads values, as a forward without storage cannot, and keeps some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(9))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, **more: Any) -> dict[str, Any]:
+        self.seen[ids[ids.sum(dim=1) > 10]] += torch.rand(())
+        ids *= 1
+        assert not self.training
+        return super().forward(ids[:, ids.sum(dim=0) > 7], mask, **more)
+
+
+def test_a_forward_that_reads_values_runs_on_example_tensors_and_leaves_no_trace() -> None:
+    model, ids = Choosing().train(), IDS.clone()
+    before, version = copy.deepcopy(model.state_dict()), ids._version
+    rng = torch.get_rng_state()
+    result = profile(model, {"ids": ids})
+    num = 2 * int((IDS.sum(dim=0) > 7).sum())
+    assert [row.flops for row in result.layers[1:]] == [num * each for each in PER_POSITION]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert ids._version == version
+
+
+@pytest.mark.parametrize("inputs", [{"ids": IDS, "mask": (2, 5)}, {"ids": IDS.to("meta")}], ids=["shape", "meta"])
+def test_without_values_such_a_forward_is_refused(inputs: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        profile(Choosing(), inputs)
+    message = str(caught.value)
+    assert "forward of profile(): expected one that runs without storage on inputs of (2, 5) of torch.int64" in message
+    assert "A forward that reads values (.item()) or names a device needs example tensors" in message
+
+
+def test_a_shape_for_token_ids_is_refused_and_told_why() -> None:
+    with pytest.raises(DataError, match="whole numbers, such as token ids, are given as a tensor of them"):
+        profile(Reader(), (2, 5))
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_layers_that_stand_for_a_linear_one_count_as_it(turned: bool) -> None:
+    """Of a square weight too, of which the shape does not tell the outputs."""
+
+    class Foreign(nn.Module):
+        def __init__(self, num_in: int, num_out: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((num_in, num_out) if turned else (num_out, num_in)))
+            self.bias = nn.Parameter(torch.ones(num_out))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight if turned else self.weight.T) + self.bias
+
+    Foreign.__module__, Foreign.__qualname__ = (
+        ("transformers.pytorch_utils", "Conv1D") if turned else ("torch_geometric.nn.dense.linear", "Linear")
+    )
+    model = nn.Sequential(Foreign(4, 6), Foreign(6, 6))
+    linear = profile(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)), (3, 5, 4))
+    result = profile(model, (3, 5, 4))
+    assert [(row.flops, row.flops_per_entry) for row in result.layers] == [
+        (row.flops, row.flops_per_entry) for row in linear.layers
+    ]
+    assert result.uncounted == ()
+
+
+@given(layers(), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
+def test_what_is_outside_the_masks_counts_and_is_warned_of(
+    case: tuple[nn.Module, tuple[int, ...]], density: float, filled: float
+) -> None:
+    layer, shape = case
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    active = mask(tuple(weight.shape), round(density * weight.numel()))
+    with torch.no_grad():
+        weight.copy_(active | mask(tuple(weight.shape), round(filled * weight.numel())))
+    num_outside = int((weight.bool() & ~active).sum())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        result = profile(layer, shape, sparsifier=Masks({"weight": active}))
+    (row,) = result.layers
+    assert row.active == int(weight.count_nonzero())
+    assert result.flops == row.active * row.flops_per_entry
+    said = [str(w.message) for w in caught if w.category is UserWarning]
+    assert len(said) == (num_outside > 0)
+    if said:
+        assert f"weights of profile(): {num_outside} that are not zero, in weight outside their masks" in said[0]
+        assert "sparsifier.load_state_dict(state)" in said[0]
 
 
 def test_what_is_not_counted_is_named() -> None:
@@ -216,7 +358,7 @@ def test_model_is_not_touched() -> None:
 
 
 def test_wrapped_models_are_profiled_under_their_plain_names() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).to("meta")
     masks = Masks({"0.weight": mask((4, 4), 3)})
     plain = profile(model, (1, 4), sparsifier=masks)
     assert profile(torch.compile(model), (1, 4), sparsifier=masks).layers == plain.layers
@@ -233,8 +375,10 @@ def test_parametrised_and_frozen_layers_count() -> None:
     ("change", "error", "message"),
     [
         ({"convention": "honest"}, SettingError, "convention of profile(): expected exact or paper, got 'honest'."),
-        ({"input_shape": (1, None)}, SettingError, "input_shape of profile(): expected a shape, or a tuple of them"),
-        ({"input_shape": (1, 5)}, DataError, "forward of profile(): expected one that runs"),
+        ({"input_shape": (1, None)}, DataError, "forward of profile(): expected one that runs on inputs of tuple, got"),
+        ({"input_shape": (1, 5)}, DataError, "expected one that runs without storage on inputs of (1, 5) of torch.f"),
+        ({"input_shape": torch.ones(1, 5)}, DataError, "forward of profile(): expected one that runs on inputs of (1"),
+        ({"input_shape": {"x": (1, 3)}}, DataError, "TypeError: Linear.forward() got an unexpected keyword"),
         ({"sparsifier": Masks({"wight": mask((2, 3), 1)})}, SelectionError, "Similar: 'weight'."),
         ({"sparsifier": Masks({"weight": mask((3, 2), 1)})}, SelectionError, "expected shape (2, 3), got (3, 2)."),
     ],
