@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import dstlib
 from dstlib.errors import SettingError, StateError
 from dstlib.integrations.nnunet import TRAINERS, name_settings, trainer_named
 from dstlib.integrations.nnunet_checkpoint import KEY, export_checkpoint, read_checkpoint
 from dstlib.integrations.nnunet_cli import SHIM, main, search_path
 from dstlib.integrations.nnunet_network import E2ENetTraining, planned_config
 from dstlib.integrations.nnunet_training import SparseTraining, ends
+from dstlib.masking import magnitude
 from dstlib.methods import METHODS
 from dstlib.zoo.e2enet.network import E2ENet
 
@@ -249,11 +252,32 @@ def test_a_step_that_overflows_counts_for_nothing_and_the_next_is_clipped_all_th
     assert int(trainer.sparsifier.masks["1.weight"].sum()) == 16 * 27
 
 
-def test_pretrained_weights_are_masked_before_the_first_step(trainer):
+def test_the_first_masks_are_chosen_from_pretrained_weights(tmp_path):
+    """A method that begins with the largest weights begins with those that were loaded, not with those drawn before."""
+
+    class Largest(Trainer):
+        method = replace(dstlib.DSFF, init=magnitude)
+
+    trainer = started(tmp_path, Largest)
+    before = trainer.sparsifier
     with torch.no_grad():
-        trainer.network[1].weight.fill_(1.0)
+        trainer.network[1].weight.fill_(0.1)[:2] = 1.0  # 2 · 8 kernels, a quarter of them
     trainer.on_train_start()
+    mask = trainer.sparsifier.masks["1.weight"]
+    assert mask[:2].all()
+    assert not mask[2:].any()
     assert int(trainer.network[1].weight.sum()) == 16 * 27
+    trainer.epoch()
+    assert (before.step, trainer.sparsifier.step) == (0, 4)
+
+
+def test_pretrained_weights_that_are_sparse_keep_their_topology(trainer, tmp_path):
+    trainer.epoch()
+    fresh = started(tmp_path)
+    fresh.network.load_state_dict(trainer.network.state_dict())
+    fresh.on_train_start()
+    assert torch.equal(fresh.network[1].weight, trainer.network[1].weight)
+    assert torch.equal(fresh.sparsifier.masks["1.weight"], trainer.sparsifier.masks["1.weight"])
 
 
 def test_a_training_that_is_continued_equals_one_that_never_stopped(trainer, checkpoint, tmp_path):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from dstlib.errors import StateError, require
 from dstlib.files import write_whole
-from dstlib.targets import Masked, plain_name, unwrap
+from dstlib.masking.update import count_outside
+from dstlib.targets import Masked, plain_name, refuse_outside, unwrap
 
 FORMAT = "dstlib.compact/1"
 _ENTRY = 128  # bytes that one more tensor takes in the header of a file, about
@@ -64,17 +65,20 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
     entries: dict[str, dict[str, Any]] = {}
     stored: dict[str, Tensor] = {}
     first: dict[int, str] = {}
+    found: dict[str, int] = {}
     for name, tensor in named.items():
         if (twin := first.setdefault(id(tensor), name)) != name:
             entries[name] = {"same_as": twin}
             continue
         mask = next((masks.pop(n) for n, other in named.items() if other is tensor and n in masks), None)
-        _check_zero_outside(name, tensor, mask)
+        if mask is not None and (count := _count_outside(name, tensor, mask)):
+            found[name] = count
         if (packed := _pack(tensor.detach().cpu(), mask)) is None:
             entries[name], stored[f"values/{name}"] = {}, tensor
         else:
             entries[name] = {"shape": list(tensor.shape), "axes": packed.axes, "is_mask": mask is not None}
             stored[f"values/{name}"], stored[f"pattern/{name}"] = packed.values, packed.pattern
+    refuse_outside(found, "save_compact()", "Without a sparsifier, save_compact(model, path) stores all of them.")
     allowed, remedy = "weights of the model alone", "Pass the sparsifier of this model."
     given = ", ".join(masks)
     require(not masks, "masks", "save_compact()", allowed=allowed, given=given, remedy=remedy, error=StateError)
@@ -189,11 +193,17 @@ def _named_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _check_zero_outside(name: str, x: Tensor, mask: Tensor | None) -> None:
-    if mask is not None and (mask.shape != x.shape or bool(_has_bits(x.detach().cpu())[~mask.cpu().flatten()].any())):
-        allowed, given = "its mask's shape, and +0.0 outside the mask", f"{tuple(x.shape)}, or other values"
-        remedy = "Call sparsifier.apply_masks() first, and pass the model that it belongs to."
-        raise StateError.of(name, "save_compact()", allowed=allowed, given=given, remedy=remedy)
+def _count_outside(name: str, x: Tensor, mask: Tensor) -> int:
+    """Counts what is not zero outside the mask of a tensor; where nothing is, that is +0.0, which comes back."""
+    where = "save_compact()"
+    if mask.shape != x.shape:
+        allowed, remedy = f"the shape of its mask, {tuple(mask.shape)}", "Pass the sparsifier of this model."
+        raise StateError.of(name, where, allowed=allowed, given=tuple(x.shape), remedy=remedy)
+    count = count_outside(x, mask)
+    if not count and bool(_has_bits(x.detach().cpu())[~mask.cpu().flatten()].any()):
+        remedy = "weight += 0.0, under torch.no_grad(), makes +0.0 of it."
+        raise StateError.of(name, where, allowed="+0.0 outside its mask", given="-0.0", remedy=remedy)
+    return count
 
 
 def _checksum(text: str, stored: Mapping[str, Tensor]) -> int:

@@ -1,6 +1,6 @@
 """A smaller network that computes the same: without the channels that nobody reads, and those that are always zero."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dstlib.export.channels import TRANSPOSED, ChannelFlow, Layer
 from dstlib.export.trace import trace
+from dstlib.inputs import tensors_in
 from dstlib.layers.shift import Shift, channel_groups, shift
 from dstlib.report import align
 from dstlib.targets import unwrap
@@ -180,16 +181,6 @@ def _num_parameters(model: nn.Module) -> int:
 
 
 def _difference(before: object, after: object) -> float:
-    pairs = list(zip(_tensors(before), _tensors(after), strict=True))
+    pairs = list(zip(tensors_in(before), tensors_in(after), strict=True))
     largest = max((float(x.abs().max()) for x, _ in pairs if x.numel()), default=0.0)
     return max((float((x - y).abs().max()) for x, y in pairs if x.numel()), default=0.0) / (largest or 1.0)
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-    elif isinstance(output, Sequence) and not isinstance(output, str):
-        for part in output:
-            yield from _tensors(part)

@@ -14,6 +14,7 @@ import torch
 
 from dstlib.errors import StateError
 from dstlib.files import write_whole
+from dstlib.masking.update import count_outside
 
 KEY = "dstlib"
 STOCK = "nnUNetTrainer"
@@ -98,7 +99,7 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
     saved = sparse_part(checkpoint, source.name)["sparsifier"]["weights"]
     masks = {name: weight["mask"] for name, weight in saved.items()}
     for name, mask in masks.items():
-        if outside := int(torch.count_nonzero(weights[name][~mask])):
+        if outside := count_outside(weights[name], mask):
             remedy = "It was changed after the training; export the checkpoint that the training wrote."
             raise StateError.of(name, source.name, allowed="zeros outside the mask", given=outside, remedy=remedy)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from dstlib.errors import SettingError
 from dstlib.files import write_json
 from dstlib.integrations.training import refuse_other_settings
 from dstlib.masking import MaskUpdate, Site
+from dstlib.masking.update import count_outside
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
@@ -93,25 +94,15 @@ class SparseTraining(Training):
     def configure_optimizers(self) -> tuple[Optimizer, Any]:
         """Makes nnU-Net's optimizer and schedule. The network, compiled but not yet wrapped by DDP, becomes sparse."""
         optimizer, schedule = super().configure_optimizers()
-        method = find_method(self.method)
-        self.sparsifier: Sparsifier = sparsify(
-            self.network,
-            optimizer,
-            sparsity=self.sparsity,
-            method=method if self.interval is None else replace(method, interval=self.interval),
-            total_steps=self.num_epochs * self.num_iterations_per_epoch,
-            include=self.include,
-            exclude=ends(self.network) if self.exclude is None else self.exclude,
-            seed=self.seed,
-        )
-        self._forget_updates()
-        self.sparsifier.observers.append(self._observe)
+        self._sparsify(optimizer)
         return optimizer, schedule
 
     def on_train_start(self) -> None:
-        """Masks also weights that ``-pretrained_weights`` has put in since, and logs what is sparse."""
+        """Chooses the masks anew where ``-pretrained_weights`` has put in other weights, and logs what is sparse."""
         super().on_train_start()
-        self.sparsifier.apply_masks()
+        if self._num_outside():
+            self.sparsifier.detach()
+            self._sparsify(self.optimizer)
         self.print_to_log_file(f"dstlib: {self.sparse_settings()}\n{self.sparsifier.summary()}")
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,12 +123,10 @@ class SparseTraining(Training):
 
     def on_epoch_end(self) -> None:
         """Logs the density, entries outside the masks (there are none) and the mask updates of the epoch."""
-        weights = self.sparsifier.weights
-        outside = sum(int(torch.count_nonzero(w.parameter[~self.sparsifier.masks[w.name]])) for w in weights)
         moved = f", {self._num_grown / self._num_active:.1%} of the active entries moved" if self._num_active else ""
         self.print_to_log_file(
             f"dstlib: step {self.sparsifier.step}, density {self.sparsifier.density:.6f}, "
-            f"{outside} entries outside the masks, {len(self._steps)} mask updates{moved}"
+            f"{self._num_outside()} entries outside the masks, {len(self._steps)} mask updates{moved}"
         )
         self._forget_updates()
         super().on_epoch_end()
@@ -195,6 +184,25 @@ class SparseTraining(Training):
         refuse_other_settings(part["settings"], self.sparse_settings(), path.name)
         super().load_checkpoint(filename_or_checkpoint)
         self.sparsifier.load_state_dict(part["sparsifier"])
+
+    def _sparsify(self, optimizer: Optimizer) -> None:
+        method = find_method(self.method)
+        self.sparsifier: Sparsifier = sparsify(
+            self.network,
+            optimizer,
+            sparsity=self.sparsity,
+            method=method if self.interval is None else replace(method, interval=self.interval),
+            total_steps=self.num_epochs * self.num_iterations_per_epoch,
+            include=self.include,
+            exclude=ends(self.network) if self.exclude is None else self.exclude,
+            seed=self.seed,
+        )
+        self._forget_updates()
+        self.sparsifier.observers.append(self._observe)
+
+    def _num_outside(self) -> int:
+        masks = self.sparsifier.masks
+        return sum(count_outside(w.parameter, masks[w.name]) for w in self.sparsifier.weights)
 
     def _forget_updates(self) -> None:
         self._steps: set[int] = set()

@@ -243,13 +243,25 @@ def test_another_model_is_refused_unchanged(tmp_path, other):
 
 def test_weights_outside_the_masks_are_refused(tmp_path):
     model, sparsifier = sparse_small()
+    num_outside = int((~sparsifier.masks["3.weight"]).sum())
     with torch.no_grad():
         model[3].weight.fill_(1.0)
-    with pytest.raises(StateError, match="apply_masks"):
+    with pytest.raises(StateError, match=rf"got {num_outside:,} that are not zero, in 3\.weight\..*load_state_dict"):
         save_compact(model, tmp_path / "m", sparsifier=sparsifier)
+    with torch.no_grad():
+        model[3].weight.mul_(sparsifier.masks["3.weight"]).neg_()
+    with pytest.raises(StateError, match=r"3\.weight .*expected \+0\.0 outside its mask, got -0\.0\. weight \+= 0\.0"):
+        save_compact(model, tmp_path / "m", sparsifier=sparsifier)
+    with torch.no_grad():
+        model[3].weight.add_(0.0)
+    save_compact(model, tmp_path / "m", sparsifier=sparsifier)
+    assert_same_bits(load_compact(tmp_path / "m"), dict(model.state_dict()))
     with pytest.raises(StateError, match="sparsifier of this model"):
-        save_compact(nn.Linear(3, 3), tmp_path / "m", sparsifier=sparsifier)
-    assert not (tmp_path / "m").exists()
+        save_compact(nn.Linear(3, 3), tmp_path / "other", sparsifier=sparsifier)
+    narrow = nn.Sequential(*model[:3], nn.Linear(3, 3))
+    with pytest.raises(StateError, match=r"3\.weight of save_compact\(\): expected the shape of its mask"):
+        save_compact(narrow, tmp_path / "other", sparsifier=sparsifier)
+    assert not (tmp_path / "other").exists()
 
 
 def test_state_that_is_no_tensor_is_refused(tmp_path):
