@@ -1,6 +1,6 @@
 """Text tables: of what is sparse in a model, and of anything else in rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -60,9 +60,10 @@ class Summary:
             full = " (full)" if row.num_active == row.num_total else ""
             state = f"dense: {row.reason}" if row.reason else row.note or f"sparse{full}"
             cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", state))
-        num_sparse_rows = sum(not row.reason for row in self.rows)
-        num_dense = sum(row.num_total for row in self.rows if row.reason)
-        num_all = self.num_sparse + num_dense + self.num_other
+        num_sparse_rows = sum(not row.reason and row.num_total > 0 for row in self.rows)
+        dense = [row for row in self.rows if row.reason]
+        num_dense = sum(row.num_active for row in dense)
+        num_all = sum(row.num_total for row in self.rows) + self.num_other
         sparse = (
             f"{num_sparse_rows} sparse weight{'s' * (num_sparse_rows != 1)}: {self.num_active:,} of "
             f"{self.num_sparse:,} entries active (density {self.density:.4f}, sparsity {1 - self.density:.4f})"
@@ -71,7 +72,18 @@ class Summary:
             f"whole model: {self.params:,} of {num_all:,} parameters: {self.num_active:,} in sparse weights, "
             f"{num_dense:,} in dense ones, {self.num_other:,} in biases, norms and other vectors"
         )
-        return "\n".join([self.title, *align(cells, left=(0, 1, 2, 5)), sparse, whole])
+        return "\n".join([self.title, *align(cells, left=(0, 1, 2, 5)), sparse, *_zeros_of(dense), whole])
+
+
+def _zeros_of(dense: Iterable[Row]) -> Iterator[str]:
+    """Says how sparse those of the dense weights are that hold zeros, as what branches were fused into does."""
+    rows = [row for row in dense if row.num_active < row.num_total]
+    num_active, num_total = sum(row.num_active for row in rows), sum(row.num_total for row in rows)
+    if rows:
+        yield (
+            f"{len(rows)} dense weight{'s' * (len(rows) != 1)} with zeros: {num_active:,} of {num_total:,} entries "
+            f"are not zero (density {num_active / num_total:.4f})"
+        )
 
 
 def align(cells: Sequence[tuple[str, ...]], *, left: Sequence[int]) -> list[str]:

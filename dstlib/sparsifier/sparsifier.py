@@ -318,13 +318,17 @@ class Sparsifier:
         weights = list(weights)
         names = self._ownership.changed(m.weight.name for m in weights)
         reshaped = [m.weight.name for m in weights if m.parameter.shape != m.mask.shape]
-        for name, loss in self._ownership.losses(names).items() if names else ():
+        losses = self._ownership.losses(names) if names else {}
+        for name, loss in losses.items():
             if loss.kind == "replaced":
                 raise _replaced(name, loss.story)
             self._ownership.forget(name)
+        if losses:
+            (name, loss), *others = losses.items()
+            more = f" ({len(others)} more like it)" if others else ""
             warnings.warn(
-                f"{name}: sparse until now, but {loss.story}. Call detach(), and sparsify() again, for a layer that "
-                "was replaced to be sparse; summary() counts what is.",
+                f"{name}: sparse until now, but {loss.story}{more}. Call detach(), and sparsify() again, for a layer "
+                "that was replaced or fused to be sparse; summary() counts what is.",
                 stacklevel=2,
             )
         for name in reshaped:

@@ -1,6 +1,6 @@
 """The summary of a sparse training: each weight as it is at this moment, whatever was planned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -16,19 +16,33 @@ def summarize(
 ) -> Summary:
     """Returns a row for each weight of the plan, and for each that has come to the model since.
 
-    A weight that the model has lost is counted as what stands in its place; where nothing does, as nothing.
+    A sparse weight that the model has lost is counted as what stands in its place, or else as nothing; a dense one
+    is not listed.
     """
     by_name = {m.weight.name: m for m in masked}
+    named = {} if model is None else {plain_name(name): p for name, p in model.named_parameters()}
+    dense = _dense_now([weight for weight in plan.weights if weight.reason], named)
     rows = [
         _lost_row(weight, losses[weight.name]) if weight.name in losses else _row(weight, by_name.get(weight.name))
         for weight in plan.weights
+        if not (named and weight.reason) or weight.name in dense
     ]
-    named = {} if model is None else {plain_name(name): p for name, p in model.named_parameters()}
-    known = {id(weight.parameter) for weight in plan.weights} | {id(loss.stand_in) for loss in losses.values()}
+    known = set(map(id, (*(m.parameter for m in masked), *dense.values(), *(x.stand_in for x in losses.values()))))
     new = {name: p for name, p in named.items() if p.ndim >= 2 and id(p) not in known}
     rows += [_new_row(name, parameter) for name, parameter in new.items()]
     num_vectors = sum(p.numel() for p in named.values() if p.ndim < 2) if named else plan.num_dense
     return Summary(tuple(rows), num_vectors, f"{plan.method.name} at step {step}")
+
+
+def _dense_now(weights: Iterable[Weight], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the dense weights that the model still has, or what was loaded into their place, by name."""
+    found: dict[str, Tensor] = {}
+    present = set(map(id, named.values()))
+    for weight in weights:
+        now = weight.parameter if id(weight.parameter) in present else named.get(weight.name)
+        if now is not None and now.shape == weight.parameter.shape:
+            found[weight.name] = now
+    return found
 
 
 def _row(weight: Weight, m: MaskedWeight | None) -> Row:
