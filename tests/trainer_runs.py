@@ -65,15 +65,12 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None =
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    others = {
-        key: settings.pop(key)
-        for key in ("optimizers", "model_init", "eval_dataset", "compute_metrics")
-        if key in settings
-    }
+    names = ("train_dataset", "eval_dataset", "optimizers", "model_init", "compute_metrics")  # of the Trainer itself
+    others = {"train_dataset": data()} | {name: settings.pop(name) for name in names if name in settings}
     args = TrainingArguments(**{**given, **settings})
     if "model_init" not in others:
         others["model"] = net(dropout=0.2) if model is None else model
-    made = Trainer(args=args, train_dataset=data(), callbacks=list(callbacks), **others)
+    made = Trainer(args=args, callbacks=list(callbacks), **others)
     made.remove_callback(PrinterCallback)
     return made
 

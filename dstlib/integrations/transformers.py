@@ -109,13 +109,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
             saved = _read(folder)
             training.load_state_dict(saved, None, where=str(folder))
             if num_outside := _count_outside(model, saved):
-                raise StateError.of(
-                    FILE,
-                    f"checkpoint {folder}",
-                    allowed="masks that cover every zero of the weights beside it",
-                    given=f"{num_outside:,} non-zeros outside them",
-                    remedy="The files are of different runs; resume from a folder as the Trainer wrote it.",
-                )
+                raise _mixed_up(folder, num_outside)
         inner = _inner(optimizer)
         training.begin(model, inner, total_steps=state.max_steps)
         self._training = training
@@ -145,15 +139,18 @@ none. It is made when the trainer begins to train, in the very processes that tr
         """Takes the masks of the best checkpoint, if the Trainer has loaded its weights.
 
         Raises:
-            StateError: That checkpoint has no masks.
+            StateError: That checkpoint has no masks, or was loaded in part.
         """
         if self._after_backward is not None:
             self._after_backward.remove()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             folder = Path(state.best_model_checkpoint)
             saved = _read(folder)
-            if not _count_outside(model, saved):  # or else they were not loaded: a trial that was pruned, say
+            num_outside = _count_outside(model, saved)
+            if not num_outside:
                 self._training.load_state_dict(saved, model, where=str(folder))
+            elif _count_outside(model, self._training.state_dict()):  # or else nothing was loaded: a pruned trial, say
+                raise _mixed_up(folder, num_outside)
 
     def _leave(self, model: nn.Module) -> None:
         if self._after_backward is not None:
@@ -255,6 +252,18 @@ def _read(folder: Path) -> dict[str, Any]:
         given = f"a file that cannot be read ({type(error).__name__})"
         raise StateError.of("masks", where, allowed=allowed, given=given, remedy=remedy) from error
     return saved
+
+
+def _mixed_up(folder: Path, num_outside: int) -> StateError:
+    """Makes an error of a model in which masks and weights of a checkpoint do not meet."""
+    return StateError.of(
+        "weights",
+        f"the model and checkpoint {folder}",
+        allowed=f"zeros outside the masks of {FILE}",
+        given=f"{num_outside:,} non-zeros",
+        remedy="Either the files are of different runs, or the Trainer has not loaded all weights: its log names "
+        "missing keys then, as with experts in transformers 5.24. Make the model by from_pretrained() of that folder.",
+    )
 
 
 def _count_outside(model: nn.Module, saved: Mapping[str, Any]) -> int:
