@@ -84,7 +84,7 @@ def test_a_step_after_fusion_is_one_warning_for_all_that_is_gone():
     torch.manual_seed(0)
     model = nn.Sequential(Branches(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     x = torch.randn(2, 8, 6, 6)
-    sparsifier = trained(model, x)
+    trained(model, x)
     model[0] = model[0].fuse()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     model(x).square().mean().backward()

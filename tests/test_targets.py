@@ -55,7 +55,7 @@ def test_every_matrix_is_named_with_a_reason():
         "grouped.weight": "",
         "depthwise.weight": "depthwise: sparse only if included by name",
         "up.weight": "",
-        "up_grouped.weight": "grouped transposed convolution",
+        "up_grouped.weight": "grouped transposed convolution: sparse only if included by name",
         "rnn.weight_ih_l0": "recurrent: sparse only if included by name",
         "rnn.weight_hh_l0": "recurrent: sparse only if included by name",
         "bilinear.weight": "bilinear: sparse only if included by name",
@@ -152,6 +152,18 @@ def test_transposed_convolutions_are_turned_and_in_proj_is_three_matrices():
     by_size = replace(method, granularity=dstlib.Element(), init=dstlib.masking.magnitude)
     masks = dstlib.sparsify(unequal, sparsity=0.5, method=by_size).masks
     assert masks["in_proj_weight"].view(3, 64).sum(dim=1).tolist() == [32] * 3, "small queries are not starved"
+
+
+def test_groups_of_a_transposed_convolution_are_matrices_of_inputs_of_their_own():
+    grouped = nn.ModuleDict(
+        {"up": nn.ConvTranspose2d(8, 6, 2, groups=2), "deep": nn.ConvTranspose2d(4, 4, 3, groups=4)}
+    )
+    assert reasons(grouped, include=("*", "up"))["deep.weight"] == "depthwise: sparse only if included by name"
+    method = replace(dstlib.STATIC, granularity=FanIn(), distribution=uniform)
+    mask = dstlib.sparsify(grouped, sparsity=0.5, method=method, include="up").masks["up.weight"]
+    assert mask.shape == (8, 3, 2, 2)
+    per_output = mask.view(2, 4, 3, 4).sum(dim=(1, 3))
+    assert per_output.tolist() == [[8] * 3] * 2, "each of 3 outputs of each group keeps half of its 4·2·2 inputs"
 
 
 def test_overrides_take_weights_out_of_the_budget():

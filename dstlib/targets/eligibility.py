@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dstlib.targets.layouts import layout_of, overriding
-from dstlib.targets.views import MatrixView, chunks, fused_parts, stacked
+from dstlib.targets.views import MatrixView, chunks, fused_parts, stacked, transposed_groups
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -240,11 +240,14 @@ def _matrix(candidate: Candidate) -> Weight:
     module = candidate.module
     if _standardizes_weight(type(module).__mro__, type(module)):
         return candidate.weight(_STANDARDISED)
-    if isinstance(module, _TRANSPOSED):
-        reason = "grouped transposed convolution" if module.groups > 1 else ""
-        return candidate.weight(reason, views=(MatrixView(candidate.name, transposed=True),), can_split=False)
-    if isinstance(module, _CONVS) and module.groups > 1 and module.weight.shape[1] == 1:
+    is_conv = isinstance(module, (*_CONVS, *_TRANSPOSED))
+    if is_conv and module.in_channels == module.groups > 1 == module.weight.shape[1]:
         return candidate.weight(f"depthwise: {_BY_NAME}", on_request=candidate.names)
+    if isinstance(module, _TRANSPOSED):
+        views = transposed_groups(candidate.name, module.groups, module.in_channels)
+        reason = f"grouped transposed convolution: {_BY_NAME}" if module.groups > 1 else ""
+        on_request = candidate.names if reason else frozenset()
+        return candidate.weight(reason, views=views, on_request=on_request, can_split=False)
     is_linear = isinstance(module, nn.Linear)
     parts = fused_parts(candidate.module_name, candidate.parameter, candidate.owner) if is_linear else ""
     return candidate.weight(views=chunks(candidate.name, parts, len(candidate.parameter)) if parts else ())

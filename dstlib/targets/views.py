@@ -28,20 +28,22 @@ _ALTERNATING = (
 class MatrixView:
     """A matrix within a parameter, turned to (O, I, *K): outputs, inputs, kernel taps.
 
-    ``at`` says which of several that lie behind one another along the first axes; ``rows`` are its outputs, from and
-    up to, after it was turned; None: all of them.
+    ``at`` says which of several that lie behind one another along the first axes; ``rows`` are its outputs and
+    ``columns`` its inputs, from and up to, after it was turned; None: all of them.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     transposed: bool = False
     at: tuple[int, ...] = ()
+    columns: tuple[int, int] | None = None
 
     def of(self, x: Tensor) -> Tensor:
         """Returns this matrix of ``x``, a tensor of the parameter's shape, sharing its memory."""
         matrix = x[self.at] if self.at else x
         matrix = matrix.transpose(0, 1) if self.transposed else matrix
-        return matrix if self.rows is None else matrix[slice(*self.rows)]
+        matrix = matrix if self.rows is None else matrix[slice(*self.rows)]
+        return matrix if self.columns is None else matrix[:, slice(*self.columns)]
 
 
 def stacked(name: str, shape: Size, *, transposed: bool) -> tuple[MatrixView, ...]:
@@ -64,6 +66,19 @@ def chunks(name: str, parts: Iterable[object], num_rows: int, *, transposed: boo
     height = num_rows // len(names)
     assert height * len(names) == num_rows, "rows left over"
     return tuple(MatrixView(n, (i * height, (i + 1) * height), transposed) for i, n in enumerate(names))
+
+
+def transposed_groups(name: str, num_groups: int, num_in: int) -> tuple[MatrixView, ...]:
+    """Returns the views of the groups of a transposed convolution, each of inputs of its own, or of its only one.
+
+    >>> [(view.name, view.columns) for view in transposed_groups("up.weight", 2, 8)]
+    [('up.weight.0', (0, 4)), ('up.weight.1', (4, 8))]
+    """
+    if num_groups == 1:
+        return (MatrixView(name, transposed=True),)
+    size = num_in // num_groups
+    spans = ((i * size, (i + 1) * size) for i in range(num_groups))
+    return tuple(MatrixView(f"{name}.{i}", transposed=True, columns=span) for i, span in enumerate(spans))
 
 
 def fused_parts(module_name: str, weight: Tensor, owner: nn.Module | None) -> str:
