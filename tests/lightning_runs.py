@@ -12,6 +12,7 @@ from pathlib import Path
 import conftest  # noqa: F401 - first, for what torchvision may lack, also in the processes that Lightning starts
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -100,6 +101,14 @@ def nonzero(model):
     return sum(int(p.count_nonzero()) for p in model.parameters() if p.ndim > 1)
 
 
+class TellingIO(TorchCheckpointIO):
+    """Tells when it begins to save."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        print(f"save {checkpoint['global_step']}", flush=True)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
 class Reporting(pl.Callback):
     """Tells each step, and leaves what each rank has at the end."""
 
@@ -130,6 +139,7 @@ def main(folder, strategy):
         max_epochs=5,
         gradient_clip_val=0.1,
         use_distributed_sampler=False,
+        plugins=TellingIO(),
     )
     trainer.fit(Net(), Loader(), ckpt_path="last")
 

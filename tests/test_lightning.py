@@ -81,6 +81,14 @@ def manual(model, *, clip=None, accumulate=1, masked=True, num_epochs=3):
     return sparsifier
 
 
+def train_one_epoch(model):
+    optimizer = model.configure_optimizers()
+    for x, y in model.train_dataloader():
+        optimizer.zero_grad()
+        mse_loss(model.net(x), y).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
     ("algorithm", "clip"),
@@ -225,7 +233,21 @@ def test_a_run_without_end_says_so(tmp_path):
         make_trainer(tmp_path, sparse_training(method="gmp"), max_epochs=1).fit(Net(), loader)
 
 
+class OwnAverage(pl.Callback):
+    """An average as users write it."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.mine = torch.optim.swa_utils.AveragedModel(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.mine.update_parameters(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.load_state_dict(self.mine.module.state_dict())
+
+
 AVERAGES = [
+    OwnAverage(),
     WeightAveraging(),
     EMAWeightAveraging(decay=0.8, update_every_n_steps=100, update_starting_at_epoch=0),  # once per epoch
     EMAWeightAveraging(decay=0.8, update_starting_at_step=5),
@@ -238,14 +260,15 @@ AVERAGES = [
 def test_averages_are_as_sparse_as_the_network(tmp_path, average, is_first):
     """Also when they are validated and saved, and whatever the order in which the callbacks were given."""
     callback, model = sparse_training(), Net(batch_norm=is_first)
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)  # as often as masks change
-    given = [deepcopy(average), saving, callback]
+    by_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)  # as often as masks change
+    by_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    given = [deepcopy(average), by_step, by_epoch, callback]
     make_trainer(tmp_path, *(given[::-1] if is_first else given)).fit(model)
     assert nonzero(model) == NUM_ACTIVE
     assert outside(callback.sparsifier) == 0
     assert max(model.num_nonzero["validation"]) <= NUM_ACTIVE
     saved = [torch.load(path, weights_only=True)["state_dict"] for path in tmp_path.glob("*.ckpt")]
-    assert len(saved) >= 4
+    assert len(saved) >= 8 + 3
     assert all(sum(int(w.count_nonzero()) for w in state.values() if w.ndim > 1) <= NUM_ACTIVE for state in saved)
 
 
@@ -424,6 +447,32 @@ def test_evaluating_weights_without_masks_warns(dense):
     assert equal(snapshot(model), torch.load(dense / "dense.ckpt", weights_only=True)["state_dict"])
 
 
+def test_weights_alone_leave_a_summary_that_tells_what_is(tmp_path):
+    """A checkpoint with save_weights_only has no states, and Lightning tells no callback that it was loaded."""
+    callback, model = sparse_training(), Net()
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1, save_weights_only=True)
+    trainer = make_trainer(tmp_path, callback, saving)
+    trainer.fit(model)
+    trainer.test(model, ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+    summary = callback.sparsifier.summary()
+    assert summary.num_active == NUM_ACTIVE + outside(callback.sparsifier) > NUM_ACTIVE
+    assert "non-zeros outside the mask" in str(summary)
+
+
+def test_a_sparse_network_that_was_loaded_keeps_its_places(saved):
+    """Fine-tuning: a new run, whose first masks are where the weights are."""
+    *_, folder = saved
+    loaded = Net.load_from_checkpoint(folder / "step=20.ckpt")
+    before, callback = snapshot(loaded), sparse_training(seed=9)
+    make_trainer(folder, callback, max_epochs=1).fit(loaded)
+    fresh = Net.load_from_checkpoint(folder / "step=20.ckpt")
+    sparsifier = dstlib.sparsify(fresh, sparsity=0.8, method=RIGL, total_steps=8, seed=9)
+    assert all(torch.equal(before[name], w) for name, w in snapshot(fresh).items())
+    train_one_epoch(fresh)
+    assert callback.sparsifier.step == sparsifier.step == 8
+    assert equal(snapshot(fresh), snapshot(loaded))
+
+
 def test_after_an_exception_the_same_objects_go_on(tmp_path):
     callback, model = sparse_training(), Net()
     model.training_step, step = None, model.training_step
@@ -478,17 +527,17 @@ def test_two_forked_processes_train_as_one_on_all_of_the_batch(tmp_path):
 
 
 def run(folder, strategy, *, kill_at=None, delay=0.0):
-    """Runs the program, to its end or until it is killed some seconds after it began a step; tells what happened."""
+    """Runs the program, to its end or until it is killed some seconds after it has told this: "step 7", "save 8"."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("lightning_runs.py")), str(folder), strategy]
+    # the file that Lightning is writing lies in TMPDIR: on the file system of the folder, it is moved there in one step
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
-            if kill_at is not None and line.startswith("step ") and int(line.split()[1]) >= kill_at:
+            if line.strip() == kill_at:
                 time.sleep(delay)
                 process.kill()
-                break
-        process.stdout.read()
+        process.wait()
     return process.returncode
 
 
@@ -505,18 +554,20 @@ def test_ranks_agree(tmp_path, strategy):
 
 @pytest.mark.long
 def test_killed_twenty_times_it_ends_as_if_it_had_never_been(tmp_path):
-    """At random steps, in them and in the saving after them; each is resumed by Lightning's own ckpt_path="last"."""
+    """At random steps, in the middle of one or of saving; each is resumed by Lightning's own ckpt_path="last"."""
     whole = tmp_path / "whole"
     assert run(whole, "auto") == 0
     expected, draw = torch.load(whole / "rank0.pt"), random.Random(0)
-    for number in range(20):
-        folder = tmp_path / str(number)
-        assert run(folder, "auto", kill_at=draw.randrange(40), delay=draw.uniform(0, 0.03)) == -signal.SIGKILL
-        assert run(folder, "auto") == 0
+    steps = [f"step {draw.randrange(40)}" for _ in range(10)]
+    saves = [f"save {draw.randrange(2, 41, 2)}" for _ in range(10)]
+    for number, moment in enumerate(steps + saves):
+        folder, delay = tmp_path / str(number), draw.uniform(0, 0.005)
+        assert run(folder, "auto", kill_at=moment, delay=delay) == -signal.SIGKILL, moment
+        assert run(folder, "auto") == 0, moment
         resumed = torch.load(folder / "rank0.pt")
-        assert equal(resumed["weights"], expected["weights"])
-        assert equal(resumed["masks"], expected["masks"])
-        assert resumed["step"] == expected["step"] == 40
+        assert equal(resumed["weights"], expected["weights"]), moment
+        assert equal(resumed["masks"], expected["masks"]), moment
+        assert resumed["step"] == expected["step"] == 40, moment
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy])

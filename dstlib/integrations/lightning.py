@@ -119,15 +119,10 @@ none. It is made when the trainer begins to train, in the very processes that tr
         """Masks the gradients, if need be after changing the masks, before Lightning clips them."""
         self.sparsifier.before_step(optimizer)
 
-    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Masks what stochastic weight averaging has averaged, or has put into the network, a moment ago."""
-        self._mask_averages(trainer)
-        self.sparsifier.mask_model(pl_module)
-
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Masks averages: they are validated and saved as sparse as the network is."""
+        """Masks averages: they are validated, saved and put into the network as sparse as it is."""
         self._mask_averages(trainer)
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -135,7 +130,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
         self._mask_averages(trainer)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Masks the network, which may hold an average now."""
+        """Masks the network, into which a callback of the user may have put an average of its own."""
         self.sparsifier.mask_model(pl_module)
 
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
