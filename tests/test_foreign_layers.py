@@ -209,6 +209,21 @@ def test_the_layers_of_torch_geometric_lie_as_the_table_says():
     assert shapes_of(attention) == {"weight": {(12, 4)}, "q": {(10, 12)}, "k": {(10, 12)}}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # both classes are to go with diffusers 1.0
+def test_low_rank_layers_of_diffusers_are_factors():
+    lora = pytest.importorskip("diffusers.models.lora")
+    plain = lora.LoRACompatibleLinear(8, 8)
+    adapted = lora.LoRACompatibleLinear(8, 8, lora_layer=lora.LoRALinearLayer(8, 8, rank=2))
+    assert [w.reason for w in select(plain)] == [""]
+    found = {w.name: w.reason.split(",")[0] for w in select(nn.Sequential(adapted, nn.Linear(4, 4)))}
+    assert found == {
+        "0.weight": "adapted by low-rank factors",
+        "0.lora_layer.down.weight": "low-rank factor",
+        "0.lora_layer.up.weight": "low-rank factor",
+        "1.weight": "",
+    }
+
+
 def test_every_class_of_the_table_exists_in_the_libraries_that_are_here():
     for name in _LAYOUTS:
         module, _, cls = name.rpartition(".")

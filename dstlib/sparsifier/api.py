@@ -26,7 +26,7 @@ def sparsify(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
-    split: Mapping[str, int] | None = None,
+    split: Mapping[str, int | str] | None = None,
     seed: int = 0,
     process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
@@ -34,10 +34,13 @@ def sparsify(
 
     The training loop stays as it is; so do the model's type, forward and state-dict keys. ``sparsity`` is
     the share of inactive entries over the selected weights, ``total_steps`` the number of optimizer steps of
-    the run. ``include`` and ``exclude`` are globs over qualified names ("fusion.*"); ``overrides`` maps such
-    globs to sparsities of their own, outside the budget of the others; of several that match, the last wins.
-    ``split`` maps globs to the number of matrices stacked in a weight, each to compete for itself: known fused
-    projections (``qkv``, say) are split without it, and 1 keeps one together.
+    the run. ``include`` and ``exclude`` are globs over qualified names ("fusion.*"); what is dense only by default
+    is asked for by its full name, or by a glob whose last part is written out ("*.experts.w1"), if it matches no
+    others. ``overrides`` maps globs to sparsities of their own, outside the budget of the others; of several that
+    match, the last wins. ``split`` maps globs to the number of matrices stacked in a weight, each to compete for
+    itself: known fused projections (``qkv``, say) are split without it, and 1 keeps one together; or to the order
+    of a raw parameter's axes ("e i o": several matrices of inputs × outputs). A call that leaves most of the
+    matrices' entries dense warns.
     Weights that already hold the zeros of such a plan keep them: their places become the first masks.
     ``process_group`` are the ranks that hold a replica of the model, whose masks are compared at each update; by
     default all. Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
@@ -95,7 +98,7 @@ def _check_types(
     check(are_globs(exclude), "exclude", "a glob or several", exclude, 'Pass "head", say; () is none.')
     by_glob, splits = (isinstance(x, Mapping) and are_globs(list(x)) for x in (overrides, split))
     check(by_glob, "overrides", "globs with their sparsities", overrides, 'Pass {"head": 0.0}, say.')
-    check(splits, "split", "globs with numbers of matrices", split, 'Pass {"*.fused": 3}, say.')
+    check(splits, "split", "globs with numbers of matrices, or axes", split, 'Pass {"*.fused": 3}, say.')
     check(type(seed) is int, "seed", "a whole number", seed, "The same seed gives the same masks; pass 0, say.")
 
 

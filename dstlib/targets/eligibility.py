@@ -23,7 +23,7 @@ _MATRICES = (nn.Linear, *_CONVS, *_TRANSPOSED)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _CONTAINERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
 _STATISTICS = {"batch_norm", "mean", "var_mean", "std_mean", "var", "std", "weight_standardization"}
-_FACTOR = re.compile(r"lora_(embedding_)?(a|b|down|up)", re.IGNORECASE)  # of peft, loralib, torchtune and kohya
+_FACTOR = re.compile(r"lora_(embedding_)?(a|b|down|up|layer)", re.IGNORECASE)  # of peft, loralib, kohya, diffusers ...
 _BY_NAME = "sparse only if included by name"
 _STANDARDISED = "its forward standardises the weight, which would undo the zeros"
 
