@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import assert_same, assert_zero_outside
+from pages import run_page
 from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
@@ -506,3 +507,8 @@ def test_two_processes_resume_as_if_they_had_not_stopped(tmp_path):
     (tmp_path / "end.pt").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoint-12")
     assert_same(launched(tmp_path, 2, gradient_accumulation_steps=2), whole)
+
+
+def test_the_page_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(Path(__file__).parents[1] / "docs" / "transformers.md", {}, least=4, host="transformers")
