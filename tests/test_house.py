@@ -62,7 +62,9 @@ def test_functions_take_few_arguments(file):
             # the one door, and the plan behind it, take every setting of a run
             limit = {"sparsify": 11, "make_plan": 9}.get(function.name, 7)
             assert len(names) <= limit, f"{function.name} takes {len(names)} arguments"
-            assert function.args.kwarg is None, f"{function.name} passes **kwargs through"
+            rest = function.args.kwarg  # a host's event may send what is not taken; to pass it on is another matter
+            used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+            assert rest is None or rest.arg not in used, f"{function.name} passes **kwargs through"
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)

@@ -32,7 +32,7 @@ from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import find_weights
 
-FILE = "dstlib.pt"  # in each folder of a checkpoint
+FILE = "dstlib_state.pt"  # in each folder of a checkpoint
 
 
 class SparseTraining(TrainerCallback):
