@@ -170,11 +170,16 @@ OUT_IN = {"gate_up_proj": {(40, 24)}, "down_proj": {(24, 20)}}
 def test_the_layers_of_transformers_lie_as_the_table_says():
     transformers = pytest.importorskip("transformers")
     from transformers.models.convbert.modeling_convbert import GroupedLinearLayer
+    from transformers.models.csm.modeling_csm import CsmCodebooksHead
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+    from transformers.models.kyutai_speech_to_text.modeling_kyutai_speech_to_text import (
+        KyutaiSpeechToTextFlexibleLinear,
+    )
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
     from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear
+    from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
     from transformers.pytorch_utils import Conv1D
 
     conv = Conv1D(6, 4)
@@ -184,6 +189,12 @@ def test_the_layers_of_transformers_lie_as_the_table_says():
     assert shapes_of(GroupedLinearLayer(8, 12, 2)) == {"weight": {(6, 4)}}
     assert shapes_of(JetMoeParallelExperts(3, 4, 6)) == {"weight": {(6, 4)}}
     assert shapes_of(MoshiFlexibleLinear(4, 6, 3)) == {"weight": {(6, 4)}}
+    assert shapes_of(KyutaiSpeechToTextFlexibleLinear(4, 6, 3)) == {"weight": {(6, 4)}}
+    assert shapes_of(CsmCodebooksHead(4, 3, 6)) == {"weight": {(6, 4)}}
+    mixer = ZambaMambaMixer(transformers.ZambaConfig(hidden_size=20, mamba_d_state=3, mamba_dt_rank=5), 0)
+    found = shapes_of(mixer)
+    assert found["x_proj_weight"] == {(5 + 2 * 3, 20)}
+    assert found["dt_proj_weight"] == {(20, 5)}
     assert shapes_of(MixtralExperts(transformers.MixtralConfig(**EXPERTS))) == OUT_IN
     assert shapes_of(GptOssExperts(transformers.GptOssConfig(**EXPERTS))) == OUT_IN
     assert shapes_of(Llama4TextExperts(transformers.Llama4TextConfig(**EXPERTS))) == OUT_IN

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 _GRAPH_CONVS = "torch_geometric.nn.conv"
+_KYUTAI = "transformers.models.kyutai_speech_to_text.modeling_kyutai_speech_to_text"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "transformers.models.convbert.modeling_convbert.GroupedLinearLayer": _TURNED,
         "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": _LINEAR,
         "transformers.models.moshi.modeling_moshi.MoshiFlexibleLinear": _LINEAR,
+        f"{_KYUTAI}.KyutaiSpeechToTextFlexibleLinear": _LINEAR,
+        "transformers.models.csm.modeling_csm.CsmCodebooksHead": _TURNED,
+        "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": Layout(
+            ("x_proj_weight", "dt_proj_weight"), transposed=False
+        ),
         "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts": _EXPERTS_TURNED,
         "transformers.models.llama4.modeling_llama4.Llama4TextExperts": _EXPERTS_TURNED,
         "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": _EXPERTS_LINEAR,
