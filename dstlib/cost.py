@@ -100,14 +100,15 @@ class TrainingCost:
 
     @property
     def average_share(self) -> float:
-        """The FLOPs over those of as many dense steps, 3·f_D each; NaN before the first step."""
-        return self.so_far / (3.0 * self.dense * self.steps) if self.steps else float("nan")
+        """The FLOPs over those of as many dense steps, 3·f_D each; NaN before the first, or if none count."""
+        return self.so_far / (3.0 * self.dense * self.steps) if self.steps and self.dense else float("nan")
 
     @property
     def forward_share(self) -> float:
-        """f_S / f_D: a forward pass at this moment over a dense one."""
+        """f_S / f_D: a forward pass at this moment over a dense one; NaN if no layer of the model is counted."""
         active = {name: changes[-1, _ACTIVE] for name, changes in self._history.changes().items()}
-        return float(self._rest + sum(self._per_entry[name] * num for name, num in active.items())) / self.dense
+        flops = float(self._rest + sum(self._per_entry[name] * num for name, num in active.items()))
+        return flops / self.dense if self.dense else float("nan")
 
     def __str__(self) -> str:
         return (

@@ -1,6 +1,7 @@
 """Training costs: the published fractions, and exact sums along runs whose densities move."""
 
 import copy
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -191,6 +192,27 @@ def test_the_cost_of_a_model_of_token_ids_and_shared_weights():
     assert cost.dense == 5 * (3 * 2 * 64 + 2 * 8)
     assert cost.forward_share == 5 * (3 * 2 * 16 + 2 * 8) / cost.dense
     assert cost.forward_share == dstlib.profile(model, inputs, sparsifier=sparsifier).flops / cost.dense
+
+
+def test_a_model_of_which_no_layer_is_counted_has_no_share():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    model = Raw()
+    sparsifier = dstlib.sparsify(model, sparsity=0.5, method="static", include="weight")
+    cost = TrainingCost(History(sparsifier), model, (2, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert cost.dense == cost.so_far == 0
+    assert math.isnan(cost.forward_share)
+    assert math.isnan(cost.average_share)
+    assert str(cost).endswith("not counted: Raw")
 
 
 def test_the_cost_goes_on_after_a_resumption_and_begins_with_the_history():
