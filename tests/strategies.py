@@ -86,3 +86,24 @@ def initial_mask(score: Tensor, *, granularity: Granularity, num_target: int | T
     """The highest-scoring units per group: an update that starts from nothing."""
     nothing = torch.zeros_like(score, dtype=torch.bool)
     return update_mask(nothing, score, score, granularity=granularity, num_target=num_target, drop_fraction=0.0).mask
+
+
+def in_order_of_growth(
+    active: list[bool], kept: list[int], drop: list[float], grow: list[float], *, regrow: bool = True
+) -> list[int]:
+    """The units of one group that were not kept, in the order in which they are taken to meet a target.
+
+    First those with a reason, the best first, which are all but the ones that tie for the lowest growth score; then
+    what was active, by its drop score; then the rest. Without regrowth, what was not active comes before them all if
+    it has a reason. Ties go to the lower index.
+    """
+    others = [u for u in range(len(active)) if u not in kept]
+    lowest = [u for u in others if grow[u] == min(grow[v] for v in others)]
+    without = set(lowest) if len(lowest) > 1 else set()
+
+    def place(u: int) -> tuple[int, float, int]:
+        if u not in without:
+            return (0 if regrow or not active[u] else 1), -grow[u], u
+        return (2, -drop[u], u) if active[u] else (3, 0, u)
+
+    return sorted(others, key=place)

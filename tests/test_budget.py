@@ -9,7 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import distinct_scores, drawn, exact, folds, generator, grid, percents, random_mask, seeds, units
+from strategies import (
+    distinct_scores,
+    drawn,
+    exact,
+    folds,
+    generator,
+    grid,
+    in_order_of_growth,
+    percents,
+    random_mask,
+    seeds,
+    units,
+)
 from torch import Tensor
 
 from dstlib.masking import Account, Budget, Element, FanIn, Granularity, Kernel, MaskUpdate, exchange, spend
@@ -100,12 +112,12 @@ class Problem:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Problem:
+def problems(draw: st.DrawFn, distinct: bool | None = None) -> Problem:
     granularity, shape = draw(folds())
     seed = draw(seeds)
     mask = random_mask(granularity, shape, seed, draw(st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0])))
     active_GU = units(granularity, mask)
-    if draw(st.booleans()):
+    if distinct if distinct is not None else draw(st.booleans()):
         scores = [unit_score(distinct_scores(granularity, shape, seed + i), shape, granularity) for i in (1, 2)]
     else:
         scores = [torch.randint(-1, 2, active_GU.shape, generator=generator(seed + i)).float() for i in (1, 2)]
@@ -116,15 +128,14 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 def reference(problem: Problem, regrow: bool) -> Tensor:
-    """The new mask (G, U): the kept, then the inactive, then those dropped now; each best first, then lowest."""
+    """The new mask (G, U): the kept, then as many others as the target asks for."""
     active_GU = units(problem.granularity, problem.mask)
     new_GU = torch.zeros_like(active_GU)
     for g, active in enumerate(active_GU.tolist()):
         drop, grow = problem.drop_GU[g].tolist(), problem.grow_GU[g].tolist()
         best_first = sorted((u for u, on in enumerate(active) if on), key=lambda u, s=drop: (-s[u], u))
         kept = best_first[: int(problem.budget.num_kept_G[g])]
-        others = [u for u in range(len(active)) if u not in kept]
-        others.sort(key=lambda u, s=grow, a=active: (a[u] and not regrow, -s[u], u))
+        others = in_order_of_growth(active, kept, drop, grow, regrow=regrow)
         new_GU[g, kept + others[: int(problem.budget.num_target_G[g]) - len(kept)]] = True
     return new_GU
 
@@ -180,7 +191,7 @@ def test_counts_are_exact_in_every_group(problem: Problem, regrow: bool) -> None
     assert not bool((update.dropped & ~problem.mask).any() | (update.grown & problem.mask).any())
 
 
-@given(problems())
+@given(problems(distinct=True))
 def test_what_is_dropped_comes_back_only_if_it_must(problem: Problem) -> None:
     """Of the active units, all but the kept are dropped, except so many as the inactive are too few."""
     active_GU = units(problem.granularity, problem.mask)

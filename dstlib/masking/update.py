@@ -13,7 +13,7 @@ from torch import Tensor
 from dstlib.errors import ScoreError
 from dstlib.masking.budget import Budget, spend
 from dstlib.masking.granularity import Granularity
-from dstlib.masking.selection import select_top
+from dstlib.masking.selection import count, select_top
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -22,16 +22,25 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class MaskUpdate:
     """What an update changed; boolean tensors of the weight's shape (O, I, *K).
 
-    ``mask`` is the new mask; ``dropped`` was active and no longer is; ``grown`` was not and now is.
+    ``mask`` is the new mask; ``dropped`` was active and no longer is; ``grown`` was not and now is. ``idle_G``, (G,),
+    marks the groups in which units were to be exchanged and none was, as all growth scores were equal.
     """
 
     mask: Tensor
     dropped: Tensor
     grown: Tensor
+    idle_G: Tensor
+
+    @property
+    def num_idle(self) -> int:
+        """The groups that stood still for want of a reason to grow."""
+        return int(self.idle_G.sum())
 
     def __repr__(self) -> str:
         active, dropped, grown = (int(x.sum()) for x in (self.mask, self.dropped, self.grown))
-        return f"MaskUpdate({active} of {self.mask.numel()} active, {dropped} dropped, {grown} grown)"
+        num_idle = self.num_idle
+        idle = f", {num_idle} group{'s' * (num_idle > 1)} without a reason to grow" if num_idle else ""
+        return f"MaskUpdate({active} of {self.mask.numel()} active, {dropped} dropped, {grown} grown{idle})"
 
 
 def update_mask(
@@ -48,7 +57,7 @@ def update_mask(
     Of A active units per group, min(A - floor(f·A), target) are kept and the rest up to ``num_target`` (an
     integer, or one per group) is grown. A unit that was dropped may grow back at once, and then counts as
     neither dropped nor grown. Scores have the mask's shape; a unit's score is the mean over its elements;
-    ties go to the lower index.
+    ties go to the lower index, but none of those that tie for the lowest growth score comes for an active unit.
 
     Raises:
         ScoreError: Scores have another shape, or are not finite.
@@ -69,30 +78,58 @@ def update_mask(
 def exchange(
     mask: Tensor, drop_GU: Tensor, grow_GU: Tensor, *, granularity: Granularity, budget: Budget, regrow: bool = True
 ) -> MaskUpdate:
-    """Keeps the best active units by one score and grows the best others by another, as many as the budget says.
+    """Keeps the best active units by one score and grows others by another, as many as the budget says.
 
-    Without ``regrow``, units that are dropped now grow back only where too few others are left to meet the
-    target, which always holds.
+    A unit has a reason to grow if it scores above the lowest of all that were not kept, or is the lowest by itself.
+    Those grow, the best first. Where they are too few, as in a weight without a gradient, the best of what was
+    dropped stays instead, by the drop score. Only a target that is then still not met is filled up by units
+    without a reason, the lower index first.
+
+    Without ``regrow``, units that are dropped now come after all others that have a reason.
 
     >>> from dstlib.masking import Element
-    >>> mask, score = torch.tensor([[True, True, False]]), torch.tensor([[3.0, 2.0, 1.0]])
+    >>> mask, score = torch.tensor([[True, True, False, False]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     >>> budget = Budget(torch.tensor([1]), torch.tensor([2]))
     >>> exchange(mask, score, score, granularity=Element(), budget=budget).mask
-    tensor([[ True,  True, False]])
+    tensor([[ True,  True, False, False]])
     >>> exchange(mask, score, score, granularity=Element(), budget=budget, regrow=False).mask
-    tensor([[ True, False,  True]])
+    tensor([[ True, False,  True, False]])
+    >>> exchange(mask, score, 0 * score, granularity=Element(), budget=budget)
+    MaskUpdate(2 of 4 active, 0 dropped, 0 grown, 1 group without a reason to grow)
     """
     active_GU = granularity.fold(mask)[..., 0]
-    kept_GU = select_top(drop_GU, budget.num_kept_G, among_GU=active_GU)
-    num_grown_G = budget.num_target_G - budget.num_kept_G
-    grown_GU = torch.zeros_like(kept_GU)
-    if not regrow:
-        num_fresh_G = torch.minimum(num_grown_G, (~active_GU).sum(dim=1))
-        grown_GU = select_top(grow_GU, num_fresh_G, among_GU=~active_GU)
-        num_grown_G = num_grown_G - num_fresh_G
-    grown_GU = grown_GU | select_top(grow_GU, num_grown_G, among_GU=~kept_GU & ~grown_GU)
-    new = unit_mask(kept_GU | grown_GU, granularity, mask.shape)
-    return MaskUpdate(mask=new, dropped=mask & ~new, grown=new & ~mask)
+    num_active_G, num_units = count(active_GU), active_GU.shape[1]
+    new_GU = select_top(drop_GU, budget.num_kept_G, among_GU=active_GU)
+    worth_GU = _worth_growing(grow_GU, ~new_GU)
+    num_left_G = budget.num_target_G - budget.num_kept_G
+    is_asked_G = (budget.num_kept_G < num_active_G) & (num_left_G > 0) & (budget.num_target_G < num_units)
+    # whom to take, one rank after the other until the target is met, most often by the first of them
+    ranks = (
+        (grow_GU, worth_GU if regrow else worth_GU & ~active_GU),
+        (grow_GU, worth_GU),
+        (drop_GU, active_GU),
+        (grow_GU, torch.ones_like(active_GU)),
+    )
+    for score_GU, candidates_GU in ranks:
+        among_GU = candidates_GU & ~new_GU
+        num_G = torch.minimum(num_left_G, count(among_GU))
+        if bool(num_G.any()):
+            new_GU = new_GU | select_top(score_GU, num_G, among_GU=among_GU)
+            num_left_G = num_left_G - num_G
+        if not bool(num_left_G.any()):
+            break
+    else:
+        raise AssertionError("more units asked for than there are")
+    new = unit_mask(new_GU, granularity, mask.shape)
+    return MaskUpdate(mask=new, dropped=mask & ~new, grown=new & ~mask, idle_G=is_asked_G & ~worth_GU.any(dim=1))
+
+
+def _worth_growing(grow_GU: Tensor, among_GU: Tensor) -> Tensor:
+    """Marks the candidates that have a reason to grow: all but those that tie for the lowest score."""
+    lowest_G1 = torch.where(among_GU, grow_GU, torch.inf).amin(dim=1, keepdim=True)
+    above_GU = among_GU & (grow_GU > lowest_G1)
+    is_alone_G1 = (count(among_GU) - count(above_GU) == 1)[:, None]
+    return above_GU | (among_GU & is_alone_G1)
 
 
 def unit_mask(active_GU: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
