@@ -36,6 +36,7 @@ from dstlib.masking import (
     global_units,
     lamp,
     momentum_share,
+    share_out,
     unit_score,
 )
 from dstlib.masking.allocation import lamp_scores
@@ -266,6 +267,109 @@ def test_units_of_every_kind_are_counted_alike() -> None:
             )
         budgets = global_units(accounts, Terms(num_total=3 * num_units // 2, drop_fraction=0.0)).budgets
         assert [int(b.num_target_G.sum()) for b in budgets] == [num_units, num_units // 2], grain
+
+
+# Weights without a reason to grow
+
+
+@st.composite
+def half_idle(draw: st.DrawFn) -> tuple[list[Account], Terms]:
+    """Problems in which some of the accounts, or all, have equal growth scores."""
+    accounts, terms = draw(problems())
+    idle = draw(st.lists(st.booleans(), min_size=len(accounts), max_size=len(accounts)))
+    value = draw(st.sampled_from([0.0, 3.0, -1.0]))
+    changed = [
+        replace(a, grow_GU=torch.full_like(a.grow_GU, value)) if is_idle else a
+        for a, is_idle in zip(accounts, idle, strict=True)
+    ]
+    return changed, terms
+
+
+def test_an_idle_weight_keeps_what_others_would_take() -> None:
+    reached, idle = (
+        account("reached", [4.0, 3.0, None, None], [4, 3, 2, 1]),
+        account("idle", [2.0, 1.0, None], [0, 0, 0]),
+    )
+    for allocate, alone in (
+        (momentum_share, [[3], [1]]),
+        (AdaptiveThreshold(initial=2.5), [[3], [1]]),
+        (lamp, [[2], [2]]),
+    ):
+        terms = Terms(num_total=4, drop_fraction=0.5)
+        assert targets(allocate([reached, idle], terms)) == alone
+        found = share_out(allocate, [reached, idle], terms)
+        assert targets(found) == [[2], [2]]
+        assert kept(found)[1] == [2], "nothing is exchanged"
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [
+        (9, [[6], [3]]),  # as it is
+        (6, [[4], [2]]),  # it gives up its share of what the total falls by
+        (2, [[1], [1]]),
+        (11, [[8], [3]]),  # who has a reason takes what the total rises by,
+        (12, [[8], [4]]),  # and it takes what the others have no room for
+        (14, [[8], [6]]),
+    ],
+)
+def test_idle_weights_by_hand(total: int, expected: list[list[int]]) -> None:
+    reached = account("reached", [6.0, 5, 4, 3, 2, 1, None, None], [1, 2, 3, 4, 5, 6, 7, 8])
+    idle = account("idle", [9.0, 9, 9, None, None, None], [0] * 6)
+    for allocate in EVERY.values():
+        assert targets(share_out(allocate, [reached, idle], Terms(num_total=total, drop_fraction=0.0))) == expected
+
+
+@given(any_allocator, half_idle())
+def test_the_total_holds_whoever_is_idle(allocate: Allocator, problem: tuple[list[Account], Terms]) -> None:
+    accounts, terms = problem
+    found = share_out(allocate, accounts, terms)
+    for a, budget in zip(accounts, found.budgets, strict=True):
+        assert bool((budget.num_kept_G >= 0).all())
+        assert bool((budget.num_kept_G <= torch.minimum(a.active_GU.sum(dim=1), budget.num_target_G)).all())
+        assert bool((budget.num_target_G <= a.active_GU.shape[1]).all())
+    num_after = sum(int(carried_out(a, b).sum()) for a, b in zip(accounts, found.budgets, strict=True))
+    slack = sum(len(a.active_GU) - 1 for a in accounts)
+    assert terms.num_total - slack <= num_after <= terms.num_total
+    if not any(a.is_idle for a in accounts):
+        assert (targets(found), kept(found)) == (targets(allocate(accounts, terms)), kept(allocate(accounts, terms)))
+
+
+@given(any_allocator, half_idle())
+def test_idle_weights_exchange_nothing_and_lose_no_more_than_their_share(
+    allocate: Allocator, problem: tuple[list[Account], Terms]
+) -> None:
+    accounts, terms = problem
+    now = num_active(accounts)
+    room = sum(a.num_units - int(a.active_GU.sum()) for a in accounts if not a.is_idle)
+    for a, budget in zip(accounts, share_out(allocate, accounts, terms).budgets, strict=True):
+        if not a.is_idle:
+            continue
+        num_before, num_after = int(a.active_GU.sum()), int(budget.num_target_G.sum())
+        stays_GU = carried_out(a, budget)
+        assert not bool((stays_GU & ~a.active_GU).any() & (a.active_GU & ~stays_GU).any())
+        if now <= terms.num_total <= now + room:
+            assert torch.equal(stays_GU, a.active_GU)
+        if terms.num_total < now:
+            # of what each has beyond one unit per group, and rounded down to whole units per group
+            least = sum(len(x.active_GU) for x in accounts)
+            share = len(a.active_GU) + (num_before - len(a.active_GU)) * Fraction(terms.num_total - least, now - least)
+            assert share - len(a.active_GU) <= num_after <= num_before
+
+
+@given(any_allocator, half_idle())
+def test_of_idle_weights_an_allocator_hears_nothing(allocate: Allocator, problem: tuple[list[Account], Terms]) -> None:
+    """Where all are idle it is not asked, and what it remembers stays."""
+    accounts, terms = problem
+    heard: list[str] = []
+
+    def listening(accounts: Sequence[Account], terms: Terms) -> Allocation:
+        heard.extend(a.name for a in accounts)
+        return allocate(accounts, terms)
+
+    found = share_out(listening, accounts, replace(terms, memory=0.25))
+    assert heard == [a.name for a in accounts if not a.is_idle]
+    assert heard or found.memory == 0.25
 
 
 # One order over all: by hand

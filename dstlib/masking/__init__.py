@@ -9,6 +9,7 @@ from dstlib.masking.allocation import (
     global_units,
     lamp,
     momentum_share,
+    share_out,
 )
 from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms, spend
 from dstlib.masking.counts import num_units, round_down
@@ -91,6 +92,7 @@ __all__ = [
     "round_down",
     "saliency",
     "select_top",
+    "share_out",
     "sign_balanced",
     "site_generator",
     "spend",

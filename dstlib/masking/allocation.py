@@ -18,7 +18,7 @@ Shapes: G groups, U units per group.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -199,6 +199,68 @@ class NeuronAblation:
         fan_in = min(account.num_planned // int(alive_G.sum()), active_GU.shape[1])
         num_target_G = alive_G * fan_in
         return Budget(torch.minimum(survivors_GU.sum(dim=1), num_target_G), num_target_G)
+
+
+def share_out(allocate: Allocator, accounts: Sequence[Account], terms: Terms) -> Allocation:
+    """Lets an allocator share out the units of all weights but the idle ones, which keep theirs.
+
+    A weight whose growth scores are all equal, such as an expert that no token has reached, has no say in what its
+    units are worth, and would lose them to others for good. It exchanges none and keeps its number; of a total that
+    falls it gives up its share, and takes more only where the others have no room for a total that rises.
+
+    >>> scores = {"reached": torch.tensor([[4.0, 3.0, 0.0]]), "idle": torch.tensor([[2.0, 1.0, 0.0]])}
+    >>> accounts = [
+    ...     Account(name=name, active_GU=score > 0, drop_GU=score, grow_GU=score * (name == "reached"), num_planned=2)
+    ...     for name, score in scores.items()
+    ... ]
+    >>> terms = Terms(num_total=4, drop_fraction=0.5)
+    >>> [int(budget.num_target_G) for budget in momentum_share(accounts, terms).budgets]
+    [3, 1]
+    >>> [int(budget.num_target_G) for budget in share_out(momentum_share, accounts, terms).budgets]
+    [2, 2]
+    """
+    idle = [account for account in accounts if account.is_idle]
+    if not idle:
+        return allocate(accounts, terms)
+    awake = [account for account in accounts if not account.is_idle]
+    standing = [_standing(a, num) for a, num in zip(idle, _numbers_of_idle(idle, awake, terms), strict=True)]
+    if not awake:
+        return Allocation(tuple(standing), terms.memory)
+    num_left = terms.num_total - sum(int(budget.num_target_G.sum()) for budget in standing)
+    num_total = min(num_left, sum(account.num_units for account in awake))  # what does not divide finds no room
+    found = allocate(awake, replace(terms, num_total=num_total))
+    budgets = (*standing, *found.budgets)
+    if len(found.budgets) == len(awake):  # else it is for the caller to refuse
+        place = {account.name: i for i, account in enumerate((*idle, *awake))}
+        budgets = tuple(budgets[place[account.name]] for account in accounts)
+    return Allocation(budgets, found.memory)
+
+
+def _numbers_of_idle(idle: Sequence[Account], awake: Sequence[Account], terms: Terms) -> list[int]:
+    """Returns how many units each idle weight has, such that the others can meet the rest of the total."""
+    num_active = {a.name: int(a.active_GU.sum()) for a in (*idle, *awake)}
+    if terms.num_total < sum(num_active.values()):
+        # at least one unit per group is left to each, but none grows in an idle weight to that end
+        least = {a.name: len(a.active_GU) for a in awake}
+        least |= {a.name: min(len(a.active_GU), num_active[a.name]) for a in idle}
+        beyond = {name: float(num_active[name] - num) for name, num in least.items()}
+        caps = {a.name: a.num_units - least[a.name] for a in (*idle, *awake)}
+        parts = apportion(terms.num_total - sum(least.values()), beyond, caps)
+        return [least[a.name] + parts[a.name] for a in idle]
+    room = {a.name: a.num_units - num_active[a.name] for a in idle}
+    num_held = sum(num_active[a.name] for a in idle) + sum(a.num_units for a in awake)
+    more = apportion(max(terms.num_total - num_held, 0), {name: float(num) for name, num in room.items()}, room)
+    return [num_active[a.name] + more[a.name] for a in idle]
+
+
+def _standing(account: Account, num: int) -> Budget:
+    """Returns the budget of a weight that exchanges nothing; what does not divide into its live groups is left."""
+    num_active_G = account.active_GU.sum(dim=1)
+    num_target_G = num_active_G
+    if num != int(num_active_G.sum()):
+        is_live_G = num_active_G > 0 if num_active_G.any() else num_active_G == 0
+        num_target_G = is_live_G * min(num // int(is_live_G.sum()), account.active_GU.shape[1])
+    return Budget(torch.minimum(num_active_G, num_target_G), num_target_G)
 
 
 def _regrow(accounts: Sequence[Account], terms: Terms, kept: dict[str, Tensor], shares: dict[str, float]) -> Allocation:

@@ -41,6 +41,12 @@ class Account:
         """All units, active or not."""
         return self.active_GU.numel()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all growth scores are equal: nothing says what another unit would be worth, here or elsewhere."""
+        low, high = self.grow_GU.aminmax()
+        return bool(low == high)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:

@@ -47,7 +47,7 @@ def update_masks(
     if method.allocate is not None and shared:
         num_total = _shared_total(shared, masked, plan)
         terms = Terms(num_total=num_total, drop_fraction=plan.drop_fraction(step), memory=memory)
-        allocation = method.allocate(shared, terms)
+        allocation = masking.share_out(method.allocate, shared, terms)
         budgets, memory = _by_name(allocation.budgets, shared, num_total, method.name), allocation.memory
     for site, account in scored:
         budget = budgets.get(site.name) or plan.budget(site.name, account.active_GU, step)
