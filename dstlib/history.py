@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstlib.errors import StateError
 from dstlib.masking import MaskUpdate, Site
 from dstlib.report import align
 from dstlib.sparsifier import Sparsifier
 
-VERSION = 1
+VERSION = 2  # of version 1, changes did not yet tell of idle groups
 _FIRST = 3  # a mark: 0 never active, 1 was active at some time, 3 also in the first mask
 
 
@@ -39,7 +39,8 @@ class Change(NamedTuple):
     """One mask update of one layer in whole numbers, entries of the mask; the first is the mask at attachment.
 
     ``explored`` entries have been active at some time, ``from_first`` are active now and were in the first
-    mask. ``dead_outputs`` have no active input, ``dead_inputs`` are read by no output.
+    mask. ``dead_outputs`` have no active input, ``dead_inputs`` are read by no output. ``idle`` groups of units stood
+    still, as all their growth scores were equal.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Change(NamedTuple):
     from_first: int
     dead_outputs: int
     dead_inputs: int
+    idle: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +102,15 @@ class Track:
     def __init__(self, mask: Tensor, step: int) -> None:
         self.marks = mask.to(torch.uint8) * _FIRST
         self._numbers = array("q")  # a change after the other
-        self._note(mask, torch.zeros_like(mask), torch.zeros_like(mask), step)
+        nothing = torch.zeros_like(mask)
+        self._note(MaskUpdate(mask, dropped=nothing, grown=nothing, idle_G=mask.new_zeros(1)), step)
 
     def record(self, update: MaskUpdate, step: int) -> None:
         """Adds a mask update."""
         self.marks = self.marks.to(update.mask.device)
         # also what was dropped: a mask that was loaded in between counts as seen; True is the mark 1
         self.marks |= update.mask | update.dropped
-        self._note(update.mask, update.dropped, update.grown, max(step, self.last.step))
+        self._note(update, max(step, self.last.step))
 
     @property
     def changes(self) -> NDArray[np.int64]:
@@ -120,14 +123,16 @@ class Track:
         return Change(*self._numbers[-len(Change._fields) :])
 
     def replace(self, changes: Tensor, marks: Tensor) -> None:
-        """Takes over what another track has kept."""
+        """Takes over what another track has kept, with zeros for what it did not yet count."""
+        changes = nn.functional.pad(changes, (0, len(Change._fields) - changes.shape[1]))
         self._numbers = array("q", changes.flatten().tolist())
         self.marks = marks.to(self.marks.device, copy=True)
 
-    def _note(self, mask: Tensor, dropped: Tensor, grown: Tensor, step: int) -> None:
-        dead = dead_channels(mask)
+    def _note(self, update: MaskUpdate, step: int) -> None:
+        mask, dead = update.mask, dead_channels(update.mask)
         from_first = mask & (self.marks == _FIRST)
-        counted = (mask, dropped, grown, self.marks != 0, from_first, dead.outputs, dead.inputs)
+        channels = (dead.outputs, dead.inputs)
+        counted = (mask, update.dropped, update.grown, self.marks != 0, from_first, *channels, update.idle_G)
         # one wait for the device
         self._numbers.extend([step, *torch.stack([x.count_nonzero() for x in counted]).tolist()])
 
@@ -138,7 +143,7 @@ _COUNTS = Change._fields[1:]
 class History:
     """Records what the mask updates of a sparsifier change, from now until :meth:`close`.
 
-    Nothing of the run depends on it. Memory: 64 bytes per update of a layer, and one byte per weight of the
+    Nothing of the run depends on it. Memory: 72 bytes per update of a layer, and one byte per weight of the
     sparse layers, which holds what has ever been active. Layers are matrix views: the three matrices of
     an attention's in_proj are three. To go on after a resumption, save ``state_dict`` beside the sparsifier's.
 
@@ -176,9 +181,9 @@ class History:
         """Returns all numbers on one time axis, for plotting: L layers; T steps, of the attachment and of updates.
 
         - "name", "size", "num_outputs", "num_inputs" (L,): the layers, their entries and channels; "step" (T,).
-        - counts (L, T): "active", "dropped", "grown", "explored", "from_first", "dead_outputs", "dead_inputs", as
-          in :class:`Change`; "updated": whether the layer was updated at that step. Where it was not, nothing is
-          dropped or grown, and the rest is as before.
+        - counts (L, T): "active", "dropped", "grown", "explored", "from_first", "dead_outputs", "dead_inputs", "idle",
+          as in :class:`Change`; "updated": whether the layer was updated at that step. Where it was not, nothing is
+          dropped or grown, no group idle, and the rest is as before.
         - shares (L, T): "density"; "explored_share", R_s; of a mask and the one before, "churn" = exchanged over
           active before, min(dropped, grown) / A, "overlap" = |A∩B| / |A|, and "jaccard" = |A∩B| / |A∪B|;
           "first_overlap" = |A∩B| / |A| with A the mask at attachment. At attachment, churn is 0, the overlaps 1.
@@ -192,7 +197,7 @@ class History:
             for column, name in enumerate(_COUNTS, 1)
         }
         updated = np.stack([np.isin(step, changes[1:, 0]) for changes in tracks])
-        for name in ("dropped", "grown"):
+        for name in ("dropped", "grown", "idle"):
             counts[name] = counts[name] * updated
         shapes = [track.marks.shape for track in self._tracks.values()]
         size = np.array([shape.numel() for shape in shapes])
@@ -229,16 +234,31 @@ class History:
             track.replace(layers[name]["changes"], layers[name]["marks"])
 
     def __str__(self) -> str:
-        """Returns a row per layer: how it is now, its mean churn per update, what has become of its first mask."""
+        """Returns a row per layer: how it is now, its mean churn per update, what has become of its first mask.
+
+        Idle are the updates in which units stood still, as no growth score gave a reason to exchange them.
+        """
         a = self.arrays()
-        cells = [("layer", "size", "density", "updates", "churn", "first kept", "explored", "dead out", "dead in")]
-        num_updates = [int(n) for n in a["updated"].sum(axis=1)]
+        titles = (
+            "layer",
+            "size",
+            "density",
+            "updates",
+            "idle",
+            "churn",
+            "first kept",
+            "explored",
+            "dead out",
+            "dead in",
+        )
+        cells = [titles]
+        num_updates, num_idle = ([int(n) for n in x.sum(axis=1)] for x in (a["updated"], a["idle"] > 0))
         for i, (name, size) in enumerate(zip(a["name"], a["size"], strict=True)):
             churn = a["churn"][i].sum() / max(num_updates[i], 1)
             shares = (a["density"][i, -1], churn, a["first_overlap"][i, -1], a["explored_share"][i, -1])
             density, *others = (f"{share:.4f}" for share in shares)
             dead = (f"{a[key][i, -1]:,}" for key in ("dead_outputs", "dead_inputs"))
-            cells.append((name, f"{size:,}", density, f"{num_updates[i]:,}", *others, *dead))
+            cells.append((name, f"{size:,}", density, f"{num_updates[i]:,}", f"{num_idle[i]:,}", *others, *dead))
         first, last = a["step"][0], a["step"][-1]
         total = (
             f"all: density {a['total_density'][-1]:.4f}, explored {a['total_explored_share'][-1]:.4f}, "
@@ -281,7 +301,8 @@ def _shares(counts: Mapping[str, NDArray[np.int64]], size: Any) -> dict[str, NDA
 
 def _checked(state: Any, tracks: Mapping[str, Track]) -> Mapping[str, Mapping[str, Tensor]]:
     """Returns the layers of a saved state, if every one fits."""
-    layers = state.get("layers") if isinstance(state, Mapping) and state.get("version") == VERSION else None
+    version = state.get("version") if isinstance(state, Mapping) else None
+    layers = state.get("layers") if version in (1, VERSION) else None
     if not isinstance(layers, Mapping):
         raise _misfit(
             "contents", "the saved history", f"those of state_dict(), version {VERSION}", type(state).__name__
@@ -290,7 +311,8 @@ def _checked(state: Any, tracks: Mapping[str, Track]) -> Mapping[str, Mapping[st
         raise _misfit("layers", "the saved history", f"the {len(tracks)} at hand", f"others ({', '.join(odd[:3])})")
     for name, track in tracks.items():
         saved = layers[name] if isinstance(layers[name], Mapping) else {}
-        changes, marks, width = saved.get("changes"), saved.get("marks"), len(Change._fields)
+        changes, marks = saved.get("changes"), saved.get("marks")
+        width = len(Change._fields) - (version == 1)
         if not (
             isinstance(changes, Tensor)
             and changes.dtype == torch.int64

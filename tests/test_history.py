@@ -122,6 +122,50 @@ def test_a_history_goes_on_after_a_resumption():
         assert np.array_equal(values, history.arrays()[name]), name
 
 
+def test_a_history_of_version_1_is_gone_on_with():
+    """It was saved before idle groups were counted."""
+    model, optimizer, sparsifier = built("set")
+    whole = History(sparsifier)
+    train(model, optimizer, 8)
+    saved = whole.state_dict()
+    old = {
+        "version": 1,
+        "layers": {name: {**layer, "changes": layer["changes"][:, :8]} for name, layer in saved["layers"].items()},
+    }
+    history = History(sparsifier)
+    history.load_state_dict(old)
+    assert_same(history.state_dict(), saved)
+    with pytest.raises(StateError, match=r"changes of conv.weight: expected whole numbers of shape \(updates, 8\)"):
+        history.load_state_dict({**saved, "version": 1})
+    train(model, optimizer, 8, start=8)
+    for name, values in whole.arrays().items():
+        assert np.array_equal(values, history.arrays()[name]), name
+
+
+@pytest.mark.parametrize(("granularity", "num_groups"), [(dstlib.Element(), 1), (dstlib.FanIn(), 8)])
+def test_updates_without_a_reason_are_counted(granularity, num_groups):
+    """A layer without a gradient exchanges nothing; one that has gradients goes on."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("reached", "idle")})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    half = dstlib.schedules.Constant(0.5)
+    method = replace(dstlib.RIGL, interval=2, granularity=granularity, distribution=dstlib.uniform, drop_fraction=half)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, total_steps=20)
+    history = History(sparsifier)
+    for _ in range(10):
+        optimizer.zero_grad()
+        x = torch.randn(4, 8)
+        ((model["reached"](x) - 1).square() + 0 * model["idle"](x)).sum().backward()
+        optimizer.step()
+    a = history.arrays()
+    assert a["name"].tolist() == ["reached.weight", "idle.weight"]
+    assert a["idle"].tolist() == [[0] * 6, [0] + [num_groups] * 5]
+    assert a["grown"].any(axis=1).tolist() == [True, False]
+    _, title, _, reached, idle, _ = str(history).splitlines()
+    place = title.split().index("idle")
+    assert [row.split()[place] for row in (reached, idle)] == ["0", "5"]
+
+
 def test_attached_in_mid_run_it_begins_with_the_masks_of_that_moment():
     model, optimizer, sparsifier = built("set")
     train(model, optimizer, 5)
@@ -190,7 +234,7 @@ def test_a_history_of_another_model_is_refused():
     for state in ({}, {"version": 1, "layers": {}}, {"version": 9, "layers": history.state_dict()["layers"]}):
         with pytest.raises(StateError, match="of the saved history: expected"):
             history.load_state_dict(state)
-    for key, damaged in (("changes", torch.zeros(0, 8).long()), ("changes", None), ("marks", torch.zeros(3).byte())):
+    for key, damaged in (("changes", torch.zeros(0, 9).long()), ("changes", None), ("marks", torch.zeros(3).byte())):
         state = history.state_dict()
         state["layers"]["conv.weight"][key] = damaged
         with pytest.raises(StateError, match=f"{key} of conv.weight: expected"):

@@ -171,16 +171,18 @@ def _numbers(budget: Budget) -> tuple[list[int], list[int]]:
 
 
 class Experts(nn.Module):
-    """Four experts of which one is reached, (B, 8) → (B, 8), as one weight or one each."""
+    """Four experts of which some are reached, (B, 8) → (B, 8), as one weight or one each."""
 
-    def __init__(self, joint: bool) -> None:
+    def __init__(self, joint: bool, reached: tuple[int, ...] = (2,)) -> None:
         super().__init__()
+        self.reached = reached
         self.joint = nn.Parameter(torch.randn(4, 8, 8)) if joint else None
         self.apart = None if joint else nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = torch.cat([w.weight[None] for w in self.apart]) if self.joint is None else self.joint
-        return torch.einsum("bi, eoi -> beo", x, weight)[:, 2]
+        each = torch.einsum("bi, eoi -> beo", x, weight)
+        return sum((1 + i) * each[:, i] for i in self.reached)
 
 
 GRAINS = [Element(), Kernel(), Channel(), Block(2, 4), FanIn(), NM(2, 4)]
@@ -246,8 +248,27 @@ def test_chance_is_a_reason() -> None:
     assert not any(torch.equal(mask, before[name]) for name, mask in sparsifier.masks.items())
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for step in range(steps):
+@pytest.mark.parametrize("name", ["snfs", "granet", "granet_sparse"])
+def test_experts_that_no_token_reaches_keep_their_budget(name: str) -> None:
+    """Of a total that stays they keep all their units, of one that falls their share, rounded at each update."""
+    torch.manual_seed(0)
+    model = Experts(joint=False, reached=(1, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.05)
+    method = replace(dstlib.METHODS[name], interval=2, distribution=dstlib.uniform)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.75, method=method, total_steps=40)
+    seen: list[list[int]] = []
+    for step in range(40):
+        _train(model, optimizer, 1, step)
+        seen.append([int(mask.sum()) for mask in sparsifier.masks.values()])
+        assert_zero_outside(model, sparsifier.masks, optimizer)
+    for counts in seen:
+        assert all(abs(counts[i] - sum(counts) / 4) <= (0 if name == "snfs" else 2) for i in (0, 3))
+    assert sum(seen[-1]) == 64
+    assert len({tuple(counts[1:3]) for counts in seen}) > 1, "else nothing moves between those that are reached"
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
+    for step in range(start, start + steps):
         optimizer.zero_grad()
         x = torch.randn(16, 8, generator=generator(step))
         (model(x) - x).square().mean().backward()
