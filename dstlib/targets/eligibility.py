@@ -240,8 +240,7 @@ def _matrix(candidate: Candidate) -> Weight:
     module = candidate.module
     if _standardizes_weight(type(module).__mro__, type(module)):
         return candidate.weight(_STANDARDISED)
-    is_conv = isinstance(module, (*_CONVS, *_TRANSPOSED))
-    if is_conv and module.in_channels == module.groups > 1 == module.weight.shape[1]:
+    if isinstance(module, (*_CONVS, *_TRANSPOSED)) and module.in_channels == module.groups > 1 == module.weight.shape[1]:
         return candidate.weight(f"depthwise: {_BY_NAME}", on_request=candidate.names)
     if isinstance(module, _TRANSPOSED):
         views = transposed_groups(candidate.name, module.groups, module.in_channels)
