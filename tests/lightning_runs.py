@@ -105,7 +105,7 @@ class TellingIO(TorchCheckpointIO):
     """Tells when it begins to save."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        print(f"save {checkpoint['global_step']}", flush=True)
+        print(f"save {checkpoint.get('global_step')}", flush=True)
         super().save_checkpoint(checkpoint, path, storage_options)
 
 

@@ -364,6 +364,16 @@ def test_a_resumed_run_is_the_one_that_never_stopped(tmp_path, path, average):
     assert runs[0][2] == runs[1][2] == 24
 
 
+def test_the_same_objects_resume_too(saved):
+    """As in a notebook, after Ctrl-C: the trained model goes back, and so do masks and the place in the data."""
+    callback, model, folder = saved
+    weights, masks = snapshot(model), masks_of(callback)
+    make_trainer(folder, callback).fit(model, Loader(), ckpt_path=folder / "step=5.ckpt")
+    assert equal(snapshot(model), weights)
+    assert equal(callback.sparsifier.masks, masks)
+    assert callback.sparsifier.step == 24
+
+
 def test_a_resumed_run_that_is_longer_says_so_and_goes_on(saved):
     callback, _, folder = saved
     other = sparse_training()
@@ -493,6 +503,18 @@ def test_after_an_exception_the_same_objects_go_on(tmp_path):
     make_trainer(tmp_path, callback).fit(model)
     assert callback.sparsifier is sparsifier
     assert outside(sparsifier) == 0
+
+
+def test_a_state_whose_fit_failed_is_not_for_another_one(saved):
+    *_, folder = saved
+    callback, failing = sparse_training(), Net()
+    failing.configure_optimizers = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(folder, callback).fit(failing, Loader(), ckpt_path=folder / "step=20.ckpt")
+    make_trainer(folder, callback).fit(model := Net(), Loader())
+    make_trainer(folder, other := sparse_training()).fit(fresh := Net(), Loader())
+    assert callback.sparsifier.step == other.sparsifier.step == 24
+    assert equal(snapshot(model), snapshot(fresh))
 
 
 def test_stopping_early_leaves_it_whole(tmp_path):

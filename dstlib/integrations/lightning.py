@@ -106,12 +106,18 @@ none. It is made when the trainer begins to train, in the very processes that tr
         """
         if not trainer.ckpt_path:
             self._training.loaded = None  # of a fit that failed before it came to this
-        elif self._training.loaded is None and not self._training.is_of(pl_module):
+        elif self._training.is_of(pl_module):
+            return  # nothing is to begin, and the steps can only be counted later: see on_train_start
+        elif self._training.loaded is None:
             self._load(None, trainer, pl_module)  # of weights alone, for which Lightning calls no callback: refused
         self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Follows the steps of this run, if a resumed one is longer or shorter than the one that was saved."""
+        """Follows the steps of this run, if a resumed one is longer or shorter than the one that was saved.
+
+        Not before: to count them, Lightning makes loaders, and one that is made before its place in the data has been
+        restored starts at the beginning.
+        """
         if trainer.ckpt_path:
             self._begin(trainer, pl_module)
 
@@ -123,10 +129,6 @@ none. It is made when the trainer begins to train, in the very processes that tr
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Masks averages: they are validated, saved and put into the network as sparse as it is."""
-        self._mask_averages(trainer)
-
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Masks averages that are taken once per epoch."""
         self._mask_averages(trainer)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -163,7 +165,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
     def _begin(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         training = self._training
         if training.loaded is not None:
-            total_steps = training.loaded["total_steps"]  # counting makes loaders, whose places are not restored yet
+            total_steps = training.loaded["total_steps"]
         elif training.settings.total_steps is None:
             total_steps = self._count_steps(trainer, pl_module)
         else:
