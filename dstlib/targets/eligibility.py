@@ -19,7 +19,8 @@ from dstlib.targets.views import MatrixView, chunks, fused_parts, stacked, trans
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_MATRICES = (nn.Linear, *_CONVS, *_TRANSPOSED)
+_GRIDS = (*_CONVS, *_TRANSPOSED)
+_MATRICES = (nn.Linear, *_GRIDS)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _CONTAINERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
 _STATISTICS = {"batch_norm", "mean", "var_mean", "std_mean", "var", "std", "weight_standardization"}
@@ -240,7 +241,7 @@ def _matrix(candidate: Candidate) -> Weight:
     module = candidate.module
     if _standardizes_weight(type(module).__mro__, type(module)):
         return candidate.weight(_STANDARDISED)
-    if isinstance(module, (*_CONVS, *_TRANSPOSED)) and module.in_channels == module.groups > 1 == module.weight.shape[1]:
+    if isinstance(module, _GRIDS) and module.in_channels == module.groups > 1 == module.weight.shape[1]:
         return candidate.weight(f"depthwise: {_BY_NAME}", on_request=candidate.names)
     if isinstance(module, _TRANSPOSED):
         views = transposed_groups(candidate.name, module.groups, module.in_channels)
