@@ -44,6 +44,11 @@ def test_a_model_is_sparse_from_the_first_step_to_the_last(tmp_path):
     assert_zero_outside(made.model, sparsifier.masks, made.optimizer.optimizer)
 
 
+def backward(model):
+    x, labels = (torch.stack([item[key] for item in data(4)]) for key in ("x", "labels"))
+    model(x, labels)["loss"].backward()
+
+
 def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
@@ -289,7 +294,7 @@ def test_evaluation_and_other_backward_passes_move_nothing(tmp_path):
         """Computes gradients of its own between the steps, as those who watch a training do."""
 
         def on_step_end(self, args, state, control, *, model, **others):
-            model(**{key: torch.stack([item[key] for item in data(4)]) for key in ("x", "labels")})["loss"].backward()
+            backward(model)
             model.zero_grad()
 
     def end(folder, *others, **settings):
@@ -317,7 +322,7 @@ def test_each_model_of_model_init_is_made_sparse_anew(tmp_path):
     assert_same(before.state_dict(), after.state_dict())
     for model, sparsifier in ends:  # the first one's zeros still hold for whoever trains it on
         optimizer = sgd(model)
-        model(**{key: torch.stack([item[key] for item in data(4)]) for key in ("x", "labels")})["loss"].backward()
+        backward(model)
         optimizer.step()
         assert_zero_outside(model, sparsifier.masks)
 
@@ -341,6 +346,42 @@ def test_a_second_training_goes_on_from_the_weights_of_the_first_with_a_clock_of
     assert second.step == 12
     assert max(weight["updated_at"] for weight in second.state_dict()["weights"].values()) == 9
     assert_zero_outside(made.model, second.masks)
+
+
+def test_a_batch_that_is_too_large_is_halved_and_the_training_begun_again(tmp_path):
+    class Small(Net):
+        """Has no memory for more than two."""
+
+        def forward(self, x, labels):
+            if len(x) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward(x, labels)
+
+    found, given = sparse(), sparse()
+    halved = trainer(tmp_path, found, model=Small(), auto_find_batch_size=True, save_strategy="no")
+    plain = trainer(tmp_path, given, model=Small(), per_device_train_batch_size=2, save_strategy="no")
+    for made in (halved, plain):
+        made.model.load_state_dict(net().state_dict())
+        set_seed(0)
+        made.train()
+    assert_same(found.sparsifier.state_dict(), given.sparsifier.state_dict())
+    assert found.sparsifier.step == 12
+
+
+def test_a_training_that_is_refused_leaves_the_one_before_it_alone(tmp_path, checkpoint):
+    callback, model = sparse(), net()
+    made = trainer(tmp_path / "other", callback, model=model, save_strategy="no")
+    made.train()
+    trained, at_end = callback.sparsifier, {name: weight.clone() for name, weight in model.state_dict().items()}
+    without(checkpoint)
+    with pytest.raises(StateError, match="got only"):
+        made.train(resume_from_checkpoint=str(checkpoint))
+    assert callback.sparsifier is trained
+    model.load_state_dict(at_end)
+    optimizer = sgd(model)
+    backward(model)
+    optimizer.step()
+    assert_zero_outside(model, trained.masks)
 
 
 def trains_and_resumes(folder, **settings):

@@ -102,7 +102,6 @@ none. It is made when the trainer begins to train, in the very processes that tr
             StateError: The checkpoint has no masks, or others than its weights; nothing has changed then.
         """
         _refuse_sharding()
-        self._leave(model)
         folder = _resumed_from()
         training = HostedTraining(self._training.settings)
         if folder is not None:
@@ -110,6 +109,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
             training.load_state_dict(saved, None, where=str(folder))
             if num_outside := _count_outside(model, saved):
                 raise _mixed_up(folder, num_outside)
+        self._leave(model)
         inner = _inner(optimizer)
         training.begin(model, inner, total_steps=state.max_steps)
         self._training = training
