@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState, PartialState
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -107,7 +107,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
         if folder is not None:
             saved = _read(folder)
             training.load_state_dict(saved, None, where=str(folder))
-            if num_outside := _count_outside(model, saved):
+            if num_outside := _count_outside(model, _masks(saved)):
                 raise _mixed_up(folder, num_outside)
         self._leave(model)
         inner = _inner(optimizer)
@@ -146,10 +146,10 @@ none. It is made when the trainer begins to train, in the very processes that tr
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             folder = Path(state.best_model_checkpoint)
             saved = _read(folder)
-            num_outside = _count_outside(model, saved)
+            num_outside = _count_outside(model, _masks(saved))
             if not num_outside:
                 self._training.load_state_dict(saved, model, where=str(folder))
-            elif _count_outside(model, self._training.state_dict()):  # or else nothing was loaded: a pruned trial, say
+            elif _count_outside(model, self.sparsifier.masks):  # or else nothing was loaded: a pruned trial, say
                 raise _mixed_up(folder, num_outside)
 
     def _leave(self, model: nn.Module) -> None:
@@ -266,9 +266,12 @@ def _mixed_up(folder: Path, num_outside: int) -> StateError:
     )
 
 
-def _count_outside(model: nn.Module, saved: Mapping[str, Any]) -> int:
-    """Counts the non-zeros of a model outside saved masks."""
-    masks = {name: weight["mask"] for name, weight in saved["sparsifier"]["weights"].items()}
+def _masks(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: weight["mask"] for name, weight in saved["sparsifier"]["weights"].items()}
+
+
+def _count_outside(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Counts the non-zeros of a model outside masks."""
     weights = find_weights(model, {name: mask.shape for name, mask in masks.items()})
     return sum(count_outside(weights[name], mask.to(weights[name].device)) for name, mask in masks.items())
 
