@@ -45,8 +45,8 @@ class LayerProfile:
 
     ``weights`` and ``active`` are the elements of its weight, all and unmasked; ``params`` the unmasked
     elements of all its parameters. ``flops`` is None where they are not counted, ``flops_per_entry`` what each
-    active element of the weight adds to them. ``output_shape`` is that of the last of its ``calls``, empty if the
-    output is no tensor.
+    active element of the weight adds to them. ``output_shape`` is that of the last of its ``calls``, of the first
+    tensor where there are several, empty if there is none.
     """
 
     name: str
@@ -235,8 +235,9 @@ def _record(model: nn.Module, inputs: Any, active: Mapping[str, int], convention
     calls: _Calls = {m: [] for m in model.modules() if any(p is not None for p in m._parameters.values())}
     num_active = _by_id(model, active)
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not isinstance(output, Tensor):
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+        output = next(tensors_in(returned), None)
+        if output is None:
             calls[module].append(_Call(None, 0, ()))
             return
         num = _num_positions(module, [*args, *kwargs.values()], output, convention)
