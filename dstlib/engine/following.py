@@ -43,12 +43,15 @@ class _Followed:
         owner = None if self.owner is None else self.owner()
         return owner is not None and owner._parameters.get(self.key) is not self.weight
 
-    def refresh(self, *, wants_all: bool) -> None:
-        """Tells the layer where the pattern has changed since, and which gradients this pass is to give."""
+    def refresh(self, *, wants_all: bool, again: bool) -> None:
+        """Tells the layer where the pattern has changed since, and which gradients this pass is to give.
+
+        ``again``, the zeros of a weight are looked for even if it has no new version.
+        """
         self.layer.dense_gradient = wants_all
         trains = self.mask is None and torch.is_grad_enabled() and self.weight.requires_grad
         state = None if trains else (self.weight if self.mask is None else self.mask)._version
-        if state == self.seen:
+        if state == self.seen and (state is None or self.mask is not None or not again):
             return
         if trains:
             self.layer.set_mask(torch.ones_like(self.weight, dtype=torch.bool))
@@ -68,7 +71,7 @@ class _Following:
     followed: Sequence[_Followed]
     wants_all: Told
     holds: Told
-    was_training: bool
+    was_training: bool | None
     seen: list[int] | None = None  # all versions at the last pass, if nobody recorded it
 
     def __call__(self, fast: nn.Module, _: object = ()) -> None:
@@ -83,11 +86,13 @@ class _Following:
             allowed, given = "the parameters that it was accelerated with", f"another {lost[0]}"
             remedy = "After load_state_dict(assign=True) and what else replaces parameters, call accelerate() again."
             raise StateError.of("model", "accelerate()", allowed=allowed, given=given, remedy=remedy)
+        # what is written through weight.data has no new version: all is looked at when training begins or ends
         is_switched = fast.training is not self.was_training
         if records or is_switched or versions != self.seen:
+            self.seen = self.was_training = None  # until all is known to be right
             self._check(again=is_switched)
             for each in self.followed:
-                each.refresh(wants_all=self.wants_all(each.name))
+                each.refresh(wants_all=self.wants_all(each.name), again=is_switched)
         self.seen, self.was_training = None if records else versions, fast.training
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,10 +100,7 @@ class _Following:
         return {**vars(self), "holds": never}
 
     def _check(self, *, again: bool) -> None:
-        """Counts what is not zero outside masks where that may have changed; ``again``, even if no version did.
-
-        A weight written through its ``data`` has no new version, so all is counted again when training begins or ends.
-        """
+        """Counts what is not zero outside masks where that may have changed; ``again``, even if no version did."""
         if any(x.weight.is_cuda for x in self.followed) and torch.cuda.is_current_stream_capturing():
             return  # into a CUDA graph, in which no value can be looked at
         masked = {each: each.mask for each in self.followed if each.mask is not None}

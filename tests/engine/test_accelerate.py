@@ -4,12 +4,15 @@ import copy
 import importlib
 from collections import UserDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dstlib
@@ -555,6 +558,70 @@ def test_it_is_counted_once_for_each_change(monkeypatch: pytest.MonkeyPatch):
     assert len(counted) == 4
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["masks", "no masks"])
+def test_values_that_are_written_unseen_are_read_when_training_ends(masked: bool):
+    """Of linear layers, which gather them, and of convolutions, which transform them."""
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 64, 4)), torch.randn(2, 8, 8, 8)
+    sparsifier = dstlib.sparsify(model, sparsity=0.5, method="static")
+    fast = (sparsifier.accelerate if masked else accelerate)(model, x, decisions=_forced(model))
+    with torch.no_grad():
+        fast.eval()(x)
+        for parameter in model.parameters():
+            parameter.data.mul_(-2.0)
+        _assert_close(fast.train().eval()(x), model.eval()(x))
+
+
+EVENTS = ("step", "best", "best and state", "average", "cut average", "assign", "written unseen", "poke", "copy")
+
+
+@given(st.lists(st.sampled_from(EVENTS), min_size=1, max_size=6), st.booleans(), st.booleans())
+@settings(max_examples=60)
+@pytest.mark.filterwarnings("ignore:step")  # which says what becomes of weights without their masks
+def test_whatever_happens_it_computes_the_model_or_refuses(events: list[str], records: bool, with_masks: bool):
+    model, sparsifier, x = _two_layers()
+    fast = sparsifier.accelerate(model, x, decisions=_forced(model))
+    if not with_masks:
+        fast = accelerate(model, x, decisions=_forced(model))
+    best, state = copy.deepcopy(model.state_dict()), sparsifier.state_dict()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for event in events:
+        match event:
+            case "step":
+                with suppress(StateError):  # of parameters that are gone
+                    _steps(model, x, 2)  # an update at each third
+                average.update_parameters(model)
+            case "best" | "assign":
+                model.load_state_dict(best, assign=event == "assign")
+                best = copy.deepcopy(best)
+            case "best and state":
+                model.load_state_dict(best)
+                with suppress(StateError):
+                    sparsifier.load_state_dict(state)
+            case "average" | "cut average":
+                if event == "cut average":
+                    sparsifier.mask_model(average)
+                model.load_state_dict(average.module.state_dict())
+            case "written unseen":
+                model[0].weight.data.add_(1.0)
+                model.train(not fast.training)
+                fast.train(not fast.training)
+            case "poke":
+                with torch.no_grad():
+                    model[2].weight.view(-1)[3] += 1.0
+            case "copy":
+                fast = copy.deepcopy(fast)
+                fast.load_state_dict(model.state_dict())
+        with torch.set_grad_enabled(records):
+            try:
+                got = fast(x)
+            except StateError:
+                assert with_masks or "assign" in events
+                continue
+            _assert_close(got, model(x))
+        if event == "copy":  # which has parameters of its own, so that it no longer follows the model
+            return
+
+
 def test_a_training_counts_nothing(monkeypatch: pytest.MonkeyPatch):
     model, sparsifier, x = _two_layers()
     fast = sparsifier.accelerate(model, x, decisions=_forced(model))
@@ -579,11 +646,11 @@ def test_a_model_that_got_other_parameters_is_refused(change: str):
 
 def test_masks_of_another_model_are_refused():
     model, x = _networks()["mlp"]
-    for masks, given in (
+    for masks, got in (
         ({"fc.weight": torch.ones(30, 20, dtype=torch.bool)}, "got 'fc.weight'"),
         ({"0.weight": torch.ones(20, 30, dtype=torch.bool)}, r"expected shape \(30, 20\), got \(20, 30\)"),
     ):
-        with pytest.raises(SelectionError, match=given):
+        with pytest.raises(SelectionError, match=got):
             accelerate(model, x, masks=masks)
 
 

@@ -1,5 +1,7 @@
 """The part of a fast convolution that follows which of its kernels are active."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,11 @@ class FollowsKernels(nn.Module):
         """Follows a mask of the weight's shape: a kernel is active where any of its taps is."""
         self.active = self._pattern(mask)
         self._weights: Weights | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; forgets what was made of the weight, which ``weight.data`` may have changed unseen."""
+        self._weights = None
+        return super().train(mode)
 
     def weights(self, bias: Tensor | None) -> Weights:
         """Returns the weight, a bias and the active kernels, the same value until one of them is another."""
