@@ -27,11 +27,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Every weight with two axes or more, sparse or dense and why; ``num_other`` counts all other entries."""
+    """Every weight with two axes or more, sparse or dense and why; ``num_other`` counts all other entries.
+
+    ``notes`` are lines that are told after the table.
+    """
 
     rows: tuple[Row, ...]
     num_other: int
     title: str
+    notes: tuple[str, ...] = ()
 
     @property
     def num_active(self) -> int:
@@ -72,7 +76,7 @@ class Summary:
             f"whole model: {self.params:,} of {num_all:,} parameters: {self.num_active:,} in sparse weights, "
             f"{num_dense:,} in dense ones, {self.num_other:,} in biases, norms and other vectors"
         )
-        return "\n".join([self.title, *align(cells, left=(0, 1, 2, 5)), sparse, *_zeros_of(dense), whole])
+        return "\n".join([self.title, *align(cells, left=(0, 1, 2, 5)), sparse, *_zeros_of(dense), whole, *self.notes])
 
 
 def _zeros_of(dense: Iterable[Row]) -> Iterator[str]:

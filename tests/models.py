@@ -49,24 +49,26 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int, start: int = 0) ->
     return losses
 
 
-def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[Tensor]:
-    """Same-shape tensors of an optimizer, found without the library's help."""
-    for value in optimizer.state[parameter].values():
+def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[Tensor, float]]:
+    """Same-shape tensors of one of torch's optimizers with their values at birth, found without the library's help."""
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    births = {"sum": group.get("initial_accumulator_value"), "step_size": group.get("lr")}
+    for key, value in optimizer.state[parameter].items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            yield value
+            yield value, births.get(key, 0.0)
 
 
 def assert_zero_outside(model: nn.Module, masks: dict[str, Tensor], *optimizers: Optimizer) -> None:
-    """Weights and optimizer state are exactly zero wherever a mask is False."""
+    """Weights are exactly zero wherever a mask is False, and what one of torch's optimizers keeps is as at birth."""
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         parameter = parameters[name]
-        tensors = [parameter.detach()]
+        tensors = [(parameter.detach(), 0.0)]
         for optimizer in optimizers:
             tensors += state_of(optimizer, parameter)
-        for tensor in tensors:
-            if not torch.equal(tensor[~mask], torch.zeros_like(tensor[~mask])):
-                raise AssertionError(f"{name}: nonzero outside the mask")
+        for tensor, birth in tensors:
+            if not torch.equal(tensor[~mask], torch.full_like(tensor[~mask], birth)):
+                raise AssertionError(f"{name}: not as at birth outside the mask")
 
 
 def assert_same(first: dict, second: dict, where: str = "") -> None:

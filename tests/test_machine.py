@@ -166,8 +166,8 @@ class Training(RuleBasedStateMachine):
             assert_zero_outside(self.model, self.sparsifier.masks, *([] if hides else [self.optimizer]))
             for name, saved in self.sparsifier.state_dict()["weights"].items():
                 if saved["reach"] is not None:
-                    for state in state_of(self.optimizer, self.model.get_parameter(name)):
-                        assert (state[~saved["reach"]] == 0).all()
+                    for state, birth in state_of(self.optimizer, self.model.get_parameter(name)):
+                        assert (state[~saved["reach"]] == birth).all()
 
 
 Training.TestCase.settings = settings(max_examples=160, stateful_step_count=25, deadline=None)

@@ -11,7 +11,8 @@ from dstlib.errors import SelectionError, require
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
 from dstlib.sparsifier.hooks import keep, listeners
-from dstlib.sparsifier.optimizer_state import parameter_ids, refuse_unsupported
+from dstlib.sparsifier.known_optimizers import Kind
+from dstlib.sparsifier.optimizer_state import check_stated, parameter_ids, refuse_unsupported
 from dstlib.sparsifier.plan import Plan, make_plan
 from dstlib.sparsifier.sparsifier import Sparsifier
 from dstlib.targets import unwrap
@@ -29,6 +30,7 @@ def sparsify(
     split: Mapping[str, int | str] | None = None,
     seed: int = 0,
     process_group: ProcessGroup | None = None,
+    state: Mapping[str, Kind] | None = None,
 ) -> Sparsifier:
     """Makes a model sparse now, and keeps it sparse under any torch optimizer that steps on its weights.
 
@@ -43,7 +45,9 @@ def sparsify(
     matrices' entries dense warns.
     Weights that already hold the zeros of such a plan keep them: their places become the first masks.
     ``process_group`` are the ranks that hold a replica of the model, whose masks are compared at each update; by
-    default all. Passing the optimizers is optional; it lets mistakes be found now rather than at the first step.
+    default all. ``state`` says what an optimizer keeps under a key, where that is not known: a "moment", an
+    "accumulator", "weights" or "other" (docs/optimizers.md). Passing the optimizers is optional; it lets mistakes be
+    found now rather than at the first step.
 
     Raises:
         SettingError: A setting is out of range.
@@ -59,6 +63,7 @@ def sparsify(
     """
     _check_types(model, include=include, exclude=exclude, overrides=overrides or {}, split=split or {}, seed=seed)
     _check_optimizers(optimizers, model)
+    check_stated(state or {})
     plan = make_plan(
         model,
         find_method(method),
@@ -73,7 +78,7 @@ def sparsify(
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
     _check_unmasked(sparse)
     owners = [m for m in unwrap(model).modules() if any(id(p) in sparse for p in m._parameters.values())]
-    sparsifier = Sparsifier(plan, optimizers, unwrap(model), process_group)
+    sparsifier = Sparsifier(plan, optimizers, unwrap(model), process_group, state)
     keep(sparsifier, owners)
     if optimizers:
         _warn_of_unheld(plan, optimizers)

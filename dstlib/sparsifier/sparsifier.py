@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -18,7 +19,8 @@ from dstlib.report import Summary
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.hooks import forget, listen
-from dstlib.sparsifier.optimizer_state import momentum_of, parameter_ids
+from dstlib.sparsifier.known_optimizers import Kind
+from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
 from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight, check_saved, save
@@ -40,7 +42,12 @@ class Sparsifier:
     """
 
     def __init__(
-        self, plan: Plan, optimizers: Sequence[Optimizer], model: nn.Module, process_group: ProcessGroup | None = None
+        self,
+        plan: Plan,
+        optimizers: Sequence[Optimizer],
+        model: nn.Module,
+        process_group: ProcessGroup | None = None,
+        state: Mapping[str, Kind] | None = None,
     ) -> None:
         self._observers: list[update.Observer] = []
         self._frozen = False
@@ -52,6 +59,7 @@ class Sparsifier:
             if not w.reason
         ]
         self._process_group = process_group
+        self._meanings = StateMeanings(state or {})
         self._has_asked = False  # whether all weights take steps
         self._lost_at = -1  # the last step at which something else had written outside the masks
         self._num_unheard = 0  # backward passes since the last step
@@ -105,7 +113,8 @@ class Sparsifier:
         Counted is what is: non-zeros outside the masks, and what stands where a sparse weight was.
         """
         losses = self._ownership.losses(self._by_name)
-        return summarize(self.plan, self._masked, self._ownership.model, losses, self.step)
+        summary = summarize(self.plan, self._masked, self._ownership.model, losses, self.step)
+        return replace(summary, notes=self._meanings.lines())
 
     @torch.no_grad()
     def before_step(self, *optimizers: Optimizer) -> None:
@@ -144,7 +153,7 @@ class Sparsifier:
         belong to them, and loses nothing.
         """
         for m in self._masked:
-            m.clear(self._holders(m))
+            m.clear(self._kept(m))
 
     @torch.no_grad()
     def mask_model(self, model: nn.Module) -> None:
@@ -176,6 +185,7 @@ class Sparsifier:
         optimizer_state.refuse_unsupported(optimizer)
         self._check_owned(weights)
         self._meet(optimizer, weights)
+        self._meanings.meet(optimizer, ((m.parameter, m.learns) for m in weights))
         if optimizer_state.takes_no_step(optimizer):
             for m in weights:
                 m.begun = m.step
@@ -301,6 +311,7 @@ class Sparsifier:
         if plan.method.storage is not None:
             for m in self._masked:
                 m.hidden = m.parameter.detach().clone()
+        kept = {m: self._kept(m) for m in self._masked}  # as long as no mask is chosen, none is seen in what varies
         plan = update.choose_first_masks(self._masked, plan)
         loaded.tell_of_regrowth(self._masked, plan.method.name)
         for m in self._masked:
@@ -310,7 +321,7 @@ class Sparsifier:
                 m.reveal()
                 update.spread_reach(m, plan, 0)
                 m.hide()
-            m.clear(self._holders(m))
+            m.clear(kept[m])
         return plan
 
     def _check_owned(self, weights: Iterable[MaskedWeight]) -> None:
@@ -359,7 +370,7 @@ class Sparsifier:
             if m.hidden is not None:
                 m.hidden = zero_outside_(m.hidden, ~m.mask)
                 update.spread_reach(m, self.plan, m.step)
-            m.clear(self._holders(m))
+            m.clear(self._kept(m))
         lost = {m: n for m, n in outside.items() if m not in taken}
         if lost and step > self._lost_at + 1:  # at each step in a row it has the same cause
             loaded.tell_of_loss(lost, step)
@@ -416,15 +427,13 @@ class Sparsifier:
         try:
             for m in stepped:
                 m.undo_out_of_reach()
-                m.clear(
-                    self._holders(m)
-                )  # what comes within reach now must not bring what weight decay left in its momentum
+                m.clear(self._kept(m))  # what comes within reach must not bring what weight decay left in its momentum
             # a fused optimizer has divided the loss scale out in place by now
             self._replicas.check_equal(self._update([m for m in stepped if m.parameter.grad is not None], 1.0))
         finally:
             for m in weights:
                 m.hide()
-                m.clear(self._holders(m))
+                m.clear(self._kept(m))
                 m.step = m.begun
 
     def _is_due(self, m: MaskedWeight) -> bool:
@@ -450,13 +459,15 @@ class Sparsifier:
                 m.trace = None
             if method.reset_state and int(m.mask.sum()) > num_active[m]:
                 for optimizer in self._holders(m):
-                    optimizer_state.reset_state(optimizer, m.parameter)
+                    kept = self._meanings.kept(optimizer, m.parameter, m.mask)
+                    optimizer_state.reset_state(optimizer, m.parameter, kept, m.parameter.grad)
         if due and method.skip_step:
             self._skip_step(due)
         return due
 
     def _update_at(self, step: int, weights: Sequence[MaskedWeight], scale: float) -> None:
         due = [(m, _full_gradient(m, scale), momentum_of(self._holders(m), m.parameter)) for m in weights]
+        masks = [m.mask.clone() for m in weights]
         try:
             self._memory = update.update_masks(
                 due, self._masked, self.plan, step=step, memory=self._memory, observers=self.observers
@@ -464,8 +475,10 @@ class Sparsifier:
             for m in weights:
                 m.updated_at = step
         finally:  # also where a criterion or an observer raised: the zeros hold
-            for m in weights:
-                m.clear(self._holders(m))
+            for (m, grad, _), old in zip(due, masks, strict=True):
+                kept = self._kept(m)
+                m.clear(kept)
+                m.start_grown(kept, old, grad)
 
     def _skip_step(self, due: Iterable[MaskedWeight]) -> None:
         """Takes the gradients away: no torch optimizer moves a parameter then, so these leave this step out."""
@@ -488,6 +501,12 @@ class Sparsifier:
     def _holders(self, m: MaskedWeight) -> list[Optimizer]:
         """Returns the optimizers that were seen to step on a weight, the latest one first."""
         return [optimizer for seen in reversed(self._held[m]) if (optimizer := seen()) is not None]
+
+    def _kept(self, m: MaskedWeight) -> list[Kept]:
+        """Returns what the optimizers that were seen to step on a weight keep for its entries."""
+        if m.learns is None:
+            return []
+        return [k for o in self._holders(m) for k in self._meanings.kept(o, m.parameter, m.learns)]
 
     def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
         """Returns the sparse weights that these step on, in the model's order."""

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dstlib.errors import StateError
 from dstlib.masking import Granularity, num_units, unit_mask
 from dstlib.masking.update import count_outside, zero_outside_
-from dstlib.sparsifier.optimizer_state import same_shape_state
+from dstlib.sparsifier.optimizer_state import Kept
 from dstlib.sparsifier.plan import Plan
 from dstlib.targets import Weight
 
@@ -87,15 +86,21 @@ class MaskedWeight:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
 
-    def clear(self, optimizers: Iterable[Optimizer]) -> None:
-        """Writes zeros outside the mask, to the weight and to what these optimizers keep for it."""
+    def clear(self, kept: Iterable[Kept]) -> None:
+        """Writes zeros outside the mask, and makes what optimizers keep for the weight there as it is at birth."""
         if not self.is_revealed:
             zero_outside_(self.parameter, self.mask)
             self.version = self.parameter._version
         if self.learns is not None:
-            for optimizer in optimizers:
-                for state in same_shape_state(optimizer, self.parameter):
-                    zero_outside_(state, self.learns)
+            for k in kept:
+                if self.hidden is None or k.meaning.kind != "weights":  # copies of hidden weights live with them
+                    k.write_outside(self.learns)
+
+    def start_grown(self, kept: Iterable[Kept], old: Tensor, grad: Tensor) -> None:
+        """Starts what optimizers make of the weight, or of its first gradient, where it has grown since an old mask."""
+        if self.hidden is None:
+            for k in kept:
+                k.start(self.mask & ~old, self.parameter.detach(), grad)
 
     def num_outside(self) -> int:
         """Counts the non-zeros of the parameter outside the mask; there are none unless something else wrote them."""
