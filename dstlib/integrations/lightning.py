@@ -116,7 +116,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
         """Follows the steps of this run, if a resumed one is longer or shorter than the one that was saved.
 
         Not before: to count them, Lightning makes loaders, and one that is made before its place in the data has been
-        restored starts at the beginning.
+        restored starts at the beginning (its issue 20550).
         """
         if trainer.ckpt_path:
             self._begin(trainer, pl_module)
