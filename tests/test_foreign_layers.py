@@ -96,6 +96,25 @@ def test_a_subclass_counts_as_its_base_unless_it_standardises_the_weight():
     assert "standardises" in select(model)[1].reason
 
 
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (Turned(12, 8), [(12, 8)]),
+        (Turned(24, 8), [(8, 8)] * 3),
+        (nn.Linear(8, 24), [(8, 8)] * 3),
+        (nn.ConvTranspose2d(8, 12, 3), [(12, 8, 3, 3)]),
+    ],
+)
+def test_a_weight_beside_low_rank_factors_keeps_its_axes_and_its_parts(layer, shapes):
+    adapter = nn.Module()
+    adapter.c_attn, adapter.lora_A, adapter.lora_B = layer, nn.Linear(8, 2), nn.Linear(2, 8)
+    found = {w.name: w for w in select(adapter, include=("c_attn.weight",))}["c_attn.weight"]
+    assert found.reason == ""
+    assert [tuple(view.of(found.parameter).shape) for view in found.views] == shapes
+    dense = {w.name: w.reason for w in select(nn.ModuleList([adapter, nn.Linear(4, 4)]))}
+    assert dense["0.c_attn.weight"].startswith("adapted by low-rank factors")
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_each_expert_is_a_matrix_with_a_budget_of_its_own(is_transposed):
     weights = {w.name: w for w in select(Experts(is_transposed))}

@@ -7,7 +7,7 @@ is computed from the parameter anew each time, or where something adds to it beh
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -162,8 +162,11 @@ def _adapted(candidate: Candidate) -> Weight | None:
         return None
     if any("train" in vars(cls) for cls in type(holder).__mro__ if not _is_torch(cls)):
         return candidate.weight("train() and eval() merge a low-rank product into it, which would undo the zeros")
+    found = _foreign(candidate) or _matrix(candidate)
+    if found.reason and not found.on_request:
+        return found
     reason = f"adapted by low-rank factors, and merging them would undo the zeros: {_BY_NAME}"
-    return candidate.weight(reason, on_request=candidate.names)
+    return replace(found, reason=reason, on_request=candidate.names)
 
 
 def _is_layer(module: nn.Module) -> bool:
