@@ -104,6 +104,17 @@ def test_what_was_fused_becomes_sparse_again_without_a_loss():
     assert masks["0.weight"][before != 0].all()
 
 
+def test_dense_weights_are_counted_as_they_are_in_the_model_now():
+    depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    model = nn.Sequential(depthwise, nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+    sparsifier = dstlib.sparsify(model, sparsity=0.5, method="static")
+    model[0] = nn.Identity()
+    model[2].load_state_dict({name: x.clone() for name, x in model[2].state_dict().items()}, assign=True)
+    rows = {row.name: row.reason for row in sparsifier.summary().rows}
+    assert rows == {"1.weight": "", "2.weight": "depthwise: sparse only if included by name"}
+    assert sparsifier.summary().params == 16 + 4 + 4 * 9 + 4
+
+
 def test_a_norm_that_goes_into_its_convolution_leaves_every_zero():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
