@@ -287,6 +287,18 @@ def test_places_are_taken_whole_or_not_at_all(data):
     assert bool((model.weight[~m.mask] == 0).all()) if fits else torch.equal(m.mask, before)
 
 
+def test_sparse_weights_that_the_plan_has_no_room_for_are_told_of():
+    """The end of a run that moved budgets between layers, say; a criterion that chose them would need no word."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    sparse(model, sparsity=0.8, overrides={"0": 0.6}).detach()
+    with pytest.warns(UserWarning, match=r"sparsify\(\): 0.weight already held zeros, .* \d+ of them, drawn at random"):
+        sparse(model, sparsity=0.8).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sparse(model, sparsity=0.9, method=replace(METHOD, init=dstlib.masking.magnitude))
+
+
 # ---- steps that nobody hears, and steps that nobody takes
 
 

@@ -35,6 +35,11 @@ def take_places(m: MaskedWeight, granularity: Granularity) -> bool:
     return True
 
 
+def is_sparse_already(m: MaskedWeight) -> bool:
+    """Whether at most half of a weight's entries are not zero, and some are not."""
+    return 0 < 2 * int(m.parameter.count_nonzero()) <= m.mask.numel()
+
+
 def tell_of_zeros(taken: Sequence[MaskedWeight], step: int) -> None:
     """Warns that masks have followed loaded weights, whose zeros a step would else have moved."""
     warnings.warn(
@@ -47,13 +52,23 @@ def tell_of_zeros(taken: Sequence[MaskedWeight], step: int) -> None:
 
 def tell_of_regrowth(masked: Iterable[MaskedWeight], method: str) -> None:
     """Warns of weights that are sparse, in a method that starts from dense; if there are any."""
-    sparse = [m for m in masked if bool(m.mask.all()) and 0 < 2 * int(m.parameter.count_nonzero()) <= m.mask.numel()]
+    sparse = [m for m in masked if bool(m.mask.all()) and is_sparse_already(m)]
     if not sparse:
         return
     warnings.warn(
         f"sparsify(): {_named(sparse)} already held zeros, at more than half of their entries, but method {method} "
         f"starts from dense weights, so these zeros will train. To resume a run, load {_STATE}; to go on from a sparse "
         'model, choose a method that keeps its density, such as "rigl".',
+        stacklevel=2,
+    )
+
+
+def tell_of_no_room(outside: Mapping[MaskedWeight, int]) -> None:
+    """Warns of weights that were sparse already, and whose non-zeros do not fit the first masks."""
+    warnings.warn(
+        f"sparsify(): {_named(list(outside))} already held zeros, but more non-zeros than the plan has room for: "
+        f"{sum(outside.values()):,} of them, drawn at random, are zero now. Sparse weights keep their places under the "
+        f"sparsity, distribution and granularity that they have; to resume a run, load {_STATE}.",
         stacklevel=2,
     )
 

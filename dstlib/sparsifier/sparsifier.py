@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dstlib.errors import SettingError, StateError
+from dstlib.masking import random
 from dstlib.masking.update import zero_outside_
 from dstlib.report import Summary
 from dstlib.sparsifier import loaded, optimizer_state, update
@@ -312,11 +313,15 @@ class Sparsifier:
             for m in self._masked:
                 m.hidden = m.parameter.detach().clone()
         kept = {m: self._kept(m) for m in self._masked}  # as long as no mask is chosen, none is seen in what varies
+        is_drawn = plan.method.init is random
         plan = update.choose_first_masks(self._masked, plan)
         loaded.tell_of_regrowth(self._masked, plan.method.name)
+        outside = {m: num_outside for m in self._masked if (num_outside := m.num_outside())}
+        # weights that are sparse already keep their places, where these fit
+        lost = {m: n for m, n in outside.items() if not loaded.take_places(m, plan.method.granularity)}
+        if is_drawn and (sparse := {m: n for m, n in lost.items() if loaded.is_sparse_already(m)}):
+            loaded.tell_of_no_room(sparse)
         for m in self._masked:
-            if m.num_outside():  # weights that are sparse already keep their places, where these fit
-                loaded.take_places(m, plan.method.granularity)
             if m.hidden is not None:
                 m.reveal()
                 update.spread_reach(m, plan, 0)
