@@ -327,7 +327,8 @@ def test_each_model_of_model_init_is_made_sparse_anew(tmp_path):
         assert_zero_outside(model, sparsifier.masks)
 
 
-def test_a_second_training_goes_on_from_the_weights_of_the_first_with_a_clock_of_its_own(tmp_path):
+@pytest.mark.parametrize("method", ["rigl", "snfs"])  # the latter moves budgets between the layers
+def test_a_second_training_goes_on_from_the_weights_of_the_first_with_a_clock_of_its_own(tmp_path, method):
     begun = []
 
     class Look(TrainerCallback):
@@ -335,7 +336,7 @@ def test_a_second_training_goes_on_from_the_weights_of_the_first_with_a_clock_of
             if state.global_step == 0:
                 begun.append(({name: p.detach().clone() for name, p in model.named_parameters()}, callback.sparsifier))
 
-    callback = sparse()
+    callback = sparse(method=replace(dstlib.METHODS[method], interval=3))
     made = trainer(tmp_path, callback, Look(), save_strategy="no")
     made.train()
     first, at_end = callback.sparsifier, {name: p.detach().clone() for name, p in made.model.named_parameters()}

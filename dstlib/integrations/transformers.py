@@ -109,6 +109,9 @@ none. It is made when the trainer begins to train, in the very processes that tr
             training.load_state_dict(saved, None, where=str(folder))
             if num_outside := _count_outside(model, _masks(saved)):
                 raise _mixed_up(folder, num_outside)
+        elif self._training.is_of(model) and self.sparsifier.plan.method.allocate is not None:
+            # budgets have moved between weights, which the plan of a new training cannot know
+            training.load_state_dict(_at_step_0(self._training.state_dict()), model, where="the training before")
         self._leave(model)
         inner = _inner(optimizer)
         training.begin(model, inner, total_steps=state.max_steps)
@@ -252,6 +255,13 @@ def _read(folder: Path) -> dict[str, Any]:
         given = f"a file that cannot be read ({type(error).__name__})"
         raise StateError.of("masks", where, allowed=allowed, given=given, remedy=remedy) from error
     return saved
+
+
+def _at_step_0(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state with its masks, but with the clock of a training that begins."""
+    start = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
+    weights = {name: {**weight, **start} for name, weight in state["sparsifier"]["weights"].items()}
+    return {**state, "sparsifier": {**state["sparsifier"], "weights": weights}}
 
 
 def _mixed_up(folder: Path, num_outside: int) -> StateError:
