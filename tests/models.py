@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import dstlib
+
 
 class Small(nn.Module):
     """A convolution, a transposed one, a norm and a linear layer: (B, 2, 6, 6) → (B, 3)."""
@@ -83,3 +85,32 @@ def assert_same(first: dict, second: dict, where: str = "") -> None:
             assert torch.equal(a, b), f"{path} differs"
         else:
             assert a == b, f"{path}: {a} != {b}"
+
+
+def units_of(sparsifier: dstlib.Sparsifier) -> dict[str, Tensor]:
+    """Which units of each matrix view are active, (groups, units), from the masks alone."""
+    fold, units = sparsifier.plan.method.granularity.fold, {}
+    for weight in sparsifier.weights:
+        for view in weight.views:
+            folded = fold(view.of(sparsifier.masks[weight.name]))
+            assert (folded == folded[..., :1]).all(), "a unit is all on or all off"
+            units[view.name] = folded[..., 0]
+    return units
+
+
+def check_counts(sparsifier: dstlib.Sparsifier) -> None:
+    """Every group as the plan says for the latest update; where units are shared out, all weights together."""
+    plan, units, total, num_planned = sparsifier.plan, units_of(sparsifier), 0, 0
+    for name, saved in sparsifier.state_dict()["weights"].items():
+        num_groups, size = units[name].shape
+        counts = units[name].sum(dim=1).tolist()
+        quota = plan.num_target(name, size, saved["updated_at"])
+        total, num_planned = total + sum(counts), num_planned + quota * num_groups
+        if plan.method.allocate is None:
+            assert counts == [quota] * num_groups
+        elif plan.method.name == "srigl":
+            alive = [num for num in counts if num]
+            assert len(set(alive)) == 1, "constant fan-in"
+            assert quota * num_groups - len(alive) < sum(alive) <= quota * num_groups
+    if plan.method.allocate is not None and plan.method.name != "srigl":
+        assert total == num_planned

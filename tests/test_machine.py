@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from models import assert_same, assert_zero_outside, backward, small, state_of
+from models import assert_same, assert_zero_outside, backward, check_counts, small, state_of
 
 import dstlib
 from dstlib.masking import NM, Channel, Element, FanIn, Kernel, uniform
@@ -57,17 +57,6 @@ class Training(RuleBasedStateMachine):
         self.num_batches = self.num_steps = 0
         self.frozen_at = self.detached_at = None
         self.started = True
-
-    def units(self):
-        """Which units of each weight are active, (groups, units), from the masks alone."""
-        fold = self.sparsifier.plan.method.granularity.fold
-        units = {}
-        for weight in self.sparsifier.plan.weights:
-            for view in weight.views:
-                folded = fold(view.of(self.sparsifier.masks[weight.name]))
-                assert (folded == folded[..., :1]).all(), "a unit is all on or all off"
-                units[view.name] = folded[..., 0]
-        return units
 
     @rule()
     def accumulate(self):
@@ -135,28 +124,11 @@ class Training(RuleBasedStateMachine):
         self.sparsifier.detach()
         self.detached_at = {n: m.clone() for n, m in self.sparsifier.masks.items()}
 
-    def check_counts(self):
-        """Every group as the plan says for the latest update; where units are shared out, all weights together."""
-        plan, units, total, num_planned = self.sparsifier.plan, self.units(), 0, 0
-        for name, saved in self.sparsifier.state_dict()["weights"].items():
-            num_groups, size = units[name].shape
-            counts = units[name].sum(dim=1).tolist()
-            quota = plan.num_target(name, size, saved["updated_at"])
-            total, num_planned = total + sum(counts), num_planned + quota * num_groups
-            if plan.method.allocate is None:
-                assert counts == [quota] * num_groups
-            elif plan.method.name == "srigl":
-                alive = [num for num in counts if num]
-                assert len(set(alive)) == 1, "constant fan-in"
-                assert quota * num_groups - len(alive) < sum(alive) <= quota * num_groups
-        if plan.method.allocate is not None and plan.method.name != "srigl":
-            assert total == num_planned
-
     @precondition(lambda self: getattr(self, "started", False))
     @invariant()
     def holds(self):
         assert self.sparsifier.step == self.num_steps
-        self.check_counts()
+        check_counts(self.sparsifier)
         if self.frozen_at is not None:
             assert_same(self.frozen_at, self.sparsifier.masks)
         if self.detached_at is not None:

@@ -61,7 +61,7 @@ def stop_after(monkeypatch, epoch):
 
 @pytest.mark.parametrize(
     ("name", "opt", "amp"),
-    [("test_resnet", "adamw", True), ("test_vit", "lamb", False)],
+    [("test_resnet", "adamw", True), pytest.param("test_vit", "lamb", False, marks=pytest.mark.long)],
 )
 def test_a_resumed_script_is_the_uninterrupted_one(name, opt, amp, tmp_path, monkeypatch):
     settings = {"name": name, "opt": opt, "amp": amp}

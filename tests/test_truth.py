@@ -159,6 +159,33 @@ def test_a_copied_pair_watches_its_own_layers():
         step(model, sgd(model))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_layer_that_was_replaced_before_a_copy_is_told_of_by_the_copy(copied):
+    model = mlp()
+    sparsifier = sparse(model)
+    model[2] = nn.Linear(16, 16)
+    model, sparsifier = copied((model, sparsifier))
+    assert sparsifier.density == real_density(model)
+    with pytest.warns(UserWarning, match=r"2\.weight: sparse until now"):
+        step(model, sgd(model))
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_a_group_that_is_added_to_an_optimizer_of_other_weights_is_looked_at(num_steps):
+    """It may hold what came in the place of a sparse weight, even if nothing else of the optimizer ever was sparse."""
+    model, other = mlp(), nn.Linear(8, 2)
+    sparsifier = sparse(model)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(num_steps):
+        other(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    model.load_state_dict(mlp(1).state_dict(), assign=True)
+    optimizer.add_param_group({"params": list(model.parameters())})
+    with pytest.raises(StateError, match=r"parameter of 0\.weight.*another in its place"):
+        step(model, optimizer)
+    assert sparsifier.step == 0
+
+
 def test_flat_parameters_of_fsdp_are_refused(tmp_path):
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -60,6 +60,8 @@ class Ownership:
         self._weights = dict(weights)
         wanted = {id(p) for p in weights.values()}
         self._paths = dict.fromkeys(wanted, ()) if model is None else _paths(model, wanted)
+        # of whose loss nothing is to be said: without a model, nobody can know
+        self._forgotten = set(weights) if model is None else set()
 
     @property
     def model(self) -> nn.Module | None:
@@ -68,11 +70,7 @@ class Ownership:
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """Returns those of the weights to whom not every path leads any more, by a quick look."""
-        return [
-            name
-            for name in names
-            if not all(path.leads_to(self._weights[name]) for path in self._paths[id(self._weights[name])])
-        ]
+        return [name for name in names if name not in self._forgotten and not self._is_found(self._weights[name])]
 
     def losses(self, names: Iterable[str]) -> dict[str, Loss]:
         """Returns which of the weights are lost and how; learns the new paths to those that have only moved."""
@@ -87,7 +85,12 @@ class Ownership:
 
     def forget(self, name: str) -> None:
         """Looks for a weight no more: its loss has been told."""
-        self._paths[id(self._weights[name])] = ()
+        self._forgotten.add(name)
+
+    def _is_found(self, parameter: nn.Parameter) -> bool:
+        """Whether all paths lead to a weight; a copied model may have lost one before, and has none then."""
+        paths = self._paths[id(parameter)]
+        return bool(paths) and all(path.leads_to(parameter) for path in paths)
 
     def _loss(
         self, name: str, model: nn.Module, new: Mapping[int, tuple[_Path, ...]], present: set[int]

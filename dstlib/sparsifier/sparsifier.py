@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -169,8 +169,8 @@ class Sparsifier:
             zero_outside_(parameter, self.masks[name])
 
     def steps_with(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer steps on any of the sparse weights, or has not been seen before."""
-        if optimizer not in self._strangers:
+        """Whether the optimizer steps on any of the sparse weights, or on parameters that it did not have before."""
+        if self._looked_at.get(optimizer) != _num_parameters(optimizer):
             return True
         return any(id(p) in self._by_id for group in optimizer.param_groups for p in group["params"])
 
@@ -178,10 +178,10 @@ class Sparsifier:
     def before_optimizer(self, optimizer: Optimizer) -> None:
         """Does as ``before_step`` for the weights of one optimizer, whose hook calls it."""
         weights = self._held_by(optimizer)
-        if optimizer not in self._optimizers and optimizer not in self._strangers:
-            self._check_first_step(optimizer)
+        if self._looked_at.get(optimizer) != (num := _num_parameters(optimizer)):
+            self._look_at(optimizer)
+            self._looked_at[optimizer] = num
         if not weights:
-            self._strangers.add(optimizer)
             return
         optimizer_state.refuse_unsupported(optimizer)
         self._check_owned(weights)
@@ -281,7 +281,7 @@ class Sparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but the optimizers, which are met again when they step: copies follow the copied model."""
-        left_out = {"_optimizers", "_strangers", "_by_id", "_by_name", "_held", "_ownership", "_replicas"}
+        left_out = {"_optimizers", "_looked_at", "_by_id", "_by_name", "_held", "_ownership", "_replicas"}
         state = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**state, "_process_group": None, "model": self._ownership.model}
 
@@ -294,9 +294,9 @@ class Sparsifier:
 
     def _connect(self, model: nn.Module | None) -> None:
         """Makes all that belongs to this process and these very objects, which no copy takes along."""
-        # those that were seen to step, the latest one last; those that hold none of the weights
+        # those that were seen to step, the latest one last; all, with the number of parameters that they had then
         self._optimizers: MutableMapping[Optimizer, None] = WeakKeyDictionary()
-        self._strangers: WeakSet[Optimizer] = WeakSet()
+        self._looked_at: MutableMapping[Optimizer, int] = WeakKeyDictionary()
         self._held: dict[MaskedWeight, list[ref[Optimizer]]] = {m: [] for m in self._masked}
         self._by_id = {id(m.parameter): (i, m) for i, m in enumerate(self._masked)}
         self._by_name = {m.weight.name: m for m in self._masked}
@@ -350,7 +350,7 @@ class Sparsifier:
         for name in reshaped:
             raise _replaced(name, "another shape, which no mask fits")
 
-    def _check_first_step(self, optimizer: Optimizer) -> None:
+    def _look_at(self, optimizer: Optimizer) -> None:
         """Checks all weights, as an optimizer of this model may hold what came in their place."""
         model = self._ownership.model
         if model is not None and self._ownership.changed(self._by_name):
@@ -524,6 +524,10 @@ def _full_gradient(m: MaskedWeight, scale: float) -> Tensor:
     grad = m.parameter.grad
     assert grad is not None
     return grad if scale == 1.0 else grad / scale
+
+
+def _num_parameters(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _refuse_graph(weights: Iterable[MaskedWeight]) -> None:
