@@ -371,6 +371,18 @@ def test_weights_that_move_after_the_step_are_told_of_once_in_a_row():
     assert [str(w.message).partition(":")[0] for w in told] == ["step 2"]
 
 
+def test_another_weight_that_is_written_at_the_next_step_is_told_of_too():
+    model = mlp()
+    sparse(model)
+    optimizer = sgd(model)
+    step(model, optimizer)
+    for layer in (0, 2):
+        with torch.no_grad():
+            model[layer].weight.fill_(1.0)
+        with pytest.warns(UserWarning, match=rf"non-zeros outside the masks of {layer}\.weight"):
+            step(model, optimizer)
+
+
 def test_a_weight_on_which_nobody_steps_is_told_of():
     model = mlp()
     sparse(model)

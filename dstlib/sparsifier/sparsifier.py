@@ -62,7 +62,6 @@ class Sparsifier:
         self._process_group = process_group
         self._meanings = StateMeanings(state or {})
         self._has_asked = False  # whether all weights take steps
-        self._lost_at = -1  # the last step at which something else had written outside the masks
         self._num_unheard = 0  # backward passes since the last step
         self._next_look = 2.0  # so many, and a weight is looked at; infinite once something was found
         self._connect(model)
@@ -377,9 +376,10 @@ class Sparsifier:
                 update.spread_reach(m, self.plan, m.step)
             m.clear(self._kept(m))
         lost = {m: n for m, n in outside.items() if m not in taken}
-        if lost and step > self._lost_at + 1:  # at each step in a row it has the same cause
+        if any(m.step > m.lost_at for m in lost):  # at each step in a row it has the same cause
             loaded.tell_of_loss(lost, step)
-        self._lost_at = step if lost else self._lost_at
+        for m in lost:
+            m.lost_at = m.step + 1
         return taken
 
     def _look_for_unheard_steps(self) -> None:

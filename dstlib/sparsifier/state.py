@@ -31,7 +31,8 @@ class MaskedWeight:
     come to. ``hidden`` are the values under the mask, zero inside it, and ``reach`` marks what receives gradients:
     both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values.
     ``densities`` are those of the matrix views that came of a look at the model, where the method's ``init`` takes
-    one. ``version`` is the parameter's when it was last seen to be zero outside the mask.
+    one. ``version`` is the parameter's when it was last seen to be zero outside the mask, ``lost_at`` the last step
+    that found something else's non-zeros there.
     """
 
     weight: Weight
@@ -46,6 +47,7 @@ class MaskedWeight:
     is_revealed: bool = False
     densities: tuple[float, ...] = ()
     version: int = -1
+    lost_at: int = -1
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes masks as copies: tensors that were sent to another process share their memory with the sender."""
