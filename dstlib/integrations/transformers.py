@@ -182,6 +182,11 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
     A process that is killed while it saves leaves a folder without ``trainer_state.json``, which is written last.
     ``train(resume_from_checkpoint=True)`` takes the folder of the highest number, and fails there.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     print(last_checkpoint(folder))
+    None
     """
     folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
     return next((str(folder) for folder in folders if _step_of(folder) >= 0 and _is_whole(folder)), None)
