@@ -5,6 +5,7 @@ This is the whole of dynamic sparse training; methods differ only in the data th
 Shapes: O out, I in, K kernel taps; G groups, U units per group, E elements per unit.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -182,8 +183,24 @@ def zero_outside_(x: Tensor, mask: Tensor) -> Tensor:
     >>> zero_outside_(torch.tensor([1.5, -2.0, float("inf")]), torch.tensor([True, False, False]))
     tensor([1.5000, 0.0000, 0.0000])
     """
-    x.detach().view(_BITS[x.element_size()]).mul_(mask.to(x.device).view(torch.int8))
+    zero_outside_each_([(x, mask)])
     return x
+
+
+def zero_outside_each_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Does as ``zero_outside_`` for many tensors, each with its mask, which takes half the time for small ones."""
+    bits: list[Tensor] = []
+    keys: list[Tensor] = []
+    last: Tensor | None = None
+    with torch.no_grad():
+        for x, mask in pairs:
+            # what an optimizer keeps comes right after its weight, with the same mask
+            is_last = mask is last and keys[-1].device == x.device
+            keys.append(keys[-1] if is_last else mask.to(x.device).view(torch.int8))
+            bits.append(x.view(_BITS[x.element_size()]))
+            last = mask
+        if bits:
+            torch._foreach_mul_(bits, keys)
 
 
 def count_outside(x: Tensor, mask: Tensor) -> int:

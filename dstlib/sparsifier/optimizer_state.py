@@ -60,6 +60,11 @@ class Kept:
     birth: float
     packed: bool = False
 
+    @property
+    def is_zero_at_birth(self) -> bool:
+        """Whether zeros are to be written outside the mask, as to the weight."""
+        return not self.birth and not self.packed
+
     def write_outside(self, mask: Tensor) -> None:
         """Writes the value at birth wherever the mask is False; the rest keeps its bits.
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dstlib.errors import SettingError, StateError
 from dstlib.masking import random
-from dstlib.masking.update import zero_outside_
+from dstlib.masking.update import zero_outside_, zero_outside_each_
 from dstlib.report import Summary
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.distributed import Replicas
@@ -24,7 +24,7 @@ from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
 from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight, check_saved, save
+from dstlib.sparsifier.state import MaskedWeight, check_saved, clear_all, save
 from dstlib.sparsifier.summary import summarize
 from dstlib.targets import Weight, find_weights
 
@@ -420,9 +420,9 @@ class Sparsifier:
             for m in ready:
                 if m.reveal():
                     update.pull_hidden(m, self.plan, scale)
-        for m in ready:
-            if m.learns is not None and m.parameter.grad is not None:  # an update may leave the step out
-                zero_outside_(m.parameter.grad, m.learns)
+        # an update may leave the step out
+        grads = ((m.parameter.grad, m.learns) for m in ready)
+        zero_outside_each_((grad, learns) for grad, learns in grads if grad is not None and learns is not None)
         self._replicas.check_equal(changed)
 
     def _end_step(self, weights: Sequence[MaskedWeight]) -> None:
@@ -438,8 +438,8 @@ class Sparsifier:
         finally:
             for m in weights:
                 m.hide()
-                m.clear(self._kept(m))
                 m.step = m.begun
+            clear_all((m, self._kept(m)) for m in weights)
 
     def _is_due(self, m: MaskedWeight) -> bool:
         """Whether an update is due, or overdue for want of a gradient."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dstlib.errors import StateError
 from dstlib.masking import Granularity, num_units, unit_mask
-from dstlib.masking.update import count_outside, zero_outside_
+from dstlib.masking.update import count_outside, zero_outside_, zero_outside_each_
 from dstlib.sparsifier.optimizer_state import Kept
 from dstlib.sparsifier.plan import Plan
 from dstlib.targets import Weight
@@ -82,7 +82,8 @@ class MaskedWeight:
     def begin_step(self) -> None:
         """Counts a step as begun, and moves all that belongs to the weight to where it is now."""
         self.begun = self.step + 1
-        device = self.parameter.device
+        if self.mask.device == (device := self.parameter.device):
+            return
         self.mask = self.mask.to(device)
         for name in ("trace", "hidden", "reach"):
             tensor = getattr(self, name)
@@ -90,13 +91,7 @@ class MaskedWeight:
 
     def clear(self, kept: Iterable[Kept]) -> None:
         """Writes zeros outside the mask, and makes what optimizers keep for the weight there as it is at birth."""
-        if not self.is_revealed:
-            zero_outside_(self.parameter, self.mask)
-            self.version = self.parameter._version
-        if self.learns is not None:
-            for k in kept:
-                if self.hidden is None or k.meaning.kind != "weights":  # copies of hidden weights live with them
-                    k.write_outside(self.learns)
+        clear_all([(self, kept)])
 
     def start_grown(self, kept: Iterable[Kept], old: Tensor, grad: Tensor) -> None:
         """Starts what optimizers make of the weight, or of its first gradient, where it has grown since an old mask."""
@@ -139,6 +134,27 @@ class MaskedWeight:
             None if x is None else x.detach().clone().to(device) for x in (saved.trace, saved.hidden, saved.reach)
         )
         self.is_revealed = False
+
+
+def clear_all(weights: Iterable[tuple[MaskedWeight, Iterable[Kept]]]) -> None:
+    """Does as ``MaskedWeight.clear`` for weights with what optimizers keep for each, zeros in one call for all."""
+    zeros, cleared = [], []
+    for m, kept in weights:
+        if not m.is_revealed:
+            zeros.append((m.parameter, m.mask))
+            cleared.append(m)
+        if (learns := m.learns) is None:
+            continue
+        for k in kept:
+            if m.hidden is not None and k.meaning.kind == "weights":
+                continue  # copies of hidden weights live with them
+            if k.is_zero_at_birth:
+                zeros.append((k.values, learns))
+            else:
+                k.write_outside(learns)
+    zero_outside_each_(zeros)
+    for m in cleared:
+        m.version = m.parameter._version
 
 
 def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:
