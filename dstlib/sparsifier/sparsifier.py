@@ -264,7 +264,8 @@ class Sparsifier:
         with torch.no_grad():
             for m, saved in zip(self._masked, all_saved, strict=True):
                 m.restore(saved)
-            if outside := self._outside():  # weights that were loaded before, and are of another step
+            # weights that were loaded before, and are of another step; what dense storage hides is in the state
+            if outside := {m: n for m, n in self._outside().items() if m.hidden is None}:
                 loaded.tell_of_misfit(outside)
             if self.plan.densities_from_model:
                 self._plan = update.with_densities(self.plan, self._masked)

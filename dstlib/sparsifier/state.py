@@ -138,7 +138,8 @@ class MaskedWeight:
 
 def clear_all(weights: Iterable[tuple[MaskedWeight, Iterable[Kept]]]) -> None:
     """Does as ``MaskedWeight.clear`` for weights with what optimizers keep for each, zeros in one call for all."""
-    zeros, cleared = [], []
+    zeros: list[tuple[Tensor, Tensor]] = []
+    cleared: list[MaskedWeight] = []
     for m, kept in weights:
         if not m.is_revealed:
             zeros.append((m.parameter, m.mask))
