@@ -295,6 +295,20 @@ def test_what_an_optimizer_kept_before_there_was_a_mask_is_known_by_its_name():
     assert (state["memory"][~mask] != 0).any()
 
 
+def test_what_is_loaded_before_the_first_step_may_be_older_than_the_mask_too():
+    dense, model = Square(), Square()
+    first, optimizer = (Ours(m.parameters(), exp_avg=torch.zeros_like) for m in (dense, model))
+    fit(dense, first, 3)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method="static")
+    optimizer.load_state_dict(first.state_dict())
+    sparsifier.apply_masks()
+    for _ in range(2):
+        exp_avg, mask = optimizer.state[model.one.weight]["exp_avg"], sparsifier.masks["one.weight"]
+        assert (exp_avg[~mask] == 0).all()
+        assert (exp_avg[mask] != 0).any()
+        fit(model, optimizer, 1, start=3)
+
+
 def test_a_copied_run_observes_the_same():
     def make(model):
         return Ours(model.parameters(), scale=torch.ones_like, precondition=lambda p: torch.eye(8))

@@ -124,18 +124,13 @@ class StateMeanings:
         """Looks, before its first step, at what an optimizer keeps already for weights under these masks."""
         seen = self._seen.setdefault(optimizer, _Seen())
         if not seen.is_met:
-            seen.is_met = True
             for parameter, mask in weights:
                 if mask is not None:
-                    self.kept(optimizer, parameter, mask, is_new=False)
+                    self.kept(optimizer, parameter, mask)
+            seen.is_met = True
 
-    def kept(
-        self, optimizer: Optimizer, parameter: nn.Parameter, mask: Tensor, *, is_new: bool = True
-    ) -> tuple[Kept, ...]:
-        """Returns what an optimizer keeps for each entry of a weight: what is to be written to outside the mask.
-
-        Not ``is_new`` is what an optimizer has when its steps are first heard of: that may be older than the mask.
-        """
+    def kept(self, optimizer: Optimizer, parameter: nn.Parameter, mask: Tensor) -> tuple[Kept, ...]:
+        """Returns what an optimizer keeps for each entry of a weight: what is to be written to outside the mask."""
         state = _state_of(optimizer, parameter)
         values = tuple(state.values())
         seen = self._seen.get(optimizer)
@@ -147,7 +142,7 @@ class StateMeanings:
         kept, group, is_complete = [], None, not any(isinstance(value, _CONTAINERS) for value in values)
         for key, value, siblings in _leaves(state):
             entries = _entries(key, value, siblings, parameter.shape)
-            decided = None if entries is None else self._decide(optimizer, parameter, key, entries, mask, is_new)
+            decided = None if entries is None else self._decide(optimizer, parameter, key, entries, mask)
             if entries is None or decided is None:
                 is_complete = is_complete and entries is None
                 continue
@@ -178,7 +173,7 @@ class StateMeanings:
         )
 
     def _decide(
-        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, entries: "_Entries", mask: Tensor, is_new: bool
+        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, entries: "_Entries", mask: Tensor
     ) -> tuple[Meaning, str] | None:
         """Returns the meaning of a key, and whether it is stated, known or observed; None if there is nothing yet."""
         word = next((word for pattern, word in self._stated.items() if fnmatchcase(key, pattern)), None)
@@ -192,7 +187,7 @@ class StateMeanings:
             return Meaning(word), "stated"
         if not entries.values.is_floating_point():
             return OTHER, "whole numbers"
-        seen = self._seen[optimizer].observe(id(parameter), key, entries.values, mask, is_new)
+        seen = self._seen[optimizer].observe(id(parameter), key, entries.values, mask)
         if seen is None or word is None:
             return None if seen is None else (seen, "observed")
         return Meaning("accumulator", seen.birth), "stated"
@@ -210,9 +205,9 @@ class _Seen:
     observed: dict[tuple[int, str], Meaning | Literal["new", "old"]] = field(default_factory=dict)
     said: dict[tuple[str, Kind], str] = field(default_factory=dict)
 
-    def observe(self, parameter: int, key: str, values: Tensor, mask: Tensor, is_new: bool) -> Meaning | None:
+    def observe(self, parameter: int, key: str, values: Tensor, mask: Tensor) -> Meaning | None:
         """Returns what the values show, now or earlier; None as long as they show nothing."""
-        before = self.observed.get((parameter, key), "new" if is_new and not bool(mask.all()) else "old")
+        before = self.observed.get((parameter, key), "new" if self.is_met and not bool(mask.all()) else "old")
         if isinstance(before, Meaning):
             return before
         meaning = observe(values, mask.to(values.device))
