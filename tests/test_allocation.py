@@ -278,10 +278,11 @@ def half_idle(draw: st.DrawFn) -> tuple[list[Account], Terms]:
     accounts, terms = draw(problems())
     idle = draw(st.lists(st.booleans(), min_size=len(accounts), max_size=len(accounts)))
     value = draw(st.sampled_from([0.0, 3.0, -1.0]))
-    changed = [
-        replace(a, grow_GU=torch.full_like(a.grow_GU, value)) if is_idle else a
-        for a, is_idle in zip(accounts, idle, strict=True)
-    ]
+    changed = []
+    for a, is_idle in zip(accounts, idle, strict=True):
+        grow_GU = torch.full_like(a.grow_GU, value) if is_idle else a.grow_GU
+        before = draw(st.sampled_from([a.num_planned, a.num_units]))  # plans that stay, or fall from dense
+        changed.append(replace(a, grow_GU=grow_GU, num_planned_before=before))
     return changed, terms
 
 
@@ -303,19 +304,25 @@ def test_an_idle_weight_keeps_what_others_would_take() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "expected"),
+    ("total", "planned", "before", "expected"),
     [
-        (9, [[6], [3]]),  # as it is
-        (6, [[4], [2]]),  # it gives up its share of what the total falls by
-        (2, [[1], [1]]),
-        (11, [[8], [3]]),  # who has a reason takes what the total rises by,
-        (12, [[8], [4]]),  # and it takes what the others have no room for
-        (14, [[8], [6]]),
+        (9, 3, None, [[6], [3]]),  # as it is
+        (8, 3, 3, [[5], [3]]),  # the others give up what the total falls by, unless its own plan falls
+        (6, 2, 3, [[4], [2]]),
+        (7, 4, 5, [[5], [2]]),  # 3 · 4 / 5 = 2.4
+        (7, 5, 6, [[4], [3]]),  # 3 · 5 / 6 = 2.5, and halves go up
+        (3, 3, 3, [[1], [2]]),  # one unit is left to the others
+        (2, 3, 3, [[1], [1]]),
+        (11, 3, 3, [[8], [3]]),  # who has a reason takes what the total rises by,
+        (12, 3, 3, [[8], [4]]),  # and it takes what the others have no room for
+        (14, 3, 3, [[8], [6]]),
+        (9, 4, 2, [[3], [6]]),
     ],
 )
-def test_idle_weights_by_hand(total: int, expected: list[list[int]]) -> None:
+def test_idle_weights_by_hand(total: int, planned: int, before: int | None, expected: list[list[int]]) -> None:
     reached = account("reached", [6.0, 5, 4, 3, 2, 1, None, None], [1, 2, 3, 4, 5, 6, 7, 8])
     idle = account("idle", [9.0, 9, 9, None, None, None], [0] * 6)
+    idle = replace(idle, num_planned=planned, num_planned_before=before)
     for allocate in EVERY.values():
         assert targets(share_out(allocate, [reached, idle], Terms(num_total=total, drop_fraction=0.0))) == expected
 
@@ -336,25 +343,31 @@ def test_the_total_holds_whoever_is_idle(allocate: Allocator, problem: tuple[lis
 
 
 @given(any_allocator, half_idle())
-def test_idle_weights_exchange_nothing_and_lose_no_more_than_their_share(
+def test_idle_weights_exchange_nothing_and_follow_their_own_plan(
     allocate: Allocator, problem: tuple[list[Account], Terms]
 ) -> None:
     accounts, terms = problem
-    now = num_active(accounts)
-    room = sum(a.num_units - int(a.active_GU.sum()) for a in accounts if not a.is_idle)
+    wanted, room, least = 0, 0, 0
+    for a in accounts:
+        if a.is_idle:
+            wanted += round_half_up(Fraction(int(a.active_GU.sum()) * a.num_planned, a.num_planned_before))
+        else:
+            room, least = room + a.num_units, least + len(a.active_GU)
+    can_follow = terms.num_total - room <= wanted <= terms.num_total - least
     for a, budget in zip(accounts, share_out(allocate, accounts, terms).budgets, strict=True):
         if not a.is_idle:
             continue
         num_before, num_after = int(a.active_GU.sum()), int(budget.num_target_G.sum())
         stays_GU = carried_out(a, budget)
         assert not bool((stays_GU & ~a.active_GU).any() & (a.active_GU & ~stays_GU).any())
-        if now <= terms.num_total <= now + room:
-            assert torch.equal(stays_GU, a.active_GU)
-        if terms.num_total < now:
-            # of what each has beyond one unit per group, and rounded down to whole units per group
-            least = sum(len(x.active_GU) for x in accounts)
-            share = len(a.active_GU) + (num_before - len(a.active_GU)) * Fraction(terms.num_total - least, now - least)
-            assert share - len(a.active_GU) <= num_after <= num_before
+        expected = round_half_up(Fraction(num_before * a.num_planned, a.num_planned_before))
+        if can_follow:  # what does not divide into groups is left
+            assert expected - len(a.active_GU) < num_after <= expected
+            assert num_after == expected or len(a.active_GU) > 1
+
+
+def round_half_up(x: Fraction) -> int:
+    return math.floor(x + Fraction(1, 2))
 
 
 @given(any_allocator, half_idle())

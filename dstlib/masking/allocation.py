@@ -205,8 +205,8 @@ def share_out(allocate: Allocator, accounts: Sequence[Account], terms: Terms) ->
     """Lets an allocator share out the units of all weights but the idle ones, which keep theirs.
 
     A weight whose growth scores are all equal, such as an expert that no token has reached, has no say in what its
-    units are worth, and would lose them to others for good. It exchanges none and keeps its number; of a total that
-    falls it gives up its share, and takes more only where the others have no room for a total that rises.
+    units are worth, and would lose them to others for good. It exchanges none and keeps its number; as its own plan
+    falls it gives up the same share, and takes more only where the others have no room for a total that rises.
 
     >>> scores = {"reached": torch.tensor([[4.0, 3.0, 0.0]]), "idle": torch.tensor([[2.0, 1.0, 0.0]])}
     >>> accounts = [
@@ -238,19 +238,22 @@ def share_out(allocate: Allocator, accounts: Sequence[Account], terms: Terms) ->
 
 def _numbers_of_idle(idle: Sequence[Account], awake: Sequence[Account], terms: Terms) -> list[int]:
     """Returns how many units each idle weight has, such that the others can meet the rest of the total."""
-    num_active = {a.name: int(a.active_GU.sum()) for a in (*idle, *awake)}
-    if terms.num_total < sum(num_active.values()):
-        # at least one unit per group is left to each, but none grows in an idle weight to that end
-        least = {a.name: len(a.active_GU) for a in awake}
-        least |= {a.name: min(len(a.active_GU), num_active[a.name]) for a in idle}
-        beyond = {name: float(num_active[name] - num) for name, num in least.items()}
-        caps = {a.name: a.num_units - least[a.name] for a in (*idle, *awake)}
-        parts = apportion(terms.num_total - sum(least.values()), beyond, caps)
-        return [least[a.name] + parts[a.name] for a in idle]
-    room = {a.name: a.num_units - num_active[a.name] for a in idle}
-    num_held = sum(num_active[a.name] for a in idle) + sum(a.num_units for a in awake)
-    more = apportion(max(terms.num_total - num_held, 0), {name: float(num) for name, num in room.items()}, room)
-    return [num_active[a.name] + more[a.name] for a in idle]
+    wanted = {a.name: _as_planned(a) for a in idle}
+    most = terms.num_total - sum(len(a.active_GU) for a in awake)  # one unit per group is left to the others at least
+    least = terms.num_total - sum(a.num_units for a in awake)
+    num_all = min(max(sum(wanted.values()), least), most)
+    sure = {a.name: min(len(a.active_GU), wanted[a.name]) for a in idle}
+    beyond = {name: float(num - sure[name]) for name, num in wanted.items()}
+    caps = {a.name: a.num_units - sure[a.name] for a in idle}
+    parts = apportion(num_all - sum(sure.values()), beyond, caps)
+    return [sure[a.name] + parts[a.name] for a in idle]
+
+
+def _as_planned(account: Account) -> int:
+    """Counts the units of a weight that has changed by the same factor as its plan, rounded to the nearest."""
+    num_active = int(account.active_GU.sum())
+    before = account.num_planned if account.num_planned_before is None else account.num_planned_before
+    return min((2 * num_active * account.num_planned + before) // (2 * before), account.num_units)
 
 
 def _standing(account: Account, num: int) -> Budget:

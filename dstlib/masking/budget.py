@@ -26,7 +26,8 @@ class Account:
     """One weight at an update, as an allocator sees it.
 
     ``drop_GU`` and ``grow_GU`` are the unit scores. ``num_planned`` is the number of units, over all groups,
-    that its own density asks for. ``is_last``: no other sparse weight of the model comes after it.
+    that its own density asks for, and ``num_planned_before`` that at its last update, where it was another.
+    ``is_last``: no other sparse weight of the model comes after it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Account:
     drop_GU: Tensor
     grow_GU: Tensor
     num_planned: int
+    num_planned_before: int | None = None
     is_last: bool = False
 
     @property

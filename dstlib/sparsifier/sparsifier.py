@@ -19,6 +19,7 @@ from dstlib.masking.update import zero_outside_, zero_outside_each_
 from dstlib.report import Summary
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.distributed import Replicas
+from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_end
 from dstlib.sparsifier.hooks import forget, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
@@ -62,6 +63,8 @@ class Sparsifier:
         self._process_group = process_group
         self._meanings = StateMeanings(state or {})
         self._has_asked = False  # whether all weights take steps
+        self._left_out: set[MaskedWeight] = set()  # by the optimizer that took over from theirs
+        self._behind: set[MaskedWeight] = set()  # those of which was told that they end at another density
         self._num_unheard = 0  # backward passes since the last step
         self._next_look = 2.0  # so many, and a weight is looked at; infinite once something was found
         self._connect(model)
@@ -269,6 +272,7 @@ class Sparsifier:
                 loaded.tell_of_misfit(outside)
             if self.plan.densities_from_model:
                 self._plan = update.with_densities(self.plan, self._masked)
+        self._left_out = {m for m in self._masked if m.updated_at > m.step}  # they have followed the others
         self._frozen, self._memory = bool(state["frozen"]), float(state["memory"])
         self.apply_masks()
 
@@ -294,8 +298,8 @@ class Sparsifier:
 
     def _connect(self, model: nn.Module | None) -> None:
         """Makes all that belongs to this process and these very objects, which no copy takes along."""
-        # those that were seen to step, the latest one last; all, with the number of parameters that they had then
-        self._optimizers: MutableMapping[Optimizer, None] = WeakKeyDictionary()
+        # those that were seen to step, with the number of weights; all, with the number of parameters that they had then
+        self._optimizers: MutableMapping[Optimizer, int] = WeakKeyDictionary()
         self._looked_at: MutableMapping[Optimizer, int] = WeakKeyDictionary()
         self._held: dict[MaskedWeight, list[ref[Optimizer]]] = {m: [] for m in self._masked}
         self._by_id = {id(m.parameter): (i, m) for i, m in enumerate(self._masked)}
@@ -416,7 +420,7 @@ class Sparsifier:
             for m in ready:
                 update.gather(m, self.plan, _full_gradient(m, scale))
         if self.plan.method.storage is None:  # the masks first, then the step
-            changed += self._update(ready, scale)
+            changed += self._update(ready, weights, scale)
         else:  # the step first: hidden weights take it, pulled towards zero
             for m in ready:
                 if m.reveal():
@@ -434,13 +438,20 @@ class Sparsifier:
             for m in stepped:
                 m.undo_out_of_reach()
                 m.clear(self._kept(m))  # what comes within reach must not bring what weight decay left in its momentum
-            # a fused optimizer has divided the loss scale out in place by now
-            self._replicas.check_equal(self._update([m for m in stepped if m.parameter.grad is not None], 1.0))
+            if self.plan.method.storage is not None:  # a fused optimizer has divided the loss scale out in place by now
+                ready = [m for m in stepped if m.parameter.grad is not None]
+                self._replicas.check_equal(self._update(ready, weights, 1.0))
         finally:
             for m in weights:
                 m.hide()
                 m.step = m.begun
             clear_all((m, self._kept(m)) for m in weights)
+        last = last_update(self.plan)
+        if not self.frozen and any(m.step == last for m in weights):
+            behind = find_behind([m for m in self._masked if m not in self._behind], self.plan)
+            if behind:
+                self._behind.update(behind)
+                tell_of_end(behind, self.plan)
 
     def _is_due(self, m: MaskedWeight) -> bool:
         """Whether an update is due, or overdue for want of a gradient."""
@@ -450,16 +461,28 @@ class Sparsifier:
         """Whether the next step of a weight reads the gradients of all of it."""
         return self.plan.method.trace is not None or self.plan.method.storage is not None or self._is_due(m)
 
-    def _update(self, ready: Sequence[MaskedWeight], scale: float) -> list[MaskedWeight]:
-        """Updates the masks that are due; returns their weights."""
-        due, method = [m for m in ready if self._is_due(m)], self.plan.method
-        num_active = {m: int(m.mask.sum()) for m in due} if method.reset_state else {}
-        for step in sorted({m.step + 1 for m in due}):
-            together = [m for m in due if m.step + 1 == step]
+    def _update(
+        self, ready: Sequence[MaskedWeight], weights: Sequence[MaskedWeight], scale: float
+    ) -> list[MaskedWeight]:
+        """Updates the masks that are due, of these weights and of frozen ones; returns their weights.
+
+        ``ready`` are those of the weights that have a gradient.
+        """
+        method, trained = self.plan.method, {m: m.step + 1 for m in ready if self._is_due(m)}
+        steps = trained
+        if not self.frozen and (trained or self._left_out or len(ready) < len(weights)):
+            frozen = self._frozen_at(weights)
+            trained = {m: step for m, step in trained.items() if m not in frozen}
+            steps = trained | following(frozen, self.plan)
+        due = [m for m in self._masked if m in steps] if steps else []
+        num_active = {m: int(m.mask.sum()) for m in trained} if method.reset_state else {}
+        for step in sorted(set(steps.values())):
+            together = [m for m in due if steps[m] == step]
             # one after the other, unless weights that have come to the same step share their units
-            for weights in [together] if method.allocate is not None else [[m] for m in together]:
-                self._update_at(step, weights, scale)
-        for m in due:
+            for group in [together] if method.allocate is not None else [[m] for m in together]:
+                grads = {m: _full_gradient(m, scale) for m in group if m in trained}
+                self._update_at(step, group, grads)
+        for m in trained:
             update.spread_reach(m, self.plan, m.updated_at)
             if method.trace is not None and method.trace.steps is not None:
                 m.trace = None
@@ -467,13 +490,14 @@ class Sparsifier:
                 for optimizer in self._holders(m):
                     kept = self._meanings.kept(optimizer, m.parameter, m.mask)
                     optimizer_state.reset_state(optimizer, m.parameter, kept, m.parameter.grad)
-        if due and method.skip_step:
-            self._skip_step(due)
+        if trained and method.skip_step:
+            self._skip_step(trained)
         return due
 
-    def _update_at(self, step: int, weights: Sequence[MaskedWeight], scale: float) -> None:
-        due = [(m, _full_gradient(m, scale), momentum_of(self._holders(m), m.parameter)) for m in weights]
+    def _update_at(self, step: int, weights: Sequence[MaskedWeight], grads: Mapping[MaskedWeight, Tensor]) -> None:
+        due = [(m, grads.get(m), momentum_of(self._holders(m), m.parameter)) for m in weights]
         masks = [m.mask.clone() for m in weights]
+        revealed = [m for m in weights if m.hidden is not None and m.reveal()]  # frozen ones, which take no step
         try:
             self._memory = update.update_masks(
                 due, self._masked, self.plan, step=step, memory=self._memory, observers=self.observers
@@ -481,10 +505,21 @@ class Sparsifier:
             for m in weights:
                 m.updated_at = step
         finally:  # also where a criterion or an observer raised: the zeros hold
+            for m in revealed:
+                m.hide()
             for (m, grad, _), old in zip(due, masks, strict=True):
                 kept = self._kept(m)
                 m.clear(kept)
-                m.start_grown(kept, old, grad)
+                if grad is not None:
+                    m.start_grown(kept, old, grad)
+
+    def _frozen_at(self, weights: Sequence[MaskedWeight]) -> dict[MaskedWeight, int]:
+        """Returns the frozen weights, each with the step at which it is: of its optimizer, or else of these weights."""
+        now = max((m.begun for m in weights), default=0)
+        here = {m: m.begun for m in weights if not m.parameter.requires_grad}
+        # what another optimizer steps on may be without gradients for a while, as in adversarial training
+        gone = [m for m in self._masked if m not in here and not m.parameter.requires_grad and not self._holders(m)]
+        return here | dict.fromkeys([*gone, *self._left_out], now)
 
     def _skip_step(self, due: Iterable[MaskedWeight]) -> None:
         """Takes the gradients away: no torch optimizer moves a parameter then, so these leave this step out."""
@@ -497,8 +532,15 @@ class Sparsifier:
 
     def _meet(self, optimizer: Optimizer, weights: Sequence[MaskedWeight]) -> None:
         """Notes that an optimizer steps on these weights, as the latest one."""
-        self._optimizers[optimizer] = None
         seen = ref(optimizer)  # the same object at each call, while the optimizer lives
+        if self._optimizers.get(optimizer) != len(weights):  # it takes over from others, or from itself
+            earlier = {id(seen), *(id(held[-1]) for m in weights if (held := self._held[m]))}
+            self._left_out |= {m for m, held in self._held.items() if m.begun and held and id(held[-1]) in earlier}
+        if self._left_out:
+            for m in self._left_out.intersection(weights):
+                m.step = m.begun = self.step if m.updated_at > m.begun else m.begun  # it has followed the others
+            self._left_out.difference_update(weights)
+        self._optimizers[optimizer] = len(weights)
         for m in weights:
             held = self._held[m]
             if not held or held[-1] is not seen:

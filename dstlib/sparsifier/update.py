@@ -22,7 +22,7 @@ Observer = Callable[[Site, MaskUpdate], None]
 
 
 def update_masks(
-    due: Iterable[tuple[MaskedWeight, Tensor, Tensor | None]],
+    due: Iterable[tuple[MaskedWeight, Tensor | None, Tensor | None]],
     masked: Sequence[MaskedWeight],
     plan: Plan,
     *,
@@ -32,16 +32,21 @@ def update_masks(
 ) -> float:
     """Updates the masks of the weights that are due, with one allocation for all; returns the allocator's memory.
 
-    ``due`` are weights with their full gradients, and their momenta where the optimizer keeps any; ``masked`` all
-    sparse weights, whether due or not: those that are not keep what they have.
+    ``due`` are weights with their full gradients, and their momenta where the optimizer keeps any; frozen ones have no
+    gradient. ``masked`` are all sparse weights, whether due or not: those that are not keep what they have.
 
     Raises:
         ScoreError: A criterion returned scores by which units cannot be ordered.
         SettingError: The method's allocator gave budgets that cannot be met.
     """
     method = plan.method
-    sites = [make_site(m, view, plan, step, grad, momentum) for m, grad, momentum in due for view in m.weight.views]
-    scored = [(site, _account(site, plan, method.drop(site), method.grow(site))) for site in sites]
+    scored = []
+    for m, grad, momentum in due:
+        for view in m.weight.views:
+            site = make_site(m, view, plan, step, grad, momentum)
+            account = _account(site, plan, *_scores(site, plan))
+            before = _num_planned(plan, site.name, account.active_GU, m.updated_at)
+            scored.append((site, replace(account, num_planned_before=before)))
     shared = [account for _, account in scored if account.name not in plan.own]
     budgets: dict[str, Budget] = {}
     if method.allocate is not None and shared:
@@ -52,7 +57,8 @@ def update_masks(
     for site, account in scored:
         budget = budgets.get(site.name) or plan.budget(site.name, account.active_GU, step)
         change = _exchange(site, account, budget, plan)
-        site.weight.copy_(torch.where(change.grown, method.grown_init(site), site.weight))
+        if site.grad is not None:
+            site.weight.copy_(torch.where(change.grown, method.grown_init(site), site.weight))
         for observe in observers:
             observe(site, change)
     return memory
@@ -146,6 +152,13 @@ def make_site(
         trace=part(m.trace),
         progress=plan.clock.progress(step),
     )
+
+
+def _scores(site: Site, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Returns what a site is dropped and grown by; without a gradient, magnitude and no reason at all."""
+    if site.grad is None:
+        return masking.magnitude(site), torch.zeros_like(site.weight)
+    return plan.method.drop(site), plan.method.grow(site)
 
 
 def _account(site: Site, plan: Plan, drop: Tensor, grow: Tensor | None = None) -> Account:
