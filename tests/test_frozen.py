@@ -75,15 +75,29 @@ def active(sparsifier):
     return {name: int(mask[..., 0].sum()) for name, mask in folded(sparsifier).items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=8)
-@given(
+whatever = given(
     st.sets(st.sampled_from(NAMES), min_size=1, max_size=2),
     st.integers(1, TOTAL - 2),
     st.sampled_from(WAYS),
     st.sampled_from([1, 2, 3]),
 )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=4)
+@whatever
 def test_the_plan_reaches_its_density_whatever_is_frozen(method, names, at, way, interval):
+    check(method, names, at, way, interval)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+@whatever
+def test_so_it_does_in_many_trainings(method, names, at, way, interval):
+    check(method, names, at, way, interval)
+
+
+def check(method, names, at, way, interval):
     """Frozen weights lose units and gain none, keep the values of the others, and nobody is warned."""
     model, optimizer, sparsifier = built(method, interval)
     with warnings.catch_warnings():

@@ -148,7 +148,16 @@ def test_every_preset_conforms(method):
 def test_the_lists_above_are_complete():
     """Whatever the library exports of each kind is in one of them, or is no such part."""
     no_criteria = {"AtInit", "Trace", "DenseStorage", "OverDensity"}
-    other = {"NormalFanIn", "falling", "stored", "uniform_fan_in", "uniform_fan_out", "zeros", "site_generator"}
+    other = {
+        "NormalFanIn",
+        "falling",
+        "share_out",
+        "stored",
+        "uniform_fan_in",
+        "uniform_fan_out",
+        "zeros",
+        "site_generator",
+    }
     kinds = {type(x).__name__ for x in (*CRITERIA, *GRANULARITIES, *ALLOCATORS)}
     names = {name(x) for x in (*CRITERIA, *ALLOCATORS)} | {"er", "erk", "uniform", "uniform_dense_first"}
     sources = ("criteria", "granularity", "distribution", "allocation")
