@@ -298,7 +298,7 @@ class Sparsifier:
 
     def _connect(self, model: nn.Module | None) -> None:
         """Makes all that belongs to this process and these very objects, which no copy takes along."""
-        # those that were seen to step, with the number of weights; all, with the number of parameters that they had then
+        # those that were seen to step, with the number of weights; all, with that of the parameters that they had then
         self._optimizers: MutableMapping[Optimizer, int] = WeakKeyDictionary()
         self._looked_at: MutableMapping[Optimizer, int] = WeakKeyDictionary()
         self._held: dict[MaskedWeight, list[ref[Optimizer]]] = {m: [] for m in self._masked}
