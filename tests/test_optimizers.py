@@ -391,3 +391,24 @@ def test_method_presets_train():
         # under dense storage the optimizer's state lives on where hidden weights learn
         assert_zero_outside(model, sparsifier.masks, *([] if method.storage else [optimizer]))
         assert abs(sparsifier.density - 0.5) < 0.07, f"{name}: 17 kernels of 32 is the coarsest rounding here"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 80], ids=["small", "large"])
+def test_zeros_follow_masks_that_change_and_memory_that_is_exchanged(dtype, size):
+    """Masks are kept as integers beside the weights, and states as integers of their bits."""
+    model = nn.Linear(size, size, bias=False, dtype=dtype)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=replace(RIGL, interval=1), total_steps=40)
+    before = sparsifier.masks["weight"].clone()
+    for step in range(6):
+        x = torch.randn(4, size, dtype=dtype, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        assert_zero_outside(model, sparsifier.masks, optimizer)
+        if step == 3:
+            model.weight.data = model.weight.data.clone()
+            for name in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[model.weight][name].data = optimizer.state[model.weight][name] + 1.0
+    assert not torch.equal(before, sparsifier.masks["weight"])

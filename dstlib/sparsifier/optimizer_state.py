@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from operator import is_
 from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from dstlib.errors import SettingError, require
-from dstlib.masking.update import zero_outside_
+from dstlib.masking.update import bit_patterns, zero_outside_
 from dstlib.sparsifier.known_optimizers import MOMENT, MOMENTS, OTHER, Kind, Meaning, known
 
 _MOMENTA = ("momentum_buffer", "exp_avg")  # SGD, RMSprop, Muon · Adam and its kin
@@ -59,6 +60,16 @@ class Kept:
     meaning: Meaning
     birth: float
     packed: bool = False
+
+    @property
+    def bits(self) -> Tensor:
+        """The values as integers, in the same memory, which ``.data =`` may have exchanged."""
+        bits = self._bits
+        return bits if bits.data_ptr() == self.values.data_ptr() else bit_patterns(self.values)
+
+    @cached_property
+    def _bits(self) -> Tensor:
+        return bit_patterns(self.values)
 
     @property
     def is_zero_at_birth(self) -> bool:

@@ -426,8 +426,8 @@ class Sparsifier:
                 if m.reveal():
                     update.pull_hidden(m, self.plan, scale)
         # an update may leave the step out
-        grads = ((m.parameter.grad, m.learns) for m in ready)
-        zero_outside_each_((grad, learns) for grad, learns in grads if grad is not None and learns is not None)
+        grads = ((m, m.parameter.grad) for m in ready if m.learns is not None)
+        zero_outside_each_((grad, m.factor) for m, grad in grads if grad is not None)
         self._replicas.check_equal(changed)
 
     def _end_step(self, weights: Sequence[MaskedWeight]) -> None:

@@ -1,7 +1,7 @@
 """Masks in training: a sparse weight with its mask and its counters, what is saved of it, and what is taken back."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dstlib.errors import StateError
 from dstlib.masking import Granularity, num_units, unit_mask
-from dstlib.masking.update import count_outside, zero_outside_, zero_outside_each_
+from dstlib.masking.update import count_outside, factor, zero_outside_, zero_outside_each_
 from dstlib.sparsifier.optimizer_state import Kept
 from dstlib.sparsifier.plan import Plan
 from dstlib.targets import Weight
@@ -48,6 +48,10 @@ class MaskedWeight:
     densities: tuple[float, ...] = ()
     version: int = -1
     lost_at: int = -1
+    _factor: tuple[Tensor, int, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_factor": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes masks as copies: tensors that were sent to another process share their memory with the sender."""
@@ -65,6 +69,15 @@ class MaskedWeight:
     def learns(self) -> Tensor | None:
         """What receives gradients: the mask, or what dense storage lets learn; None: everything."""
         return self.mask if self.hidden is None else self.reach
+
+    @property
+    def factor(self) -> Tensor:
+        """What ``learns`` as integers, 0 and 1, made anew where the mask has changed; there must be a mask."""
+        learns = self.learns
+        assert learns is not None
+        if self._factor is None or self._factor[0] is not learns or self._factor[1] != learns._version:
+            self._factor = learns, learns._version, factor(learns, self.parameter)
+        return self._factor[2]
 
     @property
     def is_stepping(self) -> bool:
@@ -142,7 +155,7 @@ def clear_all(weights: Iterable[tuple[MaskedWeight, Iterable[Kept]]]) -> None:
     cleared: list[MaskedWeight] = []
     for m, kept in weights:
         if not m.is_revealed:
-            zeros.append((m.parameter, m.mask))
+            zeros.append((m.parameter, m.factor if m.hidden is None else m.mask))
             cleared.append(m)
         if (learns := m.learns) is None:
             continue
@@ -150,7 +163,7 @@ def clear_all(weights: Iterable[tuple[MaskedWeight, Iterable[Kept]]]) -> None:
             if m.hidden is not None and k.meaning.kind == "weights":
                 continue  # copies of hidden weights live with them
             if k.is_zero_at_birth:
-                zeros.append((k.values, learns))
+                zeros.append((k.bits, m.factor))
             else:
                 k.write_outside(learns)
     zero_outside_each_(zeros)
