@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--threads 2] [--repeats 7]
 
-Prints, as medians over interleaved repeats: the bare optimizer step and the same step under the controller;
+Prints, as medians over interleaved repeats: the bare optimizer step and the same step under the controller, of a
+ResNet-50 and of many small layers;
 an update of all masks; one forward and backward pass dense, masked in place (ours) and masked by
 torch.nn.utils.parametrize; and the memory that masks and updates take.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from _measure import medians
+from _measure import cpu, medians
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -113,6 +114,23 @@ def step_costs(repeats: int) -> None:
     sparsifier.detach()
 
 
+def layer_costs(repeats: int) -> None:
+    """The step of many small layers, whose cost is that of the calls: bare, and under the controller."""
+    for num_layers in (50, 3200):
+        optimizers = []
+        for _ in range(2):
+            model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(num_layers)])
+            optimizers.append(torch.optim.AdamW(model.parameters(), foreach=True))
+            fill_gradients(model)
+        sparsifier = dstlib.sparsify(model, sparsity=0.5, method="static")
+        times = medians({"bare": optimizers[0].step, "sparse": optimizers[1].step}, repeats, clock=cpu)
+        shown = f"{times['bare']:7.1f} ms bare, {times['sparse']:7.1f} ms under the controller"
+        print(
+            f"AdamW step, {num_layers:5,} layers of 8 × 8: {shown}, {times['sparse'] / times['bare']:.2f} × (CPU time)"
+        )
+        sparsifier.detach()
+
+
 def pass_costs(repeats: int) -> None:
     """Forward and backward: dense, masked in place, masked by a parametrization."""
     dense, in_place, parametrized = (resnet50() for _ in range(3))
@@ -137,6 +155,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.repeats}")
     step_costs(args.repeats)
+    layer_costs(args.repeats)
     pass_costs(args.repeats)
 
 
