@@ -133,6 +133,33 @@ def test_a_longer_run_goes_on_with_masks_weights_and_observers(halfway):
     assert len(seen) == 2
 
 
+def test_weights_that_were_loaded_by_hand_lose_nothing_when_a_longer_run_goes_on(halfway):
+    training, model, _, _ = halfway
+    best, other = network(seed=7), HostedTraining(replace(SETTINGS, seed=8))
+    other.begin(best, total_steps=400)
+    loaded = weights(train(best, 250))
+    model.load_state_dict(loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="The masks were saved in a training of 400")
+        training.begin(model, total_steps=800)
+    assert equal(weights(model), loaded)
+    with pytest.warns(UserWarning, match="step 251: sparse weights were loaded .* no weight was lost"):
+        train(model, 1, first=250)
+    assert equal(training.sparsifier.masks, other.sparsifier.masks)
+
+
+def test_a_layer_that_was_replaced_is_named_and_sparse_in_the_next_training(halfway):
+    training, model, at_250, _ = halfway
+    model[2] = nn.Linear(24, 4)
+    with pytest.raises(StateError, match=r"the network to save: .* others in the place of 2.weight\. Replace layers"):
+        training.refuse_replaced(model, "the network to save")
+    training.begin(model, total_steps=800)
+    assert training.sparsifier.step == 0
+    assert torch.equal(model[0].weight, at_250["0.weight"])
+    assert int(model[2].weight.count_nonzero()) == int(training.sparsifier.masks["2.weight"].sum()) < 96
+
+
 def test_another_model_begins_afresh_and_leaves_the_first_alone(halfway):
     training, model, at_250, _ = halfway
     first, other = training.sparsifier, network(seed=2)

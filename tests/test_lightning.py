@@ -505,6 +505,20 @@ def test_after_an_exception_the_same_objects_go_on(tmp_path):
     assert outside(sparsifier) == 0
 
 
+def test_a_layer_that_is_replaced_while_it_trains_is_named_when_a_checkpoint_is_to_be_saved(tmp_path):
+    class Replace(pl.Callback):
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                model.net[-1] = nn.Linear(24, 3)
+
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=4)
+    with (
+        pytest.warns(UserWarning, match="its module is no longer in the model"),
+        pytest.raises(StateError, match=r"the network to save: .* in the place of net.*weight\. Replace layers before"),
+    ):
+        make_trainer(tmp_path, sparse_training(), Replace(), saving).fit(Net())
+
+
 def test_a_state_whose_fit_failed_is_not_for_another_one(saved):
     *_, folder = saved
     callback, failing = sparse_training(), Net()

@@ -139,8 +139,20 @@ def test_an_average_of_checkpoints_is_masked_by_those_of_the_last(tmp_path):
 def test_without_begin_nothing_is_trained_dense_in_silence():
     model = timm.create_model("test_vit", num_classes=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(StateError, match="has begun"):
+    with pytest.raises(StateError, match=r"has begun .* Call begin\(model"):
         SparseTraining(sparsity=0.8)(model(timm_script.batch(0)[0]).sum(), optimizer)
+
+
+def test_a_script_that_steps_past_it_is_told_so_once(recwarn):
+    model = timm.create_model("test_vit", num_classes=4)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=1e-3)
+    sparse = SparseTraining(sparsity=0.8, method="static")
+    sparse.begin(model, optimizer)
+    for _ in range(2):
+        model(timm_script.batch(0)[0]).sum().backward()
+        optimizer.step()
+    (told,) = [str(w.message) for w in recwarn if "SparseTraining" in str(w.message)]
+    assert "loss_scaler = sparse.around(loss_scaler)" in told
 
 
 def test_a_dense_checkpoint_starts_a_sparse_training(tmp_path):

@@ -349,6 +349,18 @@ def test_a_second_training_goes_on_from_the_weights_of_the_first_with_a_clock_of
     assert_zero_outside(made.model, second.masks)
 
 
+def test_a_head_that_is_replaced_between_two_trainings_is_sparse_in_the_second(tmp_path):
+    made = trainer(tmp_path, callback := sparse(), save_strategy="no")
+    made.train()
+    name = callback.sparsifier.weights[-1].name.removesuffix(".weight")
+    layer = made.model.get_submodule(name)
+    made.model.set_submodule(name, nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None))
+    made.optimizer = made.lr_scheduler = None  # the Trainer's next one holds the new head
+    made.train()
+    assert callback.sparsifier.weights[-1].parameter is made.model.get_submodule(name).weight
+    assert_zero_outside(made.model, callback.sparsifier.masks)
+
+
 def test_a_batch_that_is_too_large_is_halved_and_the_training_begun_again(tmp_path):
     class Small(Net):
         """Has no memory for more than two."""

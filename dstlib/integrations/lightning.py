@@ -55,6 +55,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
         total_steps: int | None = None,
     ) -> None:
         self._num_epochs = 0
+        self._has_begun = False  # in this fit
         self._training = HostedTraining(
             Settings(
                 sparsity=sparsity,
@@ -82,6 +83,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
         Raises:
             SettingError: The strategy shards the weights.
         """
+        self._has_begun = False
         self._num_epochs = trainer.max_epochs or 0  # before others add to them; -1: without end
         strategy = next((cls.__name__ for cls in type(trainer.strategy).__mro__ if cls.__name__ in _SHARDED), None)
         if strategy is not None:
@@ -136,8 +138,14 @@ none. It is made when the trainer begins to train, in the very processes that tr
         self.sparsifier.mask_model(pl_module)
 
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """Adds masks and settings to a checkpoint, among the states of the callbacks."""
-        if trainer.training and not self._training.is_of(pl_module):
+        """Adds masks and settings to a checkpoint, among the states of the callbacks.
+
+        Raises:
+            StateError: A sparse layer was replaced since the fit began.
+        """
+        if self._has_begun:
+            self._training.refuse_replaced(pl_module, "the network to save")
+        elif trainer.training and not self._training.is_of(pl_module):
             # lr_find and the batch-size finder save before other callbacks hear of the fit, try steps, and load again
             self._begin(trainer, pl_module)
         if self._training.is_of(pl_module):
@@ -171,6 +179,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
         else:
             total_steps = training.settings.total_steps
         training.begin(pl_module, *trainer.optimizers, total_steps=total_steps)
+        self._has_begun = True
         self._mask_averages(trainer)
 
     def _count_steps(self, trainer: "Trainer", pl_module: "LightningModule") -> int | None:

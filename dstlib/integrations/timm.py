@@ -1,5 +1,6 @@
 """Sparse training in scripts of timm's kind, in the place of their loss scaler; timm is imported when it clips."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -62,8 +63,10 @@ class SparseTraining:
                 overrides=overrides,
                 seed=seed,
                 total_steps=total_steps,
-            )
+            ),
+            begins="Call begin(model, optimizer, total_steps=...) before the first step.",
         )
+        self._is_noticed = False
         self._scaler: LossScaler | None = None
         self._model: nn.Module | None = None  # once the training has begun
         self._averages: list[nn.Module] = []
@@ -92,7 +95,19 @@ class SparseTraining:
         """
         self._training.begin(model, optimizer, total_steps=total_steps)
         self._model = model
+        optimizer.register_step_pre_hook(self._notice)
         return self.sparsifier
+
+    def _notice(self, *_: Any) -> None:
+        """Warns, once, of an optimizer step that the script takes by itself."""
+        if not self._is_noticed:
+            self._is_noticed = True
+            warnings.warn(
+                "SparseTraining: the optimizer steps, but not through it. The weights stay sparse all the same, but "
+                "clipping sees dense gradients, averages are not masked, and checkpoints have no masks. Call it in the "
+                "place of the script's loss_scaler: loss_scaler = sparse.around(loss_scaler).",
+                stacklevel=2,
+            )
 
     def mask_average(self, average: nn.Module) -> None:
         """Keeps an average of the model as sparse as the model: a ``ModelEmaV3``, say."""
@@ -113,7 +128,7 @@ class SparseTraining:
         Raises:
             StateError: ``begin`` was not called.
         """
-        sparsifier = self.sparsifier
+        sparsifier, self._is_noticed = self.sparsifier, True
         masked = None if parameters is None else _masked(parameters, optimizer, sparsifier)
         if self._scaler is not None:
             self._scaler(loss, optimizer, clip_grad, clip_mode, masked, create_graph, need_update)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dstlib.errors import StateError, require
@@ -15,6 +15,7 @@ from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier, sparsify
 
 VERSION = 1
+_BY_THE_TRAINER = "It is made when the trainer begins to train, in the very processes that train."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,9 @@ class Settings:
 class HostedTraining:
     """A sparse training that a trainer hosts: it begins once optimizers exist, and travels in the checkpoints."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, begins: str = _BY_THE_TRAINER) -> None:
         self.settings = settings
+        self._begins = begins
         self._sparsifier: Sparsifier | None = None
         self._total_steps: int | None = None
         self.loaded: Mapping[str, Any] | None = None  # a state that waits for its training to begin
@@ -84,7 +86,7 @@ class HostedTraining:
                 "SparseTraining",
                 allowed="a training that has begun in this process",
                 given="none",
-                remedy="It is made when the trainer begins to train, in the very processes that train.",
+                remedy=self._begins,
             )
         return self._sparsifier
 
@@ -92,8 +94,24 @@ class HostedTraining:
         """Whether the training has begun, with this very model."""
         if self._sparsifier is None:
             return False
-        ours = {id(parameter) for parameter in model.parameters()}
-        return all(id(weight.parameter) in ours for weight in self._sparsifier.weights)
+        return len(self._shared_with(model)) == len(self._sparsifier.weights)
+
+    def refuse_replaced(self, model: nn.Module, where: str) -> None:
+        """Refuses a model in which layers were replaced since the training began.
+
+        Raises:
+            StateError: Some of the sparse weights are its parameters, and others are not.
+        """
+        shared = self._shared_with(model)
+        gone = [weight.name for weight in self.sparsifier.weights if weight.name not in shared]
+        if shared and gone:
+            raise StateError.of(
+                "sparse weights",
+                where,
+                allowed="the parameters that the training began with",
+                given=f"others in the place of {', '.join(gone[:3])}{f' and {len(gone) - 3} more' * (len(gone) > 3)}",
+                remedy="Replace layers before the training begins, or between two of them.",
+            )
 
     def begin(self, model: nn.Module, *optimizers: Optimizer, total_steps: int | None) -> None:
         """Makes the model sparse, or continues a training of it: the state that was loaded, or the masks it has.
@@ -108,30 +126,27 @@ class HostedTraining:
         """
         total_steps = self.settings.total_steps if self.settings.total_steps is not None else total_steps
         state, self.loaded = self.loaded, None
+        goes_on = False
         if self.is_of(model):
             if total_steps == self._total_steps:
                 if state is not None:
                     self._restore(state)
                 return
-            state = self.state_dict() if state is None else state
-        observers = self._leave(model)
-        self._total_steps = total_steps
-        if state is None:
-            self._sparsifier = self.settings.sparsify(model, *optimizers, total_steps=total_steps)
-        else:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=r"sparsify\(\): .*already held zeros")  # these will not train
+            goes_on = state is None
+        observers = self.leave(model)
+        with torch.no_grad(), warnings.catch_warnings():
+            if goes_on:  # with weights that may have been loaded since: the first step finds masks for them, or says so
+                warnings.filterwarnings("ignore", message=r"(load_)?state_dict\(\): .* non-zeros of")
+                state = self.state_dict()
+            self._total_steps = total_steps
+            if state is None:
+                self._sparsifier = self.settings.sparsify(model, *optimizers, total_steps=total_steps)
+            else:
                 weights = [(p, p.detach().clone()) for p in model.parameters() if p.ndim > 1]
-                # without the optimizers: the first masks are not those that their state and the weights belong to
-                self._sparsifier = self.settings.sparsify(model, total_steps=total_steps)
-                for parameter, weight in weights:
-                    parameter.copy_(weight)
-            try:
-                self._restore(state)
-            except StateError:
-                self._sparsifier.detach()  # or else its masks, the first ones, would hold
-                raise
-        self._sparsifier.observers.extend(observers)
+                self._begin_with(state, model, weights)
+                if goes_on:
+                    _put_back(weights)
+        self.sparsifier.observers.extend(observers)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a trainer's checkpoint is to hold beside model and optimizers: plain values and tensors."""
@@ -164,6 +179,21 @@ class HostedTraining:
         else:
             self.loaded = state
 
+    def _begin_with(
+        self, state: Mapping[str, Any], model: nn.Module, weights: Sequence[tuple[nn.Parameter, Tensor]]
+    ) -> None:
+        """Begins with a state, and the weights that belong to it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"sparsify\(\): .*already held zeros")  # these will not train
+            # without the optimizers: the first masks are not those that their state and the weights belong to
+            self._sparsifier = self.settings.sparsify(model, total_steps=self._total_steps)
+        _put_back(weights)
+        try:
+            self._restore(state)
+        except StateError:
+            self._sparsifier.detach()  # or else its masks, the first ones, would hold
+            raise
+
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.sparsifier.load_state_dict(state["sparsifier"])
         if state["total_steps"] != self._total_steps and self.sparsifier.step > 0:
@@ -173,12 +203,22 @@ class HostedTraining:
                 stacklevel=3,
             )
 
-    def _leave(self, model: nn.Module) -> list[Any]:
-        """Ends a training of this model under another plan, and returns who observed it; lets one of another be."""
-        if not self.is_of(model):
+    def leave(self, model: nn.Module) -> list[Any]:
+        """Ends a training of this model, or of what is left of it, and returns who observed it; lets another be."""
+        if self._sparsifier is None or not self._shared_with(model):
             return []
-        self.sparsifier.detach()
-        return self.sparsifier.observers
+        self._sparsifier.detach()
+        return self._sparsifier.observers
+
+    def _shared_with(self, model: nn.Module) -> list[str]:
+        """Returns the names of the sparse weights that are parameters of a model."""
+        ours = {id(parameter) for parameter in model.parameters()}
+        return [weight.name for weight in self.sparsifier.weights if id(weight.parameter) in ours]
+
+
+def _put_back(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, weight in weights:
+        parameter.copy_(weight)
 
 
 def refuse_other_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:

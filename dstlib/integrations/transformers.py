@@ -158,8 +158,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
     def _leave(self, model: nn.Module) -> None:
         if self._after_backward is not None:
             self._after_backward.remove()
-        if self._training.is_of(model):
-            self.sparsifier.detach()
+        self._training.leave(model)
 
     def _is_last_pass(self) -> bool:
         """Whether the gradients of a pass are all that the optimizer will step with."""
