@@ -357,7 +357,7 @@ def test_a_sparse_flat_model_may_be_shifted_and_a_sparse_deep_one_fails_loudly()
     model, sparsifier = step((1, 3, 3))
     assert not model[0].weight[~sparsifier.masks["0.weight"]].any()
     assert int(sparsifier.masks["0.weight"].sum()) == 6 * 6 * 9 // 2
-    with pytest.raises(dstlib.StateError, match=r"of another shape, which no mask fits.*add_depth_shift"):
+    with pytest.raises(dstlib.StateError, match=r"got another shape, which no mask fits.*add_depth_shift"):
         step((3, 3, 3))
 
 

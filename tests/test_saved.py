@@ -131,6 +131,7 @@ def with_mask(state, name, mask):
 
 BROKEN = {
     "not a state": (lambda s: [1, 2], "contents of the saved state"),
+    "that of a model": (lambda s: {"up.weight": 1, "up.bias": 2}, "dict with the keys up.weight, up.bias. Pass what"),
     "of a later version": (lambda s: {**s, "version": 9}, "version of the saved state: expected 2, got 9"),
     "a weight missing": (lambda s: without(s, "up.weight"), r"1 missing \(up.weight\), 0 extra"),
     "another shape": (lambda s: with_mask(s, "up.weight", torch.ones(2, 2).bool()), r"mask of up.weight: .*\(4, 6, 2"),

@@ -100,6 +100,38 @@ def test_assigned_parameters_are_refused_whichever_the_optimizer_holds(is_first)
         step(model, optimizer)
 
 
+def test_the_advice_on_a_replaced_layer_costs_the_others_nothing():
+    model = mlp()
+    sparsifier = sparse(model)
+    step(model, sgd(model), 3)
+    model[4] = nn.Linear(16, 2)
+    with pytest.warns(UserWarning, match="call sparsify\\(\\) with include= of its name: the others keep their masks"):
+        step(model, sgd(model))
+    before = {name: model.get_parameter(name).clone() for name in ("0.weight", "2.weight")}
+    head = sparse(model, include="4.weight")
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
+    step(model, sgd(model), 3)
+    assert_zero_outside(model, {**sparsifier.masks, **head.masks})
+    assert int(model[4].weight.count_nonzero()) == 8
+
+
+def test_the_advice_on_assigned_parameters_costs_them_nothing():
+    model = mlp()
+    sparsifier = sparse(model)
+    step(model, sgd(model), 3)
+    saved = copy.deepcopy(model.state_dict())
+    step(model, sgd(model), 6)
+    model.load_state_dict(saved, assign=True)
+    with pytest.raises(StateError, match=r"To go on from here: detach\(\), a new optimizer, and sparsify\(\)"):
+        step(model, sgd(model))
+    sparsifier.detach()
+    optimizer = sgd(model)
+    again = sparse(model, seed=5)
+    assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
+    step(model, optimizer)
+    assert again.density == real_density(model) == 0.25
+
+
 @pytest.mark.parametrize(
     "change",
     [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm],

@@ -134,10 +134,10 @@ def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None
         require(
             bool(ours & parameter_ids(optimizer)),
             "optimizer",
-            type(optimizer).__name__,
+            "sparsify()",
             allowed="one that steps on parameters of the model",
-            given="none of them",
-            remedy="Was the model moved or wrapped after the optimizer was made?",
+            given=f"{type(optimizer).__name__} with none of them",
+            remedy="Make the optimizer after the model was moved, wrapped, or loaded with assign=True.",
             error=SelectionError,
         )
 

@@ -347,8 +347,9 @@ class Sparsifier:
             (name, loss), *others = losses.items()
             more = f" ({len(others)} more like it)" if others else ""
             warnings.warn(
-                f"{name}: sparse until now, but {loss.story}{more}. Call detach(), and sparsify() again, for a layer "
-                "that was replaced or fused to be sparse; summary() counts what is.",
+                f"{name}: sparse until now, but {loss.story}{more}. For a layer that was replaced or fused "
+                "to be sparse, too, call sparsify() with include= of its name: the others keep their masks. summary() "
+                "counts what is.",
                 stacklevel=2,
             )
         for name in reshaped:
@@ -592,7 +593,9 @@ def _replaced(name: str, given: str) -> StateError:
         name,
         allowed="the one that was made sparse",
         given=given,
-        remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift, FSDP and the like.",
+        remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift, FSDP and the like. "
+        "To go on from here: detach(), a new optimizer, and sparsify() with the settings of before, under which "
+        "weights that are sparse keep their places.",
     )
 
 

@@ -195,7 +195,14 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
     """
     contents = "contents", "the saved state", "those of Sparsifier.state_dict()"
     if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
-        raise _misfit(*contents, type(state).__name__)
+        keys = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else ""
+        raise StateError.of(
+            "contents",
+            "the saved state",
+            allowed=contents[2],
+            given=f"{type(state).__name__}{f' with the keys {keys}' if keys else ''}",
+            remedy="Pass what state_dict() of a sparsifier returned, not that of a model, nor a whole checkpoint.",
+        )
     if state.get("version") != VERSION:
         raise _misfit("version", "the saved state", str(VERSION), state.get("version"))
     numbers = ("frozen", "memory", "num_planned")
