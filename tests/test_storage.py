@@ -589,6 +589,21 @@ def test_resume_equals_uninterrupted(case, optimizer, cut, amid, frozen):
         assert_same(ours.get("state", ours), theirs.get("state", theirs))
 
 
+def test_values_that_are_revealed_for_a_step_that_is_not_taken_are_counted():
+    model, opt, sparsifier = set_up("topkast")
+    train(model, opt, 3)
+    backward(model, 3)
+    sparsifier.before_step()
+    weights = [weight.parameter for weight in sparsifier.weights]
+    summary = sparsifier.summary()
+    assert (
+        summary.num_active
+        >= sum(int(p.count_nonzero()) for p in weights)
+        > sum(int(mask.sum()) for mask in sparsifier.masks.values())
+    )
+    assert any("outside the mask" in row.note for row in summary.rows)
+
+
 def test_a_state_without_what_is_hidden_is_refused():
     *_, sparsifier = set_up("topkast")
     for field in ("hidden", "reach"):

@@ -2,6 +2,7 @@
 optimizers that step unheard."""
 
 import copy
+import gc
 import pickle
 import sys
 import warnings
@@ -200,6 +201,52 @@ def test_a_layer_that_was_replaced_before_a_copy_is_told_of_by_the_copy(copied):
     assert sparsifier.density == real_density(model)
     with pytest.warns(UserWarning, match=r"2\.weight: sparse until now"):
         step(model, sgd(model))
+
+
+class HoldsItsSparsifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.sparsifier = sparse(self)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_model_that_holds_its_sparsifier_is_copied_with_it(copied):
+    """The copy was looked through while it was still empty."""
+    model = HoldsItsSparsifier()
+    step(model, sgd(model), 2)
+    twin = copied(model)
+    step(twin, sgd(twin), 3)
+    assert twin.sparsifier.step == 5
+    assert twin.sparsifier.density == real_density(twin) == real_density(model)
+    assert_zero_outside_by_identity(twin.sparsifier)
+    twin.body[2] = nn.Linear(16, 16)
+    with pytest.warns(UserWarning, match=r"body\.2\.weight: sparse until now"):
+        step(twin, sgd(twin))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_the_sparsifier_of_a_copy_lives_as_long_as_its_model(copied):
+    """Without its own sparsifier, which nobody kept, the copy trained dense in silence."""
+    model = mlp()
+    twin = copied((model, sparse(model)))[0]
+    gc.collect()
+    step(twin, sgd(twin), 3)
+    assert real_density(twin) == real_density(model)
+
+
+def test_parameters_that_are_exchanged_in_the_lists_of_an_optimizer_are_looked_at():
+    model = mlp()
+    sparsifier, optimizer = sparse(model), sgd(model)
+    step(model, optimizer, 2)
+    model[2] = nn.Linear(16, 16)
+    optimizer.param_groups[0]["params"] = list(model.parameters())  # as many as before
+    with pytest.warns(UserWarning, match=r"2\.weight: sparse until now"):
+        step(model, optimizer)
+    assert sparsifier.density == real_density(model)
 
 
 @pytest.mark.parametrize("num_steps", [0, 3])
@@ -403,6 +450,21 @@ def test_weights_that_move_after_the_step_are_told_of_once_in_a_row():
     assert [str(w.message).partition(":")[0] for w in told] == ["step 2"]
 
 
+@pytest.mark.parametrize("write", [lambda p, x: p.data.copy_(x), lambda p, x: setattr(p, "data", x)])
+def test_weights_that_are_written_without_a_new_version_are_told_of(write):
+    """Averages are swapped in like this by diffusers' EMAModel.copy_to, torch_ema and vector_to_parameters."""
+    model = mlp()
+    sparsifier, optimizer = sparse(model), sgd(model)
+    step(model, optimizer, 3)
+    for parameter in model.parameters():
+        write(parameter, torch.ones_like(parameter))
+    with pytest.warns(UserWarning, match=r"state_dict\(\): \d+ non-zeros of the weights lie outside"):
+        sparsifier.state_dict()
+    with pytest.warns(UserWarning, match=r"step 4: \d+ non-zeros outside the masks of 0\.weight, 2\.weight, 4\.weight"):
+        step(model, optimizer)
+    assert sparsifier.density == real_density(model)
+
+
 def test_another_weight_that_is_written_at_the_next_step_is_told_of_too():
     model = mlp()
     sparse(model)
@@ -423,6 +485,36 @@ def test_a_weight_on_which_nobody_steps_is_told_of():
         UserWarning, match=r"2\.weight: sparse, but on them no optimizer has stepped in the first 10 steps"
     ):
         step(model, optimizer, 11)
+
+
+def test_a_generator_whose_turn_comes_late_is_not_told_of():
+    """Twenty steps of the critic for one of the generator, which has no gradient until then, are ordinary."""
+    model = nn.ModuleDict({"generator": mlp(), "critic": mlp(1)})
+    sparse(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for part, num in (("critic", 20), ("generator", 1)):
+            step(model[part], sgd(model[part]), num)
+
+
+def test_a_weight_that_nothing_reaches_is_told_of_in_the_end():
+    model = nn.ModuleDict({"used": nn.Linear(8, 3), "unused": nn.Linear(8, 3)})
+    sparse(model, method="static")
+    optimizer = sgd(model["used"])
+    with pytest.warns(UserWarning, match=r"unused\.weight: sparse, but on them no optimizer .* first 1000 steps"):
+        step(model["used"], optimizer, 1001)
+
+
+def test_an_optimizer_within_another_takes_one_step():
+    model = mlp()
+    sparsifier, inner = sparse(model), sgd(model)
+
+    class Outer(torch.optim.Optimizer):
+        def step(self):
+            inner.step()
+
+    step(model, Outer(inner.param_groups, {}), 3)
+    assert sparsifier.step == 3
 
 
 def test_reading_the_state_for_a_distributed_checkpoint_is_no_step():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from weakref import ref
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dstlib.targets import plain_name
 
 _Links = tuple[tuple[ref[nn.Module], str, ref[nn.Module]], ...]  # a parent, the name it has for a child, the child
+_Way = tuple[list[tuple[nn.Module, str, nn.Module]], nn.Module, str]  # a path whose modules are held
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +64,32 @@ class Ownership:
         # of whose loss nothing is to be said: without a model, nobody can know
         self._forgotten = set(weights) if model is None else set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the modules themselves, so that a copy has the ways through the copied model.
+
+        It cannot look for them: a model that holds its own sparsifier is still empty when this is copied.
+        """
+        by_name = {name: self._paths[id(parameter)] for name, parameter in self._weights.items()}
+        ways = {name: [way for path in paths if (way := _strong(path)) is not None] for name, paths in by_name.items()}
+        model = self.model
+        forgotten = set(self._weights) if model is None else self._forgotten
+        return {"model": model, "weights": self._weights, "ways": ways, "forgotten": forgotten}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model = None if state["model"] is None else ref(state["model"])
+        self._weights = state["weights"]
+        self._paths = {id(self._weights[name]): tuple(map(_weak, ways)) for name, ways in state["ways"].items()}
+        self._forgotten = state["forgotten"]
+
     @property
     def model(self) -> nn.Module | None:
         """The model that was made sparse, while it lives."""
         return None if self._model is None else self._model()
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        """The modules that hold the weights, or did when last seen, while they live."""
+        return [owner for paths in self._paths.values() for path in paths if (owner := path.owner()) is not None]
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """Returns those of the weights to whom not every path leads any more, by a quick look."""
@@ -119,6 +142,19 @@ class Ownership:
             kind = "another" if isinstance(instead, nn.Parameter) else "a tensor computed from another"
             return Loss("replaced", f"{kind} in its place, which no mask fits", instead)
         return None
+
+
+def _strong(path: _Path) -> _Way | None:
+    """Returns a path with the modules themselves; None if one of them is no more."""
+    links = [(parent(), key, child()) for parent, key, child in path.links]
+    owner = path.owner()
+    found = [(parent, key, child) for parent, key, child in links if parent is not None and child is not None]
+    return None if owner is None or len(found) < len(links) else (found, owner, path.key)
+
+
+def _weak(way: _Way) -> _Path:
+    links, owner, key = way
+    return _Path(tuple((ref(parent), name, ref(child)) for parent, name, child in links), ref(owner), key)
 
 
 def _paths(model: nn.Module, wanted: set[int]) -> dict[int, tuple[_Path, ...]]:

@@ -20,7 +20,7 @@ from dstlib.report import Summary
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_end
-from dstlib.sparsifier.hooks import forget, listen
+from dstlib.sparsifier.hooks import forget, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
 from dstlib.sparsifier.ownership import Ownership
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from dstlib.engine.layers.fast_layer import FastLayer
 
 
-_UNSTEPPED = 10  # steps of others after which a weight that has taken none is told of
+# steps of others after which a weight that has taken none is told of: one that has a gradient and no known optimizer,
+# and any other, whose turn may come late, such as that of a generator
+_UNSTEPPED, _UNREACHED = 10, 1000
 
 
 class Sparsifier:
@@ -62,12 +64,13 @@ class Sparsifier:
         ]
         self._process_group = process_group
         self._meanings = StateMeanings(state or {})
-        self._has_asked = False  # whether all weights take steps
+        self._next_question = float(_UNSTEPPED)  # at which step it is asked whether all weights take steps
         self._left_out: set[MaskedWeight] = set()  # by the optimizer that took over from theirs
         self._behind: set[MaskedWeight] = set()  # those of which was told that they end at another density
         self._num_unheard = 0  # backward passes since the last step
         self._next_look = 2.0  # so many, and a weight is looked at; infinite once something was found
-        self._connect(model)
+        self._ownership = Ownership(model, {m.weight.name: m.parameter for m in self._masked})
+        self._connect()
         for optimizer in optimizers:
             self._meet(optimizer, self._held_by(optimizer))
         with torch.no_grad():
@@ -172,7 +175,7 @@ class Sparsifier:
 
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer steps on any of the sparse weights, or on parameters that it did not have before."""
-        if self._looked_at.get(optimizer) != _num_parameters(optimizer):
+        if self._looked_at.get(optimizer) != _fingerprint(optimizer):
             return True
         return any(id(p) in self._by_id for group in optimizer.param_groups for p in group["params"])
 
@@ -180,9 +183,9 @@ class Sparsifier:
     def before_optimizer(self, optimizer: Optimizer) -> None:
         """Does as ``before_step`` for the weights of one optimizer, whose hook calls it."""
         weights = self._held_by(optimizer)
-        if self._looked_at.get(optimizer) != (num := _num_parameters(optimizer)):
+        if self._looked_at.get(optimizer) != (fingerprint := _fingerprint(optimizer)):
             self._look_at(optimizer)
-            self._looked_at[optimizer] = num
+            self._looked_at[optimizer] = fingerprint
         if not weights:
             return
         optimizer_state.refuse_unsupported(optimizer)
@@ -250,7 +253,8 @@ class Sparsifier:
 
         Warns where the weights of this moment are not those that the masks belong to.
         """
-        if outside := self._outside():
+        outside = {m: n for m in self._masked if m.begun and not m.is_revealed and (n := m.num_outside())}
+        if outside:
             loaded.tell_of_others(outside)
         return save(self._masked, self.plan, frozen=self.frozen, memory=self._memory)
 
@@ -285,18 +289,18 @@ class Sparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but the optimizers, which are met again when they step: copies follow the copied model."""
-        left_out = {"_optimizers", "_looked_at", "_by_id", "_by_name", "_held", "_ownership", "_replicas"}
+        left_out = {"_optimizers", "_looked_at", "_by_id", "_by_name", "_held", "_replicas"}
         state = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {**state, "_process_group": None, "model": self._ownership.model}
+        return {**state, "_process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model = state.pop("model")
         self.__dict__.update(state)
-        self._connect(model)
+        self._connect()
         if self._attached:
             listen(self)
+            keep(self, self._ownership.owners)
 
-    def _connect(self, model: nn.Module | None) -> None:
+    def _connect(self) -> None:
         """Makes all that belongs to this process and these very objects, which no copy takes along."""
         # those that were seen to step, with the number of weights; all, with that of the parameters that they had then
         self._optimizers: MutableMapping[Optimizer, int] = WeakKeyDictionary()
@@ -304,7 +308,6 @@ class Sparsifier:
         self._held: dict[MaskedWeight, list[ref[Optimizer]]] = {m: [] for m in self._masked}
         self._by_id = {id(m.parameter): (i, m) for i, m in enumerate(self._masked)}
         self._by_name = {m.weight.name: m for m in self._masked}
-        self._ownership = Ownership(model, {name: m.parameter for name, m in self._by_name.items()})
         self._replicas = Replicas(list(self._by_name), self._process_group)
         for m in self._masked:
             if m.parameter.requires_grad and not m.parameter.is_inference():
@@ -367,9 +370,11 @@ class Sparsifier:
         """Counts the non-zeros outside the masks of weights that something else has written since the last step."""
         return {m: n for m in self._masked if m.is_written and m.begun and (n := m.num_outside())}
 
-    def _look_for_foreign_writes(self, weights: Iterable[MaskedWeight]) -> list[MaskedWeight]:
+    def _look_for_foreign_writes(self, weights: Sequence[MaskedWeight]) -> list[MaskedWeight]:
         """Looks at weights that something else wrote since the last step; returns those whose masks followed."""
         outside = {m: n for m in weights if m.is_written and (n := m.num_outside())}
+        if not outside and self._is_written_unseen(weights):
+            outside = {m: n for m in weights if not m.is_revealed and (n := m.num_outside())}
         if not outside:
             return []
         taken = [m for m in outside if loaded.take_places(m, self.plan.method.granularity)]
@@ -388,6 +393,16 @@ class Sparsifier:
             m.lost_at = m.step + 1
         return taken
 
+    def _is_written_unseen(self, weights: Sequence[MaskedWeight]) -> bool:
+        """Looks at one weight of these, each in its turn: ``p.data`` is written to without a new version.
+
+        Elsewhere than on a CPU it would be waited for, so there it is looked at only where an update waits as well.
+        """
+        if not weights:
+            return False
+        m = weights[max(m.step for m in weights) % len(weights)]
+        return not m.is_revealed and (m.parameter.is_cpu or self._is_due(m)) and m.num_outside() > 0
+
     def _look_for_unheard_steps(self) -> None:
         """Looks at a small weight, ever more seldom, when several backward passes have had no step between them."""
         self._num_unheard += 1
@@ -399,13 +414,19 @@ class Sparsifier:
             self._next_look = math.inf
             loaded.tell_of_unheard(m, num, self._num_unheard)
 
+    def _ask_for_unstepped(self) -> None:
+        """Tells of weights that have taken no step: first of those that should have, later of all others."""
+        is_first = self._next_question == _UNSTEPPED
+        waiting = [m for m in self._masked if m.begun == 0 and m.parameter.requires_grad]
+        if told := [m for m in waiting if is_first == (m.parameter.grad is not None and not self._held[m])]:
+            loaded.tell_of_unstepped(told, int(self._next_question))
+        self._next_question = _UNREACHED if is_first else math.inf
+
     def _begin_step(self, weights: Sequence[MaskedWeight], optimizer: Optimizer | None) -> None:
         """Does all that comes before the step of these weights; a second call changes nothing."""
         self._num_unheard = 0
-        if not self._has_asked and any(m.step >= _UNSTEPPED for m in weights):
-            self._has_asked = True
-            if waiting := [m for m in self._masked if m.begun == 0 and m.parameter.requires_grad]:
-                loaded.tell_of_unstepped(waiting, _UNSTEPPED)
+        if self._next_question < math.inf and any(m.step >= self._next_question for m in weights):
+            self._ask_for_unstepped()
         # also at the first step: the first masks differ between ranks of other seeds or weights
         changed = [m for m in weights if m.begun == 0]
         written = self._look_for_foreign_writes(weights)
@@ -539,7 +560,8 @@ class Sparsifier:
             self._left_out |= {m for m, held in self._held.items() if m.begun and held and id(held[-1]) in earlier}
         if self._left_out:
             for m in self._left_out.intersection(weights):
-                m.step = m.begun = self.step if m.updated_at > m.begun else m.begun  # it has followed the others
+                if m.updated_at > m.begun:  # it has followed the others
+                    m.step = m.begun = self.step
             self._left_out.difference_update(weights)
         self._optimizers[optimizer] = len(weights)
         for m in weights:
@@ -570,8 +592,9 @@ def _full_gradient(m: MaskedWeight, scale: float) -> Tensor:
     return grad if scale == 1.0 else grad / scale
 
 
-def _num_parameters(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
+def _fingerprint(optimizer: Optimizer) -> int:
+    """Returns a number that tells whether the parameters are still the same ones; their lists may be edited."""
+    return sum(sum(map(id, group["params"])) for group in optimizer.param_groups)
 
 
 def _refuse_graph(weights: Iterable[MaskedWeight]) -> None:

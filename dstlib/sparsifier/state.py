@@ -90,7 +90,7 @@ class MaskedWeight:
 
         Versions do not tell of all; so the first step looks in any case.
         """
-        return not self.is_revealed and (self.begun == 0 or self.version != self.parameter._version)
+        return not self.is_revealed and (self.begun == 0 or self.version != _version(self.parameter))
 
     def begin_step(self) -> None:
         """Counts a step as begun, and moves all that belongs to the weight to where it is now."""
@@ -113,8 +113,8 @@ class MaskedWeight:
                 k.start(self.mask & ~old, self.parameter.detach(), grad)
 
     def num_outside(self) -> int:
-        """Counts the non-zeros of the parameter outside the mask; there are none unless something else wrote them."""
-        return 0 if self.is_revealed else count_outside(self.parameter, self.mask)
+        """Counts the non-zeros outside the mask; there are none unless revealed, or something else wrote them."""
+        return count_outside(self.parameter, self.mask)
 
     def reveal(self) -> bool:
         """Puts the hidden values back into the parameter; returns False if they are there already."""
@@ -168,7 +168,12 @@ def clear_all(weights: Iterable[tuple[MaskedWeight, Iterable[Kept]]]) -> None:
                 k.write_outside(learns)
     zero_outside_each_(zeros)
     for m in cleared:
-        m.version = m.parameter._version
+        m.version = _version(m.parameter)
+
+
+def _version(parameter: Tensor) -> int:
+    """Returns what torch counts writes by, and nothing else does; inference tensors have none, and take no step."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:
