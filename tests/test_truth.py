@@ -373,6 +373,28 @@ def test_a_state_of_another_moment_than_the_weights_says_so():
         sparsifier.load_state_dict(later)
 
 
+def test_a_state_that_is_loaded_in_inference_mode_can_be_trained():
+    model = mlp()
+    sparsifier, optimizer = sparse(model, method=replace(dstlib.methods.SNFS, interval=2)), sgd(model)
+    step(model, optimizer, 3)
+    with torch.inference_mode():
+        sparsifier.load_state_dict(sparsifier.state_dict())
+    step(model, optimizer, 3)
+    assert_zero_outside_by_identity(sparsifier)
+
+
+def test_a_weight_of_another_shape_is_counted_as_it_is_until_the_step_that_refuses_it():
+    model = mlp()
+    sparsifier, optimizer = sparse(model), sgd(model)
+    step(model, optimizer)
+    model[4].weight.data = torch.ones(2, 16)
+    model[4].bias.data = torch.ones(2)
+    model.zero_grad()
+    assert sparsifier.density == real_density(model)
+    with pytest.raises(StateError, match=r"4\.weight.*another shape"):
+        step(model, optimizer)
+
+
 @given(st.data())
 def test_places_are_taken_whole_or_not_at_all(data):
     grain = data.draw(st.sampled_from([Element(), Channel(), FanIn()]))

@@ -258,6 +258,7 @@ class Sparsifier:
             loaded.tell_of_others(outside)
         return save(self._masked, self.plan, frozen=self.frozen, memory=self._memory)
 
+    @torch.inference_mode(False)  # what is kept from here on must be writable in training
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes masks and steps from ``state_dict`` of a sparsifier of the same settings, and applies them.
 
@@ -340,7 +341,7 @@ class Sparsifier:
         """Checks that the model still computes with these weights as they are; warns of those that are gone."""
         weights = list(weights)
         names = self._ownership.changed(m.weight.name for m in weights)
-        reshaped = [m.weight.name for m in weights if m.parameter.shape != m.mask.shape]
+        reshaped = [m.weight.name for m in weights if not m.fits]
         losses = self._ownership.losses(names) if names else {}
         for name, loss in losses.items():
             if loss.kind == "replaced":

@@ -80,6 +80,11 @@ class MaskedWeight:
         return self._factor[2]
 
     @property
+    def fits(self) -> bool:
+        """Whether mask and parameter have one shape; ``p.data`` may be set to another, which the next step refuses."""
+        return self.parameter.shape == self.mask.shape
+
+    @property
     def is_stepping(self) -> bool:
         """Whether a step has begun that is not yet done."""
         return self.begun > self.step
@@ -114,7 +119,7 @@ class MaskedWeight:
 
     def num_outside(self) -> int:
         """Counts the non-zeros outside the mask; there are none unless revealed, or something else wrote them."""
-        return count_outside(self.parameter, self.mask)
+        return count_outside(self.parameter, self.mask) if self.fits else int(self.parameter.count_nonzero())
 
     def reveal(self) -> bool:
         """Puts the hidden values back into the parameter; returns False if they are there already."""
