@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dstlib
-from dstlib.errors import StateError
+from dstlib.errors import SettingError, StateError
 from dstlib.integrations.training import HostedTraining, Settings
 
 SETTINGS = Settings(sparsity=0.8, method="set", seed=3)
@@ -45,6 +45,12 @@ def halfway():
     training.begin(model, total_steps=400)
     train(model, 250)
     return training, model, weights(model), training.state_dict()
+
+
+@pytest.mark.parametrize(("setting", "match"), [({"sparsity": 90}, "sparsity"), ({"method": "rigI"}, "method")])
+def test_settings_are_checked_at_once(setting, match):
+    with pytest.raises(SettingError, match=match):
+        Settings(**{"sparsity": 0.9, **setting})
 
 
 def test_before_it_begins_there_is_no_sparsifier():

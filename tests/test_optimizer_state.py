@@ -426,3 +426,15 @@ def test_a_class_derived_from_a_known_one_is_known_but_for_what_it_adds():
 def test_the_summary_says_what_was_decided():
     _, _, sparsifier = sparse(lambda m: torch.optim.AdamW(m.parameters()))
     assert "state of AdamW: moments exp_avg, exp_avg_sq (known)" in str(sparsifier.summary()).splitlines()
+
+
+def test_a_stated_key_that_nobody_keeps_is_told_of():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.Adam(model.parameters())
+    stated = {"exp_avgg": "moment", "exp_avg_*": "moment"}
+    dstlib.sparsify(model, optimizer, sparsity=0.5, method="static", state=stated)
+    for _ in range(10):
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"exp_avgg matches nothing .* of a sparse weight: exp_avg, exp_avg_sq\."):
+        optimizer.step()

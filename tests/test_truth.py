@@ -420,8 +420,11 @@ def test_sparse_weights_that_the_plan_has_no_room_for_are_told_of():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
     sparse(model, sparsity=0.8, overrides={"0": 0.6}).detach()
-    with pytest.warns(UserWarning, match=r"sparsify\(\): 0.weight already held zeros, .* \d+ of them, drawn at random"):
+    held = model[0].weight.detach().abs().flatten()
+    with pytest.warns(UserWarning, match=r"sparsify\(\): 0.weight already held zeros, .* \d+ of them, the smallest"):
         sparse(model, sparsity=0.8).detach()
+    kept = model[0].weight.detach().flatten() != 0
+    assert held[kept].min() > held[~kept].max()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         sparse(model, sparsity=0.9, method=replace(METHOD, init=dstlib.masking.magnitude))

@@ -13,6 +13,7 @@ from dstlib.errors import StateError, require
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier, sparsify
+from dstlib.sparsifier.plan import check_sparsity
 
 VERSION = 1
 _BY_THE_TRAINER = "It is made when the trainer begins to train, in the very processes that train."
@@ -20,7 +21,11 @@ _BY_THE_TRAINER = "It is made when the trainer begins to train, in the very proc
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of :func:`dstlib.sparsify`, kept until there is a model; no ``total_steps``: the trainer's own."""
+    """The settings of :func:`dstlib.sparsify`, kept until there is a model; no ``total_steps``: the trainer's own.
+
+    Raises:
+        SettingError: The sparsity is out of range, or there is no such method.
+    """
 
     sparsity: float
     method: str | Method = "rigl"
@@ -29,6 +34,10 @@ class Settings:
     overrides: Mapping[str, float] | None = None
     seed: int = 0
     total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity, "SparseTraining")
+        find_method(self.method)
 
     def sparsify(self, model: nn.Module, *optimizers: Optimizer, total_steps: int | None) -> Sparsifier:
         """Makes a model sparse by these settings."""

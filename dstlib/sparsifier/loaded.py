@@ -9,30 +9,32 @@ Shapes: G groups, U units per group.
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
-from dstlib.masking import Granularity, select_top, unit_mask
+import torch
+
+from dstlib.masking import Granularity, select_top, unit_mask, unit_score
 from dstlib.sparsifier.state import MaskedWeight
 
 _STATE = "the state that was saved with these weights, sparsifier.load_state_dict(state)"
 
 
-def take_places(m: MaskedWeight, granularity: Granularity) -> bool:
-    """Moves a mask to where the weight's non-zeros are, if it has room for all of them; else changes nothing.
+def take_places(m: MaskedWeight, granularity: Granularity, *, may_cut: bool = False) -> bool:
+    """Moves a mask to where the weight's non-zeros are, if it has room for all of them; returns whether it has.
 
-    Each group keeps its number of active units. What room is left stays with units that were active before.
+    Each group keeps its number of active units. What room is left stays with units that were active before. If a mask
+    without the room ``may_cut``, it moves to the largest units; else it stays as it is.
     """
-    new = []
-    for view in m.weight.views:
-        weight, mask = view.of(m.parameter.detach()), view.of(m.mask)
-        active_GU = granularity.fold(mask)[..., 0]
-        occupied_GU = granularity.fold(weight != 0).any(dim=-1)
-        num_free_G = active_GU.sum(dim=1) - occupied_GU.sum(dim=1)
-        if bool((num_free_G < 0).any()):
-            return False
-        filled_GU = occupied_GU | select_top(active_GU.float(), num_free_G, among_GU=~occupied_GU)
-        new.append((mask, unit_mask(filled_GU, granularity, mask.shape)))
-    for mask, moved in new:
-        mask.copy_(moved)
-    return True
+    views = [(view.of(m.parameter.detach()), view.of(m.mask)) for view in m.weight.views]
+    units = [(granularity.fold(w != 0).any(dim=-1), granularity.fold(mask)[..., 0]) for w, mask in views]
+    fits = all(bool((occupied_GU.sum(dim=1) <= active_GU.sum(dim=1)).all()) for occupied_GU, active_GU in units)
+    if not (fits or may_cut):
+        return False
+    for (weight, mask), (occupied_GU, active_GU) in zip(views, units, strict=True):
+        num_G = active_GU.sum(dim=1)
+        size_GU = unit_score(weight.abs().nan_to_num(), mask.shape, granularity)
+        kept_GU = select_top(size_GU, torch.minimum(num_G, occupied_GU.sum(dim=1)), among_GU=occupied_GU)
+        filled_GU = select_top(active_GU.float(), num_G - kept_GU.sum(dim=1), among_GU=~occupied_GU)
+        mask.copy_(unit_mask(kept_GU | filled_GU, granularity, mask.shape))
+    return fits
 
 
 def is_sparse_already(m: MaskedWeight) -> bool:
@@ -67,7 +69,7 @@ def tell_of_no_room(outside: Mapping[MaskedWeight, int]) -> None:
     """Warns of weights that were sparse already, and whose non-zeros do not fit the first masks."""
     warnings.warn(
         f"sparsify(): {_named(list(outside))} already held zeros, but more non-zeros than the plan has room for: "
-        f"{sum(outside.values()):,} of them, drawn at random, are zero now. Sparse weights keep their places under the "
+        f"{sum(outside.values()):,} of them, the smallest, are zero now. Sparse weights keep their places under the "
         f"sparsity, distribution and granularity that they have; to resume a run, load {_STATE}.",
         stacklevel=2,
     )

@@ -5,6 +5,7 @@ outside the mask weight and gradient have always been zero, so what an optimizer
 there, its value at birth, while inside it has many; and what varies there is of no single entry.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -122,11 +123,12 @@ class StateMeanings:
 
     def __init__(self, stated: Mapping[str, Kind]) -> None:
         self._stated = dict(stated)
+        self._used: set[str] = set()  # of the globs, those that a key was found for
         self._seen: WeakKeyDictionary[Optimizer, _Seen] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what the user stated: optimizers are met again when they step."""
-        return {"_stated": self._stated}
+        return {"_stated": self._stated, "_used": self._used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _seen=WeakKeyDictionary())
@@ -183,11 +185,25 @@ class StateMeanings:
             for name, groups in said.items()
         )
 
+    def warn_of_unused(self) -> None:
+        """Warns of stated globs that no optimizer has kept anything under, once it has had the time."""
+        unused = [pattern for pattern in self._stated if pattern not in self._used]
+        if unused:
+            keys = sorted({key for seen in self._seen.values() for key, _ in seen.said})
+            warnings.warn(
+                f"state= of sparsify(): {', '.join(unused)} matches nothing that the optimizers keep for each entry of "
+                f"a sparse weight: {', '.join(keys) or 'nothing'}. Keys of nested state are joined by dots.",
+                stacklevel=2,
+            )
+
     def _decide(
         self, optimizer: Optimizer, parameter: nn.Parameter, key: str, entries: "_Entries", mask: Tensor
     ) -> tuple[Meaning, str] | None:
         """Returns the meaning of a key, and whether it is stated, known or observed; None if there is nothing yet."""
-        word = next((word for pattern, word in self._stated.items() if fnmatchcase(key, pattern)), None)
+        pattern = next((pattern for pattern in self._stated if fnmatchcase(key, pattern)), None)
+        if pattern is not None:
+            self._used.add(pattern)
+        word = None if pattern is None else self._stated[pattern]
         cls: type = type(optimizer)
         table = known(cls, key)
         if table is None and entries.zero is not None:

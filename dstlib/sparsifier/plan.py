@@ -94,14 +94,7 @@ def make_plan(
         error=SelectionError,
     )
     for where, value in {"sparsify()": sparsity, **{f"override {k!r}": v for k, v in overrides.items()}}.items():
-        require(
-            isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1,
-            "sparsity",
-            where,
-            allowed="a number in [0, 1)",
-            given=repr(value),
-            remedy="0.9 leaves a tenth of the weights active; 0 leaves all of them.",
-        )
+        check_sparsity(value, where)
     densities, own = _densities(weights, method, 1 - sparsity, overrides)
     starts = dict.fromkeys(densities, 1.0)
     if method.start_density < 1:
@@ -126,6 +119,22 @@ def make_plan(
         own=own,
         num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
         seed=seed,
+    )
+
+
+def check_sparsity(value: float, where: str) -> None:
+    """Checks that a sparsity is a share of the weights.
+
+    Raises:
+        SettingError: It is none.
+    """
+    require(
+        isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1,
+        "sparsity",
+        where,
+        allowed="a number in [0, 1)",
+        given=repr(value),
+        remedy="0.9 leaves a tenth of the weights active; 0 leaves all of them.",
     )
 
 

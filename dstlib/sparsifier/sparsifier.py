@@ -324,11 +324,15 @@ class Sparsifier:
         is_drawn = plan.method.init is random
         plan = update.choose_first_masks(self._masked, plan)
         loaded.tell_of_regrowth(self._masked, plan.method.name)
-        outside = {m: num_outside for m in self._masked if (num_outside := m.num_outside())}
-        # weights that are sparse already keep their places, where these fit
-        lost = {m: n for m, n in outside.items() if not loaded.take_places(m, plan.method.granularity)}
-        if is_drawn and (sparse := {m: n for m, n in lost.items() if loaded.is_sparse_already(m)}):
-            loaded.tell_of_no_room(sparse)
+        # weights that are sparse already keep their places, or the largest of them
+        grain, cut = plan.method.granularity, {}
+        for m in self._masked:
+            if m.num_outside():
+                may_cut = is_drawn and loaded.is_sparse_already(m)
+                if not loaded.take_places(m, grain, may_cut=may_cut) and may_cut:
+                    cut[m] = m.num_outside()
+        if cut:
+            loaded.tell_of_no_room(cut)
         for m in self._masked:
             if m.hidden is not None:
                 m.reveal()
@@ -416,11 +420,16 @@ class Sparsifier:
             loaded.tell_of_unheard(m, num, self._num_unheard)
 
     def _ask_for_unstepped(self) -> None:
-        """Tells of weights that have taken no step: first of those that should have, later of all others."""
+        """Tells of weights that have taken no step: first of those that should have, later of all others.
+
+        By then optimizers have made all that they keep, too: keys that were stated and are none are told of.
+        """
         is_first = self._next_question == _UNSTEPPED
         waiting = [m for m in self._masked if m.begun == 0 and m.parameter.requires_grad]
         if told := [m for m in waiting if is_first == (m.parameter.grad is not None and not self._held[m])]:
             loaded.tell_of_unstepped(told, int(self._next_question))
+        if is_first:
+            self._meanings.warn_of_unused()
         self._next_question = _UNREACHED if is_first else math.inf
 
     def _begin_step(self, weights: Sequence[MaskedWeight], optimizer: Optimizer | None) -> None:
