@@ -57,13 +57,8 @@ class Summary:
         """Active entries of the whole model: what there is to train and to store."""
         return sum(row.num_active for row in self.rows) + self.num_other
 
-    def __str__(self) -> str:
-        cells = [("weight", "layer", "shape", "active", "density", "")]
-        for row in self.rows:
-            shape = "×".join(map(str, row.shape))
-            full = " (full)" if row.num_active == row.num_total else ""
-            state = f"dense: {row.reason}" if row.reason else row.note or f"sparse{full}"
-            cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", state))
+    def totals(self) -> str:
+        """Returns what the table comes to: a line on the sparse weights, one on the whole model."""
         num_sparse_rows = sum(not row.reason and row.num_total > 0 for row in self.rows)
         dense = [row for row in self.rows if row.reason]
         num_dense = sum(row.num_active for row in dense)
@@ -76,7 +71,16 @@ class Summary:
             f"whole model: {self.params:,} of {num_all:,} parameters: {self.num_active:,} in sparse weights, "
             f"{num_dense:,} in dense ones, {self.num_other:,} in biases, norms and other vectors"
         )
-        return "\n".join([self.title, *align(cells, left=(0, 1, 2, 5)), sparse, *_zeros_of(dense), whole, *self.notes])
+        return "\n".join([sparse, *_zeros_of(dense), whole])
+
+    def __str__(self) -> str:
+        cells = [("weight", "layer", "shape", "active", "density", "")]
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape))
+            full = " (full)" if row.num_active == row.num_total else ""
+            state = f"dense: {row.reason}" if row.reason else row.note or f"sparse{full}"
+            cells.append((row.name, row.kind, shape, f"{row.num_active:,}", f"{row.density:.4f}", state))
+        return "\n".join([self.title, *align(cells, left=(0, 1, 2, 5)), self.totals(), *self.notes])
 
 
 def _zeros_of(dense: Iterable[Row]) -> Iterator[str]:

@@ -135,7 +135,7 @@ def main() -> None:
     print(report)
     images, labels = scans(options.scans)
     train(model, optimizer, images, labels, steps=options.steps)
-    print(*str(sparsifier.summary()).splitlines()[-2:], sep="\n")
+    print(sparsifier.summary().totals())
 
 
 if __name__ == "__main__":

@@ -579,7 +579,7 @@ def test_the_law_of_zeros_bites(monkeypatch):
 
 def test_the_law_of_zeros_bites_in_the_optimizer(monkeypatch):
     def spare_states(pairs):
-        zero_outside_each_((x, mask) for x, mask in pairs if isinstance(x, nn.Parameter))
+        zero_outside_each_((x, mask) for x, mask in pairs if isinstance(x, torch.nn.Parameter))
 
     monkeypatch.setattr("dstlib.sparsifier.state.zero_outside_each_", spare_states)
     assert law_of(check_method, SET) == "zeros hold"

@@ -161,7 +161,7 @@ def _print_beginning(training: Training, data: Dataset, path: Path) -> None:
     if absent := data.absent_classes():
         print(f"Note: no case to train on has {', '.join(absent)}.")
     if training.sparsifier:
-        print(*str(training.sparsifier.summary()).splitlines()[-2:], sep="\n")
+        print(training.sparsifier.summary().totals())
 
 
 def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None, path: Path) -> None:
