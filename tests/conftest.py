@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,11 @@ def hippocampus() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real scans are not here: no folder {folder.name} in $DSTLIB_DATA or ../shared/data")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _without_accelerators_of_other_tests() -> None:
+    """Lets each test begin without the settings of Accelerate, which a process keeps for all its accelerators."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
