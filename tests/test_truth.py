@@ -644,3 +644,22 @@ def test_hooks_are_no_part_of_a_compiled_step():
     assert not any("int32" in name or "bool" in name for name in names)
     assert_zero_outside(model, sparsifier.masks)
     assert sparsifier.step == 5
+
+
+def test_a_model_may_be_made_sparse_in_inference_mode():
+    model = mlp()
+    with torch.inference_mode():
+        sparsifier = sparse(model)
+    step(model, sgd(model), 5)
+    assert_zero_outside(model, sparsifier.masks)
+
+
+def test_a_gradient_that_is_one_number_expanded_is_masked():
+    model = nn.Linear(8, 8, bias=False)
+    sparsifier = sparse(model, method="static")
+    for _ in range(2):
+        model.weight.sum().backward()
+        assert model.weight.grad.stride() == (0, 0)
+        sgd(model).step()
+        model.weight.grad = None
+    assert_zero_outside(model, sparsifier.masks)

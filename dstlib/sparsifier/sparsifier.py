@@ -45,6 +45,7 @@ class Sparsifier:
     The masks live here, the zeros in the weights; the model itself knows nothing.
     """
 
+    @torch.inference_mode(False)  # masks are written to later
     def __init__(
         self,
         plan: Plan,
@@ -273,7 +274,8 @@ class Sparsifier:
             for m, saved in zip(self._masked, all_saved, strict=True):
                 m.restore(saved)
             # weights that were loaded before, and are of another step; what dense storage hides is in the state
-            if outside := {m: n for m, n in self._outside().items() if m.hidden is None}:
+            outside = {m: m.num_outside() - m.num_hidden_outside() for m in self._outside()}
+            if outside := {m: num for m, num in outside.items() if num}:
                 loaded.tell_of_misfit(outside)
             if self.plan.densities_from_model:
                 self._plan = update.with_densities(self.plan, self._masked)
@@ -458,6 +460,10 @@ class Sparsifier:
                 if m.reveal():
                     update.pull_hidden(m, self.plan, scale)
         # an update may leave the step out
+        for m in ready:
+            grad = m.parameter.grad  # one of a plain sum is a single number, expanded
+            if grad is not None and not grad.is_contiguous() and 0 in grad.stride():
+                m.parameter.grad = grad.clone(memory_format=torch.contiguous_format)
         grads = ((m, m.parameter.grad) for m in ready if m.learns is not None)
         zero_outside_each_((grad, m.factor) for m, grad in grads if grad is not None)
         self._replicas.check_equal(changed)

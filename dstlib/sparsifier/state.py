@@ -121,6 +121,12 @@ class MaskedWeight:
         """Counts the non-zeros outside the mask; there are none unless revealed, or something else wrote them."""
         return count_outside(self.parameter, self.mask) if self.fits else int(self.parameter.count_nonzero())
 
+    def num_hidden_outside(self) -> int:
+        """Counts the non-zeros outside the mask that are what is hidden there, so that nothing is lost of them."""
+        if self.hidden is None:
+            return 0
+        return int(((self.parameter == self.hidden) & (self.hidden != 0) & ~self.mask).count_nonzero())
+
     def reveal(self) -> bool:
         """Puts the hidden values back into the parameter; returns False if they are there already."""
         if self.is_revealed:
