@@ -461,7 +461,7 @@ class Sparsifier:
                     update.pull_hidden(m, self.plan, scale)
         # an update may leave the step out
         for m in ready:
-            grad = m.parameter.grad  # one of a plain sum is a single number, expanded
+            grad = m.parameter.grad  # one that is set by hand may be a single number, expanded
             if grad is not None and not grad.is_contiguous() and 0 in grad.stride():
                 m.parameter.grad = grad.clone(memory_format=torch.contiguous_format)
         grads = ((m, m.parameter.grad) for m in ready if m.learns is not None)
