@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from trainer_runs import RIGL, Net, data, net, sparse, trainer
 from transformers import EarlyStoppingCallback, MixtralConfig, MixtralForCausalLM, TrainerCallback, set_seed
 
+import dstlib.integrations.transformers as adapter
 from dstlib.integrations.transformers import FILE, last_checkpoint
 
 
@@ -568,3 +569,9 @@ def test_two_processes_resume_as_if_they_had_not_stopped(tmp_path):
 def test_the_page_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(Path(__file__).parents[1] / "docs" / "transformers.md", {}, least=4, host="transformers")
+
+
+def test_a_trainer_that_tells_nothing_of_its_checkpoint_is_refused():
+    """Its folder is read off the stack: another release may not have it there, and masks must not begin anew for that."""
+    with pytest.raises(StateError, match="checkpoint to resume of Trainer with SparseTraining"):
+        adapter._resumed_from()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState, PartialState
 from torch import Tensor, nn
@@ -223,11 +224,23 @@ def _inner(optimizer: Optimizer) -> Optimizer:
 
 
 def _resumed_from() -> Path | None:
-    """Returns the folder that the Trainer resumes from: it tells its callbacks everything but that."""
+    """Returns the folder that the Trainer resumes from: it tells its callbacks everything but that.
+
+    Raises:
+        StateError: This release of transformers does not keep it where the last one did.
+    """
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != "_inner_training_loop":
         frame = frame.f_back
-    folder = None if frame is None else frame.f_locals["resume_from_checkpoint"]
+    if frame is None or "resume_from_checkpoint" not in frame.f_locals:
+        raise StateError.of(
+            "checkpoint to resume",
+            "Trainer with SparseTraining",
+            allowed="resume_from_checkpoint in the Trainer's _inner_training_loop, as in transformers 5.24",
+            given=f"none in transformers {transformers.__version__}",
+            remedy="Use a release that dstlib was tested with, or train in a loop of your own.",
+        )
+    folder = frame.f_locals["resume_from_checkpoint"]
     return None if folder is None else Path(folder)
 
 
