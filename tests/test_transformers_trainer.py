@@ -572,6 +572,6 @@ def test_the_page_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
 
 
 def test_a_trainer_that_tells_nothing_of_its_checkpoint_is_refused():
-    """Its folder is read off the stack: another release may not have it there, and masks must not begin anew for that."""
+    """Its folder is read off the stack; a release that has it elsewhere must not make masks begin anew."""
     with pytest.raises(StateError, match="checkpoint to resume of Trainer with SparseTraining"):
         adapter._resumed_from()
