@@ -7,16 +7,13 @@ Needs ``lightning``, or else ``pytorch_lightning``; with both installed, it work
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dstlib.errors import SettingError, StateError
-from dstlib.integrations.training import HostedTraining, Settings
-from dstlib.methods.method import Method
-from dstlib.sparsifier import Sparsifier
+from dstlib.integrations.training import Adapter
 
 try:
     from lightning.pytorch import Callback
@@ -30,7 +27,7 @@ _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")  # a r
 _MANY = 1_000_000
 
 
-class SparseTraining(Callback):
+class SparseTraining(Adapter, Callback):
     """Keeps the network of a Lightning trainer sparse from the first step to the last, and in its checkpoints.
 
     The settings are those of :func:`dstlib.sparsify`; without ``total_steps``, Lightning's own count of the optimizer
@@ -43,39 +40,8 @@ class SparseTraining(Callback):
 none. It is made when the trainer begins to train, in the very processes that train.
     """
 
-    def __init__(
-        self,
-        *,
-        sparsity: float,
-        method: str | Method = "rigl",
-        include: str | Sequence[str] = "*",
-        exclude: str | Sequence[str] = (),
-        overrides: Mapping[str, float] | None = None,
-        seed: int = 0,
-        total_steps: int | None = None,
-    ) -> None:
-        self._num_epochs = 0
-        self._has_begun = False  # in this fit
-        self._training = HostedTraining(
-            Settings(
-                sparsity=sparsity,
-                method=method,
-                include=include,
-                exclude=exclude,
-                overrides=overrides,
-                seed=seed,
-                total_steps=total_steps,
-            )
-        )
-
-    @property
-    def sparsifier(self) -> Sparsifier:
-        """The sparsifier of the latest ``fit``.
-
-        Raises:
-            StateError: None has begun in this process.
-        """
-        return self._training.sparsifier
+    _num_epochs = 0
+    _has_begun = False  # in this fit
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Takes its place behind the other callbacks, whose averages it masks, and before those that save.

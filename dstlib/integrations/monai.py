@@ -1,21 +1,19 @@
 """Sparse training as a handler of MONAI's trainers; MONAI and ignite are imported when it is attached."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dstlib.errors import SettingError, require
-from dstlib.integrations.training import HostedTraining, Settings
-from dstlib.methods.method import Method
-from dstlib.sparsifier import Sparsifier
+from dstlib.integrations.training import Adapter, Settings
 
 if TYPE_CHECKING:
     from monai.engines import SupervisedTrainer
 
 
-class SparseTraining:
+class SparseTraining(Adapter):
     """Trains the network of a MONAI trainer sparse: a handler to attach, or to name among ``train_handlers``.
 
     The settings are those of :func:`dstlib.sparsify`; ``total_steps`` is by itself the number of optimizer steps of
@@ -23,39 +21,8 @@ class SparseTraining:
     the handler brings masks and counters; named in the ``load_dict`` of a CheckpointLoader, it takes them back.
     """
 
-    def __init__(
-        self,
-        *,
-        sparsity: float,
-        method: str | Method = "rigl",
-        include: str | Sequence[str] = "*",
-        exclude: str | Sequence[str] = (),
-        overrides: Mapping[str, float] | None = None,
-        seed: int = 0,
-        total_steps: int | None = None,
-    ) -> None:
-        self._training = HostedTraining(
-            Settings(
-                sparsity=sparsity,
-                method=method,
-                include=include,
-                exclude=exclude,
-                overrides=overrides,
-                seed=seed,
-                total_steps=total_steps,
-            )
-        )
-        self._network: nn.Module | None = None  # once the run has started
-        self._averages: list[nn.Module] = []
-
-    @property
-    def sparsifier(self) -> Sparsifier:
-        """The sparsifier of the run.
-
-        Raises:
-            StateError: The run has not started.
-        """
-        return self._training.sparsifier
+    _network: nn.Module | None = None  # once the run has started
+    _averages: tuple[nn.Module, ...] = ()
 
     def attach(self, engine: "SupervisedTrainer") -> None:
         """Attaches the handler to a trainer, before what clips its gradients.
@@ -71,7 +38,7 @@ class SparseTraining:
 
     def mask_average(self, average: nn.Module) -> None:
         """Keeps an average of the network as sparse as the network: ``EMAHandler.ema_model``, say."""
-        self._averages.append(average)
+        self._averages = (*self._averages, average)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns settings, masks and counters, for a checkpoint; nothing before the run has started."""

@@ -1,14 +1,13 @@
 """Sparse training in scripts of timm's kind, in the place of their loss scaler; timm is imported when it clips."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.integrations.training import HostedTraining, Settings
-from dstlib.methods.method import Method
+from dstlib.integrations.training import Adapter
 from dstlib.sparsifier import Sparsifier
 
 
@@ -34,7 +33,7 @@ class LossScaler(Protocol):
         """Takes its state back."""
 
 
-class SparseTraining:
+class SparseTraining(Adapter):
     """Trains the model of a timm script sparse, as the ``loss_scaler`` that the script calls, saves and resumes.
 
     That is the one object of such a script that sees gradients before they are clipped, and has a field in timm's
@@ -43,42 +42,11 @@ class SparseTraining:
 
     state_dict_key = "dstlib"
 
-    def __init__(
-        self,
-        *,
-        sparsity: float,
-        method: str | Method = "rigl",
-        include: str | Sequence[str] = "*",
-        exclude: str | Sequence[str] = (),
-        overrides: Mapping[str, float] | None = None,
-        seed: int = 0,
-        total_steps: int | None = None,
-    ) -> None:
-        self._training = HostedTraining(
-            Settings(
-                sparsity=sparsity,
-                method=method,
-                include=include,
-                exclude=exclude,
-                overrides=overrides,
-                seed=seed,
-                total_steps=total_steps,
-            ),
-            begins="Call begin(model, optimizer, total_steps=...) before the first step.",
-        )
-        self._is_noticed = False
-        self._scaler: LossScaler | None = None
-        self._model: nn.Module | None = None  # once the training has begun
-        self._averages: list[nn.Module] = []
-
-    @property
-    def sparsifier(self) -> Sparsifier:
-        """The sparsifier of the training.
-
-        Raises:
-            StateError: ``begin`` was not called.
-        """
-        return self._training.sparsifier
+    _begins = "Call begin(model, optimizer, total_steps=...) before the first step."
+    _is_noticed = False
+    _scaler: LossScaler | None = None
+    _model: nn.Module | None = None  # once the training has begun
+    _averages: tuple[nn.Module, ...] = ()
 
     def around(self, scaler: LossScaler | None) -> Self:
         """Hands the work on to the script's own loss scaler, if it has one, and returns itself."""
@@ -111,7 +79,7 @@ class SparseTraining:
 
     def mask_average(self, average: nn.Module) -> None:
         """Keeps an average of the model as sparse as the model: a ``ModelEmaV3``, say."""
-        self._averages.append(average)
+        self._averages = (*self._averages, average)
 
     def __call__(
         self,

@@ -230,6 +230,43 @@ def _put_back(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         parameter.copy_(weight)
 
 
+class Adapter:
+    """What adapters have in common: the settings of :func:`dstlib.sparsify`, and the sparsifier once there is one."""
+
+    _begins = _BY_THE_TRAINER
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        method: str | Method = "rigl",
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = (),
+        overrides: Mapping[str, float] | None = None,
+        seed: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        settings = Settings(
+            sparsity=sparsity,
+            method=method,
+            include=include,
+            exclude=exclude,
+            overrides=overrides,
+            seed=seed,
+            total_steps=total_steps,
+        )
+        self._training = HostedTraining(settings, begins=self._begins)
+
+    @property
+    def sparsifier(self) -> Sparsifier:
+        """The sparsifier of the latest training.
+
+        Raises:
+            StateError: None has begun in this process.
+        """
+        return self._training.sparsifier
+
+
 def refuse_other_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
     """Refuses a training that differs from the one that was saved, naming each setting that does.
 

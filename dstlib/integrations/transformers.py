@@ -10,7 +10,7 @@ import inspect
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dstlib.errors import SettingError, StateError
 from dstlib.files import write_whole
 from dstlib.integrations.backward import AfterBackward
-from dstlib.integrations.training import HostedTraining, Settings
+from dstlib.integrations.training import Adapter, HostedTraining
 from dstlib.masking.update import count_outside
-from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import find_weights
 
 FILE = "dstlib_state.pt"  # in each folder of a checkpoint
 
 
-class SparseTraining(TrainerCallback):
+class SparseTraining(Adapter, TrainerCallback):
     """Keeps the model of a Trainer sparse from the first step to the last, and in its checkpoints.
 
     The settings are those of :func:`dstlib.sparsify`; without ``total_steps``, the Trainer's own count of steps is
@@ -48,39 +47,8 @@ class SparseTraining(TrainerCallback):
 none. It is made when the trainer begins to train, in the very processes that train.
     """
 
-    def __init__(
-        self,
-        *,
-        sparsity: float,
-        method: str | Method = "rigl",
-        include: str | Sequence[str] = "*",
-        exclude: str | Sequence[str] = (),
-        overrides: Mapping[str, float] | None = None,
-        seed: int = 0,
-        total_steps: int | None = None,
-    ) -> None:
-        self._training = HostedTraining(
-            Settings(
-                sparsity=sparsity,
-                method=method,
-                include=include,
-                exclude=exclude,
-                overrides=overrides,
-                seed=seed,
-                total_steps=total_steps,
-            )
-        )
-        self._after_backward: AfterBackward | None = None
-        self._has_begun_step = self._has_masked = False
-
-    @property
-    def sparsifier(self) -> Sparsifier:
-        """The sparsifier of the latest ``train()``.
-
-        Raises:
-            StateError: None has begun in this process.
-        """
-        return self._training.sparsifier
+    _after_backward: AfterBackward | None = None
+    _has_begun_step = _has_masked = False
 
     def on_train_begin(
         self,
