@@ -6,11 +6,41 @@ our own bug.
 
 from collections.abc import Collection
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Self
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def printable(text: str) -> str:
+    """Returns text with every character escaped that a terminal would not print but obey, but for ends of lines.
+
+    >>> print(printable("liver\x1b[2J"))
+    liver\\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """Returns a value as code shows it, shortened, and with nothing in it that a terminal would obey.
+
+    >>> print(shown({"name": "liver\x1b[2J", "sizes": list(range(100))}))
+    {'name': 'liver\\x1b[2J', 'sizes': [0, 1, 2, 3, 4, 5, ...]}
+    """
+    return _SHORT.repr(value)
 
 
 class DstlibError(ValueError):
-    """Something given to dstlib cannot be used; the message says what, where, and what to do."""
+    """Something given to dstlib cannot be used; the message says what, where, and what to do.
+
+    Whatever a file or a user put into it can be printed: control characters are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
     @classmethod
     def of(cls, what: str, where: str, *, allowed: str, given: object, remedy: str) -> Self:

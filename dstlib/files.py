@@ -1,7 +1,9 @@
 """Files that are whole at every moment, and folders that one process has to itself."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +38,29 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         allowed = "a disk to write to"
         remedy = "What was written before is whole. Make room, then repeat the command (a training: with --resume)."
         raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=error, remedy=remedy) from error
+
+
+def read_whole(path: Path, *, max_bytes: int) -> bytes:
+    """Reads a file that is one: not a folder, and neither a pipe nor a device, which may never end.
+
+    Raises:
+        OSError: It is something else, is larger, or cannot be read.
+    """
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "no name that a file can have", path) from error
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "a pipe or a device, not a file", path)
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes, of {max_bytes} at most", path)
+        return file.read(status.st_size)
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to opens too
 
 
 def make_folder(folder: Path, *, what: str = "output") -> None:

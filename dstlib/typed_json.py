@@ -1,0 +1,231 @@
+"""JSON read into the type that it was written from, or refused by the place in it that does not fit.
+
+A type is a dataclass, ``list``, ``tuple`` or ``dict`` of types, a ``Literal``, a union, text, a number, a truth value,
+None, or ``Any`` for what nobody here reads. ``dataclasses.asdict`` and :func:`dstlib.files.write_json` lead back.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dstlib.errors import DstlibError, StateError, shown
+from dstlib.files import read_whole
+
+MAX_BYTES = 16 * 2**20  # of a document: in memory it takes up to some twenty times as much
+MAX_DEPTH = 64  # of brackets in brackets: Python's own limit depends on who calls
+_MAX_INT = 2**64  # what all others can read
+
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)  # possessive: damaged text takes no longer
+_PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+
+T = TypeVar("T")
+
+
+def read_json(
+    path: Path,
+    kind: type[T],
+    *,
+    remedy: str,
+    where: str | None = None,
+    foreign: bool = False,
+    error: type[DstlibError] = StateError,
+) -> T:
+    """Reads a file of JSON as a value of ``kind``.
+
+    Whole numbers pass for fractions, nothing else for anything else. Where the file is ``foreign``, that is not written
+    from ``kind``, it may hold more, and lack what has a default.
+
+    Raises:
+        StateError: The file cannot be read, is no strict JSON, or holds something else; or an error of the class
+            ``error``. It says at which place in ``where``, and ends with ``remedy``.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "sizes.json"
+    ...     _ = file.write_text('{"patch": [32, "a"]}')
+    ...     read_json(file, dict[str, tuple[int, ...]], where="sizes.json", remedy="Write it anew.")
+    Traceback (most recent call last):
+    dstlib.errors.StateError: patch[1] of sizes.json: expected a whole number, got 'a'. Write it anew.
+    """
+    where = str(path) if where is None else where
+    try:
+        content = read_whole(path, max_bytes=MAX_BYTES)
+    except OSError as refused:
+        given = refused.strerror or str(refused)
+        raise error.of("content", where, allowed="a file of JSON", given=given, remedy=remedy) from refused
+    return parse_json(content, kind, where=where, remedy=remedy, foreign=foreign, error=error)
+
+
+def parse_json(
+    content: bytes,
+    kind: type[T],
+    *,
+    where: str,
+    remedy: str,
+    foreign: bool = False,
+    error: type[DstlibError] = StateError,
+) -> T:
+    """Reads JSON in UTF-8, as :func:`read_json` does, that came from elsewhere than a file of its own.
+
+    Raises:
+        StateError: As :func:`read_json`.
+    """
+    try:
+        value: T = _fit(_parsed(content), kind, "", foreign)
+    except _MisfitError as misfit:
+        at, allowed, given = misfit.at or "content", misfit.allowed, misfit.given
+        raise error.of(at, where, allowed=allowed, given=given, remedy=remedy) from misfit.__cause__
+    return value
+
+
+class _MisfitError(Exception):
+    """A place in a document, what was to be there, and what is."""
+
+    def __init__(self, at: str, allowed: str, given: str) -> None:
+        self.at, self.allowed, self.given = at, allowed, given
+
+
+def _parsed(content: bytes) -> Any:
+    """Returns what JSON says, of which every number is finite and of 64 bits at most, and every text Unicode."""
+    if len(content) > MAX_BYTES:
+        raise _MisfitError("", f"at most {MAX_BYTES} bytes", f"{len(content)}")
+    try:
+        text = content.decode("utf-8-sig")  # an editor's byte order mark does no harm
+        _check_depth(text)
+        value = json.loads(text, object_pairs_hook=_once, parse_int=_parse_int)
+    except ValueError as error:
+        raise _MisfitError("", "strict JSON in UTF-8", f"{error}") from error
+    for at, part in _parts(value):
+        if isinstance(part, float) and not math.isfinite(part):
+            raise _MisfitError(at, "a finite number of 64 bits", f"{part}")
+        if isinstance(part, str) and not part.isascii() and any("\ud800" <= c <= "\udfff" for c in part):
+            raise _MisfitError(at, "text in Unicode", shown(part))
+    return value
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        depth += (token in "[{") - (token in "]}")
+        if depth > MAX_DEPTH:
+            raise _MisfitError("", f"at most {MAX_DEPTH} brackets in brackets", "more")
+
+
+def _parse_int(text: str) -> float:
+    """Returns a whole number, an infinite one where it is of more than 64 bits."""
+    return value if len(text) <= 21 and abs(value := int(text)) <= _MAX_INT else math.inf
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise _MisfitError("", "each key once", f"{shown(key)} twice")
+        table[key] = value
+    return table
+
+
+def _parts(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every value, and every key, of a document, and where it is."""
+    yield at, value
+    if isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from _parts(part, f"{at}[{i}]")
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield at, key
+            yield from _parts(part, _below(at, key))
+
+
+def _below(at: str, key: str) -> str:
+    if not re.fullmatch(r"\w{1,60}", key):
+        return f"{at}[{shown(key)}]"
+    return f"{at}.{key}" if at else key
+
+
+def _fit(value: Any, kind: Any, at: str, foreign: bool) -> Any:
+    """Returns a value that JSON has given as one of ``kind``, or raises where it is no such."""
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return _fit_fields(value, kind, at, foreign)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _fit_any(value, parts, at, foreign)
+    if origin is Literal:
+        fits = any(type(value) is type(option) and value == option for option in parts)
+    elif kind is float:
+        fits = type(value) in (int, float)
+    elif origin in (list, tuple):
+        fits = type(value) is list and (origin is list or parts[-1] is ... or len(value) == len(parts))
+    else:
+        assert origin in (dict, Mapping) or kind in _PLAIN, kind
+        fits = type(value) is (dict if origin else kind)
+    if not fits:
+        raise _MisfitError(at, _described(kind), shown(value))
+    if kind is float:
+        return float(value)
+    if origin in (dict, Mapping):
+        return {key: _fit(part, parts[1], _below(at, key), foreign) for key, part in value.items()}
+    if origin is list or (origin is tuple and parts[-1] is ...):
+        return origin(_fit(part, parts[0], f"{at}[{i}]", foreign) for i, part in enumerate(value))
+    if origin is tuple:
+        return tuple(
+            _fit(part, of, f"{at}[{i}]", foreign) for i, (part, of) in enumerate(zip(value, parts, strict=True))
+        )
+    return value
+
+
+def _fit_fields(value: Any, kind: Any, at: str, foreign: bool) -> Any:
+    if type(value) is not dict:
+        raise _MisfitError(at, _described(kind), shown(value))
+    table, hints = _fields_of(kind)
+    if not foreign and (unknown := next((key for key in value if key not in table), None)) is not None:
+        raise _MisfitError(_below(at, unknown), f"none but {', '.join(table)}", shown(value[unknown]))
+    optional = {n for n, f in table.items() if foreign and (f.default, f.default_factory) != (MISSING, MISSING)}
+    for name in table:
+        if name not in value and name not in optional:
+            raise _MisfitError(_below(at, name), _described(hints[name]), "nothing")
+    fitting = {n: _fit(value[n], hints[n], _below(at, n), foreign) for n in table if n in value}
+    try:
+        return kind(**fitting)
+    except ValueError as error:  # of a value that the class itself refuses
+        raise _MisfitError(at, f"a value of {kind.__name__}", str(error).rstrip(".")) from error
+
+
+@cache
+def _fields_of(kind: Any) -> tuple[Mapping[str, Field[Any]], Mapping[str, Any]]:
+    return {field.name: field for field in fields(kind) if field.init}, get_type_hints(kind)
+
+
+def _fit_any(value: Any, kinds: Iterable[Any], at: str, foreign: bool) -> Any:
+    misfits = []
+    for kind in kinds:
+        try:
+            return _fit(value, kind, at, foreign)
+        except _MisfitError as misfit:
+            misfits.append(misfit)
+    furthest = max(misfits, key=lambda misfit: (len(misfit.at), misfit.__cause__ is not None))
+    if furthest.at == at and furthest.__cause__ is None:
+        raise _MisfitError(at, " or ".join(map(_described, kinds)), shown(value))
+    raise furthest
+
+
+def _described(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_described, parts))
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is tuple and parts[-1] is not ...:
+        return f"a list of {len(parts)}"
+    if origin in (list, tuple):
+        return "a list"
+    return _PLAIN.get(kind, "an object")
