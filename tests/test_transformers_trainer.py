@@ -193,7 +193,7 @@ def of_another_run(folder):
     ("harm", "settings", "message"),
     [
         (without, {}, f"expected {FILE} beside trainer_state.json, got only model.safetensors, optimizer.pt"),
-        (damaged, {}, "a file that cannot be read"),
+        (damaged, {}, "a damaged or foreign file"),
         (of_another_run, {}, "expected zeros outside the masks of dstlib_state.pt, got [0-9,]+ non-zeros"),
         (lambda folder: None, {"sparsity": 0.9}, "expected sparsity 0.8, got sparsity 0.9"),
     ],

@@ -15,6 +15,7 @@ import torch
 from dstlib.errors import StateError
 from dstlib.files import write_whole
 from dstlib.masking.update import count_outside
+from dstlib.torch_files import read_torch
 
 KEY = "dstlib"
 STOCK = "nnUNetTrainer"
@@ -40,16 +41,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         StateError: There is no such file, it is damaged, or it is not a checkpoint of nnU-Net.
     """
-    allowed, remedy = "a checkpoint that nnU-Net has written", "Pass fold_0/checkpoint_final.pth, say."
-    try:
-        with torch.serialization.safe_globals(_NUMPY):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader of damaged or foreign files raises whatever it stumbles over
-        given = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing to read'}"
-        raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy) from error
+    where, allowed = f"folder {path.parent}", "a checkpoint that nnU-Net has written"
+    remedy = "Pass fold_0/checkpoint_final.pth, say."
+    checkpoint = read_torch(path, where=where, allowed=allowed, remedy=remedy, safe_globals=_NUMPY)
     if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name"} <= checkpoint.keys():
         given = f"a {type(checkpoint).__name__} of something else"
-        raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=given, remedy=remedy)
+        raise StateError.of(path.name, where, allowed=allowed, given=given, remedy=remedy)
     return checkpoint
 
 

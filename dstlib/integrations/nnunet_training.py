@@ -163,8 +163,7 @@ class SparseTraining(Training):
         partial = Path(f"{filename}.partial")
         try:
             super().save_checkpoint(str(partial))
-            # written by this very process a moment ago, and perhaps with things of a subclass
-            checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+            checkpoint = checkpoints.read_checkpoint(partial)
         finally:
             partial.unlink(missing_ok=True)
         settings, state = self.sparse_settings(), self.sparsifier.state_dict()

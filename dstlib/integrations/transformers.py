@@ -31,6 +31,7 @@ from dstlib.integrations.training import Adapter, HostedTraining
 from dstlib.masking.update import count_outside
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import find_weights
+from dstlib.torch_files import read_torch
 
 FILE = "dstlib_state.pt"  # in each folder of a checkpoint
 
@@ -234,11 +235,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not (folder / FILE).is_file():
         given = f"only {', '.join(sorted(path.name for path in folder.iterdir()))}"
         raise StateError.of("masks", where, allowed=allowed, given=given, remedy=remedy)
-    try:
-        saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader of damaged files raises whatever it stumbles over
-        given = f"a file that cannot be read ({type(error).__name__})"
-        raise StateError.of("masks", where, allowed=allowed, given=given, remedy=remedy) from error
+    saved: dict[str, Any] = read_torch(folder / FILE, where=where, allowed="masks of a sparse training", remedy=remedy)
     return saved
 
 

@@ -170,7 +170,7 @@ def test_an_ensemble_is_of_runs_on_one_data_set(work, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: (run / "model.pt").unlink(), "expected a finished run, got no such file.*--resume"),
+        (lambda run: (run / "model.pt").unlink(), "expected the weights of this run, got no such file.*--resume"),
         (lambda run: (run / "model.pt").write_bytes(b"?"), "a damaged or foreign file"),
         (lambda run: (run / "config.json").write_text("{"), r"config\.json of run"),
         (lambda run: (run / "config.json").write_text('{"name": "x"}'), r"config\.json of run .*something else"),

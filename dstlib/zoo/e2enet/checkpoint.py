@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dstlib.errors import StateError
+from dstlib.torch_files import load_weights, read_torch
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
@@ -75,16 +76,9 @@ def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
     model = build_model(
         config["model"], in_channels=channels, num_classes=classes, patch_size=size, config=network, width=width
     )
-    try:
-        model.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        allowed, remedy = "a finished run", "It is written at the end of the training: continue it with --resume."
-        raise StateError.of("model.pt", f"run {run}", allowed=allowed, given="no such file", remedy=remedy) from error
-    # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
-    except Exception as error:
-        given, remedy = f"a damaged or foreign file ({type(error).__name__})", "Resume the run, which writes it anew."
-        allowed = "the weights of this run"
-        raise StateError.of("model.pt", f"run {run}", allowed=allowed, given=given, remedy=remedy) from error
+    where, remedy = f"run {run}", "It is written at the end of a training: continue this one with --resume."
+    state = read_torch(run / "model.pt", where=where, allowed="the weights of this run", remedy=remedy)
+    load_weights(model, state, what="model.pt", where=where, remedy=remedy)
     return model.to(device)
 
 

@@ -16,7 +16,6 @@
 import csv
 import io
 import json
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,10 @@ import torch
 
 from dstlib.errors import StateError, require
 from dstlib.files import locked, write_json, write_whole
+from dstlib.torch_files import read_torch
 
 FORMAT = "dstlib.e2enet.run/1"
+WRITTEN = "a file that a run wrote"
 MISSING = "nothing"  # how an error shows a field that one of two configurations lacks
 
 
@@ -111,17 +112,9 @@ def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     Raises:
         StateError: The file is missing, damaged or foreign.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch reads past a wrong checksum
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(damaged)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise _unreadable(path, "no such file", remedy) from error
-    # Which type torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
-    except Exception as error:
-        raise _unreadable(path, f"a damaged file ({type(error).__name__})", remedy) from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not {"config", "state"} <= saved.keys():
+    saved = read_torch(path, where=f"run {path.parent}", allowed=WRITTEN, remedy=remedy)
+    parts = [saved.get(name) for name in ("config", "state")] if isinstance(saved, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or saved.get("format") != FORMAT:
         raise _unreadable(path, "a file of something else", remedy)
     return saved
 
@@ -205,4 +198,4 @@ def _short(value: object) -> str:
 
 
 def _unreadable(file: Path, given: object, remedy: str) -> StateError:
-    return StateError.of(file.name, f"run {file.parent}", allowed="a file that a run wrote", given=given, remedy=remedy)
+    return StateError.of(file.name, f"run {file.parent}", allowed=WRITTEN, given=given, remedy=remedy)

@@ -1,0 +1,160 @@
+"""Files of ``torch.save``, read with every check that torch leaves out.
+
+Such a file is a zip archive: a pickle, and the bytes of each tensor's storage as a member of its own. torch writes
+members side by side, without compression, each with a checksum; it reads past a wrong one, follows a directory that
+names the same bytes twice, and in some releases believes the sizes that the pickle promises.
+"""
+
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+from torch.types import Storage
+
+from dstlib.errors import StateError
+
+_HEADER = 30  # bytes of a local header, before its name
+
+
+def read_torch(path: Path, *, where: str, allowed: str, remedy: str, safe_globals: Sequence[Any] = ()) -> Any:
+    """Reads what ``torch.save`` wrote: tensors, on the CPU, and plain containers; nothing in it runs code.
+
+    ``where``, ``allowed`` and ``remedy`` are for the error; ``safe_globals`` are further names that the pickle may use.
+    Bit for bit, the content is what was saved, unless somebody has forged checksums along with it.
+
+    Raises:
+        StateError: There is no such file, it is damaged, or of something else.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> words = {"where": "a run", "allowed": "its weights", "remedy": "Train it anew."}
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "model.pt"
+    ...     torch.save({"weight": torch.ones(2)}, path)
+    ...     whole = read_torch(path, **words)
+    ...     content = bytearray(path.read_bytes())
+    ...     content[content.index(torch.ones(2).numpy().tobytes())] ^= 1
+    ...     _ = path.write_bytes(content)
+    ...     read_torch(path, **words)
+    Traceback (most recent call last):
+    dstlib.errors.StateError: model.pt of a run: expected its weights, got a damaged file (data/0 has another \
+checksum). Train it anew.
+    """
+    try:
+        with open(path, "rb") as file:
+            sizes = _member_sizes(file)
+            file.seek(0)
+            return _load(file, sizes, safe_globals)
+    except FileNotFoundError as error:
+        raise StateError.of(path.name, where, allowed=allowed, given="no such file", remedy=remedy) from error
+    except OSError as error:
+        raise StateError.of(path.name, where, allowed=allowed, given=error.strerror, remedy=remedy) from error
+    except _DamageError as error:
+        given = f"a damaged file ({error})"
+        raise StateError.of(path.name, where, allowed=allowed, given=given, remedy=remedy) from error
+    # Which type zipfile or torch raises depends on where the damage lies: RuntimeError, EOFError, KeyError, ...
+    except Exception as error:
+        given = f"a damaged or foreign file ({type(error).__name__})"
+        raise StateError.of(path.name, where, allowed=allowed, given=given, remedy=remedy) from error
+
+
+class _DamageError(Exception):
+    """What is wrong with a file."""
+
+
+def _load(file: BinaryIO, sizes: dict[str, int], safe_globals: Sequence[Any]) -> Any:
+    """Loads a file whose members have these sizes, and compares those with what the pickle promises."""
+    # torch numbers storages as it meets them, and tells of each as it is read
+    promised: list[int] = []
+
+    def keep(storage: Storage, location: str) -> Storage:
+        promised.append(storage.nbytes())
+        return storage
+
+    with torch.serialization.safe_globals(list(safe_globals)):
+        content = torch.load(file, map_location=keep, weights_only=True)
+    numbered = sorted((int(name), size) for name, size in sizes.items())
+    if [size for _, size in numbered if size] != [size for size in promised if size]:
+        raise _DamageError("tensors are of other sizes than what is stored")
+    return content
+
+
+def _member_sizes(file: BinaryIO) -> dict[str, int]:
+    """Checks all members of an archive; returns the sizes of the storages by their names, which are numbers.
+
+    Raises:
+        _DamageError: A checksum is wrong, or torch did not write it so.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+        if not members or members[0].header_offset:  # torch would read what comes before in an older way
+            raise _DamageError("it does not begin with a member")
+        folder = members[0].filename.partition("/")[0]
+        end, seen, sizes = 0, set[str](), dict[str, int]()
+        for member in members:
+            name = member.filename.removeprefix(f"{folder}/")
+            if member.filename == name or name in seen:
+                raise _DamageError("two members of one name" if name in seen else "members in several folders")
+            if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+                raise _DamageError(f"{name} is compressed")
+            if member.header_offset < end:
+                raise _DamageError(f"{name} overlaps another member")
+            end = member.header_offset + _HEADER + len(member.filename.encode()) + member.file_size
+            seen.add(name)
+            _check_bytes(archive, member, name)
+            if name.startswith("data/"):
+                sizes[name.removeprefix("data/")] = member.file_size
+        if end > archive.start_dir:
+            raise _DamageError("a member overlaps the directory")
+        if "byteorder" in seen and archive.read(f"{folder}/byteorder").decode() != sys.byteorder:
+            raise _DamageError("numbers are in the byte order of another machine")
+    return sizes
+
+
+def _check_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> None:
+    """Reads a member through to its checksum."""
+    try:
+        with archive.open(member) as stream:
+            while stream.read(1 << 20):
+                pass
+    except zipfile.BadZipFile as error:
+        raise _DamageError(f"{name} has another checksum") from error
+
+
+def load_weights(model: nn.Module, weights: Any, *, what: str, where: str, remedy: str) -> None:
+    """Puts weights into a model, if each fits one of its own by name, shape and type, and is finite.
+
+    Raises:
+        StateError: One does not; nothing has been loaded then.
+
+    >>> load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, what="model.pt", where="a run", remedy="Train.")
+    Traceback (most recent call last):
+    dstlib.errors.StateError: model.pt of a run: expected the 2 weights of this network, got 1 missing (bias), 0 more. \
+Train.
+    """
+    own = model.state_dict()
+    given = weights if isinstance(weights, Mapping) else {}
+    missing, more = ([str(name) for name in names] for names in (own.keys() - given.keys(), given.keys() - own.keys()))
+    if missing or more:
+        counts = (f"{len(names)} {kind}{_some(names)}" for names, kind in ((missing, "missing"), (more, "more")))
+        allowed = f"the {len(own)} weights of this network"
+        raise StateError.of(what, where, allowed=allowed, given=", ".join(counts), remedy=remedy)
+    for name, ours in own.items():
+        theirs = given[name]
+        is_tensor = isinstance(theirs, Tensor) and theirs.layout == ours.layout
+        if not is_tensor or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
+            described = f"{theirs.dtype} {tuple(theirs.shape)}" if isinstance(theirs, Tensor) else type(theirs).__name__
+            allowed = f"{name} as {ours.dtype} {tuple(ours.shape)}"
+            raise StateError.of(what, where, allowed=allowed, given=described, remedy=remedy)
+        # a buffer may hold infinities from its start on
+        if num_odd := int((~theirs.isfinite() & ours.to(theirs.device).isfinite()).sum()):
+            allowed, described = f"finite numbers in {name}", f"{num_odd:,} that are NaN or infinite"
+            raise StateError.of(what, where, allowed=allowed, given=described, remedy=remedy)
+    model.load_state_dict(given)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f" ({', '.join(sorted(names)[:3])})" if names else ""
