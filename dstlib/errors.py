@@ -50,6 +50,9 @@ class DstlibError(ValueError):
         Traceback (most recent call last):
         dstlib.errors.SettingError: sparsity of sparsify(): expected a number in [0, 1), got 1.5. Pass 0.9.
         """
+        what, where, given = (
+            str(part).replace("\n", "\\n") for part in (what, where, given)
+        )  # a line of their own is ours
         return cls(f"{what} of {where}: expected {allowed}, got {given}. {remedy}")
 
 

@@ -3,13 +3,27 @@
 import errno
 import json
 import os
+import platform
+import re
+import secrets
 import stat
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from dstlib.errors import StateError
+
+_TEMPORARY = re.compile(r"\.dstlib-[0-9a-f]{8}-[0-9a-f]{16}\.tmp")
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # of which several may share a folder
+_DAY = 24 * 60 * 60  # seconds
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, then repeat the command (a training: with --resume)."),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose a folder that you may write to."),
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -20,24 +34,119 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Puts ``content`` into ``path`` in one step: a reader, or a crash, meets the old file or the new one.
 
+    Several may write to one path: each file is whole, and the last one stays. The new file has the mode of the old one.
+    A link is replaced, and what it leads to is left alone; links among the folders above are followed, so a folder
+    may lie on another disk. What a process that was killed has left in the folder is cleared.
+
     Raises:
         StateError: The disk is full, say; the old file is as it was.
     """
-    temporary = path.with_name(path.name + ".tmp")  # in the same folder: only so is replacing one step
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # what is being reported matters more than a file left over
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+        mode = _mode_to_keep(path)
+        _clear_left(path.parent)
+        temporary, file = _make_temporary(path.parent, 0o666 if mode is None else mode | 0o600)
+        with file:
+            try:
+                file.write(content)
+                file.flush()
+                if mode is not None and os.chmod in os.supports_fd:
+                    os.chmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with suppress(OSError):  # what is being reported matters more than a file left over
+                    temporary.unlink(missing_ok=True)
+                raise
+        _sync(path.parent)
+    except OSError as error:
         allowed = "a disk to write to"
-        remedy = "What was written before is whole. Make room, then repeat the command (a training: with --resume)."
+        remedy = _REMEDIES.get(error.errno or 0, "Repair what the system says, or choose another folder.")
+        remedy = f"What was written before is whole. {remedy}"
         raise StateError.of(path.name, f"folder {path.parent}", allowed=allowed, given=error, remedy=remedy) from error
+
+
+def _mode_to_keep(path: Path) -> int | None:
+    """Returns the mode of the file at a path, None where there is none."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _no_name(path) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise OSError(errno.EEXIST, "Another thing than a file has that name", str(path))
+    return stat.S_IMODE(mode) & 0o777 if stat.S_ISREG(mode) else None
+
+
+def _make_temporary(folder: Path, mode: int) -> tuple[Path, BinaryIO]:
+    """Makes a file that did not exist, by no link, and holds it: it is in use for as long as that is so."""
+    while True:
+        temporary = (
+            folder / f".dstlib-{_MACHINE}-{secrets.token_hex(8)}.tmp"
+        )  # in the same folder: replacing is one step
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        file = open(os.open(temporary, flags, mode), "wb")  # noqa: SIM115 - closed by the caller
+        try:
+            is_held = _hold(file)
+        except OSError:  # a file system without locks
+            return temporary, file
+        with suppress(OSError):
+            if is_held and os.path.samestat(temporary.lstat(), os.fstat(file.fileno())):
+                return temporary, file
+        file.close()  # another one has cleared it between its making and its holding
+
+
+def _clear_left(folder: Path) -> None:
+    """Removes the temporary files that nobody holds: each was left by a process that was killed."""
+    left = []
+    with suppress(OSError), os.scandir(folder) as entries:  # a folder may be open to writing only
+        left = [entry for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+    for entry in left:
+        with (
+            suppress(OSError),
+            open(entry.path, "r+b", opener=_without_links) as file,
+        ):  # OSError: it is not there any more
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            is_old = time.time() - status.st_mtime > _DAY
+            try:
+                is_free = _hold(file)
+            except OSError:
+                is_free = is_old
+            # Not every file system shares its locks between machines.
+            if is_free and (is_old or f"-{_MACHINE}-" in entry.name):
+                os.unlink(entry.path)
+
+
+def _hold(file: BinaryIO, *, wait: bool = False) -> bool:
+    """Takes a file's lock, which the system lets go of when the file is closed; False where another has it.
+
+    Raises:
+        OSError: There are no locks here.
+    """
+    try:
+        import fcntl
+    except ImportError as error:  # Windows has none
+        raise OSError(errno.ENOSYS, "a system without locks") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Puts the names in a folder on the disk, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def read_whole(path: Path, *, max_bytes: int) -> bytes:
@@ -49,18 +158,26 @@ def read_whole(path: Path, *, max_bytes: int) -> bytes:
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below
     except ValueError as error:
-        raise OSError(errno.EINVAL, "no name that a file can have", path) from error
+        raise _no_name(path) from error
     with file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "a pipe or a device, not a file", path)
+            raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
         if status.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"{status.st_size} bytes, of {max_bytes} at most", path)
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes, of {max_bytes} at most", str(path))
         return file.read(status.st_size)
 
 
 def _without_waiting(name: str, flags: int) -> int:
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to opens too
+
+
+def _without_links(name: str, flags: int) -> int:
+    return _without_waiting(name, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _no_name(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "No file can have this name", str(path))
 
 
 def make_folder(folder: Path, *, what: str = "output") -> None:
@@ -71,6 +188,8 @@ def make_folder(folder: Path, *, what: str = "output") -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except ValueError:
+        refuse_folder(folder, _no_name(folder), what=what)
     except OSError as error:
         refuse_folder(folder, error, what=what)
 
@@ -92,16 +211,17 @@ def locked(folder: Path, *, if_held: Callable[[], object], refuse: Callable[[OSE
     Where another process holds it, ``if_held`` is called: it may raise, or else the lock is waited for. ``refuse``
     raises what a user is to read where the folder cannot be written to.
     """
-    import fcntl  # here, as Windows has none
-
+    lock = folder / ".lock"
     try:
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the yield
+        file = open(lock, "ab", opener=_without_links)  # noqa: SIM115 - closed below, after the yield
     except OSError as error:
-        refuse(error)
+        refuse(OSError(errno.ELOOP, "one whose .lock is a link") if lock.is_symlink() else error)
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_held = _hold(file)
+        except OSError as error:
+            refuse(error)
+        if not is_held:
             if_held()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _hold(file, wait=True)
         yield

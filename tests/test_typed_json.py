@@ -161,7 +161,7 @@ def a_large_file(folder: Path) -> Path:
         (a_pipe, "a pipe or a device"),
         (lambda _: Path("/dev/zero"), "a pipe or a device"),
         (a_large_file, f"{2**40} bytes, of {MAX_BYTES} at most"),
-        (lambda folder: folder / "a\0b", "no name that a file can have"),
+        (lambda folder: folder / "a\0b", "No file can have this name"),
         (lambda folder: folder / ("a" * 300), "File name too long"),
     ],
 )
