@@ -1,25 +1,38 @@
 """What was measured of each layer, and which form of it runs."""
 
-import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dstlib.engine.runtime.library import info
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import SettingError, printable
 from dstlib.files import write_json
+from dstlib.typed_json import read_json
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One layer: milliseconds as it was and on the engine, or why the engine cannot compute it."""
+    """One layer: milliseconds as it was and on the engine, or why the engine cannot compute it.
+
+    Raises:
+        SettingError: The times are none that were measured.
+    """
 
     name: str
     kind: str
     plain_ms: float | None
     fast_ms: float | None
     obstacle: str | None
+
+    def __post_init__(self) -> None:
+        times = (self.plain_ms, self.fast_ms)
+        measured = [ms for ms in times if ms is not None]
+        if len(measured) == 1 or (measured and self.obstacle) or not all(0 < ms < math.inf for ms in measured):
+            allowed = "two, finite and above 0, or none, as where there is an obstacle"
+            given, remedy = f"{times} and the obstacle {self.obstacle!r}", "Measure anew."
+            raise SettingError.of("times", f"decision {self.name!r}", allowed=allowed, given=given, remedy=remedy)
 
     @property
     def is_fast(self) -> bool:
@@ -48,6 +61,12 @@ class Decisions(Mapping[str, Decision]):
     rows: tuple[Decision, ...]
     machine: str
 
+    def __post_init__(self) -> None:
+        twice = [name for name, count in Counter(row.name for row in self.rows).items() if count > 1]
+        if twice:
+            remedy = "Measure anew."
+            raise SettingError.of("decisions", "a model", allowed="one a layer", given=twice, remedy=remedy)
+
     @classmethod
     def of(cls, rows: Iterable[Decision]) -> "Decisions":
         """Decisions taken here and now."""
@@ -61,24 +80,16 @@ class Decisions(Mapping[str, Decision]):
 
     def save(self, path: Path) -> None:
         """Writes the decisions as JSON."""
-        write_json(path, {"machine": self.machine, "rows": [asdict(row) for row in self.rows]})
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Decisions":
         """Reads what :meth:`save` has written.
 
         Raises:
-            StateError: The file is another one.
+            StateError: The file is another one, or damaged.
         """
-        try:
-            content: Any = json.loads(path.read_text())
-            return cls(tuple(Decision(**row) for row in content["rows"]), str(content["machine"]))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            remedy = "Measure anew, and save the decisions."
-            where = f"folder {path.parent}"
-            raise StateError.of(
-                path.name, where, allowed="saved decisions", given=repr(error), remedy=remedy
-            ) from error
+        return read_json(path, cls, remedy="Measure anew, and save the decisions.")
 
     def __getitem__(self, name: str) -> Decision:
         return {row.name: row for row in self.rows}[name]
@@ -90,4 +101,4 @@ class Decisions(Mapping[str, Decision]):
         return len(self.rows)
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.rows), self.machine])
+        return printable("\n".join([*map(str, self.rows), self.machine]))

@@ -2,10 +2,11 @@
 
 import copy
 import importlib
+import json
 from collections import UserDict
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,12 +289,41 @@ def test_decisions_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.M
         accelerate(_networks()["cnn"][0], _networks()["cnn"][1], decisions=loaded)
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"machine": "a", "rows": [{"name": "b"}]}'])
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"machine": "a", "rows": [{"name": "b"}]}', "[" * 100_000])
 def test_other_files_are_not_decisions(tmp_path: Path, text: str | None):
     if text is not None:
         (tmp_path / "decisions.json").write_text(text)
-    with pytest.raises(StateError, match=r"decisions\.json"):
+    with pytest.raises(StateError, match=r"decisions\.json.*Measure anew, and save the decisions\."):
         Decisions.load(tmp_path / "decisions.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"plain_ms": "a", "fast_ms": "b"}, r"rows\[1\].plain_ms of .*: expected a number or null, got 'a'"),
+        ({"plain_ms": "a"}, r"rows\[1\].plain_ms of .*: expected a number or null, got 'a'"),
+        ({"plain_ms": True}, r"rows\[1\].plain_ms of .*: expected a number or null, got True"),
+        ({"fast_ms": 0}, r"rows\[1\] of .*times of decision 'b': expected two, finite and above 0.*got \(2.0, 0.0\)"),
+        ({"fast_ms": -1.5}, r"rows\[1\] of .*times of decision 'b'.*got \(2.0, -1.5\)"),
+        ({"fast_ms": float("nan")}, r"rows\[1\].fast_ms of .*: expected a finite number"),
+        ({"fast_ms": None}, r"rows\[1\] of .*times of decision 'b'"),
+        ({"obstacle": "none"}, r"rows\[1\] of .*times of decision 'b'.*and the obstacle 'none'"),
+        ({"name": 5, "kind": []}, r"rows\[1\].name of .*: expected text, got 5"),
+        ({"name": "a"}, r"decisions of a model: expected one a layer, got \['a'\]"),
+        ({"is_fast": True}, r"rows\[1\].is_fast of .*: expected none but name, kind"),
+    ],
+)
+def test_decisions_that_nobody_took_are_refused(tmp_path: Path, changed: dict[str, object], text: str):
+    rows = [asdict(Decision(name, "Linear", 2.0, 1.0, None)) for name in ("a", "b")]
+    rows[1].update(changed)
+    (tmp_path / "decisions.json").write_text(json.dumps({"machine": "any", "rows": rows}))
+    with pytest.raises(StateError, match=text):
+        Decisions.load(tmp_path / "decisions.json")
+
+
+def test_decisions_print_nothing_that_a_terminal_obeys():
+    text = str(Decisions((Decision("\x1b[2J", "Linear", None, None, "\x07"),), "any"))
+    assert all(line.isprintable() for line in text.splitlines())
 
 
 def test_decisions_print_as_a_table():
