@@ -26,6 +26,7 @@ def run(name: str, *options: str) -> str:
         "gpu_conv.py",
         "gpu_e2enet.py",
         "gpu_losses.py",
+        "soak.py",
     ],
 )
 def test_help_shows_a_command(name):
@@ -37,3 +38,12 @@ def test_a_small_run_writes_what_it_prints(tmp_path):
     assert "832→320, 2×2×2" in run("conv.py", *options)
     assert (tmp_path / "conv.png").is_file()
     assert "832" in json.dumps(json.loads((tmp_path / "conv.json").read_text()))
+
+
+def test_a_short_soak_says_what_it_saw(tmp_path):
+    options = ["--minutes", "0.01", "--seconds", "0", "--within", "100", "--out", str(tmp_path)]
+    printed = run("soak.py", *options, "--lives", "set", "--parts", "train", "reload")
+    assert "wrong 0" in printed
+    assert printed.endswith("memory stays within 100 MB\ncounts exact\n")
+    results = json.loads((tmp_path / "soak.json").read_text())["results"]
+    assert {row["part"] for row in results if "part" in row} == {"train", "reload"}
