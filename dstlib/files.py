@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -202,6 +203,24 @@ def refuse_folder(folder: Path, error: OSError, *, what: str) -> NoReturn:
     """
     allowed, remedy = "a folder to write to", "Pass a folder you may write to."
     raise StateError.of(what, f"folder {folder}", allowed=allowed, given=error.strerror, remedy=remedy) from error
+
+
+@contextmanager
+def alone_in(folder: Path, *, what: str = "output") -> Iterator[None]:
+    """Makes a folder, unless it is there, and holds it: another process that would work there is refused at once.
+
+    Raises:
+        StateError: Another process holds it, or it cannot be written to; ``what`` says what was to lie in it.
+    """
+
+    def refuse_to_share() -> NoReturn:
+        allowed, given = "a folder that nobody else works in", "one in use by another process"
+        remedy = "Wait for it or stop it, or pass another folder."
+        raise StateError.of(what, f"folder {folder}", allowed=allowed, given=given, remedy=remedy)
+
+    make_folder(folder, what=what)
+    with locked(folder, if_held=refuse_to_share, refuse=partial(refuse_folder, folder, what=what)):
+        yield
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dstlib.errors import printable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -94,14 +96,26 @@ def _zeros_of(dense: Iterable[Row]) -> Iterator[str]:
         )
 
 
+def on_one_line(text: str) -> str:
+    """Returns text as :func:`~dstlib.errors.printable` does, ends of lines escaped too.
+
+    >>> on_one_line("a\\nb")
+    'a\\\\nb'
+    """
+    return printable(text).replace("\n", "\\n")
+
+
 def align(cells: Sequence[tuple[str, ...]], *, left: Sequence[int]) -> list[str]:
     """Aligns the columns of rows of text; the first row is the heading, the columns ``left`` are flush left.
+
+    A cell stays on its line, and has nothing in it that a terminal would obey: names may come from files.
 
     >>> print("\\n".join(align([("organ", "Dice"), ("liver", "0.9")], left=(0,))))
     organ  Dice
     -----------
     liver   0.9
     """
+    cells = [tuple(map(on_one_line, row)) for row in cells]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))

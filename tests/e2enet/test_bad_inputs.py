@@ -175,9 +175,9 @@ def listed(change):
 
 
 MANIFESTS = {
-    "cut short": (lambda d: (d / "dataset.json").write_text("{"), "expected valid JSON"),
-    "no text": (lambda d: (d / "dataset.json").write_bytes(b"\xff\xfe\0"), "expected valid JSON"),
-    "a list": (lambda d: (d / "dataset.json").write_text("[1]"), "a JSON list where an object belongs"),
+    "cut short": (lambda d: (d / "dataset.json").write_text("{"), "expected strict JSON in UTF-8"),
+    "no text": (lambda d: (d / "dataset.json").write_bytes(b"\xff\xfe\0"), "expected strict JSON in UTF-8"),
+    "a list": (lambda d: (d / "dataset.json").write_text("[1]"), "expected an object, got [1]"),
     "a case twice": (listed(lambda c: c["training"].append(c["training"][0])), "amos_0001 2 times"),
     "no case": (listed(lambda c: c["training"].clear()), "lists at least one case"),
     "a case without files": (listed(lambda c: c["training"].append(1)), "entry 5 of 'training' is 1 but"),
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_and_ctrl_c_leave_whole_predictions_alone(sound, tr
     assert "Make room" in refused(capsys, *predict)
     monkeypatch.setattr(predict_module, "write_label", until_third(lambda: signal.raise_signal(signal.SIGINT)))
     assert command(*predict) == 130
-    assert {file.name for file in output.iterdir()} == {"amos_0001.nii.gz", "prediction.json"}
+    assert {file.name for file in output.iterdir()} == {".lock", "amos_0001.nii.gz", "prediction.json"}
     monkeypatch.setattr(predict_module, "write_label", write)
     assert command(*predict) == 0
     assert "1 predicted, 1 kept as they were" in capsys.readouterr().out
@@ -285,5 +285,5 @@ def test_predictions_that_cannot_be_scored_are_named_and_the_others_scored(damag
     assert "amos_0001.nii.gz cannot be read" in output
     assert "amos_0002: the prediction lies 20 mm away from its label" in output
     assert re.search(r"^mean +1\.000 +1\.000 +0\.00 +0\.00 +2 ", output, re.MULTILINE)
-    assert {file.name for file in (tmp_path / "scores").iterdir()} == {"scores.csv", "scores.json"}
+    assert {file.name for file in (tmp_path / "scores").iterdir()} == {".lock", "scores.csv", "scores.json"}
     assert command("evaluate", tmp_path / "nowhere", "--data", damaged) == 2

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.layouts.amos import modalities, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, read_manifest
+from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.data.splits import split
 
 
@@ -113,14 +114,14 @@ def test_unlisted_files_do_no_harm(tmp_path):
 def test_a_manifest_that_is_not_json(tmp_path, text):
     (tmp_path / "dataset.json").write_bytes(text.encode("latin-1"))
     message = refusal(tmp_path)
-    assert "dataset.json: expected valid JSON, got" in message
+    assert "dataset.json: expected strict JSON in UTF-8, got" in message
     assert "Restore the file" in message
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "3"])
 def test_a_manifest_of_another_kind(tmp_path, content):
     (tmp_path / "dataset.json").write_text(content)
-    assert "where an object belongs" in refusal(tmp_path)
+    assert f"dataset.json: expected an object, got {content.replace(chr(34), chr(39))}. Restore" in refusal(tmp_path)
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path):
@@ -284,12 +285,15 @@ def test_nnunet_with_a_channel_too_many(tmp_path):
 
 
 def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
-    monkeypatch.setenv("ELSEWHERE", str(tmp_path / "elsewhere"))
-    table = {"q": {"images": ["imagesTr/q.nii.gz", "../other/q.nii.gz"], "label": "${ELSEWHERE}/q.nii.gz"}}
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    table = {"q": {"images": ["imagesTr/q.nii.gz", "other/q.nii.gz"], "label": "${SECRET}/q.nii.gz"}}
     write_json(tmp_path, NNUNET, dataset=table, numTraining=1)
     case = read_manifest(tmp_path).train[0]
-    assert case.images == (tmp_path / "imagesTr/q.nii.gz", tmp_path / "../other/q.nii.gz")
-    assert case.label == tmp_path / "elsewhere/q.nii.gz"
+    assert case.images == (tmp_path / "imagesTr/q.nii.gz", tmp_path / "other/q.nii.gz")
+    assert case.label == tmp_path / "${SECRET}/q.nii.gz", "nnU-Net would put the variable's value in"
+    with pytest.raises(DataError) as error:
+        read_label(case.label)
+    assert "${SECRET}/q.nii.gz is missing: variables of the environment stay as they are written" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
         ({"channel_names": {"1": "CT"}}, "'channel_names' is {'1': 'CT'} but numbers its names from 0"),
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "'labels' gives regions (whole), which overlap"),
         ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "'labels' has an 'ignore' label: annotate these voxels"),
-        ({"labels": {"background": 0, "a": 2}}, "'labels' is {'background': 0, 'a': 2} but numbers its names"),
+        ({"labels": {"background": 0, "a": 2}}, "'labels' is {'a': 2, 'background': 0} but numbers its names"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "but numbers its names from 0"),
         ({"labels": {"0": "background", "1": "a"}}, "but numbers its names from 0"),
         ({"labels": None}, "'labels' is None but numbers its names from 0"),
@@ -308,6 +312,13 @@ def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
             {"dataset": {"x": {"images": []}}},
             "case 'x' of 'dataset' is {'images': []} but names 'images' and a 'label'",
         ),
+        ({"labels": {"background": 0, "a": "9" * 5000}}, "but numbers its names from 0"),
+        (
+            {"channel_names": {"0": {"CT": 1}, "1": "T1w"}},
+            "'channel_names' is {'0': {'CT': 1}, '1': 'T1w'} but numbers",
+        ),
+        ({"name": ["Brain"]}, "'name' is ['Brain'] but text"),
+        ({"numTraining": "2"}, "'numTraining' is '2' but a whole number"),
         ({"numTraining": 3}, "expected 3, as dataset.json says under 'numTraining', got 2. Restore"),
     ],
 )

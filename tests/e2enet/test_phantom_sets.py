@@ -122,8 +122,15 @@ def test_the_same_set_is_kept_and_another_one_refused(sets, tmp_path):
     for other in ({"num_scans": 2}, {"num_scans": 1, "seed": 1}):
         with pytest.raises(DataError, match=r"phantoms of folder .*expected the set .*Pass another folder"):
             write_phantoms(folder, "hippocampus", **other)
+    plan = json.loads(record.read_text())
     record.write_text(record.read_text()[:9])
-    with pytest.raises(DataError, match=rf"got something without a readable {RECORD}"):
+    with pytest.raises(DataError, match=r"Unterminated .* The folder holds something else, or a part of a set"):
+        write_phantoms(folder, "hippocampus", num_scans=1)
+    record.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="expected at most 64 brackets in brackets, got more"):
+        write_phantoms(folder, "hippocampus", num_scans=1)
+    record.write_text(json.dumps({**plan, "kind": "\x1b[2J"}))
+    with pytest.raises(DataError, match=r"got \{'kind': '\\x1b\[2J', 'num_scans': 1, "):
         write_phantoms(folder, "hippocampus", num_scans=1)
     assert set(folder.rglob("*")) == set(before)
 
@@ -133,7 +140,7 @@ def test_a_file_or_a_strange_folder_is_refused_and_an_empty_one_filled(tmp_path)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "thesis.txt").write_text("mine")
     for name in ("file", "strange"):
-        with pytest.raises(DataError, match="something without a readable"):
+        with pytest.raises(DataError, match=r"phantoms\.json: expected a file .* The folder holds something else"):
             write_phantoms(tmp_path / name, "hippocampus", num_scans=1, progress=False)
     (tmp_path / "empty").mkdir()
     write_phantoms(tmp_path / "empty", "hippocampus", num_scans=1, progress=False)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
@@ -69,6 +69,11 @@ def write_image(path, voxels, affine=None):
     return path
 
 
+def names(folder):
+    """What lies in a folder, but for its lock."""
+    return sorted(file.name for file in folder.iterdir() if file.name != ".lock")
+
+
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SRA", "ILP", "PSL"])
 def test_a_prediction_lies_on_its_image(tmp_path, axes):
     affine = affine_of(axes)
@@ -96,7 +101,7 @@ def test_an_unreadable_file_is_reported_and_the_others_go_on(tmp_path):
     (tmp_path / "images" / "b.nii.gz").write_bytes(b"not a scan")
     outcomes = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
     assert [outcome.error is None for outcome in outcomes] == [True, False, True]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "prediction.json"]
+    assert names(tmp_path / "out") == ["a.nii.gz", "c.nii.gz", "prediction.json"]
     lines = outcome_table(outcomes).splitlines()
     assert lines[0].split() == ["case", "error"]
     assert lines[2].startswith("b ")
@@ -111,7 +116,7 @@ def test_what_is_not_finite_is_reported(tmp_path):
         model.scale.fill_(float("nan"))
     (outcome,) = predict_folder(trained(model), tmp_path / "images", tmp_path / "out", progress=False)
     assert "expected finite numbers" in outcome.error
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["prediction.json"]
+    assert names(tmp_path / "out") == ["prediction.json"]
 
 
 def test_a_scan_too_large_for_the_memory_is_reported(tmp_path, monkeypatch):
@@ -221,3 +226,114 @@ def test_what_cannot_predict_is_refused(change, message):
     settings = {name: getattr(trained(), name) for name in Trained.__dataclass_fields__}
     with pytest.raises(SettingError, match=message):
         Trained(**{**settings, **change})
+
+
+# ---- one folder, several predictions
+
+
+def other():
+    """A trained network whose weights differ, though it predicts the same."""
+    model = ReadsTheImage()
+    with torch.no_grad():
+        model.scale.fill_(10.0)
+    return trained(model)
+
+
+def images_of(folder, *names):
+    for name in names:
+        write_image(folder / f"{name}.nii.gz", blocks())
+    return folder
+
+
+def test_what_is_there_of_other_networks_is_refused_or_replaced_whole(tmp_path):
+    images, out = images_of(tmp_path / "images", "a", "b"), tmp_path / "out"
+    predict_folder(trained(), images, out, progress=False)
+    before = {name: (out / name).read_bytes() for name in names(out)}
+    with pytest.raises(
+        StateError, match=r"expected those of these networks and settings, got others: a\.nii\.gz, b\.n"
+    ):
+        predict_folder(other(), images, out, progress=False)
+    with pytest.raises(StateError, match=r"got others: b\.nii\.gz\. Choose another folder"):  # it would stay, unnamed
+        predict_folder(other(), images_of(tmp_path / "one", "a"), out, overwrite=True, progress=False)
+    assert {name: (out / name).read_bytes() for name in names(out)} == before
+    outcomes = predict_folder(other(), images, out, overwrite=True, progress=False)
+    assert not any(outcome.kept for outcome in outcomes)
+    assert all(outcome.kept for outcome in predict_folder(other(), images, out, progress=False))
+
+
+def test_a_stopped_replacement_leaves_nothing_of_the_networks_before(tmp_path, monkeypatch):
+    images, out = images_of(tmp_path / "images", "a", "b"), tmp_path / "out"
+    predict_folder(trained(), images, out, progress=False)
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "predict_scan", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(other(), images, out, overwrite=True, progress=False)
+    assert names(out) == ["prediction.json"]
+    outcomes = predict_folder(other(), images, out, progress=False)
+    assert not any(outcome.kept for outcome in outcomes), "the record names the new networks"
+
+
+@pytest.mark.parametrize("record", [None, "", "[" * 100_000, '{"networks": []}'])
+def test_predictions_of_unknown_origin_are_not_claimed(tmp_path, record):
+    images, out = images_of(tmp_path / "images", "a"), images_of(tmp_path / "out", "a")
+    if record is not None:
+        (out / "prediction.json").write_text(record)
+    before = (out / "a.nii.gz").read_bytes()
+    with pytest.raises(StateError, match=r"prediction\.json: .* Nothing says of which networks the predictions are"):
+        predict_folder(trained(), images, out, progress=False)
+    assert (out / "a.nii.gz").read_bytes() == before
+    (outcome,) = predict_folder(trained(), images, out, overwrite=True, progress=False)
+    assert outcome.error is None
+    assert predict_folder(trained(), images, out, progress=False)[0].kept
+
+
+def test_a_second_prediction_into_a_folder_is_refused_before_it_begins(tmp_path, monkeypatch):
+    images, out = images_of(tmp_path / "images", "a"), tmp_path / "out"
+    inside = []
+
+    def meanwhile(model, scan):
+        for late in (trained(), other()):
+            with pytest.raises(StateError, match="expected a folder that nobody else works in, got one in use by anot"):
+                predict_folder(late, images, out, overwrite=True, progress=False)
+        inside.append(names(out))
+        return predict_scan(model, scan)
+
+    predict_scan = predict.predict_scan
+    monkeypatch.setattr(predict, "predict_scan", meanwhile)
+    predict_folder(trained(), images, out, progress=False)
+    assert inside == [["prediction.json"]]
+    assert names(out) == ["a.nii.gz", "prediction.json"]
+
+
+def test_the_folder_of_images_is_no_place_for_predictions_whatever_they_are_called(tmp_path):
+    images = images_of(tmp_path / "images", "scan_0000", "scan_0001")
+    with pytest.raises(SettingError, match=r"where scan_0000\.nii\.gz is an input"):
+        predict_folder(trained(num_channels=2), images, images, progress=False)
+    (tmp_path / "linked").mkdir()
+    for file in images.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    with pytest.raises(SettingError, match="is an input"):
+        predict_folder(trained(num_channels=2), tmp_path / "linked", images, progress=False)
+    assert names(images) == ["scan_0000.nii.gz", "scan_0001.nii.gz"]
+
+
+def test_a_link_in_the_place_of_a_prediction_is_replaced_and_not_followed(tmp_path):
+    images, out = images_of(tmp_path / "images", "a"), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "victim").write_text("precious")
+    (out / "a.nii.gz").symlink_to(tmp_path / "victim")
+    (out / "prediction.json").symlink_to(tmp_path / "victim")
+    (outcome,) = predict_folder(trained(), images, out, overwrite=True, progress=False)
+    assert outcome.error is None
+    assert not (out / "a.nii.gz").is_symlink()
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_two_cases_of_one_name_are_refused(tmp_path):
+    files = [CaseFiles(name=name, images=(tmp_path / f"{name}.nii.gz",)) for name in ("a", "A")]
+    with pytest.raises(DataError, match="got A beside a"):
+        predict_scans(trained(), files, tmp_path / "out", progress=False)

@@ -46,6 +46,8 @@ python -m dstlib.zoo.e2enet compare RUN... --beside amos            # a table wi
 python -m dstlib.zoo.e2enet phantoms amos DIR                       # procedural scans to try it all on
 """
 LAYOUT = "decathlon, amos, btcv or nnunet (default: recognised)"
+OUTSIDE = """let dataset.json name files anywhere, by absolute paths or by '..' (default: below the folder of the set
+only, as else whoever wrote it has any file read that you may read); links in the folder are followed either way"""
 DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
 DEFAULT = "(default: %(default)s)"
 
@@ -81,6 +83,7 @@ def read_config(
         data=DataSettings(
             folder=options.data,
             layout=options.layout,
+            allow_outside=options.allow_outside,
             modality=options.modality,
             fold=options.fold,
             cache=options.cache,
@@ -135,6 +138,7 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
     kind, number = recipe.phantoms
     option("--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)")
     option("--layout", help=LAYOUT)
+    option("--allow-outside", action="store_true", help=OUTSIDE)
     option("--modality", choices=recipe.modalities, default=recipe.modalities[0], help=DEFAULT)
     folds = """which fifth to hold out, 0 to 4, or 'all': train on every case and hold out the set's own validation
 cases, if it has any (default: 0)"""
@@ -191,6 +195,7 @@ def _command_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="list every defect of a data set", description=text)
     check.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     check.add_argument("--layout", help=LAYOUT)
+    check.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
     check.set_defaults(command=_check)
 
     text = """Segment every image of a folder, by one network or the mean of several (the folds). Labels are written as
@@ -214,6 +219,7 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set with the labels")
     evaluate.add_argument("--layout", help=LAYOUT)
+    evaluate.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
     evaluate.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
     evaluate.add_argument(
@@ -243,7 +249,7 @@ def _check(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
     from dstlib.zoo.e2enet.data.scans.integrity import check
 
-    findings = check(read_manifest(options.data, options.layout))
+    findings = check(read_manifest(options.data, options.layout, allow_outside=options.allow_outside))
     print(findings.table())
     return 0 if findings.ok else 1
 
@@ -252,6 +258,7 @@ def _predict(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.checkpoint import load_trained, on_engine
     from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_folder
 
+    _refuse_run(options.output)
     device = chosen_device(options.device)
     execution = Execution(device=device, precision=usual_precision(device), engine=options.engine)
     trained = load_trained(options.runs, device=execution.device)
@@ -267,23 +274,38 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from dstlib.files import make_folder, write_json, write_whole
+    from dstlib.files import alone_in
+
+    if options.output is None:
+        return _evaluate_into(None, options)
+    _refuse_run(options.output)
+    with alone_in(options.output):  # before the work, not after
+        return _evaluate_into(options.output, options)
+
+
+def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
+    from dstlib.files import write_json, write_whole
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder
 
-    if options.output:
-        make_folder(options.output)  # before the work, not after
-    manifest = read_manifest(options.data, options.layout)
+    manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
     predicted = [case for name, case in labelled.items() if (options.predictions / f"{name}.nii.gz").exists()]
     cases, scoring = predicted or list(labelled.values()), Scoring(tolerance=options.tolerance)
     scores = evaluate_folder(options.predictions, cases, manifest.classes, scoring=scoring, workers=options.workers)
     print(scores.table())
     print(f"{len(predicted)} of the {len(labelled)} labelled cases of {manifest.name} have a prediction there.")
-    if options.output:
-        write_whole(options.output / "scores.csv", scores.csv().encode())
-        write_json(options.output / "scores.json", scores.to_json())
+    if output:
+        write_whole(output / "scores.csv", scores.csv().encode())
+        write_json(output / "scores.json", scores.to_json())
     return 1 if scores.left_out else 0
+
+
+def _refuse_run(output: Path) -> None:
+    """Refuses a run directory, whose own scores and predictions are those of its held-out cases."""
+    if (output / "config.json").exists() and any((output / name).exists() for name in ("checkpoint.pt", "model.pt")):
+        where, given, remedy = "the command line", f"the run {output}", "Pass another folder, one inside of it say."
+        raise SettingError.of("--output", where, allowed="no run", given=given, remedy=remedy)
 
 
 def _compare(options: argparse.Namespace) -> int:

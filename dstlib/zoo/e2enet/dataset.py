@@ -32,6 +32,7 @@ class DataSettings:
     - ``folder``: of a data set; None to draw phantoms.
     - ``phantoms``: the kind and the number to draw where there is no folder.
     - ``layout``: decathlon, amos, btcv or nnunet; None to recognise it.
+    - ``allow_outside``: whether dataset.json may name files outside of the folder.
     - ``modality``: how intensities are normalised.
     - ``fold``: which fifth is held out, "0" to "4"; "all" trains on every case and holds out the set's own
       validation cases, if it has any.
@@ -42,6 +43,7 @@ class DataSettings:
     modality: Modality
     folder: Path | None = None
     layout: str | None = None
+    allow_outside: bool = False
     fold: str = "0"
     cache: Path | None = None
 
@@ -121,7 +123,7 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
 def _read_manifest(settings: DataSettings) -> Manifest:
     kind, num_scans = settings.phantoms
     folder = settings.folder or write_phantoms(RUNS / "phantoms" / f"{kind}-{num_scans}", kind, num_scans=num_scans)
-    manifest = read_manifest(folder, settings.layout)
+    manifest = read_manifest(folder, settings.layout, allow_outside=settings.allow_outside)
     return only_modality(manifest, settings.modality) if manifest.layout == "amos" else manifest
 
 

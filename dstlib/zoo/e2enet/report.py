@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dstlib.files import write_json, write_whole
 from dstlib.profile import Convention, profile
-from dstlib.report import align
+from dstlib.report import align, on_one_line
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.nifti import read_label, read_scan
@@ -54,7 +54,8 @@ def write_report(
     }
     write_json(run.path / "result.json", result)
     _draw(run, training, scores, files, masks)
-    print(f"\nEverything is in {run.path}: configuration, metrics, weights, predictions, scores and figures.")
+    what = "configuration, metrics, weights, predictions, scores and figures"
+    print("\n" + on_one_line(f"Everything is in {run.path}: {what}."))
 
 
 def costs(training: Training, patch_size: Sequence[int], *, in_channels: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 
 from dstlib.errors import SettingError, require
 from dstlib.profile import profile
+from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
@@ -128,7 +129,8 @@ def _start(config: RunConfig, ranks: Ranks) -> Training:
         saved = read_checkpoint(config.begin_from / "checkpoint.pt", remedy=remedy)
         fresh = begin_from(training, saved["state"], freeze=config.freeze_topology)
         if fresh and ranks.leads:
-            print(f"Begun from {config.begin_from}, but for {', '.join(fresh)}: other classes, so they start afresh.")
+            told = f"Begun from {config.begin_from}, but for {', '.join(fresh)}: other classes, so they start afresh."
+            print(on_one_line(told))
     return training
 
 
@@ -148,7 +150,8 @@ def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> E
             return None
         run.write_model(training.model.state_dict())
         if not data.held_out_files:
-            print(f"No case is held out, so nothing is evaluated. The network is in {path / 'model.pt'}.")
+            told = f"No case is held out, so nothing is evaluated. The network is in {path / 'model.pt'}."
+            print(on_one_line(told))
             return None
         try:
             return _evaluate(config, training, data, run)
@@ -157,7 +160,8 @@ def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> E
 
 
 def _print_beginning(training: Training, data: Dataset, path: Path) -> None:
-    print(f"{data.name}: {len(data.train_on.cases)} cases to train on, {len(data.held_out.cases)} held out; in {path}")
+    numbers = f"{len(data.train_on.cases)} cases to train on, {len(data.held_out.cases)} held out"
+    print(on_one_line(f"{data.name}: {numbers}; in {path}"))
     if absent := data.absent_classes():
         print(f"Note: no case to train on has {', '.join(absent)}.")
     if training.sparsifier:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dstlib.errors import DataError, require
+from dstlib.report import on_one_line
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.defects import mismatches
@@ -59,7 +60,7 @@ def evaluate_folder(
     reasons = {name: result for name, result in results.items() if isinstance(result, str)}
     scored = {name: result for name, result in results.items() if not isinstance(result, str)}
     if not scored:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        listed = "".join("\n  " + on_one_line(f"{name}: {reason}") for name, reason in reasons.items())
         allowed, given = "a label and a NAME.nii.gz for some case", f"none of {len(files)}"
         remedy = f"Predict into this folder first.{listed}"
         raise DataError.of("predictions", str(predictions), allowed=allowed, given=given, remedy=remedy)

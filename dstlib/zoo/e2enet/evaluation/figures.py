@@ -81,7 +81,9 @@ def slice_comparison(
             for i, (name, value) in enumerate(zip(classes, dice, strict=True))
         ]
         title = f"{case.name}, slice {depth + 1} of {len(case.label)}; with the Dice of the whole volume"
-        figure.legend(handles=handles, loc="outside lower center", ncols=5, title=title, fontsize=9)
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=5, title=title, fontsize=9)
+        for text in (legend.get_title(), *legend.get_texts()):
+            text.set_parse_math(False)  # a dollar in a name is a dollar
 
 
 def _upright(orientation: str) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import DataError, require
-from dstlib.report import align
+from dstlib.report import align, on_one_line
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
 SIDES = ("label", "prediction")
@@ -123,7 +123,7 @@ class Evaluation:
             notes.append(f"{one_sided} of {size} pairs with Dice 0 and without a distance: absent from one.")
         if self.left_out:
             notes.append(f"NOT SCORED, {len(self.left_out)} of {len(self.left_out) + len(self.cases)} cases:")
-            notes += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
+            notes += [on_one_line(f"  {name}: {reason}") for name, reason in self.left_out.items()]
         return [*notes, self.definition()]
 
     def csv(self) -> str:

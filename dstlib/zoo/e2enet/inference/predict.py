@@ -4,9 +4,8 @@ Shapes: C channels, K foreground classes, D, H, W depth, height, width in voxels
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +15,18 @@ from torch import nn
 from tqdm import tqdm
 
 from dstlib.errors import DataError, SettingError, StateError, require
-from dstlib.files import make_folder, write_json
+from dstlib.files import alone_in, write_json
 from dstlib.report import align
+from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.data.scans.nifti import Scan, read_scan, write_label
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.sliding_window import probabilities
 
 RECORD = "prediction.json"
+ENDING = ".nii.gz"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,25 +83,29 @@ def predict_scans(
 ) -> tuple[Outcome, ...]:
     """Predicts the images of each case into ``output``/NAME.nii.gz, labels in the image's own geometry.
 
-    A file that is there is kept unless ``overwrite``, so an interrupted prediction is continued by repeating it;
-    ``prediction.json`` says of which networks the files are, and others are refused.
+    A file that is there is kept unless ``overwrite``, so an interrupted prediction is continued by repeating it.
+    ``prediction.json`` says of which networks and settings all predictions of the folder are: where there are others,
+    or any of unknown origin, ``overwrite`` removes those of the same cases before the first is predicted, and more than
+    these are refused. One process predicts into a folder at a time.
     A case that cannot be used is reported in its outcome, and the others go on. Files appear whole: a name that is
     there is a finished prediction, whenever the process was stopped.
 
     Raises:
-        SettingError: A prediction would take the place of an input.
-        StateError: A prediction cannot be written; the disk is full, say. The folder holds those of other networks.
+        SettingError: The folder is that of the images or labels.
+        DataError: Two cases share a name.
+        StateError: A prediction cannot be written; the disk is full, say. The folder holds predictions of other
+            networks, or another process predicts into it.
     """
-    targets = {case.name: output / f"{case.name}.nii.gz" for case in files}
-    _refuse_inputs(files, targets)
-    make_folder(output)
-    _refuse_other_networks(trained, output / RECORD, overwrite=overwrite)
+    refuse_copies(output, files)
+    targets = {case.name: output / f"{case.name}{ENDING}" for case in files}
+    _refuse_inputs(files, output)
     outcomes = []
-    with tqdm(files, desc="predict", unit="case", disable=not progress) as bar:
+    with alone_in(output), tqdm(files, desc="predict", unit="case", disable=not progress) as bar:
+        _begin(_MadeBy.of(trained), output, list(targets.values()), overwrite=overwrite)
         for case in bar:
             bar.set_postfix_str(case.name)
             target, error = targets[case.name], None
-            kept = target.exists() and not overwrite
+            kept = target.is_file() and not overwrite
             try:
                 if not kept:
                     scan = read_scan(case, num_channels=len(trained.channels), num_classes=0, with_label=False)
@@ -131,23 +136,45 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*align(cells, left=(0, 1)), counts])
 
 
-def _refuse_other_networks(trained: Trained, record: Path, *, overwrite: bool) -> None:
-    made_by = {
-        "networks": [_digest(model) for model in trained.models],
-        "patch_size": list(trained.patch_size),
-        "mirror": list(trained.mirror),
-        "postprocessing": list(trained.postprocessing),
-    }
-    if record.exists() and not overwrite:
+@dataclass(frozen=True, kw_only=True)
+class _MadeBy:
+    """What predictions depend on beside their images, as the record of a folder says it."""
+
+    networks: tuple[str, ...]
+    patch_size: tuple[int, int, int]
+    mirror: tuple[int, ...]
+    postprocessing: tuple[int, ...]
+
+    @staticmethod
+    def of(trained: Trained) -> "_MadeBy":
+        return _MadeBy(
+            networks=tuple(map(_digest, trained.models)),
+            patch_size=trained.patch_size,
+            mirror=tuple(trained.mirror),
+            postprocessing=tuple(trained.postprocessing),
+        )
+
+
+def _begin(made_by: _MadeBy, output: Path, targets: Sequence[Path], *, overwrite: bool) -> None:
+    """Makes the record of a folder true: of what is to be predicted, and of every prediction that is there already."""
+    record, found = output / RECORD, None
+    there = sorted(file for file in output.glob(f"[!.]*{ENDING}") if file.is_file())
+    remedy = "Choose another folder; --overwrite replaces those of the cases that are predicted now, and no others."
+    if there:
         try:
-            is_same = json.loads(record.read_text()) == made_by
-        except ValueError:
-            is_same = False
-        if not is_same:
-            allowed, given = "predictions of these networks", "those of other networks or settings"
-            remedy = "Choose another folder, or overwrite (--overwrite)."
-            raise StateError.of("files", f"folder {record.parent}", allowed=allowed, given=given, remedy=remedy)
-    write_json(record, made_by)
+            found = read_json(record, _MadeBy, remedy=f"Nothing says of which networks the predictions are. {remedy}")
+        except StateError:
+            if not overwrite:
+                raise
+    if found == made_by:
+        return
+    if others := sorted({*there} - {*targets}) if overwrite else there:
+        names = ", ".join(file.name for file in others[:3]) + ", ..." * (len(others) > 3)
+        allowed, given = "those of these networks and settings", f"others: {names}"
+        raise StateError.of("predictions", f"folder {output}", allowed=allowed, given=given, remedy=remedy)
+    for file in there:  # before the record says otherwise: whenever this is stopped, it is true of all that is there
+        file.unlink()
+    write_json(record, asdict(made_by))
 
 
 def _digest(model: nn.Module) -> str:
@@ -159,10 +186,12 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _refuse_inputs(files: Sequence[CaseFiles], targets: dict[str, Path]) -> None:
-    inputs = {file.resolve() for case in files for file in (*case.images, *((case.label,) if case.label else ()))}
-    taken = sorted(str(target) for target in targets.values() if target.resolve() in inputs)
-    if taken:
-        allowed, given = "another folder than that of the images and labels", f"one where {taken[0]} is an input"
-        remedy = "Choose a folder of its own for the predictions."
+def _refuse_inputs(files: Sequence[CaseFiles], output: Path) -> None:
+    """Refuses the folder of an input: a prediction would replace it, or be taken for one the next time."""
+    inputs = [file for case in files for file in (*case.images, *((case.label,) if case.label else ()))]
+    folder = output.resolve()
+    found = next((file for file in inputs if folder in (file.parent.resolve(), file.resolve().parent)), None)
+    if found is not None:
+        allowed, remedy = "another folder than that of the images and labels", "Choose one for the predictions alone."
+        given = f"{output}, where {found.name} is an input"
         raise SettingError.of("output folder", "a prediction", allowed=allowed, given=given, remedy=remedy)

@@ -7,14 +7,15 @@ files make the set, so whatever else lies in the folder does no harm.
 from pathlib import Path
 from typing import Any
 
-from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered, refuse_json
+from dstlib.errors import shown
+from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered, path_fault, refuse_json, wrong_name
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
 
 TUMOUR_CHANNELS = ("FLAIR", "T1w", "T1gd", "T2w")  # of Task01_BrainTumour
 TUMOUR_CLASSES = ("edema", "non-enhancing tumour", "enhancing tumour")
 
 
-def read_decathlon(folder: Path, content: dict[str, Any], *, layout: str) -> Manifest:
+def read_decathlon(folder: Path, content: dict[str, Any], allow_outside: bool, *, layout: str) -> Manifest:
     """Reads which files a set of the Decathlon, or AMOS22, consists of: those that dataset.json lists.
 
     A validation case without a label (as AMOS22 gave them out during the challenge) counts as a test case.
@@ -26,12 +27,12 @@ def read_decathlon(folder: Path, content: dict[str, Any], *, layout: str) -> Man
     *AMOS* (NeurIPS 2022).
     """
     channels, labels = numbered(content.get("modality")), numbered(content.get("labels"))
-    wrong = _wrong_entries(content)
+    wrong = _wrong_entries(content, allow_outside=allow_outside)
     if channels is None or labels is None or wrong:
         refuse_json(folder / "dataset.json", allowed="the Decathlon's entries", wrong=wrong)
     parts = {part: _files(folder, content.get(part) or []) for part in ("training", "validation", "test")}
     return Manifest(
-        name=str(content.get("name") or folder.resolve().name),
+        name=content.get("name") or folder.resolve().name,
         folder=folder,
         layout=layout,
         channels=channels,
@@ -56,31 +57,37 @@ def _sorted(cases: list[CaseFiles] | tuple[CaseFiles, ...]) -> tuple[CaseFiles, 
     return tuple(sorted(cases, key=lambda case: case.name))
 
 
-def _wrong_entries(content: dict[str, Any]) -> list[str]:
+def _wrong_entries(content: dict[str, Any], *, allow_outside: bool) -> list[str]:
     """Says what dataset.json lacks."""
-    wrong = []
+    wrong = wrong_name(content)
     for key, example in (("modality", '{"0": "CT"}'), ("labels", '{"0": "background", "1": "liver"}')):
         table = content.get(key)
         names = numbered(table)
         if names is None:
-            wrong.append(f"{key!r} is {table!r} but numbers its names from 0, as in {example}")
+            wrong.append(f"{key!r} is {shown(table)} but numbers its names from 0, as in {example}")
         elif len(names) > MAX_CLASSES + 1:
             wrong.append(f"{key!r} has {len(names)} entries, but a label is a byte: {MAX_CLASSES + 1} at most")
     if not content.get("training"):
-        wrong.append(f"'training' is {content.get('training')!r} but lists at least one case")
+        wrong.append(f"'training' is {shown(content.get('training'))} but lists at least one case")
     for part in ("training", "validation", "test"):
-        wrong += _wrong_files(part, content.get(part) or [])
+        wrong += _wrong_files(part, content.get(part) or [], allow_outside=allow_outside)
     return wrong
 
 
-def _wrong_files(part: str, entries: object) -> list[str]:
+def _wrong_files(part: str, entries: object, *, allow_outside: bool) -> list[str]:
     if not isinstance(entries, list):
-        return [f"{part!r} is {entries!r} but a list of files"]
+        return [f"{part!r} is {shown(entries)} but a list of files"]
     wrong = []
     for i, entry in enumerate(entries):
         image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
         is_image, is_label = (isinstance(file, str) and bool(file) for file in (image, label))
         if not is_image or not (is_label or (part != "training" and label in (None, ""))):
             needs = "an 'image' and a 'label'" if part == "training" else "an 'image'"
-            wrong.append(f"entry {i} of {part!r} is {entry!r} but names {needs}")
+            wrong.append(f"entry {i} of {part!r} is {shown(entry)} but names {needs}")
+            continue
+        wrong += [
+            f"entry {i} of {part!r} names {shown(file)}, which {fault}"
+            for file in (image, label)
+            if file and (fault := path_fault(file, allow_outside=allow_outside))
+        ]
     return wrong

@@ -21,10 +21,13 @@ from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, read_nnunet
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a data set lie: in words, and what reads the folder and its dataset.json, if it has one."""
+    """How the files of a data set lie: in words, and what reads the folder and its dataset.json, if it has one.
+
+    ``read`` is told, last, whether dataset.json may name files outside of the folder.
+    """
 
     looks: str
-    read: Callable[[Path, dict[str, Any]], Manifest]
+    read: Callable[[Path, dict[str, Any], bool], Manifest]
     has_list: bool = True
 
 
@@ -40,7 +43,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
         "btcv": Layout(
             "RawData/Training/img/img0001.nii.gz, RawData/Training/label/label0001.nii.gz; no dataset.json",
-            lambda folder, _: read_btcv(folder),
+            lambda folder, *_: read_btcv(folder),
             has_list=False,
         ),
         "nnunet": Layout(
@@ -51,15 +54,17 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 )
 
 
-def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
+def read_manifest(folder: str | Path, layout: str | None = None, *, allow_outside: bool = False) -> Manifest:
     """Reads which cases a data set on disk consists of, sorted by name: the same on every machine.
 
     ``layout`` is one of :data:`LAYOUTS`, or None to recognise it. A file that a list names, or that a case
-    needs, is in the manifest even if it does not exist: whoever reads the case says so.
+    needs, is in the manifest even if it does not exist: whoever reads the case says so. What dataset.json names lies
+    below the folder, unless ``allow_outside``; a link there is the user's own, and leads where it leads.
 
     Raises:
         SettingError: There is no such layout.
-        DataError: The folder has no layout that is known, dataset.json cannot be used, or two cases share a name.
+        DataError: The folder has no layout that is known, dataset.json cannot be used or leads out of the folder, a
+            name cannot be that of a file, or two cases share one.
 
     >>> read_manifest("no/such/folder")
     Traceback (most recent call last):
@@ -72,9 +77,7 @@ def read_manifest(folder: str | Path, layout: str | None = None) -> Manifest:
     chosen = LAYOUTS[layout or _recognise(folder, content)]
     if content is None and chosen.has_list:
         _refuse_folder(folder)
-    manifest = chosen.read(folder, content or {})
-    refuse_copies(folder, manifest.cases)
-    return manifest
+    return chosen.read(folder, content or {}, allow_outside)
 
 
 def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
@@ -95,7 +98,9 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     named = [case_channel(file) for file in files]
     numbers = {name[1] if name else num_channels for name in named}
     if 0 in numbers and max(numbers) < num_channels:
-        return channel_cases(files, num_channels=num_channels)
+        cases = channel_cases(files, num_channels=num_channels)
+        refuse_copies(folder, cases)
+        return cases
     stems = Counter(name[0] for name in named if name)
     if 0 in numbers and (several := [stem for stem, count in stems.items() if count > 1]):
         allowed = f"one file per case, or {num_channels} numbered from _0000 for all"

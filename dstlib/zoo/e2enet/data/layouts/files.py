@@ -1,14 +1,18 @@
 """What the readers of layouts share: names of cases, the NIfTI files of a folder, and dataset.json."""
 
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
-from dstlib.errors import DataError
+from dstlib import typed_json
+from dstlib.errors import DataError, shown
+
+MAX_TOLD = 20  # of all that is wrong with a dataset.json
+MAX_PATH_BYTES, MAX_PART_BYTES = 4000, 255  # what Linux takes is the least of all
 
 _ENDING = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_REMEDY = "Restore the file from the data set's archive, or correct it by hand."
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 
 
@@ -53,29 +57,45 @@ def by_case(folder: Path, *, prefix: str = "") -> dict[str, list[Path]]:
     return found
 
 
+def path_fault(text: str, *, allow_outside: bool) -> str | None:
+    """Says why a list may not name a file by this text; None if it may.
+
+    >>> path_fault("./imagesTr/a.nii.gz", allow_outside=False)
+    >>> path_fault("imagesTr/../../a.nii.gz", allow_outside=True)
+    """
+    parts = re.split(r"[/\\]", text)
+    if not text.isprintable():
+        return "has characters that cannot be printed"
+    if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_PART_BYTES for part in parts):
+        return "is longer than paths can be"
+    if allow_outside or not (PurePosixPath(text).anchor or PureWindowsPath(text).anchor or ".." in parts):
+        return None
+    return "leads out of the folder of the set: allow that (--allow-outside) of a list that you trust"
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a dataset.json.
 
     Raises:
         DataError: It cannot be read, or is no JSON object.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor's byte order mark does no harm
-    except (ValueError, OSError) as error:
-        refuse_json(file, allowed="valid JSON", wrong=[str(error)])
-    if not isinstance(content, dict):
-        refuse_json(file, allowed="valid JSON", wrong=[f"a JSON {type(content).__name__} where an object belongs"])
-    return content
+    return typed_json.read_json(file, dict[str, Any], remedy=_REMEDY, foreign=True, error=DataError)
 
 
 def refuse_json(file: Path, *, allowed: str, wrong: Sequence[str]) -> NoReturn:
-    """Refuses a dataset.json, with all that is wrong with it.
+    """Refuses a dataset.json, with what is wrong with it.
 
     Raises:
         DataError: Always.
     """
-    remedy = "Restore the file from the data set's archive, or correct it by hand."
-    raise DataError.of("content", str(file), allowed=allowed, given="; ".join(wrong), remedy=remedy)
+    told = [*wrong[:MAX_TOLD], *([f"and {len(wrong) - MAX_TOLD} more"] if len(wrong) > MAX_TOLD else [])]
+    raise DataError.of("content", str(file), allowed=allowed, given="; ".join(told), remedy=_REMEDY)
+
+
+def wrong_name(content: dict[str, Any]) -> list[str]:
+    """Says whether the name that dataset.json gives a set is none; a set may lack it."""
+    name = content.get("name")
+    return [] if name is None or isinstance(name, str) else [f"'name' is {shown(name)} but text"]
 
 
 def numbered(table: object) -> tuple[str, ...] | None:
@@ -87,4 +107,5 @@ def numbered(table: object) -> tuple[str, ...] | None:
     """
     if not isinstance(table, dict) or not table or set(table) != {str(i) for i in range(len(table))}:
         return None
-    return tuple(str(table[str(i)]) for i in range(len(table)))
+    names = tuple(table[str(i)] for i in range(len(table)))
+    return names if all(isinstance(name, str) for name in names) else None

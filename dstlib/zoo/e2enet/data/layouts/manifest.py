@@ -1,22 +1,34 @@
 """Which files make a data set: what every layout is read into, before any voxel is."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dstlib.errors import DataError, require
+from dstlib.zoo.e2enet.data.layouts.names import file_name_fault, name_fault, one_file, refuse_name
 
 MAX_CLASSES = 255  # a label is a byte, and 0 is the background
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseFiles:
-    """The files of one case: one image file per channel or a single one with all of them, and the label if any."""
+    """The files of one case: one image file per channel or a single one with all of them, and the label if any.
+
+    Raises:
+        DataError: No file can have its name: prepared arrays and predictions are named by it.
+
+    >>> CaseFiles(name="../a", images=(Path("a.nii.gz"),))
+    Traceback (most recent call last):
+    dstlib.errors.DataError: name of the case of a.nii.gz: expected a name that a file can have everywhere, got ...
+    """
 
     name: str
     images: tuple[Path, ...]
     label: Path | None = None
+
+    def __post_init__(self) -> None:
+        where = f"the case of {', '.join(str(image) for image in self.images[:1])}"
+        refuse_name(self.name, "name", where, fault=file_name_fault)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +37,10 @@ class Manifest:
 
     ``train`` holds the labelled cases that folds are drawn over, ``validation`` the labelled ones that the data
     set's authors set apart, ``test`` those without labels.
+
+    Raises:
+        DataError: Its name is none that a folder can have, a class or a channel cannot be printed, two classes or two
+            cases share a name.
     """
 
     name: str
@@ -36,6 +52,18 @@ class Manifest:
     validation: tuple[CaseFiles, ...] = ()
     test: tuple[CaseFiles, ...] = ()
 
+    def __post_init__(self) -> None:
+        where = f"data set {self.folder}"
+        refuse_name(self.name, "name", where, fault=file_name_fault)
+        for what, names in (("class", self.classes), ("channel", self.channels)):
+            for name in names:
+                refuse_name(name, what, where, fault=name_fault)
+        repeated = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        remedy = "Rename one: scores are kept by the names of classes."
+        allowed, given = "each name once", f"{', '.join(repeated)} more than once"
+        require(not repeated, "classes", where, allowed=allowed, given=given, remedy=remedy, error=DataError)
+        refuse_copies(self.folder, self.cases)
+
     @property
     def cases(self) -> tuple[CaseFiles, ...]:
         """All cases, with and without labels."""
@@ -43,14 +71,20 @@ class Manifest:
 
 
 def refuse_copies(folder: Path, cases: Iterable[CaseFiles]) -> None:
-    """Refuses a set in which two cases share a name.
+    """Refuses a set in which two cases share a name, or would be one file where capitals are not told apart.
 
     Raises:
         DataError: The message lists every such name.
     """
-    numbers = Counter(case.name for case in cases)
-    given = ", ".join(f"{name} {n} times" for name, n in sorted(numbers.items()) if n > 1)
+    alike: dict[str, list[str]] = {}
+    for case in cases:
+        alike.setdefault(one_file(case.name), []).append(case.name)
+    given = ", ".join(_told(sorted(names)) for _, names in sorted(alike.items()) if len(names) > 1)
     allowed = "one case per name, over training, validation and test"
-    remedy = "Rename or remove the copies (.nii beside .nii.gz, say): folds are drawn over names."
+    remedy = "Rename or remove the copies (.nii beside .nii.gz, say): folds are drawn over names, and files have them."
     where = f"data set {folder}"
     require(not given, "case names", where, allowed=allowed, given=given, remedy=remedy, error=DataError)
+
+
+def _told(names: list[str]) -> str:
+    return f"{names[0]} {len(names)} times" if len(set(names)) == 1 else " beside ".join(names)

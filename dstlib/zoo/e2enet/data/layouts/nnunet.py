@@ -5,27 +5,37 @@ imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz and imagesTs/CASE_0000.nii.gz, o
 """
 
 import re
-from os.path import expandvars
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from dstlib.errors import DataError
-from dstlib.zoo.e2enet.data.layouts.files import by_case, case_channel, case_name, nifti_files, numbered, refuse_json
+from dstlib.errors import DataError, shown
+from dstlib.zoo.e2enet.data.layouts.files import (
+    by_case,
+    case_channel,
+    case_name,
+    nifti_files,
+    numbered,
+    path_fault,
+    refuse_json,
+    wrong_name,
+)
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
 
 
-def read_nnunet(folder: Path, content: dict[str, Any]) -> Manifest:
+def read_nnunet(folder: Path, content: dict[str, Any], allow_outside: bool) -> Manifest:
     """Reads which files a raw data set of nnU-Net v2 consists of.
 
     A file that a case lacks (a channel, the label) is in the manifest nevertheless: whoever reads it says so.
+    Variables of the environment stay as they are written; nnU-Net puts their values in.
 
     Raises:
         DataError: dataset.json lacks something, asks for what is not supported here (regions, an ignore label,
-            files that are not NIfTI), or counts other cases than are there.
+            files that are not NIfTI), leads out of the folder, or counts other cases than are there.
 
     Reference: nnU-Net's documentation/dataset_format.md.
     """
-    wrong = _wrong_entries(content)
+    wrong = _wrong_entries(content, allow_outside=allow_outside)
     channels, classes = numbered(content.get("channel_names")), _classes(content.get("labels"))
     if wrong or channels is None or classes is None:
         refuse_json(folder / "dataset.json", allowed="entries of nnU-Net v2 that can be read here", wrong=wrong)
@@ -33,7 +43,7 @@ def read_nnunet(folder: Path, content: dict[str, Any]) -> Manifest:
     train = _listed(folder, listed) if listed else _found(folder, len(channels), ending)
     _check_number(folder, train, content.get("numTraining", len(train)))
     return Manifest(
-        name=str(content.get("name") or re.sub(r"^Dataset\d+_", "", folder.resolve().name)),
+        name=content.get("name") or re.sub(r"^Dataset\d+_", "", folder.resolve().name),
         folder=folder,
         layout="nnunet",
         channels=channels,
@@ -46,7 +56,7 @@ def read_nnunet(folder: Path, content: dict[str, Any]) -> Manifest:
 def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int) -> None:
     if len(train) == expected:
         return
-    partial = [case.name for case in train if not all(f.exists() for f in (*case.images, case.label) if f)]
+    partial = [case.name for case in train if not all(exists(f) for f in (*case.images, case.label) if f)]
     given = f"{len(train)}" + (f", of which files are missing: {', '.join(partial)}" if partial else "")
     allowed = f"{expected}, as dataset.json says under 'numTraining'"
     remedy = "Restore or remove files, or correct the number."
@@ -97,8 +107,8 @@ def _listed(folder: Path, table: dict[str, Any]) -> tuple[CaseFiles, ...]:
     return tuple(
         CaseFiles(
             name=name,
-            images=tuple(folder / expandvars(image) for image in table[name]["images"]),
-            label=folder / expandvars(table[name]["label"]),
+            images=tuple(folder / image for image in table[name]["images"]),
+            label=folder / table[name]["label"],
         )
         for name in sorted(table)
     )
@@ -115,15 +125,16 @@ def _classes(table: object) -> tuple[str, ...] | None:
 
 
 def _is_number(value: object) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.isdecimal())
+    """Says whether a value is a whole number, or text that is one."""
+    return type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value) is not None)
 
 
-def _wrong_entries(content: dict[str, Any]) -> list[str]:
+def _wrong_entries(content: dict[str, Any], *, allow_outside: bool) -> list[str]:
     """Says what dataset.json lacks, or asks for in vain, and what to do."""
-    wrong = []
+    wrong = wrong_name(content)
     channels, labels = content.get("channel_names"), content.get("labels")
     if numbered(channels) is None:
-        wrong.append(f'\'channel_names\' is {channels!r} but numbers its names from 0, as in {{"0": "CT"}}')
+        wrong.append(f'\'channel_names\' is {shown(channels)} but numbers its names from 0, as in {{"0": "CT"}}')
     regions = [name for name, v in labels.items() if isinstance(v, list)] if isinstance(labels, dict) else []
     if regions:
         wrong.append(
@@ -134,24 +145,33 @@ def _wrong_entries(content: dict[str, Any]) -> list[str]:
         wrong.append("'labels' has an 'ignore' label: annotate these voxels, or take the class out and crop the scans")
     elif _classes(labels) is None:
         example = '{"background": 0, "liver": 1}'
-        wrong.append(f"'labels' is {labels!r} but numbers its names from 0 to {MAX_CLASSES} at most, as in {example}")
+        told = f"'labels' is {shown(labels)} but numbers its names from 0 to {MAX_CLASSES} at most, as in {example}"
+        wrong.append(told)
     ending = content.get("file_ending", ".nii.gz")
     if ending not in (".nii", ".nii.gz"):
         wrong.append(
-            f"'file_ending' is {ending!r}, but only .nii and .nii.gz are read: convert the files, and change it"
+            f"'file_ending' is {shown(ending)}, but only .nii and .nii.gz are read: convert the files, and change it"
         )
-    return wrong + _wrong_list(content.get("dataset"))
+    if type(number := content.get("numTraining", 0)) is not int:
+        wrong.append(f"'numTraining' is {shown(number)} but a whole number")
+    return wrong + _wrong_list(content.get("dataset"), allow_outside=allow_outside)
 
 
-def _wrong_list(table: object) -> list[str]:
+def _wrong_list(table: object, *, allow_outside: bool) -> list[str]:
     if not table:
         return []
     if not isinstance(table, dict):
-        return [f"'dataset' is {table!r} but lists files by case"]
+        return [f"'dataset' is {shown(table)} but lists files by case"]
     wrong = []
     for name, entry in table.items():
-        images = entry.get("images") if isinstance(entry, dict) else None
-        good = isinstance(images, list) and images and all(isinstance(image, str) for image in images)
-        if not good or not isinstance(entry.get("label"), str):
-            wrong.append(f"case {name!r} of 'dataset' is {entry!r} but names 'images' and a 'label'")
+        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        files = [file for file in (*images, label) if isinstance(file, str)] if isinstance(images, list) else []
+        if not images or len(files) <= len(images):
+            wrong.append(f"case {shown(name)} of 'dataset' is {shown(entry)} but names 'images' and a 'label'")
+            continue
+        wrong += [
+            f"case {shown(name)} of 'dataset' names {shown(file)}, which {fault}"
+            for file in files
+            if (fault := path_fault(file, allow_outside=allow_outside))
+        ]
     return wrong

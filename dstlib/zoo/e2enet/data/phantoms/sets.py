@@ -1,9 +1,8 @@
 """Writing phantoms as data sets on disk, in the layouts of the real ones: what reads the one reads the other."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +14,10 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from numpy.typing import DTypeLike, NDArray
 from tqdm import tqdm
 
-from dstlib.errors import DataError, StateError, require, similar
+from dstlib.errors import DataError, StateError, require, shown, similar
 from dstlib.files import write_json
-from dstlib.zoo.e2enet.data.cases import Case, Shape
+from dstlib.typed_json import read_json
+from dstlib.zoo.e2enet.data.cases import Case, Shape, three
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS, TUMOUR_CLASSES
@@ -142,8 +142,18 @@ def write_phantoms(
     return folder
 
 
-def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> dict[str, Any]:
-    """Describes which set it is: two folders of one plan hold the same voxels."""
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Which set it is: two folders of one plan hold the same voxels."""
+
+    kind: str
+    num_scans: int
+    seed: int
+    shape: Shape | None
+    version: int = VERSION
+
+
+def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> _Plan:
     where = "write_phantoms()"
     remedy = f"Did you mean {similar(kind, KINDS)}?"
     require(kind in KINDS, "kind", where, allowed=f"one of {', '.join(KINDS)}", given=repr(kind), remedy=remedy)
@@ -153,33 +163,32 @@ def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> 
     remedy = "Leave it out: each scan has a size of its own, as the real ones."
     holds = shape is None or KINDS[kind].takes_shape
     require(holds, "shape", where, allowed=f"none for {kind}", given=shape and tuple(shape), remedy=remedy)
-    size = list(SHAPE if shape is None else shape) if KINDS[kind].takes_shape else None
-    return {"kind": kind, "num_scans": num_scans, "seed": seed, "shape": size, "version": VERSION}
+    size = three(SHAPE if shape is None else shape) if KINDS[kind].takes_shape else None
+    return _Plan(kind=kind, num_scans=num_scans, seed=seed, shape=size)
 
 
-def _holds(folder: Path, plan: dict[str, Any]) -> bool:
+def _holds(folder: Path, plan: _Plan) -> bool:
     """Says whether the folder holds the set of this plan already; something else in it is refused."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    try:
-        given = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        given = f"something without a readable {RECORD}"
-    allowed, remedy = f"the set {plan}", "Pass another folder, or remove this one if nobody needs it."
-    require(given == plan, "phantoms", f"folder {folder}", allowed=allowed, given=given, remedy=remedy, error=DataError)
+    remedy = "Pass another folder, or remove this one if nobody needs it."
+    whole = f"The folder holds something else, or a part of a set. {remedy}"
+    found = read_json(folder / RECORD, _Plan, remedy=whole, error=DataError)
+    allowed, given, where = f"the set {asdict(plan)}", shown(asdict(found)), f"folder {folder}"
+    require(found == plan, "phantoms", where, allowed=allowed, given=given, remedy=remedy, error=DataError)
     return True
 
 
-def _write_set(folder: Path, plan: dict[str, Any], *, progress: bool) -> None:
-    kind, num_scans = KINDS[plan["kind"]], plan["num_scans"]
+def _write_set(folder: Path, plan: _Plan, *, progress: bool) -> None:
+    kind, num_scans = KINDS[plan.kind], plan.num_scans
     scans = [(kind.image.format(i), kind.label.format(i)) for i in range(1, num_scans + 1)]
     tests = [kind.test.format(i) for i in range(num_scans + 1, num_scans + NUM_TEST + 1)]
     for name in (*scans[0], tests[0]):
         (folder / name).parent.mkdir(parents=True)
     files: list[tuple[str, str | None]] = [*scans, *((test, None) for test in tests)]
     for number, (image, label) in enumerate(tqdm(files, "drawing phantoms", unit="scan", disable=not progress)):
-        seed = patient_seed(plan["seed"], number)
-        case = kind.draw(seed, plan["shape"])
+        seed = patient_seed(plan.seed, number)
+        case = kind.draw(seed, plan.shape or SHAPE)
         codes = kind.orientations[number % len(kind.orientations)]
         voxels = np.rint(case.image) if np.issubdtype(kind.image_type, np.integer) else case.image
         _save(folder / image, voxels.astype(kind.image_type), _affine(case, seed), codes)
@@ -187,7 +196,7 @@ def _write_set(folder: Path, plan: dict[str, Any], *, progress: bool) -> None:
             _save(folder / label, case.label[None], _affine(case, seed), codes)
     if kind.name:
         write_json(folder / "dataset.json", _description(kind, scans, tests))
-    write_json(folder / RECORD, plan)
+    write_json(folder / RECORD, asdict(plan))
 
 
 def _affine(case: Case, seed: int) -> NDArray[np.float64]:

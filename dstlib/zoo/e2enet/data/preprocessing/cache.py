@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dstlib.errors import DataError, StateError, require
 from dstlib.files import locked, make_folder, refuse_folder, write_json, write_whole
+from dstlib.report import on_one_line
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.cases import Case, Cases, three
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
@@ -265,7 +266,7 @@ def _record(entry: Entry) -> Any:
 
 def _refuse(entries: Sequence[Entry], faults: Sequence[tuple[str, Fault]]) -> NoReturn:
     num_bad = len({name for name, _ in faults})
-    listed = "".join(f"\n  {name}: {file} {text}" for name, (file, text) in sorted(faults))
+    listed = "".join(f"\n  {name}: {fault}" for name, fault in sorted(faults))
     allowed = "images and labels that are readable and fit each other"
     given = f"{len(faults)} defect(s) in {num_bad} of {len(entries)} cases"
     remedy = "Repair or restore these files, or take the cases out of the set. The others need no second reading:"
@@ -291,7 +292,8 @@ def _mention_unused(folder: Path, entries: Sequence[Entry]) -> None:
     if unused:
         size = _size(sum(file.stat().st_size for each in unused for file in each.iterdir()))
         names = ", ".join(each.name for each in unused)
-        print(f"Other preparations take up {size} in {folder}: {names}. Delete what you do not need.", file=sys.stderr)
+        told = f"Other preparations take up {size} in {folder}: {names}. Delete what you do not need."
+        print(on_one_line(told), file=sys.stderr)
 
 
 def _size(num: float) -> str:

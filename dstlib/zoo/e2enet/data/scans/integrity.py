@@ -103,7 +103,7 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
 
 def _defect(case: str, fault: Fault, folder: Path) -> Defect:
     file = fault.file.relative_to(folder) if fault.file.is_relative_to(folder) else fault.file
-    return Defect(case, f"{file} {fault.text}")
+    return Defect(case, str(fault._replace(file=file)))
 
 
 def _facts(scan: Scan) -> _Facts:

@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dstlib.errors import DataError
 from dstlib.files import write_whole
+from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
 from dstlib.zoo.e2enet.data.scans.defects import affine_defects, as_label, image_defects, mismatches, voxel_defects
@@ -53,6 +54,10 @@ class Fault(NamedTuple):
 
     file: Path
     text: str
+
+    def __str__(self) -> str:
+        """Returns both on one line, whatever the file is called and its header says."""
+        return on_one_line(f"{self.file} {self.text}")
 
 
 class Examined(NamedTuple):
@@ -142,7 +147,7 @@ def write_label(path: Path, label: NDArray[np.uint8], affine: NDArray[np.float64
 
 
 def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
-    listed = "".join(f"\n  {fault.file} {fault.text}" for fault in faults)
+    listed = "".join(f"\n  {fault}" for fault in faults)
     allowed = "an image and a label that are readable and fit each other"
     remedy = f"Repair or restore these files, or take the case out of the data set:{listed}"
     raise DataError.of("files", where, allowed=allowed, given=f"{len(faults)} defect(s)", remedy=remedy)
@@ -169,7 +174,7 @@ def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
             voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
         return Volume(voxels, nifti.affine, bool(header["sform_code"] or header["qform_code"]))
     except FileNotFoundError:
-        return "is missing"
+        return "is missing" + (": variables of the environment stay as they are written" if "$" in str(file) else "")
     except _UNREADABLE as error:
         return f"cannot be read: {error}"
 
