@@ -187,6 +187,9 @@ def test_its_own_total_steps_come_first():
         (lambda state: None, "masks of a file: expected the masks of a sparse training, version 1, got none"),
         (lambda state: {**state, "version": 7}, "got version 7"),
         (lambda state: {**state, "settings": {**state["settings"], "seed": 4}}, "expected seed 4, got seed 3"),
+        (lambda state: {**state, "settings": None}, "contents of a file: expected settings, and total_steps"),
+        (lambda state: {**state, "total_steps": "400"}, "contents of a file: expected settings, and total_steps"),
+        (lambda state: {**state, "total_steps": 401}, "checksum of a file"),
     ],
 )
 def test_other_states_are_refused_and_change_nothing(halfway, change, message):

@@ -15,6 +15,7 @@ import torch
 from dstlib.errors import StateError
 from dstlib.files import write_whole
 from dstlib.masking.update import count_outside
+from dstlib.sparsifier.saved import masks_of
 from dstlib.torch_files import read_torch
 
 KEY = "dstlib"
@@ -69,7 +70,7 @@ def sparse_part(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     part = checkpoint.get(KEY)
     version = part.get("version") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or version != VERSION:
+    if not isinstance(part, dict) or version != VERSION or not {"settings", "sparsifier"} <= part.keys():
         allowed = f"the masks of a sparse training, version {VERSION}"
         given = "none" if part is None else f"version {version}"
         remedy = f"{checkpoint.get('trainer_name')} wrote it; only sparse trainers write and need masks."
@@ -93,9 +94,11 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
     if target.exists():
         remedy = "Choose another name, or remove it first."
         raise StateError.of("target", str(target), allowed="a new file", given="an existing one", remedy=remedy)
-    saved = sparse_part(checkpoint, source.name)["sparsifier"]["weights"]
-    masks = {name: weight["mask"] for name, weight in saved.items()}
+    masks = masks_of(sparse_part(checkpoint, source.name)["sparsifier"])
     for name, mask in masks.items():
+        if name not in weights or weights[name].shape != mask.shape:
+            remedy = "Its parts are of different trainings; export the checkpoint that a training wrote."
+            raise StateError.of(name, source.name, allowed="a weight of the mask's shape", given="none", remedy=remedy)
         if outside := count_outside(weights[name], mask):
             remedy = "It was changed after the training; export the checkpoint that the training wrote."
             raise StateError.of(name, source.name, allowed="zeros outside the mask", given=outside, remedy=remedy)

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from dstlib.errors import StateError, require
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
-from dstlib.sparsifier import Sparsifier, sparsify
+from dstlib.sparsifier import Sparsifier, saved, sparsify
 from dstlib.sparsifier.plan import check_sparsity
+from dstlib.torch_files import checksum
 
 VERSION = 1
 _BY_THE_TRAINER = "It is made when the trainer begins to train, in the very processes that train."
@@ -159,12 +160,8 @@ class HostedTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a trainer's checkpoint is to hold beside model and optimizers: plain values and tensors."""
-        return {
-            "version": VERSION,
-            "settings": self.settings.plain(),
-            "total_steps": self._total_steps,
-            "sparsifier": self.sparsifier.state_dict(),
-        }
+        state = {"version": VERSION, "settings": self.settings.plain(), "total_steps": self._total_steps}
+        return {**state, "checksum": checksum(state), "sparsifier": self.sparsifier.state_dict()}
 
     def load_state_dict(self, state: Any, model: nn.Module | None, *, where: str) -> None:
         """Takes a state from ``state_dict``, now if it is of the model that is trained, or else when that begins.
@@ -182,7 +179,9 @@ class HostedTraining:
         remedy = "Continue from a checkpoint that SparseTraining was there to write."
         is_ours = isinstance(state, Mapping) and state.get("version") == VERSION
         require(is_ours, "masks", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
+        _check_contents(state, where, remedy)
         refuse_other_settings(state["settings"], self.settings.plain(), where)
+        _check_seal(state, where)
         if model is not None and self.is_of(model):
             self._restore(state)
         else:
@@ -223,6 +222,39 @@ class HostedTraining:
         """Returns the names of the sparse weights that are parameters of a model."""
         ours = {id(parameter) for parameter in model.parameters()}
         return [weight.name for weight in self.sparsifier.weights if id(weight.parameter) in ours]
+
+
+def at_step_0(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state of ``HostedTraining`` with its masks, but with the clock of a training that begins.
+
+    Raises:
+        StateError: The state is damaged.
+    """
+    return {**state, "sparsifier": saved.at_step_0(state.get("sparsifier"))}
+
+
+def masks_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the masks in a state of ``HostedTraining`` by the names of their weights.
+
+    Raises:
+        StateError: The state is damaged.
+    """
+    return saved.masks_of(state.get("sparsifier"))
+
+
+def _check_contents(state: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Checks the parts of a state but the sparsifier's, which is checked when it is taken back."""
+    steps = state.get("total_steps")
+    if not isinstance(state.get("settings"), Mapping) or not (steps is None or (type(steps) is int and steps > 0)):
+        allowed = "settings, and total_steps as a whole number or None"
+        raise StateError.of("contents", where, allowed=allowed, given=", ".join(map(str, state)), remedy=remedy)
+
+
+def _check_seal(state: Mapping[str, Any], where: str) -> None:
+    own = checksum({name: state[name] for name in ("version", "settings", "total_steps")})
+    if state.get("checksum", own) != own:  # earlier ones have none
+        remedy = "It was damaged or changed since it was saved: take an earlier checkpoint."
+        raise StateError.of("checksum", where, allowed=f"{own}", given=state["checksum"], remedy=remedy)
 
 
 def _put_back(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

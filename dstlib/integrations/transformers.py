@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dstlib.errors import SettingError, StateError
 from dstlib.files import write_whole
 from dstlib.integrations.backward import AfterBackward
-from dstlib.integrations.training import Adapter, HostedTraining
+from dstlib.integrations.training import Adapter, HostedTraining, at_step_0, masks_of
 from dstlib.masking.update import count_outside
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import find_weights
@@ -77,11 +77,11 @@ none. It is made when the trainer begins to train, in the very processes that tr
         if folder is not None:
             saved = _read(folder)
             training.load_state_dict(saved, None, where=str(folder))
-            if num_outside := _count_outside(model, _masks(saved)):
+            if num_outside := _count_outside(model, masks_of(saved)):
                 raise _mixed_up(folder, num_outside)
         elif self._training.is_of(model) and self.sparsifier.plan.method.allocate is not None:
             # budgets have moved between weights, which the plan of a new training cannot know
-            training.load_state_dict(_at_step_0(self._training.state_dict()), model, where="the training before")
+            training.load_state_dict(at_step_0(self._training.state_dict()), model, where="the training before")
         self._leave(model)
         inner = _inner(optimizer)
         training.begin(model, inner, total_steps=state.max_steps)
@@ -119,7 +119,7 @@ none. It is made when the trainer begins to train, in the very processes that tr
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             folder = Path(state.best_model_checkpoint)
             saved = _read(folder)
-            num_outside = _count_outside(model, _masks(saved))
+            num_outside = _count_outside(model, masks_of(saved))
             if not num_outside:
                 self._training.load_state_dict(saved, model, where=str(folder))
             elif _count_outside(model, self.sparsifier.masks):  # or else nothing was loaded: a pruned trial, say
@@ -235,15 +235,11 @@ def _read(folder: Path) -> dict[str, Any]:
     if not (folder / FILE).is_file():
         given = f"only {', '.join(sorted(path.name for path in folder.iterdir()))}"
         raise StateError.of("masks", where, allowed=allowed, given=given, remedy=remedy)
-    saved: dict[str, Any] = read_torch(folder / FILE, where=where, allowed="masks of a sparse training", remedy=remedy)
+    allowed = "the masks of a sparse training"
+    saved = read_torch(folder / FILE, where=where, allowed=allowed, remedy=remedy)
+    if not isinstance(saved, dict):
+        raise StateError.of(FILE, where, allowed=allowed, given=type(saved).__name__, remedy=remedy)
     return saved
-
-
-def _at_step_0(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state with its masks, but with the clock of a training that begins."""
-    start = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
-    weights = {name: {**weight, **start} for name, weight in state["sparsifier"]["weights"].items()}
-    return {**state, "sparsifier": {**state["sparsifier"], "weights": weights}}
 
 
 def _mixed_up(folder: Path, num_outside: int) -> StateError:
@@ -256,10 +252,6 @@ def _mixed_up(folder: Path, num_outside: int) -> StateError:
         remedy="Either the files are of different runs, or the Trainer has not loaded all weights: its log names "
         "missing keys then, as with experts in transformers 5.24. Make the model by from_pretrained() of that folder.",
     )
-
-
-def _masks(saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: weight["mask"] for name, weight in saved["sparsifier"]["weights"].items()}
 
 
 def _count_outside(model: nn.Module, masks: Mapping[str, Tensor]) -> int:

@@ -25,7 +25,8 @@ from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
 from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight, check_saved, clear_all, save
+from dstlib.sparsifier.saved import check_saved, save
+from dstlib.sparsifier.state import MaskedWeight, clear_all
 from dstlib.sparsifier.summary import summarize
 from dstlib.targets import Weight, find_weights
 

@@ -1,25 +1,16 @@
-"""Masks in training: a sparse weight with its mask and its counters, what is saved of it, and what is taken back."""
+"""Masks in training: a sparse weight with its mask and its counters."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import StateError
-from dstlib.masking import Granularity, num_units, unit_mask
+from dstlib.masking import Granularity
 from dstlib.masking.update import count_outside, factor, zero_outside_, zero_outside_each_
 from dstlib.sparsifier.optimizer_state import Kept
-from dstlib.sparsifier.plan import Plan
 from dstlib.targets import Weight
-
-VERSION = 2
-# the fields of MaskedWeight that a run depends on, by their key in a saved state
-_SAVED = {
-    **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach")},
-    "ranked": "densities",
-}
 
 
 @dataclass(eq=False)
@@ -190,112 +181,3 @@ def _version(parameter: Tensor) -> int:
 def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:
     """Returns the number of groups, and of units in each, of every matrix view by name."""
     return {view.name: granularity.fold(view.of(m.mask)).shape[:2] for m in masked for view in m.weight.views}
-
-
-def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: float) -> dict[str, Any]:
-    """Returns all that a resumption needs beside the model and the optimizer: plain values and copies of tensors."""
-    weights = {}
-    for m in masked:
-        fields = {key: getattr(m, field) for key, field in _SAVED.items()}
-        weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    num_planned = _num_planned(masked, plan)
-    return {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "weights": weights}
-
-
-def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[MaskedWeight]:
-    """Returns the saved weights, if every one fits its mask at hand.
-
-    Raises:
-        StateError: The state is damaged or of another version, or its masks have other names, shapes or granularity,
-            or another number of active units than the settings ask for.
-    """
-    contents = "contents", "the saved state", "those of Sparsifier.state_dict()"
-    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
-        keys = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else ""
-        raise StateError.of(
-            "contents",
-            "the saved state",
-            allowed=contents[2],
-            given=f"{type(state).__name__}{f' with the keys {keys}' if keys else ''}",
-            remedy="Pass what state_dict() of a sparsifier returned, not that of a model, nor a whole checkpoint.",
-        )
-    if state.get("version") != VERSION:
-        raise _misfit("version", "the saved state", str(VERSION), state.get("version"))
-    numbers = ("frozen", "memory", "num_planned")
-    if missing := [name for name in numbers if not isinstance(state.get(name), int | float)]:
-        raise _misfit(*contents, f"no {', '.join(missing)}")
-    weights, names = state["weights"], [m.weight.name for m in masked]
-    if set(weights) != set(names):
-        missing, extra = sorted(set(names) - set(weights)), sorted(set(weights) - set(names))
-        given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
-        raise _misfit("names of the weights", "the saved state", f"the {len(names)} at hand", given)
-    planned = _num_planned(masked, plan)
-    # a look at another batch may leave units idle, or use them, that do not divide into groups
-    idle = sum(num_groups - 1 for num_groups, _ in groups_of(masked, plan.method.granularity).values())
-    if abs(planned - state["num_planned"]) > (idle if plan.densities_from_model else 0):
-        raise _misfit("sparsity", "the saved state", f"{planned} active units at the end", state["num_planned"])
-    return [_check_weight(weights[m.weight.name], m, plan) for m in masked]
-
-
-def _num_planned(masked: Iterable[MaskedWeight], plan: Plan) -> int:
-    """Counts the active units of all weights at the end of the run."""
-    groups = groups_of(masked, plan.method.granularity)
-    return sum(num_groups * num_units(size, plan.densities[name]) for name, (num_groups, size) in groups.items())
-
-
-def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight:
-    weight = current.weight
-    if not isinstance(saved, Mapping) or set(saved) != set(_SAVED):
-        given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
-        raise _misfit("fields", weight.name, ", ".join(_SAVED), given)
-    theirs = MaskedWeight(weight, **{field: saved[key] for key, field in _SAVED.items()})
-    steps = theirs.step, theirs.updated_at, theirs.traced_at
-    if not all(isinstance(step, int) for step in steps):
-        raise _misfit("steps", weight.name, "whole numbers", steps)
-    densities, num_densities = theirs.densities, len(weight.views) if plan.densities_from_model else 0
-    if (
-        not isinstance(densities, Sequence)
-        or len(densities) != num_densities
-        or not all(isinstance(d, float) and 0 < d <= 1 for d in densities)
-    ):
-        raise _misfit("ranked densities", weight.name, f"{num_densities} of them", densities)
-    _check_tensors(theirs, current.mask.shape, plan)
-    grain = plan.method.granularity
-    for view in weight.views:
-        mask = view.of(theirs.mask)
-        active_GU = grain.fold(mask)[..., 0]
-        if not torch.equal(unit_mask(active_GU, grain, mask.shape), mask):
-            raise _misfit("mask", view.name, f"whole units of {grain}", "units that are partly active")
-        # where budgets were shared out, the mask is all that says how many units the view has
-        if (plan.densities_from_model or plan.method.allocate is not None) and view.name not in plan.own:
-            continue
-        num_G, num_target = active_GU.sum(dim=1), plan.num_target(view.name, active_GU.shape[1], theirs.updated_at)
-        if bool((num_G != num_target).any()):
-            allowed = f"{num_target * len(num_G)} active units, as its sparsity asks for at step {theirs.updated_at}"
-            raise _misfit("mask", view.name, allowed, int(num_G.sum()))
-    return theirs
-
-
-def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
-    storage = plan.method.storage
-    present = {
-        "mask": True,
-        "trace": None if plan.method.trace is not None else False,
-        "hidden": storage is not None,
-        "reach": storage is not None and storage.extra is not None,
-    }
-    for name, expected in present.items():
-        tensor = getattr(saved, name)
-        if tensor is None and expected is not True:
-            continue
-        kind = "bool" if name in ("mask", "reach") else "floating"
-        fits = isinstance(tensor, Tensor) and expected is not False and tensor.shape == shape
-        if not fits or (tensor.dtype != torch.bool if kind == "bool" else not tensor.is_floating_point()):
-            given = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-            allowed = "nothing" if expected is False else f"a {kind} tensor of shape {tuple(shape)}"
-            raise _misfit(name, saved.weight.name, allowed, given)
-
-
-def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:
-    remedy = "Build the same model and call sparsify() with the settings it was saved under."
-    return StateError.of(what, where, allowed=allowed, given=given, remedy=remedy)

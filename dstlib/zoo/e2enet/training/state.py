@@ -16,6 +16,7 @@ from dstlib.masking.update import MaskUpdate
 from dstlib.schedules import Every
 from dstlib.sparsifier import Sparsifier
 from dstlib.sparsifier.api import sparsify
+from dstlib.sparsifier.saved import at_step_0
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
@@ -199,7 +200,5 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
         if saved is None:
             remedy = "Pass --sparsity 0, or begin from a sparse run."
             raise StateError.of("masks", "--from", allowed="a sparse run", given="a dense one", remedy=remedy)
-        begun = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
-        weights = {name: {**weight, **begun} for name, weight in saved["weights"].items()}
-        training.sparsifier.load_state_dict({**saved, "weights": weights, "frozen": freeze})
+        training.sparsifier.load_state_dict(at_step_0(saved, frozen=freeze))
     return fresh

@@ -1,0 +1,301 @@
+"""Saved states: what a resumption needs beside model and optimizer, and the laws by which a state is taken back.
+
+The container that a state travels in may have checked nothing: so its parts are held against the plan (shapes, whole
+units, budgets, steps), and all of it against a checksum of its own.
+
+Shapes: G groups, U units per group.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstlib.errors import StateError
+from dstlib.masking import Granularity, NeuronAblation, num_units, unit_mask
+from dstlib.masking.update import count_outside
+from dstlib.schedules import Never
+from dstlib.sparsifier.plan import Plan
+from dstlib.sparsifier.state import MaskedWeight, groups_of
+from dstlib.targets import MatrixView
+from dstlib.torch_files import checksum
+
+VERSION = 2
+# the fields of MaskedWeight that a run depends on, by their key in a saved state
+_SAVED = {
+    **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach")},
+    "ranked": "densities",
+}
+_BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
+_WHOLE = "the saved state"
+
+
+def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: float) -> dict[str, Any]:
+    """Returns all that a resumption needs beside the model and the optimizer: plain values and copies of tensors."""
+    weights = {}
+    for m in masked:
+        fields = {key: getattr(m, field) for key, field in _SAVED.items()}
+        weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+    num_planned = _num_planned(masked, plan)
+    return _sealed(
+        {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "weights": weights}
+    )
+
+
+def at_step_0(state: Any, *, frozen: bool | None = None) -> dict[str, Any]:
+    """Returns a state with its masks, but with the clock of a training that begins; ``frozen`` if it says so.
+
+    Raises:
+        StateError: The state is damaged.
+    """
+    weights = {name: {**weight, **_BEGUN} for name, weight in _weights_of(state).items()}
+    begun = {**state, "weights": weights}
+    return _sealed(begun if frozen is None else {**begun, "frozen": frozen})
+
+
+def masks_of(state: Any) -> dict[str, Tensor]:
+    """Returns the masks of a state by the names of their weights.
+
+    Raises:
+        StateError: The state is damaged.
+    """
+    return {name: weight["mask"] for name, weight in _weights_of(state).items()}
+
+
+def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[MaskedWeight]:
+    """Returns the saved weights, if every one fits its mask at hand.
+
+    Raises:
+        StateError: The state is damaged or of another version, or its masks have other names, shapes or granularity,
+            or other numbers of active units than the settings ask for.
+    """
+    _check_contents(state)
+    _check_numbers(state, plan)
+    weights, names = state["weights"], [m.weight.name for m in masked]
+    if set(weights) != set(names):
+        missing, extra = sorted(set(names) - set(weights)), sorted(map(str, set(weights) - set(names)))
+        given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
+        raise _misfit("names of the weights", _WHOLE, f"the {len(names)} at hand", given)
+    planned = _num_planned(masked, plan)
+    # a look at another batch may leave units idle, or use them, that do not divide into groups
+    idle = sum(num_groups - 1 for num_groups, _ in groups_of(masked, plan.method.granularity).values())
+    if abs(planned - state["num_planned"]) > (idle if plan.densities_from_model else 0):
+        raise _misfit("sparsity", _WHOLE, f"{planned} active units at the end", state["num_planned"])
+    all_saved = [_check_weight(weights[m.weight.name], m, plan) for m in masked]
+    latest = 1 + max((saved.step for saved in all_saved), default=0)  # of a step that has begun
+    for saved in all_saved:
+        if saved.updated_at > latest:
+            raise _misfit("updated_at", saved.weight.name, f"a step up to {latest}", saved.updated_at)
+    if plan.method.allocate is not None and not plan.densities_from_model:
+        _check_shared_total(all_saved, plan)
+    _check_seal(state)
+    return all_saved
+
+
+def _sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state with a checksum of its other parts."""
+    return {**state, "checksum": checksum({key: value for key, value in state.items() if key != "checksum"})}
+
+
+def _check_seal(state: Mapping[str, Any]) -> None:
+    """Checks that a state is as it was saved; earlier ones have no checksum."""
+    if "checksum" in state:
+        own = checksum({key: value for key, value in state.items() if key != "checksum"})
+        if own != state["checksum"]:
+            remedy = "It was damaged or changed since it was saved: load an earlier one."
+            given = state["checksum"]
+            raise StateError.of("checksum", _WHOLE, allowed=f"{own}, that of its contents", given=given, remedy=remedy)
+
+
+def _weights_of(state: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Returns the weights of a state with all their fields, as they were saved."""
+    _check_contents(state)
+    for name, weight in state["weights"].items():
+        _check_fields(weight, str(name))
+        if not _is_mask(weight["mask"]):
+            raise _misfit("mask", str(name), "a bool tensor", type(weight["mask"]).__name__)
+    _check_seal(state)
+    weights: Mapping[str, Mapping[str, Any]] = state["weights"]
+    return weights
+
+
+def _check_contents(state: Any) -> None:
+    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
+        keys = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else ""
+        raise StateError.of(
+            "contents",
+            _WHOLE,
+            allowed="those of Sparsifier.state_dict()",
+            given=f"{type(state).__name__}{f' with the keys {keys}' if keys else ''}",
+            remedy="Pass what state_dict() of a sparsifier returned, not that of a model, nor a whole checkpoint.",
+        )
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
+        raise _misfit("version", _WHOLE, str(VERSION), version)
+
+
+def _check_numbers(state: Mapping[str, Any], plan: Plan) -> None:
+    missing = [name for name in ("frozen", "memory", "num_planned") if name not in state]
+    if missing:
+        raise _misfit("contents", _WHOLE, "those of Sparsifier.state_dict()", f"no {', '.join(missing)}")
+    frozen, memory, num_planned = state["frozen"], state["memory"], state["num_planned"]
+    if type(frozen) is not bool:
+        raise _misfit("frozen", _WHOLE, "True or False", frozen)
+    if type(num_planned) is not int:
+        raise _misfit("num_planned", _WHOLE, "a whole number", num_planned)
+    is_number = type(memory) in (int, float) and math.isfinite(memory)
+    if not is_number or (plan.method.allocate is None and memory != 0):
+        allowed = "a finite number" if plan.method.allocate else "0, as the method has no allocator"
+        raise _misfit("memory", _WHOLE, allowed, memory)
+
+
+def _num_planned(masked: Iterable[MaskedWeight], plan: Plan) -> int:
+    """Counts the active units of all weights at the end of the run."""
+    groups = groups_of(masked, plan.method.granularity)
+    return sum(num_groups * num_units(size, plan.densities[name]) for name, (num_groups, size) in groups.items())
+
+
+def _check_fields(saved: Any, name: str) -> None:
+    if not isinstance(saved, Mapping) or set(saved) != set(_SAVED):
+        given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
+        raise _misfit("fields", name, ", ".join(_SAVED), given)
+
+
+def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight:
+    weight = current.weight
+    _check_fields(saved, weight.name)
+    theirs = MaskedWeight(weight, **{field: saved[key] for key, field in _SAVED.items()})
+    _check_steps(theirs, plan)
+    densities, num_densities = theirs.densities, len(weight.views) if plan.densities_from_model else 0
+    if (
+        not isinstance(densities, Sequence)
+        or len(densities) != num_densities
+        or not all(isinstance(d, float) and 0 < d <= 1 for d in densities)
+    ):
+        raise _misfit("ranked densities", weight.name, f"{num_densities} of them", densities)
+    theirs.densities = tuple(densities)
+    _check_tensors(theirs, current.mask.shape, plan)
+    if plan.densities_from_model:
+        found = zip(weight.views, densities, strict=True)
+        plan = replace(plan, densities={**plan.densities, **{view.name: density for view, density in found}})
+    for view in weight.views:
+        _check_view(theirs, view, plan)
+    return theirs
+
+
+def _check_steps(saved: MaskedWeight, plan: Plan) -> None:
+    """Checks the counters of one weight; an update waits for a gradient, and may follow that of others."""
+    name, step, updated_at, traced_at = saved.weight.name, saved.step, saved.updated_at, saved.traced_at
+    for what, value in (("step", step), ("updated_at", updated_at), ("traced_at", traced_at)):
+        if type(value) is not int or value < 0:
+            raise _misfit(what, name, "a whole number from 0 up", value)
+    if updated_at and not isinstance(plan.clock, Never) and plan.clock.latest(updated_at) == 0:
+        first = plan.clock.start + plan.clock.interval
+        raise _misfit("updated_at", name, f"0, or {first} and later, as the first update is at {first}", updated_at)
+    gathers = plan.method.trace is not None
+    if not (traced_at <= step + 1 if gathers else traced_at == 0):
+        raise _misfit("traced_at", name, f"a step up to {step + 1}" if gathers else "0: no trace", traced_at)
+
+
+def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
+    name, storage, traces = saved.weight.name, plan.method.storage, plan.method.trace is not None
+    _check_tensor("mask", saved.mask, name, shape, is_mask=True)
+    for what, tensor, is_there in (
+        ("trace", saved.trace, traces and (saved.trace is not None or None)),
+        ("hidden", saved.hidden, storage is not None),
+        ("reach", saved.reach, storage is not None and storage.extra is not None),
+    ):
+        if is_there:
+            _check_tensor(what, tensor, name, shape, is_mask=what == "reach")
+        elif tensor is not None:
+            raise _misfit(what, name, "nothing", _described(tensor))
+    if saved.trace is not None and saved.traced_at == 0:
+        raise _misfit("trace", name, "nothing, as traced_at is 0", _described(saved.trace))
+    if saved.hidden is not None and (num := count_outside(saved.hidden, ~saved.mask)):
+        raise _misfit("hidden", name, "zeros inside the mask", f"{num} others")
+    if saved.reach is not None and bool((saved.mask & ~saved.reach).any()):
+        raise _misfit("reach", name, "all that the mask has, and more", "less")
+
+
+def _check_tensor(what: str, tensor: Any, name: str, shape: torch.Size, *, is_mask: bool) -> None:
+    fits = _is_mask(tensor) if is_mask else isinstance(tensor, Tensor) and tensor.is_floating_point()
+    if not fits or tensor.shape != shape or tensor.layout != torch.strided or tensor.is_meta:
+        kind = "bool" if is_mask else "floating"
+        raise _misfit(what, name, f"a {kind} tensor of shape {tuple(shape)}", _described(tensor))
+    if not is_mask and not bool(tensor.isfinite().all()):
+        raise _misfit(what, name, "finite numbers", f"{int((~tensor.isfinite()).sum())} that are NaN or infinite")
+
+
+def _is_mask(tensor: Any) -> bool:
+    """Whether something is a bool tensor of bytes 0 and 1: damaged files may hold others, which count as True."""
+    is_bool = isinstance(tensor, Tensor) and tensor.dtype == torch.bool and tensor.layout == torch.strided
+    return is_bool and not tensor.is_meta and not bool((tensor.view(torch.uint8) > 1).any())
+
+
+def _check_view(saved: MaskedWeight, view: MatrixView, plan: Plan) -> None:
+    """Checks that the mask of one matrix view consists of whole units, as many as it is to have."""
+    grain, method = plan.method.granularity, plan.method
+    for what, tensor in (("mask", saved.mask), ("reach", saved.reach)):
+        if tensor is not None and not _is_of_units(view.of(tensor), grain):
+            raise _misfit(what, view.name, f"whole units of {grain}", "units that are partly active")
+    num_G = _active_units(saved, view, grain)
+    num_groups, num_all = len(num_G), grain.fold(view.of(saved.mask)).shape[1]
+    shares = view.name not in plan.own
+    if method.allocate is not None and shares:  # where budgets are shared out, only all together have a number
+        if isinstance(method.allocate, NeuronAblation) and len(num_G[num_G > 0].unique()) > 1:
+            given = f"from {int(num_G[num_G > 0].min())} to {int(num_G.max())}"
+            raise _misfit("mask", view.name, "one number of inputs for all neurons that have any", given)
+        return
+    if plan.densities_from_model and shares and saved.updated_at == 0 and num_groups > 1:
+        return  # a look at the model may share out its first masks as it likes
+    num_target = plan.num_target(view.name, num_all, saved.updated_at)
+    if bool((num_G != num_target).any()):
+        allowed = f"{num_target * num_groups} active units, as its sparsity asks for at step {saved.updated_at}"
+        allowed += f", {num_target} in each of its {num_groups} groups" if num_groups > 1 else ""
+        raise _misfit("mask", view.name, allowed, int(num_G.sum()))
+
+
+def _is_of_units(mask: Tensor, grain: Granularity) -> bool:
+    return torch.equal(unit_mask(grain.fold(mask)[..., 0], grain, mask.shape), mask)
+
+
+def _active_units(saved: MaskedWeight, view: MatrixView, grain: Granularity) -> Tensor:
+    return grain.fold(view.of(saved.mask))[..., 0].sum(dim=1)
+
+
+def _check_shared_total(all_saved: Sequence[MaskedWeight], plan: Plan) -> None:
+    """Checks that weights that share a budget have together what they were planned to have.
+
+    What does not divide into groups may lie idle. Where weights wait for a gradient with more than their plan, the
+    others cannot have less than a unit per group, nor more than all: only then is the total another.
+    """
+    num_active = num_planned = num_idle = 0
+    may_exceed = may_lack = False
+    for saved in all_saved:
+        for view in saved.weight.views:
+            if view.name in plan.own:
+                continue
+            grain = plan.method.granularity
+            num_groups, num_all = grain.fold(view.of(saved.mask)).shape[:2]
+            num_here = int(_active_units(saved, view, grain).sum())
+            num_active += num_here
+            num_planned += num_groups * plan.num_target(view.name, num_all, saved.updated_at)
+            num_idle += num_groups - 1
+            may_exceed = may_exceed or num_here <= num_groups
+            may_lack = may_lack or num_here == num_groups * num_all
+    num_more = num_active - num_planned
+    if (num_more > num_idle and not may_exceed) or (-num_more > num_idle and not may_lack):
+        allowed = f"{num_planned} active units in all weights that share them"
+        raise _misfit("masks", _WHOLE, allowed + (f", or {num_idle} less" if num_idle else ""), num_active)
+
+
+def _described(value: object) -> object:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:
+    remedy = "Build the same model and call sparsify() with the settings it was saved under."
+    return StateError.of(what, where, allowed=allowed, given=given, remedy=remedy)
