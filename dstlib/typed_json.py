@@ -70,6 +70,7 @@ def parse_json(
     remedy: str,
     foreign: bool = False,
     error: type[DstlibError] = StateError,
+    max_bytes: int = MAX_BYTES,
 ) -> T:
     """Reads JSON in UTF-8, as :func:`read_json` does, that came from elsewhere than a file of its own.
 
@@ -77,7 +78,7 @@ def parse_json(
         StateError: As :func:`read_json`.
     """
     try:
-        value: T = _fit(_parsed(content), kind, "", foreign)
+        value: T = _fit(_parsed(content, max_bytes), kind, "", foreign)
     except _MisfitError as misfit:
         at, allowed, given = misfit.at or "content", misfit.allowed, misfit.given
         raise error.of(at, where, allowed=allowed, given=given, remedy=remedy) from misfit.__cause__
@@ -91,10 +92,10 @@ class _MisfitError(Exception):
         self.at, self.allowed, self.given = at, allowed, given
 
 
-def _parsed(content: bytes) -> Any:
+def _parsed(content: bytes, max_bytes: int) -> Any:
     """Returns what JSON says, of which every number is finite and of 64 bits at most, and every text Unicode."""
-    if len(content) > MAX_BYTES:
-        raise _MisfitError("", f"at most {MAX_BYTES} bytes", f"{len(content)}")
+    if len(content) > max_bytes:
+        raise _MisfitError("", f"at most {max_bytes} bytes", f"{len(content)}")
     try:
         text = content.decode("utf-8-sig")  # an editor's byte order mark does no harm
         _check_depth(text)
@@ -211,11 +212,17 @@ def _fit_any(value: Any, kinds: Iterable[Any], at: str, foreign: bool) -> Any:
         try:
             return _fit(value, kind, at, foreign)
         except _MisfitError as misfit:
-            misfits.append(misfit)
-    furthest = max(misfits, key=lambda misfit: (len(misfit.at), misfit.__cause__ is not None))
-    if furthest.at == at and furthest.__cause__ is None:
-        raise _MisfitError(at, " or ".join(map(_described, kinds)), shown(value))
-    raise furthest
+            misfits.append((_in_common(value, kind), len(misfit.at), misfit))
+    _, _, nearest = max(misfits, key=lambda of: of[:2])
+    if nearest.at == at and nearest.__cause__ is None:
+        raise _MisfitError(at, " or ".join(dict.fromkeys(map(_described, kinds))), shown(value))
+    raise nearest
+
+
+def _in_common(value: Any, kind: Any) -> int:
+    """Counts the keys that a value has of the fields of a kind."""
+    is_record: bool = is_dataclass(kind) and isinstance(value, dict)
+    return len(_fields_of(kind)[0].keys() & value) if is_record else 0
 
 
 def _described(kind: Any) -> str:

@@ -10,6 +10,7 @@ Shapes: U units, E elements of a unit.
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import StateError, require
-from dstlib.files import write_whole
+from dstlib.bounds import available_memory, require_memory
+from dstlib.errors import StateError, require, shown
+from dstlib.files import read_whole, write_whole
 from dstlib.masking.update import count_outside
 from dstlib.targets import Masked, plain_name, refuse_outside, unwrap
+from dstlib.typed_json import parse_json
 
 FORMAT = "dstlib.compact/1"
 _ENTRY = 128  # bytes that one more tensor takes in the header of a file, about
@@ -31,6 +34,50 @@ _TYPES = (  # that the format has
     *(torch.float64, torch.complex64),
 )
 _COPY_AGAIN = "Copy the file again from where it was written."
+_NUM_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # of each byte
+_MAX_HEADER = 100_000_000  # bytes, as of the safetensors package
+_MAX_AXES = 64  # of torch
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor that is stored as it is."""
+
+
+@dataclass(frozen=True)
+class _Alias:
+    """A tensor that is another one, which comes before it."""
+
+    same_as: str
+
+
+@dataclass(frozen=True)
+class _Units:
+    """A tensor of which the active units are stored, with the pattern that says where they belong."""
+
+    shape: tuple[int, ...]
+    axes: int  # how many axes count units
+    is_mask: bool
+
+    @property
+    def num_units(self) -> int:
+        return prod(self.shape[: self.axes])
+
+    @property
+    def unit_size(self) -> int:
+        return prod(self.shape[self.axes :])
+
+
+_Entry = _Alias | _Units | _Whole  # in this order: the last has no field
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a file says of itself, beside its tensors."""
+
+    format: str
+    entries: str  # JSON again, as the checksum is that of its text
+    checksum: int
 
 
 def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | None = None) -> None:
@@ -62,28 +109,28 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
 
     masks = dict(sparsifier.masks) if sparsifier is not None else {}
     named = _named_state(model)
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, _Entry] = {}
     stored: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     found: dict[str, int] = {}
     for name, tensor in named.items():
         if (twin := first.setdefault(id(tensor), name)) != name:
-            entries[name] = {"same_as": twin}
+            entries[name] = _Alias(twin)
             continue
         mask = next((masks.pop(n) for n, other in named.items() if other is tensor and n in masks), None)
         if mask is not None and (count := _count_outside(name, tensor, mask)):
             found[name] = count
         if (packed := _pack(tensor.detach().cpu(), mask)) is None:
-            entries[name], stored[f"values/{name}"] = {}, tensor
+            entries[name], stored[f"values/{name}"] = _Whole(), tensor
         else:
-            entries[name] = {"shape": list(tensor.shape), "axes": packed.axes, "is_mask": mask is not None}
+            entries[name] = _Units(tuple(tensor.shape), packed.axes, mask is not None)
             stored[f"values/{name}"], stored[f"pattern/{name}"] = packed.values, packed.pattern
     refuse_outside(found, "save_compact()", "Without a sparsifier, save_compact(model, path) stores all of them.")
     allowed, remedy = "weights of the model alone", "Pass the sparsifier of this model."
     given = ", ".join(masks)
     require(not masks, "masks", "save_compact()", allowed=allowed, given=given, remedy=remedy, error=StateError)
-    text = json.dumps(entries)
-    described = json.dumps({"format": FORMAT, "entries": text, "checksum": _checksum(text, stored)})
+    text = json.dumps({name: asdict(entry) for name, entry in entries.items()})
+    described = json.dumps(asdict(_Description(FORMAT, text, _checksum(text, stored))))
     # copies, as the package refuses tensors that share memory, and views of one buffer do
     copies = {name: _in_order(x).clone() for name, x in stored.items()}
     write_whole(Path(path), save(copies, {"dstlib": described}))
@@ -101,14 +148,14 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> dict[str, 
     entries, stored = _read(Path(path))
     state: dict[str, Tensor] = {}
     for name, entry in entries.items():
-        if "same_as" in entry:
-            state[name] = state[entry["same_as"]]
-        elif "axes" in entry:
+        if isinstance(entry, _Alias):
+            state[name] = state[entry.same_as]
+        elif isinstance(entry, _Units):
             values = stored[f"values/{name}"]
-            active = _active_units(stored[f"pattern/{name}"], entry)
-            units_UE = values.new_zeros(len(active), values.shape[1])
+            units_UE = values.new_zeros(entry.num_units, entry.unit_size)
+            active = _active_units(stored[f"pattern/{name}"], entry.num_units)
             units_UE.view(torch.uint8)[active] = values.view(torch.uint8)  # not all types can be indexed
-            state[name] = units_UE.reshape(entry["shape"])
+            state[name] = units_UE.reshape(entry.shape)
         else:
             state[name] = stored[f"values/{name}"]
     if model is not None:
@@ -125,9 +172,9 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     entries, stored = _read(Path(path))
     masks = {}
     for name, entry in entries.items():
-        if entry.get("is_mask"):
-            active, shape = _active_units(stored[f"pattern/{name}"], entry), entry["shape"]
-            masks[name] = active.reshape(-1, 1).expand(-1, prod(shape[entry["axes"] :])).reshape(shape)
+        if isinstance(entry, _Units) and entry.is_mask:
+            active = _active_units(stored[f"pattern/{name}"], entry.num_units)
+            masks[name] = active.reshape(-1, 1).expand(-1, entry.unit_size).reshape(entry.shape)
     return masks
 
 
@@ -169,9 +216,8 @@ def _has_bits(x: Tensor) -> Tensor:
     return x.contiguous().reshape(-1, 1).view(torch.uint8).any(dim=1).bool()
 
 
-def _active_units(pattern: Tensor, entry: Mapping[str, Any]) -> Tensor:
+def _active_units(pattern: Tensor, num_units: int) -> Tensor:
     """Returns which units (U) are active by a stored pattern, of bits or of indices."""
-    num_units = prod(entry["shape"][: entry["axes"]])
     if pattern.dtype == torch.uint8:
         return torch.from_numpy(np.unpackbits(pattern.numpy(), count=num_units, bitorder="little").astype(bool))
     active = torch.zeros(num_units, dtype=torch.bool)
@@ -220,30 +266,98 @@ def _in_order(x: Tensor) -> Tensor:
     return x.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Reads a compact file: its entries, and the tensors as they were written, each with memory of its own."""
+def _read(path: Path) -> tuple[dict[str, _Entry], dict[str, Tensor]]:
+    """Reads a compact file: its entries, and the tensors as they were written, each with memory of its own.
+
+    Raises:
+        StateError: It is no compact file, is damaged, or its entries do not fit its tensors, or not the memory.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    where = str(path)
     try:
-        content = path.read_bytes()  # not mapped: what happens to the file later is no longer of interest
-        stored, header = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except (OSError, SafetensorError, KeyError) as error:  # KeyError: of a type that torch does not have
+        # not mapped: what happens to the file later is no longer of interest. Half, as the tensors are copied.
+        content = read_whole(path, max_bytes=available_memory() // 2)
+        stored = load(content)
+    # Of a type or a shape that torch does not have, which error that is depends.
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         given = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
         allowed = "a whole safetensors file"
-        raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=_COPY_AGAIN) from error
-    try:
-        described = json.loads(header["__metadata__"]["dstlib"])
-        version, text, checksum = described["format"], described["entries"], described["checksum"]
-    except (KeyError, ValueError, TypeError):
-        version = "a file of another kind"
-    if version != FORMAT:
-        remedy = "Load it the way it was saved; save_compact() writes compact files."
-        raise StateError.of("file", str(path), allowed=FORMAT, given=version, remedy=remedy)
-    if _checksum(text, stored) != checksum:
+        raise StateError.of("file", where, allowed=allowed, given=given, remedy=_COPY_AGAIN) from error
+    of_header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    del content
+    header = parse_json(of_header, dict[str, Any], where=where, remedy=_COPY_AGAIN, max_bytes=_MAX_HEADER)
+    described = _described((header.get("__metadata__") or {}).get("dstlib", "{}"), where)
+    if _checksum(described.entries, stored) != described.checksum:
         allowed, given = "the contents that were written", "others: the file is damaged"
-        raise StateError.of("file", str(path), allowed=allowed, given=given, remedy=_COPY_AGAIN)
-    return json.loads(text), stored
+        raise StateError.of("file", where, allowed=allowed, given=given, remedy=_COPY_AGAIN)
+    text = described.entries.encode()
+    entries = parse_json(text, dict[str, _Entry], where=where, remedy=_COPY_AGAIN, max_bytes=_MAX_HEADER)
+    _check_entries(entries, stored, where)
+    return entries, stored
+
+
+def _described(text: str, where: str) -> _Description:
+    """Reads what a file says of itself, if it is one of this format."""
+    remedy = "Load it the way it was saved; save_compact() writes compact files."
+    found = parse_json(text.encode(), dict[str, Any], where=where, remedy=remedy, max_bytes=_MAX_HEADER)
+    if (version := found.get("format")) != FORMAT:
+        given = "a file of another kind" if version is None else shown(version)
+        raise StateError.of("file", where, allowed=FORMAT, given=given, remedy=remedy)
+    return parse_json(text.encode(), _Description, where=where, remedy=_COPY_AGAIN, max_bytes=_MAX_HEADER)
+
+
+def _check_entries(entries: Mapping[str, _Entry], stored: Mapping[str, Tensor], where: str) -> None:
+    """Checks that what was stored is what the entries speak of, before any of it is unpacked."""
+    needed = {f"values/{name}" for name, entry in entries.items() if not isinstance(entry, _Alias)}
+    needed |= {f"pattern/{name}" for name, entry in entries.items() if isinstance(entry, _Units)}
+    if differing := sorted(needed ^ stored.keys()):
+        allowed = f"{differing[0]} stored" if differing[0] in needed else f"an entry for {differing[0]}"
+        raise StateError.of("tensors", where, allowed=allowed, given="none", remedy=_COPY_AGAIN)
+    whole: set[str] = set()
+    for name, entry in entries.items():
+        if isinstance(entry, _Alias) and entry.same_as not in whole:
+            allowed, what = "the same as a tensor before it", f"tensor {name}"
+            raise StateError.of(what, where, allowed=allowed, given=shown(entry.same_as), remedy=_COPY_AGAIN)
+        if isinstance(entry, _Units):
+            wrong = _misfit(entry, stored[f"values/{name}"], stored[f"pattern/{name}"])
+            if wrong is not None:
+                allowed = "units that fit the pattern"
+                raise StateError.of(f"tensor {name}", where, allowed=allowed, given=wrong, remedy=_COPY_AGAIN)
+        if not isinstance(entry, _Alias):
+            whole.add(name)
+    units = {name: entry for name, entry in entries.items() if isinstance(entry, _Units)}
+    sizes = {n: e.num_units * (e.unit_size * stored[f"values/{n}"].element_size() + 1) for n, e in units.items()}
+    largest = max(sizes, key=sizes.__getitem__, default=None)
+    require_memory(
+        sum(sizes.values()), f"tensors such as {largest}", where, remedy="Load it where there is more memory."
+    )
+
+
+def _misfit(entry: _Units, values: Tensor, pattern: Tensor) -> str | None:
+    """Says what keeps values from being the units (U) of an entry that a pattern names; None where nothing does."""
+    shape, axes = entry.shape, entry.axes
+    if not 2 <= len(shape) <= _MAX_AXES or min(shape) < 1 or not 1 <= axes <= len(shape):
+        return f"{axes} axes of units of the shape {shown(shape)}"
+    if values.ndim != 2 or values.shape[1] != entry.unit_size or pattern.ndim != 1:
+        return f"values {tuple(values.shape)} and a pattern {tuple(pattern.shape)} for units of {shown(shape[axes:])}"
+    if pattern.dtype == torch.uint8:
+        num_bytes, rest = -(-entry.num_units // 8), entry.num_units % 8
+        if len(pattern) != num_bytes:
+            return f"{len(pattern)} bytes of bits for {entry.num_units} units"
+        if rest and int(pattern[-1]) >> rest:
+            return f"bits beyond its {entry.num_units} units"
+        count = int(_NUM_BITS[pattern.numpy()].sum(dtype=np.int64))
+    elif pattern.dtype in (torch.int32, torch.int64):
+        count = len(pattern)
+        if count and not (int(pattern[0]) >= 0 and int(pattern[-1]) < entry.num_units):
+            return f"indices beyond its {entry.num_units} units"
+        if bool((pattern[1:] <= pattern[:-1]).any()):
+            return "indices out of order"
+    else:
+        return f"a pattern of {pattern.dtype}"
+    return None if count == len(values) else f"{len(values)} values for {count} active units"
 
 
 def _put(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:

@@ -3,12 +3,14 @@
 import copy
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch as package
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Small
 from strategies import folds, generator, random_mask, seeds
@@ -16,7 +18,7 @@ from torch import nn
 
 import dstlib
 from dstlib.errors import StateError
-from dstlib.export.compact import _TYPES, load_compact, load_masks, save_compact
+from dstlib.export.compact import _TYPES, FORMAT, _checksum, load_compact, load_masks, save_compact
 from dstlib.zoo.e2enet import AMOS, E2ENet
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint16, torch.complex64, torch.bool)
@@ -287,3 +289,200 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         save_compact(nn.Linear(3, 4), tmp_path / "m")
     assert os.listdir(tmp_path) == ["m"]
     assert_same_bits(load_compact(tmp_path / "m"), dict(old.state_dict()))
+
+
+# ---- files that nobody has written, with checksums that hold
+
+
+def crafted(path: Path, entries: object, stored: dict[str, torch.Tensor], *, text: str | None = None) -> Path:
+    text = json.dumps(entries) if text is None else text
+    described = json.dumps({"format": FORMAT, "entries": text, "checksum": _checksum(text, stored)})
+    package.save_file(stored, path, {"dstlib": described})
+    return path
+
+
+def units(values: torch.Tensor, pattern: torch.Tensor, **changed: object) -> tuple[object, dict[str, torch.Tensor]]:
+    entry = {"shape": [4, 4], "axes": 2, "is_mask": True, **changed}
+    return {"w": entry}, {"values/w": values, "pattern/w": pattern}
+
+
+def indices(*which: int) -> torch.Tensor:
+    return torch.tensor(which, dtype=torch.int32)
+
+
+def bytes_of(*which: int) -> torch.Tensor:
+    return torch.tensor(which, dtype=torch.uint8)
+
+
+VALUES = torch.tensor([[1.0], [2.0]])
+
+
+def test_a_crafted_file_that_fits_is_read(tmp_path):
+    for pattern in (indices(1, 3), indices(1, 3).long(), bytes_of(0b1010, 0)):
+        path = crafted(tmp_path / "m", *units(VALUES, pattern))
+        assert load_compact(path)["w"].flatten().tolist() == [0, 1, 0, 2, *[0] * 12]
+        assert load_masks(path)["w"].flatten().nonzero().flatten().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        (units(VALUES, indices(1, 99)), "indices beyond its 16 units"),
+        (units(VALUES, indices(-1, 3)), "indices beyond its 16 units"),
+        (units(VALUES, indices(3, 0)), "indices out of order"),
+        (units(VALUES, indices(3, 3)), "indices out of order"),
+        (units(torch.zeros(5, 1), indices(1, 2)), "5 values for 2 active units"),
+        (units(VALUES, bytes_of(1, 0)), "2 values for 1 active units"),
+        (units(VALUES, bytes_of(3)), "1 bytes of bits for 16 units"),
+        (units(VALUES, bytes_of(3, 0, 0)), "3 bytes of bits for 16 units"),
+        (units(torch.zeros(2, 1), bytes_of(0x81), shape=[1, 7]), "bits beyond its 7 units"),
+        (units(VALUES, indices(1, 3).float()), "a pattern of torch.float32"),
+        (units(VALUES, indices(1, 3)[None]), "a pattern \\(1, 2\\)"),
+        (units(VALUES.flatten(), indices(1, 3)), "values \\(2,\\)"),
+        (units(VALUES, indices(1, 3), axes=1), "for units of \\(4,\\)"),
+        (units(VALUES, indices(1, 3), axes=-1), "-1 axes of units"),
+        (units(VALUES, indices(1, 3), axes=0), "0 axes of units"),
+        (units(VALUES, indices(1, 3), axes=3), "3 axes of units"),
+        (units(VALUES, indices(), shape=[4, -4]), "2 axes of units of the shape \\(4, -4\\)"),
+        (units(VALUES, indices(1, 3), shape=[16], axes=1), "1 axes of units"),
+        (units(VALUES, indices(1, 3), shape=[1] * 65), "2 axes of units"),
+        (units(torch.zeros(0, 1), indices(), shape=[2**20, 2**20]), "no more than the .* GB of memory"),
+        (units(torch.zeros(0, 1), indices(), shape=[2**64] * 64, axes=64), "no more than the .* GB of memory"),
+        (units(torch.zeros(0, 1), bytes_of(0), shape=[50000, 100000]), "1 bytes of bits for 5000000000 units"),
+        (units(torch.zeros(0, 1), bytes_of(0), shape=[50000, 40000], axes=1), "for units of \\(40000,\\)"),
+        (units(VALUES, indices(1, 3), shape=["a", None]), "w of .*: expected a whole number or .*|w.shape\\[0\\]"),
+        (units(VALUES, indices(1, 3), shape=[4, 4.0]), "w.shape\\[1\\] of .*: expected a whole number, got 4.0"),
+        (units(VALUES, indices(1, 3), is_mask=1), "w.is_mask of .*: expected true or false, got 1"),
+        (units(VALUES, indices(1, 3), evil=1), "w.evil of .*: expected none but shape, axes, is_mask"),
+        (({"w": {"same_as": "nothing"}}, {}), "tensor w of .*: expected the same as a tensor before it, got 'nothing'"),
+        (({"w": {"same_as": "w"}}, {}), "tensor w of .*: expected the same as a tensor before it"),
+        (({"w": {"same_as": "x"}, "x": {}}, {"values/x": VALUES}), "tensor w of .*: expected the same as a tensor"),
+        (({"w": {}}, {}), "tensors of .*: expected values/w stored"),
+        (({}, {"values/w": VALUES}), "tensors of .*: expected an entry for values/w"),
+        (({"w": {}}, {"values/w": VALUES, "pattern/w": VALUES.clone()}), "expected an entry for pattern/w"),
+        (([], {}), "content of .*: expected an object, got \\[\\]"),
+        (({"w": 3}, {}), "w of .*: expected an object, got 3"),
+    ],
+)  # fmt: skip
+def test_entries_that_do_not_fit_their_tensors_are_refused_by_name(tmp_path, changed, text):
+    path = crafted(tmp_path / "m", *changed)
+    for load in (load_compact, load_masks):
+        with pytest.raises(StateError, match=text):
+            load(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"w": {}, "w": {}}', '{"w": NaN}'])
+def test_entries_that_are_no_json_are_refused(tmp_path, text):
+    with pytest.raises(StateError, match=r"content of|w of"):
+        load_compact(crafted(tmp_path / "m", None, {}, text=text))
+
+
+def header_alone(path: Path, header: object) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [10**30, 0], "data_offsets": [0, 0]}},
+        {"x": {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}},
+        {"x": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 0]}},
+        {"x": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}},
+        {"__metadata__": None},
+        {"__metadata__": {}},
+        {"__metadata__": {"dstlib": "[]"}},
+        {"__metadata__": {"dstlib": "[" * 100_000}},
+        {"__metadata__": {"dstlib": json.dumps({"format": {}})}},
+        {"__metadata__": {"dstlib": json.dumps({"format": FORMAT, "entries": {}, "checksum": 0})}},
+        {"__metadata__": {"dstlib": json.dumps({"format": FORMAT, "entries": "{}", "checksum": 0.0})}},
+        {"__metadata__": {"dstlib": json.dumps({"format": FORMAT, "entries": "{}"})}},
+        b"[" * 100_000,
+        b"",
+    ],
+)
+def test_headers_that_nobody_wrote_are_refused(tmp_path, header):
+    with pytest.raises(StateError, match=r"of .*/m: expected"):
+        load_compact(header_alone(tmp_path / "m", header))
+
+
+def test_a_header_that_promises_more_than_the_file_is_refused(tmp_path):
+    (tmp_path / "m").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(StateError, match="whole safetensors file"):
+        load_compact(tmp_path / "m")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "m")
+    with pytest.raises(StateError, match="whole safetensors file"):
+        load_compact(tmp_path / "m")
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    model = Holder(torch.zeros(1000, 1000))
+    save_compact(model, tmp_path / "m")
+    assert (tmp_path / "m").stat().st_size < 1000
+    for limit, fits in ((6_000_000, True), (4_000_000, False)):
+        monkeypatch.setattr("dstlib.bounds.available_memory", lambda limit=limit: limit)
+        with nullcontext() if fits else pytest.raises(StateError, match=r"such as x of .* 0\.0 GB of memory"):
+            load_compact(tmp_path / "m")
+    monkeypatch.setattr("dstlib.export.compact.available_memory", lambda: 100)
+    with pytest.raises(StateError, match=r"bytes, of 50 at most"):
+        load_compact(tmp_path / "m")
+
+
+@st.composite
+def mutations(draw: st.DrawFn, document: Any) -> Any:
+    """A JSON document of which one part is another."""
+    keys = (
+        list(document)
+        if isinstance(document, dict)
+        else list(range(len(document)))
+        if isinstance(document, list)
+        else []
+    )
+    if keys and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(keys))
+        return (
+            type(document)(document) | {key: draw(mutations(document[key]))}
+            if isinstance(document, dict)
+            else [draw(mutations(part)) if i == key else part for i, part in enumerate(document)]
+        )
+    if isinstance(document, dict) and keys and draw(st.booleans()):
+        return {k: v for k, v in document.items() if k != keys[0]}
+    others = st.integers(-3, 30) | st.sampled_from(
+        [2**31, 2**62, 10**30, True, False, None, "w", "v", 0.5, [], {}, [4, 4]]
+    )
+    return draw(others)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_mutation_of_entries_and_patterns_makes_other_tensors(tmp_path_factory, data):
+    torch.manual_seed(0)
+    w = zeroed(torch.rand(4, 4) < 0.4)
+    active = w.flatten().nonzero().flatten()
+    entries: Any = {"v": {}, "w": {"shape": [4, 4], "axes": 2, "is_mask": True}, "u": {"same_as": "w"}}
+    stored = {"values/v": torch.ones(3), "values/w": w.flatten()[active][:, None], "pattern/w": active.int()}
+    if data.draw(st.booleans()):
+        entries = data.draw(mutations(entries))
+    else:
+        pattern = st.lists(st.integers(-20, 20), min_size=0, max_size=len(active) + 2)
+        kind = data.draw(st.sampled_from([torch.int32, torch.int64, torch.uint8]))
+        stored["pattern/w"] = torch.tensor(data.draw(pattern), dtype=torch.int64).to(kind)
+    path = crafted(tmp_path_factory.mktemp("compact") / "m", entries, stored)
+    try:
+        state, masks = load_compact(path), load_masks(path)
+    except StateError as refused:
+        assert str(path) in str(refused)  # noqa: PT017 - that nothing else is raised is the law
+        return
+    # What was believed holds the very values that were stored, each once, and says so in its mask.
+    for name, entry in entries.items():
+        of = entry.get("same_as", name)
+        shape = entries[of].get("shape", list(stored[f"values/{of}"].shape))
+        assert list(state[name].shape) == shape
+        assert torch.equal(state[name][state[name] != 0], stored[f"values/{of}"].flatten())
+    assert {name for name, entry in entries.items() if entry.get("is_mask")} == masks.keys()
+    assert all(torch.equal(mask, state[name] != 0) for name, mask in masks.items())
