@@ -1,0 +1,343 @@
+"""One life of one network in three worlds: on the engine, in plain torch, and in float64, which is the reference.
+
+Every event befalls all three alike; then what they gave, and all that they hold, has to be the same, or all refuse. The
+references then take over the engine's parameters to the bit, so that rounding does not add up over a life.
+"""
+
+import copy
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+import torch
+from fuzz.makers import LAYERS, Step, build, draw_steps
+from torch import Tensor, nn
+
+import dstlib
+from dstlib.engine import Decision, Decisions, accelerate
+from dstlib.engine.registry import obstacle
+from dstlib.errors import DstlibError, SelectionError
+from dstlib.inputs import tensors_in
+
+CLOSE = 1e-4  # of the largest number of a tensor
+# What torch takes and the engine refuses, in these words
+REFUSALS = {
+    "other parameters": r"expected the parameters that it was accelerated with",
+    "weights outside masks": r"expected zeros outside their masks",
+}
+KINDS_OF_REFUSAL = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+MODULE = importlib.import_module("dstlib.engine.accelerate")  # the package has the function under this name
+Event = Callable[["World", Random], Any]
+
+
+class FaultError(AssertionError):
+    """The engine did otherwise than torch."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its life, of which all is said by names and seeds."""
+
+    seed: int
+    axes: int
+    steps: tuple[Step, ...]
+    most: int
+    masked: str | None  # the method of a sparsifier, if there is one
+    threads: int
+    events: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def draw(cls, r: Random, events: Sequence[str], number: int, without: Sequence[str] = ()) -> "Case":
+        """Draws a network, without some of the makers, and so many events of its life."""
+        return cls(
+            seed=r.randrange(2**31),
+            axes=r.choice((2, 3, 4, 4, 5, 5, 5)),
+            steps=tuple(draw_steps(r, 18, without)),
+            most=r.randint(1, 6),
+            masked=r.choice((None, None, "set", "rigl", "dsff")) if number else None,
+            threads=r.choice((1, 1, 1, 2)),
+            events=tuple((r.choice(events), r.randrange(2**31)) for _ in range(number)),
+        )
+
+
+@dataclass(eq=False)
+class World:
+    """A model that is called, the plain one from which it was made, and what else a life needs.
+
+    In the reference worlds ``home`` is the model itself; on the engine, too, once the life goes on with a copy.
+    """
+
+    dtype: torch.dtype
+    model: nn.Module
+    home: nn.Module
+    shapes: Sequence[tuple[int, ...]]
+    layers: dict[str, tuple[int, ...]]  # names, and what they took
+    facts: dict[str, dict[str, Any]]  # what these say of themselves
+    sparsifier: Any = None
+    on_engine: bool = False
+    jitter: float = 0.0  # of what goes in, relative
+    handles: list[Any] = field(default_factory=list)
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # outputs, and their values when they were given
+
+    def draw(self, r: Random, shape: Sequence[int]) -> Tensor:
+        """Returns random numbers, the same in all worlds."""
+        generator = torch.Generator().manual_seed(r.getrandbits(32))
+        x = torch.randn(tuple(shape), generator=generator)
+        if self.jitter:
+            x = x.double() * (1 + self.jitter * torch.randn(tuple(shape), dtype=torch.float64))
+        return x.to(self.dtype)
+
+    def input(self, r: Random) -> Tensor:
+        """Returns an input of one of the sizes that this life knows."""
+        return self.draw(r, r.choice(self.shapes))
+
+    def keep(self, y: Any) -> Any:
+        """Notes an output that its caller holds for the rest of the life, and that nobody may write to."""
+        for each in tensors_in(y):
+            self.kept.append((each, each.detach().clone()))
+        return y
+
+    def accelerate(self) -> None:
+        """Puts the plain model on the engine again, as an error has asked for; it goes on in the mode it was in."""
+        if self.on_engine:
+            self.copy_modes()
+            self.model = on_engine(self.home, self.draw(Random(0), self.shapes[0]), self.sparsifier)
+
+    def copy_modes(self) -> None:
+        """Gives the modules of the plain model the modes of those that are called, which need not be the same."""
+        modes = {name: module.training for name, module in self.model.named_modules(remove_duplicate=False)}
+        for name, module in self.home.named_modules(remove_duplicate=False):
+            module.training = modes.get(name, module.training)
+
+    def named(self) -> dict[str, Tensor]:
+        """Returns parameters and buffers by name."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+def forced(model: nn.Module) -> Decisions:
+    """Returns decisions for the engine wherever it can compute a layer."""
+    found = ((name, layer, obstacle(layer)) for name, layer in MODULE._candidates(model))
+    return Decisions.of(
+        Decision(name, type(layer).__name__, *((None, None) if reason else (2.0, 1.0)), reason)
+        for name, layer, reason in found
+    )
+
+
+def on_engine(model: nn.Module, example: Tensor, sparsifier: Any) -> nn.Module:
+    """Returns the model with all that can run on the engine there."""
+    make = sparsifier.accelerate if sparsifier else accelerate
+    fast: nn.Module = make(model, example, decisions=forced(model))
+    return fast
+
+
+def _shape(r: Random, axes: int) -> tuple[int, ...]:
+    sizes = {2: 0, 3: 1, 4: 2, 5: 3}[axes]
+    most = 12 if axes == 4 else 9
+    return r.randint(1, 3), r.choice((1, 2, 3, 4, 6, 8, 13)), *(r.randint(1, most) for _ in range(sizes))
+
+
+def _sizes(r: Random, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Returns the shapes that a life knows: the example's, with another batch, and with other extents."""
+    batch, channels, *extents = shape
+    return [
+        shape,
+        (batch + r.randint(1, 2), *shape[1:]),
+        (batch, channels, *(n + r.choice((0, 1, 4)) for n in extents)),
+    ]
+
+
+def _make_sparse(r: Random, model: nn.Module) -> None:
+    """Writes zeros in one of many patterns into each weight."""
+    for parameter in dict.fromkeys(model.parameters()):
+        with torch.no_grad():
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.3)  # norms that are more than 1 and 0
+                continue
+            out, into = parameter.shape[:2]
+            shares = torch.rand(out, into)
+            match r.choice(("dense", "dense", "weights", "kernels", "kernels", "rows", "blocks", "nothing")):
+                case "weights":
+                    parameter[torch.rand_like(parameter) < r.choice((0.5, 0.9))] = 0
+                case "kernels":
+                    parameter[shares < r.choice((0.5, 0.9))] = 0
+                case "rows":
+                    parameter[shares[:, 0] < 0.5] = 0
+                case "blocks":
+                    few = torch.rand(-(-out // 4), -(-into // 4)) < 0.6
+                    parameter[few.repeat_interleave(4, 0).repeat_interleave(4, 1)[:out, :into]] = 0
+                case "nothing":
+                    parameter.zero_()
+
+
+def begin(case: Case, jitter: float = 0.0) -> list[World]:
+    """Returns the worlds of a case: on the engine, in plain torch, in float64.
+
+    With ``jitter`` the first is float64 too, and what goes in there is slightly another.
+    """
+    r = Random(case.seed)
+    shape = _shape(r, case.axes)
+    torch.manual_seed(case.seed)
+    example = torch.randn(shape)
+    network = build(case.steps, example, case.most)
+    torch.manual_seed(case.seed)
+    _make_sparse(r, network)
+    network.train(r.random() < 0.5)
+    shapes = _sizes(r, shape)
+    layers = _seen(network, example)
+    facts = {name: _facts(network.get_submodule(name)) for name in layers}
+    worlds = []
+    for index, dtype in enumerate((torch.float64 if jitter else torch.float32, torch.float32, torch.float64)):
+        model = copy.deepcopy(network).to(dtype)
+        world = World(dtype, model, model, shapes, layers, facts, jitter=0.0 if index else jitter)
+        if case.masked:
+            method = getattr(dstlib, case.masked.upper())
+            with suppress(SelectionError):  # there is no weight to make sparse
+                world.sparsifier = dstlib.sparsify(
+                    model, sparsity=0.6, method=replace(method, interval=2), total_steps=100, seed=case.seed
+                )
+        if index == 0 and not jitter:
+            world.on_engine = True
+            world.accelerate()
+        worlds.append(world)
+    return worlds
+
+
+def _seen(network: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
+    """Returns the layers of a network by name, and the shape that each was called with."""
+    trial, found = copy.deepcopy(network), {}
+
+    def note(name: str) -> Any:
+        return lambda module, args: found.update({name: tuple(args[0].shape)}) if args else None
+
+    for name, module in trial.named_modules():
+        if isinstance(module, LAYERS):
+            module.register_forward_pre_hook(note(name))
+    with torch.no_grad():
+        trial(example.clone())
+    return found
+
+
+def _facts(layer: nn.Module) -> dict[str, Any]:
+    """Returns what a layer says of itself: numbers and words that are its attributes."""
+    kinds = int | float | str | tuple
+    return {k: v for k, v in vars(layer).items() if isinstance(v, kinds) and k[0] != "_" and k != "training"}
+
+
+def live(case: Case, events: dict[str, Event], jitter: float = 0.0) -> Iterator[str]:
+    """Lives a life, and yields what each event came to.
+
+    Raises:
+        FaultError: The engine did otherwise than torch.
+    """
+    torch.set_num_threads(case.threads)
+    worlds = begin(case, jitter)
+    yield f"{_num_fast(worlds[0])} layers on the engine"
+    for index, (name, seed) in enumerate(case.events):
+        given = []
+        for world in worlds:
+            torch.manual_seed(seed)
+            try:
+                given.append(events[name](world, Random(seed)))
+            except KINDS_OF_REFUSAL as error:
+                given.append(error)
+        where = f"event {index}, {name}"
+        outcome = _compared(where, worlds, given)
+        yield f"{where}: {outcome}"
+        if outcome in REFUSALS:
+            if worlds[0].home is worlds[0].model or worlds[0].handles:
+                return  # nothing is left to begin anew with
+            worlds[0].accelerate()
+        elif outcome == "the same":
+            _compare_held(where, worlds)
+        for world in worlds[1:]:
+            _take_over(where, world, worlds[0])
+
+
+def _num_fast(world: World) -> int:
+    return sum(row.is_fast for row in world.model.decisions.values()) if world.on_engine else 0
+
+
+def _compared(where: str, worlds: Sequence[World], given: Sequence[Any]) -> str:
+    """Compares what an event gave, and returns what it came to.
+
+    Raises:
+        FaultError: They are not the same.
+    """
+    got, plain, exact = given
+    if isinstance(got, DstlibError) and not isinstance(plain, Exception):
+        for name, pattern in REFUSALS.items():
+            if re.search(pattern, str(got)):
+                return name
+    if isinstance(plain, Exception):
+        if not isinstance(got, Exception):
+            raise FaultError(f"{where}: torch refuses ({plain!r}), the engine does not") from plain
+        return "both refuse"
+    if isinstance(got, Exception):
+        raise FaultError(f"{where}: the engine refuses what torch takes: {got!r}") from got
+    if isinstance(exact, Exception):
+        return "no reference"
+    ours, theirs, reference = (list(tensors_in(each)) for each in given)
+    if not len(ours) == len(theirs) == len(reference):
+        raise FaultError(f"{where}: {len(ours)} tensors, not {len(theirs)}")
+    for index, (x, y, z) in enumerate(zip(ours, theirs, reference, strict=True)):
+        _compare(f"{where}, result {index}", x, y, z)
+    return "the same"
+
+
+def _compare(where: str, got: Tensor, plain: Tensor, exact: Tensor, floor: float = 1e-6) -> None:
+    """Compares a tensor with the exact one: within a share of its largest, or a few times what torch's own is off."""
+    if got.shape != plain.shape or (got.dtype != plain.dtype and got.dtype != exact.dtype):
+        raise FaultError(f"{where}: {got.dtype} {tuple(got.shape)}, not {plain.dtype} {tuple(plain.shape)}")
+    got, plain, exact = ((x.detach() + 0).double() for x in (got, plain, exact))
+    if not exact.isfinite().all() or not plain.isfinite().all():
+        return
+    if not got.numel():
+        return
+    off, theirs, largest = ((got - exact).abs().max(), (plain - exact).abs().max(), exact.abs().max())
+    if not off <= CLOSE * largest + 10 * theirs + floor:
+        raise FaultError(f"{where}: off by {off:.1e}, torch by {theirs:.1e}, of {largest:.1e}")
+
+
+def _compare_held(where: str, worlds: Sequence[World]) -> None:
+    """Compares parameters, buffers, gradients, masks, modes, and outputs that are still held."""
+    ours, theirs, reference = (world.named() for world in worlds)
+    if ours.keys() != theirs.keys():
+        raise FaultError(f"{where}: holds {sorted(ours.keys() ^ theirs.keys())} or not")
+    sparsifiers = [world.sparsifier for world in worlds]
+    masks = sparsifiers[0].masks if sparsifiers[0] else {}
+    for name, mask in masks.items():
+        if not torch.equal(mask, sparsifiers[1].masks[name]) and torch.equal(mask, sparsifiers[2].masks[name]):
+            raise FaultError(f"{where}: another mask of {name}")
+    grads = [[tensor.grad for tensor in held.values()] for held in (ours, theirs, reference)]
+    largest = max([0.0, *(float(g.abs().max()) for g in grads[2] if g is not None and g.numel())])
+    for name, x, y, z, *given in zip(ours, *(held.values() for held in (ours, theirs, reference)), *grads, strict=True):
+        _compare(f"{where}, {name}", x, y, z)
+        if any(g is None for g in given):
+            if not all(g is None for g in given):
+                raise FaultError(f"{where}, gradient of {name}: {[g is not None for g in given]}")
+            continue
+        shown = [g * masks[name] for g in given] if name in masks else given
+        # a gradient that is zero but for rounding is as exact as the others are large
+        _compare(f"{where}, gradient of {name}", *shown, floor=1e-5 * largest + 1e-9)
+    if [m.training for _, m in worlds[0].model.named_modules()][:1] != [worlds[1].model.training]:
+        raise FaultError(f"{where}: another mode")
+    for each, value in worlds[0].kept:
+        if not torch.allclose(each.detach() + 0, value, rtol=0, atol=0, equal_nan=True):
+            raise FaultError(f"{where}: an output of before has changed")
+
+
+@torch.no_grad()
+def _take_over(where: str, world: World, source: World) -> None:
+    ours, theirs = source.named(), world.named()
+    if ours.keys() != theirs.keys():
+        raise FaultError(f"{where}: holds {sorted(ours.keys() ^ theirs.keys())} or not")
+    for name, tensor in theirs.items():
+        if tensor.is_inference() or tensor._is_view():
+            continue
+        tensor.copy_(ours[name])
+        grad = ours[name].grad
+        tensor.grad = None if grad is None else grad.to(tensor.dtype, copy=True)
