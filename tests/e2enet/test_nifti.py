@@ -1,7 +1,9 @@
 """NIfTI in and out: what is read, that every defect of a case is named, and that labels come back bit for bit."""
 
 import gzip
+import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -213,7 +215,59 @@ def break_header_of_a_vast_volume(case):
     whole = bytearray(gzip.decompress(case.images[0].read_bytes()))
     whole[42:48] = np.array([32000, 32000, 32000], "<i2").tobytes()
     case.images[0].write_bytes(gzip.compress(whole))
-    return "image.nii.gz cannot be read: it ends after 1192 of 131072000000352 bytes"
+    size = case.images[0].stat().st_size
+    return f"image.nii.gz cannot be read: its {size} bytes cannot unpack to the 131072000000352 of its header"
+
+
+def break_vast_file(case):
+    """Terabytes that take no room on the disk."""
+    with open(case.images[0], "ab") as file:
+        file.truncate(2**41)
+    return f"image.nii.gz cannot be read: [Errno 27] {2**41} bytes, of"
+
+
+def break_unknown_type(case):
+    whole = bytearray(gzip.decompress(case.images[0].read_bytes()))
+    whole[70:72] = np.array([3], "<i2").tobytes()
+    case.images[0].write_bytes(gzip.compress(whole))
+    return "image.nii.gz has voxels of an unknown type, 3"
+
+
+def break_more_than_promised(case):
+    """A file that fills the memory of whoever unpacks it to the end."""
+    whole = gzip.decompress(case.images[0].read_bytes())
+    case.images[0].write_bytes(gzip.compress(whole + bytes(2**26), compresslevel=1))
+    return "image.nii.gz cannot be read: it unpacks to more than the 1192 bytes that its header promises"
+
+
+def break_one_byte_more(case):
+    case.label.write_bytes(gzip.compress(gzip.decompress(case.label.read_bytes()) + b"\0"))
+    return "label.nii.gz cannot be read: it unpacks to more than the 562 bytes that its header promises"
+
+
+def break_one_byte_less(case):
+    case.label.write_bytes(gzip.compress(gzip.decompress(case.label.read_bytes())[:-1]))
+    return "label.nii.gz cannot be read: it ends after 561 of 562 bytes"
+
+
+def break_negative_dimensions(case):
+    whole = bytearray(gzip.decompress(case.images[0].read_bytes()))
+    whole[42:46] = np.array([-5, -6], "<i2").tobytes()
+    case.images[0].write_bytes(gzip.compress(whole))
+    return "image.nii.gz has shape (-5, -6, 7)"
+
+
+def break_infinite_offset(case):
+    whole = bytearray(gzip.decompress(case.images[0].read_bytes()))
+    whole[108:112] = np.array([np.inf], "<f4").tobytes()
+    case.images[0].write_bytes(gzip.compress(whole))
+    return "image.nii.gz cannot be read: cannot convert float infinity to integer"
+
+
+def break_pipe(case):
+    case.images[0].unlink()
+    os.mkfifo(case.images[0])
+    return "image.nii.gz cannot be read: [Errno 22] a pipe or a device, not a file"
 
 
 def break_damaged(case):
@@ -506,3 +560,46 @@ def test_labels_that_cannot_be_read(tmp_path, voxels, text):
 def test_a_missing_label(tmp_path):
     with pytest.raises(DataError, match=r"absent\.nii\.gz is missing"):
         read_label(Path(tmp_path / "absent.nii.gz"))
+
+
+def test_more_than_is_promised_is_not_unpacked(case):
+    break_more_than_promised(case)
+    tracemalloc.start()
+    try:
+        refusal(case)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_what_does_not_fit_into_memory_is_refused(case, ending, monkeypatch):
+    file = case.images[0].parent / f"other{ending}"
+    save(file, np.zeros((100, 100, 100), np.int16))
+    case = CaseFiles(name="b", images=(file,))
+    for limit, fits in ((6_000_352, True), (6_000_351, False)):  # 2 bytes as stored, 4 as read
+        monkeypatch.setattr("dstlib.zoo.e2enet.data.scans.nifti.available_memory", lambda limit=limit: limit)
+        examined = examine_scan(case, num_channels=1, num_classes=0, with_label=False)
+        assert (examined.scan is not None) == fits
+    assert examined.defects[0].text == "cannot be read: it asks for 6000352 bytes of memory, of which 6000351 are left"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    patches=st.lists(st.tuples(st.integers(0, 351), st.binary(min_size=1, max_size=8)), max_size=4),
+    cut=st.integers(-40, 0),
+    packed=st.booleans(),
+    second=st.booleans(),
+)
+def test_no_header_is_more_than_a_defect(tmp_path_factory, patches, cut, packed, second):
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    whole = bytearray(kind(np.ones(SHAPE, np.int16), AFFINE).to_bytes())
+    for at, value in patches:
+        whole[at : at + len(value)] = value
+    content = bytes(whole[: len(whole) + cut])
+    file = tmp_path_factory.mktemp("nifti") / ("x.nii.gz" if packed else "x.nii")
+    file.write_bytes(gzip.compress(content, compresslevel=1) if packed else content)
+    examined = examine_scan(CaseFiles(name="x", images=(file,)), num_channels=1, num_classes=0, with_label=False)
+    assert (examined.scan is None) == bool(examined.defects)
+    if not patches:
+        assert (examined.scan is None) == (cut < 0)

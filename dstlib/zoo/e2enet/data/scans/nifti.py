@@ -5,6 +5,7 @@ the stored order. Shapes: C channels, D, H, W as stored.
 """
 
 import gzip
+import io
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
+from dstlib.bounds import available_memory
 from dstlib.errors import DataError
-from dstlib.files import write_whole
+from dstlib.files import read_whole, write_whole
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
@@ -28,7 +30,10 @@ from dstlib.zoo.e2enet.data.scans.defects import affine_defects, as_label, image
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
-_UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError)
+_UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError, OverflowError)
+
+_HEADER = 540  # bytes of the longer one, that of NIfTI-2
+_MAX_RATIO = 1032  # of packing: deflate's own limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,27 +161,66 @@ def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
 def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
     """Reads the volume of a file, or says why there is none."""
     try:
-        content = file.read_bytes()
-        if file.suffix.lower() == ".gz":
-            content = gzip.decompress(content)  # to the very end, where the checksum is: nibabel stops short of it
-        kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
-        kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
-        if kind is None:
-            return f"cannot be read: its {len(content)} bytes do not begin as NIfTI does"
-        nifti = kind.from_bytes(content)
-        header, stored = nifti.header, nifti.header.get_data_dtype()
-        if stored.kind not in "buif":
-            return f"has voxels of type {stored}, not numbers"
-        needed = math.prod(nifti.shape) * stored.itemsize + int(nifti.dataobj.offset)
-        if len(content) < needed:  # before nibabel asks for the memory that a damaged header promises
-            return f"cannot be read: it ends after {len(content)} of {needed} bytes"
+        content = read_whole(file, max_bytes=available_memory())
+        is_packed = file.suffix.lower() == ".gz"
+        promised = _promise(_unpacked(content, _HEADER) if is_packed else content)
+        if promised.wrong:
+            return promised.wrong
+        if is_packed and promised.num_bytes > _MAX_RATIO * len(content):
+            return f"cannot be read: its {len(content)} bytes cannot unpack to the {promised.num_bytes} of its header"
+        if promised.memory > (left := available_memory()):
+            return f"cannot be read: it asks for {promised.memory} bytes of memory, of which {left} are left"
+        if is_packed:
+            # One byte more than there is: to the very end, where the checksum is, of which nibabel stops short.
+            content = _unpacked(content, promised.num_bytes + 1)
+        if len(content) < promised.num_bytes:
+            return f"cannot be read: it ends after {len(content)} of {promised.num_bytes} bytes"
+        if is_packed and len(content) > promised.num_bytes:
+            return f"cannot be read: it unpacks to more than the {promised.num_bytes} bytes that its header promises"
+        nifti = promised.kind.from_bytes(content)
         with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
             voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
-        return Volume(voxels, nifti.affine, bool(header["sform_code"] or header["qform_code"]))
+        is_placed = bool(nifti.header["sform_code"] or nifti.header["qform_code"])
+        return Volume(voxels, nifti.affine, is_placed)
     except FileNotFoundError:
-        return "is missing" + (": variables of the environment stay as they are written" if "$" in str(file) else "")
+        return "is missing"
     except _UNREADABLE as error:
         return f"cannot be read: {error}"
+
+
+def _unpacked(content: bytes, num_bytes: int) -> bytes:
+    """Returns the first bytes of packed ones, or all, where there are no more."""
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        return file.read(num_bytes)
+
+
+class _Promise(NamedTuple):
+    """What the header of a file says that is in it, or what is wrong with that."""
+
+    wrong: str | None = None
+    kind: Any = None
+    num_bytes: int = 0
+    memory: int = 0  # for these bytes, and the voxels made of them
+
+
+def _promise(content: bytes) -> _Promise:
+    """Reads the header that a file, or its beginning, begins with."""
+    kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+    kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
+    if kind is None:
+        return _Promise(f"cannot be read: its {len(content)} bytes do not begin as NIfTI does")
+    header = kind.header_class(content[: kind.header_class.template_dtype.itemsize], check=False)
+    try:
+        stored, shape = header.get_data_dtype(), header.get_data_shape()
+    except KeyError as error:
+        return _Promise(f"has voxels of an unknown type, {error}")
+    if stored.kind not in "buif":
+        return _Promise(f"has voxels of type {stored}, not numbers")
+    if any(size < 0 for size in shape):
+        return _Promise(f"has shape {shape}")
+    num_voxels = math.prod(shape)
+    num_bytes = num_voxels * stored.itemsize + header.get_data_offset()
+    return _Promise(None, kind, num_bytes, num_bytes + num_voxels * max(stored.itemsize, 4))
 
 
 def _examine_label(file: Path, image: Volume | None, num_classes: int) -> NDArray[np.uint8] | list[str]:
