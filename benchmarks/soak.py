@@ -132,7 +132,7 @@ class Life:
         example = torch.randn(self.kind.shape)
         if self.decisions is None:
             measured = self.sparsifier.accelerate(self.model, example).decisions
-            rows = [row if row.obstacle else replace(row, plain_ms=1.0, fast_ms=0.0) for row in measured.values()]
+            rows = [row if row.obstacle else replace(row, plain_ms=2.0, fast_ms=1.0) for row in measured.values()]
             self.decisions = Decisions.of(rows)
         self.fast = self.sparsifier.accelerate(self.model, example, decisions=self.decisions)
 
