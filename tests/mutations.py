@@ -288,7 +288,7 @@ _ON_TEXT = (_repeat_key, _encode_otherwise, _write_otherwise, _use_long_number)
 
 def mutate_state(rng: Random, content: bytes) -> Mutated:
     """Changes what a file of torch.save holds, and saves it again, with the right checksums."""
-    state = torch.load(io.BytesIO(content), weights_only=False)
+    state = torch.load(io.BytesIO(content), weights_only=True)
     changed, said = mutate_value(rng, state)
     buffer = io.BytesIO()
     torch.save(changed, buffer)

@@ -139,7 +139,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [__file__, str(tmp_path / str(processes)), json.dumps({"batch_size": size, "accumulation": 2})]
         subprocess.run([*launcher, *command], check=True)
-    one, two = (torch.load(tmp_path / name) for name in "12")
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in "12")
     for name, weight in one["sparsifier"]["weights"].items():
         assert torch.equal(weight["mask"], two["sparsifier"]["weights"][name]["mask"])
         torch.testing.assert_close(two["model"][name], one["model"][name], rtol=1e-9, atol=1e-12)

@@ -581,7 +581,7 @@ def run(folder, strategy, *, kill_at=None, delay=0.0):
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_ranks_agree(tmp_path, strategy):
     assert run(tmp_path, strategy) == 0
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert equal(first["weights"], second["weights"])
     assert equal(first["masks"], second["masks"])
     assert first["step"] == second["step"] == 40
@@ -593,14 +593,14 @@ def test_killed_twenty_times_it_ends_as_if_it_had_never_been(tmp_path):
     """At random steps, in the middle of one or of saving; each is resumed by Lightning's own ckpt_path="last"."""
     whole = tmp_path / "whole"
     assert run(whole, "auto") == 0
-    expected, draw = torch.load(whole / "rank0.pt"), random.Random(0)
+    expected, draw = torch.load(whole / "rank0.pt", weights_only=True), random.Random(0)
     steps = [f"step {draw.randrange(40)}" for _ in range(10)]
     saves = [f"save {draw.randrange(2, 41, 2)}" for _ in range(10)]
     for number, moment in enumerate(steps + saves):
         folder, delay = tmp_path / str(number), draw.uniform(0, 0.005)
         assert run(folder, "auto", kill_at=moment, delay=delay) == -signal.SIGKILL, moment
         assert run(folder, "auto") == 0, moment
-        resumed = torch.load(folder / "rank0.pt")
+        resumed = torch.load(folder / "rank0.pt", weights_only=True)
         assert equal(resumed["weights"], expected["weights"]), moment
         assert equal(resumed["masks"], expected["masks"]), moment
         assert resumed["step"] == expected["step"] == 40, moment

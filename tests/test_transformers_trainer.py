@@ -407,7 +407,7 @@ def trains_and_resumes(folder, **settings):
     assert_zero_outside(made.model, callback.sparsifier.masks, made.optimizer.optimizer)
     for file in folder.glob(f"checkpoint-*/{FILE}"):
         weights = load_file(file.with_name("model.safetensors"))
-        for name, weight in torch.load(file)["sparsifier"]["weights"].items():
+        for name, weight in torch.load(file, weights_only=True)["sparsifier"]["weights"].items():
             assert not weights[name][~weight["mask"]].any()
     resumed = trainer(folder.with_name("again"), again, **settings)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
@@ -525,9 +525,9 @@ def test_runs_that_are_killed_at_any_moment_end_as_if_they_had_not_been(tmp_path
     assert len(trials) == 20
     assert sum(kills for _, kills, _ in trials) >= 20
     assert sum(partial for *_, partial in trials) >= 1
-    whole = torch.load(tmp_path / "whole" / "end.pt")
+    whole = torch.load(tmp_path / "whole" / "end.pt", weights_only=True)
     for trial, _, _ in trials:
-        assert_same(torch.load(tmp_path / str(trial) / "end.pt"), whole, f"trial {trial}")
+        assert_same(torch.load(tmp_path / str(trial) / "end.pt", weights_only=True), whole, f"trial {trial}")
 
 
 def launched(folder, processes, **settings):
@@ -535,7 +535,7 @@ def launched(folder, processes, **settings):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [trainer_runs.__file__, "run", str(folder), json.dumps(settings)]
     subprocess.run([*(launcher if processes > 1 else [sys.executable]), *command], check=True)
-    return torch.load(folder / "end.pt")
+    return torch.load(folder / "end.pt", weights_only=True)
 
 
 @pytest.mark.long
