@@ -151,22 +151,32 @@ def _sync(folder: Path) -> None:
 
 
 def read_whole(path: Path, *, max_bytes: int) -> bytes:
-    """Reads a file that is one: not a folder, and neither a pipe nor a device, which may never end.
+    """Reads a file, unless it is larger.
 
     Raises:
-        OSError: It is something else, is larger, or cannot be read.
+        OSError: As :func:`open_file`, or it is larger, or cannot be read.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"{size} bytes, of {max_bytes} at most", str(path))
+        return file.read(size)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file to read, if it is one: not a folder, and neither a pipe nor a device, which may never end.
+
+    Raises:
+        OSError: It is none, or cannot be opened.
     """
     try:
-        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed by the caller
     except ValueError as error:
         raise _no_name(path) from error
-    with file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
-        if status.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"{status.st_size} bytes, of {max_bytes} at most", str(path))
-        return file.read(status.st_size)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return file
 
 
 def _without_waiting(name: str, flags: int) -> int:

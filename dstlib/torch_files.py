@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.types import Storage
 
 from dstlib.errors import StateError
+from dstlib.files import open_file
 
 _HEADER = 30  # bytes of a local header, before its name
 
@@ -45,7 +46,7 @@ def read_torch(path: Path, *, where: str, allowed: str, remedy: str, safe_global
 checksum). Train it anew.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             sizes = _member_sizes(file)
             file.seek(0)
             return _load(file, sizes, safe_globals)

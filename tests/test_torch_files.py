@@ -1,6 +1,7 @@
 """Files of torch.save: what is read is what was saved, or there is one error."""
 
 import io
+import os
 import struct
 import sys
 import warnings
@@ -163,3 +164,6 @@ def test_no_file_and_a_folder_are_one_error_too(tmp_path):
         read_torch(tmp_path / "file.pt", **WORDS)
     with pytest.raises(StateError, match="got Is a directory"):
         read_torch(tmp_path, **WORDS)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StateError, match="got a pipe or a device, not a file"):
+        read_torch(tmp_path / "pipe", **WORDS)

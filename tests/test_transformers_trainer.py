@@ -484,6 +484,8 @@ def test_the_last_whole_checkpoint_is_found(tmp_path, checkpoint):
     state = run / "checkpoint-30" / "trainer_state.json"
     state.write_text(state.read_text()[:-20])  # killed while it was written
     assert last_checkpoint(run) == str(checkpoint)
+    state.write_text("[" * 100_000)  # which would take more of Python's stack than there is
+    assert last_checkpoint(run) == str(checkpoint)
     state.unlink()
     assert last_checkpoint(run) == str(checkpoint)
     without(checkpoint)

@@ -169,7 +169,7 @@ def _step_of(folder: Path) -> int:
 def _is_whole(folder: Path) -> bool:
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):  # not there yet, or half of it
+    except (OSError, ValueError, RecursionError):  # not there yet, half of it, or of nobody that trains
         return False
     return (folder / FILE).is_file()
 
