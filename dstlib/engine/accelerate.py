@@ -4,20 +4,28 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dstlib.engine.decisions import Decision, Decisions
-from dstlib.engine.following import OTHERWISE, Told, follow, never
+from dstlib.engine.following import follow, never
 from dstlib.engine.layers.fast_layer import FastLayer
+from dstlib.engine.layers.watch import OTHERWISE, Told
 from dstlib.engine.registry import find, obstacle
 from dstlib.inputs import arguments
 from dstlib.targets import find_masked, find_outside, refuse_outside
 
 REPEATS = 3
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 Times = dict[str, float]
 _Seconds = dict[str, list[float]]
 
@@ -70,41 +78,69 @@ def accelerate(
     """
     masks = {} if masks is None else masks
     refuse_outside(find_outside(find_masked(model, masks, "accelerate()"), masks), "accelerate()", OTHERWISE)
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    fast = copy.deepcopy(model, kept)  # other modules around the same parameters and buffers
+    fast = _twin(model)
     candidates = dict(_candidates(fast, layers))
     obstacles = {name: obstacle(layer, layers) for name, layer in candidates.items()}
     able = [name for name, reason in obstacles.items() if reason is None]
-    for name in able:
-        found = find(candidates[name], layers)
-        assert found is not None, "it has no obstacle"
-        fast.set_submodule(name, found.make(candidates[name]))
     if decisions is None:
-        plain_ms, fast_ms = _measure(fast, {name: candidates[name] for name in able}, example_input)
+        trial = _twin(model)
+        _make_fast(trial, able, layers)
+        plain_ms, fast_ms = _measure(trial, {name: candidates[name] for name in able}, example_input)
         decisions = Decisions.of(
             Decision(name, type(layer).__name__, plain_ms.get(name), fast_ms.get(name), obstacles[name])
             for name, layer in candidates.items()
         )
     decisions.check(candidates)
-    for name in able:
-        if not decisions[name].is_fast:
-            fast.set_submodule(name, candidates[name])
+    _make_fast(fast, [name for name in able if decisions[name].is_fast], layers)
     follow(fast, model, masks, dense_gradient, holds)
     object.__setattr__(fast, "decisions", decisions)  # not a module, a parameter or a buffer
     return fast
 
 
-def _candidates(
-    model: nn.Module, layers: Sequence[FastLayer] = (), prefix: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
+def _twin(model: nn.Module) -> nn.Module:
+    """Returns other modules around the same parameters and buffers, with the same hooks."""
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    modules = {id(module) for module in model.modules()}
+    for module in model.modules():
+        kept |= {id(x): x for x in vars(module).values() if isinstance(x, Tensor)}  # such as a hook may compute
+        for name in HOOKS:
+            kept |= {id(x): x for hook in getattr(module, name).values() for x in _bound(hook) if id(x) not in modules}
+    return copy.deepcopy(model, kept)
+
+
+def _bound(hook: Any) -> Iterator[object]:
+    """Yields what a hook works on, of which a copy would be of no use to whoever has put it there."""
+    if isinstance(hook, partial):
+        yield from (*hook.args, *hook.keywords.values())
+        yield from _bound(hook.func)
+    elif isinstance(hook, MethodType):
+        yield hook.__self__
+    elif type(hook).__module__.partition(".")[0] not in ("torch", "dstlib"):  # these are tied to their modules
+        yield hook
+
+
+def _make_fast(model: nn.Module, names: Sequence[str], layers: Sequence[FastLayer]) -> None:
+    """Puts fast forms in the places of layers, with the hooks and the mode of these."""
+    for name in names:
+        plain = model.get_submodule(name)
+        found = find(plain, layers)
+        assert found is not None, "it has no obstacle"
+        if (made := found.make(plain)) is not plain:
+            made.train(plain.training)
+            for each in HOOKS:
+                getattr(made, each).update(getattr(plain, each))
+            made._is_full_backward_hook = plain._is_full_backward_hook
+            model.set_submodule(name, made)
+
+
+def _candidates(model: nn.Module, layers: Sequence[FastLayer] = ()) -> Iterator[tuple[str, nn.Module]]:
     """Yields the layers to decide on, outermost first: what is inside of one that can run fast is decided with it."""
-    for name, child in model.named_children():
-        path = f"{prefix}{name}"
-        is_candidate = find(child, layers) is not None
-        if is_candidate:
-            yield path, child
-        if not is_candidate or obstacle(child, layers):
-            yield from _candidates(child, layers, f"{path}.")
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if name and id(module) not in inside and find(module, layers) is not None:
+            yield name, module
+            if obstacle(module, layers) is None:
+                inside |= {id(part) for part in module.modules()}
 
 
 @torch.no_grad()
@@ -151,8 +187,8 @@ def _timed(fast: nn.Module, name: str, plain: nn.Module, seconds: tuple[_Seconds
     def stop(_: nn.Module, arguments: Any, named: dict[str, Any], __: Any) -> None:
         finished = now()
         seconds[1][name].append(finished - began[0])
-        plain(*arguments, **named)
+        plain.forward(*arguments, **named)  # the hooks of both are around these calls
         seconds[0][name].append(now() - finished)
 
     yield layer.register_forward_pre_hook(start)
-    yield layer.register_forward_hook(stop, with_kwargs=True)
+    yield layer.register_forward_hook(stop, with_kwargs=True, prepend=True)

@@ -1,19 +1,17 @@
-"""Fast layers follow what is active: masks that change, or weights that become zero."""
+"""What ties the layers of a fast model to the plain one that it was made of: its weights, their masks, its layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.layers.fast_layer import FollowsMask
-from dstlib.errors import StateError
-from dstlib.targets import find_masked, find_outside, plain_name, refuse_outside
-
-Told = Callable[[str], bool]  # something about a parameter, by its name
-OTHERWISE = "Without masks, dstlib.accelerate(model, example) computes with all that is not zero."
+from dstlib.engine.layers.fast_layer import Follows, FollowsMask, is_compiled, uncompiled
+from dstlib.engine.layers.watch import Link, Origin, Place, Seen, Told, Watch
+from dstlib.targets import find_masked, plain_name
 
 
 def never(name: str) -> bool:
@@ -22,112 +20,129 @@ def never(name: str) -> bool:
 
 
 @dataclass(eq=False)
-class _Followed:
-    """A layer, its weight, and the mask it follows; without one, the zeros of the weight.
+class Looking:
+    """The look at what is followed inside of a layer that does not look itself, before each of its calls."""
 
-    ``owner`` is the module of the plain model that has the weight as its parameter ``key``.
-    """
+    followed: Sequence[tuple[FollowsMask, Watch[Tensor]]]
 
-    name: str
-    layer: FollowsMask
-    weight: Tensor
-    mask: Tensor | None
-    owner: ref[nn.Module] | None
-    key: str
-    seen: int | None = -1  # the version of what tells the pattern; None where all is active
-    checked: tuple[int, int] | None = None  # the versions of mask and weight when nothing was outside
+    def __call__(self, layer: nn.Module, _: object = ()) -> None:
+        """Tells each layer of a mask that has changed, and which gradients this pass is to give.
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the plain model has another parameter in the weight's place."""
-        owner = None if self.owner is None else self.owner()
-        return owner is not None and owner._parameters.get(self.key) is not self.weight
-
-    def refresh(self, *, wants_all: bool, again: bool) -> None:
-        """Tells the layer where the pattern has changed since, and which gradients this pass is to give.
-
-        ``again``, the zeros of a weight are looked for even if it has no new version.
+        Raises:
+            StateError: A weight is not zero outside its mask, or no longer that of the plain model.
         """
-        self.layer.dense_gradient = wants_all
-        trains = self.mask is None and torch.is_grad_enabled() and self.weight.requires_grad
-        state = None if trains else (self.weight if self.mask is None else self.mask)._version
-        if state == self.seen and (state is None or self.mask is not None or not again):
+        if is_compiled():
+            uncompiled(self, layer)
             return
-        if trains:
-            self.layer.set_mask(torch.ones_like(self.weight, dtype=torch.bool))
-        else:
-            self.layer.set_mask(self.weight.detach() != 0 if self.mask is None else self.mask)
-        self.seen = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns all but the owner: a copy of an accelerated model has weights of its own."""
-        return {**vars(self), "owner": None}
+        for each, watch in self.followed:
+            before = watch.seen
+            seen = watch.look(each.weight, training=layer.training)
+            each.dense_gradient = bool(seen.state[-1])
+            if before is None or _is_to_be_told(before, seen):
+                each.set_mask(seen.active)
 
 
 @dataclass(eq=False)
-class _Following:
-    """The look at all that is followed, before each forward pass; an object, so that a copied model has its own."""
+class Unchanged:
+    """The look, before each pass, whether the plain model still has the layers that the fast one was made of."""
 
-    followed: Sequence[_Followed]
-    wants_all: Told
-    holds: Told
-    was_training: bool | None
-    seen: list[int] | None = None  # all versions at the last pass, if nobody recorded it
+    origin: Origin
 
     def __call__(self, fast: nn.Module, _: object = ()) -> None:
-        """Lets each layer follow what has changed.
+        """Refuses a pass where it has not.
 
         Raises:
-            StateError: A weight is not zero outside its mask, or is no longer that of the plain model.
+            StateError: It has others.
         """
-        records = torch.is_grad_enabled()
-        versions = [x._version for each in self.followed for x in (each.weight, each.mask) if x is not None]
-        if lost := [each.name for each in self.followed if each.is_lost]:
-            allowed, given = "the parameters that it was accelerated with", f"another {lost[0]}"
-            remedy = "After load_state_dict(assign=True) and what else replaces parameters, call accelerate() again."
-            raise StateError.of("model", "accelerate()", allowed=allowed, given=given, remedy=remedy)
-        # what is written through weight.data has no new version: all is looked at when training begins or ends
-        is_switched = fast.training is not self.was_training
-        if records or is_switched or versions != self.seen:
-            self.seen = self.was_training = None  # until all is known to be right
-            self._check(again=is_switched)
-            for each in self.followed:
-                each.refresh(wants_all=self.wants_all(each.name), again=is_switched)
-        self.seen, self.was_training = None if records else versions, fast.training
+        if is_compiled():
+            uncompiled(self, fast)
+        elif not torch.compiler.is_exporting():
+            self.origin.check()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns all but what is known of the original weights."""
-        return {**vars(self), "holds": never}
+        """Returns none of them: a copy of a fast model goes its own way."""
+        return {"origin": Origin(())}
 
-    def _check(self, *, again: bool) -> None:
-        """Counts what is not zero outside masks where that may have changed; ``again``, even if no version did."""
-        if any(x.weight.is_cuda for x in self.followed) and torch.cuda.is_current_stream_capturing():
-            return  # into a CUDA graph, in which no value can be looked at
-        masked = {each: each.mask for each in self.followed if each.mask is not None}
-        versions = {each: (mask._version, each.weight._version) for each, mask in masked.items()}
-        unsure = [each for each, v in versions.items() if again or (each.checked != v and not self.holds(each.name))]
-        weights, masks = {x.name: x.weight for x in unsure}, {x.name: masked[x] for x in unsure}
-        refuse_outside(find_outside(weights, masks), "accelerate()", OTHERWISE)
-        for each, state in versions.items():
-            each.checked = state
+
+def _is_to_be_told(before: Seen[Tensor], now: Seen[Tensor]) -> bool:
+    """Tells whether a pattern has changed, or the mode, or values in a way that no version tells of."""
+    (version, address, _, training, *_), state = before.state, now.state
+    if now.active is not before.active or now.weight is not before.weight or training is not state[3]:
+        return True
+    return version == state[0] and (address, before.fingerprint) != (state[1], now.fingerprint)
 
 
 def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor], wants_all: Told, holds: Told) -> None:
-    """Lets every fast layer look, before each forward pass, whether its pattern has changed.
+    """Ties each fast layer to what it was made of, so that its calls follow all changes, or refuse to.
 
     ``masks`` are by the names of parameters of ``model``, the plain one, to which those of ``fast`` belong.
     ``wants_all`` says of a parameter whether this pass is to give the gradients of its inactive weights too,
     ``holds`` whether it is known to be zero outside its mask; else that is counted whenever one of them has changed.
     """
-    mask_of = {id(p): (name, masks[name]) for name, p in find_masked(model, masks, "accelerate()").items()}
-    homes = {id(p): (ref(m), key) for m in model.modules() for key, p in m._parameters.items()}
-    names = {id(p): plain_name(name) for name, p in fast.named_parameters()}
-    followed = []
-    for layer in fast.modules():
-        if isinstance(layer, FollowsMask):
-            key = id(layer.weight)
-            name, mask = mask_of.get(key, (names[key], None))
-            followed.append(_Followed(name, layer, layer.weight, mask, *homes[key]))
-    following = _Following(followed, wants_all, holds, fast.training)
-    fast.register_forward_pre_hook(following)
-    following(fast)
+    weights = find_masked(model, masks, "accelerate()")
+    masks = {name: _looked_at(mask) for name, mask in masks.items()}
+    names = {id(p): plain_name(name) for name, p in fast.named_parameters()} | {id(p): n for n, p in weights.items()}
+    plain, places = dict(model.named_modules(remove_duplicate=False)), _places(fast, model)
+    looking: defaultdict[str, list[tuple[FollowsMask, Watch[Tensor]]]] = defaultdict(list)
+    for path, layer in fast.named_modules():
+        if isinstance(layer, Follows):
+            weight, watch = layer.followed(), layer.watch
+        elif isinstance(layer, FollowsMask):
+            weight, watch = layer.weight, Watch(_as_it_is)
+            looking[_host(path, fast, plain)].append((layer, watch))
+        else:
+            continue
+        origin = Origin(_places_of(path, plain, places))
+        watch.tie(Link(names[id(weight)], weight, origin, weights, masks, wants_all, holds))
+    for path, followed in looking.items():
+        fast.get_submodule(path).register_forward_pre_hook(Looking(followed))
+    fast.register_forward_pre_hook(Unchanged(Origin([*chain.from_iterable(places.values())])))
+
+
+def _as_it_is(mask: Tensor) -> Tensor:
+    return mask.detach()  # another tensor each time that it has changed
+
+
+def _looked_at(mask: Tensor) -> Tensor:
+    """Returns a mask whose changes can be noticed; one that was made in inference mode has none."""
+    return mask.clone() if mask.is_inference() else mask
+
+
+def _host(path: str, fast: nn.Module, plain: Mapping[str, nn.Module]) -> str:
+    """Returns the outermost module on the way to a layer that is of another class than in the plain model."""
+    for each in _way(path):
+        if type(fast.get_submodule(each)) is not type(plain.get(each)):
+            return each
+    return path
+
+
+def _way(path: str) -> list[str]:
+    """Returns the paths of the modules on the way to one, itself the last.
+
+    >>> _way("a.b.c")
+    ['a', 'a.b', 'a.b.c']
+    """
+    return [*accumulate(path.split("."), "{}.{}".format)]
+
+
+def _places(fast: nn.Module, model: nn.Module) -> dict[str, list[Place]]:
+    """Returns, by the path of each module of the plain model, the places of its modules and parameters."""
+    ours = dict(fast.named_modules(remove_duplicate=False))
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in ours:
+            here, twin = f"{path}." if path else "", ours[path]
+            found[path] = [
+                Place(owned, key, held, own, own.get(key), f"{here}{key}")
+                for owned, own in ((module._modules, twin._modules), (module._parameters, twin._parameters))
+                for key, held in owned.items()
+            ]
+    return found
+
+
+def _places_of(path: str, plain: Mapping[str, nn.Module], places: Mapping[str, Sequence[Place]]) -> list[Place]:
+    """Returns the places on the way to a layer, and inside of it."""
+    way = _way(path)
+    leading = [each for above in ("", *way[:-1]) for each in places.get(above, ()) if each.name in way]
+    inside = [name for name, _ in plain[path].named_modules(prefix=path)] if path in plain else []
+    return [*leading, *chain.from_iterable(places.get(name, ()) for name in inside)]

@@ -6,7 +6,7 @@ from torch import nn
 
 from dstlib.engine.gpu.layers import GPU_LAYERS
 from dstlib.engine.layers.conv import CONV
-from dstlib.engine.layers.fast_layer import FastLayer
+from dstlib.engine.layers.fast_layer import FastLayer, obstacle_of_its_own
 from dstlib.engine.layers.fusion_node import FUSION_NODE
 from dstlib.engine.layers.linear import LINEAR
 from dstlib.engine.layers.unit import UNIT
@@ -28,5 +28,6 @@ def obstacle(layer: nn.Module, layers: Sequence[FastLayer] = ()) -> str | None:
     """
     if any(parameter.is_inference() for parameter in layer.parameters()):
         return "its parameters were made in inference mode, in which changes go unnoticed"
-    found = find(layer, layers)
-    return found.obstacle(layer) if found else f"it is a {type(layer).__name__}"
+    if (found := find(layer, layers)) is None:
+        return f"it is a {type(layer).__name__}"
+    return obstacle_of_its_own(layer) or found.obstacle(layer)

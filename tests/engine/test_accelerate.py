@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
-from dstlib.engine.layers.conv import FastConv
+from dstlib.engine.layers.conv import FastConv, FastConv3d
 from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.fusion_node import FastFusionNode
-from dstlib.engine.layers.unit import FastUnit
+from dstlib.engine.layers.unit import FastUnit, make_unit
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.registry import obstacle
 from dstlib.errors import SelectionError, SettingError, StateError
@@ -73,7 +73,7 @@ def test_e2enet_gives_the_same(mode: str, supervised: bool):
     network.train(mode == "train").deep_supervision = supervised
     fast = accelerate(network, _images(), masks=sparsifier.masks, decisions=_forced(network))
     kinds = {type(module) for module in fast.modules()}
-    assert {FastFusionNode, FastUnit, FastConv} <= kinds
+    assert {FastFusionNode, FastUnit, FastConv3d} <= kinds
     assert type(fast) is E2ENet
     assert fast.training == network.training
     for batch in (1, 2):
@@ -238,10 +238,10 @@ def test_other_networks_too(name: str):
     _assert_close(fast.eval()(x), plain.eval()(x))
 
 
-class _Batch(Unit):
-    def __init__(self) -> None:
-        super().__init__(4, 4, kernel_size=(1, 3, 3))
-        self.norm = nn.BatchNorm3d(4)
+def _batch() -> Unit:
+    unit = Unit(4, 4, kernel_size=(1, 3, 3))
+    unit.norm = nn.BatchNorm3d(4)
+    return unit
 
 
 FLAT = {"kernel_size": (1, 3, 3)}
@@ -255,7 +255,7 @@ OBSTACLES = {
     "padding": (lambda: nn.Conv2d(4, 4, 3), "padding is not half"),
     "learned shift": (lambda: Unit(4, 4, shift=LearnedShift((-1, 1), axis=2), **FLAT), "shift is learned"),
     "other axis": (lambda: Unit(4, 4, shift=Shift((-1, 1), axis=3), **FLAT), "not along depth"),
-    "batch norm": (_Batch, "not an affine instance norm"),
+    "batch norm": (_batch, "not an affine instance norm"),
 }
 
 
@@ -440,7 +440,7 @@ def test_gradients_pass_through_foreign_operations():
     plain = copy.deepcopy(unit)
     x = torch.randn(2, 3, 5, 6, 6, requires_grad=True)
     again = x.detach().clone().requires_grad_()
-    pending = FastUnit(unit)(x)
+    pending = make_unit(copy.deepcopy(unit, {id(p): p for p in unit.parameters()}))(x)
     assert isinstance(pending, Pending)
     assert pending.shape == (2, 4, 5, 6, 6)
     assert pending.requires_grad
@@ -670,7 +670,7 @@ def test_a_model_that_got_other_parameters_is_refused(change: str):
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     else:
         model[2].weight = nn.Parameter(model[2].weight.detach().clone())
-    with pytest.raises(StateError, match=r"the parameters that it was accelerated with, got another \d\.weight"):
+    with pytest.raises(StateError, match=r"that it was accelerated with, got another \d\.weight"):
         fast(x)
 
 
@@ -696,8 +696,7 @@ def test_a_copy_follows_its_own_weights():
         again.load_state_dict(dense.state_dict())
         alone.load_state_dict(dense.state_dict())
         _assert_close(alone(x), dense(x))
-        with pytest.raises(StateError, match=REFUSED.format(int((~sparsifier.masks["0.weight"]).sum()))):
-            again(x)
+        _assert_close(again(x), dense(x))  # masks do not travel
         _assert_close(fast(x), model(x))
         _assert_close(without(x), model(x))
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)

@@ -2,24 +2,55 @@
 
 from torch import Tensor, nn
 
-from dstlib.engine.layers.fast_layer import three
+from dstlib.engine.layers.fast_layer import become, obstacle_to_weight, three
 from dstlib.engine.layers.feature_map import feature_map
-from dstlib.engine.layers.kernels import FollowsKernels
+from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
 from dstlib.engine.ops.conv_transpose import conv_transpose
 from dstlib.engine.ops.feature_map import FeatureMap
 
+Triple = tuple[int, int, int]
 
-class FastConvTranspose(FollowsKernels):
+
+class FastConvTranspose(FollowsKernels, nn.ConvTranspose3d):
     """An ``nn.ConvTranspose3d`` whose kernel is its stride, without bias."""
 
-    def __init__(self, plain: nn.ConvTranspose3d) -> None:
-        super().__init__(plain.weight, transposed=True)
-        self.weight, self.stride = plain.weight, three(plain.stride)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C, D, H, W) → (N, O, D · stride, H · stride, W · stride); another ``output_size`` is torch's."""
+        y: Tensor = self.run(input) if output_size is None else super().forward(input, output_size)
+        return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) → (N, O, D · stride, H · stride, W · stride)."""
-        return self.refine(feature_map(x)).raw
+    def compute(self, plan: Triple, input: Tensor) -> Tensor:
+        """Computes it on the engine."""
+        return self.refine(plan, feature_map(input)).raw
 
-    def refine(self, x: FeatureMap) -> FeatureMap:
+    def refine(self, plan: Triple, x: FeatureMap) -> FeatureMap:
         """Computes the finer map."""
-        return conv_transpose(x, self.weights(None), self.stride)
+        return conv_transpose(x, self.weights(self), plan)
+
+    def state(self) -> tuple[object, ...]:
+        """Returns what the plan depends on."""
+        return (*state_of_conv(self), self.output_padding)
+
+    def obstacle(self) -> str | None:
+        """Tells why the engine cannot compute the layer as it is now; None where it can."""
+        return obstacle_to_upward(self)
+
+    def make_plan(self) -> Triple:
+        """Returns the stride."""
+        return three(self.stride)
+
+
+def obstacle_to_upward(layer: nn.ConvTranspose3d) -> str | None:
+    """Tells why the engine cannot compute a transposed convolution as it is set; None where it can."""
+    if reason := obstacle_to_weight(layer):
+        return reason
+    sizes = layer.kernel_size == layer.stride == tuple(layer._parameters["weight"].shape[2:])  # type: ignore[union-attr]
+    plain = layer.groups == 1 and not any((*layer.padding, *layer.output_padding)) and set(layer.dilation) == {1}
+    if layer._parameters["bias"] is not None or not sizes or not plain or layer.padding_mode != "zeros":
+        return "it is not a transposed convolution by its stride"
+    return None
+
+
+def make_upward(layer: nn.ConvTranspose3d) -> FastConvTranspose:
+    """Gives a transposed convolution its fast form."""
+    return become(layer, FastConvTranspose, watch_kernels(transposed=True))

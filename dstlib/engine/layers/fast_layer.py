@@ -1,11 +1,21 @@
-"""What a fast layer is: a layer type, its fast form, and what stands in the way."""
+"""What a fast layer is: a layer type, its fast form, and what stands in the way.
+
+The engine's own fast form of a layer is that very layer with another class: all that the layer carries stays.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+
+from dstlib.engine.layers.feature_map import Pending
+from dstlib.engine.layers.watch import Watch
+
+_KINDS = (Tensor, nn.Parameter, Pending)
 
 
 @dataclass(frozen=True)
@@ -14,7 +24,7 @@ class FastLayer:
 
     ``obstacle`` says of a layer of this ``kind`` why it has none, in words that follow "plain: ", and returns None of
     one that ``make`` can make it of. The fast form takes what the layer takes, and holds its very parameters under the
-    same names.
+    same names; it gets the layer's hooks. ``make`` may return the layer itself, changed: it is given one of a copy.
     """
 
     kind: type[nn.Module] | UnionType
@@ -26,8 +36,9 @@ class FastLayer:
 class FollowsMask(Protocol):
     """A fast layer that computes with the active part of a weight alone.
 
-    ``weight`` is the parameter; ``set_mask`` takes a mask of its shape, True = active, each time that it has changed;
-    ``dense_gradient`` is set before each pass: whether it is to give the gradients of the inactive part too.
+    ``weight`` is the parameter; ``set_mask`` takes a mask of its shape, True = active, each time that it has changed,
+    and where the weight was written in a way that its version does not tell of; ``dense_gradient`` is set before each
+    pass: whether it is to give the gradients of the inactive part too.
     """
 
     dense_gradient: bool
@@ -40,6 +51,171 @@ class FollowsMask(Protocol):
     def set_mask(self, mask: Tensor) -> None:
         """Follows a mask of the weight that has changed."""
         ...
+
+
+class Fast(nn.Module):
+    """A layer of the engine, whose class stands before that of the plain layer: ``super().forward`` computes as that.
+
+    That is the way where the engine cannot tell all that is to happen: under torch's traces, modes and transforms, and
+    where somebody has changed the layer so that it has an obstacle. So looked at in each call is what the layer is.
+    """
+
+    settled: tuple[tuple[object, ...], Any] | None = None  # what the layer was when it was looked at, and its plan then
+
+    def state(self) -> tuple[object, ...]:
+        """Returns what the plan depends on; compared by ``==`` in each call."""
+        raise NotImplementedError
+
+    def obstacle(self) -> str | None:
+        """Tells why the engine cannot compute the layer as it is now; None where it can."""
+        raise NotImplementedError
+
+    def make_plan(self) -> Any:
+        """Returns what the engine computes by, of a layer without an obstacle."""
+        raise NotImplementedError
+
+    def compute(self, plan: Any, *inputs: Any) -> Any:
+        """Computes on the engine."""
+        raise NotImplementedError
+
+    def plan(self) -> Any:
+        """Returns what the engine computes by now, None where the layer has an obstacle."""
+        kept, state = self.settled, self.state()
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False):  # what is made now may serve a training later
+                kept = state, None if self.obstacle() else self.make_plan()
+            self.settled = kept
+            self.forget()
+        return kept[1]
+
+    def forget(self) -> None:
+        """Forgets what was prepared by another plan."""
+
+    def run(self, *inputs: Any) -> Any:
+        """Computes on the engine where that can be now, else as the plain layer."""
+        if is_compiled():
+            return uncompiled(self.run, *inputs)
+        if is_traced(*inputs) or (plan := self.plan()) is None:
+            return self.as_plain(*inputs)
+        return self.compute(plan, *inputs)
+
+    def as_plain(self, *inputs: Any) -> Any:
+        """Computes as the plain layer does."""
+        return super().forward(*inputs)
+
+
+class Follows(Fast):
+    """A layer of the engine that looks, in each call, at its weight and at which of it is active."""
+
+    watch: Watch[Any]
+
+    def forget(self) -> None:
+        """Forgets what was prepared by another plan."""
+        self.watch.seen = None
+
+    def followed(self) -> Any:
+        """Returns the weight whose mask, or zeros, the layer follows; None where somebody has taken it away."""
+        return self._parameters.get("weight")
+
+
+L = TypeVar("L", bound=nn.Module)
+
+
+def become(layer: nn.Module, kind: type[L], watch: Watch[Any] | None = None) -> L:
+    """Gives a layer another class, which computes the same, and what it looks by; all else of the layer stays."""
+    layer.__class__ = kind
+    assert isinstance(layer, kind)
+    if watch is not None:
+        layer.watch = watch  # type: ignore[assignment]  # it is neither a tensor nor a module
+    return layer
+
+
+def is_readable(weight: object) -> bool:
+    """Tells whether the engine's layers on a CPU can look at a weight."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_cpu and not weight.is_inference()  # type: ignore[attr-defined]
+
+
+def is_traced(*given: Tensor | None) -> bool:
+    """Tells whether anything but autograd records what becomes of tensors: torch's traces, modes and transforms.
+
+    A fast layer then computes as the plain one does, whose operations they all know.
+    """
+    for x in given:
+        if x is not None and type(x) not in _KINDS:
+            return True
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, torch.export
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch._C._are_functorch_transforms_active()  # vmap, grad
+    )
+
+
+def is_compiled() -> bool:
+    """Tells whether torch.compile makes a graph of what is called, which is to leave the engine out."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+# calls a function outside of the graphs of torch.compile
+uncompiled = torch.compiler.disable(
+    _call, reason="a layer of dstlib's engine looks at its weight in each call, which no graph can hold"
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tells whether calling a module does other things than its class says: hooks, or a ``forward`` of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def has_global_hooks() -> bool:
+    """Tells whether there are hooks on the calls of all modules."""
+    return bool(
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    )
+
+
+def obstacle_of_its_own(layer: nn.Module) -> str | None:
+    """Tells what a layer, or a module inside of it, carries that no fast form can keep; None where there is nothing.
+
+    Hooks on the layer itself are kept.
+
+    >>> layer = nn.Sequential(nn.ReLU())
+    >>> _ = layer[0].register_forward_hook(lambda module, args, output: None)
+    >>> obstacle_of_its_own(layer)
+    "its part '0' has a hook, or a forward of its own"
+    """
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    parts = (name for name, part in layer.named_modules() if part is not layer and has_hooks(part))
+    return next((f"its part {name!r} has a hook, or a forward of its own" for name in parts), None)
+
+
+def obstacle_to_weight(layer: nn.Module) -> str | None:
+    """Tells why a layer's weight cannot be looked at by the engine on a CPU; None where it can.
+
+    >>> obstacle_to_weight(nn.utils.weight_norm(nn.Linear(2, 2)))
+    'its weight is computed from others, as by weight_norm, spectral_norm or prune'
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from others, as by weight_norm, spectral_norm or prune"
+    for each in layer._parameters.values():
+        if each is not None and not is_readable(each):
+            return f"it has a {type(each).__name__} on {each.device.type}"
+    return None
 
 
 def three(sizes: int | Sequence[int]) -> tuple[int, int, int]:

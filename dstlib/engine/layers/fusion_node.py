@@ -4,43 +4,99 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dstlib.engine.layers.conv_transpose import FastConvTranspose
-from dstlib.engine.layers.fast_layer import FastLayer, three
+from dstlib.engine.layers.conv_transpose import FastConvTranspose, make_upward, obstacle_to_upward
+from dstlib.engine.layers.fast_layer import Fast, FastLayer, become, has_global_hooks, has_hooks, three
 from dstlib.engine.layers.feature_map import Pending, feature_map
-from dstlib.engine.layers.unit import FastUnit, obstacle_to_unit
+from dstlib.engine.layers.unit import FastUnit, make_unit, obstacle_to_unit
 from dstlib.engine.ops.max_pool import max_pool
 from dstlib.layers.blocks import FusionNode, Unit
 
+Triple = tuple[int, int, int]
 
-class FastFusionNode(nn.Module):
+
+class FastFusionNode(Fast, FusionNode):
     """A :class:`~dstlib.layers.FusionNode` that neither concatenates nor shifts in memory."""
-
-    def __init__(self, plain: FusionNode) -> None:
-        super().__init__()
-        self.upward = FastConvTranspose(plain.upward)
-        self.downward = plain.downward
-        self.window = three(plain.downward.kernel_size) if plain.downward is not None else None
-        self.units = nn.Sequential(*(FastUnit(each) for each in plain.units if isinstance(each, Unit)))
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None = None) -> Tensor:
         """Computes from the maps of this level, the coarser and the finer one, as the plain node does."""
+        y: Tensor = self.run(same, coarser, finer)
+        return y
+
+    def compute(self, plan: tuple[Triple | None], same: Tensor, coarser: Tensor, finer: Tensor | None) -> Tensor:
+        """Computes it on the engine, if all of its parts can be."""
         parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
-        sources = [feature_map(same), parts["upward"].refine(feature_map(coarser))]
-        if finer is not None and self.window is not None:
-            sources.append(max_pool(feature_map(finer), self.window))
-        for each in parts["units"]:
-            sources = [each.fuse(sources)]  # whose memory serves again from here on
+        upward, units, (window,) = parts["upward"], [*parts["units"]._modules.values()], plan
+        plans = [upward.plan(), *(each.plan() for each in units)]
+        if None in plans or (window is not None and finer is None):
+            y: Tensor = self.as_plain(same, coarser, finer)
+            return y
+        sources = [feature_map(same), upward.refine(plans[0], feature_map(coarser))]
+        if finer is not None and window is not None:
+            sources.append(max_pool(feature_map(finer), window))
+        for each, of_unit in zip(units, plans[1:], strict=True):
+            sources = [each.fuse(of_unit, sources)]  # whose memory serves again from here on
         return Pending.of(sources[0])
+
+    def state(self) -> tuple[object, ...]:
+        """Returns what the plan depends on."""
+        parts: dict[str, Any] = self._modules
+        upward, downward, units = (parts.get(name) for name in ("upward", "downward", "units"))
+        if upward is None or units is None:
+            return (None,)
+        pool = downward is None or (downward.__class__, *(getattr(downward, name, None) for name in _POOLING))
+        made_of = [each.__class__ for each in units._modules.values()]
+        hooked = [each for each in (upward, downward, units) if each is not None]
+        is_hooked = has_global_hooks() or any(map(has_hooks, [*hooked, *units._modules.values()]))
+        return pool, upward.__class__, made_of, units.__class__, is_hooked
+
+    def obstacle(self) -> str | None:
+        """Tells why the engine cannot compute the node as it is now; None where it can."""
+        kinds = [type(self.upward), *(type(each) for each in self.units)]
+        if kinds != [FastConvTranspose, *[FastUnit] * (len(kinds) - 1)]:
+            return "its parts were replaced"
+        return _obstacle_to_parts(self)
+
+    def make_plan(self) -> tuple[Triple | None]:
+        """Returns the window of the pooling, None where there is none."""
+        return (None if self.downward is None else three(self.downward.kernel_size),)
+
+
+_POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
 def obstacle_to_fusion_node(node: FusionNode) -> str | None:
     """Tells why the engine cannot compute a fusion node; None where it can."""
-    up, down = node.upward, node.downward
-    if type(up) is not nn.ConvTranspose3d or up.bias is not None or up.kernel_size != up.stride:
+    if type(node) is not FusionNode:
+        return f"it is a {type(node).__name__}"
+    if type(node.upward) is not nn.ConvTranspose3d or obstacle_to_upward(node.upward):
         return "its upward flow is not a transposed convolution by its stride"
-    if down is not None and (down.stride != down.kernel_size or down.padding != 0 or down.ceil_mode):
-        return "its pooling windows overlap"
-    return next(filter(None, map(obstacle_to_unit, node.units)), None)
+    return _obstacle_to_parts(node) or next(filter(None, map(obstacle_to_unit, node.units)), None)
 
 
-FUSION_NODE = FastLayer(FusionNode, obstacle_to_fusion_node, FastFusionNode)
+def _obstacle_to_parts(node: FusionNode) -> str | None:
+    """Tells what of the parts of a node, and of what is between them, is not as the engine has it."""
+    down = node.downward
+    if down is not None and type(down) is not nn.MaxPool3d:
+        return f"it pools by a {type(down).__name__}"
+    if down is not None:
+        sizes = [three(size) for size in (down.kernel_size, down.stride, down.padding, down.dilation)]
+        apart = sizes == [sizes[0], sizes[0], (0, 0, 0), (1, 1, 1)] and not (down.ceil_mode or down.return_indices)
+        if not apart:
+            return "its pooling windows overlap"
+    if type(node.units) is not nn.Sequential:
+        return f"its units are in a {type(node.units).__name__}"
+    parts = (node.upward, down, node.units, *node.units)
+    if has_global_hooks() or any(has_hooks(part) for part in parts if part is not None):
+        return "a part of it has a hook, or a forward of its own"
+    return None
+
+
+def _make(node: FusionNode) -> FastFusionNode:
+    make_upward(node.upward)
+    for each in node.units:
+        assert isinstance(each, Unit)
+        make_unit(each)
+    return become(node, FastFusionNode)
+
+
+FUSION_NODE = FastLayer(FusionNode, obstacle_to_fusion_node, _make)

@@ -1,45 +1,53 @@
 """The part of a fast convolution that follows which of its kernels are active."""
 
-from typing import Self
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from dstlib.engine.layers.fast_layer import Follows, is_readable
+from dstlib.engine.layers.watch import Watch
 from dstlib.engine.ops.patterns import Pattern, Weights
 
 
-class FollowsKernels(nn.Module):
-    """A layer that knows the active kernels of its weight (O, C, ...), or (C, O, ...) if it is ``transposed``.
+class FollowsKernels(Follows):
+    """A layer that knows the active kernels of a weight (O, C, ...), or (C, O, ...) if it is transposed."""
 
-    At first these are all that are not 0.
-    """
+    watch: Watch[Pattern]
 
-    weight: Tensor
+    @property
+    def active(self) -> Pattern | None:
+        """The kernels that the last call has computed with; None before the first."""
+        return None if self.watch.seen is None else self.watch.seen.active
 
-    def __init__(self, weight: Tensor, *, transposed: bool = False) -> None:
-        super().__init__()
-        self._transposed = transposed
-        self.dense_gradient = False  # whether backward passes are to give the gradients of inactive kernels too
-        self._all = self._pattern(torch.ones_like(weight, dtype=torch.bool))
-        self.set_mask(weight.detach() != 0)
+    def weights(self, conv: nn.Module) -> Weights:
+        """Returns the weight and the bias of a convolution, and which kernels are active now."""
+        parameters: dict[str, Any] = conv._parameters
+        weight = parameters["weight"]
+        seen = self.watch.look(weight, training=self.training)
+        return Weights(weight, parameters["bias"], seen.active, seen.graded, seen.calls)
 
-    def set_mask(self, mask: Tensor) -> None:
-        """Follows a mask of the weight's shape: a kernel is active where any of its taps is."""
-        self.active = self._pattern(mask)
-        self._weights: Weights | None = None
 
-    def train(self, mode: bool = True) -> Self:
-        """As of any module; forgets what was made of the weight, which ``weight.data`` may have changed unseen."""
-        self._weights = None
-        return super().train(mode)
+def watch_kernels(*, transposed: bool = False) -> Watch[Pattern]:
+    """Returns the look at a weight whose kernels are active where any of their taps is."""
+    return Watch(partial(_pattern, transposed=transposed))
 
-    def weights(self, bias: Tensor | None) -> Weights:
-        """Returns the weight, a bias and the active kernels, the same value until one of them is another."""
-        kept, graded = self._weights, self._all if self.dense_gradient else self.active
-        if kept is None or kept.bias is not bias or kept.graded is not graded:
-            kept = self._weights = Weights(self.weight, bias, self.active, graded)
-        return kept
 
-    def _pattern(self, mask: Tensor) -> Pattern:
-        pairs = mask.flatten(2).any(dim=2)
-        return Pattern.of(pairs.T if self._transposed else pairs)
+def _pattern(mask: Tensor, *, transposed: bool) -> Pattern:
+    pairs = mask.flatten(2).any(dim=2)
+    return Pattern.of(pairs.T if transposed else pairs)
+
+
+def state_of_conv(conv: Any) -> tuple[object, ...]:
+    """Returns what of a convolution its fast form depends on besides values."""
+    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+    return (
+        weight.shape if is_readable(weight) else None,
+        bias is None or is_readable(bias),
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.padding_mode,
+        conv.kernel_size,
+    )

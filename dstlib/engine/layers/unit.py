@@ -5,40 +5,65 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dstlib.engine.layers.conv import obstacle_to_conv
-from dstlib.engine.layers.fast_layer import FastLayer, three
+from dstlib.engine.layers.conv import geometry, obstacle_to_conv
+from dstlib.engine.layers.fast_layer import FastLayer, become, has_global_hooks, has_hooks, is_readable
 from dstlib.engine.layers.feature_map import Pending, feature_map
-from dstlib.engine.layers.kernels import FollowsKernels
+from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
 from dstlib.engine.ops.conv import Geometry, unit
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.layers.blocks import Unit
 from dstlib.layers.shift import Shift, channel_moves
 
 
-class FastUnit(FollowsKernels):
+class FastUnit(FollowsKernels, Unit):
     """A :class:`~dstlib.layers.Unit` as one operation, whose norm and activation its readers apply."""
-
-    def __init__(self, plain: Unit) -> None:
-        super().__init__(plain.conv.weight)
-        self.shift, self.conv, self.norm, self.activation = plain.shift, plain.conv, plain.norm, plain.activation
-        sizes = plain.shift.sizes if isinstance(plain.shift, Shift) else (0,)
-        self.geometry = Geometry(channel_moves(plain.conv.in_channels, sizes), three(plain.conv.stride))
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # it is registered as the convolution's
-        """The weight of the convolution."""
-        return self.conv.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D / stride, H / stride, W / stride)."""
-        return Pending.of(self.fuse([feature_map(x)]))
+        y: Tensor = self.run(x)
+        return y
 
-    def fuse(self, sources: Sequence[FeatureMap]) -> FeatureMap:
+    def compute(self, plan: Geometry, x: Tensor) -> Tensor:
+        """Computes it on the engine."""
+        return Pending.of(self.fuse(plan, [feature_map(x)]))
+
+    def fuse(self, plan: Geometry, sources: Sequence[FeatureMap]) -> FeatureMap:
         """Computes the unit on the concatenation of maps."""
         parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
-        weights, norm = self.weights(parts["conv"]._parameters["bias"]), parts["norm"]
+        norm = parts["norm"]
         affine = norm._parameters["weight"], norm._parameters["bias"], norm.eps
-        return unit(sources, weights, self.geometry, affine, parts["activation"].negative_slope)
+        return unit(sources, self.weights(parts["conv"]), plan, affine, parts["activation"].negative_slope)
+
+    def followed(self) -> Any:
+        """Returns the weight of the convolution."""
+        return self.conv._parameters.get("weight")
+
+    def state(self) -> tuple[object, ...]:
+        """Returns what the plan depends on."""
+        parts: dict[str, Any] = self._modules
+        shift, conv, norm, activation = (parts.get(name) for name in ("shift", "conv", "norm", "activation"))
+        if type(conv) is not nn.Conv3d or type(norm) is not nn.InstanceNorm3d or type(activation) is not nn.LeakyReLU:
+            return shift, conv, norm, activation
+        affine: dict[str, Any] = norm._parameters
+        return (
+            shift is None or (shift.__class__, getattr(shift, "sizes", None), getattr(shift, "axis", None)),
+            shift is not None and has_hooks(shift),
+            has_hooks(conv) or has_hooks(norm) or has_hooks(activation) or has_global_hooks(),
+            state_of_conv(conv),
+            norm.affine,
+            norm.track_running_stats,
+            is_readable(affine.get("weight")) and is_readable(affine.get("bias")),
+            activation.negative_slope,
+        )
+
+    def obstacle(self) -> str | None:
+        """Tells why the engine cannot compute the unit as it is now; None where it can."""
+        return obstacle_to_unit(self)
+
+    def make_plan(self) -> Geometry:
+        """Returns what the unit's convolution does besides its weight."""
+        sizes = self.shift.sizes if isinstance(self.shift, Shift) else (0,)
+        return geometry(self.conv, channel_moves(self.conv.in_channels, sizes))
 
 
 def obstacle_to_unit(unit: nn.Module) -> str | None:
@@ -48,16 +73,27 @@ def obstacle_to_unit(unit: nn.Module) -> str | None:
 
 def obstacle_around_conv(unit: nn.Module) -> str | None:
     """Tells why all but the convolution of a unit cannot be computed with it; None where it can."""
-    if not isinstance(unit, Unit):
-        return f"it has a {type(unit).__name__} for a unit"
+    if type(unit) not in (Unit, FastUnit):
+        return f"it is, or has for a unit, a {type(unit).__name__}"
+    assert isinstance(unit, Unit)
     norm, slope = unit.norm, getattr(unit.activation, "negative_slope", None)
-    if not isinstance(unit.norm, nn.InstanceNorm3d) or not norm.affine or norm.track_running_stats:
+    if type(norm) is not nn.InstanceNorm3d or not norm.affine or norm.track_running_stats:
         return "its norm is not an affine instance norm"
-    if not isinstance(unit.activation, nn.LeakyReLU) or slope is None or not 0 <= slope <= 1:
+    if not all(is_readable(norm._parameters.get(name)) for name in ("weight", "bias")):
+        return "its norm has no parameters of its own"
+    if type(unit.activation) is not nn.LeakyReLU or slope is None or not 0 <= slope <= 1:
         return "its activation is not a leaky ReLU with a slope from 0 to 1"
-    if unit.shift is not None and not (isinstance(unit.shift, Shift) and unit.shift.axis in (2, -3)):
+    if unit.shift is not None and not (type(unit.shift) is Shift and unit.shift.axis in (2, -3)):
         return "its shift is learned, or not along depth"
+    parts = (unit.shift, unit.conv, norm, unit.activation)
+    if has_global_hooks() or any(has_hooks(part) for part in parts if part is not None):
+        return "a part of it has a hook, or a forward of its own"
     return None
 
 
-UNIT = FastLayer(Unit, obstacle_to_unit, FastUnit)
+def make_unit(unit: Unit) -> FastUnit:
+    """Gives a unit its fast form."""
+    return become(unit, FastUnit, watch_kernels())
+
+
+UNIT = FastLayer(Unit, obstacle_to_unit, make_unit)

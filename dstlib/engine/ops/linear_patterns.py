@@ -55,15 +55,17 @@ class LinearPattern:
             given=mask_OI.numel(),
             remedy="Split the layer, or leave it dense.",
         )
-        return _ordered(mask_OI.cpu())
+        with torch.inference_mode(False):  # it may be made there, and serve a training later
+            return _ordered(mask_OI.cpu())
 
     @cached_property
     def transposed(self) -> "LinearPattern":
         """The same weights as a matrix (I, O); its ``index`` counts in the values ordered as this pattern says."""
-        numbers = torch.full((self.size[0] * self.size[1],), -1, dtype=torch.int32)
-        numbers[self.index] = torch.arange(self.index.numel(), dtype=torch.int32)
-        numbers_IO = numbers.view(self.size).t().contiguous()
-        return _ordered(numbers_IO >= 0, numbers_IO)
+        with torch.inference_mode(False):
+            numbers = torch.full((self.size[0] * self.size[1],), -1, dtype=torch.int32)
+            numbers[self.index] = torch.arange(self.index.numel(), dtype=torch.int32)
+            numbers_IO = numbers.view(self.size).t().contiguous()
+            return _ordered(numbers_IO >= 0, numbers_IO)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -34,6 +34,11 @@ class Pattern:
     @classmethod
     def of(cls, mask_OC: Tensor) -> "Pattern":
         """Returns the pattern of a mask (O, C)."""
+        with torch.inference_mode(False):  # it may be made there, and serve a training later
+            return cls._of(mask_OC)
+
+    @classmethod
+    def _of(cls, mask_OC: Tensor) -> "Pattern":
         outputs, inputs = mask_OC.shape
         index = mask_OC.flatten().nonzero().flatten()
         return cls(_row_ptr(mask_OC.sum(dim=1)), (index % inputs).int(), index, (outputs, inputs))
@@ -42,10 +47,11 @@ class Pattern:
     def transposed(self) -> "Pattern":
         """The same kernels column by column; ``index`` still counts in the (O, C) matrix, row by row."""
         outputs, inputs = self.size
-        row, col = self.index // inputs, self.index % inputs
-        order = (col * outputs + row).argsort()
-        row_ptr = _row_ptr(torch.bincount(col, minlength=inputs))
-        return Pattern(row_ptr, row[order].int(), self.index[order], (inputs, outputs))
+        with torch.inference_mode(False):
+            row, col = self.index // inputs, self.index % inputs
+            order = (col * outputs + row).argsort()
+            row_ptr = _row_ptr(torch.bincount(col, minlength=inputs))
+            return Pattern(row_ptr, row[order].int(), self.index[order], (inputs, outputs))
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -80,6 +80,12 @@ def kernels() -> Kernels | None:
     return None if library is None or path == "torch" else _kernels(library, path)
 
 
+def fingerprint_function() -> int | None:
+    """Returns the address of ``engine_fingerprint``; None where no kernels were built."""
+    found = getattr(_library(), "engine_fingerprint", None)
+    return None if found is None else ctypes.cast(found, c_void_p).value
+
+
 def check(status: int, what: str) -> None:
     """Checks what a kernel returned.
 
