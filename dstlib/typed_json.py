@@ -7,6 +7,7 @@ None, or ``Any`` for what nobody here reads. ``dataclasses.asdict`` and :func:`d
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
@@ -18,7 +19,9 @@ from dstlib.errors import DstlibError, StateError, shown
 from dstlib.files import read_whole
 
 MAX_BYTES = 16 * 2**20  # of a document: in memory it takes up to some twenty times as much
+OPTIONAL = "optional"  # in the metadata of a field
 MAX_DEPTH = 64  # of brackets in brackets: Python's own limit depends on who calls
+_SEAL = "crc32"  # the key of a checksum
 _MAX_INT = 2**64  # what all others can read
 
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)  # possessive: damaged text takes no longer
@@ -38,8 +41,9 @@ def read_json(
 ) -> T:
     """Reads a file of JSON as a value of ``kind``.
 
-    Whole numbers pass for fractions, nothing else for anything else. Where the file is ``foreign``, that is not written
-    from ``kind``, it may hold more, and lack what has a default.
+    Whole numbers pass for fractions, nothing else for anything else. What was ``sealed`` must be as it was written. A
+    field whose metadata say ``OPTIONAL`` may be lacking, as in files of before there was one. Where the file is
+    ``foreign``, that is not written from ``kind``, it may hold more, and lack what has a default.
 
     Raises:
         StateError: The file cannot be read, is no strict JSON, or holds something else; or an error of the class
@@ -78,11 +82,35 @@ def parse_json(
         StateError: As :func:`read_json`.
     """
     try:
-        value: T = _fit(_parsed(content, max_bytes), kind, "", foreign)
+        plain = _parsed(content, max_bytes)
+        seal = plain.pop(_SEAL, None) if type(plain) is dict and not foreign else None
+        value: T = _fit(plain, kind, "", foreign)
+        if seal is not None:
+            _check_seal(seal, plain)
     except _MisfitError as misfit:
         at, allowed, given = misfit.at or "content", misfit.allowed, misfit.given
         raise error.of(at, where, allowed=allowed, given=given, remedy=remedy) from misfit.__cause__
     return value
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is to be written, with a checksum of it that is checked, and left out, when it is read.
+
+    >>> sealed({"size": 3})
+    {'size': 3, 'crc32': '9c0c8c63'}
+    """
+    return {**content, _SEAL: _seal_of(content)}
+
+
+def _seal_of(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def _check_seal(seal: Any, content: Mapping[str, Any]) -> None:
+    """Checks a document for changes after which everything still fits; not every one is sealed."""
+    if seal != (own := _seal_of(content)):
+        given = f"{shown(seal)}: it was changed since it was written (who means that takes {_SEAL!r} out)"
+        raise _MisfitError(_SEAL, f"{own!r}, the checksum of the rest", given)
 
 
 class _MisfitError(Exception):
@@ -190,7 +218,7 @@ def _fit_fields(value: Any, kind: Any, at: str, foreign: bool) -> Any:
     table, hints = _fields_of(kind)
     if not foreign and (unknown := next((key for key in value if key not in table), None)) is not None:
         raise _MisfitError(_below(at, unknown), f"none but {', '.join(table)}", shown(value[unknown]))
-    optional = {n for n, f in table.items() if foreign and (f.default, f.default_factory) != (MISSING, MISSING)}
+    optional = {n for n, f in table.items() if (foreign or f.metadata.get(OPTIONAL)) and _has_default(f)}
     for name in table:
         if name not in value and name not in optional:
             raise _MisfitError(_below(at, name), _described(hints[name]), "nothing")
@@ -199,6 +227,10 @@ def _fit_fields(value: Any, kind: Any, at: str, foreign: bool) -> Any:
         return kind(**fitting)
     except ValueError as error:  # of a value that the class itself refuses
         raise _MisfitError(at, f"a value of {kind.__name__}", str(error).rstrip(".")) from error
+
+
+def _has_default(of: Field[Any]) -> bool:
+    return (of.default, of.default_factory) != (MISSING, MISSING)
 
 
 @cache

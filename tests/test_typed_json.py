@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dstlib.errors import DataError, StateError, require
 from dstlib.files import write_json
-from dstlib.typed_json import MAX_BYTES, MAX_DEPTH, parse_json, read_json
+from dstlib.typed_json import MAX_BYTES, MAX_DEPTH, OPTIONAL, parse_json, read_json, sealed
 
 
 @dataclass(frozen=True)
@@ -252,3 +252,37 @@ def test_every_other_document_is_another_value_of_the_type_or_refused(data: st.D
     except StateError:
         return
     assert plain(back) == document  # nothing of it was passed over, nothing was made up
+
+
+@dataclass(frozen=True)
+class Aged:
+    size: int
+    since: str | None = field(default=None, metadata={OPTIONAL: True})
+
+
+def read_aged(content):
+    return parse_json(json.dumps(content).encode(), Aged, where="a file", remedy="Write it anew.")
+
+
+def test_what_came_later_may_be_lacking():
+    assert read_aged({"size": 3}) == Aged(3)
+    assert read_aged({"size": 3, "since": "v2"}) == Aged(3, "v2")
+    with pytest.raises(StateError, match="size of a file: expected a whole number, got nothing"):
+        read_aged({"since": "v2"})
+
+
+@given(st.integers(), st.text())
+def test_a_sealed_document_is_read_as_it_was(size, since):
+    size %= 2**53
+    assert read_aged(sealed({"size": size, "since": since})) == Aged(size, since)
+
+
+@pytest.mark.parametrize("change", [{"size": 4}, {"since": "v3"}, {"crc32": "00000000"}, {"crc32": 7}])
+def test_a_sealed_document_that_was_changed_is_refused(change):
+    with pytest.raises(StateError, match=r"^crc32 of a file: .* it was changed since it was written"):
+        read_aged({**sealed({"size": 3, "since": "v2"}), **change})
+
+
+def test_the_laws_come_before_the_seal():
+    with pytest.raises(StateError, match=r"^size of a file: expected a whole number, got 'x'"):
+        read_aged({**sealed({"size": 3, "since": "v2"}), "size": "x"})

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from dstlib.errors import StateError
 from dstlib.zoo.e2enet.__main__ import main
@@ -162,9 +163,51 @@ def test_an_ensemble_is_of_runs_on_one_data_set(work, tmp_path):
     other = shutil.copytree(work / "fold1", tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["data"]["classes"] = ["head", "tail"]
-    (other / "config.json").write_text(json.dumps(config))
+    (other / "config.json").write_text(json.dumps(unsealed(config)))
     with pytest.raises(StateError, match=r"expected a run on the same data as .*fold0, got other classes"):
         load_trained([work / "fold0", other])
+
+
+def unsealed(content):
+    """What is in a document, without its checksum."""
+    return {key: value for key, value in content.items() if key != "crc32"}
+
+
+def edit(file, *path):
+    """Writes another value, the last of these, to where the others lead."""
+    *keys, last, value = path
+    place = content = json.loads(file.read_text())
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    file.write_text(json.dumps(content))
+
+
+def change_model(run, change):
+    weights = torch.load(run / "model.pt", weights_only=True)
+    change(weights)
+    torch.save(weights, run / "model.pt")
+
+
+def other_model(run):
+    change_model(run, lambda weights: next(iter(weights.values())).neg_())
+
+
+def denser_model(run):
+    change_model(run, lambda weights: [w.fill_(1.0) for name, w in weights.items() if name.startswith("fusion.")])
+    (run / "result.json").unlink()  # which would tell first
+
+
+def diverged_model(run):
+    change_model(run, lambda weights: next(iter(weights.values())).view(-1)[:1].fill_(torch.nan))
+
+
+def renamed_weight(run):
+    change_model(run, lambda weights: weights.update(other=weights.popitem()[1]))
+
+
+def reshaped_weight(run):
+    change_model(run, lambda weights: weights.update({next(iter(weights)): torch.ones(1)}))
 
 
 @pytest.mark.parametrize(
@@ -173,9 +216,28 @@ def test_an_ensemble_is_of_runs_on_one_data_set(work, tmp_path):
         (lambda run: (run / "model.pt").unlink(), "expected the weights of this run, got no such file.*--resume"),
         (lambda run: (run / "model.pt").write_bytes(b"?"), "a damaged or foreign file"),
         (lambda run: (run / "config.json").write_text("{"), r"config\.json of run"),
-        (lambda run: (run / "config.json").write_text('{"name": "x"}'), r"config\.json of run .*something else"),
+        (
+            lambda run: (run / "config.json").write_text('{"name": "x"}'),
+            r"name of config\.json of run .*none but recipe",
+        ),
+        (other_model, r"model\.pt of run .*expected the file with the SHA-256 .*, which result\.json tells of"),
+        (denser_model, r"model\.pt of run .*expected at most \d+ connections in the fusion, .* got "),
+        (diverged_model, r"model\.pt of run .*expected finite numbers in .*, got 1 that are NaN or infinite"),
+        (renamed_weight, r"model\.pt of run .*expected the \d+ weights .* got 1 missing \(.*\), 1 more \(other\)"),
+        (reshaped_weight, r"model\.pt of run .*expected .* as torch\.float32 .*, got torch.float32 \(1,\)"),
+        (lambda run: edit(run / "config.json", "patches", "patch_size", [16, 16, 15]), r"crc32 of config\.json of run"),
+        (lambda run: edit(run / "config.json", "network", "heads", 0), r"network of config\.json of run .*heads"),
+        (lambda run: edit(run / "config.json", "network", {}), r"network\.in_channels of config\.json .* got nothing"),
+        (lambda run: edit(run / "config.json", "network", "evil", 1), r"network\.evil of config\.json of run"),
+        (lambda run: edit(run / "config.json", "data", "x"), r"data of config\.json of run .* got 'x'"),
+        (
+            lambda run: edit(run / "config.json", "data", "classes", ["a"]),
+            r"content of config\.json .*value of ConfigRecord",
+        ),
+        (lambda run: edit(run / "result.json", "postprocessing", ["a"]), r"postprocessing\[0\] of result\.json of run"),
+        (lambda run: edit(run / "result.json", "postprocessing", [1]), r"crc32 of result\.json of run"),
+        (lambda run: edit(run / "result.json", "mean_dice", 1.0), r"crc32 of result\.json of run"),
     ],
-    ids=["no model", "damaged model", "damaged configuration", "foreign configuration"],
 )
 def test_a_run_that_cannot_predict_says_why(work, tmp_path, damage, message):
     run = shutil.copytree(work / "fold0", tmp_path / "run")
@@ -188,7 +250,7 @@ def test_postprocessing_is_what_every_fold_agrees_on(work, tmp_path):
     runs = [shutil.copytree(work / f"fold{fold}", tmp_path / f"fold{fold}") for fold in (0, 1)]
     for run, classes in zip(runs, ([1, 2], [2]), strict=True):
         result = json.loads((run / "result.json").read_text())
-        (run / "result.json").write_text(json.dumps({**result, "postprocessing": classes}))
+        (run / "result.json").write_text(json.dumps(unsealed({**result, "postprocessing": classes})))
     assert load_trained(runs).postprocessing == (2,)
     (runs[0] / "result.json").unlink()
     assert load_trained(runs).postprocessing == ()

@@ -17,10 +17,10 @@ import torch
 
 from dstlib.zoo.e2enet import E2ENet
 from dstlib.zoo.e2enet import run as run_module
-from dstlib.zoo.e2enet.checkpoint import network_config
 from dstlib.zoo.e2enet.cli import HELP
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.training import loop as loop_module
+from dstlib.zoo.e2enet.training.records import config_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 AMOS, HIPPOCAMPUS = EXAMPLES / "e2enet_amos.py", EXAMPLES / "e2enet_hippocampus.py"
@@ -133,7 +133,7 @@ def label_of(file):
 def test_the_weights_it_leaves_load_in_the_plain_network(tmp_path, small, example):
     run = tmp_path / "run"
     assert example(AMOS, "--data", small["amos"], "--preset", "demo", "--run-dir", run, *SHORT)[0] == 0
-    network = E2ENet(network_config(json.loads((run / "config.json").read_text())["network"]))
+    network = E2ENet(config_of(run).network)
     network.load_state_dict(torch.load(run / "model.pt", weights_only=True))
     sparse = [p for name, p in network.named_parameters() if name.startswith("fusion.") and p.ndim == 5]
     active = sum(int(p.flatten(2).any(dim=2).sum()) for p in sparse)

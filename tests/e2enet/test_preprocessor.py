@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError, StateError
+from dstlib.typed_json import parse_json
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import (
     Preparation,
@@ -286,7 +287,11 @@ def test_a_constant_channel_stays_finite(rule, value, new):
 )
 def test_a_preparation_comes_back_from_json(spacing, rules, crop):
     preparation = Preparation(spacing=spacing, normalization=tuple(rules), crop=crop)
-    assert Preparation.from_json(json.loads(json.dumps(preparation.to_json()))) == preparation
+    assert from_json(preparation.to_json()) == preparation
+
+
+def from_json(content):
+    return parse_json(json.dumps(content).encode(), Preparation, where="a saved run", remedy="Train anew.")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +299,10 @@ def test_a_preparation_comes_back_from_json(spacing, rules, crop):
     [
         {"spacing": [1, 1]},
         {"spacing": "abc"},
-        {"crop": None, "normalization": [{"kind": "pet"}]},
+        {"crop": None},
+        {"crop": "no"},
+        {"normalization": [{"kind": "pet"}]},
+        {"normalization": [{"kind": "ct", "low": 1.0, "high": 0.0, "mean": 0.0, "std": 1.0}]},
         {"normalization": [{"kind": "ct", "low": 1.0}]},
         {"normalization": [3]},
         {"normalization": 3},
@@ -302,10 +310,10 @@ def test_a_preparation_comes_back_from_json(spacing, rules, crop):
     ],
 )
 def test_a_damaged_preparation_is_refused(change):
-    with pytest.raises(StateError, match="what to_json\\(\\) wrote"):
-        Preparation.from_json(keeping((1.0, 1.0, 1.0)).to_json() | change)
-    with pytest.raises(StateError, match="preparation of a saved run"):
-        Preparation.from_json({})
+    with pytest.raises(StateError, match=rf"^({next(iter(change))}.*|content) of a saved run: expected"):
+        from_json(keeping((1.0, 1.0, 1.0)).to_json() | change)
+    with pytest.raises(StateError, match="spacing of a saved run"):
+        from_json({})
 
 
 def test_settings_that_cannot_be_are_refused():

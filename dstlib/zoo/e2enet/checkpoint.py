@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +10,18 @@ from torch import nn
 from dstlib.errors import StateError
 from dstlib.torch_files import load_weights, read_torch
 from dstlib.zoo.e2enet.baselines import build_model
-from dstlib.zoo.e2enet.config import E2ENetConfig
-from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.inference.predict import Trained
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
-from dstlib.zoo.e2enet.training.run_directory import read_left_by_run
+from dstlib.zoo.e2enet.training.records import (
+    MODEL,
+    RESULT,
+    ConfigRecord,
+    ResultRecord,
+    config_of,
+    result_of,
+    sha256_of,
+)
+from dstlib.zoo.e2enet.training.state import refuse_denser
 
 
 def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
@@ -26,23 +32,23 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
     Raises:
         StateError: A run is not finished, is damaged, or was not trained on the same data as the first.
     """
-    configs = [read_left_by_run(run / "config.json", "model", "width", "network", "patches", "data") for run in runs]
+    configs = [config_of(run) for run in runs]
     first = configs[0]
     for run, config in zip(runs, configs, strict=True):
         for name in ("channels", "classes", "preparation"):
-            if config["data"][name] != first["data"][name]:
+            if getattr(config.data, name) != getattr(first.data, name):
                 allowed, remedy = f"a run on the same data as {runs[0]}", "Average the folds of one data set."
                 raise StateError.of("data", f"run {run}", allowed=allowed, given=f"other {name}", remedy=remedy)
-    results = [run / "result.json" for run in runs]
-    processed = [set(read_left_by_run(file, "postprocessing")["postprocessing"]) for file in results if file.exists()]
-    patches = first["patches"]
+    results = [result_of(run) if (run / RESULT).exists() else None for run in runs]  # none where none was held out
+    read = zip(runs, configs, results, strict=True)
+    processed = [set(result.postprocessing) for result in results if result is not None]
     return Trained(
-        models=tuple(_network(run, config, device) for run, config in zip(runs, configs, strict=True)),
-        preparation=Preparation.from_json(first["data"]["preparation"]),
-        patch_size=tuple(patches["patch_size"]),
-        mirror=tuple(patches["mirror"]),
-        channels=tuple(first["data"]["channels"]),
-        classes=tuple(first["data"]["classes"]),
+        models=tuple(_network(run, config, result, device) for run, config, result in read),
+        preparation=first.data.preparation,
+        patch_size=first.patches.patch_size,
+        mirror=first.patches.mirror,
+        channels=first.data.channels,
+        classes=first.data.classes,
         postprocessing=tuple(sorted(set.intersection(*processed))) if len(processed) == len(runs) else (),
     )
 
@@ -61,26 +67,22 @@ def on_engine(trained: Trained) -> Trained:
     return replace(trained, models=tuple(map(fast, trained.models)))
 
 
-def network_config(values: dict[str, Any]) -> E2ENetConfig:
-    """Reads the configuration of a network, whose tuples JSON has made lists.
-
-    >>> network_config({"channels": [8, 16], "strides": [[1, 2, 2]], "heads": 1}).strides
-    ((1, 2, 2),)
-    """
-    return E2ENetConfig(**{name: _tupled(value) for name, value in values.items()})
-
-
-def _network(run: Path, config: dict[str, Any], device: str) -> nn.Module:
-    network, width, size = network_config(config["network"]), config["width"], tuple(config["patches"]["patch_size"])
-    channels, classes = network.in_channels, network.num_classes
+def _network(run: Path, config: ConfigRecord, result: ResultRecord | None, device: str) -> nn.Module:
+    network = config.network
     model = build_model(
-        config["model"], in_channels=channels, num_classes=classes, patch_size=size, config=network, width=width
+        config.model,
+        in_channels=network.in_channels,
+        num_classes=network.num_classes,
+        patch_size=config.patches.patch_size,
+        config=network,
+        width=config.width,
     )
     where, remedy = f"run {run}", "It is written at the end of a training: continue this one with --resume."
-    state = read_torch(run / "model.pt", where=where, allowed="the weights of this run", remedy=remedy)
-    load_weights(model, state, what="model.pt", where=where, remedy=remedy)
+    state = read_torch(run / MODEL, where=where, allowed="the weights of this run", remedy=remedy)
+    load_weights(model, state, what=MODEL, where=where, remedy=remedy)
+    if result is not None and result.model_sha256 not in (None, given := sha256_of(run / MODEL)):
+        allowed = f"the file with the SHA-256 {result.model_sha256}, which {RESULT} tells of"
+        remedy = "One of the two is of another run, or older: continue this one with --resume, which writes both."
+        raise StateError.of(MODEL, where, allowed=allowed, given=given, remedy=remedy)
+    refuse_denser(model, config.training, what=MODEL, where=where)
     return model.to(device)
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value

@@ -1,15 +1,14 @@
 """Runs side by side, and beside what was published."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from dstlib.errors import require
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
-from dstlib.zoo.e2enet.training.run_directory import read_left_by_run
+from dstlib.zoo.e2enet.training.records import result_of
 
 
 def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = None, alpha: float = 0.5) -> str:
@@ -23,26 +22,22 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     """
     allowed, remedy = f"one of {', '.join(PUBLISHED)}", "Leave it out to show the runs alone."
     require(beside is None or beside in PUBLISHED, "--beside", "compare", allowed=allowed, given=beside, remedy=remedy)
-    results = {run: _result(run) for run in runs}
+    results = {run: result_of(run) for run in runs}
     rows = [row_of(run) for run in runs]
     if pool:
-        scores = pooled([Evaluation.from_json(results[run]) for run in runs])
+        scores = pooled([Evaluation.from_json(asdict(results[run])) for run in runs])
         name = f"all {len(scores.cases)} held-out cases"
         means = {"mNSD": 100 * scores.mean_of("nsd")}
         rows.append(replace(rows[0], name=name, dice=100 * scores.mean, scores=means))
-    sizes = [f"{'×'.join(map(str, results[run]['patch_size']))} in {run.name}" for run in runs]
+    sizes = [f"{'×'.join(map(str, results[run].patch_size))} in {run.name}" for run in runs]
     note = f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."
     return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + note
 
 
 def row_of(run: Path) -> Row:
     """Reads what a run came to, as a row that is named by its folder."""
-    result = _result(run)
-    cost = result["cost"].get("sparse", result["cost"]["dense"])
-    scores = {} if result["mean_nsd"] is None else {"mNSD": 100 * result["mean_nsd"]}
-    dice, params, flops = 100 * (result["mean_dice"] or 0.0), cost["params"] / 1e6, cost["flops"]["paper"] / 1e9
+    result = result_of(run)
+    cost = result.cost.sparse or result.cost.dense
+    scores = {} if result.mean_nsd is None else {"mNSD": 100 * result.mean_nsd}
+    dice, params, flops = 100 * (result.mean_dice or 0.0), cost.params / 1e6, cost.flops.paper / 1e9
     return Row(name=run.name, dice=dice, params=params, flops=flops, scores=scores)
-
-
-def _result(run: Path) -> dict[str, Any]:
-    return read_left_by_run(run / "result.json", "mean_dice", "mean_nsd", "cost", "patch_size")

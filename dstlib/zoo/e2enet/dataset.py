@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.data.splits import split
 from dstlib.zoo.e2enet.training.ranks import Ranks
+from dstlib.zoo.e2enet.training.records import DataRecord
 
 RUNS = Path("runs")
 NUM_FOLDS = 5
@@ -53,7 +53,7 @@ class Dataset:
     """What a run trains on, and what it is judged by: the held-out cases, prepared and as the files they came in."""
 
     name: str
-    modality: str
+    modality: Modality
     preparation: Preparation
     train_on: Cases
     held_out: Cases
@@ -67,17 +67,17 @@ class Dataset:
     def classes(self) -> tuple[str, ...]:
         return self.train_on.classes
 
-    def to_json(self) -> dict[str, Any]:
+    def record(self) -> DataRecord:
         """Returns what settles the result, without where the files lie."""
-        return {
-            "name": self.name,
-            "modality": self.modality,
-            "channels": list(self.channels),
-            "classes": list(self.classes),
-            "preparation": self.preparation.to_json(),
-            "train_on": [case.name for case in self.train_on.cases],
-            "held_out": [case.name for case in self.held_out.cases],
-        }
+        return DataRecord(
+            name=self.name,
+            modality=self.modality,
+            channels=self.channels,
+            classes=self.classes,
+            preparation=self.preparation,
+            train_on=tuple(case.name for case in self.train_on.cases),
+            held_out=tuple(case.name for case in self.held_out.cases),
+        )
 
     def absent_classes(self) -> list[str]:
         """Returns the classes that no case to train on has."""

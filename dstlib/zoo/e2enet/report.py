@@ -14,6 +14,7 @@ from torch import Tensor
 from dstlib.files import write_json, write_whole
 from dstlib.profile import Convention, profile
 from dstlib.report import align, on_one_line
+from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.nifti import read_label, read_scan
@@ -21,6 +22,7 @@ from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing
 from dstlib.zoo.e2enet.evaluation.figures import flow_figure, flow_shares, learning_curve, slice_comparison
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.network import E2ENet
+from dstlib.zoo.e2enet.training.records import MODEL, RESULT, sha256_of
 from dstlib.zoo.e2enet.training.run_directory import Run
 from dstlib.zoo.e2enet.training.state import Training
 
@@ -51,8 +53,9 @@ def write_report(
         "final_loss": training.metrics[-1]["loss"],
         "mask_updates": training.updates,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("dstlib", "torch", "monai")}},
+        "model_sha256": sha256_of(run.path / MODEL),
     }
-    write_json(run.path / "result.json", result)
+    write_json(run.path / RESULT, sealed(result))
     _draw(run, training, scores, files, masks)
     what = "configuration, metrics, weights, predictions, scores and figures"
     print("\n" + on_one_line(f"Everything is in {run.path}: {what}."))

@@ -23,6 +23,7 @@ from dstlib.zoo.e2enet.report import write_report
 from dstlib.zoo.e2enet.training.log import Log
 from dstlib.zoo.e2enet.training.loop import interruptible, train
 from dstlib.zoo.e2enet.training.ranks import Ranks, process_group
+from dstlib.zoo.e2enet.training.records import ConfigRecord
 from dstlib.zoo.e2enet.training.run_directory import Run, open_run, read_checkpoint
 from dstlib.zoo.e2enet.training.settings import Execution
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
@@ -76,15 +77,18 @@ class RunConfig:
 
     def to_json(self, data: Dataset) -> dict[str, object]:
         """Returns what settles the result, as ``config.json`` holds it: not where files lie, nor how it is computed."""
-        return {
-            "recipe": self.recipe,
-            "model": self.model,
-            "width": self.width,
-            **asdict(self.preset),
-            "begin_from": str(self.begin_from) if self.begin_from else None,
-            "freeze_topology": self.freeze_topology,
-            "data": data.to_json(),
-        }
+        record = ConfigRecord(
+            recipe=self.recipe,
+            model=self.model,
+            width=self.width,
+            network=self.preset.network,
+            patches=self.preset.patches,
+            training=self.preset.training,
+            begin_from=str(self.begin_from) if self.begin_from else None,
+            freeze_topology=self.freeze_topology,
+            data=data.record(),
+        )
+        return asdict(record)
 
 
 def run_recipe(config: RunConfig) -> Evaluation | None:

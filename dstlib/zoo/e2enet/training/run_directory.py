@@ -27,6 +27,7 @@ import torch
 from dstlib.errors import StateError, require
 from dstlib.files import locked, write_json, write_whole
 from dstlib.torch_files import read_torch
+from dstlib.typed_json import read_json, sealed
 
 FORMAT = "dstlib.e2enet.run/1"
 WRITTEN = "a file that a run wrote"
@@ -101,7 +102,7 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
             where, allowed, given = f"run {path}", "a folder without a run", f"one with {found}"
             remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
             require(not found, "directory", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
-            write_json(file, config)
+            write_json(file, sealed(config))
         (path / "figures").mkdir(exist_ok=True)
         yield Run(path, config)
 
@@ -117,22 +118,6 @@ def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in parts) or saved.get("format") != FORMAT:
         raise _unreadable(path, "a file of something else", remedy)
     return saved
-
-
-def read_left_by_run(file: Path, *names: str) -> dict[str, Any]:
-    """Reads a JSON file that a run has left, with these names in it.
-
-    Raises:
-        StateError: There is none, or it is something else.
-    """
-    remedy = "Pass the folder of a run that a recipe has finished; --resume finishes one that was stopped."
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, error, remedy) from error
-    if not isinstance(content, dict) or not set(names) <= content.keys():
-        raise _unreadable(file, "something else", remedy)
-    return content
 
 
 def _save(file: Path, content: Mapping[str, Any]) -> None:
@@ -165,13 +150,12 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
 
 
 def _read_config(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        remedy = "Leave out --resume to start a run here, or name the folder of an existing one."
-        raise _unreadable(file, "none", remedy) from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, error, "Restore the file, or name another folder by --run-dir.") from error
+    if not file.exists():
+        raise _unreadable(
+            file, "none", "Leave out --resume to start a run here, or name the folder of an existing one."
+        )
+    remedy = "Restore the file, or name another folder by --run-dir."
+    return read_json(file, dict[str, Any], where=f"{file.name} of run {file.parent}", remedy=remedy)
 
 
 def _refuse_other_settings(saved: Any, config: Mapping[str, Any], file: Path) -> None:

@@ -13,9 +13,10 @@ from dstlib.errors import SettingError, StateError
 from dstlib.masking.distribution import erk
 from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
-from dstlib.schedules import Every
+from dstlib.schedules import Constant, Every
 from dstlib.sparsifier import Sparsifier
 from dstlib.sparsifier.api import sparsify
+from dstlib.sparsifier.plan import make_plan
 from dstlib.sparsifier.saved import at_step_0
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.ranks import Ranks
@@ -137,6 +138,42 @@ def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -
         method, include = replace(method, distribution=erk), "*"
     sparsity, total, seed = settings.sparsity, settings.num_iterations, settings.seed
     return sparsify(model, optimizer, sparsity=sparsity, method=method, total_steps=total, include=include, seed=seed)
+
+
+def refuse_denser(model: nn.Module, settings: TrainSettings, *, what: str, where: str) -> None:
+    """Refuses an E2ENet with more active connections than its training ends with.
+
+    Where the density moves in the course of the training, or a part of the network may go without gradients, as in
+    baselines, nothing is known for sure.
+
+    Raises:
+        StateError: It has more.
+    """
+    method = kernel_method(settings.method, settings.interval, settings.block)
+    is_constant = method.ramp == Constant(1.0) and method.surplus == Constant(0.0)
+    if settings.sparsity == 0 or not isinstance(model, E2ENet) or not is_constant:
+        return
+    plan = make_plan(
+        model,
+        method,
+        sparsity=settings.sparsity,
+        total_steps=settings.num_iterations,
+        include=[E2ENet.FUSION],
+        exclude=[],
+        split={},
+        overrides={},
+        seed=settings.seed,
+    )
+    num_active = num_planned = 0
+    views = ((weight.parameter, view) for weight in plan.weights if not weight.reason for view in weight.views)
+    for parameter, view in views:
+        units_GU = method.granularity.fold(view.of(parameter.detach()) != 0).any(dim=-1)
+        num_active += int(units_GU.sum())
+        num_planned += len(units_GU) * plan.num_target(view.name, units_GU.shape[1], settings.num_iterations)
+    if num_active > num_planned:
+        allowed = f"at most {num_planned} connections in the fusion, by the run's sparsity of {settings.sparsity:g}"
+        remedy = "The file is of another run, or was changed since: restore it, or train anew."
+        raise StateError.of(what, where, allowed=allowed, given=num_active, remedy=remedy)
 
 
 def parallel(training: Training, example: Tensor) -> nn.Module:

@@ -4,8 +4,8 @@ Shapes: C channels, D depth, H height, W width.
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,7 @@ class CtNormalization:
     CtNormalization(low=-100.0, high=200.0, mean=50.0, std=50.0)
     """
 
-    kind: ClassVar = "ct"  # its name where it is saved
-
+    kind: Literal["ct"] = field(default="ct", repr=False)  # its name where it is saved
     low: float
     high: float
     mean: float
@@ -61,8 +60,7 @@ class MriNormalization:
     Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), the z-score scheme with and without its mask.
     """
 
-    kind: ClassVar = "mri"
-
+    kind: Literal["mri"] = field(default="mri", repr=False)
     inside_mask: bool = False
 
     def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
@@ -84,4 +82,3 @@ class MriNormalization:
 
 
 Normalization = CtNormalization | MriNormalization
-NORMALIZATIONS: dict[str, type[Normalization]] = {rule.kind: rule for rule in (CtNormalization, MriNormalization)}

@@ -5,17 +5,16 @@ channels, K classes with the background, D depth, H height, W width.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dstlib.errors import DataError, StateError, require
+from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Case, Spacing, three
-from dstlib.zoo.e2enet.data.preprocessing.normalization import NORMALIZATIONS, MriNormalization, Normalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization, Normalization
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, new_shape, resample_intensities
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION, Placement, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
@@ -46,30 +45,12 @@ class Preparation:
         require(bool(self.normalization), "normalization", where, allowed=allowed, given="none", remedy=remedy)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what :meth:`from_json` reads."""
+        """Returns it as JSON reads it; :mod:`dstlib.typed_json` leads back."""
         return {
             "spacing": None if self.spacing is None else list(self.spacing),
-            "normalization": [{"kind": each.kind, **vars(each)} for each in self.normalization],
+            "normalization": [asdict(each) for each in self.normalization],
             "crop": self.crop,
         }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Preparation":
-        """Reads the preparation that :meth:`to_json` wrote.
-
-        Raises:
-            StateError: The content is damaged or foreign.
-        """
-        try:
-            spacing = None if content["spacing"] is None else three(float(size) for size in content["spacing"])
-            rules = tuple(
-                NORMALIZATIONS[each["kind"]](**{name: value for name, value in each.items() if name != "kind"})
-                for each in content["normalization"]
-            )
-            return cls(spacing=spacing, normalization=rules, crop=bool(content["crop"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            allowed, remedy = "what to_json() wrote", "Restore the file, or train anew."
-            raise StateError.of("preparation", "a saved run", allowed=allowed, given=content, remedy=remedy) from error
 
 
 def prepare_image(

@@ -1,0 +1,143 @@
+"""What a run says of itself, as types: its ``config.json``, and its ``result.json``."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dstlib.errors import StateError
+from dstlib.typed_json import OPTIONAL, read_json
+from dstlib.zoo.e2enet.config import E2ENetConfig
+from dstlib.zoo.e2enet.data.cases import Shape
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
+from dstlib.zoo.e2enet.training.settings import TrainSettings
+
+CONFIG, RESULT, MODEL = "config.json", "result.json", "model.pt"
+
+_REMEDY = "Pass the folder of a run that a recipe has finished; --resume finishes one that was stopped."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord:
+    """The data of a run, without where the files lie: what settles the result."""
+
+    name: str
+    modality: Modality
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    preparation: Preparation
+    train_on: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigRecord:
+    """All that settles what a run comes to; not where files lie, nor how it is computed.
+
+    Raises:
+        StateError: The network has other channels or classes than the data.
+    """
+
+    recipe: str
+    model: str
+    width: float
+    network: E2ENetConfig
+    patches: PatchSettings
+    training: TrainSettings
+    begin_from: str | None
+    freeze_topology: bool
+    data: DataRecord
+
+    def __post_init__(self) -> None:
+        ends, data = (self.network.in_channels, self.network.num_classes), self.data
+        allowed = (len(data.channels), len(data.classes) + 1)
+        if ends != allowed or len(data.preparation.normalization) != len(data.channels):
+            remedy = "They follow the data."
+            raise StateError.of("channels and classes", "network", allowed=str(allowed), given=ends, remedy=remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations of one patch, by both conventions."""
+
+    exact: int
+    paper: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a network costs."""
+
+    params: int
+    flops: Flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a network costs, dense and, if it is, sparse."""
+
+    dense: Cost
+    sparse: Cost | None = field(default=None, metadata={OPTIONAL: True})
+
+
+Means = dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRecord:
+    """What a run came to: the scores of the held-out cases, costs, and what `predict` is to do.
+
+    - ``cases``: by case, metric or volume, and class; None where there is no value.
+    - ``model_sha256``: of ``model.pt``, to which all of it belongs; runs of before have none.
+    """
+
+    mean_dice: float | None
+    mean_nsd: float | None
+    mean_hd95: float | None
+    mean_hd: float | None
+    class_dice: Means
+    class_nsd: Means
+    class_hd95: Means
+    class_hd: Means
+    num_cases: dict[str, int]
+    num_missed: dict[str, int]
+    num_false: dict[str, int]
+    num_left_out: int
+    classes: tuple[str, ...]
+    tolerances_mm: tuple[float, ...]
+    cases: dict[str, dict[str, Means]]
+    not_scored: dict[str, str]
+    definition: str
+    cost: Costs
+    patch_size: Shape
+    postprocessing: tuple[int, ...]
+    flows: dict[str, dict[str, float]]
+    final_loss: float
+    mask_updates: tuple[dict[str, int], ...]
+    versions: dict[str, str]
+    model_sha256: str | None = field(default=None, metadata={OPTIONAL: True})
+
+
+def config_of(run: Path) -> ConfigRecord:
+    """Reads what a run is.
+
+    Raises:
+        StateError: There is no such file, or it is damaged or of something else.
+    """
+    return read_json(run / CONFIG, ConfigRecord, where=f"{CONFIG} of run {run}", remedy=_REMEDY)
+
+
+def result_of(run: Path) -> ResultRecord:
+    """Reads what a run came to.
+
+    Raises:
+        StateError: There is no such file, or it is damaged or of something else.
+    """
+    return read_json(run / RESULT, ResultRecord, where=f"{RESULT} of run {run}", remedy=_REMEDY)
+
+
+def sha256_of(file: Path) -> str:
+    """Computes the SHA-256 of a file."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
