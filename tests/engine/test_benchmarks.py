@@ -27,6 +27,7 @@ def run(name: str, *options: str) -> str:
         "gpu_e2enet.py",
         "gpu_losses.py",
         "soak.py",
+        "before_after.py",
     ],
 )
 def test_help_shows_a_command(name):
