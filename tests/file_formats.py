@@ -45,6 +45,7 @@ from dstlib.export import compact
 from dstlib.history import History
 from dstlib.integrations.nnunet_checkpoint import export_checkpoint
 from dstlib.integrations.training import HostedTraining, Settings
+from dstlib.torch_files import checksum
 from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.checkpoint import load_trained
 from dstlib.zoo.e2enet.cli import main
@@ -107,9 +108,9 @@ def digest(*things: Any) -> str:
 def prepare(folder: Path) -> None:
     """Makes, once for all scenes, a data set, a finished run of it, and one that ended within its second epoch."""
     small_runs.write_set(folder / "data")
-    small_runs.train(folder / "data", folder / "run")
+    small_runs.train(small_runs.config(folder / "data", folder / "run"))
     with patch.object(run_module, "train", _only_the_first_epoch(run_module.train)), contextlib.suppress(_EndedError):
-        small_runs.train(folder / "data", folder / "stopped")
+        small_runs.train(small_runs.config(folder / "data", folder / "stopped"))
 
 
 class _EndedError(Exception):
@@ -466,6 +467,19 @@ def printable_decisions(value: Any, sound: Any) -> str:
 # ---- saved states
 
 
+def reseal(state: Any) -> Any:
+    """Renews the checksums in a state, as someone could who means it to be another."""
+    if not isinstance(state, dict):
+        return state
+    state = {key: reseal(inner) for key, inner in state.items()}
+    if "checksum" in state:
+        # of a hosted training, the sparsifier has a checksum of its own
+        parts = {key: inner for key, inner in state.items() if key not in ("checksum", "sparsifier")}
+        with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):  # of what was saved there is none
+            state["checksum"] = checksum(parts)
+    return state
+
+
 def a_state(scene: Path, prepared: Path, *, method: str) -> None:
     """The state of a sparse training, of its model and optimizer, after some steps, as torch.save writes it."""
     model, optimizer, sparsifier, history = _training(method)
@@ -506,17 +520,20 @@ def read_state(scene: Path, *, method: str, file: str = "sparsifier.pt") -> Any:
     optimizer.load_state_dict(others["optimizer"])
     sparsifier.load_state_dict(torch.load(scene / "sparsifier.pt", weights_only=True))
     history.load_state_dict(torch.load(scene / "history.pt", weights_only=True))
+    return {**_going_on(model, optimizer, sparsifier), "history": digest(history.arrays(), str(history))}
+
+
+def _going_on(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: dstlib.Sparsifier) -> dict[str, Any]:
+    """Trains some steps more, over mask updates, and returns what came of it."""
     step = sparsifier.step
     _steps(model, optimizer, range(5, 9))
-    str(history)
-    masks = sparsifier.masks
-    params = dict(model.named_parameters())
+    masks, weights = sparsifier.masks, dict(model.named_parameters())
     return {
-        "active": {name: int(mask.sum()) for name, mask in masks.items()},
-        "outside": sum(int(params[name][~mask].count_nonzero()) for name, mask in masks.items()),
-        "types": [str(mask.dtype) for mask in masks.values()],
         "step": step,
-        "rest": digest(model.state_dict(), sparsifier.state_dict(), history.arrays()),
+        "active": {name: int(mask.sum()) for name, mask in masks.items()},
+        "outside": sum(int(weights[name][~mask].count_nonzero()) for name, mask in masks.items()),
+        "types": [str(mask.dtype) for mask in masks.values()],
+        "rest": digest(model.state_dict(), sparsifier.state_dict()),
     }
 
 
@@ -542,14 +559,7 @@ def read_hosted_state(scene: Path) -> Any:
     model.load_state_dict(torch.load(scene / "model.pt", weights_only=True))
     hosted.load_state_dict(torch.load(scene / "hosted.pt", weights_only=True), model, where="checkpoint hosted.pt")
     hosted.begin(model, optimizer, total_steps=20)
-    step = hosted.sparsifier.step
-    _steps(model, optimizer, range(5, 9))
-    masks = hosted.sparsifier.masks
-    return {
-        "active": {name: int(mask.sum()) for name, mask in masks.items()},
-        "step": step,
-        "rest": digest(model.state_dict(), hosted.sparsifier.state_dict()),
-    }
+    return _going_on(model, optimizer, hosted.sparsifier)
 
 
 def an_nnunet_checkpoint(scene: Path, prepared: Path) -> None:
@@ -585,28 +595,38 @@ def a_transformers_checkpoint(scene: Path, prepared: Path) -> None:
         )
 
 
-def find_checkpoint(scene: Path) -> Any:
-    """Finds the last whole checkpoint of transformers, and reads the masks of that of step 5."""
-    from dstlib.integrations import transformers
+def resume_transformers(scene: Path) -> Any:
+    """Continues from the last whole checkpoint of the Trainer of transformers, as its callback does."""
+    from accelerate import Accelerator
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    last = transformers.last_checkpoint(scene / "out")
-    saved = transformers._read(scene / "out" / "checkpoint-5")
-    hosted, model, _ = _hosted()
+    from dstlib.integrations.transformers import SparseTraining, last_checkpoint
+
+    model = small()
     model.load_state_dict(torch.load(scene / "model.pt", weights_only=True))
-    hosted.load_state_dict(saved, None, where="checkpoint-5")
-    transformers._count_outside(model, transformers._masks(saved))
-    return {"last": Path(str(last)).name, "rest": digest(saved)}
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    sparse = SparseTraining(sparsity=0.75, method=replace(dstlib.RIGL, interval=2), exclude="head.*")
+
+    def _inner_training_loop(resume_from_checkpoint: str) -> None:  # where the callback looks for it
+        arguments = TrainingArguments(scene / "trainer", use_cpu=True, report_to=[])
+        state = TrainerState(max_steps=20)
+        sparse.on_train_begin(arguments, state, TrainerControl(), model=model, optimizer=optimizer)
+
+    last = last_checkpoint(scene / "out")
+    _inner_training_loop(str(scene / "out" / "checkpoint-5"))
+    return {"last": Path(str(last)).name, **_going_on(model, optimizer.optimizer, sparse.sparsifier)}
 
 
 # ---- the table
 
 _JSON = (mutate_bytes, mutate_json, mutate_json)
-_RESAVED = (mutate_state, mutate_state, mutate_state, mutate_zip)  # with the right checksums
+_RESEALED = partial(mutate_state, seal=reseal)
+_RESAVED = (mutate_state, _RESEALED, mutate_zip)  # with the right checksums of the container
 _RESUMING = ("run/*", "cache/*")
 _SCANS = same("finite", "classes", "fits")
 _LAYOUTS = ("decathlon", "amos", "nnunet", "nnunet-list")
 _METHODS = ("rigl", "srigl", "snfs", "topkast")
-_CONTINUED = same("active", "step")
+_CONTINUED = same("active", "types", "outside")
 
 FORMATS = (
     Format(name="config.json", file="run/config.json", make=a_run, read=load, damage=_JSON),
@@ -768,8 +788,9 @@ FORMATS = (
             file="sparsifier.pt",
             make=partial(a_state, method=method),
             read=partial(read_state, method=method),
-            craft=(mutate_state,),
-            law=same("active", "types", "outside"),
+            damage=(mutate_state,),
+            craft=(_RESEALED,),
+            law=_CONTINUED,
         )
         for method in _METHODS
     ),
@@ -778,15 +799,17 @@ FORMATS = (
         file="history.pt",
         make=partial(a_state, method="rigl"),
         read=partial(read_state, method="rigl"),
-        craft=(mutate_state,),
-        law=same("active", "types", "outside"),
+        damage=(mutate_state,),
+        craft=(_RESEALED,),
+        law=_CONTINUED,
     ),
     Format(
         name="hosted training",
         file="hosted.pt",
         make=a_hosted_state,
         read=read_hosted_state,
-        craft=(mutate_state,),
+        damage=(mutate_state,),
+        craft=(_RESEALED,),
         law=_CONTINUED,
     ),
     Format(
@@ -803,10 +826,14 @@ FORMATS = (
             name=f"transformers {name}",
             file=f"out/checkpoint-5/{name}",
             make=a_transformers_checkpoint,
-            read=find_checkpoint,
+            read=resume_transformers,
             damage=damage,
             craft=craft,
+            law=_CONTINUED,
         )
-        for name, damage, craft in (("dstlib_state.pt", (mutate_bytes,), _RESAVED), ("trainer_state.json", (), _JSON))
+        for name, damage, craft in (
+            ("dstlib_state.pt", (mutate_bytes, mutate_state), (_RESEALED, mutate_zip)),
+            ("trainer_state.json", (), _JSON),
+        )
     ),
 )

@@ -58,13 +58,14 @@ def description(names: list[str]) -> dict[str, object]:
     }
 
 
-def config(data: Path, run: Path, *, resume: bool = False) -> RunConfig:
-    """Returns what is asked of the run."""
-    settings = DataSettings(phantoms=("hippocampus", 5), modality="mri", folder=data, cache=run.parent / "cache")
+def config(data: Path, run: Path, *, cache: Path | None = None, resume: bool = False) -> RunConfig:
+    """Returns what is asked of the run; prepared scans lie beside it unless a ``cache`` is passed."""
+    cache = run.parent / "cache" if cache is None else cache
+    settings = DataSettings(phantoms=("hippocampus", 5), modality="mri", folder=data, cache=cache)
     return RunConfig(recipe="small", preset=PRESET, data=settings, folder=run, resume=resume)
 
 
-def train(data: Path, run: Path, *, resume: bool = False) -> None:
-    """Trains, predicts and reports, without a word; prepared scans lie beside the run, in ``cache``."""
+def train(asked: RunConfig) -> None:
+    """Trains, predicts and reports, without a word."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        run_recipe(config(data, run, resume=resume))
+        run_recipe(asked)
