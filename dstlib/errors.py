@@ -60,6 +60,10 @@ class SettingError(DstlibError):
     """A setting lies outside what is allowed."""
 
 
+class InputError(SettingError, RuntimeError):
+    """A tensor does not fit the fast layer that it is given to; torch raises a ``RuntimeError`` of such."""
+
+
 class SelectionError(DstlibError):
     """The weights that were asked for cannot be made sparse, or do not exist."""
 

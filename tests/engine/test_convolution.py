@@ -5,6 +5,7 @@ Shapes: N batch, C input channels over all sources, O output channels, D, H, W d
 
 import ctypes
 import gc
+import math
 import mmap
 import os
 import subprocess
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -320,6 +321,8 @@ def test_unit_is_the_plain_one(kernel: int, stride: tuple[int, int, int], batch:
 @many
 @given(case=cases())
 def test_a_prepared_convolution_gives_the_same(case: Case):
+    voxels = math.prod(-(-extent // step) for extent, step in zip(case.size, case.stride, strict=True))
+    assume(voxels > 1)  # of one there is no instance norm
     weights, geometry = case.weights(), case.geometry()
     affine = (_random(case.outputs, seed=1), _random(case.outputs, seed=2), 1e-5)
     for seed in (1, 2):  # the second call was prepared by the first

@@ -322,7 +322,7 @@ def test_shapes_that_do_not_fit_are_named():
         materialise(FeatureMap(x, (torch.ones(1, 3), torch.ones(2, 3), 0.1)))
     with pytest.raises(SettingError, match=r"weight of conv_transpose\(\): expected \(3, 2, 1, 2, 2\)"):
         _upsample(x, None, weight, both, (1, 2, 2))
-    with pytest.raises(SettingError, match=r"pattern \(3, 2\)"):
+    with pytest.raises(SettingError, match=r"expected \(3, 3, 2, 2, 2\), by channels, pattern and stride"):
         _upsample(x, None, weight, both.transposed, (2, 2, 2))
 
 
@@ -333,11 +333,12 @@ def test_operators_keep_torchs_rules():
     weight = _random(2, 3, 2, 2, 2, seed=1).requires_grad_()
     rows = Pattern.of(_mask(3, 2, 0)).tensors[:2]
     normed = {"normed": (True,), "slopes": (0.01,)}
+    strided = transposed.ConvTransposeProblem(**normed, stride=(2, 2, 2))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for op, problem, tensors in (
-        (transposed.CONV_TRANSPOSE, transposed.ConvTransposeProblem(**normed), [x, *norm, weight, *rows, *rows]),
+        (transposed.CONV_TRANSPOSE, strided, [x, *norm, weight, *rows, *rows]),
         (pooling.MAX_POOL, pooling.MaxPoolProblem(window=(2, 2, 2), **normed), [x, *norm]),
-        (layouts.ACTIVATION, ActivationProblem(0.01), [x, *norm]),
+        (layouts.ACTIVATION, ActivationProblem(**normed), [x, *norm]),
         (layouts.TO_CHANNELS_FIRST, LayoutProblem(), [x]),
         (layouts.TO_DEPTH_LAST, LayoutProblem(), [x.contiguous()]),
         (

@@ -1,39 +1,50 @@
 """Maps whose norm and activation are still to be applied, by whoever reads them."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter
 
 from dstlib.engine.ops.feature_map import FeatureMap
-from dstlib.engine.ops.layouts import materialise
+from dstlib.engine.ops.layouts import materialise, to_channels_first, written_out
 
-_PROPERTIES = ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn", "layout")
+_PROPERTIES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad")
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
 _ABOUT |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__}  # what needs no value
+_lock = threading.RLock()  # held while values are written out: threads may read the same map
 
 
 class Pending(Tensor):
     """A map (N, C, D, H, W) on its way from one layer of the engine to the next, as the tensor that it stands for.
 
-    The engine's layers read the raw values and the norm; any other operation writes the values out first.
+    The engine's layers read the raw values and the norm. Any other operation first makes of it, and not of a copy, the
+    tensor that it stands for: the same object then has the values written out, and is a plain tensor from there on.
 
     >>> x = torch.tensor([-2.0, 1.0]).reshape(1, 1, 2, 1, 1)
     >>> z = Pending.of(FeatureMap(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5)))
-    >>> z.shape, (z + 0).flatten()
-    (torch.Size([1, 1, 2, 1, 1]), tensor([-1.5000,  3.0000]))
+    >>> type(z).__name__, z.shape
+    ('Pending', torch.Size([1, 1, 2, 1, 1]))
+    >>> z.add_(1).flatten(), type(z).__name__
+    (tensor([-0.5000,  4.0000]), 'Tensor')
     """
 
     feature_map: FeatureMap
 
     @staticmethod
-    def of(x: FeatureMap) -> "Pending":
-        """Returns the map as a tensor."""
-        pending = x.raw.as_subclass(Pending)
-        pending.feature_map = x
-        return pending
+    def of(x: FeatureMap) -> Tensor:
+        """Returns a map as the tensor that its readers see, pending where a norm is still to be applied."""
+        if not x.is_normed:
+            return x.raw
+        is_new = x.shown is None and x.tensor is not None
+        if torch.compiler.is_compiling() or (is_new and (type(x.raw) is not Tensor or x.raw.requires_grad)):
+            return to_channels_first(materialise(x))  # for a compiler, or a tensor of another kind
+        shown, x.shown = x.another() if x.shown is None else x.shown, None
+        shown.__class__ = Pending
+        shown.feature_map = x  # type: ignore[attr-defined]
+        return shown
 
     @classmethod
     def __torch_function__(
@@ -44,17 +55,42 @@ class Pending(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Writes the values out for every operation that asks for them."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _ABOUT:
-                return func(*args, **(kwargs or {}))
-            args, kwargs = tree_map(_written, (tuple(args), dict(kwargs or {})))
-            return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        if func in _ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        write_out((args, kwargs))
+        return func(*args, **kwargs)
 
 
 def feature_map(x: Tensor) -> FeatureMap:
     """Returns a map as the engine reads it: raw values and norm of what is pending, any other tensor as it is."""
-    return x.feature_map if type(x) is Pending else FeatureMap(x)
+    found: FeatureMap | None = getattr(x, "feature_map", None) if type(x) is Pending else None
+    if found is None:
+        return FeatureMap(x)
+    if torch.is_grad_enabled():
+        with torch._C.DisableTorchFunctionSubclass():
+            is_known = x.grad_fn is found.raw.grad_fn
+        if not is_known:  # a function of autograd has given the tensor out as its own, as checkpoints do
+            write_out(x)
+            return FeatureMap(x)
+    return found
 
 
-def _written(x: Any) -> Any:
-    return materialise(x.feature_map) if isinstance(x, Pending) else x
+def write_out(given: Any) -> None:
+    """Makes plain tensors of all that are pending among tensors in any containers.
+
+    Their values lie in torch's default order then, as those that the plain layer makes.
+    """
+    for x in tree_iter(given):
+        if type(x) is Pending:
+            with _lock, torch._C.DisableTorchFunctionSubclass():
+                if type(x) is Pending:  # still: another thread may have been faster
+                    _write_out(x)
+
+
+def _write_out(x: Pending) -> None:
+    with torch.inference_mode(x.is_inference()):
+        x.data = written_out(x.feature_map)
+    del x.feature_map
+    x.__class__ = Tensor  # type: ignore[assignment]

@@ -7,6 +7,7 @@ A active kernels.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -64,11 +65,48 @@ class Given(NamedTuple):
 class ConvProblem(MapProblem):
     """A convolution of maps; weight, bias, gamma, beta, patterns and shifts follow, in the backward directions dy."""
 
+    name = "conv"
     stride: tuple[int, ...]
     has_bias: bool
     is_unit: bool = False  # whether a norm follows
     eps: float = 0.0  # of that norm
     slope: float = 1.0  # behind it
+
+    @property
+    def is_read_later(self) -> bool:
+        """Whether a norm follows, which readers apply."""
+        return self.is_unit
+
+    def check(self, tensors: Tensors) -> None:
+        """Refuses maps that do not fit each other, the weight, or the norm that follows.
+
+        Raises:
+            InputError: They do not.
+        """
+        super().check(tensors)
+        maps, (weight, *per_output), shifts = tensors[: len(self.normed)], self.parameters(tensors), tensors[-1]
+        outputs, channels, *kernel = weight.shape
+        if sum(x.shape[1] for x in maps) != channels:
+            sizes = ", ".join(str(tuple(x.shape)) for x in maps)
+            raise self.refusal("maps", f"{channels} channels in all", sizes)
+        if len(kernel) not in (2, 3) or (len(kernel) == 3 and kernel[0] != 1):
+            allowed = "(O, C, kh, kw) or (O, C, 1, kh, kw)"
+            raise self.refusal("weight", allowed, f"{tuple(weight.shape)}")
+        if any(x.shape != (outputs,) for x in per_output) or len(shifts) != channels:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (*per_output, shifts))
+            raise self.refusal("bias, norm and shifts", f"({outputs},), shifts ({channels},)", shapes)
+        if self.is_unit and prod(self.output_size(maps[0], weight)[2:]) == 1:
+            size = f"one, of maps {tuple(maps[0].shape)}"
+            raise self.refusal("norm", "more than one voxel of each channel", size)
+
+    def in_one_type(self, tensors: Tensors) -> Tensors:
+        """Returns the tensors with their maps in the type of the weight."""
+        return self.in_type_of(self.parameters(tensors)[0], tensors)
+
+    def parameters(self, tensors: Tensors) -> Tensors:
+        """Returns the weight, and the bias, gamma and beta that there are."""
+        first = len(self.normed) + 2 * sum(self.normed)
+        return tensors[first : first + 1 + self.has_bias + 2 * self.is_unit]
 
     def named(self, tensors: Tensors) -> Given:
         """Returns what the tensors are."""
@@ -94,13 +132,18 @@ class ConvProblem(MapProblem):
     def result(self, outputs: Tensors) -> FeatureMap:
         """Returns the map, and as its norm the one that follows."""
         y, *statistics = outputs
-        return FeatureMap(y, (statistics[0][0], statistics[0][1], self.slope) if statistics else None)
+        found = FeatureMap(y, (statistics[0][0], statistics[0][1], self.slope) if statistics else None)
+        found.shown = statistics[1] if len(statistics) > 1 else None
+        return found
 
 
 def conv(sources: Sequence[FeatureMap], weights: Weights, geometry: Geometry) -> FeatureMap:
     """Computes the convolution of the concatenated, activated sources: (N, O, D / d, H / h, W / w), rounded up.
 
     Gradients are those of the activated sources; the weight's has zeros where no kernel is graded.
+
+    Raises:
+        InputError: The sources do not fit each other, or the weight.
 
     >>> from dstlib.engine.ops.patterns import Pattern
     >>> full = Pattern.of(torch.ones(1, 1, dtype=torch.bool))
@@ -119,6 +162,9 @@ def unit(
     """Computes the convolution; the affine instance norm and max(y, slope · y) after it are what its readers apply.
 
     ``affine`` is gamma (O), beta (O) and eps. The gradient of the result is that of the activated map.
+
+    Raises:
+        InputError: The sources do not fit each other, the weight, or the norm.
     """
     state = state_of([x.tensor for x in sources], [weights.weight], [weights.bias, *affine[:2]])
     state = state and (*state, affine[2], slope)
@@ -187,13 +233,18 @@ def _forward(name: str, form: int, accepts: Accepts) -> Implementation[ConvProbl
         alive = (packed, given.bias, given.affine, given.active, given.shifts)  # no map, and no norm of one
         return PreparedCall("convolution", _kernel(found, form), job, places, alive)
 
-    return by_prepared(name, prepare, accepts, reads=ConvProblem.reads)
+    def accepted(problem: ConvProblem, tensors: Tensors) -> bool:
+        pointed = problem.parameters(tensors)[1:]  # to read as it lies: it may change later
+        return all(x.is_contiguous() for x in pointed) and accepts(problem, tensors)
+
+    return by_prepared(name, prepare, accepted, reads=ConvProblem.reads)
 
 
 def _forward_with_torch(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
-    given, y = problem.named(tensors), _empty(problem, tensors)[0]
+    given = problem.named(tensors)
     active = _active(given.weight, given.active)
-    y.copy_(F.conv3d(_input(given), active, given.bias, problem.stride, _padding(given.weight)))
+    found = F.conv3d(_input(given), active, given.bias, problem.stride, _padding(given.weight))
+    y = empty_depth_last(found.shape, found).copy_(found)
     return [y, _statistics(y, given.affine, problem.eps)] if problem.is_unit else [y]
 
 
@@ -216,7 +267,7 @@ def _backward_input(name: str, form: int, accepts: Accepts) -> Implementation[Co
         given, grad = problem.named(tensors), to_depth_last(tensors[-1])
         packed = pack_weights(found, given.weight, given.transposed[2], form, reflected=True)
         out = empty_depth_last(given.input_size, grad)
-        still, back = torch.zeros(grad.shape[1], dtype=torch.int32), -given.shifts
+        still, back = given.shifts.new_zeros(grad.shape[1]), -given.shifts
         job = _job(problem, given.weight, given.transposed, grad.shape, out.shape)
         job.sources[0], job.out, job.weights = source(grad), target(out), packed.data_ptr()
         job.shifts, job.out_shifts = still.data_ptr(), back.data_ptr()
@@ -311,8 +362,20 @@ def _mask(pattern: Tensors, weight: Tensor) -> Tensor:
     return mask.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
 
 
+def _plain(problem: ConvProblem, tensors: Tensors) -> Tensor:
+    """Computes the convolution, or the whole unit, by torch's operations; what is not graded is zero."""
+    given = problem.named(tensors)
+    x, weight = torch.cat(problem.values(tensors), dim=1), _active(given.weight, given.graded)
+    y = F.conv3d(shifted(x, given.shifts), weight, given.bias, problem.stride, _padding(given.weight))
+    if not problem.is_unit:
+        return y
+    gamma, beta = given.affine
+    return F.leaky_relu(F.instance_norm(y, weight=gamma, bias=beta, eps=problem.eps), problem.slope)
+
+
 def _empty(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
-    y = empty_depth_last(problem.output_size(tensors[0], problem.named(tensors).weight), tensors[0])
+    weight = problem.named(tensors).weight
+    y = empty_depth_last(problem.output_size(tensors[0], weight), weight)
     return [y, y.new_empty(4, *y.shape[:2])] if problem.is_unit else [y]
 
 
@@ -361,4 +424,5 @@ CONV = Operator(
     fake=_empty,
     backward=_backward,
     keep=lambda problem, tensors, outputs: [*(outputs if problem.is_unit else []), *tensors],
+    plain=_plain,
 )

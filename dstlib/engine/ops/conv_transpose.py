@@ -17,7 +17,6 @@ from dstlib.engine.ops.patterns import Weights
 from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.errors import SettingError
 
 NUM_PATTERN = 4  # tensors: row_ptr and col_idx of the active kernels, then of the graded ones
 
@@ -25,6 +24,27 @@ NUM_PATTERN = 4  # tensors: row_ptr and col_idx of the active kernels, then of t
 @dataclass(frozen=True)
 class ConvTransposeProblem(MapProblem):
     """A transposed convolution of one map; its weight, row_ptr and col_idx of active and of graded kernels follow."""
+
+    name = "conv_transpose"
+    stride: tuple[int, ...]
+
+    def check(self, tensors: Tensors) -> None:
+        """Refuses a map that does not fit the weight, and a weight that does not fit the stride and the pattern.
+
+        Raises:
+            InputError: They do not.
+        """
+        super().check(tensors)
+        _, (weight, row_ptr, *_) = self.split(tensors)
+        if weight.shape[0] != tensors[0].shape[1]:
+            raise self.refusal("map", f"{weight.shape[0]} channels", f"{tuple(tensors[0].shape)}")
+        expected = (weight.shape[0], len(row_ptr) - 1, *self.stride)
+        if weight.shape != expected:
+            raise self.refusal("weight", f"{expected}, by channels, pattern and stride", f"{tuple(weight.shape)}")
+
+    def in_one_type(self, tensors: Tensors) -> Tensors:
+        """Returns the tensors with their map in the type of the weight."""
+        return self.in_type_of(self.split(tensors)[1][0], tensors)
 
 
 def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> FeatureMap:
@@ -34,7 +54,7 @@ def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]
     kernels are read. Its gradient has zeros where no kernel is graded; that of x is of the activated map.
 
     Raises:
-        SettingError: The norm, or the weight, is not of the shape that the map, the pattern and the stride ask for.
+        InputError: The norm, or the weight, is not of the shape that the map, the pattern and the stride ask for.
 
     >>> from dstlib.engine.ops.patterns import Pattern
     >>> one = Pattern.of(torch.tensor([[True, False]]))  # the second input is not read
@@ -47,15 +67,9 @@ def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]
 
 
 def _stated(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> tuple[ConvTransposeProblem, list[Tensor]]:
-    weight, active, channels = weights.weight, weights.active, x.raw.shape[1]
-    expected = (channels, active.size[0], *stride)
-    if weight.shape != expected or active.size[1] != channels:
-        given = f"{tuple(weight.shape)}, pattern {active.size}"
-        remedy = "A pattern is (O, C), the weight is that of an nn.ConvTranspose3d."
-        raise SettingError.of("weight", "conv_transpose()", allowed=f"{expected}", given=given, remedy=remedy)
     tensors, normed, slopes = flat([x])
-    patterns = [*active.tensors[:2], *weights.graded.tensors[:2]]
-    return ConvTransposeProblem(normed, slopes), [*tensors, weight, *patterns]
+    patterns = [*weights.active.tensors[:2], *weights.graded.tensors[:2]]
+    return ConvTransposeProblem(normed, slopes, stride), [*tensors, weights.weight, *patterns]
 
 
 def _prepare(found: Kernels, problem: ConvTransposeProblem, maps: list[FeatureMap], tensors: Tensors) -> PreparedCall:
@@ -70,7 +84,12 @@ def _prepare(found: Kernels, problem: ConvTransposeProblem, maps: list[FeatureMa
 def _with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
     (x,), (weight, row_ptr, col_idx, *_) = problem.split(tensors)
     y = F.conv_transpose3d(x.activated(), _active(weight, row_ptr, col_idx), stride=tuple(weight.shape[2:]))
-    return [_empty(problem, tensors)[0].copy_(y)]
+    return [empty_depth_last(y.shape, y).copy_(y)]
+
+
+def _plain(problem: ConvTransposeProblem, tensors: Tensors) -> Tensor:
+    (x,), (_, (weight, _, _, *graded)) = problem.values(tensors), problem.split(tensors)
+    return F.conv_transpose3d(x, _active(weight, *graded), stride=problem.stride)
 
 
 def _backward_input(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
@@ -166,4 +185,5 @@ CONV_TRANSPOSE = Operator(
     fake=_empty,
     backward=_backward,
     keep=lambda problem, tensors, outputs: list(tensors),
+    plain=_plain,
 )

@@ -8,14 +8,15 @@ Torch's own operations give the same results on such a map as on any other.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.ops.operator import Problem, Tensors
+from dstlib.engine.ops.operator import Problem, Tensors, placed
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.memory import buffer
-from dstlib.errors import SettingError
+from dstlib.errors import InputError
 
 PAGE, PADDING = 1024, 32  # numbers
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
@@ -52,6 +53,7 @@ class FeatureMap:
     """
 
     memory: Tensor  # in which a map whose addresses are known lies
+    shown: Tensor | None = None  # what autograd takes for this map besides its raw values
     _statistics: int  # numbers from there to its norm
 
     def __init__(self, raw: Tensor, norm: Norm | None = None) -> None:
@@ -80,8 +82,7 @@ class FeatureMap:
     def raw(self) -> Tensor:
         """The values before the norm."""
         if self.tensor is None:
-            assert self.layout is not None
-            self.tensor = self.memory.as_strided(self.layout.size, self.layout.strides)
+            self.tensor = self.another()
         return self.tensor
 
     @property
@@ -89,9 +90,20 @@ class FeatureMap:
         """The norm to apply while reading, or None."""
         if self._norm is None and self.layout is not None and self.layout.slope is not None:
             n, c, *_ = self.layout.size
-            scale, offset = self.memory.as_strided((2, n, c), (n * c, c, 1), self._statistics).unbind()
+            scale, offset = placed(self.memory, (2, n, c), (n * c, c, 1), self._statistics).unbind()
             self._norm = scale, offset, self.layout.slope
         return self._norm
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether there is a norm to apply."""
+        return self._norm is not None or (self.layout is not None and self.layout.slope is not None)
+
+    def another(self) -> Tensor:
+        """Returns another tensor on the memory of the raw values, which nobody records."""
+        if self.layout is None:
+            return placed(self.raw.detach())
+        return placed(self.memory, self.layout.size, self.layout.strides)
 
     def __iter__(self) -> Iterator[Tensor | Norm | None]:
         return iter((self.raw, self.norm))
@@ -121,7 +133,7 @@ def empty_depth_last(size: Sequence[int], like: Tensor) -> Tensor:
     num, strides = depth_last(size)
     reusable = like.dtype == torch.float32 and type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
     memory = buffer(num) if reusable else like.new_empty(num)
-    return memory.as_strided(size, strides)
+    return memory.as_strided_(tuple(size), strides)  # itself, no view: see placed()
 
 
 def depth_last(size: Sequence[int]) -> tuple[int, tuple[int, ...]]:
@@ -170,7 +182,7 @@ def flat(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], tuple[bool, ...], tu
     """Returns maps as operators take them: tensors, which maps have a norm, and the slopes, see :class:`MapProblem`.
 
     Raises:
-        SettingError: A norm is not of its map's shape.
+        InputError: A norm is not of its map's shape.
     """
     tensors, slopes = [each.raw for each in maps], []
     for each in maps:
@@ -181,7 +193,7 @@ def flat(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], tuple[bool, ...], tu
         if not scale.shape == offset.shape == channels:
             given = f"scale {tuple(scale.shape)}, offset {tuple(offset.shape)}"
             allowed, remedy = f"both (N, C) = {tuple(channels)}", "Each channel of each sample has its own."
-            raise SettingError.of("norm", "a map", allowed=allowed, given=given, remedy=remedy)
+            raise InputError.of("norm", "a map", allowed=allowed, given=given, remedy=remedy)
         tensors += [scale.contiguous(), offset.contiguous()]
         slopes.append(slope)
     return tensors, tuple(each.norm is not None for each in maps), tuple(slopes)
@@ -191,6 +203,7 @@ def flat(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], tuple[bool, ...], tu
 class MapProblem(Problem):
     """A problem whose tensors begin with feature maps, then the scale and the offset of each that has a norm."""
 
+    name: ClassVar[str]  # of the operation, for messages
     normed: tuple[bool, ...]  # which maps have a norm to apply
     slopes: tuple[float, ...]  # of each map
 
@@ -204,6 +217,33 @@ class MapProblem(Problem):
     def result(self, outputs: Tensors) -> FeatureMap:
         """Returns the map that the operator has computed."""
         return FeatureMap(outputs[0])
+
+    def check(self, tensors: Tensors) -> None:
+        """Refuses maps that do not have five axes, or differ in more than their channels.
+
+        Raises:
+            InputError: They do.
+        """
+        maps = tensors[: len(self.normed)]
+        n, _, *extents = maps[0].shape if maps[0].ndim == 5 else (0, 0)
+        if any(x.ndim != 5 or x.shape[0] != n or list(x.shape[2:]) != extents for x in maps):
+            allowed = "(N, C, D, H, W)" if len(maps) == 1 else "(N, C, D, H, W) that agree but for C"
+            raise self.refusal("maps", allowed, ", ".join(str(tuple(x.shape)) for x in maps))
+
+    def refusal(self, what: str, allowed: str, given: str) -> InputError:
+        """Returns the error of something that does not fit."""
+        remedy = "Pass what the plain layer takes."
+        return InputError.of(what, f"{self.name}()", allowed=allowed, given=given, remedy=remedy)
+
+    def values(self, tensors: Tensors) -> list[Tensor]:
+        """Computes with torch what readers of the maps see, whose gradients are those of the raw values."""
+        maps, _ = self.split(tensors)
+        return [x.raw if x.norm is None else activated(x.raw.detach(), x.norm) + (x.raw - x.raw.detach()) for x in maps]
+
+    def in_type_of(self, weight: Tensor, tensors: Tensors) -> Tensors:
+        """Returns the tensors with their maps, and the norms of these, in the type of a weight."""
+        num = len(self.normed) + 2 * sum(self.normed)
+        return [*(x.to(weight.dtype) for x in tensors[:num]), *tensors[num:]]
 
 
 def activated(x: Tensor, norm: Norm | None) -> Tensor:

@@ -49,7 +49,7 @@ def instance_norm_backward(
 def _by_kernel(found: Kernels, problem: InstanceNormProblem, tensors: Tensors) -> list[Tensor]:
     """Computes the gradient of y, and (N, C, 2) in float64: sums over the voxels of g and of g · ŷ."""
     raw, *per_channel, gamma, grad = tensors
-    scale, offset, mean, rstd = (x.contiguous() for x in per_channel)
+    scale, offset, mean, rstd, gamma = (x.contiguous() for x in (*per_channel, gamma))
     y, dz, out = to_depth_last(raw), to_depth_last(grad), empty_depth_last(raw.shape, raw)
     sums = y.new_empty(*y.shape[:2], 2, dtype=torch.float64)
     call = structs.InstanceNormBackward(

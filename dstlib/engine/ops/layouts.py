@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dstlib.engine.ops.feature_map import FeatureMap, activated, empty_depth_last, flat, source, target
+from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, activated, empty_depth_last, flat, source, target
 from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by_torch
 from dstlib.engine.runtime.library import Kernels, check
 from dstlib.engine.runtime.memory import buffer
@@ -16,15 +16,19 @@ from dstlib.engine.runtime.structs import Activation, Reorder
 
 
 @dataclass(frozen=True)
-class LayoutProblem(Problem):
+class LayoutProblem(MapProblem):
     """A map written in another order; there is but one way to."""
+
+    name = "to_depth_last"
+    normed: tuple[bool, ...] = (False,)
+    slopes: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
-class ActivationProblem(Problem):
+class ActivationProblem(MapProblem):
     """A map, its scale and its offset, written with the norm and a leaky ReLU of this slope applied."""
 
-    slope: float
+    name = "materialise"
 
 
 def to_depth_last(x: Tensor) -> Tensor:
@@ -56,8 +60,21 @@ def materialise(x: FeatureMap) -> Tensor:
     >>> materialise(FeatureMap(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5))).flatten()
     tensor([-1.5000,  3.0000])
     """
-    tensors, (is_normed,), (slope,) = flat([x])
-    return ACTIVATION(ActivationProblem(slope), tensors)[0] if is_normed else to_depth_last(x.raw)
+    tensors, normed, slopes = flat([x])
+    return ACTIVATION(ActivationProblem(normed, slopes), tensors)[0] if any(normed) else to_depth_last(x.raw)
+
+
+def written_out(x: FeatureMap) -> Tensor:
+    """Writes out what readers of a map see in torch's default order, for a new tensor that nobody records.
+
+    >>> x = torch.tensor([-2.0, 1.0]).reshape(1, 1, 2, 1, 1)
+    >>> written_out(FeatureMap(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5))).is_contiguous()
+    True
+    """
+    with torch.no_grad(), torch._C._DisableFuncTorch():
+        tensors, normed, slopes = flat([x])
+        y = ACTIVATION.compute(ActivationProblem(normed, slopes), tensors)[0] if any(normed) else x.raw
+        return TO_CHANNELS_FIRST.compute(LayoutProblem(), [y])[0]
 
 
 def _to_depth_last(found: Kernels, problem: LayoutProblem, tensors: Tensors) -> list[Tensor]:
@@ -67,7 +84,7 @@ def _to_depth_last(found: Kernels, problem: LayoutProblem, tensors: Tensors) -> 
 
 
 def _to_channels_first(found: Kernels, problem: LayoutProblem, tensors: Tensors) -> list[Tensor]:
-    x, out = tensors[0], buffer(tensors[0].numel()).view(tensors[0].shape)
+    x, out = tensors[0], buffer(tensors[0].numel()).resize_(tensors[0].shape)  # itself, no view: see placed()
     check(found.reorder_to_channels_first(_reorder(x, out), torch.get_num_threads()), "to_channels_first()")
     return [out]
 
@@ -76,9 +93,14 @@ def _activation(found: Kernels, problem: ActivationProblem, tensors: Tensors) ->
     raw, scale, offset = tensors
     x = to_depth_last(raw)
     out = empty_depth_last(x.shape, x)
-    call = Activation(source(x, (scale, offset, problem.slope)), target(out), (len(x), *x.shape[2:]))
+    call = Activation(source(x, (scale, offset, problem.slopes[0])), target(out), (len(x), *x.shape[2:]))
     check(found.activation_forward(call, torch.get_num_threads()), "materialise()")
     return [out]
+
+
+def _activation_with_torch(problem: ActivationProblem, tensors: Tensors) -> list[Tensor]:
+    (raw, scale, offset), (slope,) = tensors, problem.slopes
+    return [_depth_last(problem, tensors)[0].copy_(activated(raw, (scale, offset, slope)))]
 
 
 def _reorder(x: Tensor, out: Tensor) -> Reorder:
@@ -93,8 +115,12 @@ def _channels_first(problem: Problem, tensors: Tensors) -> list[Tensor]:
     return [torch.empty_like(tensors[0], memory_format=torch.contiguous_format)]
 
 
-def _pass_on(problem: Problem, kept: Tensors, grads: Tensors, wanted: object) -> list[Tensor]:
-    return list(grads)
+def _back_to_depth_last(problem: Problem, kept: Tensors, grads: Tensors, wanted: object) -> list[Tensor]:
+    return [to_depth_last(grads[0])]
+
+
+def _back_to_channels_first(problem: Problem, kept: Tensors, grads: Tensors, wanted: object) -> list[Tensor]:
+    return [to_channels_first(grads[0])]
 
 
 TO_DEPTH_LAST = Operator(
@@ -105,7 +131,8 @@ TO_DEPTH_LAST = Operator(
         by_torch(lambda problem, x: [_depth_last(problem, x)[0].copy_(x[0])]),
     ),
     _depth_last,
-    _pass_on,
+    _back_to_channels_first,
+    plain=lambda problem, x: x[0],
 )
 TO_CHANNELS_FIRST = Operator(
     "to_channels_first",
@@ -115,15 +142,17 @@ TO_CHANNELS_FIRST = Operator(
         by_torch(lambda problem, x: [_channels_first(problem, x)[0].copy_(x[0])]),
     ),
     _channels_first,
-    _pass_on,
+    _back_to_depth_last,
+    plain=lambda problem, x: x[0].contiguous(),
 )
 ACTIVATION = Operator(
     "activation",
     ActivationProblem,
     (
         by_kernel("direct", _activation),
-        by_torch(lambda problem, x: [_depth_last(problem, x)[0].copy_(activated(x[0], (x[1], x[2], problem.slope)))]),
+        by_torch(_activation_with_torch),
     ),
     _depth_last,
-    _pass_on,
+    _back_to_depth_last,
+    plain=lambda problem, x: problem.values(x)[0],
 )

@@ -16,7 +16,7 @@ from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by
 from dstlib.engine.ops.prepared import PreparedCalls, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
-from dstlib.errors import SettingError
+from dstlib.errors import InputError
 
 NUM_PATTERN = 4  # tensors: col_idx, index, segments, part_ptr
 
@@ -31,6 +31,21 @@ class LinearProblem(Problem):
     outputs: int
     has_bias: bool = False
     dense_gradient: bool = False
+
+    def check(self, tensors: Tensors) -> None:
+        """Refuses a bias that is not one number per output.
+
+        Raises:
+            InputError: It is not.
+        """
+        bias = self.bias(tensors)
+        if bias is not None and bias.shape != (self.outputs,):
+            given, remedy = f"{tuple(bias.shape)}", "Pass what the dense layer has."
+            raise InputError.of("bias", "sparse_linear()", allowed=f"({self.outputs},)", given=given, remedy=remedy)
+
+    def in_one_type(self, tensors: Tensors) -> Tensors:
+        """Returns the tensors with x in the type of the weights."""
+        return [tensors[0].to(tensors[1].dtype), *tensors[1:]]
 
     def bias(self, tensors: Tensors) -> Tensor | None:
         """Returns the bias."""
@@ -57,7 +72,7 @@ def sparse_linear(
     ``calls`` (of this pattern) the active weights are gathered once while they stay as they are.
 
     Raises:
-        SettingError: x has not I features.
+        InputError: x has not I features.
 
     >>> pattern = LinearPattern.of(torch.tensor([[True, False], [True, True]]))
     >>> sparse_linear(torch.tensor([1.0, 10.0]), torch.ones(2, 2), None, pattern)
@@ -66,10 +81,7 @@ def sparse_linear(
     outputs, inputs = pattern.size
     if x.shape[-1:] != (inputs,):
         given, remedy = f"the shape {tuple(x.shape)}", "Pass what the dense layer takes."
-        raise SettingError.of("x", "sparse_linear()", allowed=f"(..., {inputs})", given=given, remedy=remedy)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return sparse_linear(x.to(weight.dtype), weight, bias, pattern, dense_gradient=dense_gradient)
+        raise InputError.of("x", "sparse_linear()", allowed=f"(..., {inputs})", given=given, remedy=remedy)
     samples = x.shape[:-1]
     x_NI = x.reshape(samples.numel(), inputs)
     state = None if calls is None else state_of([x], [weight], [bias])
@@ -130,12 +142,21 @@ def _backward_weights_with_torch(problem: LinearProblem, tensors: Tensors) -> li
     return [found.view(grad.shape[1], x.shape[1])]
 
 
+def _plain(problem: LinearProblem, tensors: Tensors) -> Tensor:
+    x, weight = tensors[:2]
+    if not problem.dense_gradient:
+        mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        mask[problem.pattern(tensors)[1].to(weight.device)] = True
+        weight = torch.where(mask.view(weight.shape), weight, 0)
+    return F.linear(x, weight, problem.bias(tensors))
+
+
 def _keep(problem: LinearProblem, tensors: Tensors, outputs: Tensors) -> list[Tensor]:
-    return [tensors[0], outputs[1], *tensors[2 + problem.has_bias :]]
+    return [outputs[1], *tensors]
 
 
 def _backward(problem: LinearProblem, kept: Tensors, grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
-    (x,), (values,), pattern, transposed = groups(kept, 1, 1, NUM_PATTERN)
+    (values,), (x,), _, pattern, transposed = groups(kept, 1, 1, 1 + problem.has_bias, NUM_PATTERN)
     grad = grads[0]
     found: list[Tensor | None] = [None] * (2 + problem.has_bias)
     if wanted[0]:
@@ -143,7 +164,7 @@ def _backward(problem: LinearProblem, kept: Tensors, grads: Tensors, wanted: Seq
     if wanted[1] and problem.dense_gradient:
         found[1] = grad.t() @ x
     elif wanted[1]:
-        found[1] = LINEAR_BACKWARD_WEIGHTS(problem, [grad, x, *pattern])[0]
+        found[1] = LINEAR_BACKWARD_WEIGHTS(LinearProblem(problem.outputs), [grad, x, *pattern])[0]
     if problem.has_bias and wanted[2]:
         found[2] = grad.sum(0)
     return found
@@ -203,4 +224,4 @@ LINEAR_BACKWARD_WEIGHTS = Operator(
     ),
     fake=lambda problem, tensors: [tensors[1].new_empty(tensors[0].shape[1], tensors[1].shape[1])],
 )
-LINEAR = Operator("sparse_linear", LinearProblem, _MULTIPLY, fake=_empty, backward=_backward, keep=_keep)
+LINEAR = Operator("sparse_linear", LinearProblem, _MULTIPLY, fake=_empty, backward=_backward, keep=_keep, plain=_plain)

@@ -22,7 +22,19 @@ from dstlib.engine.runtime.library import Kernels, check
 class MaxPoolProblem(MapProblem):
     """A max-pooling over windows (d, h, w) of one map."""
 
+    name = "max_pool"
     window: tuple[int, ...]
+
+    def check(self, tensors: Tensors) -> None:
+        """Refuses a map that is smaller than a window.
+
+        Raises:
+            InputError: It is, or has not five axes.
+        """
+        super().check(tensors)
+        if any(extent < step for extent, step in zip(tensors[0].shape[2:], self.window, strict=True)):
+            allowed, given = f"extents of {self.window} at least", f"{tuple(tensors[0].shape)}"
+            raise self.refusal("map", allowed, given)
 
     def output_size(self, x: Tensor) -> tuple[int, ...]:
         """Returns (N, C, D // d, H // h, W // w)."""
@@ -34,6 +46,9 @@ def max_pool(x: FeatureMap, window: tuple[int, int, int]) -> FeatureMap:
 
     As torch's max-pooling with stride = window: what is left at the end of an axis is in no window, a NaN stays, and
     of equal values the first has the gradient. That is the gradient of the activated map.
+
+    Raises:
+        InputError: The map is smaller than a window.
 
     >>> x = torch.arange(8.0).reshape(1, 1, 2, 2, 2)
     >>> max_pool(FeatureMap(x), (2, 2, 1)).raw.flatten()
@@ -101,4 +116,5 @@ MAX_POOL = Operator(
     fake=_empty,
     backward=lambda problem, kept, grads, wanted: MAX_POOL_BACKWARD(problem, [*kept, grads[0]]),
     keep=lambda problem, tensors, outputs: list(tensors),
+    plain=lambda problem, tensors: F.max_pool3d(problem.values(tensors)[0], problem.window),
 )

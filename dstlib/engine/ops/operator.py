@@ -1,6 +1,7 @@
 """Operators: what is to be computed as a value, tensors, and the ways to compute it; recorded by whoever asks to.
 
-The value of a map with a norm is, for autograd, what its readers see: gradients are those of the activated map.
+The value of a map with a norm is, for autograd, what its readers see: gradients are those of the activated map. Those
+handed on lie in the order in which what they belong to lies: a few of torch's own gradients misread others.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +12,10 @@ from typing import Any, Generic, Self, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from dstlib.engine.runtime.library import Kernels, kernels
+from dstlib.errors import InputError
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
 
@@ -32,6 +34,22 @@ class Problem:
     >>> Scaling((0.5, 2.0)).packed(), Scaling.unpacked([2.0, 2.0, 0.5, 2.0, 0.0])
     ([2.0, 2.0, 0.5, 2.0, 0.0], Scaling(factors=(0.5, 2.0), twice=False))
     """
+
+    @property
+    def is_read_later(self) -> bool:
+        """Whether the first tensor that is made is not yet what its readers see."""
+        return False
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Refuses tensors whose memory must not be touched, since they do not fit together.
+
+        Raises:
+            InputError: They do not.
+        """
+
+    def in_one_type(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the tensors in the type in which the operation computes under autocast."""
+        return tensors
 
     def packed(self) -> list[float]:
         """Returns the number of fields and the fields as numbers, as ``torch.library`` takes them."""
@@ -112,7 +130,11 @@ class Operator(Generic[P]):
     ``fake`` takes a problem and tensors as an implementation does, and makes empty tensors alike. ``keep`` says, of
     problem, tensors and outputs, which tensors the gradients need. ``backward`` makes of problem, these, the gradients
     of the outputs and which gradients are wanted those of the tensors, None for one that has none, and nothing for the
-    last ones that have none; it is made of operators itself, and not differentiated again.
+    last ones that have none; it is made of operators itself.
+
+    ``plain`` computes with torch alone what readers of the first output see, for whoever follows each of torch's
+    operations: ``torch.func``, derivatives in forward mode, and gradients of gradients. Then what is kept ends with all
+    tensors, or nothing is kept and ``backward`` is made of what can be differentiated. Without it, these are refused.
 
     >>> double = Operator(
     ...     "doctest_double", Problem, (by_torch(lambda problem, tensors: [2 * x for x in tensors]),),
@@ -133,38 +155,60 @@ class Operator(Generic[P]):
         fake: Callable[[P, Tensors], list[Tensor]],
         backward: Callable[[P, Tensors, Tensors, Sequence[bool]], Sequence[Tensor | None]] | None = None,
         keep: Callable[[P, Tensors, Tensors], list[Tensor]] = lambda problem, tensors, outputs: [],
+        plain: Callable[[P, Tensors], Tensor] | None = None,
     ) -> None:
-        self.implementations = tuple(implementations)
-        self.backward, self.keep = backward, keep
+        self.name, self.implementations = name, tuple(implementations)
+        self.backward, self.keep, self.plain = backward, keep, plain
         unpacked = problem.unpacked
         definition = torch.library.custom_op(
             f"dstlib::{name}",
-            lambda tensors, problem: self.compute(unpacked(problem), tensors),
+            lambda tensors, problem: self.compute(unpacked(problem), [x.as_subclass(Tensor) for x in tensors]),
             mutates_args=(),
             schema="(Tensor[] tensors, float[] problem) -> Tensor[]",
         )
-        definition.register_fake(lambda tensors, problem: fake(unpacked(problem), tensors))
+        definition.register_fake(lambda tensors, problem: self._fake(fake, unpacked(problem), tensors))
         self.registered = getattr(torch.ops.dstlib, name)
         if backward:
             definition.register_autograd(self._backward, setup_context=self._keep)
         self._unpacked = unpacked
 
     def __call__(self, problem: P, tensors: Tensors) -> Sequence[Tensor]:
+        x = tensors[0]
+        if (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled(kind := x.device.type):
+            with torch.autocast(kind, enabled=False):
+                return self(problem, problem.in_one_type(tensors))
         if not is_recorded(*tensors):
             return self.compute(problem, tensors)
-        stands_in = torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in tensors)  # for a compiler
-        if self.backward is None or stands_in:
+        if torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in tensors):  # stands in for a compiler
             outputs: Sequence[Tensor] = self.registered(list(tensors), problem.packed())
             return outputs
+        if is_followed():
+            if self.plain is None:
+                raise self._refusal("torch.func and derivatives in forward mode")
+            self._check(problem, tensors)
+            return [self.plain(problem, tensors)]
+        if self.backward is None:
+            raise self._refusal("gradients of gradients")
         recorded: Sequence[Tensor] = _Recorded.apply(self, problem, *tensors)
         return recorded
 
     def compute(self, problem: P, tensors: Tensors) -> list[Tensor]:
-        """Computes with the first implementation that accepts; nobody records it."""
+        """Computes with the first implementation that accepts; nobody records it.
+
+        Raises:
+            InputError: The tensors do not fit together.
+        """
         return self.choose(problem, tensors).run(problem, tensors)
 
     def choose(self, problem: P, tensors: Tensors) -> Implementation[P]:
-        """Returns the first implementation that accepts."""
+        """Returns the first implementation that accepts: every way to memory leads through here.
+
+        What the backward directions are given is what the forward one was, and a gradient that autograd has looked at.
+
+        Raises:
+            InputError: The tensors do not fit together.
+        """
+        self._check(problem, tensors)
         return next(each for each in self.implementations if each.accepts(problem, tensors))
 
     def prepare(self, problem: P, tensors: Tensors) -> Any:
@@ -182,8 +226,33 @@ class Operator(Generic[P]):
     def gradients(self, ctx: Any, grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Computes the gradient of each tensor, None for one that has none."""
         assert self.backward is not None
-        found = self.backward(ctx.problem, ctx.saved_tensors, grads, wanted)
+        kept = ctx.saved_tensors
+        if torch.is_grad_enabled() and self.plain is not None and kept:
+            return self._graded_again(ctx.problem, kept[len(kept) - len(wanted) :], grads[0], wanted)
+        found = self.backward(ctx.problem, kept, grads, wanted)
         return [*found, *[None] * (len(wanted) - len(found))]
+
+    def _graded_again(self, problem: P, tensors: Tensors, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Computes the gradients by torch's operations, which autograd differentiates as often as anyone likes."""
+        # seen anew, since one tensor may have been made of another
+        tensors = [x.view_as(x) if wants else x for x, wants in zip(tensors, wanted, strict=True)]
+        assert self.plain is not None
+        asked = [x for x, wants in zip(tensors, wanted, strict=True) if wants]
+        y = self.plain(problem, tensors)
+        found = iter(torch.autograd.grad(y, asked, grad, create_graph=True, allow_unused=True))
+        return [next(found) if wants else None for wants in wanted]
+
+    def _fake(self, fake: Callable[[P, Tensors], list[Tensor]], problem: P, tensors: Tensors) -> list[Tensor]:
+        self._check(problem, tensors)
+        return fake(problem, tensors)
+
+    def _check(self, problem: P, tensors: Tensors) -> None:
+        if self.backward is not None:
+            problem.check(tensors)
+
+    def _refusal(self, given: str) -> InputError:
+        remedy = "Ask the plain model for these."
+        return InputError.of("derivative", f"{self.name}()", allowed="gradients, once", given=given, remedy=remedy)
 
 
 class _Recorded(torch.autograd.Function):
@@ -194,16 +263,54 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator[Any], problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the outputs, and of one that is read later a second tensor on its memory, for others to change."""
         outputs = operator.compute(problem, tensors)
         ctx.operator, ctx.problem = operator, problem
+        ctx.strides = [
+            x.stride() if wants else None for x, wants in zip(tensors, ctx.needs_input_grad[2:], strict=True)
+        ]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(*operator.keep(problem, tensors, outputs))
-        return tuple(outputs)
+        return (*outputs, placed(outputs[0])) if problem.is_read_later else tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.operator.gradients(ctx, grads, ctx.needs_input_grad[2:])
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * (2 + len(ctx.strides))
+        found = ctx.operator.gradients(ctx, [sum(given[1:], given[0])], ctx.needs_input_grad[2:])
+        return None, None, *map(_in_order, found, ctx.strides)
+
+
+def placed(
+    x: Tensor, size: Sequence[int] | None = None, strides: Sequence[int] | None = None, first: int = 0
+) -> Tensor:
+    """Returns another tensor on the memory of x, like x unless said otherwise, and no view of it to autograd.
+
+    Views that are made inside of a function of autograd, or without gradients, cannot be changed in place later.
+
+    >>> x = torch.zeros(2)
+    >>> y = placed(x).fill_(1)
+    >>> x, y._is_view()
+    (tensor([1., 1.]), False)
+    """
+    place = x.storage_offset() + first
+    size, strides = x.shape if size is None else size, x.stride() if strides is None else strides
+    return x.new_empty(0).set_(x.untyped_storage(), place, size, strides)
+
+
+def _in_order(grad: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+    """Returns a gradient whose axes lie in memory in the order of these strides."""
+    if grad is None or strides is None or (own := grad.stride()) == strides:
+        return grad
+    if own[1:] == strides[1:] and grad.shape[0] == 1:
+        return grad
+    order = sorted((axis for axis, extent in enumerate(grad.shape) if extent > 1), key=strides.__getitem__)
+    if order == sorted(order, key=own.__getitem__):
+        return grad
+    axes = [axis for axis in range(grad.ndim) if axis not in order] + order[::-1]
+    return grad.permute(axes).contiguous().permute([axes.index(axis) for axis in range(grad.ndim)])
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -217,7 +324,13 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     for x in tensors:  # a loop: this is asked before each call of a kernel
         if type(x) not in _PLAIN or (records and x is not None and x.requires_grad):
             return True
-    return torch.compiler.is_dynamo_compiling()  # other compilers' tensors are of other types
+    return torch.compiler.is_dynamo_compiling() or is_followed()  # other compilers' tensors are of other types
+
+
+def is_followed() -> bool:
+    """Tells whether ``torch.func`` or a derivative in forward mode follows each operation."""
+    followed: bool = torch._C._are_functorch_transforms_active()
+    return followed or forward_ad._current_level >= 0
 
 
 def present_kernels() -> Kernels:
@@ -239,12 +352,20 @@ def groups(given: Sequence[Item], *sizes: int) -> list[Sequence[Item]]:
 def kernels_for(*tensors: Tensor | None) -> Kernels | None:
     """Returns the kernels, where there are any and they can read these tensors; None where torch has to do.
 
-    That is for another type, another device, and where there is nothing to compute.
+    That is for another type, another device, what is negated when it is read, and where there is nothing to compute.
 
     >>> kernels_for(torch.zeros(1, dtype=torch.float64)) is None
     True
     """
     found = kernels()
     given = [x for x in tensors if x is not None]
-    readable = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in given)
-    return found if readable else None
+    return found if all(map(is_readable, given)) else None
+
+
+def is_readable(x: Tensor) -> bool:
+    """Tells whether a kernel can read the numbers of a tensor.
+
+    >>> is_readable(torch.zeros(2)), is_readable(torch.zeros(2, dtype=torch.complex64).conj().imag)
+    (True, False)
+    """
+    return x.dtype == torch.float32 and x.is_cpu and x.numel() > 0 and not x.is_neg()

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from dstlib.engine.ops import operator
 from dstlib.engine.ops.feature_map import FeatureMap, Layout, MapProblem, depth_last, plane_strides
 from dstlib.engine.ops.layouts import to_depth_last
-from dstlib.engine.ops.operator import Implementation, Operator, Tensors, by_kernel, is_recorded, present_kernels
+from dstlib.engine.ops.operator import (
+    Implementation,
+    Operator,
+    Tensors,
+    by_kernel,
+    is_readable,
+    is_recorded,
+    placed,
+    present_kernels,
+)
 from dstlib.engine.runtime.library import Kernels, check
 from dstlib.engine.runtime.memory import buffer
 from dstlib.engine.runtime.structs import InstanceNorm, Source, Target
@@ -80,7 +89,7 @@ class PreparedCall:
             return [out.raw]
         n, c, *_ = self._out.size
         # on memory of its own, as operators return it
-        return [out.raw, out.memory.as_strided((4, n, c), (n * c, c, 1), self._map).clone()]
+        return [out.raw, placed(out.memory, (4, n, c), (n * c, c, 1), self._map).clone()]
 
 
 M = TypeVar("M", bound=MapProblem)
@@ -184,7 +193,7 @@ def locate(x: FeatureMap) -> bool:
     if x.layout is not None:
         return True
     raw = x.raw
-    if type(raw) not in (Tensor, nn.Parameter) or raw.dtype != torch.float32 or not raw.is_cpu or not raw.numel():
+    if type(raw) not in (Tensor, nn.Parameter) or not is_readable(raw) or raw.ndim != 5:
         return False
     x.tensor = to_depth_last(raw)
     x.locate()

@@ -48,7 +48,7 @@ def buffer(num: int) -> Tensor:
     """
     size = -(-4 * num // GRAIN) * GRAIN
     if size < SMALLEST:
-        return torch.empty(num)
+        return torch.empty(num, dtype=torch.float32, device="cpu")  # whatever the defaults are
     with _lock:
         block = _take(size)
         _bytes["used"] += size
