@@ -190,9 +190,10 @@ def _heat(
 
 
 def _short(name: str) -> str:
-    """Shortens a layer's name: without ".weight", and without its middle if it is long."""
+    """Shortens a layer's name: without ".weight", and without its middle if it is long; a dollar stays one."""
     name = name.removesuffix(".weight") or name
-    return name if len(name) <= 36 else f"{name[:14]}…{name[-21:]}"
+    name = name if len(name) <= 36 else f"{name[:14]}…{name[-21:]}"
+    return name.replace("$", r"\$")
 
 
 def _mark_last(axes: "Axes", x: float, y: float, *, colour: str = INK) -> None:

@@ -49,6 +49,13 @@ def test_every_share_can_be_drawn_also_before_the_first_update(share, history, t
     assert names == [str(i) for i in range(0, 70, 2)], "of many layers every second has its name"
 
 
+def test_a_dollar_in_a_name_is_no_formula(tmp_path):
+    model = nn.ModuleDict({r"$\frac$": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    fresh = History(dstlib.sparsify(model, sparsity=0.5, method="set", total_steps=400))
+    plot.layers(fresh, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists()
+
+
 def test_figures_without_an_update_can_be_drawn(tmp_path):
     fresh = History(dstlib.sparsify(small(), sparsity=0.5, method="static"))
     plot.exchange(fresh, tmp_path / "exchange.svg")

@@ -4,12 +4,14 @@ import json
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError
 from dstlib.files import write_whole
+from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS, TUMOUR_CLASSES
@@ -17,6 +19,7 @@ from dstlib.zoo.e2enet.data.layouts.detect import folder_cases, read_manifest
 from dstlib.zoo.e2enet.data.layouts.files import path_fault
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.names import MAX_BYTES, file_name_fault, name_fault, one_file
+from dstlib.zoo.e2enet.evaluation.figures import slice_comparison
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
 
@@ -114,6 +117,14 @@ def test_names_are_one_file_where_capitals_and_the_writing_of_accents_do_not_cou
     assert {one_file(unicodedata.normalize(form, name)) for form in ("NFD", "NFC")} == {one_file(name)}
     if name.isascii() and other.isascii():
         assert (one_file(name) == one_file(other)) == (name.lower() == other.lower())
+
+
+@pytest.mark.parametrize("name", ["$x_{$", r"$\frac$", "$", "a_b"])
+def test_a_dollar_in_the_name_of_a_class_or_case_is_no_formula(tmp_path, name):
+    label = np.ones((2, 4, 4), np.uint8)
+    case = Case(name, np.zeros((1, 2, 4, 4), np.float32), label, (1.0, 1.0, 1.0))
+    slice_comparison(tmp_path / "slice.png", case, label, (name,), dice=np.ones(1))
+    assert (tmp_path / "slice.png").is_file()
 
 
 # ---- paths in lists

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dstlib.errors import require
+from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
@@ -31,7 +32,7 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
         rows.append(replace(rows[0], name=name, dice=100 * scores.mean, scores=means))
     sizes = [f"{'×'.join(map(str, results[run].patch_size))} in {run.name}" for run in runs]
     note = f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."
-    return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + note
+    return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + on_one_line(note)
 
 
 def row_of(run: Path) -> Row:

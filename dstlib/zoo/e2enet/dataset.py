@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dstlib.errors import SettingError, require
+from dstlib.errors import SettingError, require, shown
 from dstlib.zoo.e2enet.data.cases import Cases
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
@@ -133,7 +133,8 @@ def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ..
     if fold == "all":
         return tuple(sorted(names)), tuple(sorted(files.name for files in manifest.validation))
     remedy = "Pass 0 for the first fold."
-    require(fold.isdecimal(), "--fold", "the command line", allowed="0 to 4, or all", given=fold, remedy=remedy)
+    is_one = fold in map(str, range(NUM_FOLDS))
+    require(is_one, "--fold", "the command line", allowed="0 to 4, or all", given=shown(fold), remedy=remedy)
     if len(names) < NUM_FOLDS:
         where, allowed = f"data set {manifest.name!r}", f"at least {NUM_FOLDS}, for as many folds"
         remedy = "Pass --fold all to train on every case without holding any out."

@@ -99,22 +99,13 @@ def predict_scans(
     refuse_copies(output, files)
     targets = {case.name: output / f"{case.name}{ENDING}" for case in files}
     _refuse_inputs(files, output)
-    outcomes = []
-    with alone_in(output), tqdm(files, desc="predict", unit="case", disable=not progress) as bar:
+    with alone_in(output):
         _begin(_MadeBy.of(trained), output, list(targets.values()), overwrite=overwrite)
-        for case in bar:
-            bar.set_postfix_str(case.name)
-            target, error = targets[case.name], None
-            kept = target.is_file() and not overwrite
-            try:
-                if not kept:
-                    scan = read_scan(case, num_channels=len(trained.channels), num_classes=0, with_label=False)
-                    write_label(target, predict_scan(trained, scan), scan.affine)
-            except DataError as refused:
-                error = str(refused)
-            except (MemoryError, torch.OutOfMemoryError) as refused:  # one huge scan must not stop the others
-                error = f"does not fit into memory: {refused}"
-            outcomes.append(Outcome(name=case.name, file=target if error is None else None, error=error, kept=kept))
+        outcomes = []
+        with tqdm(files, desc="predict", unit="case", disable=not progress) as bar:
+            for case in bar:
+                bar.set_postfix_str(case.name)
+                outcomes.append(_predict_case(trained, case, targets[case.name], overwrite=overwrite))
     return tuple(outcomes)
 
 
@@ -123,6 +114,19 @@ def predict_scan(trained: Trained, scan: Scan) -> NDArray[np.uint8]:
     image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
     found = probabilities(trained.models, image, patch_size=trained.patch_size, mirror=trained.mirror)
     return keep_largest(place_back(found, placement), trained.postprocessing)
+
+
+def _predict_case(trained: Trained, case: CaseFiles, target: Path, *, overwrite: bool) -> Outcome:
+    error, kept = None, target.is_file() and not overwrite
+    try:
+        if not kept:
+            scan = read_scan(case, num_channels=len(trained.channels), num_classes=0, with_label=False)
+            write_label(target, predict_scan(trained, scan), scan.affine)
+    except DataError as refused:
+        error = str(refused)
+    except (MemoryError, torch.OutOfMemoryError) as refused:  # one huge scan must not stop the others
+        error = f"does not fit into memory: {refused}"
+    return Outcome(name=case.name, file=target if error is None else None, error=error, kept=kept)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:

@@ -172,7 +172,8 @@ def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the cache against other processes, or waits for them."""
     make_folder(folder, what="cache")
-    waiting = partial(print, f"Another process prepares cases in {folder}: waiting for it.", file=sys.stderr)
+    told = on_one_line(f"Another process prepares cases in {folder}: waiting for it.")
+    waiting = partial(print, told, file=sys.stderr)
     with locked(folder, if_held=waiting, refuse=partial(refuse_folder, folder, what="cache")):
         yield
 

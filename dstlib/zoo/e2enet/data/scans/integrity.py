@@ -6,6 +6,7 @@ A defect forbids the use of its case; a warning tells what is legal but seldom m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
     facts: dict[str, list[_Facts]] = {"train": [], "validation": [], "test": []}
     parts = {"train": manifest.train, "validation": manifest.validation, "test": manifest.test}
     for part in ("validation", "test"):
-        if parts[part] and not any(file.exists() for case in parts[part] for file in case.images):
+        if parts[part] and not any(exists(file) for case in parts[part] for file in case.images):
             text = f"none of the {len(parts[part])} images of the {part} part is there: left out of this check"
             warnings.append(Defect(WHOLE_SET, text))
             parts[part] = ()
