@@ -13,6 +13,7 @@ the same torch. Its builds for CPUs alone, which lie on another index, are given
 
 import argparse
 import hashlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", type=Path, nargs="+", metavar="WHEEL", help="torch's builds for CPUs alone")
     if wheels := parser.parse_args().cpu:
-        write("requirements-cpu.txt", [" \\\n    ".join([pinned(wheels[0]), *map(hash_of, wheels)])])
+        write("requirements-cpu.txt", [f"{pinned(wheel)} \\\n    {hash_of(wheel)}" for wheel in wheels])
     build_tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     shared: dict[str, dict[str, str]] = {}
     for file, (constraints, extras) in EXTRAS.items():
@@ -74,9 +75,11 @@ def split(text: str) -> dict[str, str]:
 
 
 def pinned(wheel: Path) -> str:
-    """The requirement that a wheel meets, of its very build."""
-    name, version, *_ = wheel.name.split("-")
-    return f"{name}=={version}"
+    """The requirement that a wheel for Linux meets, of its very build, and where: others have files of other hashes."""
+    name, version, python, _, platform = wheel.stem.split("-")
+    machine = re.sub(r"^manylinux_\d+_\d+_", "", platform)
+    here = f"sys_platform == 'linux' and platform_machine == '{machine}'"
+    return f"{name}=={version} ; python_version == '{python[2]}.{python[3:]}' and {here}"
 
 
 def hash_of(wheel: Path) -> str:
