@@ -30,6 +30,7 @@ from dstlib.errors import StateError
 from dstlib.masking import MaskUpdate, Site
 from dstlib.report import align
 from dstlib.sparsifier import Sparsifier
+from dstlib.torch_files import checksum
 
 VERSION = 2  # of version 1, changes did not yet tell of idle groups
 _FIRST = 3  # a mark: 0 never active, 1 was active at some time, 3 also in the first mask
@@ -219,7 +220,7 @@ class History:
         layers = {
             n: {"changes": torch.from_numpy(t.changes), "marks": t.marks.clone()} for n, t in self._tracks.items()
         }
-        return {"version": VERSION, "layers": layers}
+        return {"version": VERSION, "layers": layers, "checksum": checksum(layers)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what another history of the same layers had recorded, forgetting its own.
@@ -302,27 +303,40 @@ def _shares(counts: Mapping[str, NDArray[np.int64]], size: Any) -> dict[str, NDA
 def _checked(state: Any, tracks: Mapping[str, Track]) -> Mapping[str, Mapping[str, Tensor]]:
     """Returns the layers of a saved state, if every one fits."""
     version = state.get("version") if isinstance(state, Mapping) else None
-    layers = state.get("layers") if version in (1, VERSION) else None
+    layers = state.get("layers") if type(version) is int and 1 <= version <= VERSION else None
+    where = "the saved history"
     if not isinstance(layers, Mapping):
-        raise _misfit(
-            "contents", "the saved history", f"those of state_dict(), version {VERSION}", type(state).__name__
-        )
-    if odd := sorted(set(layers) ^ set(tracks)):
-        raise _misfit("layers", "the saved history", f"the {len(tracks)} at hand", f"others ({', '.join(odd[:3])})")
+        raise _misfit("contents", where, f"those of state_dict(), version {VERSION}", type(state).__name__)
+    if odd := sorted(map(str, set(layers) ^ set(tracks))):
+        raise _misfit("layers", where, f"the {len(tracks)} at hand", f"others ({', '.join(odd[:3])})")
     for name, track in tracks.items():
-        saved = layers[name] if isinstance(layers[name], Mapping) else {}
-        changes, marks = saved.get("changes"), saved.get("marks")
-        width = len(Change._fields) - (version == 1)
-        if not (
-            isinstance(changes, Tensor)
-            and changes.dtype == torch.int64
-            and changes.shape[1:] == (width,)
-            and len(changes)
-        ):
-            raise _misfit("changes", name, f"whole numbers of shape (updates, {width})", changes)
-        if not (isinstance(marks, Tensor) and marks.dtype == torch.uint8 and marks.shape == track.marks.shape):
-            raise _misfit("marks", name, f"bytes of shape {tuple(track.marks.shape)}", marks)
+        _check_layer(layers[name], name, track.marks.shape, len(Change._fields) - (version == 1))
+    own = checksum(layers)
+    if state.get("checksum", own) != own:  # earlier ones have none
+        remedy = "It was damaged or changed since it was saved: load an earlier one."
+        raise StateError.of("checksum", where, allowed=f"{own}", given=state["checksum"], remedy=remedy)
     return layers
+
+
+def _check_layer(saved: Any, name: str, shape: torch.Size, width: int) -> None:
+    """Checks that all that was recorded of a layer can have been."""
+    saved = saved if isinstance(saved, Mapping) else {}
+    changes, marks = saved.get("changes"), saved.get("marks")
+    if not (_is_plain(changes, torch.int64) and changes.shape[1:] == (width,) and len(changes)):
+        raise _misfit("changes", name, f"whole numbers of shape (updates, {width})", changes)
+    if not (_is_plain(marks, torch.uint8) and marks.shape == shape):
+        raise _misfit("marks", name, f"bytes of shape {tuple(shape)}", marks)
+    counts, size = changes[:, 1:], shape.numel()
+    if bool(((counts < 0) | (counts > size)).any()) or bool((changes[:, 0].diff() < 0).any()):
+        raise _misfit("changes", name, f"steps in order, and counts of {size} entries", "others")
+    explored = int(changes[-1, Change._fields.index("explored")])
+    known = (marks == 0) | (marks == 1) | (marks == _FIRST)
+    if int(marks.count_nonzero()) != explored or not bool(known.all()):
+        raise _misfit("marks", name, f"{explored} entries that were active, as the last change counts", "others")
+
+
+def _is_plain(x: Any, dtype: torch.dtype) -> bool:
+    return isinstance(x, Tensor) and x.dtype == dtype and x.layout == torch.strided and not x.is_meta
 
 
 def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:

@@ -241,6 +241,32 @@ def test_a_history_of_another_model_is_refused():
             history.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("changes", lambda x: x.roll(1, dims=0), "changes of conv.weight: expected steps in order"),
+        ("changes", lambda x: x.neg(), "changes of conv.weight: expected steps in order, and counts of 72 entries"),
+        ("changes", lambda x: x.to("meta"), "changes of conv.weight: expected whole numbers of shape"),
+        ("marks", lambda x: x.clamp(max=2), "marks of conv.weight: expected .* entries that were active"),
+        ("marks", torch.zeros_like, "marks of conv.weight: expected .* entries that were active"),
+        ("marks", lambda x: x.to_sparse(), "marks of conv.weight: expected bytes of shape"),
+        ("marks", lambda x: x.flip(0), "checksum of the saved history: expected"),
+        ("changes", lambda x: x * torch.tensor([1, 1, 0, *[1] * 6]), "checksum of the saved history: expected"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_history_is_refused(key, change, message):
+    model, optimizer, sparsifier = built()
+    history = History(sparsifier)
+    train(model, optimizer, 4)
+    state = history.state_dict()
+    state["layers"]["conv.weight"][key] = change(state["layers"]["conv.weight"][key])
+    with pytest.raises(StateError, match=message):
+        history.load_state_dict(state)
+    with pytest.raises(StateError, match="contents of the saved history"):
+        history.load_state_dict({**state, "version": torch.ones(2)})
+
+
 def test_a_closed_history_records_no_more():
     model, optimizer, sparsifier = built()
     history = History(sparsifier)
