@@ -204,8 +204,10 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     predict = commands.add_parser("predict", help="segment a folder of images", description=text)
     predict.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run; several are averaged")
     predict.add_argument("--images", type=Path, required=True, metavar="DIR", help="NAME.nii.gz or NAME_0000.nii.gz")
-    predict.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the labels go")
-    predict.add_argument("--overwrite", action="store_true", help="predict again what is there already")
+    where = "where the labels go: not the folder of images, nor one that another process predicts into"
+    predict.add_argument("--output", type=Path, required=True, metavar="DIR", help=where)
+    again = "predict again what is there already; what other networks made of these images is removed first"
+    predict.add_argument("--overwrite", action="store_true", help=again)
     predict.add_argument("--no-mirror", action="store_true", help="one pass, not one per mirror image: up to 8× faster")
     predict.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
     predict.add_argument("--device", help=DEVICE)
