@@ -5,6 +5,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,15 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dstlib import files as whole_files
 from dstlib import workers
 from dstlib.errors import DataError, SettingError, StateError
+from dstlib.zoo.e2enet.data.cases import read_box
+from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.preprocessing import cache
@@ -226,6 +232,13 @@ def truncate(file):
     file.write_bytes(file.read_bytes()[:-2])  # the last byte of JSON is a line's end
 
 
+def flip(file):
+    """One bit, of a voxel."""
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+
+
 def edit(change):
     return lambda file: file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
@@ -244,8 +257,16 @@ def edit_fingerprint(change):
         ("prepared-*/b.json", truncate),
         ("prepared-*/b.json", lambda file: file.write_text("[]")),
         ("prepared-*/b.json", edit(lambda record: {"made_from": record["made_from"]})),
-        ("prepared-*/b.json", edit(lambda record: record | {"num_bytes": 3})),
+        ("prepared-*/b.json", edit(lambda record: record | {"checksums": 3})),
+        ("prepared-*/b.json", edit(lambda record: record | {"checksums": {}})),
         ("prepared-*/b.json", edit(lambda record: record | {"spacing": 3})),
+        ("prepared-*/b.json", edit(lambda record: record | {"spacing": [1.0, 1.0, 1e30]})),
+        ("prepared-*/b.json", edit(lambda record: record | {"shape": [1, 1, 1, 1]})),
+        ("prepared-*/b.json", edit(lambda record: record | {"shape": [-1, 6, 7, -5]})),
+        ("prepared-*/b.json", lambda file: file.write_text("[" * 100_000)),
+        ("prepared-*/b.image.npy", flip),
+        ("prepared-*/b.label.npy", flip),
+        ("prepared-*/b.label.npy", lambda file: file.write_bytes(file.read_bytes() + b"\0")),
         ("fingerprints/b.json", Path.unlink),
         ("fingerprints/b.json", truncate),
         ("fingerprints/b.json", edit(lambda record: {"made_from": record["made_from"]})),
@@ -257,15 +278,62 @@ def edit_fingerprint(change):
         ("fingerprints/b.json", edit_fingerprint({"shape": 3})),
     ],
 )
-def test_damaged_entries_are_made_anew(manifest, tmp_path, reads, file, damage):
+def test_damaged_entries_are_made_anew(manifest, tmp_path, reads, file, damage, capsys):
     prepare(manifest, tmp_path)
     sound = contents(tmp_path)
-    damage(next(tmp_path.glob(file)))
+    damaged = next(tmp_path.glob(file))
+    damage(damaged)
     assert contents(tmp_path) != sound
     reads.clear()
+    capsys.readouterr()
     prepare(manifest, tmp_path)
     assert reads == ["b"]
     assert contents(tmp_path) == sound
+    told = capsys.readouterr().err.splitlines()
+    is_gone = damage is Path.unlink and damaged.suffix == ".json"
+    assert [line.startswith("b: what lies of it in ") for line in told] == [True] * (not is_gone)
+
+
+def test_what_is_sound_is_not_spoken_of(manifest, tmp_path, capsys):
+    prepare(manifest, tmp_path)
+    prepare(manifest, tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_shrinks_while_it_is_used_is_one_error(manifest, tmp_path, workers):
+    """Read as mapped memory, it would end the process by a signal."""
+    cases, _ = prepare(manifest, tmp_path)
+    for file in tmp_path.glob("prepared-*/*.image.npy"):
+        os.truncate(file, 200)
+    drawn = batches(cases.cases, PatchSettings(patch_size=(4, 4, 4)), seed=0, start=0, stop=2, workers=workers)
+    with pytest.raises(DataError, match=r"file of prepared scan .*image\.npy: expected .* got 200 bytes"):
+        list(drawn)
+
+
+def test_a_cache_that_vanishes_while_it_is_used_is_one_error(manifest, tmp_path):
+    cases, _ = prepare(manifest, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(DataError, match="got No such file or directory"):
+        draw_batch(cases.cases, PatchSettings(patch_size=(4, 4, 4)), seed=0, iteration=0)
+
+
+@given(st.data())
+def test_a_box_of_a_mapped_volume_is_that_of_one_in_memory(tmp_path_factory, data):
+    shape = data.draw(st.tuples(*[st.integers(1, 5)] * 4))
+    kind = data.draw(st.sampled_from([np.float32, np.uint8]))
+    volume = np.arange(np.prod(shape)).reshape(shape).astype(kind)
+    file = tmp_path_factory.mktemp("box") / "volume.npy"
+    np.save(file, volume)
+    mapped = np.load(file, mmap_mode="r")
+    box = [slice(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in shape]
+    found = read_box(mapped, box)
+    assert found.dtype == kind
+    assert np.array_equal(found, volume[tuple(box)])
+    label = volume[0]
+    np.save(file, label)
+    found = read_box(np.load(file, mmap_mode="r")[None], [slice(None), *box[1:]])
+    assert np.array_equal(found[0], label[tuple(box[1:])])
 
 
 # ---- what is interrupted

@@ -3,11 +3,13 @@
 Shapes: C channels, D depth (slices), H height, W width.
 """
 
+import errno
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,41 @@ def three(values: Iterable[T]) -> tuple[T, T, T]:
     """Returns three values, those along D, H and W, as a tuple that is known to have three."""
     d, h, w = values
     return d, h, w
+
+
+def read_box(volume: NDArray[Any], box: Sequence[slice]) -> NDArray[Any]:
+    """Returns a box of a volume (C, D, H, W).
+
+    Of a memory-mapped one it is read from the file: a map of a file that shrinks would end the process by a signal.
+
+    Raises:
+        DataError: The file is not there any more, or has another length.
+
+    >>> read_box(np.arange(8).reshape(1, 2, 2, 2), (slice(0, 1), slice(1, 2), slice(None), slice(1, 2))).tolist()
+    [[[[5], [7]]]]
+    """
+    if not isinstance(volume, np.memmap):
+        return volume[tuple(box)]
+    channels, slices, rows, columns = (range(*b.indices(n)) for b, n in zip(box, volume.shape, strict=True))
+    out = np.empty((len(channels), len(slices), len(rows), len(columns)), volume.dtype)
+    if out.size == 0:
+        return out
+    whole_rows = np.empty((len(rows), volume.shape[3]), volume.dtype)
+    try:
+        with open(str(volume.filename), "rb", buffering=0) as file:
+            if (given := os.fstat(file.fileno()).st_size) != volume.offset + volume.nbytes:
+                raise OSError(errno.EIO, f"{given} bytes in the place of {volume.offset + volume.nbytes}")
+            for c, d in np.ndindex(out.shape[:2]):
+                first = np.ravel_multi_index((channels[c], slices[d], rows.start, 0), volume.shape)
+                file.seek(volume.offset + int(first) * volume.itemsize)
+                if file.readinto(whole_rows.data) != whole_rows.nbytes:
+                    raise OSError(errno.EIO, "fewer bytes than a moment before")
+                out[c, d] = whole_rows[:, columns.start : columns.stop]
+    except OSError as error:
+        where, allowed = f"prepared scan {volume.filename}", "what was there when it was opened"
+        remedy = "Look at the disk, and repeat the command (a training: with --resume)."
+        raise DataError.of("file", where, allowed=allowed, given=error.strerror, remedy=remedy) from error
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +105,7 @@ class Case:
         >>> Case("a", np.zeros((1, 1, 1, 4), np.float32), label, (1.0, 1.0, 1.0)).class_voxels[2].tolist()
         [1, 3]
         """
-        flat = np.asarray(self.label).ravel()
+        flat = read_box(self.label[None], (slice(None),) * 4).ravel()
         # Most voxels are background: after this one pass the classes share the few that are left.
         indices = np.flatnonzero(flat)
         classes, small = flat[indices], np.min_scalar_type(flat.size)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dstlib.errors import DataError, require
-from dstlib.zoo.e2enet.data.cases import Case, Shape, three
+from dstlib.zoo.e2enet.data.cases import Case, Shape, read_box, three
 from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     Augmentation,
     change_intensities,
@@ -184,7 +184,7 @@ def _cut(volume: NDArray[np.generic], start: Shape, size: Shape) -> Tensor:
         first, last = max(at, 0), max(min(at + length, end), 0)
         source.append(slice(first, last))
         target.append(slice(first - at, last - at))
-    box.numpy()[tuple(target)] = volume[tuple(source)]
+    box.numpy()[tuple(target)] = read_box(volume, source)
     return box
 
 

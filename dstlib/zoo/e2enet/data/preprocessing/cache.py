@@ -2,17 +2,20 @@
 
 A cache is a folder: ``fingerprints`` holds what was measured of each scan, ``prepared-KEY`` the arrays of each scan
 by one preparation. An entry is one case: some files, and a JSON record of what they were made from, which is removed
-first and written last. So whatever ends a process, and wherever, an entry with a record is whole.
+first and written last. So whatever ends a process, and wherever, an entry with a record is whole. A record is sealed,
+and knows the checksums of the arrays, which each run compares once: what a disk or a copy has damaged is made again.
 """
 
 import errno
 import hashlib
 import io
 import json
+import math
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -24,8 +27,9 @@ from tqdm import tqdm
 from dstlib.errors import DataError, StateError, require
 from dstlib.files import locked, make_folder, refuse_folder, write_json, write_whole
 from dstlib.report import on_one_line
+from dstlib.typed_json import read_json, sealed
 from dstlib.workers import share
-from dstlib.zoo.e2enet.data.cases import Case, Cases, three
+from dstlib.zoo.e2enet.data.cases import Case, Cases, Spacing
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     Fingerprint,
@@ -42,11 +46,42 @@ from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
 FORMAT = 1  # to be raised whenever the same scan would be prepared otherwise than before: old entries are then remade
 
 _ARRAYS = ("image.npy", "label.npy")
+_HEADER = 128  # bytes of a .npy file before its array, if that has few axes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Whatever is wrong with a file that was not made here is answered by making it here.
-_UNSOUND = (OSError, KeyError, TypeError, AttributeError, ValueError)
+_UNSOUND = (OSError, KeyError, TypeError, ValueError)
 
 T = TypeVar("T")
+R = TypeVar("R", "MeasuredRecord", "PreparedRecord")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeFrom:
+    """All that settles the content of an entry; of each source file its path, its size and its time of change."""
+
+    format: int
+    num_channels: int
+    num_classes: int
+    preparation: Preparation | None
+    sources: tuple[tuple[str, int | None, int | None], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRecord:
+    """The record of a scan that was measured."""
+
+    made_from: MadeFrom
+    fingerprint: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRecord:
+    """The record of a scan that was prepared: the shape of its image, and the CRC-32 of both files of arrays."""
+
+    made_from: MadeFrom
+    spacing: Spacing
+    shape: tuple[int, int, int, int]
+    checksums: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +103,15 @@ class Entry:
         """Returns the path of one file of the entry."""
         return self.folder / f"{self.files.name}.{ending}"
 
-    def made_from(self) -> dict[str, Any]:
-        """Returns all that settles the content, as JSON reads it; of a source file its size and time of change."""
-        return {
-            "format": FORMAT,
-            "num_channels": self.num_channels,
-            "num_classes": self.num_classes,
-            "preparation": self.preparation and self.preparation.to_json(),
-            "sources": [_state(path) for path in (*self.files.images, self.files.label) if path is not None],
-        }
+    def made_from(self) -> MadeFrom:
+        """Returns all that settles the content, at this moment."""
+        return MadeFrom(
+            format=FORMAT,
+            num_channels=self.num_channels,
+            num_classes=self.num_classes,
+            preparation=self.preparation,
+            sources=tuple(_state(path) for path in (*self.files.images, self.files.label) if path is not None),
+        )
 
 
 class Made(NamedTuple):
@@ -145,7 +180,9 @@ def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers
     where = "prepared_cases()"
     allowed, remedy = "a whole number from 0 up", "0 prepares in this process."
     require(workers >= 0, "workers", where, allowed=allowed, given=workers, remedy=remedy)
-    found = {entry.files.name: find(entry) for entry in entries}
+    # a bar only where all of a large cache is read through
+    with tqdm(entries, title and f"{title}: checking", unit="scan", disable=title is None, delay=2, leave=False) as bar:
+        found = {entry.files.name: _sound(entry, find) for entry in bar}
     missing = [entry for entry in entries if found[entry.files.name] is None]
     for entry in missing:
         make_folder(entry.folder, what="cache")
@@ -159,7 +196,7 @@ def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers
             if made.num_lacking:
                 _refuse_full_disk(entries, made.num_lacking)
             faults += [(name, fault) for fault in made.faults]
-            if not made.faults and (now := find(entry)) is not None:
+            if not made.faults and (now := _sound(entry, find)) is not None:
                 found[name] = now
             elif not made.faults:
                 faults.append((name, Fault(entry.files.images[0], "or its label changed while they were read")))
@@ -184,12 +221,13 @@ def preparation_key(preparation: Preparation) -> str:
     return "prepared-" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _state(path: Path) -> list[Any]:
+def _state(path: Path) -> tuple[str, int | None, int | None]:
+    text = str(path.absolute()).encode("utf-8", "backslashreplace").decode()  # a name may be no text
     try:
         status = path.stat()
     except OSError:
-        return [str(path.absolute()), None, None]
-    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
+        return text, None, None
+    return text, status.st_size, status.st_mtime_ns
 
 
 def _make(entry: Entry) -> Made:
@@ -204,7 +242,8 @@ def _make(entry: Entry) -> Made:
         return Made(faults)
     entry.file("json").unlink(missing_ok=True)
     if entry.preparation is None:
-        write_json(entry.file("json"), {"made_from": made_from, "fingerprint": scan_fingerprint(scan).to_json()})
+        record = MeasuredRecord(made_from=made_from, fingerprint=scan_fingerprint(scan).to_json())
+        write_json(entry.file("json"), sealed(asdict(record)))
         return Made()
     try:
         case = prepare_scan(scan, entry.preparation)
@@ -213,56 +252,92 @@ def _make(entry: Entry) -> Made:
         fault = f"does not fit into memory when it is resampled ({error}): its voxels are {size} mm, is that right?"
         return Made((Fault(entry.files.images[0], fault),))
     arrays = {"image.npy": _npy(case.image), "label.npy": _npy(case.label)}
-    sizes = {ending: content.nbytes for ending, content in arrays.items()}
+    checksums = {ending: zlib.crc32(content) for ending, content in arrays.items()}
+    shape = (len(case.image), *case.label.shape)
+    prepared = PreparedRecord(made_from=made_from, spacing=case.spacing, shape=shape, checksums=checksums)
     try:
         for ending, content in arrays.items():
             write_whole(entry.file(ending), content)
-        write_json(entry.file("json"), {"made_from": made_from, "spacing": list(case.spacing), "num_bytes": sizes})
+        write_json(entry.file("json"), sealed(asdict(prepared)))
     except StateError as error:
         for ending in arrays:
             entry.file(ending).unlink(missing_ok=True)  # half an entry would only take room
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
-            return Made(num_lacking=sum(sizes.values()))
+            return Made(num_lacking=sum(content.nbytes for content in arrays.values()))
         raise
     return Made()
 
 
 def _npy(array: NDArray[Any]) -> memoryview:
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    assert buffer.tell() == _HEADER + array.nbytes
     return buffer.getbuffer()
 
 
-def _find_fingerprint(entry: Entry) -> ScanFingerprint | None:
-    """Finds what was measured of a scan; None where nothing is, or nothing that still holds."""
+def _sound(entry: Entry, find: Callable[[Entry], T | None]) -> T | None:
+    """Finds an entry; None where there is none that holds, and a line says so of one that is damaged."""
     try:
-        return ScanFingerprint.from_json(_record(entry)["fingerprint"])
-    except _UNSOUND:
+        return find(entry)
+    except _UNSOUND as error:
+        told = f"{entry.files.name}: what lies of it in {entry.folder} is not as it was written, so it is made again"
+        print(on_one_line(f"{told} ({error})."), file=sys.stderr)
         return None
+
+
+def _find_fingerprint(entry: Entry) -> ScanFingerprint | None:
+    """Finds what was measured of a scan; None where nothing is, or it is stale.
+
+    Raises:
+        OSError, KeyError, TypeError, ValueError: It is damaged.
+    """
+    record = _record(entry, MeasuredRecord)
+    return None if record is None else ScanFingerprint.from_json(record.fingerprint)
 
 
 def _find_case(entry: Entry) -> Case | None:
-    """Finds a prepared case, in memory-mapped files; None where there is none that is whole and not stale."""
-    try:
-        record = _record(entry)
-        if any(entry.file(ending).stat().st_size != size for ending, size in record["num_bytes"].items()):
-            return None
-        image, label = (np.load(entry.file(ending), mmap_mode="r") for ending in _ARRAYS)
-        return Case(entry.files.name, image, label, three(record["spacing"]), ORIENTATION)
-    except _UNSOUND:
-        return None
-
-
-def _record(entry: Entry) -> Any:
-    """Reads the record of an entry.
+    """Finds a prepared case, in memory-mapped files; None where there is none, or it is stale.
 
     Raises:
-        OSError, KeyError, TypeError, ValueError: There is none, it is damaged, or its sources have changed.
+        OSError, ValueError: It is damaged.
     """
-    record = json.loads(entry.file("json").read_text())
-    if record["made_from"] != entry.made_from():
-        raise ValueError("stale")
-    return record
+    record = _record(entry, PreparedRecord)
+    if record is None:
+        return None
+    image, label = (_mapped(entry, ending, record) for ending in _ARRAYS)
+    return Case(entry.files.name, image, label, record.spacing, ORIENTATION)
+
+
+def _record(entry: Entry, kind: type[R]) -> R | None:
+    """Reads the record of an entry; None where there is none, or its sources have changed.
+
+    Raises:
+        StateError: It is damaged.
+    """
+    file = entry.file("json")
+    if not file.exists():
+        return None
+    record: R = read_json(file, kind, where=file.name, remedy="It is a file of the cache")
+    return record if record.made_from == entry.made_from() else None
+
+
+def _mapped(entry: Entry, ending: str, record: PreparedRecord) -> NDArray[Any]:
+    """Maps an array into memory, once its file was read through to its checksum.
+
+    Raises:
+        OSError, ValueError: It is not what was written.
+    """
+    file, crc = entry.file(ending), 0
+    shape, kind = (record.shape, np.float32) if ending == _ARRAYS[0] else (record.shape[1:], np.uint8)
+    num_bytes = _HEADER + math.prod(shape) * np.dtype(kind).itemsize
+    if (given := file.stat().st_size) != num_bytes or min(shape) < 1:
+        raise ValueError(f"{ending} has {given} bytes, not {num_bytes}")
+    with open(file, "rb") as stream:
+        while part := stream.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    if crc != record.checksums[ending]:
+        raise ValueError(f"{ending} has another checksum")
+    return np.memmap(file, kind, "r", _HEADER, shape)
 
 
 def _refuse(entries: Sequence[Entry], faults: Sequence[tuple[str, Fault]]) -> NoReturn:
