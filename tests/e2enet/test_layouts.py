@@ -379,6 +379,19 @@ def test_what_is_no_folder(tmp_path):
     assert "got no such folder" in refusal(tmp_path / "absent", "nnunet")
 
 
+@pytest.mark.parametrize("read", [read_manifest, lambda folder: folder_cases(folder, num_channels=1)])
+def test_a_folder_that_cannot_be_looked_into(tmp_path, read, monkeypatch):
+    with pytest.raises(DataError, match="expected a folder that can be read, got File name too long"):
+        read(tmp_path / ("a" * 300))
+
+    def denied(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(DataError, match="expected a folder that can be read, got Permission denied"):
+        read(tmp_path)
+
+
 def test_another_dataset_json(tmp_path):
     write_json(tmp_path, {"images": [], "annotations": []})
     assert "got a dataset.json with 'images', 'annotations'. The layouts" in refusal(tmp_path)

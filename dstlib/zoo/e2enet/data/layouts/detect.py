@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from dstlib.errors import DataError, require, similar
 from dstlib.zoo.e2enet.data.layouts.btcv import read_btcv, training_folder
 from dstlib.zoo.e2enet.data.layouts.decathlon import read_decathlon
-from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, read_json
+from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, read_json, reading
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, read_nnunet
 
@@ -73,11 +73,12 @@ def read_manifest(folder: str | Path, layout: str | None = None, *, allow_outsid
     folder = Path(folder)
     allowed, remedy = ", ".join(LAYOUTS), f"Did you mean {similar(str(layout), LAYOUTS)}? None recognises it."
     require(layout in (None, *LAYOUTS), "layout", "read_manifest()", allowed=allowed, given=repr(layout), remedy=remedy)
-    content = read_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else None
-    chosen = LAYOUTS[layout or _recognise(folder, content)]
-    if content is None and chosen.has_list:
-        _refuse_folder(folder)
-    return chosen.read(folder, content or {}, allow_outside)
+    with reading(folder):
+        content = read_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else None
+        chosen = LAYOUTS[layout or _recognise(folder, content)]
+        if content is None and chosen.has_list:
+            _refuse_folder(folder)
+        return chosen.read(folder, content or {}, allow_outside)
 
 
 def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
@@ -90,9 +91,10 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     Raises:
         DataError: There is no NIfTI file, or two files make the same case or channel.
     """
-    files = nifti_files(folder)
+    with reading(folder):
+        files, is_there = nifti_files(folder), folder.is_dir()
     if not files:
-        allowed, given = ".nii or .nii.gz files", "none in it" if folder.is_dir() else "no such folder"
+        allowed, given = ".nii or .nii.gz files", "none in it" if is_there else "no such folder"
         remedy = "Pass the folder that holds the images themselves."
         raise DataError.of("images", str(folder), allowed=allowed, given=given, remedy=remedy)
     named = [case_channel(file) for file in files]

@@ -1,7 +1,8 @@
 """What the readers of layouts share: names of cases, the NIfTI files of a folder, and dataset.json."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
@@ -44,6 +45,20 @@ def nifti_files(folder: Path) -> tuple[Path, ...]:
         return ()
     files = (f for f in folder.iterdir() if _ENDING.search(f.name) and not f.name.startswith(".") and f.is_file())
     return tuple(sorted(files))
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Words what the system says of a folder that it does not let this process look into.
+
+    Raises:
+        DataError: It says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        allowed, remedy = "a folder that can be read", "Check the path, and who may read there."
+        raise DataError.of("data set", str(folder), allowed=allowed, given=error.strerror, remedy=remedy) from error
 
 
 def by_case(folder: Path, *, prefix: str = "") -> dict[str, list[Path]]:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 from dstlib.errors import DataError, shown
 
-# File systems take 255, of which the endings need some, and what a file is called while it is written.
-MAX_BYTES = 200
+MAX_BYTES = 200  # of the 255 that file systems take: endings come on top
 
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
 _SEPARATORS = "/\\:"  # of any platform; on Windows a colon also parts a file from a hidden stream of it

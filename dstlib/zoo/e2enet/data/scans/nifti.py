@@ -183,7 +183,7 @@ def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
         is_placed = bool(nifti.header["sform_code"] or nifti.header["qform_code"])
         return Volume(voxels, nifti.affine, is_placed)
     except FileNotFoundError:
-        return "is missing"
+        return "is missing" + (": variables of the environment stay as they are written" if "$" in str(file) else "")
     except _UNREADABLE as error:
         return f"cannot be read: {error}"
 
