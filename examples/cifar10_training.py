@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,7 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 import dstlib
-from dstlib.errors import StateError, require
+from dstlib.errors import require
+from dstlib.files import make_folder, write_whole
 from dstlib.masking import erk, uniform
 
 UPDATES = 60  # mask updates that a short run would have, if they went on to its end
@@ -220,23 +219,10 @@ def _with_bar(steps: range, title: str, *, show: bool) -> Iterable[int]:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result as JSON, whole or not at all."""
-    write_whole(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under another name, then renames it: a reader, or a crash, meets the old file or the new one.
+    """Writes a result as JSON, whole or not at all.
 
     Raises:
-        StateError: The folder cannot be written to.
+        StateError: The folder cannot be made, or written to.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        allowed, remedy = "a folder to write to", "Make room, or pass another one."
-        raise StateError.of("output", f"file {path}", allowed=allowed, given=error, remedy=remedy) from error
+    make_folder(path.parent)
+    write_whole(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())

@@ -437,7 +437,7 @@ def test_errors_of_the_command_are_one_line(arguments, told, monkeypatch, capsys
 
 def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StateError, match=r"output of file .*: expected a folder to write to"):
+    with pytest.raises(StateError, match=r"output of folder .*file: expected a folder to write to"):
         training.write_result(tmp_path / "file" / "x.json", {})
 
     def fail(*_):
