@@ -83,7 +83,8 @@ def parse_json(
     """
     try:
         plain = _parsed(content, max_bytes)
-        seal = plain.pop(_SEAL, None) if type(plain) is dict and not foreign else None
+        is_sealed = type(plain) is dict and type(plain.get(_SEAL)) is str and not foreign
+        seal = plain.pop(_SEAL) if is_sealed else None
         value: T = _fit(plain, kind, "", foreign)
         if seal is not None:
             _check_seal(seal, plain)

@@ -277,7 +277,7 @@ def test_a_sealed_document_is_read_as_it_was(size, since):
     assert read_aged(sealed({"size": size, "since": since})) == Aged(size, since)
 
 
-@pytest.mark.parametrize("change", [{"size": 4}, {"since": "v3"}, {"crc32": "00000000"}, {"crc32": 7}])
+@pytest.mark.parametrize("change", [{"size": 4}, {"since": "v3"}, {"crc32": "00000000"}])
 def test_a_sealed_document_that_was_changed_is_refused(change):
     with pytest.raises(StateError, match=r"^crc32 of a file: .* it was changed since it was written"):
         read_aged({**sealed({"size": 3, "since": "v2"}), **change})

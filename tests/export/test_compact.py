@@ -176,6 +176,7 @@ def test_all_types_are_those_of_the_safetensors_package(tmp_path):
     model = nn.Module()
     tensors = {f"b{i}": torch.arange(12).reshape(3, 4).to(dtype) for i, dtype in enumerate(_TYPES)}
     tensors |= {"scalar": torch.tensor(3), "empty": torch.zeros(0, 3), 'é"': torch.ones(5)}
+    tensors |= {"crc32": torch.zeros(2), "__metadata__": torch.ones(2)}
     for name, x in tensors.items():
         model.register_buffer(name, x)
     save_compact(model, tmp_path / "m")
