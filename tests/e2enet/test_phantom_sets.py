@@ -165,6 +165,23 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, error):
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path):
+    left = tmp_path / ".set-building" / "set" / "imagesTr"
+    left.mkdir(parents=True)
+    (left / "hippocampus_001.nii.gz").write_bytes(b"half")
+    folder = write_phantoms(tmp_path / "set", "hippocampus", num_scans=1, progress=False)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert nibabel.load(folder / "imagesTr" / "hippocampus_001.nii.gz").shape
+
+
+def test_a_link_in_the_place_where_a_set_is_built_is_not_followed(tmp_path):
+    (tmp_path / "mine" / "set").mkdir(parents=True)
+    (tmp_path / ".set-building").symlink_to(tmp_path / "mine")
+    with pytest.raises(StateError, match="is a link"):
+        write_phantoms(tmp_path / "set", "hippocampus", num_scans=1, progress=False)
+    assert (tmp_path / "mine" / "set").is_dir()
+
+
 def test_a_faster_process_wins(tmp_path, monkeypatch):
     """Another process finishes the same set while this one draws: its folder stays as it is."""
     folder = tmp_path / "set"

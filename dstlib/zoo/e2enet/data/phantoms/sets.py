@@ -1,11 +1,14 @@
 """Writing phantoms as data sets on disk, in the layouts of the real ones: what reads the one reads the other."""
 
+import errno
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import nibabel
@@ -15,7 +18,8 @@ from numpy.typing import DTypeLike, NDArray
 from tqdm import tqdm
 
 from dstlib.errors import DataError, StateError, require, shown, similar
-from dstlib.files import write_json
+from dstlib.files import locked, make_folder, refuse_folder, write_json
+from dstlib.report import on_one_line
 from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.data.cases import Case, Shape, three
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
@@ -118,6 +122,7 @@ def write_phantoms(
         DataError: The folder holds something else.
         StateError: It cannot be written.
 
+    >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
     ...     folder = write_phantoms(Path(parent) / "set", "hippocampus", num_scans=1, progress=False)
     ...     sorted(file.name for file in folder.iterdir())
@@ -128,12 +133,11 @@ def write_phantoms(
         if _holds(folder, plan):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, so that the last step is one renaming; an interruption removes it, and a reader never meets it.
-        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            built = Path(temporary) / folder.name
-            built.mkdir()
-            _write_set(built, plan, progress=progress)
-            if not _holds(folder, plan):  # another process may have been faster
+        with _building(folder) as built:
+            if not _holds(folder, plan):  # nor has the process that was waited for made it
+                built.mkdir(parents=True)
+                _write_set(built, plan, progress=progress)
+            if not _holds(folder, plan):
                 os.rename(built, folder)
     except OSError as error:
         allowed = "a disk to write to"
@@ -151,6 +155,25 @@ class _Plan:
     seed: int
     shape: Shape | None
     version: int = VERSION
+
+
+@contextmanager
+def _building(folder: Path) -> Iterator[Path]:
+    """Gives a place beside a folder, so that the last step is one renaming, to one process at a time.
+
+    An interruption removes it, a reader never meets it, and what a killed process left there is cleared.
+    """
+    place = folder.with_name(f".{folder.name}-building")
+    if place.is_symlink():
+        raise OSError(errno.ELOOP, f"{place} is a link")
+    make_folder(place, what="phantoms")
+    waiting = partial(print, on_one_line(f"Another process draws {folder}: waiting for it."), file=sys.stderr)
+    with locked(place, if_held=waiting, refuse=partial(refuse_folder, place, what="phantoms")):
+        try:
+            shutil.rmtree(place / folder.name, ignore_errors=True)
+            yield place / folder.name
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> _Plan:
