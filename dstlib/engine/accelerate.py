@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dstlib.engine.decisions import Decision, Decisions
 from dstlib.engine.following import follow, never
-from dstlib.engine.layers.fast_layer import FastLayer
+from dstlib.engine.layers.fast_layer import FastLayer, give_out
 from dstlib.engine.layers.watch import OTHERWISE, Told
 from dstlib.engine.registry import find, obstacle
 from dstlib.inputs import arguments
@@ -93,6 +93,8 @@ def accelerate(
     decisions.check(candidates)
     _make_fast(fast, [name for name in able if decisions[name].is_fast], layers)
     follow(fast, model, masks, dense_gradient, holds)
+    if any(row.is_fast for row in decisions.values()):
+        fast.register_forward_hook(give_out, prepend=True)
     object.__setattr__(fast, "decisions", decisions)  # not a module, a parameter or a buffer
     return fast
 

@@ -2,15 +2,19 @@
 
 import copy
 import importlib
+import io
+import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dstlib.engine import Decision, Decisions, accelerate
+from dstlib.engine.layers.feature_map import Pending
 from dstlib.engine.registry import obstacle
 from dstlib.layers import Shift, Unit
 
@@ -54,6 +58,11 @@ INPUTS: dict[str, Callable[[Tensor], Any]] = {
     "fewer channels": lambda x: x[:, :3],
     "one channel": lambda x: x[:, :1],
     "no channels": lambda x: x[:, :0],
+    "without batch": lambda x: x[0],
+    "a number": lambda x: x.sum(),
+    "sparse": lambda x: x.to_sparse(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "no samples": lambda x: x[:0],
     "two axes less": lambda x: x[0, 0],
     "an axis more": lambda x: x[None],
     "two axes more": lambda x: x[None, None],
@@ -107,6 +116,8 @@ def _assert_as(plain: Any, found: Any) -> None:
     assert found.dtype == plain.dtype
     assert found.device == plain.device
     assert found.requires_grad == plain.requires_grad
+    if plain.layout is not torch.strided:
+        found, plain = found.to_dense(), plain.to_dense()
     if plain.device.type != "meta" and plain.numel():
         some = plain.abs()[plain.isfinite()]
         # 1e-4 of the largest: sums of some hundred products in float32; 1e-2 where torch computes in fewer bits
@@ -137,3 +148,116 @@ def test_every_input_gives_what_torch_gives(layer: str, kind: str, mode: str):
         plain = _outcome(model, x)
         for _ in range(2):  # the second call may be prepared
             _assert_as(plain, _outcome(fast, x))
+
+
+def _saved(y: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(y, file)
+    loaded: Tensor = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    return loaded
+
+
+def _in_place(change: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    def changed(y: Tensor) -> Tensor:
+        change(y)
+        return y
+
+    return changed
+
+
+def _set(y: Tensor) -> None:
+    y[:, 0] = 0
+
+
+def _shifted_under_the_tensor(y: Tensor) -> None:
+    y.numpy()[:] += 1
+
+
+# fmt: off
+USES: dict[str, Callable[[Tensor], Any]] = {
+    "set an item": _in_place(_set),
+    "add_": _in_place(lambda y: y.add_(1)),
+    "relu_": _in_place(torch.relu_),
+    "out": _in_place(lambda y: torch.add(y, 1, out=y)),
+    "clamp_": _in_place(lambda y: y.clamp_(min=0)),
+    "copy_": _in_place(lambda y: y.copy_(torch.ones(y.shape))),
+    "fill a view": _in_place(lambda y: y.view(-1)[::2].fill_(3)),
+    "fill a part": _in_place(lambda y: y[:, 1].mul_(2)),
+    "fill a flat one": _in_place(lambda y: y.flatten()[5:].zero_()),
+    "fill the data": _in_place(lambda y: y.data.mul_(2)),
+    "fill what is detached": _in_place(lambda y: y.detach().mul_(2)),
+    "fill in numpy": _in_place(_shifted_under_the_tensor),
+    "fill by dlpack": _in_place(lambda y: torch.from_dlpack(y).mul_(2)),
+    "foreach": _in_place(lambda y: torch._foreach_add_([y], 1)),
+    "leaky ReLU in place": _in_place(nn.LeakyReLU(0.3, inplace=True)),
+    "other data": _in_place(lambda y: setattr(y, "data", torch.ones(y.shape))),
+    "add": lambda y: y + 1,
+    "cat": lambda y: torch.cat([y, y]),
+    "data": lambda y: y.data,
+    "numpy": lambda y: y.numpy(),
+    "asarray": lambda y: np.asarray(y),
+    "to a list": lambda y: y.tolist(),
+    "an item": lambda y: y.sum().item(),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "save": _saved,
+    "pickle": lambda y: pickle.loads(pickle.dumps(y)),
+    "detach": lambda y: y.detach(),
+    "clone": lambda y: y.clone(),
+    "to a type": lambda y: y.double(),
+    "contiguous": lambda y: y.contiguous(),
+    "is_contiguous": lambda y: y.is_contiguous(),
+    "stride": lambda y: y.stride(),
+    "iterate": lambda y: next(iter(y)),
+    "transpose": lambda y: y.mT,
+    "real": lambda y: y.real,
+    "a new tensor": lambda y: y.new_tensor(y.tolist()),
+    "parameter": lambda y: nn.Parameter(y) + 0,
+    "string": str,
+    "requires_grad_": lambda y: y.requires_grad_(),
+    "storage": lambda y: y.untyped_storage().nbytes() >= 4 * y.numel(),
+    "compare": lambda y: torch.equal(y, y),
+    "bytes": lambda y: memoryview(y.numpy()).nbytes,
+}
+# fmt: on
+
+
+def _assert_alike(plain: Any, found: Any) -> None:
+    if isinstance(plain, Tensor):
+        assert type(found) is type(plain)
+        _assert_as(plain.detach(), found.detach())
+    elif isinstance(plain, np.ndarray | list | float):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(plain), atol=1e-4)  # rounding of values of about 1
+    elif not isinstance(plain, str):
+        assert found == plain
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_a_unit_gives_is_a_tensor(use: str):
+    """Before anybody else has read it, to whoever does something with it, and to its readers afterwards."""
+    torch.manual_seed(0)
+    unit, x = Unit(4, 6, kernel_size=(1, 3, 3)), torch.randn(2, 4, 5, 7, 6)
+    reader = Unit(6, 3, kernel_size=(1, 3, 3))
+    plain = nn.Sequential(unit, reader)
+    fast = forced(copy.deepcopy(plain), x)
+    with torch.no_grad():
+        for _ in range(2):
+            outputs = []
+            for layers in (plain, fast):
+                y = layers[0](x)
+                used = USES[use](y)
+                outputs.append((used, layers[1](y), y))
+            expected, found = outputs
+            for one, other in zip(expected, found, strict=True):
+                _assert_alike(one, other + 0 if one is expected[1] else other)
+            assert type(found[2]) is Tensor
+
+
+def test_what_a_model_gives_is_plain():
+    unit, x = Unit(4, 6, kernel_size=(1, 3, 3)), torch.randn(2, 4, 5, 7, 6)
+    fast = forced(nn.Sequential(unit, nn.Identity()), x)
+    for records in (True, False):
+        with torch.set_grad_enabled(records):
+            assert type(fast[0](x)) is Pending
+            assert type(fast(x)) is Tensor
+            assert fast(x).is_contiguous()

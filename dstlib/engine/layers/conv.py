@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.engine.layers.fast_layer import FastLayer, become, obstacle_to_weight, three
-from dstlib.engine.layers.feature_map import feature_map
+from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
 from dstlib.engine.ops.conv import Geometry, conv
 from dstlib.engine.ops.feature_map import FeatureMap
@@ -25,6 +25,11 @@ class FastConv(FollowsKernels):
         """
         y: Tensor = self.run(input)
         return y
+
+    def takes(self, *inputs: Any) -> bool:
+        """Tells whether the engine computes on an input with so many axes: on samples, or on one without N."""
+        num_axes, (x,) = len(self.kernel_size), inputs
+        return type(x) is Pending or x.ndim == num_axes + 1 or (x.ndim == num_axes + 2 and len(x) > 0)
 
     def compute(self, plan: Geometry, input: Tensor) -> Tensor:
         """Computes it on the engine."""

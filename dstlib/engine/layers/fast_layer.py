@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
-from dstlib.engine.layers.feature_map import Pending
+from dstlib.engine.layers.feature_map import Pending, write_out
 from dstlib.engine.layers.watch import Watch
+from dstlib.engine.ops.operator import is_followed
 
-_KINDS = (Tensor, nn.Parameter, Pending)
+_KINDS = (Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,15 @@ class Fast(nn.Module):
     def forget(self) -> None:
         """Forgets what was prepared by another plan."""
 
+    def takes(self, *inputs: Any) -> bool:
+        """Tells whether the engine computes on inputs with so many axes: by default on maps (N, C, D, H, W)."""
+        return all(x is None or type(x) is Pending or (x.ndim == 5 and len(x) > 0) for x in inputs)
+
     def run(self, *inputs: Any) -> Any:
         """Computes on the engine where that can be now, else as the plain layer."""
         if is_compiled():
             return uncompiled(self.run, *inputs)
-        if is_traced(*inputs) or (plan := self.plan()) is None:
+        if is_traced(*inputs) or not self.takes(*inputs) or (plan := self.plan()) is None:
             return self.as_plain(*inputs)
         return self.compute(plan, *inputs)
 
@@ -138,16 +143,19 @@ def is_readable(weight: object) -> bool:
 def is_traced(*given: Tensor | None) -> bool:
     """Tells whether anything but autograd records what becomes of tensors: torch's traces, modes and transforms.
 
-    A fast layer then computes as the plain one does, whose operations they all know.
+    Or whether a tensor is of another kind than the engine reads: on another device, sparse, of a class of its own. A
+    fast layer then computes as the plain one does, whose operations they all know.
     """
     for x in given:
-        if x is not None and type(x) not in _KINDS:
+        if x is None or type(x) is Pending:
+            continue
+        if type(x) not in _KINDS or not x.is_cpu or x.layout is not torch.strided:
             return True
     return (
         torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, torch.export
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or torch._C._are_functorch_transforms_active()  # vmap, grad
+        or is_followed()  # vmap, grad, forward mode
     )
 
 
@@ -164,6 +172,12 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 uncompiled = torch.compiler.disable(
     _call, reason="a layer of dstlib's engine looks at its weight in each call, which no graph can hold"
 )
+
+
+def give_out(model: object, inputs: object, outputs: Any) -> None:
+    """Writes out what a model returns, as a hook behind its forward pass: whoever calls it gets plain tensors."""
+    if type(outputs) is not Tensor:
+        uncompiled(write_out, outputs) if is_compiled() else write_out(outputs)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -22,6 +22,8 @@ class Pending(Tensor):
 
     The engine's layers read the raw values and the norm. Any other operation first makes of it, and not of a copy, the
     tensor that it stands for: the same object then has the values written out, and is a plain tensor from there on.
+    The few that torch does not let a class know of, such as ``torch.tensor(z)`` and what ``torch.jit`` has scripted,
+    find NaN.
 
     >>> x = torch.tensor([-2.0, 1.0]).reshape(1, 1, 2, 1, 1)
     >>> z = Pending.of(FeatureMap(x, (torch.tensor([[2.0]]), torch.tensor([[1.0]]), 0.5)))
@@ -41,7 +43,7 @@ class Pending(Tensor):
         is_new = x.shown is None and x.tensor is not None
         if torch.compiler.is_compiling() or (is_new and (type(x.raw) is not Tensor or x.raw.requires_grad)):
             return to_channels_first(materialise(x))  # for a compiler, or a tensor of another kind
-        shown, x.shown = x.another() if x.shown is None else x.shown, None
+        shown = x.stand_in()
         shown.__class__ = Pending
         shown.feature_map = x  # type: ignore[attr-defined]
         return shown

@@ -70,6 +70,10 @@ class SparseLinear(Follows, nn.Linear):
         y: Tensor = self.run(input)
         return y
 
+    def takes(self, *inputs: Any) -> bool:
+        """Tells whether the engine computes on an input with so many axes, as it does on any."""
+        return True
+
     def compute(self, plan: bool, input: Tensor) -> Tensor:
         """Computes it on the engine."""
         parameters: dict[str, Any] = self._parameters

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.ops.operator import Problem, Tensors, placed
+from dstlib.engine.ops.operator import Problem, Tensors, placed, stand_in
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.memory import buffer
 from dstlib.errors import InputError
@@ -53,7 +53,7 @@ class FeatureMap:
     """
 
     memory: Tensor  # in which a map whose addresses are known lies
-    shown: Tensor | None = None  # what autograd takes for this map besides its raw values
+    shown: Tensor | None = None  # what is to have its values once they are written, if autograd knows of it
     _statistics: int  # numbers from there to its norm
 
     def __init__(self, raw: Tensor, norm: Norm | None = None) -> None:
@@ -82,7 +82,8 @@ class FeatureMap:
     def raw(self) -> Tensor:
         """The values before the norm."""
         if self.tensor is None:
-            self.tensor = self.another()
+            assert self.layout is not None
+            self.tensor = placed(self.memory, self.layout.size, self.layout.strides)
         return self.tensor
 
     @property
@@ -99,11 +100,12 @@ class FeatureMap:
         """Whether there is a norm to apply."""
         return self._norm is not None or (self.layout is not None and self.layout.slope is not None)
 
-    def another(self) -> Tensor:
-        """Returns another tensor on the memory of the raw values, which nobody records."""
-        if self.layout is None:
-            return placed(self.raw.detach())
-        return placed(self.memory, self.layout.size, self.layout.strides)
+    def stand_in(self) -> Tensor:
+        """Returns a tensor of this size, and of no values yet."""
+        if self.shown is not None:
+            found, self.shown = self.shown, None
+            return found
+        return stand_in(self.raw.shape, self.raw.dtype) if self.layout is None else stand_in(self.layout.size)
 
     def __iter__(self) -> Iterator[Tensor | Norm | None]:
         return iter((self.raw, self.norm))

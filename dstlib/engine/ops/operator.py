@@ -263,7 +263,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator[Any], problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns the outputs, and of one that is read later a second tensor on its memory, for others to change."""
+        """Returns the outputs, and of one that is read later what stands for it until its values are written."""
         outputs = operator.compute(problem, tensors)
         ctx.operator, ctx.problem = operator, problem
         ctx.strides = [
@@ -272,7 +272,7 @@ class _Recorded(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(*operator.keep(problem, tensors, outputs))
-        return (*outputs, placed(outputs[0])) if problem.is_read_later else tuple(outputs)
+        return (*outputs, stand_in(outputs[0].shape, outputs[0].dtype)) if problem.is_read_later else tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -298,6 +298,20 @@ def placed(
     place = x.storage_offset() + first
     size, strides = x.shape if size is None else size, x.stride() if strides is None else strides
     return x.new_empty(0).set_(x.untyped_storage(), place, size, strides)
+
+
+def stand_in(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns a tensor for values that are yet to be written: until then its memory is one NaN, read everywhere.
+
+    >>> stand_in((1, 2))
+    tensor([[nan, nan]])
+    """
+    return torch.empty(0, dtype=dtype, device="cpu").set_(_nan(dtype), 0, tuple(size), (0,) * len(size))
+
+
+@cache
+def _nan(dtype: torch.dtype) -> torch.UntypedStorage:
+    return torch.full((1,), torch.nan, dtype=dtype, device="cpu").untyped_storage()
 
 
 def _in_order(grad: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
