@@ -9,7 +9,7 @@ Each checkout has a process of its own, which waits while the other one works. B
 the first one measured to be faster there. In each round each case is timed once before and once after, for at least
 --seconds each, in an order that changes from round to round. What is printed is the median of the rounds' ratios, after
 over before, with its quartiles: by the CPU time of the process, which programs beside it lengthen less, and by the wall
-clock. Cases: E2ENet for AMOS at sparsity 0.8, inference at 32³ and 64³ and a training step at 64³; timm's ResNet-50 at
+clock. Cases: E2ENet for AMOS at sparsity 0.8, inference at 32³ and 64³ and a training step at 64³; ResNet-50 at
 sparsity 0.9, inference of one image of 224².
 """
 
@@ -30,6 +30,7 @@ import torch
 from _measure import Action, begin, command_line, progress, write
 from e2enet_inference import run
 from e2enet_inference import sparse as sparse_e2enet
+from overhead import resnet50
 from training_step import sparse as sparse_training
 
 import dstlib
@@ -58,10 +59,8 @@ def training(decisions: Decisions | None) -> tuple[Action, Decisions]:
 
 def resnet(decisions: Decisions | None) -> tuple[Action, Decisions]:
     """A forward pass of ResNet-50."""
-    import timm
-
     torch.manual_seed(0)
-    model, x = timm.create_model("resnet50").eval(), torch.randn(1, 3, 224, 224)
+    model, x = resnet50().eval(), torch.randn(1, 3, 224, 224)
     dstlib.sparsify(model, sparsity=0.9, method="static")
     fast = accelerate(model, x, decisions=decisions)
     return run(fast, x), fast.decisions  # type: ignore[return-value]
