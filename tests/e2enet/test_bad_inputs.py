@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dstlib.errors import StateError
+from dstlib.files import alone_in
 from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.inference import predict as predict_module
@@ -229,6 +230,18 @@ def test_predict_never_writes_over_its_images(damaged, trained, capsys):
     predict = ("predict", trained, "--images", damaged / "imagesTr", "--output", damaged / "imagesTr", "--overwrite")
     assert "is an input" in refused(capsys, *predict)
     assert (damaged / IMAGE).read_bytes() == before
+
+
+def test_a_run_and_a_folder_in_use_are_no_places_for_results(sound, trained, tmp_path, capsys):
+    before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+    predict = ("predict", trained, "--images", sound / "imagesTr", "--output")
+    evaluate = ("evaluate", trained / "predictions", "--data", sound, "--output")
+    for todo in (predict, evaluate):
+        assert "--output of the command line: expected no run, got the run" in refused(capsys, *todo, trained)
+        with alone_in(tmp_path / "held"):
+            assert "expected a folder that nobody else works in" in refused(capsys, *todo, tmp_path / "held")
+    assert {file.name for file in (tmp_path / "held").iterdir()} == {".lock"}
+    assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
 
 
 def test_a_run_that_is_unfinished_damaged_or_foreign_is_refused(sound, trained, tmp_path, capsys):

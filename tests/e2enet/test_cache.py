@@ -163,6 +163,20 @@ def test_a_changed_source_is_read_again_and_its_set_planned_anew(manifest, tmp_p
     assert "Other preparations take up 0.0 MB" in capsys.readouterr().err
 
 
+def test_other_preparations_may_vanish_and_be_no_folders(manifest, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prepared-gone").mkdir()
+    (tmp_path / "prepared-mine").write_bytes(b"a note")
+    listed = Path.iterdir
+
+    def vanished(folder):
+        return iter([folder / "b.json"]) if folder.name == "prepared-gone" else listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", vanished)
+    prepare(manifest, tmp_path)
+    assert "take up 0.0 MB" in (told := capsys.readouterr().err)
+    assert told.rstrip().endswith(": prepared-gone. Delete what you do not need.")
+
+
 def test_a_touched_source_is_prepared_again(manifest, tmp_path, reads):
     prepare(manifest, tmp_path)
     os.utime(manifest.train[1].label, ns=(1, 1))

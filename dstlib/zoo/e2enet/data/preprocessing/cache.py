@@ -14,7 +14,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -364,12 +364,22 @@ def _refuse_full_disk(entries: Sequence[Entry], num_lacking: int) -> NoReturn:
 def _mention_unused(folder: Path, entries: Sequence[Entry]) -> None:
     """Says what other preparations take up, which a run of today or a model of yesterday may yet want."""
     used = {entry.folder for entry in entries}
-    unused = sorted(each for each in folder.glob("prepared-*") if each not in used)
+    unused = sorted(each for each in folder.glob("prepared-*") if each not in used and each.is_dir())
     if unused:
-        size = _size(sum(file.stat().st_size for each in unused for file in each.iterdir()))
+        size = _size(sum(map(_num_bytes, unused)))
         names = ", ".join(each.name for each in unused)
         told = f"Other preparations take up {size} in {folder}: {names}. Delete what you do not need."
         print(on_one_line(told), file=sys.stderr)
+
+
+def _num_bytes(folder: Path) -> int:
+    """Adds up the sizes of a folder's files, of which others may remove some meanwhile."""
+    num = 0
+    with suppress(OSError):
+        for file in folder.iterdir():
+            with suppress(OSError):
+                num += file.stat().st_size
+    return num
 
 
 def _size(num: float) -> str:
