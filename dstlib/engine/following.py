@@ -83,6 +83,7 @@ def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor], wants
     masks = {name: _looked_at(mask) for name, mask in masks.items()}
     names = {id(p): plain_name(name) for name, p in fast.named_parameters()} | {id(p): n for n, p in weights.items()}
     plain, places = dict(model.named_modules(remove_duplicate=False)), _places(fast, model)
+    covered: set[str] = set()
     looking: defaultdict[str, list[tuple[FollowsMask, Watch[Tensor]]]] = defaultdict(list)
     for path, layer in fast.named_modules():
         if isinstance(layer, Follows):
@@ -92,11 +93,13 @@ def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor], wants
             looking[_host(path, fast, plain)].append((layer, watch))
         else:
             continue
-        origin = Origin(_places_of(path, plain, places))
-        watch.tie(Link(names[id(weight)], weight, origin, weights, masks, wants_all, holds))
+        own = _places_of(path, plain, places)
+        covered |= {place.name for place in own}
+        watch.tie(Link(names[id(weight)], weight, Origin(own), weights, masks, wants_all, holds))
     for path, followed in looking.items():
         fast.get_submodule(path).register_forward_pre_hook(Looking(followed))
-    fast.register_forward_pre_hook(Unchanged(Origin([*chain.from_iterable(places.values())])))
+    others = [place for place in chain.from_iterable(places.values()) if place.name not in covered]
+    fast.register_forward_pre_hook(Unchanged(Origin(others)))
 
 
 def _as_it_is(mask: Tensor) -> Tensor:

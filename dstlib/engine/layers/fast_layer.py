@@ -180,15 +180,28 @@ def give_out(model: object, inputs: object, outputs: Any) -> None:
         uncompiled(write_out, outputs) if is_compiled() else write_out(outputs)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tells whether calling a module does other things than its class says: hooks, or a ``forward`` of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def has_hooks(*modules: nn.Module | None) -> bool:
+    """Tells whether calling modules does other things than their classes say: hooks, or a ``forward`` of their own."""
+    for each in modules:  # a loop, and a dict: this is asked in each call
+        if each is not None:
+            own = each.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
+                return True
+    return False
+
+
+def state_of_parameters(weight: Any, bias: Any) -> tuple[object, ...]:
+    """Returns what tells whether the engine can read parameters, of which there must be the first."""
+    if weight is None:
+        return (None,)
+    kind, where = weight.__class__, weight.is_cpu  # plain values: this is asked in each call
+    return kind, where, weight.is_inference(), weight.shape, bias is None or bias.is_cpu
 
 
 def has_global_hooks() -> bool:

@@ -45,8 +45,7 @@ class FastFusionNode(Fast, FusionNode):
             return (None,)
         pool = downward is None or (downward.__class__, *(getattr(downward, name, None) for name in _POOLING))
         made_of = [each.__class__ for each in units._modules.values()]
-        hooked = [each for each in (upward, downward, units) if each is not None]
-        is_hooked = has_global_hooks() or any(map(has_hooks, [*hooked, *units._modules.values()]))
+        is_hooked = has_global_hooks() or has_hooks(upward, downward, units, *units._modules.values())
         return pool, upward.__class__, made_of, units.__class__, is_hooked
 
     def obstacle(self) -> str | None:
@@ -86,7 +85,7 @@ def _obstacle_to_parts(node: FusionNode) -> str | None:
     if type(node.units) is not nn.Sequential:
         return f"its units are in a {type(node.units).__name__}"
     parts = (node.upward, down, node.units, *node.units)
-    if has_global_hooks() or any(has_hooks(part) for part in parts if part is not None):
+    if has_global_hooks() or has_hooks(*parts):
         return "a part of it has a hook, or a forward of its own"
     return None
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dstlib.engine.layers.fast_layer import Follows, is_readable
+from dstlib.engine.layers.fast_layer import Follows, state_of_parameters
 from dstlib.engine.layers.watch import Watch
 from dstlib.engine.ops.patterns import Pattern, Weights
 
@@ -23,9 +23,12 @@ class FollowsKernels(Follows):
     def weights(self, conv: nn.Module) -> Weights:
         """Returns the weight and the bias of a convolution, and which kernels are active now."""
         parameters: dict[str, Any] = conv._parameters
-        weight = parameters["weight"]
+        weight, bias, kept = parameters["weight"], parameters["bias"], self.watch.made
         seen = self.watch.look(weight, training=self.training)
-        return Weights(weight, parameters["bias"], seen.active, seen.graded, seen.calls)
+        if kept is None or kept[0] is not seen or kept[1].bias is not bias:
+            kept = self.watch.made = seen, Weights(weight, bias, seen.active, seen.graded, seen.calls)
+        weights: Weights = kept[1]
+        return weights
 
 
 def watch_kernels(*, transposed: bool = False) -> Watch[Pattern]:
@@ -40,10 +43,9 @@ def _pattern(mask: Tensor, *, transposed: bool) -> Pattern:
 
 def state_of_conv(conv: Any) -> tuple[object, ...]:
     """Returns what of a convolution its fast form depends on besides values."""
-    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+    parameters = conv._parameters
     return (
-        weight.shape if is_readable(weight) else None,
-        bias is None or is_readable(bias),
+        *state_of_parameters(parameters.get("weight"), parameters.get("bias")),
         conv.stride,
         conv.padding,
         conv.dilation,

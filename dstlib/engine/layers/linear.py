@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dstlib.engine.layers.fast_layer import FastLayer, Follows, become, is_readable, obstacle_to_weight
+from dstlib.engine.layers.fast_layer import FastLayer, Follows, become, obstacle_to_weight, state_of_parameters
 from dstlib.engine.layers.watch import Watch
 from dstlib.engine.ops.linear import sparse_linear
 from dstlib.engine.ops.linear_patterns import LinearPattern
@@ -96,9 +96,7 @@ class SparseLinear(Follows, nn.Linear):
 
     def state(self) -> tuple[object, ...]:
         """Returns what the plan depends on."""
-        weight: Any = self._parameters.get("weight")
-        bias = self._parameters.get("bias")
-        return weight.ndim if is_readable(weight) else None, bias is None or is_readable(bias)
+        return state_of_parameters(self._parameters.get("weight"), self._parameters.get("bias"))
 
     def obstacle(self) -> str | None:
         """Tells why the engine cannot compute the layer as it is now; None where it can."""

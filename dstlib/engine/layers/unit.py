@@ -6,13 +6,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from dstlib.engine.layers.conv import geometry, obstacle_to_conv
-from dstlib.engine.layers.fast_layer import FastLayer, become, has_global_hooks, has_hooks, is_readable
+from dstlib.engine.layers.fast_layer import (
+    FastLayer,
+    become,
+    has_global_hooks,
+    has_hooks,
+    is_readable,
+    state_of_parameters,
+)
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
 from dstlib.engine.ops.conv import Geometry, unit
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.layers.blocks import Unit
 from dstlib.layers.shift import Shift, channel_moves
+
+_KINDS = (nn.Conv3d, nn.InstanceNorm3d, nn.LeakyReLU)
 
 
 class FastUnit(FollowsKernels, Unit):
@@ -40,20 +49,21 @@ class FastUnit(FollowsKernels, Unit):
 
     def state(self) -> tuple[object, ...]:
         """Returns what the plan depends on."""
-        parts: dict[str, Any] = self._modules
-        shift, conv, norm, activation = (parts.get(name) for name in ("shift", "conv", "norm", "activation"))
-        if type(conv) is not nn.Conv3d or type(norm) is not nn.InstanceNorm3d or type(activation) is not nn.LeakyReLU:
-            return shift, conv, norm, activation
-        affine: dict[str, Any] = norm._parameters
+        get: Any = self._modules.get
+        shift, conv, norm, activation = get("shift"), get("conv"), get("norm"), get("activation")
+        kinds = (conv.__class__, norm.__class__, activation.__class__)
+        if kinds != _KINDS:
+            return kinds
+        affine = norm._parameters
         return (
-            shift is None or (shift.__class__, getattr(shift, "sizes", None), getattr(shift, "axis", None)),
-            shift is not None and has_hooks(shift),
-            has_hooks(conv) or has_hooks(norm) or has_hooks(activation) or has_global_hooks(),
-            state_of_conv(conv),
+            shift,
+            None if shift is None else (shift.__class__, getattr(shift, "sizes", None), getattr(shift, "axis", None)),
+            has_hooks(shift, conv, norm, activation) or has_global_hooks(),
             norm.affine,
             norm.track_running_stats,
-            is_readable(affine.get("weight")) and is_readable(affine.get("bias")),
+            *state_of_parameters(affine.get("weight"), affine.get("bias")),
             activation.negative_slope,
+            *state_of_conv(conv),
         )
 
     def obstacle(self) -> str | None:
@@ -86,7 +96,7 @@ def obstacle_around_conv(unit: nn.Module) -> str | None:
     if unit.shift is not None and not (type(unit.shift) is Shift and unit.shift.axis in (2, -3)):
         return "its shift is learned, or not along depth"
     parts = (unit.shift, unit.conv, norm, unit.activation)
-    if has_global_hooks() or any(has_hooks(part) for part in parts if part is not None):
+    if has_global_hooks() or has_hooks(*parts):
         return "a part of it has a hook, or a forward of its own"
     return None
 

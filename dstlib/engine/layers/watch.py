@@ -5,14 +5,13 @@ A layer looks in each call, so that nothing else has to remember to tell it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dstlib.engine.ops.prepared import PreparedCalls
-from dstlib.engine.runtime.fingerprint import fingerprint_at, num_bytes
+from dstlib.engine.runtime.fingerprint import fingerprint, num_bytes, reader
 from dstlib.errors import StateError
 from dstlib.targets import find_outside, refuse_outside
 
@@ -36,11 +35,12 @@ class Place(NamedTuple):
     name: str
 
 
-@dataclass(frozen=True, eq=False)
 class Origin:
     """The places of the plain model that a part of the fast one was made of."""
 
-    places: Sequence[Place]
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self._held = [place[:3] for place in places]  # all that is compared in each call
 
     def check(self) -> None:
         """Refuses to go on with what is no longer that of the plain model.
@@ -48,7 +48,7 @@ class Origin:
         Raises:
             StateError: The plain model has another module or parameter in such a place, the fast model has not.
         """
-        for owned, key, held, *_ in self.places:
+        for owned, key, held in self._held:
             if owned.get(key) is not held:
                 self._refuse()
                 return
@@ -78,7 +78,7 @@ class Link:
     wants_all: Told
     holds: Told
 
-    @cached_property
+    @property
     def mask(self) -> Tensor | None:
         """The mask of the weight."""
         return self.masks.get(self.name)
@@ -109,6 +109,7 @@ class Seen(Generic[T]):
     mask_fingerprint: int
     active: T
     graded: T
+    read: Callable[[int, int, Tensor], int] = field(default_factory=reader)
     calls: PreparedCalls[Any] = field(default_factory=PreparedCalls)
 
 
@@ -136,7 +137,9 @@ class Watch(Generic[T]):
         self.pattern_of = pattern_of
         self.given: T | None = None
         self.link: Link | None = None
+        self.mask: Tensor | None = None
         self.seen: Seen[T] | None = None  # values that are replaced, never changed: threads may look at the same time
+        self.made: tuple[Seen[T], Any] | None = None  # what the layer has made of what was seen
         self._all: tuple[torch.Size, T] | None = None
         self._checked: _Checked | None = None
 
@@ -146,7 +149,7 @@ class Watch(Generic[T]):
 
     def tie(self, link: Link) -> None:
         """Follows the weight of a model and its mask from now on."""
-        self.link, self.seen = link, None
+        self.link, self.mask, self.seen = link, link.mask, None
 
     def look(self, weight: Tensor, *, training: bool, wants_all: bool = False) -> Seen[T]:
         """Returns what there is to compute with now; ``wants_all`` asks for the gradients of what is not active, too.
@@ -158,8 +161,8 @@ class Watch(Generic[T]):
         mask_version, records = -1, torch.is_grad_enabled()
         if link is not None:
             link.origin.check()
-            if link.mask is not None:
-                mask_version = link.mask._version
+            if self.mask is not None:
+                mask_version = self.mask._version
             wants_all = wants_all or (records and link.wants_all(link.name))
         takes_all = records and mask_version < 0 and self.given is None and weight.requires_grad
         state = (weight._version, weight.data_ptr(), mask_version, training, takes_all, wants_all)
@@ -167,14 +170,14 @@ class Watch(Generic[T]):
             seen is None
             or weight is not seen.weight
             or state != seen.state
-            or (seen.span and fingerprint_at(state[1], seen.span, weight) != seen.fingerprint)
+            or (seen.span and seen.read(state[1], seen.span, weight) != seen.fingerprint)
         ):
             with torch.inference_mode(False), torch.no_grad():  # what is made now may serve a training later
                 self.seen = seen = self._find(weight, state)
         return seen
 
     def _find(self, weight: Tensor, state: tuple[int, int, int, bool, bool, bool]) -> Seen[T]:
-        before, mask = self.seen, None if self.link is None else self.link.mask
+        before, mask = self.seen, self.mask
         *_, takes_all, wants_all = state
         found, mask_found = _fingerprint(weight), 0 if mask is None else _fingerprint(mask)
         self._check_outside(weight, state, found, mask_found)
@@ -193,7 +196,7 @@ class Watch(Generic[T]):
         self, before: Seen[T], weight: Tensor, state: tuple[object, ...], found: tuple[int, int]
     ) -> bool:
         """Tells whether what was seen before has the pattern of this state: of the same mask, or the same values."""
-        if self.link is not None and self.link.mask is not None:
+        if self.mask is not None:
             return (before.state[2], before.mask_fingerprint) == (state[2], found[1])
         return before.weight is weight and (*before.state[:5], before.fingerprint) == (*state[:5], found[0])
 
@@ -207,7 +210,7 @@ class Watch(Generic[T]):
     def _check_outside(self, weight: Tensor, state: tuple[int, int, int, bool, bool, bool], *found: int) -> None:
         """Counts what is not zero outside the mask, unless it is known that there is nothing."""
         link, checked = self.link, self._checked
-        if link is None or link.mask is None or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if link is None or self.mask is None or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return  # a CUDA graph is captured, in which no value can be looked at
         version, address, mask_version, training, *_ = state
         now = _Checked(weight, version, (address, found[0]), mask_version, found[1], training)
@@ -231,4 +234,4 @@ class Watch(Generic[T]):
 
 def _fingerprint(x: Tensor) -> int:
     """Returns the fingerprint of a tensor on the CPU, 0 of others, for whose values a look would have to wait."""
-    return fingerprint_at(x.data_ptr(), num_bytes(x), x) if x.is_cpu else 0
+    return fingerprint(x) if x.is_cpu else 0

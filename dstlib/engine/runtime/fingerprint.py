@@ -36,24 +36,22 @@ def fingerprint(x: Tensor) -> int:
     >>> x.data.add_(1.0)[0, 0].item(), fingerprint(x) == before
     (1.0, False)
     """
-    return fingerprint_at(x.data_ptr(), num_bytes(x), x)
-
-
-def fingerprint_at(address: int, size: int, x: Tensor) -> int:
-    """Returns the fingerprint of a tensor that lies at this address and spans this many bytes."""
-    function = _function()
-    return function(address, size, MOST) if function else _by_torch(x)
+    return reader()(x.data_ptr(), num_bytes(x), x)
 
 
 @cache
-def _function() -> Callable[[int, int, int], int] | None:
-    address = fingerprint_function()
+def reader() -> Callable[[int, int, Tensor], int]:
+    """Returns what makes the fingerprint of an address, a number of bytes, and the tensor that has them."""
+    found = fingerprint_function()
+    if found is None:
+        return _by_torch
     # it takes about a microsecond: too little for other threads to be let in
     kind = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return None if address is None else kind(address)
+    function: Callable[[int, int, int], int] = kind(found)
+    return lambda address, size, x: function(address, size, MOST)
 
 
-def _by_torch(x: Tensor) -> int:
+def _by_torch(address: int, size: int, x: Tensor) -> int:
     flat = x.detach().reshape(-1)
-    step = max(1, flat.numel() * x.element_size() // (MOST * _PIECE))
+    step = max(1, size // (MOST * _PIECE))
     return hash(flat[::step].contiguous().view(uint8).numpy().tobytes())
