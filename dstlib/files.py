@@ -132,7 +132,7 @@ def _hold(file: BinaryIO, *, wait: bool = False) -> bool:
         raise OSError(errno.ENOSYS, "a system without locks") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         return False
     return True
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dstlib.engine.runtime.library import info
-from dstlib.errors import SettingError, printable
+from dstlib.errors import SettingError
 from dstlib.files import write_json
+from dstlib.report import on_one_line
 from dstlib.typed_json import read_json
 
 
@@ -101,4 +102,4 @@ class Decisions(Mapping[str, Decision]):
         return len(self.rows)
 
     def __str__(self) -> str:
-        return printable("\n".join([*map(str, self.rows), self.machine]))
+        return "\n".join(map(on_one_line, [*map(str, self.rows), self.machine]))
