@@ -85,12 +85,12 @@ def parse_json(
         plain = _parsed(content, max_bytes)
         is_sealed = type(plain) is dict and type(plain.get(_SEAL)) is str and not foreign
         seal = plain.pop(_SEAL) if is_sealed else None
-        value: T = _fit(plain, kind, "", foreign)
+        value: T = _fit(plain, kind, None, foreign)
         if seal is not None:
             _check_seal(seal, plain)
     except _MisfitError as misfit:
-        at, allowed, given = misfit.at or "content", misfit.allowed, misfit.given
-        raise error.of(at, where, allowed=allowed, given=given, remedy=remedy) from misfit.__cause__
+        what, allowed, given = _path(misfit.at) or "content", misfit.allowed, misfit.given
+        raise error.of(what, where, allowed=allowed, given=given, remedy=remedy) from misfit.__cause__
     return value
 
 
@@ -98,7 +98,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is to be written, with a checksum of it that is checked, and left out, when it is read.
 
     >>> sealed({"size": 3})
-    {'size': 3, 'crc32': '9c0c8c63'}
+    {'size': 3, 'crc32': '2d82a84a'}
     """
     return {**content, _SEAL: _seal_of(content)}
 
@@ -111,32 +111,67 @@ def _check_seal(seal: Any, content: Mapping[str, Any]) -> None:
     """Checks a document for changes after which everything still fits; not every one is sealed."""
     if seal != (own := _seal_of(content)):
         given = f"{shown(seal)}: it was changed since it was written (who means that takes {_SEAL!r} out)"
-        raise _MisfitError(_SEAL, f"{own!r}, the checksum of the rest", given)
+        raise _MisfitError((None, _SEAL), f"{own!r}, the checksum of the rest", given)
+
+
+_Place = tuple[Any, str | int] | None  # where it is in, and its key or number there; None for a document
 
 
 class _MisfitError(Exception):
     """A place in a document, what was to be there, and what is."""
 
-    def __init__(self, at: str, allowed: str, given: str) -> None:
+    def __init__(self, at: _Place, allowed: str, given: str) -> None:
         self.at, self.allowed, self.given = at, allowed, given
 
 
 def _parsed(content: bytes, max_bytes: int) -> Any:
     """Returns what JSON says, of which every number is finite and of 64 bits at most, and every text Unicode."""
     if len(content) > max_bytes:
-        raise _MisfitError("", f"at most {max_bytes} bytes", f"{len(content)}")
+        raise _MisfitError(None, f"at most {max_bytes} bytes", f"{len(content)}")
     try:
         text = content.decode("utf-8-sig")  # an editor's byte order mark does no harm
         _check_depth(text)
         value = json.loads(text, object_pairs_hook=_once, parse_int=_parse_int)
     except ValueError as error:
-        raise _MisfitError("", "strict JSON in UTF-8", f"{error}") from error
-    for at, part in _parts(value):
-        if isinstance(part, float) and not math.isfinite(part):
-            raise _MisfitError(at, "a finite number of 64 bits", f"{part}")
-        if isinstance(part, str) and not part.isascii() and any("\ud800" <= c <= "\udfff" for c in part):
-            raise _MisfitError(at, "text in Unicode", shown(part))
+        raise _MisfitError(None, "strict JSON in UTF-8", f"{error}") from error
+    _check_parts(value)
     return value
+
+
+def _check_parts(value: Any) -> None:
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if type(part) is list:
+            parts.extend(part)
+        elif type(part) is dict:
+            parts.extend(part)
+            parts.extend(part.values())
+        elif _wrong(part):
+            for at, each in _places(value, None):  # which makes the places: rarely, as that takes most of the time
+                if wrong := _wrong(each):
+                    raise _MisfitError(at, wrong, shown(each))
+
+
+def _wrong(part: Any) -> str | None:
+    """Says what a number or a text would have to be; None where it is."""
+    if type(part) is float and not math.isfinite(part):
+        return "a finite number of 64 bits"
+    if type(part) is str and not part.isascii() and any("\ud800" <= c <= "\udfff" for c in part):
+        return "text in Unicode"
+    return None
+
+
+def _places(value: Any, at: _Place) -> Iterator[tuple[_Place, Any]]:
+    """Yields every value, and every key, of a document, and where it is."""
+    yield at, value
+    if isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from _places(part, (at, i))
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield at, key
+            yield from _places(part, (at, key))
 
 
 def _check_depth(text: str) -> None:
@@ -145,7 +180,7 @@ def _check_depth(text: str) -> None:
         token = match[0]
         depth += (token in "[{") - (token in "]}")
         if depth > MAX_DEPTH:
-            raise _MisfitError("", f"at most {MAX_DEPTH} brackets in brackets", "more")
+            raise _MisfitError(None, f"at most {MAX_DEPTH} brackets in brackets", "more")
 
 
 def _parse_int(text: str) -> float:
@@ -157,32 +192,24 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
-            raise _MisfitError("", "each key once", f"{shown(key)} twice")
+            raise _MisfitError(None, "each key once", f"{shown(key)} twice")
         table[key] = value
     return table
 
 
-def _parts(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every value, and every key, of a document, and where it is."""
-    yield at, value
-    if isinstance(value, list):
-        for i, part in enumerate(value):
-            yield from _parts(part, f"{at}[{i}]")
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield at, key
-            yield from _parts(part, _below(at, key))
+def _path(at: _Place) -> str:
+    """Returns a place as code would reach it."""
+    if at is None:
+        return ""
+    above, step = _path(at[0]), at[1]
+    if isinstance(step, int) or not re.fullmatch(r"\w{1,60}", step):
+        return f"{above}[{shown(step)}]"
+    return f"{above}.{step}" if above else step
 
 
-def _below(at: str, key: str) -> str:
-    if not re.fullmatch(r"\w{1,60}", key):
-        return f"{at}[{shown(key)}]"
-    return f"{at}.{key}" if at else key
-
-
-def _fit(value: Any, kind: Any, at: str, foreign: bool) -> Any:
+def _fit(value: Any, kind: Any, at: _Place, foreign: bool) -> Any:
     """Returns a value that JSON has given as one of ``kind``, or raises where it is no such."""
-    if kind is Any:
+    if kind is Any or type(value) is kind:
         return value
     if is_dataclass(kind):
         return _fit_fields(value, kind, at, foreign)
@@ -203,27 +230,25 @@ def _fit(value: Any, kind: Any, at: str, foreign: bool) -> Any:
     if kind is float:
         return float(value)
     if origin in (dict, Mapping):
-        return {key: _fit(part, parts[1], _below(at, key), foreign) for key, part in value.items()}
+        return {key: _fit(part, parts[1], (at, key), foreign) for key, part in value.items()}
     if origin is list or (origin is tuple and parts[-1] is ...):
-        return origin(_fit(part, parts[0], f"{at}[{i}]", foreign) for i, part in enumerate(value))
+        return origin(_fit(part, parts[0], (at, i), foreign) for i, part in enumerate(value))
     if origin is tuple:
-        return tuple(
-            _fit(part, of, f"{at}[{i}]", foreign) for i, (part, of) in enumerate(zip(value, parts, strict=True))
-        )
+        return tuple(_fit(part, of, (at, i), foreign) for i, (part, of) in enumerate(zip(value, parts, strict=True)))
     return value
 
 
-def _fit_fields(value: Any, kind: Any, at: str, foreign: bool) -> Any:
+def _fit_fields(value: Any, kind: Any, at: _Place, foreign: bool) -> Any:
     if type(value) is not dict:
         raise _MisfitError(at, _described(kind), shown(value))
     table, hints = _fields_of(kind)
     if not foreign and (unknown := next((key for key in value if key not in table), None)) is not None:
-        raise _MisfitError(_below(at, unknown), f"none but {', '.join(table)}", shown(value[unknown]))
+        raise _MisfitError((at, unknown), f"none but {', '.join(table)}", shown(value[unknown]))
     optional = {n for n, f in table.items() if (foreign or f.metadata.get(OPTIONAL)) and _has_default(f)}
     for name in table:
         if name not in value and name not in optional:
-            raise _MisfitError(_below(at, name), _described(hints[name]), "nothing")
-    fitting = {n: _fit(value[n], hints[n], _below(at, n), foreign) for n in table if n in value}
+            raise _MisfitError((at, name), _described(hints[name]), "nothing")
+    fitting = {n: _fit(value[n], hints[n], (at, n), foreign) for n in table if n in value}
     try:
         return kind(**fitting)
     except ValueError as error:  # of a value that the class itself refuses
@@ -239,13 +264,13 @@ def _fields_of(kind: Any) -> tuple[Mapping[str, Field[Any]], Mapping[str, Any]]:
     return {field.name: field for field in fields(kind) if field.init}, get_type_hints(kind)
 
 
-def _fit_any(value: Any, kinds: Iterable[Any], at: str, foreign: bool) -> Any:
+def _fit_any(value: Any, kinds: Iterable[Any], at: _Place, foreign: bool) -> Any:
     misfits = []
     for kind in kinds:
         try:
             return _fit(value, kind, at, foreign)
         except _MisfitError as misfit:
-            misfits.append((_in_common(value, kind), len(misfit.at), misfit))
+            misfits.append((_in_common(value, kind), len(_path(misfit.at)), misfit))
     _, _, nearest = max(misfits, key=lambda of: of[:2])
     if nearest.at == at and nearest.__cause__ is None:
         raise _MisfitError(at, " or ".join(dict.fromkeys(map(_described, kinds))), shown(value))
