@@ -131,8 +131,18 @@ def load_weights(model: nn.Module, weights: Any, *, what: str, where: str, remed
 
     Raises:
         StateError: One does not; nothing has been loaded then.
+    """
+    check_weights(model, weights, what=what, where=where, remedy=remedy)
+    model.load_state_dict(weights)
 
-    >>> load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, what="model.pt", where="a run", remedy="Train.")
+
+def check_weights(model: nn.Module, weights: Any, *, what: str, where: str, remedy: str) -> None:
+    """Checks that each of these weights fits one of a model by name, shape and type, and is finite.
+
+    Raises:
+        StateError: One does not.
+
+    >>> check_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, what="model.pt", where="a run", remedy="Train.")
     Traceback (most recent call last):
     dstlib.errors.StateError: model.pt of a run: expected the 2 weights of this network, got 1 missing (bias), 0 more. \
 Train.
@@ -155,7 +165,6 @@ Train.
         if num_odd := int((~theirs.isfinite() & ours.to(theirs.device).isfinite()).sum()):
             allowed, described = f"finite numbers in {name}", f"{num_odd:,} that are NaN or infinite"
             raise StateError.of(what, where, allowed=allowed, given=described, remedy=remedy)
-    model.load_state_dict(given)
 
 
 def _some(names: Sequence[str]) -> str:

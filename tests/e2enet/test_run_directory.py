@@ -9,6 +9,7 @@ import torch
 
 from dstlib.errors import StateError
 from dstlib.files import write_whole
+from dstlib.zoo.e2enet.training.log import Log
 from dstlib.zoo.e2enet.training.run_directory import open_run
 
 CONFIG = {"training": {"seed": 0, "learning_rate": 0.05}, "patch": (4, 8, 8)}
@@ -173,3 +174,57 @@ def test_an_interruption_while_writing_leaves_the_previous_file(tmp_path, monkey
         write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+# ---- the log
+
+
+ROWS = [{"epoch": n, "iteration": 50 * n, "loss": 1.0 / n} for n in (1, 2, 3)]
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def a_log(folder, rows):
+    log = Log(folder)
+    log.session(0, {"workers": 0})
+    for row in rows:
+        log.epoch(row, torch.device("cpu"))
+    return (folder / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("keep", [*range(0, 1000, 37), None])
+def test_a_log_that_was_cut_anywhere_is_completed(tmp_path, keep):
+    content = a_log(tmp_path, ROWS)
+    (tmp_path / "log.jsonl").write_bytes(content[:keep])
+    Log(tmp_path).complete(ROWS)
+    epochs = [event for event in logged(tmp_path) if event["event"] == "epoch"]
+    assert [{name: event[name] for name in ROWS[0]} for event in epochs] == ROWS
+    num_whole = content[:keep].count(b'"epoch"') if keep is None else content[:keep].count(b"\n") - 1
+    assert [event["seconds_per_iteration"] is None for event in epochs] == [n >= num_whole for n in range(3)]
+
+
+def test_no_epoch_is_logged_twice(tmp_path):
+    a_log(tmp_path, ROWS[:2])
+    again = Log(tmp_path)
+    again.complete(ROWS[:2])
+    again.session(75, {})
+    again.epoch(ROWS[1], torch.device("cpu"))  # stopped at once: the last epoch is that of the process before
+    again.epoch(ROWS[2], torch.device("cpu"))
+    assert [event.get("epoch") for event in logged(tmp_path)] == [None, 1, 2, None, 3]
+
+
+def test_a_damaged_line_of_the_log_is_written_anew(tmp_path):
+    lines = a_log(tmp_path, ROWS).splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_bytes(
+        b"".join([lines[0], b'{"event": "ep\xff"}\n', b"[" * 10_000 + b"\n", lines[3]])
+    )
+    Log(tmp_path).complete(ROWS)
+    assert [event.get("epoch") for event in logged(tmp_path)] == [None, 3, 1, 2]
+
+
+def test_a_log_that_cannot_be_read_is_one_error(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(StateError, match=r"log\.jsonl of run .* Is a directory"):
+        Log(tmp_path)

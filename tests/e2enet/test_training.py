@@ -1,5 +1,6 @@
 """The training loop: the same bits whether or not it was interrupted, and the arithmetic of the recipe."""
 
+import copy
 import math
 import signal
 from dataclasses import replace
@@ -193,14 +194,113 @@ def test_a_loss_that_is_no_number_ends_the_training_and_saves_nothing_more(begin
 )
 def test_the_state_of_another_network_is_refused(begin, network):
     state = begin(SETTINGS["dsff"]).state_dict()
-    with pytest.raises(StateError, match="the same network"):
+    with pytest.raises(StateError, match="model of the saved training: expected"):
         begin(SETTINGS["dsff"], network).load_state_dict(state)
 
 
 def test_the_state_of_a_dense_training_is_refused_by_a_sparse_one(begin):
     state = begin(SETTINGS["dense"]).state_dict()
-    with pytest.raises(StateError):
+    with pytest.raises(StateError, match="contents of the saved state"):
         begin(SETTINGS["dsff"]).load_state_dict(state)
+
+
+def change(*path):
+    """Returns what puts another value, the last of these, to where the others lead in a state; or takes it out."""
+    *keys, last, value = path
+
+    def changed(state):
+        place = state
+        for key in keys:
+            place = place[key]
+        if value is GONE:
+            del place[last]
+        else:
+            place[last] = value
+
+    return changed
+
+
+GONE = object()
+BROKEN = {
+    "no iteration": (change("iteration", GONE), "parts"),
+    "half an iteration": (change("iteration", 3.0), "iteration"),
+    "an iteration to come": (change("iteration", 7), "iteration"),
+    "an iteration that is a truth value": (change("iteration", True), "iteration"),
+    "no loss": (change("loss_sum", math.nan), "loss_sum"),
+    "a loss of text": (change("loss_sum", "3"), "loss_sum"),
+    "a loss of the epoch before": (change("iteration", 3), "loss_sum"),
+    "metrics of an epoch to come": (change("metrics", [{}, {}]), "metrics"),
+    "metrics of another shape": (change("metrics", 0, [1, 2]), "metrics"),
+    "metrics of another epoch": (change("metrics", 0, "epoch", 2), "metrics"),
+    "metrics of a large iteration": (change("metrics", 0, "iteration", 2**63), "metrics"),
+    "metrics without a loss": (change("metrics", 0, "loss", GONE), "metrics"),
+    "metrics of an infinite loss": (change("metrics", 0, "loss", math.inf), "metrics"),
+    "metrics of another rate": (change("metrics", 0, "learning_rate", 0.5), "metrics"),
+    "metrics of a Dice above 1": (change("metrics", 0, "val_dice", 1.5), "metrics"),
+    "metrics of more": (change("metrics", 0, "evil", 1), "metrics"),
+    "updates of text": (change("updates", "none"), "updates"),
+    "updates to come": (change("updates", 0, "iteration", 5), "updates"),
+    "updates of more than all": (change("updates", 0, "grown", 10**9), "updates"),
+    "a scaler of text": (change("scaler", "fp16"), "scaler"),
+    "half a scaler": (change("scaler", {"scale": 1.0}), "scaler"),
+    "no optimizer": (change("optimizer", {}), "optimizer"),
+    "an optimizer of no groups": (change("optimizer", "param_groups", []), "optimizer"),
+    "an optimizer of other parameters": (change("optimizer", "param_groups", 0, "params", [0]), "optimizer"),
+    "an optimizer of another decay": (
+        change("optimizer", "param_groups", 0, "weight_decay", 0.5),
+        "optimizer's weight_decay",
+    ),
+    "an optimizer without a rate": (change("optimizer", "param_groups", 0, "lr", None), "optimizer's lr"),
+    "an optimizer of one parameter more": (change("optimizer", "state", 99, {}), "optimizer"),
+    "an optimizer that keeps nothing": (change("optimizer", "state", 0, {}), "optimizer"),
+    "a moment of another shape": (change("optimizer", "state", 0, "exp_avg", torch.ones(2)), "optimizer's exp_avg"),
+    "a moment of truth values": (change("optimizer", "state", 0, "exp_avg", torch.ones(2) > 0), "optimizer's exp_avg"),
+    "a step to come": (change("optimizer", "state", 0, "step", torch.tensor(9.0)), "optimizer's step"),
+    "a weight of another shape": (change("model", "heads.0.weight", torch.ones(2)), "model"),
+    "a weight less": (change("model", "heads.0.weight", GONE), "model"),
+    "no masks": (change("sparsifier", None), "contents"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved():
+    """The state of a training in its second epoch, at iteration 4."""
+    torch.manual_seed(0)
+    training = start(E2ENet(NETWORK), SETTINGS["adamw"])
+    go(training, should_stop=lambda: training.iteration == 4)
+    training.sparsifier.detach()
+    return training.state_dict()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_state_that_no_training_saved_is_refused_by_name(begin, saved, case):
+    break_it, what = BROKEN[case]
+    state = copy.deepcopy(saved)
+    break_it(state)
+    training = begin(SETTINGS["adamw"])
+    with pytest.raises(StateError, match=f"^{what} of the saved "):
+        training.load_state_dict(state)
+    assert training.iteration == 0
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_moments_that_no_optimizer_keeps_are_refused(begin, saved, name):
+    for value in (math.nan, math.inf, *([-1.0] * (name == "exp_avg_sq"))):
+        state = copy.deepcopy(saved)
+        state["optimizer"]["state"][0][name].view(-1)[0] = value
+        with pytest.raises(StateError, match=f"^optimizer's {name} of the saved training"):
+            begin(SETTINGS["adamw"]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"scale": 0.0}, {"scale": math.inf}, {"growth_factor": 1.0}, {"backoff_factor": 1.0}, {"_growth_tracker": -1}],
+)
+def test_a_scaler_that_does_not_work_is_refused(begin, saved, change):
+    sound = torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
+    begin(SETTINGS["adamw"]).load_state_dict({**saved, "scaler": sound})
+    with pytest.raises(StateError, match=rf"^scaler\.{next(iter(change))} of the saved training"):
+        begin(SETTINGS["adamw"]).load_state_dict({**saved, "scaler": {**sound, **change}})
 
 
 def test_the_loss_is_dice_and_cross_entropy_at_each_head_on_every_second_voxel():

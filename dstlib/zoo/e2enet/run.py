@@ -174,7 +174,10 @@ def _print_beginning(training: Training, data: Dataset, path: Path) -> None:
 
 def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None, path: Path) -> None:
     log = Log(path, tensorboard=config.tensorboard) if run else None
-    if log:
+    if run and log:
+        if training.metrics:  # a process that was killed behind its checkpoint has not come to these
+            run.write_metrics(training.metrics)
+            log.complete(training.metrics)
         log.session(training.iteration, {**asdict(training.execution), "ranks": training.ranks.num})
 
     def save(training: Training) -> None:

@@ -1,6 +1,8 @@
 """What a training cost: seconds and memory, a line of JSON per epoch, and TensorBoard's curves on request.
 
-Kept apart from ``metrics.csv``, which is the same for the same settings; these numbers never are.
+A process that is killed may leave half a line, or none of an epoch whose checkpoint is there: the next one that opens
+the log takes out what is no line, and adds what is missing, without its cost, which nobody knows. Kept apart from
+``metrics.csv``, which is the same for the same settings; these numbers never are.
 """
 
 import json
@@ -8,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,28 @@ from typing import Any
 import torch
 
 from dstlib.errors import StateError
+from dstlib.files import write_whole
+from dstlib.typed_json import parse_json
 
+_COST = ("seconds_per_iteration", "peak_memory_bytes")
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 class Log:
-    """What a run appends to its ``log.jsonl``: a line per event, with its time.
+    """What a run appends to its ``log.jsonl``: a line per event, with its time, and one for each epoch.
 
     ``tensorboard`` must be installed for its curves.
 
     Raises:
         StateError: The disk is full, say.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "log.jsonl"
+    ...     _ = file.write_text('{"event": "epoch", "iteration": 50}\\n{"event": "epo')
+    ...     Log(Path(folder)).complete([{"iteration": 50}, {"iteration": 100}])
+    ...     [json.loads(line)["iteration"] for line in file.read_text().splitlines()]
+    [50, 100]
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
@@ -38,6 +51,12 @@ class Log:
             self._writer = SummaryWriter(folder / "tensorboard")
         self._since = time.perf_counter()
         self._iteration = 0
+        self._epochs = self._mend()  # by their last iterations, as these are logged
+
+    def complete(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Logs the epochs that a process finished which did not come to logging them."""
+        for row in rows:
+            self._add(row, dict.fromkeys(_COST))
 
     def session(self, iteration: int, about: Mapping[str, Any]) -> None:
         """Logs that a process begins, or goes on, at an iteration."""
@@ -47,17 +66,37 @@ class Log:
     def epoch(self, row: Mapping[str, float], device: torch.device) -> None:
         """Logs the end of an epoch: its metrics, the time per iteration since the last event, the peak of memory."""
         now, iteration = time.perf_counter(), int(row["iteration"])
-        if iteration == self._iteration:
+        if iteration in self._epochs:
             return  # saved twice: at the end of the epoch and before stopping
         seconds = (now - self._since) / max(1, iteration - self._iteration)
         self._since, self._iteration = now, iteration
-        cost = {"seconds_per_iteration": round(seconds, 4), "peak_memory_bytes": peak_memory(device)}
+        self._add(row, dict(zip(_COST, (round(seconds, 4), peak_memory(device)), strict=True)))
+
+    def _add(self, row: Mapping[str, float], cost: Mapping[str, float | None]) -> None:
+        iteration = int(row["iteration"])
+        if iteration in self._epochs:
+            return
+        self._epochs.add(iteration)
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._append({"event": "epoch", **finite, **cost})
         if self._writer is not None:
             for name, value in {**row, **cost}.items():
-                self._writer.add_scalar(name, value, iteration)
+                if value is not None:
+                    self._writer.add_scalar(name, value, iteration)
             self._writer.flush()
+
+    def _mend(self) -> set[int]:
+        """Takes out what is no line of JSON, such as the half of one at the end; returns the epochs that are left."""
+        try:
+            content = self._file.read_bytes() if self._file.exists() else b""
+        except OSError as error:
+            raise self._refused(error) from error
+        events = {line: _event(line) for line in content.splitlines(keepends=True)}
+        whole = b"".join(line for line in content.splitlines(keepends=True) if events[line])
+        if whole != content:
+            write_whole(self._file, whole)
+        numbers = (event.get("iteration") for event in events.values() if event.get("event") == "epoch")
+        return {number for number in numbers if type(number) is int}
 
     def _append(self, event: Mapping[str, Any]) -> None:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **event})
@@ -65,9 +104,20 @@ class Log:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            where, allowed = f"run {self._file.parent}", "a disk to write to"
-            remedy = "Make room, then continue with --resume."
-            raise StateError.of("log.jsonl", where, allowed=allowed, given=error, remedy=remedy) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> StateError:
+        where, allowed = f"run {self._file.parent}", "a disk to write to"
+        remedy = "Make room, or repair what the system says, then continue with --resume."
+        return StateError.of("log.jsonl", where, allowed=allowed, given=error, remedy=remedy)
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """Returns what a line says; nothing where it is no whole one."""
+    try:
+        return parse_json(line, dict[str, Any], where="a log", remedy="") if line.endswith(b"\n") else {}
+    except StateError:
+        return {}
 
 
 def peak_memory(device: torch.device) -> int:

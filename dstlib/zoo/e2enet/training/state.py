@@ -18,8 +18,10 @@ from dstlib.sparsifier import Sparsifier
 from dstlib.sparsifier.api import sparsify
 from dstlib.sparsifier.plan import make_plan
 from dstlib.sparsifier.saved import at_step_0
+from dstlib.torch_files import load_weights
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.ranks import Ranks
+from dstlib.zoo.e2enet.training.saved import check_saved
 from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
 
 
@@ -71,21 +73,17 @@ class Training:
         """Puts the training where the one stood that ``state`` was taken from.
 
         Raises:
-            StateError: It was taken from another network.
+            StateError: It was taken from another network, or is damaged.
         """
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
-                self.scaler.load_state_dict(state["scaler"])
-            if self.sparsifier:
-                self.sparsifier.load_state_dict(state["sparsifier"])
-            self.iteration, self.loss_sum = state["iteration"], state["loss_sum"]
-            self.metrics, self.updates = list(state["metrics"]), list(state["updates"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            allowed = "the state of a training of the same network with the same settings"
-            remedy = "Resume with the configuration that the run was started with."
-            raise StateError.of("state", "Training", allowed=allowed, given=error, remedy=remedy) from error
+        check_saved(state, self.settings, self.model, self.optimizer)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
+            self.scaler.load_state_dict(state["scaler"])
+        if self.sparsifier:
+            self.sparsifier.load_state_dict(state["sparsifier"])
+        self.iteration, self.loss_sum = state["iteration"], state["loss_sum"]
+        self.metrics, self.updates = list(state["metrics"]), list(state["updates"])
 
     def observe(self, site: Site, update: MaskUpdate) -> None:
         """Counts one weight's share of a mask update."""
@@ -224,14 +222,19 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
     Raises:
         StateError: The other training is of another network, or is dense while this one is sparse.
     """
-    own, theirs = training.model.state_dict(), state["model"]
-    fresh = [name for name, value in own.items() if name not in theirs or theirs[name].shape != value.shape]
-    foreign = sorted(set(theirs) - set(own))
+    own, theirs = training.model.state_dict(), state.get("model")
+    if not isinstance(theirs, Mapping) or "sparsifier" not in state:
+        allowed, remedy = "the state of a training", "Pass --from the folder of a run that a recipe has written."
+        raise StateError.of("checkpoint", "--from", allowed=allowed, given="something else", remedy=remedy)
+    shapes = {name: value.shape for name, value in theirs.items() if isinstance(value, Tensor)}
+    fresh = [name for name, value in own.items() if shapes.get(name) != value.shape]
+    foreign = sorted(map(str, set(theirs) - set(own)))
     if foreign or not all("head" in name for name in fresh):
         allowed, given = "those of this network", ", ".join([*fresh[:3], *foreign[:3]])
         remedy = "Begin from a run of the same network: the same model, channels, strides and kernels."
         raise StateError.of("weights", "--from", allowed=allowed, given=given, remedy=remedy)
-    training.model.load_state_dict({name: own[name] if name in fresh else theirs[name] for name in own})
+    weights = {name: own[name] if name in fresh else theirs[name] for name in own}
+    load_weights(training.model, weights, what="weights", where="--from", remedy="Restore the checkpoint of that run.")
     if training.sparsifier:
         saved = state["sparsifier"]
         if saved is None:
