@@ -48,15 +48,27 @@ def accelerate(
     decided, and why, is in ``decisions`` of the result: print it, save it, and pass it in to measure nothing the next
     time.
 
-    The parameters are those of the model, not copies. Active are the weights under ``masks`` (by parameter name, as
-    of :attr:`Sparsifier.masks`, followed as they change), else those that are not zero. With masks a training step
-    gives the gradients of active weights, and those of the others where ``dense_gradient`` says so of a parameter.
+    The parameters are those of the model, not copies, and a fast layer is the layer that it replaces, with another
+    class: it has its attributes, names, hooks and ``state_dict``. Active are the weights under ``masks`` (by parameter
+    name, as of :attr:`Sparsifier.masks`, followed as they change), else those that are not zero. With masks a training
+    step gives the gradients of active weights, and those of the others where ``dense_gradient`` says so of a parameter.
     Without masks it gives all.
 
     What is not zero outside the masks would be left out, so it is refused, here and in forward passes. It is counted
     when a mask or a weight has changed, unless ``holds`` says that a parameter is still as its mask left it;
-    :meth:`Sparsifier.accelerate` passes masks and both of these. What is written through ``weight.data`` is noticed
-    when the model next begins or ends training.
+    :meth:`Sparsifier.accelerate` passes masks and both of these.
+
+    No layer computes by values that are gone: in each call it looks at which tensors it has, where they lie, their
+    versions, and a sample of 4 KB of each weight. So it follows ``load_state_dict``, ``functional_call``, averages that
+    are swapped in through ``weight.data``, and new parameters of the fast model. What a layer's sample may miss, a few
+    values of a large weight that are written through ``weight.data``, it notices when its mode next changes, by
+    ``train()`` or ``eval()``. On a GPU there is no sample: there all that is written so is noticed then. A layer or
+    parameter that is replaced in the plain model is refused by name. Copies, by ``deepcopy``, ``pickle`` or in another
+    process, watch their own layers; masks do not travel: a copy computes with all of its weights that are not zero.
+
+    Under ``torch.jit.trace``, ``torch.export``, ``torch.func`` and torch's modes, and where something on a part of a
+    layer asks for it, such as a hook, layers compute as the plain ones. ``torch.compile`` leaves them out of its
+    graphs.
 
     On a CPU the maps of the result lie depth last in memory, and outputs differ from the plain ones by rounding, about
     1e-5 of the largest. On a GPU maps lie channels last; kernels are of float16 and bfloat16, so call this, and the
