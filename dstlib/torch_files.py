@@ -5,6 +5,7 @@ members side by side, without compression, each with a checksum; it reads past a
 names the same bytes twice, and in some releases believes the sizes that the pickle promises.
 """
 
+import io
 import sys
 import zipfile
 import zlib
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.types import Storage
 
 from dstlib.errors import StateError
-from dstlib.files import open_file
+from dstlib.files import open_file, write_whole
 
 _HEADER = 30  # bytes of a local header, before its name
 
@@ -61,6 +62,31 @@ checksum). Train it anew.
     except Exception as error:
         given = f"a damaged or foreign file ({type(error).__name__})"
         raise StateError.of(path.name, where, allowed=allowed, given=given, remedy=remedy) from error
+
+
+def write_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes what :func:`read_torch` reads, whole or not at all; the same content is the same bytes.
+
+    Raises:
+        StateError: The disk is full, say; the old file is as it was.
+    """
+    buffer = io.BytesIO()  # serialised before the disk is touched, so that only the write can fail
+    torch.save(_with_texts_once(dict(content)), buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def _with_texts_once(content: Any) -> Any:
+    """Returns plain containers in which equal texts are one object.
+
+    A pickle refers to objects that it has met before, and texts that came out of a file are objects of their own.
+    """
+    if isinstance(content, str):
+        return sys.intern(content)
+    if type(content) is dict:
+        return {_with_texts_once(key): _with_texts_once(value) for key, value in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(map(_with_texts_once, content))
+    return content
 
 
 class _DamageError(Exception):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import assert_same
 
 from dstlib import StateError
-from dstlib.torch_files import read_torch
+from dstlib.torch_files import read_torch, write_torch
 
 WORDS = {"where": "a run", "allowed": "its weights", "remedy": "Train it anew."}
 CONTENT = {
@@ -53,6 +53,17 @@ def test_what_was_saved_is_read(folder):
     found = read(FILE, folder)
     assert_same(found, CONTENT)
     assert found["part"].untyped_storage().data_ptr() == found["weight"].untyped_storage().data_ptr()
+
+
+def test_what_was_read_is_written_as_the_same_bytes(tmp_path):
+    """A resumed run writes what was loaded, and is to end as one that never stopped, byte for byte."""
+    state = {"state": [{"step": torch.ones(())}, {"step": torch.zeros(())}], "names": ("step", 1)}
+    write_torch(tmp_path / "first.pt", state)
+    found = read_torch(tmp_path / "first.pt", **WORDS)
+    assert_same(found, state)
+    found["names"] = ("".join(["st", "ep"]), 1)  # a text of its own
+    write_torch(tmp_path / "second.pt", found)
+    assert (tmp_path / "second.pt").read_bytes() == (tmp_path / "first.pt").read_bytes()
 
 
 def flipped(content, at, bit):

@@ -4,7 +4,6 @@ nnU-Net's checkpoint is a dictionary; dstlib puts all that it needs under one mo
 and ``nnUNetv2_predict`` ignore. The weights of the network hold the zeros themselves.
 """
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,9 @@ import numpy as np
 import torch
 
 from dstlib.errors import StateError
-from dstlib.files import write_whole
 from dstlib.masking.update import count_outside
 from dstlib.sparsifier.saved import masks_of
-from dstlib.torch_files import read_torch
+from dstlib.torch_files import read_torch, write_torch
 
 KEY = "dstlib"
 STOCK = "nnUNetTrainer"
@@ -49,17 +47,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         given = f"a {type(checkpoint).__name__} of something else"
         raise StateError.of(path.name, where, allowed=allowed, given=given, remedy=remedy)
     return checkpoint
-
-
-def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Writes a checkpoint, whole or not at all.
-
-    Raises:
-        StateError: The disk is full, say; the old file is as it was.
-    """
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_whole(path, buffer.getbuffer())
 
 
 def sparse_part(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -104,7 +91,7 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
             raise StateError.of(name, source.name, allowed="zeros outside the mask", given=outside, remedy=remedy)
     target.parent.mkdir(parents=True, exist_ok=True)
     stock = {key: value for key, value in checkpoint.items() if key != KEY} | {"trainer_name": STOCK}
-    write_checkpoint(target, stock)
+    write_torch(target, stock)
     written = read_checkpoint(target)
     copies = written["network_weights"]
     are_equal = copies.keys() == weights.keys() and all(torch.equal(copies[name], weights[name]) for name in weights)

@@ -25,6 +25,7 @@ from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier
 from dstlib.sparsifier.api import sparsify
 from dstlib.targets import plain_name, unwrap
+from dstlib.torch_files import write_torch
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Host
@@ -168,7 +169,7 @@ class SparseTraining(Training):
             partial.unlink(missing_ok=True)
         settings, state = self.sparse_settings(), self.sparsifier.state_dict()
         part = {"version": checkpoints.VERSION, "settings": settings, "sparsifier": state}
-        checkpoints.write_checkpoint(Path(filename), {**checkpoint, checkpoints.KEY: part})
+        write_torch(Path(filename), {**checkpoint, checkpoints.KEY: part})
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continues from a checkpoint of a sparse training of the same settings.

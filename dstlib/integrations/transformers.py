@@ -7,7 +7,6 @@ Needs ``transformers`` and ``accelerate``.
 """
 
 import inspect
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -25,13 +24,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dstlib.errors import SettingError, StateError
-from dstlib.files import write_whole
 from dstlib.integrations.backward import AfterBackward
 from dstlib.integrations.training import Adapter, HostedTraining, at_step_0, masks_of
 from dstlib.masking.update import count_outside
 from dstlib.sparsifier import Sparsifier
 from dstlib.targets import find_weights
-from dstlib.torch_files import read_torch
+from dstlib.torch_files import read_torch, write_torch
 
 FILE = "dstlib_state.pt"  # in each folder of a checkpoint
 
@@ -221,9 +219,7 @@ def _save_with(state: TrainerState, training: HostedTraining) -> None:
     save_to_json = state.save_to_json
 
     def save(json_path: str | os.PathLike[str]) -> None:
-        buffer = io.BytesIO()
-        torch.save(training.state_dict(), buffer)
-        write_whole(Path(json_path).parent / FILE, buffer.getbuffer())
+        write_torch(Path(json_path).parent / FILE, training.state_dict())
         save_to_json(json_path)
 
     state.save_to_json = save

@@ -22,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from dstlib.errors import StateError, require
 from dstlib.files import locked, write_json, write_whole
-from dstlib.torch_files import read_torch
+from dstlib.torch_files import read_torch, write_torch
 from dstlib.typed_json import read_json, sealed
 
 FORMAT = "dstlib.e2enet.run/1"
@@ -50,7 +48,7 @@ class Run:
             StateError: The file cannot be written.
         """
         content = {"format": FORMAT, "config": dict(self.config), "state": dict(state)}
-        _save(self.path / "checkpoint.pt", content)
+        write_torch(self.path / "checkpoint.pt", content)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Reads the state that was saved last.
@@ -66,7 +64,7 @@ class Run:
 
     def write_model(self, state: Mapping[str, Any]) -> None:
         """Writes the plain ``state_dict`` of a network: ``torch.load(..., weights_only=True)`` reads it anywhere."""
-        _save(self.path / "model.pt", state)
+        write_torch(self.path / "model.pt", state)
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replaces ``metrics.csv``: one line per row, under the names of the first."""
@@ -118,12 +116,6 @@ def read_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in parts) or saved.get("format") != FORMAT:
         raise _unreadable(path, "a file of something else", remedy)
     return saved
-
-
-def _save(file: Path, content: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()  # serialised before the disk is touched, so that only the write can fail
-    torch.save(dict(content), buffer)
-    write_whole(file, buffer.getbuffer())
 
 
 @contextmanager
