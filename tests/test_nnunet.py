@@ -291,6 +291,14 @@ def test_a_training_that_is_continued_equals_one_that_never_stopped(trainer, che
     assert torch.equal(trainer.sparsifier.masks["1.weight"], continued.sparsifier.masks["1.weight"])
 
 
+def test_a_link_in_the_place_of_a_half_written_checkpoint_is_not_followed(trainer, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "checkpoint_latest.pth.partial").symlink_to(tmp_path / "victim")
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint_latest.pth", "victim"]
+
+
 def test_nothing_but_the_checkpoint_is_left_in_the_folder(trainer, checkpoint, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [checkpoint.name]
     trainer.disable_checkpointing = True

@@ -162,6 +162,7 @@ class SparseTraining(Training):
             super().save_checkpoint(filename)
             return
         partial = Path(f"{filename}.partial")
+        partial.unlink(missing_ok=True)  # nnU-Net would write through a link
         try:
             super().save_checkpoint(str(partial))
             checkpoint = checkpoints.read_checkpoint(partial)
