@@ -417,7 +417,9 @@ def in_compact(mutate: Mutate) -> Mutate:
             changed_tensors, said = mutate_value(rng, stored)
             if not isinstance(changed_tensors, dict):
                 return content, said
-            stored = {str(name): x.contiguous() for name, x in changed_tensors.items() if isinstance(x, torch.Tensor)}
+            tensors = {str(name): x for name, x in changed_tensors.items() if isinstance(x, torch.Tensor)}
+            # an expanded one may be of any size: no file can hold it
+            stored = {name: x.contiguous() for name, x in tensors.items() if x.numel() < 10**6}
         try:
             described["checksum"] = compact._checksum(described["entries"], stored)
             return save(stored, {"dstlib": json.dumps(described)}), f"crafted: {said}"

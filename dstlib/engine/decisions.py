@@ -10,7 +10,7 @@ from dstlib.engine.runtime.library import info
 from dstlib.errors import SettingError
 from dstlib.files import write_json
 from dstlib.report import on_one_line
-from dstlib.typed_json import read_json
+from dstlib.typed_json import read_json, sealed
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Decisions(Mapping[str, Decision]):
             raise SettingError.of("decisions", "accelerate()", allowed=allowed, given=list(self), remedy=remedy)
 
     def save(self, path: Path) -> None:
-        """Writes the decisions as JSON."""
-        write_json(path, asdict(self))
+        """Writes the decisions as JSON, with a checksum."""
+        write_json(path, sealed(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> "Decisions":

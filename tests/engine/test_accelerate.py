@@ -281,6 +281,10 @@ def test_decisions_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.M
     taken.save(tmp_path / "decisions.json")
     loaded = Decisions.load(tmp_path / "decisions.json")
     assert loaded == taken
+    saved = (tmp_path / "decisions.json").read_text()
+    (tmp_path / "decisions.json").write_text(saved.replace('_ms": ', '_ms": 1'))
+    with pytest.raises(StateError, match=r"crc32 of .*it was changed since it was written"):
+        Decisions.load(tmp_path / "decisions.json")
     monkeypatch.setattr(MODULE, "_measure", lambda *_: pytest.fail("measured again"))
     again = accelerate(model, x, decisions=loaded)
     assert again.decisions == taken
