@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dstlib.errors import StateError
+from dstlib.files import make_folder
 from dstlib.masking.update import count_outside
 from dstlib.sparsifier.saved import masks_of
 from dstlib.torch_files import read_torch, write_torch
@@ -89,7 +90,7 @@ def export_checkpoint(source: Path, target: Path) -> Exported:
         if outside := count_outside(weights[name], mask):
             remedy = "It was changed after the training; export the checkpoint that the training wrote."
             raise StateError.of(name, source.name, allowed="zeros outside the mask", given=outside, remedy=remedy)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     stock = {key: value for key, value in checkpoint.items() if key != KEY} | {"trainer_name": STOCK}
     write_torch(target, stock)
     written = read_checkpoint(target)

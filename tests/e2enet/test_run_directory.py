@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -174,6 +175,68 @@ def test_an_interruption_while_writing_leaves_the_previous_file(tmp_path, monkey
         write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_whose_folder_has_a_name_that_is_no_text(tmp_path):
+    path = tmp_path / os.fsdecode(b"run-\xff")
+    with open_run(path, CONFIG) as run:
+        run.save_checkpoint(STATE)
+    with open_run(path, CONFIG, resume=True) as run:
+        assert run.load_checkpoint()["iteration"] == 7
+    (path / "checkpoint.pt").write_bytes(b"?")
+    with open_run(path, CONFIG, resume=True) as run, pytest.raises(StateError) as caught:
+        run.load_checkpoint()
+    assert str(caught.value).isprintable()
+
+
+def writes(run):
+    """Everything that a training writes."""
+    return (
+        lambda: run.save_checkpoint(STATE),
+        lambda: run.write_model({"weight": torch.ones(1)}),
+        lambda: run.write_metrics(ROWS),
+        lambda: Log(run.path).session(0, {}),
+        lambda: Log(run.path).complete(ROWS),
+    )
+
+
+def test_a_folder_that_vanishes_is_one_error_at_each_write(folder):
+    with open_run(folder, CONFIG, resume=True) as run:
+        shutil.rmtree(folder)
+        for write in writes(run):
+            with pytest.raises(StateError, match=r"No such file or directory"):
+                write()
+    assert not folder.exists()
+
+
+def test_a_disk_that_turns_read_only_is_one_error_at_each_write(folder, monkeypatch):
+    def open_file(name, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system", name)
+        return open_before(name, flags, *arguments, **options)
+
+    def open_log(file, mode="r", *arguments, **options):
+        if "a" in mode and str(file).endswith("log.jsonl"):
+            raise OSError(errno.EROFS, "Read-only file system", str(file))
+        return built_in(file, mode, *arguments, **options)
+
+    open_before, built_in = os.open, open
+    with open_run(folder, CONFIG, resume=True) as run, monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_file)
+        patch.setattr("builtins.open", open_log)
+        for write in writes(run):
+            with pytest.raises(StateError, match=r"Read-only file system"):
+                write()
+    monkeypatch.setattr(os, "open", open_file)
+    with pytest.raises(StateError, match="Read-only file system"), open_run(folder, CONFIG, resume=True):
+        pass
+
+
+def test_figures_that_are_a_file_are_one_error(folder):
+    (folder / "figures").rmdir()
+    (folder / "figures").touch()
+    with pytest.raises(StateError, match=r"figures of folder .* File exists"), open_run(folder, CONFIG, resume=True):
+        pass
 
 
 # ---- the log

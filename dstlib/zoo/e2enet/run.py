@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dstlib.errors import SettingError, require
+from dstlib.errors import SettingError, printable, require
 from dstlib.profile import profile
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.baselines import build_model
@@ -84,7 +84,7 @@ class RunConfig:
             network=self.preset.network,
             patches=self.preset.patches,
             training=self.preset.training,
-            begin_from=str(self.begin_from) if self.begin_from else None,
+            begin_from=printable(str(self.begin_from)) if self.begin_from else None,  # which may be no text
             freeze_topology=self.freeze_topology,
             data=data.record(),
         )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dstlib.errors import StateError, require
-from dstlib.files import locked, write_json, write_whole
+from dstlib.files import locked, make_folder, write_json, write_whole
 from dstlib.torch_files import read_torch, write_torch
 from dstlib.typed_json import read_json, sealed
 
@@ -101,7 +101,7 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
             remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
             require(not found, "directory", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
             write_json(file, sealed(config))
-        (path / "figures").mkdir(exist_ok=True)
+        make_folder(path / "figures", what="figures")
         yield Run(path, config)
 
 
