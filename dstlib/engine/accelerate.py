@@ -70,8 +70,8 @@ def accelerate(
     layer asks for it, such as a hook, layers compute as the plain ones. ``torch.compile`` leaves them out of its
     graphs.
 
-    On a CPU the maps of the result lie depth last in memory, and outputs differ from the plain ones by rounding, about
-    1e-5 of the largest. On a GPU maps lie channels last; kernels are of float16 and bfloat16, so call this, and the
+    On a CPU maps lie depth last inside of the result, and outputs differ from the plain ones by rounding, about 1e-5 of
+    the largest. On a GPU maps lie channels last; kernels are of float16 and bfloat16, so call this, and the
     result, under autocast or with a model of that type. There blocks of 16 × 16 channels, trained by
     ``replace(DSFF, granularity=Block(16, 16))``, save products; other masks gain by fewer passes over memory alone.
 

@@ -1,7 +1,12 @@
 """Memory of large maps: used again when nobody can see it any more, and never before."""
 
+import copy
 import gc
+import os
+import random
+import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +14,14 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from torch import Tensor
+from test_as_torch import forced
+from test_trains_as_torch import Levels
+from torch import Tensor, nn
 
-from dstlib.engine.ops.feature_map import empty_depth_last
+from dstlib.engine.layers.fast_layer import Follows
+from dstlib.engine.ops import max_pool
+from dstlib.engine.ops.feature_map import Layout, empty_depth_last
+from dstlib.engine.ops.prepared import MOST_LAYOUTS
 from dstlib.engine.runtime import memory
 from dstlib.engine.runtime.memory import GRAIN, SMALLEST, buffer, release_memory
 
@@ -120,6 +130,48 @@ def test_sizes_no_longer_wanted_make_room():
     assert memory._bytes["idle"] <= 2 * memory._bytes["peak"]
 
 
+def test_what_was_of_use_long_ago_is_forgotten():
+    """A large image of a validation, once, and small ones from then on: its memory goes back to the system."""
+    before = memory._bytes["used"]
+    large = [buffer(8 * NUM) for _ in range(4)]
+    del large
+    for i in range(2 * memory.SPAN):
+        x = buffer(NUM + i % 5 * GRAIN)
+        del x
+    gc.collect()
+    used = memory._bytes["used"]
+    assert used == before
+    assert memory._bytes["idle"] <= 2 * (memory._bytes["peak"] - used) <= 4 * (SMALLEST + 5 * 4 * GRAIN)
+
+
+def test_a_forked_process_waits_for_nobody():
+    """Somebody else holds the lock at the moment at which it begins."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    holds, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with memory._lock:
+            holds.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait()
+    child = os.fork()
+    if not child:
+        os._exit(0 if buffer(NUM).numel() == NUM else 1)
+    deadline = time.monotonic() + 30
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    done.set()
+    thread.join()
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
 def test_maps_use_it():
     like = torch.zeros(1)
     x = empty_depth_last((1, 4, 32, 64, 64), like)
@@ -213,3 +265,32 @@ def test_memory_may_come_back_at_any_time():
     gc.collect()
     assert memory._bytes["used"] == 0
     assert memory._bytes["idle"] == sum(size for size, _ in memory._idle)
+
+
+def _entries(fast: nn.Module) -> int:
+    """How many prepared calls, layouts and looks are kept for a model."""
+    kept = sum(len(m.watch.seen.calls._known[1]) for m in fast.modules() if isinstance(m, Follows) and m.watch.seen)
+    pooled = sum(len(max_pool._calls(window)._known[1]) for window in ((1, 1, 1), (2, 2, 2)))
+    return kept + pooled + Layout.of.cache_info().currsize
+
+
+@pytest.mark.parametrize("size", ["every size once", "sizes that come back"])
+def test_memory_does_not_grow_with_the_sizes_that_were_seen(size: str):
+    """Hundreds of sizes: what is kept of each is bounded, and so is the memory of their maps."""
+    model = Levels().eval()
+    fast = forced(copy.deepcopy(model), torch.randn(1, 3, 8, 8, 8))
+    numbers = random.Random(0)
+    entries: list[int] = []
+    with torch.no_grad():
+        for i in range(240):
+            n, *extents = [numbers.randint(1, 2), *(4 * numbers.randint(1, 6) for _ in range(3))]
+            if size != "every size once":
+                n, extents = 1, [8, 8, 4 * (1 + i % 5)]
+            fast(torch.randn(n, 3, *extents))
+            entries.append(_entries(fast))
+    num_layers = sum(isinstance(m, Follows) for m in fast.modules())
+    assert max(entries) - Layout.of.cache_info().currsize <= (num_layers + 2) * (MOST_LAYOUTS + 1)
+    assert Layout.of.cache_info().currsize <= Layout.of.cache_info().maxsize
+    gc.collect()
+    used = memory._bytes["used"]
+    assert memory._bytes["idle"] + used <= memory.MOST * memory._bytes["peak"]

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, D, H, W depth, height, width, S shares of the voxel
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -98,7 +98,7 @@ _gather = Operator(
 )
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _moves(sizes: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
     return channel_moves(channels, sizes).to(device)
 

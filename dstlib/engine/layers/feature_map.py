@@ -1,5 +1,6 @@
 """Maps whose norm and activation are still to be applied, by whoever reads them."""
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,8 +41,8 @@ class Pending(Tensor):
         """Returns a map as the tensor that its readers see, pending where a norm is still to be applied."""
         if not x.is_normed:
             return x.raw
-        is_new = x.shown is None and x.tensor is not None
-        if torch.compiler.is_compiling() or (is_new and (type(x.raw) is not Tensor or x.raw.requires_grad)):
+        is_made_otherwise = x.tensor is not None and x.shown is None  # not by a prepared call, nor recorded
+        if is_made_otherwise and (torch.compiler.is_compiling() or type(x.raw) is not Tensor or x.raw.requires_grad):
             return to_channels_first(materialise(x))  # for a compiler, or a tensor of another kind
         shown = x.stand_in()
         shown.__class__ = Pending
@@ -67,7 +68,7 @@ class Pending(Tensor):
 
 def feature_map(x: Tensor) -> FeatureMap:
     """Returns a map as the engine reads it: raw values and norm of what is pending, any other tensor as it is."""
-    found: FeatureMap | None = getattr(x, "feature_map", None) if type(x) is Pending else None
+    found: FeatureMap | None = x.__dict__.get("feature_map") if type(x) is Pending else None
     if found is None:
         return FeatureMap(x)
     if torch.is_grad_enabled():
@@ -89,6 +90,16 @@ def write_out(given: Any) -> None:
             with _lock, torch._C.DisableTorchFunctionSubclass():
                 if type(x) is Pending:  # still: another thread may have been faster
                     _write_out(x)
+
+
+def _begin_anew() -> None:
+    """Makes a lock that nobody holds: in a forked process whoever held it at that moment does not exist."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _write_out(x: Pending) -> None:

@@ -105,7 +105,7 @@ class FeatureMap:
         if self.shown is not None:
             found, self.shown = self.shown, None
             return found
-        return stand_in(self.raw.shape, self.raw.dtype) if self.layout is None else stand_in(self.layout.size)
+        return stand_in(self.layout.size) if self.layout is not None else stand_in(self.raw.shape, self.raw.dtype)
 
     def __iter__(self) -> Iterator[Tensor | Norm | None]:
         return iter((self.raw, self.norm))

@@ -306,12 +306,12 @@ def stand_in(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     >>> stand_in((1, 2))
     tensor([[nan, nan]])
     """
-    return torch.empty(0, dtype=dtype, device="cpu").set_(_nan(dtype), 0, tuple(size), (0,) * len(size))
+    return _nan(dtype).data.as_strided_(tuple(size), (0,) * len(size))  # itself, no view
 
 
 @cache
-def _nan(dtype: torch.dtype) -> torch.UntypedStorage:
-    return torch.full((1,), torch.nan, dtype=dtype, device="cpu").untyped_storage()
+def _nan(dtype: torch.dtype) -> Tensor:
+    return torch.full((1,), torch.nan, dtype=dtype, device="cpu")
 
 
 def _in_order(grad: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:

@@ -6,6 +6,7 @@ the C library gives blocks of that size back at once.
 
 import ctypes
 import mmap
+import os
 import threading
 import weakref
 
@@ -16,9 +17,11 @@ SMALLEST = 1 << 20  # bytes from which it pays; the C library keeps smaller bloc
 GRAIN = 1 << 16
 HUGE = 1 << 21  # bytes of a huge page
 MOST = 2  # times what has been of use at one time is kept: sizes are not all wanted at the same time
+SPAN = 4096  # blocks are taken, some passes of a network, until what was of use before them is forgotten
 _lock = threading.RLock()  # the garbage of a thread that holds it may give blocks back
 _idle: list[tuple[int, "_Block"]] = []  # sizes in bytes and blocks, in the order in which they came back
-_bytes = {"idle": 0, "used": 0, "peak": 0}
+# peak: of what is used at one time, in this span and the one before; since: in this span; taken: blocks in this span
+_bytes = {"idle": 0, "used": 0, "peak": 0, "since": 0, "taken": 0}
 
 
 class _Block(mmap.mmap):
@@ -52,7 +55,11 @@ def buffer(num: int) -> Tensor:
     with _lock:
         block = _take(size)
         _bytes["used"] += size
-        _bytes["peak"] = max(_bytes["peak"], _bytes["used"])
+        _bytes["since"] = max(_bytes["since"], _bytes["used"])
+        _bytes["peak"] = max(_bytes["peak"], _bytes["since"])
+        _bytes["taken"] += 1
+        if _bytes["taken"] == SPAN:
+            _bytes.update(peak=_bytes["since"], since=_bytes["used"], taken=0)
         while _idle and _bytes["idle"] + _bytes["used"] > MOST * _bytes["peak"]:
             oldest, _ = _idle.pop(0)
             _bytes["idle"] -= oldest
@@ -68,7 +75,7 @@ def release_memory() -> None:
     """Gives the memory that no feature map uses at the moment back to the system."""
     with _lock:
         _idle.clear()
-        _bytes.update(idle=0, peak=_bytes["used"])
+        _bytes.update(idle=0, peak=_bytes["used"], since=_bytes["used"])
 
 
 def _take(size: int) -> _Block | None:
@@ -90,6 +97,16 @@ def _allocate(size: int) -> "_Block":
         if room > size:
             block.start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % HUGE
     return block
+
+
+def _begin_anew() -> None:
+    """Makes a lock that nobody holds: in a forked process whoever held it at that moment does not exist."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _give_back(loan: "_Loan") -> None:
