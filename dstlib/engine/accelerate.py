@@ -134,13 +134,16 @@ def _bound(hook: Any) -> Iterator[object]:
 
 
 def _make_fast(model: nn.Module, names: Sequence[str], layers: Sequence[FastLayer]) -> None:
-    """Puts fast forms in the places of layers, with the hooks and the mode of these."""
+    """Puts fast forms in the places of layers, with the hooks, the mode and the attributes of these."""
     for name in names:
         plain = model.get_submodule(name)
         found = find(plain, layers)
         assert found is not None, "it has no obstacle"
         if (made := found.make(plain)) is not plain:
             made.train(plain.training)
+            for each, value in vars(plain).items():  # who asks a layer for its sizes gets them
+                if not each.startswith("_") and not hasattr(made, each):
+                    setattr(made, each, value)
             for each in HOOKS:
                 getattr(made, each).update(getattr(plain, each))
             made._is_full_backward_hook = plain._is_full_backward_hook

@@ -88,7 +88,7 @@ def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor], wants
     for path, layer in fast.named_modules():
         if isinstance(layer, Follows):
             weight, watch = layer.followed(), layer.watch
-        elif isinstance(layer, FollowsMask):
+        elif hasattr(layer, "dense_gradient") and isinstance(layer, FollowsMask):  # a weight may be computed when asked
             weight, watch = layer.weight, Watch(_as_it_is)
             looking[_host(path, fast, plain)].append((layer, watch))
         else:

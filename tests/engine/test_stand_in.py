@@ -5,6 +5,7 @@ import copy
 import importlib
 import io
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 import dstlib
-from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
+from dstlib.engine import Decision, Decisions, SparseLinear, accelerate, registry
+from dstlib.engine.gpu.layers import GPU_LAYERS, BlockConv, GPUFusionNode, GPUUnit
 from dstlib.engine.layers.conv import FastConv
 from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.fusion_node import FastFusionNode
@@ -893,3 +895,65 @@ def test_layers_of_a_user_follow_what_is_passed_and_refuse_what_is_lost():
         _replace_parameter(model, OWN)
         with pytest.raises(StateError, match=r"another 0\.weight"):
             fast[0](OWN.x)
+
+
+# ---- on a GPU: here it is told that this is one
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "CPU_LAYERS", GPU_LAYERS)
+
+
+class _OwnConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+CARRIED_ON_GPU: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "subclass": (lambda: _OwnConv(16, 16, 3, padding=1), "it is a _OwnConv"),
+    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(16, 16, 3, padding=1)), "computed from others"),
+    "parametrization": (lambda: parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1)), "ParametrizedConv2d"),
+} | {name: CARRIED[name] for name in ("subclass of a unit", "subclass of a node", "hook on a norm", "hook on a unit")}
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("name", CARRIED_ON_GPU)
+def test_what_cannot_be_kept_on_a_gpu_is_named(name: str):
+    make, reason = CARRIED_ON_GPU[name]
+    assert re.search(reason, str(obstacle(make())))
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_layers_of_a_gpu_have_what_the_plain_ones_have():
+    case = Case(lambda: nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)), (2, 32, 5, 5), "0.weight", BlockConv)
+    model, log = case.model(), []
+    _bound_hooks(model[0], log)
+    fast = made_fast(case, model)
+    assert (fast[0].out_channels, fast[0].padding, fast[0].kernel_size) == (32, (1, 1), (3, 3))
+    with torch.no_grad():
+        for change in (None, *UNSEEN.values()):
+            if change is not None:
+                change(model, case.weight)
+            assert_close(fast[0](input=case.x), model(case.x))
+        assert log[:3] == ["noted", "called", "partial"]
+        again = copy.deepcopy(fast)
+        _copied(again, case.weight)
+        other = copy.deepcopy(model)
+        other.load_state_dict(again.state_dict())
+        assert_close(again(case.x), other(case.x))
+        _replace_layer(model, case)
+        with pytest.raises(StateError, match="another 0"):
+            fast[0](case.x)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("kind", "path"), [("unit", "conv"), ("unit", "norm"), ("node", "units.0"), ("node", "units")])
+def test_hooks_on_a_part_of_what_a_gpu_computes_as_one_are_refused(kind: str, path: str):
+    case = CASES[kind]
+    model = case.model()
+    fast = accelerate(model, case.x, decisions=forced(model))
+    assert isinstance(fast.get_submodule(case.layer), GPUUnit | GPUFusionNode)
+    _hook(path)(fast.get_submodule(case.layer))
+    with pytest.raises(StateError, match=r"hooks of GPU\w+: expected none on a part"):
+        fast(case.x)

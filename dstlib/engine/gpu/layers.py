@@ -16,9 +16,9 @@ import dstlib.engine.gpu.tiles as tiles
 from dstlib.engine.gpu.blocks import Blocks, Pair
 from dstlib.engine.gpu.conv import block_conv
 from dstlib.engine.gpu.feature_map import gather, normalise
-from dstlib.engine.layers.fast_layer import FastLayer
+from dstlib.engine.layers.fast_layer import FastLayer, has_global_hooks, has_hooks
 from dstlib.engine.layers.unit import obstacle_around_conv
-from dstlib.errors import SettingError
+from dstlib.errors import SettingError, StateError
 from dstlib.layers.blocks import FusionNode, Unit
 from dstlib.layers.plugin import ShiftedConv3d
 from dstlib.layers.shift import Shift
@@ -122,6 +122,7 @@ class GPUUnit(nn.Module):
     def fuse(self, sources: Sequence[Tensor]) -> Tensor:
         """Computes the unit on the concatenation of maps."""
         conv, norm = self.conv, self.norm
+        _refuse_hooks(self, conv, norm, self.activation)
         if torch.is_autocast_enabled(kind := sources[0].device.type):
             sources = [each.to(torch.get_autocast_dtype(kind)) for each in sources]
         by_blocks = not conv.dense_gradient and conv.blocks.density < DENSE
@@ -146,6 +147,7 @@ class GPUFusionNode(nn.Module):
         maps = [same, self.upward(coarser)]
         if self.downward is not None:
             maps.append(self.downward(finer))
+        _refuse_hooks(self, self.units, *self.units)
         for each in self.units:
             assert isinstance(each, GPUUnit)
             maps = [each.fuse(maps)]
@@ -166,8 +168,11 @@ def _dense(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
 
 def obstacle_to_blocks(conv: nn.Module) -> str | None:
     """Says why a layer cannot be computed by blocks; None where it can."""
-    if not isinstance(conv, nn.Conv2d | nn.Conv3d):
+    if type(conv) not in (nn.Conv2d, nn.Conv3d, ShiftedConv3d):
         return f"it is a {type(conv).__name__}"
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    if type(conv._parameters.get("weight")) is not nn.Parameter:
+        return "its weight is computed from others, as by weight_norm, spectral_norm or prune"
     return next((f"its {what} is {given}" for what, _, given in _differences(conv)), None)
 
 
@@ -204,8 +209,22 @@ def _obstacle_to_unit(unit: nn.Module) -> str | None:
     return obstacle_around_conv(unit) or obstacle_to_blocks(unit.get_submodule("conv"))
 
 
+def _obstacle_to_node(node: FusionNode) -> str | None:
+    if type(node) is not FusionNode:
+        return f"it is a {type(node).__name__}"
+    return next(filter(None, map(_obstacle_to_unit, node.units)), None)
+
+
+def _refuse_hooks(layer: nn.Module, *parts: nn.Module) -> None:
+    """Refuses hooks on what is computed as one with other things, and not called."""
+    if has_global_hooks() or has_hooks(*parts):
+        allowed, given = "none on a part that is computed with the others", "a hook, or a forward of its own"
+        remedy = "Put it on the plain model, and call accelerate() again."
+        raise StateError.of("hooks", type(layer).__name__, allowed=allowed, given=given, remedy=remedy)
+
+
 GPU_LAYERS = (
-    FastLayer(FusionNode, lambda node: next(filter(None, map(_obstacle_to_unit, node.units)), None), GPUFusionNode),
+    FastLayer(FusionNode, _obstacle_to_node, GPUFusionNode),
     FastLayer(Unit, _obstacle_to_unit, GPUUnit),
     FastLayer(nn.Conv2d | nn.Conv3d, obstacle_to_block_conv, partial(BlockConv.of, size=BLOCK)),
     FastLayer(nn.Linear, lambda linear: _LINEAR, lambda linear: linear),

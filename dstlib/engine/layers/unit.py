@@ -11,7 +11,7 @@ from dstlib.engine.layers.fast_layer import (
     become,
     has_global_hooks,
     has_hooks,
-    is_readable,
+    obstacle_to_weight,
     state_of_parameters,
 )
 from dstlib.engine.layers.feature_map import Pending, feature_map
@@ -78,7 +78,9 @@ class FastUnit(FollowsKernels, Unit):
 
 def obstacle_to_unit(unit: nn.Module) -> str | None:
     """Tells why the engine cannot compute a unit; None where it can."""
-    return obstacle_around_conv(unit) or obstacle_to_conv(unit.get_submodule("conv"))
+    if reason := obstacle_around_conv(unit):
+        return reason
+    return obstacle_to_weight(unit.get_submodule("norm")) or obstacle_to_conv(unit.get_submodule("conv"))
 
 
 def obstacle_around_conv(unit: nn.Module) -> str | None:
@@ -89,7 +91,7 @@ def obstacle_around_conv(unit: nn.Module) -> str | None:
     norm, slope = unit.norm, getattr(unit.activation, "negative_slope", None)
     if type(norm) is not nn.InstanceNorm3d or not norm.affine or norm.track_running_stats:
         return "its norm is not an affine instance norm"
-    if not all(is_readable(norm._parameters.get(name)) for name in ("weight", "bias")):
+    if not all(type(norm._parameters.get(name)) in (nn.Parameter, Tensor) for name in ("weight", "bias")):
         return "its norm has no parameters of its own"
     if type(unit.activation) is not nn.LeakyReLU or slope is None or not 0 <= slope <= 1:
         return "its activation is not a leaky ReLU with a slope from 0 to 1"
