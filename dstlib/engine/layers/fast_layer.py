@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules import module as every_module
 
 from dstlib.engine.layers.feature_map import Pending, write_out
@@ -137,7 +138,9 @@ def become(layer: nn.Module, kind: type[L], watch: Watch[Any] | None = None) -> 
 
 def is_readable(weight: object) -> bool:
     """Tells whether the engine's layers on a CPU can look at a weight."""
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_cpu and not weight.is_inference()  # type: ignore[attr-defined]
+    if not isinstance(weight, Tensor) or type(weight) not in _KINDS or is_functorch_wrapped_tensor(weight):
+        return False  # functional_call leaves what torch.func has wrapped in the place of tied parameters
+    return weight.is_cpu and not weight.is_inference()
 
 
 def is_traced(*given: Tensor | None) -> bool:
@@ -200,8 +203,9 @@ def state_of_parameters(weight: Any, bias: Any) -> tuple[object, ...]:
     """Returns what tells whether the engine can read parameters, of which there must be the first."""
     if weight is None:
         return (None,)
-    kind, where = weight.__class__, weight.is_cpu  # plain values: this is asked in each call
-    return kind, where, weight.is_inference(), weight.shape, bias is None or bias.is_cpu
+    wrapped = weight.__class__ is not nn.Parameter and is_functorch_wrapped_tensor(weight)
+    # plain values: this is asked in each call
+    return weight.__class__, wrapped, weight.is_cpu, weight.is_inference(), weight.shape, bias is None or bias.is_cpu
 
 
 def has_global_hooks() -> bool:
