@@ -54,3 +54,18 @@ def test_masks_find_their_parameters_under_any_name_and_in_wrappers() -> None:
         find_masked(model, {"on.weight": mask}, "here")
     with pytest.raises(SelectionError, match=r"mask one\.weight of here: expected shape \(3, 3\), got \(3,\)"):
         find_masked(model, {"one.weight": mask[0]}, "here")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 3),
+        torch.ones(2, 3, dtype=torch.uint8),
+        torch.full((2, 3), 2, dtype=torch.uint8).view(torch.bool),  # as a damaged file may hold it
+        torch.ones(2, 3, dtype=torch.bool).to_sparse(),
+    ],
+    ids=["numbers", "bytes", "bytes of no truth value", "sparse"],
+)
+def test_what_is_no_mask_is_refused_where_masks_enter(mask) -> None:
+    with pytest.raises(SelectionError, match=r"mask weight of here: expected a dense tensor of truth values"):
+        find_masked(nn.Linear(3, 2), {"weight": mask}, "here")

@@ -228,3 +228,16 @@ def count_outside(x: Tensor, mask: Tensor) -> int:
     2
     """
     return int((x.detach() != 0).gt_(mask.to(x.device)).count_nonzero())
+
+
+def is_mask(x: object) -> bool:
+    """Whether something is a dense tensor of truth values, whose bytes are 0 and 1.
+
+    Damaged files and foreign memory may hold others: torch takes them for True, and counts and multiplies otherwise.
+
+    >>> is_mask(torch.tensor([True])), is_mask(torch.tensor([2], dtype=torch.uint8).view(torch.bool)), is_mask([True])
+    (True, False, False)
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.bool or x.layout != torch.strided or x.is_meta:
+        return False
+    return not bool((x.view(torch.uint8) > 1).any())

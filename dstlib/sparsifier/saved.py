@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dstlib.errors import StateError
 from dstlib.masking import Granularity, NeuronAblation, num_units, unit_mask
-from dstlib.masking.update import count_outside
+from dstlib.masking.update import count_outside, is_mask
 from dstlib.schedules import Never
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight, groups_of
@@ -115,7 +115,7 @@ def _weights_of(state: Any) -> Mapping[str, Mapping[str, Any]]:
     _check_contents(state)
     for name, weight in state["weights"].items():
         _check_fields(weight, str(name))
-        if not _is_mask(weight["mask"]):
+        if not is_mask(weight["mask"]):
             raise _misfit("mask", str(name), "a bool tensor", type(weight["mask"]).__name__)
     _check_seal(state)
     weights: Mapping[str, Mapping[str, Any]] = state["weights"]
@@ -202,14 +202,14 @@ def _check_steps(saved: MaskedWeight, plan: Plan) -> None:
 
 def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
     name, storage, traces = saved.weight.name, plan.method.storage, plan.method.trace is not None
-    _check_tensor("mask", saved.mask, name, shape, is_mask=True)
+    _check_tensor("mask", saved.mask, name, shape, is_bool=True)
     for what, tensor, is_there in (
         ("trace", saved.trace, traces and (saved.trace is not None or None)),
         ("hidden", saved.hidden, storage is not None),
         ("reach", saved.reach, storage is not None and storage.extra is not None),
     ):
         if is_there:
-            _check_tensor(what, tensor, name, shape, is_mask=what == "reach")
+            _check_tensor(what, tensor, name, shape, is_bool=what == "reach")
         elif tensor is not None:
             raise _misfit(what, name, "nothing", _described(tensor))
     if saved.trace is not None and saved.traced_at == 0:
@@ -220,19 +220,13 @@ def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
         raise _misfit("reach", name, "all that the mask has, and more", "less")
 
 
-def _check_tensor(what: str, tensor: Any, name: str, shape: torch.Size, *, is_mask: bool) -> None:
-    fits = _is_mask(tensor) if is_mask else isinstance(tensor, Tensor) and tensor.is_floating_point()
+def _check_tensor(what: str, tensor: Any, name: str, shape: torch.Size, *, is_bool: bool) -> None:
+    fits = is_mask(tensor) if is_bool else isinstance(tensor, Tensor) and tensor.is_floating_point()
     if not fits or tensor.shape != shape or tensor.layout != torch.strided or tensor.is_meta:
-        kind = "bool" if is_mask else "floating"
+        kind = "bool" if is_bool else "floating"
         raise _misfit(what, name, f"a {kind} tensor of shape {tuple(shape)}", _described(tensor))
-    if not is_mask and not bool(tensor.isfinite().all()):
+    if not is_bool and not bool(tensor.isfinite().all()):
         raise _misfit(what, name, "finite numbers", f"{int((~tensor.isfinite()).sum())} that are NaN or infinite")
-
-
-def _is_mask(tensor: Any) -> bool:
-    """Whether something is a bool tensor of bytes 0 and 1: damaged files may hold others, which count as True."""
-    is_bool = isinstance(tensor, Tensor) and tensor.dtype == torch.bool and tensor.layout == torch.strided
-    return is_bool and not tensor.is_meta and not bool((tensor.view(torch.uint8) > 1).any())
 
 
 def _check_view(saved: MaskedWeight, view: MatrixView, plan: Plan) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, StateError, similar
-from dstlib.masking.update import count_outside
+from dstlib.masking.update import count_outside, is_mask
 from dstlib.targets.selection import plain_name, unwrap
 
 BELONGING = (
@@ -18,7 +18,7 @@ def find_masked(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> di
     """Returns the parameters that masks belong to, by the names of the masks; any name of a tied one will do.
 
     Raises:
-        SelectionError: A mask belongs to no parameter, or is not of its shape.
+        SelectionError: A mask belongs to no parameter, is not of its shape, or no tensor of truth values.
     """
     named = {plain_name(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
     for name, mask in masks.items():
@@ -29,6 +29,9 @@ def find_masked(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> di
         if mask.shape != named[name].shape:
             allowed, remedy = f"shape {tuple(named[name].shape)}", "A mask has the shape of its parameter."
             raise SelectionError.of(f"mask {name}", where, allowed=allowed, given=tuple(mask.shape), remedy=remedy)
+        if not is_mask(mask):
+            allowed, remedy = "a dense tensor of truth values, of bytes 0 and 1", "Pass mask != 0 for one of numbers."
+            raise SelectionError.of(f"mask {name}", where, allowed=allowed, given=f"{mask.dtype}", remedy=remedy)
     return {name: named[name] for name in masks}
 
 
