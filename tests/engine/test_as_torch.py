@@ -254,6 +254,15 @@ def test_what_a_unit_gives_is_a_tensor(use: str):
             assert type(found[2]) is Tensor
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_nothing_is_recorded_in_inference_mode(layer: str):
+    """Whatever the grad mode inside of it says."""
+    model, fast = _pair(layer)
+    with torch.inference_mode(), torch.enable_grad():
+        x = torch.randn(LAYERS[layer][1])
+        _assert_as(model(x), fast(x))
+
+
 def test_what_a_model_gives_is_plain():
     unit, x = Unit(4, 6, kernel_size=(1, 3, 3)), torch.randn(2, 4, 5, 7, 6)
     fast = forced(nn.Sequential(unit, nn.Identity()), x)

@@ -334,11 +334,13 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     >>> is_recorded(x), is_recorded(x.detach())
     (True, False)
     """
-    records = torch.is_grad_enabled()
+    if torch.compiler.is_dynamo_compiling():  # other compilers' tensors are of other types
+        return True
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     for x in tensors:  # a loop: this is asked before each call of a kernel
         if type(x) not in _PLAIN or (records and x is not None and x.requires_grad):
             return True
-    return torch.compiler.is_dynamo_compiling() or is_followed()  # other compilers' tensors are of other types
+    return is_followed()
 
 
 def is_followed() -> bool:
