@@ -46,10 +46,10 @@ from dstlib.history import History
 from dstlib.integrations.nnunet_checkpoint import export_checkpoint
 from dstlib.integrations.training import HostedTraining, Settings
 from dstlib.torch_files import checksum
+from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.checkpoint import load_trained
 from dstlib.zoo.e2enet.cli import main
-from dstlib.zoo.e2enet.compare import compare
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
@@ -205,7 +205,7 @@ def same(*names: str) -> Callable[[Any, Any], str]:
 
 def show(scene: Path) -> Any:
     """Shows a run in a table, with the scores of its cases."""
-    return compare([scene / "run"], pool=True)
+    return command("compare", "run", "--pool")
 
 
 def evaluate(scene: Path) -> Any:
@@ -214,8 +214,8 @@ def evaluate(scene: Path) -> Any:
     return contents(scene / "scores", "*")
 
 
-def command(*arguments: str) -> None:
-    """Runs a command of the zoo.
+def command(*arguments: str) -> str:
+    """Runs a command of the zoo, and returns what it printed.
 
     Raises:
         DstlibError: It refuses, in one line on stderr, or lists what it could not use.
@@ -230,6 +230,8 @@ def command(*arguments: str) -> None:
     if code == 1:
         raise DstlibError(printed.getvalue())
     assert code == 0, code
+    print(printed.getvalue(), errors.getvalue())  # for who looks at what comes to the screen
+    return printed.getvalue()
 
 
 def contents(folder: Path, pattern: str) -> dict[str, str]:
@@ -440,6 +442,21 @@ def in_header(mutate: Mutate) -> Mutate:
     return changed
 
 
+def in_seal(mutate: Mutate) -> Mutate:
+    """Makes a change of a JSON that carries a checksum of itself, which is renewed."""
+
+    def crafted(rng: Random, content: bytes) -> Mutated:
+        value = json.loads(content)
+        value.pop("crc32", None)
+        changed, said = mutate(rng, json.dumps(value).encode())
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON needs no checksum
+            value = json.loads(changed)
+            changed = json.dumps(sealed(value) if isinstance(value, dict) else value).encode()
+        return changed, f"sealed: {said}"
+
+    return crafted
+
+
 def some_decisions(scene: Path, prepared: Path) -> None:
     """What was measured of two layers."""
     rows = (
@@ -622,6 +639,7 @@ def resume_transformers(scene: Path) -> Any:
 # ---- the table
 
 _JSON = (mutate_bytes, mutate_json, mutate_json)
+_SEALED = (in_seal(mutate_json),)
 _RESEALED = partial(mutate_state, seal=reseal)
 _RESAVED = (mutate_state, _RESEALED, mutate_zip)  # with the right checksums of the container
 _RESUMING = ("run/*", "cache/*")
@@ -631,7 +649,7 @@ _METHODS = ("rigl", "srigl", "snfs", "topkast")
 _CONTINUED = same("active", "types", "outside")
 
 FORMATS = (
-    Format(name="config.json", file="run/config.json", make=a_run, read=load, damage=_JSON),
+    Format(name="config.json", file="run/config.json", make=a_run, read=load, damage=_JSON, craft=_SEALED),
     Format(
         name="config.json resumed",
         file="run/config.json",
@@ -640,8 +658,8 @@ FORMATS = (
         damage=_JSON,
         may_write=_RESUMING,
     ),
-    Format(name="result.json", file="run/result.json", make=a_run, read=load, damage=_JSON),
-    Format(name="result.json compared", file="run/result.json", make=a_run, read=show, damage=_JSON),
+    Format(name="result.json", file="run/result.json", make=a_run, read=load, damage=_JSON, craft=_SEALED),
+    Format(name="result.json compared", file="run/result.json", make=a_run, read=show, damage=_JSON, craft=_SEALED),
     Format(
         name="model.pt",
         file="run/model.pt",
@@ -782,7 +800,8 @@ FORMATS = (
         file="decisions.json",
         make=some_decisions,
         read=read_decisions,
-        craft=_JSON,
+        damage=_JSON,
+        craft=_SEALED,
         law=printable_decisions,
     ),
     *(

@@ -42,9 +42,10 @@ from mutations import ROOT
 
 from dstlib.errors import DstlibError
 
-SECONDS = 60  # for one file, of the clock; a hundredth is usual
+SECONDS = 20, 600  # for one file, of a processor and of the clock; a tenth is usual
 MEGABYTES = 256  # that reading a file of some kilobytes may take
 ADDRESSES = 2**31  # bytes that it may ask for: what cannot be had is an error at once
+_LATE = ("SIGALRM", "SIGXCPU")
 GOOD, FAULTS = ("refused", "equal", "remade", "another"), ("silent", "raw", "outside")
 # all but tab and newlines, and what a bar of progress returns by
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -153,12 +154,13 @@ def _in_a_child(root: Path, judge: Callable[[], tuple[str, str]]) -> tuple[str, 
         verdict, outcome = json.loads(answer.read_text())
         return verdict, outcome
     died = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exit without an answer"
-    return "raw", f"ended by {died}" + (f", after {SECONDS} s" if died == "SIGALRM" else "")
+    return "raw", f"ended by {died}" + (", after {} s of a processor or {}".format(*SECONDS) if died in _LATE else "")
 
 
 def _limit() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(SECONDS)
+    signal.alarm(SECONDS[1])
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS[0], SECONDS[0] + 1))
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, mapped + ADDRESSES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
