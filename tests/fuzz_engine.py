@@ -10,6 +10,7 @@ each fault. A network is a life of two events: a step of training, and an evalua
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from fuzz.worlds import Case, FaultError, begin, live
 from dstlib.engine import info
 
 PASSES = ("train", "evaluate")
-CHUNK = 50  # cases of a process
+CHUNK = 250  # cases of a process
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,21 @@ class Draws:
 
     def case(self, seed: int) -> Case:
         """Returns the case of a seed."""
-        r = Random(f"{self.kind} {seed}")
-        if self.kind == "life":
-            return Case.draw(r, self.events, r.randint(6, 12), self.without)
-        case = Case.draw(r, PASSES, 0, self.without)
-        return replace(case, events=tuple((name, r.randrange(2**31)) for name in PASSES))
+        return draw(self.kind, Random(f"{self.kind} {seed}"), self.events, self.without)
+
+
+def draw(kind: str, r: Random, events: Sequence[str], without: Sequence[str] = ()) -> Case:
+    """Draws a life, or a network, whose life is of two events."""
+    if kind == "life":
+        return Case.draw(r, events, r.randint(6, 12), without)
+    case = Case.draw(r, PASSES, 0, without)
+    return replace(case, events=tuple((name, r.randrange(2**31)) for name in PASSES))
 
 
 def tried(case: Case) -> tuple[list[str], str | None]:
     """Lives a case, and returns what each event came to, and the fault, if there is one."""
     outcomes: list[str] = []
+    threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -63,24 +69,29 @@ def tried(case: Case) -> tuple[list[str], str | None]:
         number = len(outcomes) - 1
         name = case.events[number][0] if 0 <= number < len(case.events) else "the beginning"
         return outcomes, f"event {number}, {name}: raises {error!r} ({where.filename}:{where.lineno})"
+    finally:
+        torch.set_num_threads(threads)
     return outcomes, None
 
 
 def is_ill_conditioned(case: Case, fault: str) -> bool:
-    """Tells whether plain torch in float64 is as far off, too, once its inputs differ by about a float32's rounding."""
-    if "off by" not in fault:
-        return False
-    where = fault.partition(":")[0]
-    for _ in range(2):
+    """Tells whether plain torch in float64 is too far off by that event, too, once its layers are off by 1e-5.
+
+    By so much, of the largest, a layer's output on the engine may differ from the plain one's. It is not enough in most
+    networks, but in those that divide by a small variance, or stand on the kink of a ReLU or a tie of a pool.
+    """
+    found = re.match(r"event (\d+), .*: (off by|another mask)", fault)
+    for share in (1e-5, -1e-5) if found else ():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                list(live(case, ALL, jitter=1e-6))
+                list(live(case, ALL, jitter=share))
         except FaultError as other:
-            if str(other).partition(":")[0] == where:
+            again = re.match(r"event (\d+), .*: (off by|another mask)", str(other))
+            if found and again and int(again[1]) <= int(found[1]):
                 return True
-        except Exception:
-            return False
+        except Exception:  # of torch, as it may have none of this in float64
+            continue
     return False
 
 

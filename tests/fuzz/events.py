@@ -99,8 +99,9 @@ def input_gradient(world: World, r: Random) -> Any:
 def second_gradient(world: World, r: Random) -> Any:
     """A penalty on the gradient of the input."""
     x = world.input(r).requires_grad_()
-    (grad,) = torch.autograd.grad(world.model(x).square().sum(), x, create_graph=True)
-    return torch.autograd.grad(grad.square().sum(), x)
+    y = sum(y.square().sum() for y in tensors_in(world.model(x)))
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    return torch.autograd.grad(grad.square().sum() + 0 * x.sum(), x)  # it may not depend on x, or not be known to
 
 
 def forward_gradient(world: World, r: Random) -> Any:
@@ -113,6 +114,8 @@ def forward_gradient(world: World, r: Random) -> Any:
 
 def mapped(world: World, r: Random) -> Any:
     """vmap over inputs, or over sets of parameters."""
+    if world.is_doubled:
+        return None
     world.model.eval()
     x = world.draw(r, (2, *r.choice(world.shapes)))
     if r.random() < 0.5:
@@ -122,6 +125,8 @@ def mapped(world: World, r: Random) -> Any:
 
 
 def functional_gradient(world: World, r: Random) -> Any:
+    if world.is_doubled:
+        return None
     parameters = {name: p.detach() for name, p in world.model.named_parameters()}
     x = world.input(r)
     return torch.func.grad(lambda p: torch.func.functional_call(world.model, p, (x,)).square().mean())(parameters)
@@ -129,6 +134,8 @@ def functional_gradient(world: World, r: Random) -> Any:
 
 def functional(world: World, r: Random) -> Any:
     """A call with other parameters, some or all."""
+    if world.is_doubled:
+        return None
     others = {
         name: p.detach() * r.choice((-1.0, 0.5)) for name, p in world.model.named_parameters() if r.random() < 0.7
     }
@@ -405,6 +412,9 @@ def load(world: World, r: Random) -> Any:
 
 
 def load_by_assignment(world: World, r: Random) -> Any:
+    """Puts loaded parameters in the place of all; a sparsifier asks for one of the new model."""
+    if world.sparsifier:
+        return None
     target, values = r.choice((world.model, world.home)), _values(world, r)
     target.load_state_dict(values, assign=True)
     if target is world.model:
@@ -471,7 +481,9 @@ def write_a_little(world: World, r: Random) -> Any:
 
 
 def replace_parameter(world: World, r: Random) -> Any:
-    """Puts another parameter in the place of one."""
+    """Puts another parameter in the place of one; a sparsifier asks for one of the new model."""
+    if world.sparsifier:
+        return None
     target = r.choice((world.model, world.home))
     names = sorted(name for name, _ in target.named_parameters())
     if names:
@@ -485,7 +497,8 @@ def replace_parameter(world: World, r: Random) -> Any:
 
 def replace_layer(world: World, r: Random) -> Any:
     """Puts another layer of the same kind in the place of one, in the model that is called or in the plain one."""
-    if not world.layers:
+    # hooks hang on the fast one, and would be copied from the plain one; a sparsifier asks for one of the new model
+    if not world.layers or world.handles or world.sparsifier:
         return None
     name, target = r.choice(sorted(world.layers)), r.choice((world.model, world.home))
     layer = copy.deepcopy(world.home.get_submodule(name))
@@ -522,6 +535,8 @@ def other_type(world: World, r: Random) -> Any:
     with _recording(r):
         y = [x.to(world.dtype) for x in tensors_in(world.model(x))]
     world.model.to(world.dtype)
+    if any(x.is_floating_point() for x in world.model.buffers()):
+        world.home = world.model  # to() puts others in the place of buffers, which the plain model does not share
     return [y, _look(world, r)]
 
 
@@ -544,7 +559,9 @@ def average(world: World, r: Random) -> Any:
 
 
 def train_the_plain_one(world: World, r: Random) -> Any:
-    """Steps by the plain model, whose parameters the fast one shares."""
+    """Steps by the plain model, whose parameters the fast one shares, but not the hooks."""
+    if world.handles:
+        return None
     world.copy_modes()
     optimizer = torch.optim.SGD(world.home.parameters(), lr=0.05)
     optimizer.zero_grad()

@@ -216,6 +216,11 @@ def by_its_weight(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x) * layer.weight.abs().mean()
 
 
+def contiguous_before(layer: nn.Module, x: Tensor) -> Tensor:
+    """As torch's group norm ends the process in the backward pass of an image that lies channels last and is a leaf."""
+    return layer(x.contiguous())
+
+
 def split(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2, dim=1)[::-1], dim=1)
 
@@ -358,8 +363,9 @@ def _norm(r: Random, x: Tensor) -> nn.Module:
     channels, affine = x.shape[1], _flip(r)
     if x.ndim in (2, 3):
         return r.choice((nn.LayerNorm(x.shape[-1]), nn.BatchNorm1d(channels)))
+    group = Around(nn.GroupNorm(1, channels), contiguous_before)
     batch, instance = (nn.BatchNorm2d, nn.InstanceNorm2d) if x.ndim == 4 else (nn.BatchNorm3d, nn.InstanceNorm3d)
-    return r.choice((batch(channels), instance(channels, affine=affine), nn.GroupNorm(1, channels)))
+    return r.choice((batch(channels), instance(channels, affine=affine), group))
 
 
 def _activation(r: Random, x: Tensor) -> nn.Module:
@@ -404,10 +410,10 @@ def _hooked(r: Random, x: Tensor) -> nn.Module:
 
 
 def _normed(r: Random, x: Tensor) -> nn.Module:
+    """A weight that is computed; not by spectral_norm, whose power iteration multiplies rounding where it is slow."""
     layer = _same_width(r, x)
     target = layer.conv if isinstance(layer, Unit) else layer
-    norms = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm
-    r.choice((*norms, nn.utils.spectral_norm))(target)
+    r.choice((nn.utils.parametrizations.weight_norm, nn.utils.weight_norm))(target)
     return layer
 
 
@@ -503,6 +509,7 @@ def draw_steps(r: Random, number: int, without: Sequence[str] = ()) -> list[Step
 def build(steps: Sequence[Step], x: Tensor, most: int = 99) -> nn.Sequential:
     """Returns the chain of at most so many of the steps that fit, one after another, beginning with an example."""
     layers: list[nn.Module] = []
+    x = x.clone()  # which layers may change in place
     for name, seed in steps:
         maker = MAKERS[name]
         if x.ndim not in maker.axes or len(layers) >= most:
@@ -511,7 +518,7 @@ def build(steps: Sequence[Step], x: Tensor, most: int = 99) -> nn.Sequential:
         try:
             layer = maker.make(Random(seed), x)
             with torch.no_grad():
-                y = copy.deepcopy(layer)(x.clone())  # in-place layers, and norms that learn
+                y = copy.deepcopy(layer)(x)  # a copy, as norms learn
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
         if not isinstance(y, Tensor):
@@ -521,4 +528,9 @@ def build(steps: Sequence[Step], x: Tensor, most: int = 99) -> nn.Sequential:
             continue
         layers.append(layer)
         x = y
-    return nn.Sequential(*layers)
+    network = nn.Sequential(*layers)
+    for unit in network.modules():
+        if isinstance(unit, Unit) and isinstance(unit.activation, nn.LeakyReLU):
+            # else torch refuses that outputs are changed in place before the backward pass; the engine's units do not
+            unit.activation.inplace = False
+    return network

@@ -77,19 +77,16 @@ class World:
     shapes: Sequence[tuple[int, ...]]
     layers: dict[str, tuple[int, ...]]  # names, and what they took
     facts: dict[str, dict[str, Any]]  # what these say of themselves
+    is_doubled: bool  # a module has two names: torch's functional_call leaves the other parameters in it
     sparsifier: Any = None
     on_engine: bool = False
-    jitter: float = 0.0  # of what goes in, relative
     handles: list[Any] = field(default_factory=list)
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # outputs, and their values when they were given
 
     def draw(self, r: Random, shape: Sequence[int]) -> Tensor:
         """Returns random numbers, the same in all worlds."""
         generator = torch.Generator().manual_seed(r.getrandbits(32))
-        x = torch.randn(tuple(shape), generator=generator)
-        if self.jitter:
-            x = x.double() * (1 + self.jitter * torch.randn(tuple(shape), dtype=torch.float64))
-        return x.to(self.dtype)
+        return torch.randn(tuple(shape), generator=generator).to(self.dtype)
 
     def input(self, r: Random) -> Tensor:
         """Returns an input of one of the sizes that this life knows."""
@@ -116,6 +113,16 @@ class World:
     def named(self) -> dict[str, Tensor]:
         """Returns parameters and buffers by name."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+@dataclass(frozen=True)
+class Shaken:
+    """A hook that changes the output of a layer by a share of its largest, as another order of sums does."""
+
+    share: float
+
+    def __call__(self, layer: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return y + self.share * y.detach().abs().max() * torch.randn_like(y) if y.numel() else y
 
 
 def forced(model: nn.Module) -> Decisions:
@@ -176,7 +183,7 @@ def _make_sparse(r: Random, model: nn.Module) -> None:
 def begin(case: Case, jitter: float = 0.0) -> list[World]:
     """Returns the worlds of a case: on the engine, in plain torch, in float64.
 
-    With ``jitter`` the first is float64 too, and what goes in there is slightly another.
+    With ``jitter`` the first is float64 too, and the outputs of its layers are off by this share of their largest.
     """
     r = Random(case.seed)
     shape = _shape(r, case.axes)
@@ -189,10 +196,11 @@ def begin(case: Case, jitter: float = 0.0) -> list[World]:
     shapes = _sizes(r, shape)
     layers = _seen(network, example)
     facts = {name: _facts(network.get_submodule(name)) for name in layers}
+    is_doubled = len([*network.modules()]) < len([*network.named_modules(remove_duplicate=False)])
     worlds = []
     for index, dtype in enumerate((torch.float64 if jitter else torch.float32, torch.float32, torch.float64)):
         model = copy.deepcopy(network).to(dtype)
-        world = World(dtype, model, model, shapes, layers, facts, jitter=0.0 if index else jitter)
+        world = World(dtype, model, model, shapes, layers, facts, is_doubled)
         if case.masked:
             method = getattr(dstlib, case.masked.upper())
             with suppress(SelectionError):  # there is no weight to make sparse
@@ -202,6 +210,9 @@ def begin(case: Case, jitter: float = 0.0) -> list[World]:
         if index == 0 and not jitter:
             world.on_engine = True
             world.accelerate()
+        for module in model.modules() if jitter and index == 0 else ():
+            if isinstance(module, LAYERS):
+                module.register_forward_hook(Shaken(jitter))
         worlds.append(world)
     return worlds
 
@@ -247,9 +258,11 @@ def live(case: Case, events: dict[str, Event], jitter: float = 0.0) -> Iterator[
         where = f"event {index}, {name}"
         outcome = _compared(where, worlds, given)
         yield f"{where}: {outcome}"
+        if outcome == "the sparsifier refuses":
+            return
         if outcome in REFUSALS:
-            if worlds[0].home is worlds[0].model or worlds[0].handles:
-                return  # nothing is left to begin anew with
+            if worlds[0].home is worlds[0].model or worlds[0].handles or worlds[0].sparsifier:
+                return  # nothing is left to begin anew with, or another sparsifier would have to
             worlds[0].accelerate()
         elif outcome == "the same":
             _compare_held(where, worlds)
@@ -268,10 +281,12 @@ def _compared(where: str, worlds: Sequence[World], given: Sequence[Any]) -> str:
         FaultError: They are not the same.
     """
     got, plain, exact = given
-    if isinstance(got, DstlibError) and not isinstance(plain, Exception):
+    if isinstance(got, DstlibError) and not isinstance(plain, DstlibError):
         for name, pattern in REFUSALS.items():
             if re.search(pattern, str(got)):
                 return name
+    if isinstance(plain, DstlibError):
+        return "the sparsifier refuses"  # parameters that are not those that it made sparse
     if isinstance(plain, Exception):
         if not isinstance(got, Exception):
             raise FaultError(f"{where}: torch refuses ({plain!r}), the engine does not") from plain
@@ -289,7 +304,7 @@ def _compared(where: str, worlds: Sequence[World], given: Sequence[Any]) -> str:
 
 
 def _compare(where: str, got: Tensor, plain: Tensor, exact: Tensor, floor: float = 1e-6) -> None:
-    """Compares a tensor with the exact one: within a share of its largest, or a few times what torch's own is off."""
+    """Compares a tensor with the exact one: within a share of its largest, or 30 times what torch's own is off."""
     if got.shape != plain.shape or (got.dtype != plain.dtype and got.dtype != exact.dtype):
         raise FaultError(f"{where}: {got.dtype} {tuple(got.shape)}, not {plain.dtype} {tuple(plain.shape)}")
     got, plain, exact = ((x.detach() + 0).double() for x in (got, plain, exact))
@@ -298,7 +313,7 @@ def _compare(where: str, got: Tensor, plain: Tensor, exact: Tensor, floor: float
     if not got.numel():
         return
     off, theirs, largest = ((got - exact).abs().max(), (plain - exact).abs().max(), exact.abs().max())
-    if not off <= CLOSE * largest + 10 * theirs + floor:
+    if not off <= CLOSE * largest + 30 * theirs + floor:
         raise FaultError(f"{where}: off by {off:.1e}, torch by {theirs:.1e}, of {largest:.1e}")
 
 
