@@ -25,7 +25,8 @@ as the momentum of an optimizer that has begun anew.
 
 What may differ legitimately is kept small: the engine's idle memory is released before each reading, since its bound
 follows the largest maps of the moment; and oneDNN, which torch calls, keeps the last 1024 kernels that it compiled, of
-every size that comes along, here 64 (ONEDNN_PRIMITIVE_CACHE_CAPACITY, if it is not set).
+every size that comes along, here 64 (ONEDNN_PRIMITIVE_CACHE_CAPACITY, if it is not set). What stays is that the engine
+knows the last 4096 layouts of maps, some 450 bytes each: until it has met so many, memory grows by 2 MB in all.
 """
 
 import argparse
