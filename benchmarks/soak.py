@@ -203,7 +203,7 @@ def copies(life: Life) -> None:
 
 def modes(life: Life) -> None:
     """Validates in every mode, and by a copy."""
-    for guard in (torch.no_grad, torch.enable_grad):
+    for guard in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         train(life)
         for network in (life.fast, copy.deepcopy(life.fast)):
             network.eval()

@@ -239,9 +239,7 @@ class Operator(Generic[P]):
         assert self.plain is not None
         asked = [x for x, wants in zip(tensors, wanted, strict=True) if wants]
         y = self.plain(problem, tensors)
-        if not y.requires_grad:  # nothing of what is asked for is read: it has moved out of the map
-            return [torch.zeros_like(x) if wants else None for x, wants in zip(tensors, wanted, strict=True)]
-        found = iter(torch.autograd.grad(y, asked, grad, create_graph=True, materialize_grads=True))
+        found = iter(torch.autograd.grad(y, asked, grad, create_graph=True, allow_unused=True))
         return [next(found) if wants else None for wants in wanted]
 
     def _fake(self, fake: Callable[[P, Tensors], list[Tensor]], problem: P, tensors: Tensors) -> list[Tensor]:
@@ -336,15 +334,13 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     >>> is_recorded(x), is_recorded(x.detach())
     (True, False)
     """
-    records = torch.is_grad_enabled()
+    if torch.compiler.is_dynamo_compiling():  # other compilers' tensors are of other types
+        return True
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     for x in tensors:  # a loop: this is asked before each call of a kernel
-        if type(x) not in _PLAIN:
+        if type(x) not in _PLAIN or (records and x is not None and x.requires_grad):
             return True
-        if records and x is not None and x.requires_grad:
-            records = not torch.is_inference_mode_enabled()  # in which gradients that are enabled are not recorded
-            if records:
-                return True
-    return torch.compiler.is_dynamo_compiling() or is_followed()  # other compilers' tensors are of other types
+    return is_followed()
 
 
 def is_followed() -> bool:
