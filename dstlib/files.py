@@ -20,6 +20,7 @@ from dstlib.errors import StateError
 _TEMPORARY = re.compile(r"\.dstlib-[0-9a-f]{8}-[0-9a-f]{16}\.tmp")
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # of which several may share a folder
 _DAY = 24 * 60 * 60  # seconds
+_REPLACES_OPEN = os.name != "nt"  # Windows renames and removes no file that is open
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, then repeat the command (a training: with --resume)."),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose a folder that you may write to."),
@@ -53,9 +54,13 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
                 if mode is not None and os.chmod in os.supports_fd:
                     os.chmod(file.fileno(), mode)
                 os.fsync(file.fileno())
+                if not _REPLACES_OPEN:
+                    file.close()
                 os.replace(temporary, path)
             except BaseException:
                 with suppress(OSError):  # what is being reported matters more than a file left over
+                    file.close()
+                with suppress(OSError):
                     temporary.unlink(missing_ok=True)
                 raise
         _sync(path.parent)
@@ -180,7 +185,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def _without_waiting(name: str, flags: int) -> int:
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to opens too
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)  # a pipe that nobody writes to opens too
 
 
 def _without_links(name: str, flags: int) -> int:

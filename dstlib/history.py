@@ -30,7 +30,7 @@ from dstlib.errors import StateError
 from dstlib.masking import MaskUpdate, Site
 from dstlib.report import align
 from dstlib.sparsifier import Sparsifier
-from dstlib.torch_files import checksum
+from dstlib.torch_files import check_seal, checksum
 
 VERSION = 2  # of version 1, changes did not yet tell of idle groups
 _FIRST = 3  # a mark: 0 never active, 1 was active at some time, 3 also in the first mask
@@ -311,10 +311,7 @@ def _checked(state: Any, tracks: Mapping[str, Track]) -> Mapping[str, Mapping[st
         raise _misfit("layers", where, f"the {len(tracks)} at hand", f"others ({', '.join(odd[:3])})")
     for name, track in tracks.items():
         _check_layer(layers[name], name, track.marks.shape, len(Change._fields) - (version == 1))
-    own = checksum(layers)
-    if state.get("checksum", own) != own:  # earlier ones have none
-        remedy = "It was damaged or changed since it was saved: load an earlier one."
-        raise StateError.of("checksum", where, allowed=f"{own}", given=state["checksum"], remedy=remedy)
+    check_seal(state, layers, where=where)
     return layers
 
 

@@ -80,7 +80,7 @@ def _with_texts_once(content: Any) -> Any:
 
     A pickle refers to objects that it has met before, and texts that came out of a file are objects of their own.
     """
-    if isinstance(content, str):
+    if type(content) is str:  # Python keeps one object of no other class
         return sys.intern(content)
     if type(content) is dict:
         return {_with_texts_once(key): _with_texts_once(value) for key, value in content.items()}
@@ -211,6 +211,22 @@ def checksum(content: Any) -> int:
     for part in _bytes_of(content):
         crc = zlib.crc32(part, crc)
     return crc
+
+
+def check_seal(state: Mapping[str, Any], content: Any, *, where: str) -> None:
+    """Checks a saved state for changes after which every part still fits; earlier states have no ``checksum``.
+
+    Raises:
+        StateError: Its checksum is not that of the content.
+
+    >>> check_seal({"checksum": 1, "step": 2}, {"step": 2}, where="a state")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    dstlib.errors.StateError: checksum of a state: expected ..., that of its contents, got 1. It was damaged or ...
+    """
+    if "checksum" in state and state["checksum"] != (own := checksum(content)):
+        allowed, given = f"{own}, that of its contents", state["checksum"]
+        remedy = "It was damaged or changed since it was saved: load an earlier one."
+        raise StateError.of("checksum", where, allowed=allowed, given=given, remedy=remedy)
 
 
 def _bytes_of(content: Any) -> Iterator[bytes | memoryview]:

@@ -291,3 +291,30 @@ def test_json_that_is_no_json_is_not_written(tmp_path):
 def test_a_folder_without_a_possible_name_is_refused(tmp_path):
     with pytest.raises(StateError, match="No file can have this name"):
         make_folder(tmp_path / "a\0b")
+
+
+def test_a_lock_is_no_program(tmp_path):
+    with locked(tmp_path, if_held=refuse, refuse=refuse):
+        assert not (tmp_path / ".lock").stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_where_no_open_file_is_renamed_or_removed_it_is_closed_first(is_full, tmp_path, monkeypatch):
+    """As on Windows, where nothing could be written otherwise."""
+
+    def refuse_open(path: str | Path) -> None:
+        descriptors = (Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+        if any(os.readlink(each) == str(path) for each in descriptors if each.is_symlink()):
+            raise PermissionError(errno.EACCES, "in use", str(path))
+
+    replace, unlink = os.replace, Path.unlink
+    monkeypatch.setattr(files, "_REPLACES_OPEN", False)
+    monkeypatch.setattr(os, "replace", lambda a, b: (refuse_open(a), replace(a, b)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (refuse_open(path), unlink(path, **options)))
+    if is_full:
+        monkeypatch.setattr(os, "fsync", lambda number: os.close(-1))
+        with pytest.raises(StateError, match="whole"):
+            write_whole(tmp_path / "file", b"new")
+    else:
+        write_whole(tmp_path / "file", b"new")
+    assert names(tmp_path) == [] if is_full else ["file"]

@@ -178,3 +178,11 @@ def test_no_file_and_a_folder_are_one_error_too(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StateError, match="got a pipe or a device, not a file"):
         read_torch(tmp_path / "pipe", **WORDS)
+
+
+def test_text_of_another_class_is_written_as_it_is(tmp_path):
+    """Such as a version of torch, which its own reader takes for text."""
+    write_torch(tmp_path / "file.pt", {"version": torch.__version__})
+    assert read_torch(tmp_path / "file.pt", **WORDS, safe_globals=[type(torch.__version__)]) == {
+        "version": torch.__version__
+    }

@@ -14,9 +14,10 @@ from dstlib.methods import find_method
 from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier, saved, sparsify
 from dstlib.sparsifier.plan import check_sparsity
-from dstlib.torch_files import checksum
+from dstlib.torch_files import check_seal, checksum
 
 VERSION = 1
+_SEALED = ("version", "settings", "total_steps")  # the sparsifier's state has a checksum of its own
 _BY_THE_TRAINER = "It is made when the trainer begins to train, in the very processes that train."
 
 
@@ -181,7 +182,7 @@ class HostedTraining:
         require(is_ours, "masks", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
         _check_contents(state, where, remedy)
         refuse_other_settings(state["settings"], self.settings.plain(), where)
-        _check_seal(state, where)
+        check_seal(state, {name: state.get(name) for name in _SEALED}, where=where)
         if model is not None and self.is_of(model):
             self._restore(state)
         else:
@@ -248,13 +249,6 @@ def _check_contents(state: Mapping[str, Any], where: str, remedy: str) -> None:
     if not isinstance(state.get("settings"), Mapping) or not (steps is None or (type(steps) is int and steps > 0)):
         allowed = "settings, and total_steps as a whole number or None"
         raise StateError.of("contents", where, allowed=allowed, given=", ".join(map(str, state)), remedy=remedy)
-
-
-def _check_seal(state: Mapping[str, Any], where: str) -> None:
-    own = checksum({name: state[name] for name in ("version", "settings", "total_steps")})
-    if state.get("checksum", own) != own:  # earlier ones have none
-        remedy = "It was damaged or changed since it was saved: take an earlier checkpoint."
-        raise StateError.of("checksum", where, allowed=f"{own}", given=state["checksum"], remedy=remedy)
 
 
 def _put_back(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

@@ -21,7 +21,7 @@ from dstlib.schedules import Never
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight, groups_of
 from dstlib.targets import MatrixView
-from dstlib.torch_files import checksum
+from dstlib.torch_files import check_seal, checksum
 
 VERSION = 2
 # the fields of MaskedWeight that a run depends on, by their key in a saved state
@@ -91,23 +91,17 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
             raise _misfit("updated_at", saved.weight.name, f"a step up to {latest}", saved.updated_at)
     if plan.method.allocate is not None and not plan.densities_from_model:
         _check_shared_total(all_saved, plan)
-    _check_seal(state)
+    check_seal(state, _without_seal(state), where=_WHOLE)
     return all_saved
 
 
 def _sealed(state: dict[str, Any]) -> dict[str, Any]:
     """Returns a state with a checksum of its other parts."""
-    return {**state, "checksum": checksum({key: value for key, value in state.items() if key != "checksum"})}
+    return {**state, "checksum": checksum(_without_seal(state))}
 
 
-def _check_seal(state: Mapping[str, Any]) -> None:
-    """Checks that a state is as it was saved; earlier ones have no checksum."""
-    if "checksum" in state:
-        own = checksum({key: value for key, value in state.items() if key != "checksum"})
-        if own != state["checksum"]:
-            remedy = "It was damaged or changed since it was saved: load an earlier one."
-            given = state["checksum"]
-            raise StateError.of("checksum", _WHOLE, allowed=f"{own}, that of its contents", given=given, remedy=remedy)
+def _without_seal(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "checksum"}
 
 
 def _weights_of(state: Any) -> Mapping[str, Mapping[str, Any]]:
@@ -117,7 +111,7 @@ def _weights_of(state: Any) -> Mapping[str, Mapping[str, Any]]:
         _check_fields(weight, str(name))
         if not is_mask(weight["mask"]):
             raise _misfit("mask", str(name), "a bool tensor", type(weight["mask"]).__name__)
-    _check_seal(state)
+    check_seal(state, _without_seal(state), where=_WHOLE)
     weights: Mapping[str, Mapping[str, Any]] = state["weights"]
     return weights
 

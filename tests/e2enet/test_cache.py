@@ -198,6 +198,25 @@ def test_another_format_is_made_anew(manifest, tmp_path, reads, monkeypatch):
     assert reads == list("abcabc") * 2
 
 
+def test_what_an_earlier_build_made_is_made_anew_and_is_not_called_damaged(manifest, tmp_path, reads, capsys):
+    """Its arrays have no checksums."""
+    _, preparation = prepare(manifest, tmp_path)
+    sources = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (
+        manifest.train[0].images[0], manifest.train[0].label)]  # fmt: skip
+    made_from = {"format": 1, "num_channels": 1, "num_classes": 2, "preparation": None, "sources": sources}
+    (tmp_path / "fingerprints" / "a.json").write_text(json.dumps({"made_from": made_from, "fingerprint": {}}))
+    old = tmp_path / "prepared-fa95f7ccbe13"
+    shutil.copytree(tmp_path / cache.preparation_key(preparation), old)
+    content = {"made_from": made_from, "spacing": [1.0, 1.0, 1.0], "num_bytes": {"image.npy": 1, "label.npy": 1}}
+    (old / "a.json").write_text(json.dumps(content))
+    reads.clear()
+    prepare(manifest, tmp_path)
+    assert reads == ["a"]
+    told = capsys.readouterr().err
+    assert "not as it was written" not in told
+    assert f"{old.name}. Delete" in told
+
+
 def test_other_preparations_stay_and_are_mentioned(manifest, tmp_path, reads, capsys):
     _, ct = prepare(manifest, tmp_path)
     assert not capsys.readouterr().err

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 import dstlib
 from dstlib.engine import Decision, Decisions, SparseLinear, accelerate, registry
 from dstlib.engine.gpu.layers import GPU_LAYERS, BlockConv, GPUFusionNode, GPUUnit
-from dstlib.engine.layers.conv import FastConv
+from dstlib.engine.layers.conv import CONV, FastConv
 from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.fusion_node import FastFusionNode
 from dstlib.engine.layers.unit import FastUnit
@@ -957,3 +957,14 @@ def test_hooks_on_a_part_of_what_a_gpu_computes_as_one_are_refused(kind: str, pa
     _hook(path)(fast.get_submodule(case.layer))
     with pytest.raises(StateError, match=r"hooks of GPU\w+: expected none on a part"):
         fast(case.x)
+
+
+def test_the_old_calls_are_forgotten_before_a_new_plan_can_be_found():
+    """Else another thread computes by the new plan and what was prepared by the old one."""
+    conv = CONV.make(nn.Conv2d(2, 3, 1))
+    conv(torch.ones(1, 2, 4, 4))
+    before, found = conv.settled, []
+    conv.forget = lambda: found.append(conv.settled)
+    conv.stride = (2, 2)
+    conv(torch.ones(1, 2, 4, 4))
+    assert found[0] is before

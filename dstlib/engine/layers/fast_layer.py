@@ -86,8 +86,8 @@ class Fast(nn.Module):
         if kept is None or kept[0] != state:
             with torch.inference_mode(False):  # what is made now may serve a training later
                 kept = state, None if self.obstacle() else self.make_plan()
+            self.forget()  # first: another thread that finds the new plan finds nothing of the old one
             self.settled = kept
-            self.forget()
         return kept[1]
 
     def forget(self) -> None:

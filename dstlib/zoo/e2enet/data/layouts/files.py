@@ -83,9 +83,11 @@ def path_fault(text: str, *, allow_outside: bool) -> str | None:
         return "has characters that cannot be printed"
     if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_PART_BYTES for part in parts):
         return "is longer than paths can be"
-    if allow_outside or not (PurePosixPath(text).anchor or PureWindowsPath(text).anchor or ".." in parts):
+    is_absolute = bool(PurePosixPath(text).anchor or PureWindowsPath(text).anchor)
+    if allow_outside or not (is_absolute or ".." in parts):
         return None
-    return "leads out of the folder of the set: allow that (--allow-outside) of a list that you trust"
+    way = "is an absolute path" if is_absolute else "leads up by '..'"
+    return f"{way}, and so may leave the folder of the set: allow that (--allow-outside) of a list that you trust"
 
 
 def read_json(file: Path) -> dict[str, Any]:

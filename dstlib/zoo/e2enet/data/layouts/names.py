@@ -14,6 +14,7 @@ MAX_BYTES = 200  # of the 255 that file systems take: endings come on top
 
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
 _SEPARATORS = "/\\:"  # of any platform; on Windows a colon also parts a file from a hidden stream of it
+_REFUSED = '<>"|?*'  # by Windows
 _FORMULAS = "=+-@"
 
 
@@ -44,6 +45,8 @@ def file_name_fault(name: str) -> str | None:
         return fault
     if separator := next((c for c in name if c in _SEPARATORS), None):
         return f"has {separator!r}, which parts folders"
+    if refused := next((c for c in name if c in _REFUSED), None):
+        return f"has {refused!r}, which no file on Windows has"
     if name.startswith("."):
         return "begins with a dot, as hidden files do"
     if name[0] == " " or name[-1] in " .":

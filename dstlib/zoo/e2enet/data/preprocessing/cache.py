@@ -43,7 +43,7 @@ from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, prepa
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
 
-FORMAT = 1  # to be raised whenever the same scan would be prepared otherwise than before: old entries are then remade
+FORMAT = 2  # to be raised whenever the same scan would be prepared, or recorded, otherwise: old entries are then remade
 
 _ARRAYS = ("image.npy", "label.npy")
 _HEADER = 128  # bytes of a .npy file before its array, if that has few axes
