@@ -61,6 +61,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 3, 4, 6, 5),
     ),
     "levels": (Levels, (1, 3, 8, 8, 8)),
+    "shifted out": (  # so that nothing of the map is read, which has a gradient all the same: zeros
+        lambda: nn.Sequential(
+            Unit(2, 3, kernel_size=(1, 3, 3)), Unit(3, 2, kernel_size=(1, 3, 3), shift=Shift((2,), axis=2))
+        ),
+        (2, 2, 1, 4, 4),
+    ),
 }
 Grads = list[Tensor | None]
 

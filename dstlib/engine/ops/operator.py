@@ -239,7 +239,7 @@ class Operator(Generic[P]):
         assert self.plain is not None
         asked = [x for x, wants in zip(tensors, wanted, strict=True) if wants]
         y = self.plain(problem, tensors)
-        found = iter(torch.autograd.grad(y, asked, grad, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(y, asked, grad, create_graph=True, materialize_grads=True))
         return [next(found) if wants else None for wants in wanted]
 
     def _fake(self, fake: Callable[[P, Tensors], list[Tensor]], problem: P, tensors: Tensors) -> list[Tensor]:
