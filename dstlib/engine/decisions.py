@@ -32,7 +32,7 @@ class Decision:
         measured = [ms for ms in times if ms is not None]
         if len(measured) == 1 or (measured and self.obstacle) or not all(0 < ms < math.inf for ms in measured):
             allowed = "two, finite and above 0, or none, as where there is an obstacle"
-            given, remedy = f"{times} and the obstacle {self.obstacle!r}", "Measure anew."
+            given, remedy = f"{times} and the obstacle {self.obstacle!r}", "accelerate() measures them."
             raise SettingError.of("times", f"decision {self.name!r}", allowed=allowed, given=given, remedy=remedy)
 
     @property
@@ -65,7 +65,7 @@ class Decisions(Mapping[str, Decision]):
     def __post_init__(self) -> None:
         twice = [name for name, count in Counter(row.name for row in self.rows).items() if count > 1]
         if twice:
-            remedy = "Measure anew."
+            remedy = "accelerate() takes them."
             raise SettingError.of("decisions", "a model", allowed="one a layer", given=twice, remedy=remedy)
 
     @classmethod

@@ -19,6 +19,7 @@ from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.ops.layouts import materialise
 from dstlib.engine.ops.max_pool import max_pool
 from dstlib.engine.registry import obstacle
+from dstlib.errors import InputError
 from dstlib.layers import Shift, Unit
 
 MODULE = importlib.import_module("dstlib.engine.accelerate")  # the package has the function under this name
@@ -63,6 +64,7 @@ INPUTS: dict[str, Callable[[Tensor], Any]] = {
     "no channels": lambda x: x[:, :0],
     "without batch": lambda x: x[0],
     "a number": lambda x: x.sum(),
+    "nothing": lambda x: None,
     "sparse": lambda x: x.to_sparse(),
     "mkldnn": lambda x: x.to_mkldnn(),
     "no samples": lambda x: x[:0],
@@ -216,6 +218,7 @@ USES: dict[str, Callable[[Tensor], Any]] = {
     "parameter": lambda y: nn.Parameter(y) + 0,
     "string": str,
     "requires_grad_": lambda y: y.requires_grad_(),
+    "set_": lambda y: y.set_(torch.ones(y.shape)),
     "storage": lambda y: y.untyped_storage().nbytes() >= 4 * y.numel(),
     "compare": lambda y: torch.equal(y, y),
     "bytes": lambda y: memoryview(y.numpy()).nbytes,
@@ -231,6 +234,13 @@ def _assert_alike(plain: Any, found: Any) -> None:
         np.testing.assert_allclose(np.asarray(found), np.asarray(plain), atol=1e-4)  # rounding of values of about 1
     elif not isinstance(plain, str):
         assert found == plain
+
+
+def test_other_channels_are_told_without_sizes_that_nobody_passed():
+    """A layer of two axes computes its samples as depths, which its user has never heard of."""
+    fast = forced(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)), torch.randn(1, 4, 5, 5))
+    with pytest.raises(InputError, match=r"^maps of conv\(\): expected 4 channels in all, got 7\. Pass"):
+        fast(torch.randn(2, 7, 5, 5))
 
 
 @pytest.mark.parametrize("use", USES)

@@ -28,7 +28,7 @@ from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.fusion_node import FastFusionNode
 from dstlib.engine.layers.unit import FastUnit
 from dstlib.engine.registry import obstacle
-from dstlib.errors import StateError
+from dstlib.errors import SettingError, StateError
 from dstlib.layers import FusionNode, Shift, Unit
 
 MODULE = importlib.import_module("dstlib.engine.accelerate")  # the package has the function under this name
@@ -284,7 +284,7 @@ def test_a_plain_model_of_other_parts_is_refused_by_name(case: Case, change: Any
     fast = made_fast(case, model)
     name = change(model, case)
     call = fast if called == "model" else partial(type(model).forward, fast)
-    with torch.no_grad(), pytest.raises(StateError, match=f"accelerated with, got another {name}"):
+    with torch.no_grad(), pytest.raises(StateError, match=f"accelerated with, got another '{name}'"):
         call(case.x)
 
 
@@ -297,7 +297,7 @@ def test_a_layer_that_stays_plain_may_not_be_replaced_either():
     fast(x)
     model.append(nn.ReLU())  # what is added is no part of what was accelerated
     model[0].bias = None
-    with pytest.raises(StateError, match=r"another 0\.bias"):
+    with pytest.raises(StateError, match=r"another '0\.bias'"):
         fast(x)
 
 
@@ -705,6 +705,13 @@ def test_traces_and_exports_are_of_the_plain_layers(case: Case):
         torch.testing.assert_close(traced(given, x), model(x))
 
 
+@each_case
+def test_scripts_are_refused_in_words(case: Case):
+    fast = made_fast(case, case.model())
+    with pytest.raises(SettingError, match=r"^layer of torch\.jit\.script\(\): .*Script the model that accelerate\(\)"):
+        torch.jit.script(fast)
+
+
 def _steps(fast: nn.Module, model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, number: int) -> None:
     """Steps of training through the fast model."""
     for _ in range(number):
@@ -743,7 +750,7 @@ def test_under_the_compiler_masks_and_weights_are_followed(kind: str):
     with pytest.raises(RuntimeError, match="looks at its weight in each call"):
         torch.compile(alone, backend="eager", fullgraph=True)(case.x)
     _replace_layer(model, case)
-    with pytest.raises(StateError, match=f"another {case.layer}"):
+    with pytest.raises(StateError, match=f"another '{case.layer}'"):
         compiled(case.x)
 
 
@@ -893,7 +900,7 @@ def test_layers_of_a_user_follow_what_is_passed_and_refuse_what_is_lost():
         assert_close(torch.func.functional_call(fast, given, OWN.x), expected)
         assert_close(fast(OWN.x), model(OWN.x))
         _replace_parameter(model, OWN)
-        with pytest.raises(StateError, match=r"another 0\.weight"):
+        with pytest.raises(StateError, match=r"another '0\.weight'"):
             fast[0](OWN.x)
 
 
@@ -943,7 +950,7 @@ def test_layers_of_a_gpu_have_what_the_plain_ones_have():
         other.load_state_dict(again.state_dict())
         assert_close(again(case.x), other(case.x))
         _replace_layer(model, case)
-        with pytest.raises(StateError, match="another 0"):
+        with pytest.raises(StateError, match=r"another '0'"):
             fast[0](case.x)
 
 

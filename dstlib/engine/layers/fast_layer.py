@@ -6,7 +6,7 @@ The engine's own fast form of a layer is that very layer with another class: all
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.modules import module as every_module
 from dstlib.engine.layers.feature_map import Pending, write_out
 from dstlib.engine.layers.watch import Watch
 from dstlib.engine.ops.operator import is_followed
+from dstlib.errors import SettingError
 
 _KINDS = (Tensor, nn.Parameter)
 
@@ -101,13 +102,23 @@ class Fast(nn.Module):
         """Computes on the engine where that can be now, else as the plain layer."""
         if is_compiled():
             return uncompiled(self.run, *inputs)
-        if is_traced(*inputs) or not self.takes(*inputs) or (plan := self.plan()) is None:
+        if inputs[0] is None or is_traced(*inputs) or not self.takes(*inputs) or (plan := self.plan()) is None:
             return self.as_plain(*inputs)
         return self.compute(plan, *inputs)
 
     def as_plain(self, *inputs: Any) -> Any:
         """Computes as the plain layer does."""
         return super().forward(*inputs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses to be scripted, as ``torch.jit.script`` asks each module for what it is to compile instead.
+
+        Raises:
+            SettingError: Always.
+        """
+        allowed, given = "plain layers", f"a {type(self).__name__} of dstlib's engine"
+        remedy = "Script the model that accelerate() was given, or use torch.jit.trace()."
+        raise SettingError.of("layer", "torch.jit.script()", allowed=allowed, given=given, remedy=remedy)
 
 
 class Follows(Fast):

@@ -27,7 +27,7 @@ class FastFusionNode(Fast, FusionNode):
         parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
         upward, units, (window,) = parts["upward"], [*parts["units"]._modules.values()], plan
         plans = [upward.plan(), *(each.plan() for each in units)]
-        if None in plans or (window is not None and finer is None):
+        if coarser is None or None in plans or (window is not None and finer is None):
             y: Tensor = self.as_plain(same, coarser, finer)
             return y
         sources = [feature_map(same), upward.refine(plans[0], feature_map(coarser))]

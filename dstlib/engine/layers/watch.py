@@ -56,7 +56,7 @@ class Origin:
     def _refuse(self) -> None:
         for place in self.places:
             if place.owned.get(place.key) is not place.held and place.ours.get(place.key) is place.our_held:
-                allowed, given = "the parameters and layers that it was accelerated with", f"another {place.name}"
+                allowed, given = "the parameters and layers that it was accelerated with", f"another {place.name!r}"
                 remedy = "After load_state_dict(assign=True) and what else replaces some, call accelerate() again."
                 raise StateError.of("model", "accelerate()", allowed=allowed, given=given, remedy=remedy)
 

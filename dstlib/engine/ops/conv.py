@@ -86,9 +86,8 @@ class ConvProblem(MapProblem):
         super().check(tensors)
         maps, (weight, *per_output), shifts = tensors[: len(self.normed)], self.parameters(tensors), tensors[-1]
         outputs, channels, *kernel = weight.shape
-        if sum(x.shape[1] for x in maps) != channels:
-            sizes = ", ".join(str(tuple(x.shape)) for x in maps)
-            raise self.refusal("maps", f"{channels} channels in all", sizes)
+        if sum(found := [x.shape[1] for x in maps]) != channels:  # all sizes would show a 2D layer's samples as depths
+            raise self.refusal("maps", f"{channels} channels in all", " + ".join(map(str, found)))
         if len(kernel) not in (2, 3) or (len(kernel) == 3 and kernel[0] != 1):
             allowed = "(O, C, kh, kw) or (O, C, 1, kh, kw)"
             raise self.refusal("weight", allowed, f"{tuple(weight.shape)}")
