@@ -73,25 +73,25 @@ def remake(scene):
     return ""
 
 
-@pytest.mark.parametrize(
-    ("verdict", "changes"),
-    {
-        "refused": {},
-        "equal": {"read": lambda scene: "always"},
-        "remade": {"read": remake, "may_write": ("file",)},
-        "another": {"damage": (), "craft": CRAFTED},
-        "silent, of a damaged file": {"damage": CRAFTED},
-        "silent, of a crafted file": {"damage": (), "craft": CRAFTED, "law": lambda value, sound: "another length"},
-        "raw": {"read": lambda scene: 1 // 0},
-        "raw, by a signal": {"read": crash},
-        "raw, by memory": {"read": remember},
-        "raw, by control characters": {"read": show},
-        "outside": {"read": write("../victim")},
-        "outside, in the scene": {"read": write("other"), "may_write": ("cache/*",)},
-    }.items(),
-    ids=str,
-)
-def test_the_harness_sees(tmp_path, verdict, changes):
+SEEN = {
+    "refused": {},
+    "equal": {"read": lambda scene: "always"},
+    "remade": {"read": remake, "may_write": ("file",)},
+    "another": {"damage": (), "craft": CRAFTED},
+    "silent, of a damaged file": {"damage": CRAFTED},
+    "silent, of a crafted file": {"damage": (), "craft": CRAFTED, "law": lambda value, sound: "another length"},
+    "raw": {"read": lambda scene: 1 // 0},
+    "raw, by a signal": {"read": crash},
+    "raw, by memory": {"read": remember},
+    "raw, by control characters": {"read": show},
+    "outside": {"read": write("../victim")},
+    "outside, in the scene": {"read": write("other"), "may_write": ("cache/*",)},
+}
+
+
+@pytest.mark.parametrize("verdict", SEEN)
+def test_the_harness_sees(tmp_path, verdict):
+    changes = SEEN[verdict]
     if verdict.startswith(("raw", "outside", "remade")):
         wanted = changes["read"]
         changes = {**changes, "read": lambda scene: wanted(scene) if read_damaged(scene) else ""}
