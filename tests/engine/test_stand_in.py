@@ -26,6 +26,7 @@ from dstlib.engine.gpu.layers import GPU_LAYERS, BlockConv, GPUFusionNode, GPUUn
 from dstlib.engine.layers.conv import CONV, FastConv
 from dstlib.engine.layers.fast_layer import FastLayer
 from dstlib.engine.layers.fusion_node import FastFusionNode
+from dstlib.engine.layers.linear import LINEAR
 from dstlib.engine.layers.unit import FastUnit
 from dstlib.engine.registry import obstacle
 from dstlib.errors import SettingError, StateError
@@ -975,3 +976,17 @@ def test_the_old_calls_are_forgotten_before_a_new_plan_can_be_found():
     conv.stride = (2, 2)
     conv(torch.ones(1, 2, 4, 4))
     assert found[0] is before
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: CONV.make(nn.Conv2d(64, 64, 3, padding=1)), lambda: LINEAR.make(nn.Linear(512, 512))]
+)
+def test_what_a_sample_misses_is_noticed_after_a_mode_and_back_without_a_call_between(make, first):
+    layer = make().train(first)
+    x = torch.randn(4, layer.weight.shape[1], *[6] * (layer.weight.ndim - 2))
+    with torch.no_grad():
+        layer(x)
+        layer.weight.data.view(-1)[12345] += 100
+        layer.train(not first).train(first)
+        assert (layer(x) - layer.as_plain(x)).abs().max() < 1e-3  # of values of some 100

@@ -6,7 +6,7 @@ The engine's own fast form of a layer is that very layer with another class: all
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
+from typing import Any, NoReturn, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,12 @@ class Follows(Fast):
     def forget(self) -> None:
         """Forgets what was prepared by another plan."""
         self.watch.seen = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; the next call looks at all anew where that changes the mode."""
+        if mode is not self.training:
+            self.watch.change_mode()
+        return super().train(mode)
 
     def followed(self) -> Any:
         """Returns the weight whose mask, or zeros, the layer follows; None where somebody has taken it away."""

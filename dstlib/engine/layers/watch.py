@@ -121,7 +121,7 @@ class _Checked(NamedTuple):
     values: tuple[int, int]  # address and fingerprint
     mask_version: int
     mask_fingerprint: int
-    training: bool
+    training: bool | None  # None where the mode has changed since
 
 
 class Watch(Generic[T]):
@@ -150,6 +150,12 @@ class Watch(Generic[T]):
     def tie(self, link: Link) -> None:
         """Follows the weight of a model and its mask from now on."""
         self.link, self.mask, self.seen = link, link.mask, None
+
+    def change_mode(self) -> None:
+        """Has the next look find all anew, be the mode by then what it was at the last one."""
+        self.seen = None
+        if self._checked is not None:
+            self._checked = self._checked._replace(training=None)
 
     def look(self, weight: Tensor, *, training: bool, wants_all: bool = False) -> Seen[T]:
         """Returns what there is to compute with now; ``wants_all`` asks for the gradients of what is not active, too.
