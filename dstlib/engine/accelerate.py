@@ -62,9 +62,10 @@ def accelerate(
     versions, and a sample of 4 KB of each weight. So it follows ``load_state_dict``, ``functional_call``, averages that
     are swapped in through ``weight.data``, and new parameters of the fast model. What a layer's sample may miss, a few
     values of a large weight that are written through ``weight.data``, it notices when its mode next changes, by
-    ``train()`` or ``eval()``. On a GPU there is no sample: there all that is written so is noticed then. A layer or
-    parameter that is replaced in the plain model is refused by name. Copies, by ``deepcopy``, ``pickle`` or in another
-    process, watch their own layers; masks do not travel: a copy computes with all of its weights that are not zero.
+    ``train()`` or ``eval()``. On a GPU there is no sample: there all that is written so is noticed then. A layer, a
+    parameter or a buffer of the ``state_dict`` that is replaced in the plain model is refused by name. Copies, by
+    ``deepcopy``, ``pickle`` or in another process, watch their own layers; masks do not travel: a copy computes with
+    all of its weights that are not zero.
 
     Under ``torch.jit.trace``, ``torch.export``, ``torch.func`` and torch's modes, and where something on a part of a
     layer asks for it, such as a hook, layers compute as the plain ones. ``torch.compile`` leaves them out of its

@@ -13,6 +13,8 @@ from dstlib.engine.layers.fast_layer import Follows, FollowsMask, is_compiled, u
 from dstlib.engine.layers.watch import Link, Origin, Place, Seen, Told, Watch
 from dstlib.targets import find_masked, plain_name
 
+_TABLES = ("_modules", "_parameters", "_buffers")  # of a module
+
 
 def never(name: str) -> bool:
     """Tells nothing of any parameter."""
@@ -129,7 +131,7 @@ def _way(path: str) -> list[str]:
 
 
 def _places(fast: nn.Module, model: nn.Module) -> dict[str, list[Place]]:
-    """Returns, by the path of each module of the plain model, the places of its modules and parameters."""
+    """Returns, by the path of each module of the plain model, the places of its modules and of its state."""
     ours = dict(fast.named_modules(remove_duplicate=False))
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -137,8 +139,9 @@ def _places(fast: nn.Module, model: nn.Module) -> dict[str, list[Place]]:
             here, twin = f"{path}." if path else "", ours[path]
             found[path] = [
                 Place(owned, key, held, own, own.get(key), f"{here}{key}")
-                for owned, own in ((module._modules, twin._modules), (module._parameters, twin._parameters))
+                for owned, own in ((getattr(module, table), getattr(twin, table)) for table in _TABLES)
                 for key, held in owned.items()
+                if key not in module._non_persistent_buffers_set  # caches, which forward passes may replace
             ]
     return found
 

@@ -302,6 +302,19 @@ def test_a_layer_that_stays_plain_may_not_be_replaced_either():
         fast(x)
 
 
+def test_statistics_may_not_be_replaced_either():
+    """As ``to(dtype)`` replaces them: the fast model would go on with those of before; what are no state may be."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
+    model.register_buffer("cache", torch.zeros(1), persistent=False)
+    x = torch.randn(2, 4, 5, 5)
+    fast = accelerate(model, x, decisions=forced(model))
+    model.cache = torch.ones(1)
+    fast(x)
+    model.double().float()
+    with pytest.raises(StateError, match=r"another '1\.running_mean'"):
+        fast(x)
+
+
 @each_case
 def test_layers_look_by_themselves_whoever_calls_them(case: Case):
     """Not the model: so it may have other methods, and be called in parts."""

@@ -26,7 +26,7 @@ from dstlib.inputs import tensors_in
 CLOSE = 1e-4  # of the largest number of a tensor
 # What torch takes and the engine refuses, in these words
 REFUSALS = {
-    "other parameters": r"expected the parameters and layers that it was accelerated with",
+    "other parameters": r"expected the layers, parameters and buffers that it was accelerated with",
     "weights outside masks": r"expected zeros outside their masks",
 }
 KINDS_OF_REFUSAL = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)

@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 class Place(NamedTuple):
-    """Where the plain model had a module or a parameter when it was accelerated, and what was there.
+    """Where the plain model had a module, a parameter or a buffer when it was accelerated, and what was there.
 
     ``ours`` is the same place of the fast model, with what was there: once that is another, the fast model goes its
     own way.
     """
 
-    owned: dict[str, Any]  # the modules, or the parameters, of a module of the plain model
+    owned: dict[str, Any]  # the modules, parameters or buffers of a module of the plain model
     key: str
     held: object
     ours: dict[str, Any]
@@ -46,7 +46,7 @@ class Origin:
         """Refuses to go on with what is no longer that of the plain model.
 
         Raises:
-            StateError: The plain model has another module or parameter in such a place, the fast model has not.
+            StateError: The plain model has something else in such a place, the fast model has not.
         """
         for owned, key, held in self._held:
             if owned.get(key) is not held:
@@ -56,7 +56,8 @@ class Origin:
     def _refuse(self) -> None:
         for place in self.places:
             if place.owned.get(place.key) is not place.held and place.ours.get(place.key) is place.our_held:
-                allowed, given = "the parameters and layers that it was accelerated with", f"another {place.name!r}"
+                allowed = "the layers, parameters and buffers that it was accelerated with"
+                given = f"another {place.name!r}"
                 remedy = "After load_state_dict(assign=True) and what else replaces some, call accelerate() again."
                 raise StateError.of("model", "accelerate()", allowed=allowed, given=given, remedy=remedy)
 
