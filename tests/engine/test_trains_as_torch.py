@@ -272,6 +272,19 @@ def test_validation_between_steps_changes_nothing(name: str, mode: str, first: b
         assert torch.equal(one, other)
 
 
+def test_what_is_made_but_once_may_be_made_in_inference_mode_and_trained_with():
+    from dstlib.engine.gpu.feature_map import _moves
+    from dstlib.engine.ops.operator import _nan
+
+    _nan.cache_clear()
+    _moves.cache_clear()
+    model = forced(nn.Sequential(Unit(3, 4, kernel_size=(1, 3, 3))), x := torch.randn(1, 3, 4, 6, 5))
+    with torch.inference_mode():
+        model(x)
+        assert not _moves((1, 0, -1), 3, torch.device("cpu")).is_inference()
+    _weighted(model(x)).backward()
+
+
 IN_FRONT = {
     "InstanceNorm2d": lambda: nn.InstanceNorm2d(1),
     "affine InstanceNorm2d": lambda: nn.InstanceNorm2d(1, affine=True),

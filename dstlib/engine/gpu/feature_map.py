@@ -100,7 +100,8 @@ _gather = Operator(
 
 @lru_cache(maxsize=1024)
 def _moves(sizes: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
-    return channel_moves(channels, sizes).to(device)
+    with torch.inference_mode(False):  # whoever asks first: it serves trainings, too
+        return channel_moves(channels, sizes).to(device)
 
 
 def _move(source: tuple[Tensor, int], target: tuple[Tensor, int], count: int, moves: Tensor, *, sign: int) -> None:

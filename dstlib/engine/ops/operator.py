@@ -311,7 +311,8 @@ def stand_in(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
 
 @cache
 def _nan(dtype: torch.dtype) -> Tensor:
-    return torch.full((1,), torch.nan, dtype=dtype, device="cpu")
+    with torch.inference_mode(False):  # whoever asks first: it stands in for what is trained, too
+        return torch.full((1,), torch.nan, dtype=dtype, device="cpu")
 
 
 def _in_order(grad: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
