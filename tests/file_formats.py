@@ -732,9 +732,9 @@ FORMATS = (
             may_write=("cache/*",),
         )
         for name, file, damage in (
-            ("record", "prepared-fa95f7ccbe13/scan_0.json", _JSON),
-            ("image.npy", "prepared-fa95f7ccbe13/scan_0.image.npy", (mutate_bytes,)),
-            ("label.npy", "prepared-fa95f7ccbe13/scan_0.label.npy", (mutate_bytes,)),
+            ("record", "prepared-*/scan_0.json", _JSON),
+            ("image.npy", "prepared-*/scan_0.image.npy", (mutate_bytes,)),
+            ("label.npy", "prepared-*/scan_0.label.npy", (mutate_bytes,)),
             ("fingerprint", "fingerprints/scan_0.json", _JSON),
         )
     ),

@@ -29,6 +29,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from multiprocessing import get_context
@@ -71,6 +72,7 @@ def mutate(numbers: Iterable[int], *, of: Format, seed: int, prepared: Path) -> 
             for name in ("victim", "victim.json"):
                 (place / name).write_text("precious")
         of.make(scene, prepared)
+        of = found(of, scene)
         shutil.copytree(root, whole)
         sound = (scene / of.file).read_bytes()
         verdict, outcome = _in_a_child(root, partial(_read_sound, of, scene))
@@ -89,6 +91,12 @@ def mutate(numbers: Iterable[int], *, of: Format, seed: int, prepared: Path) -> 
                 verdict, outcome = "outside", f"{', '.join(written)} ({verdict}: {outcome})"
             results.append(Result(of.name, number, verdict, said, outcome.replace(str(root), ROOT)))
         return results
+
+
+def found(of: Format, scene: Path) -> Format:
+    """Returns a format with the very path of its file, which may be one that only dstlib knows."""
+    (path,) = scene.glob(of.file)
+    return replace(of, file=path.relative_to(scene).as_posix())
 
 
 def mutation(of: Format, sound: bytes, seed: int, number: int) -> tuple[bytes, str, bool]:
@@ -217,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.keep is not None:
                 with tempfile.TemporaryDirectory() as scene:
                     of.make(Path(scene), Path(folder))
-                    sound = Path(scene, of.file).read_bytes()
+                    sound = Path(scene, found(of, Path(scene)).file).read_bytes()
                 options.keep.write_bytes(mutation(of, sound, options.seed, options.number)[0])
             return 0
         share = -(-options.mutations // len(formats))

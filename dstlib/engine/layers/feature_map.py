@@ -65,10 +65,11 @@ class Pending(Tensor):
         write_out((args, kwargs))
         return func(*args, **kwargs)
 
-    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def set_(self) -> Any:
         """Writes the values out first, as torch tells a class of every other operation that changes a tensor."""
         write_out(self)
-        return self.set_(*args, **kwargs)  # a plain tensor's by now
+        return self.set_  # a plain tensor's by now
 
 
 def feature_map(x: Tensor) -> FeatureMap:
