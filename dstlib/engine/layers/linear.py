@@ -35,7 +35,7 @@ class SparseLinear(Follows, nn.Linear):
         nn.Module.__init__(self)
         for name, value in vars(linear).items():  # what belongs to a module belongs to one of them alone
             self.__dict__[name] = value.copy() if name.startswith("_") and hasattr(value, "copy") else value
-        self.watch = Watch(_pattern)
+        self.watch = Watch(LinearPattern.of)
         self.dense_gradient = False  # whether backward passes are to give the gradients of inactive weights too
         self.set_mask(linear.weight.detach() != 0 if mask is None else mask)
 
@@ -54,7 +54,7 @@ class SparseLinear(Follows, nn.Linear):
             remedy="Pass a mask of the weight, True = active.",
         )
         with torch.inference_mode(False):
-            self.watch.give(_pattern(mask))
+            self.watch.give(LinearPattern.of(mask))
 
     @property
     def pattern(self) -> LinearPattern | None:
@@ -112,18 +112,12 @@ class SparseLinear(Follows, nn.Linear):
         return super().extra_repr() + known
 
 
-def _pattern(mask: Tensor) -> LinearPattern:
-    pattern = LinearPattern.of(mask)
-    _ = pattern.transposed  # made now, since torch.compile cannot follow how
-    return pattern
-
-
 def _obstacle(layer: nn.Linear) -> str | None:
     return obstacle_to_weight(layer) if type(layer) is nn.Linear else f"it is a {type(layer).__name__}"
 
 
 def _make(layer: nn.Linear) -> SparseLinear:
-    made = become(layer, SparseLinear, Watch(_pattern))
+    made = become(layer, SparseLinear, Watch(LinearPattern.of))
     made.dense_gradient = False
     return made
 
