@@ -5,10 +5,9 @@ from torch import Tensor, nn
 from dstlib.engine.layers.fast_layer import become, obstacle_to_weight, three
 from dstlib.engine.layers.feature_map import feature_map
 from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
+from dstlib.engine.ops.conv import Triple
 from dstlib.engine.ops.conv_transpose import conv_transpose
 from dstlib.engine.ops.feature_map import FeatureMap
-
-Triple = tuple[int, int, int]
 
 
 class FastConvTranspose(FollowsKernels, nn.ConvTranspose3d):

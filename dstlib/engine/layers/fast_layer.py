@@ -235,6 +235,11 @@ def has_global_hooks() -> bool:
     )
 
 
+def obstacle_of_parts(*parts: nn.Module | None) -> str | None:
+    """Tells what calling the parts of a layer does that computing them as one would leave out; None where nothing."""
+    return "a part of it has a hook, or a forward of its own" if has_global_hooks() or has_hooks(*parts) else None
+
+
 def obstacle_of_its_own(layer: nn.Module) -> str | None:
     """Tells what a layer, or a module inside of it, carries that no fast form can keep; None where there is nothing.
 

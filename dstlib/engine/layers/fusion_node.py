@@ -5,13 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dstlib.engine.layers.conv_transpose import FastConvTranspose, make_upward, obstacle_to_upward
-from dstlib.engine.layers.fast_layer import Fast, FastLayer, become, has_global_hooks, has_hooks, three
+from dstlib.engine.layers.fast_layer import Fast, FastLayer, become, obstacle_of_parts, three
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.unit import FastUnit, make_unit, obstacle_to_unit
+from dstlib.engine.ops.conv import Triple
 from dstlib.engine.ops.max_pool import max_pool
 from dstlib.layers.blocks import FusionNode, Unit
-
-Triple = tuple[int, int, int]
 
 
 class FastFusionNode(Fast, FusionNode):
@@ -45,8 +44,8 @@ class FastFusionNode(Fast, FusionNode):
             return (None,)
         pool = downward is None or (downward.__class__, *(getattr(downward, name, None) for name in _POOLING))
         made_of = [each.__class__ for each in units._modules.values()]
-        is_hooked = has_global_hooks() or has_hooks(upward, downward, units, *units._modules.values())
-        return pool, upward.__class__, made_of, units.__class__, is_hooked
+        hooked = obstacle_of_parts(upward, downward, units, *units._modules.values())
+        return pool, upward.__class__, made_of, units.__class__, hooked
 
     def obstacle(self) -> str | None:
         """Tells why the engine cannot compute the node as it is now; None where it can."""
@@ -84,10 +83,7 @@ def _obstacle_to_parts(node: FusionNode) -> str | None:
             return "its pooling windows overlap"
     if type(node.units) is not nn.Sequential:
         return f"its units are in a {type(node.units).__name__}"
-    parts = (node.upward, down, node.units, *node.units)
-    if has_global_hooks() or has_hooks(*parts):
-        return "a part of it has a hook, or a forward of its own"
-    return None
+    return obstacle_of_parts(node.upward, down, node.units, *node.units)
 
 
 def _make(node: FusionNode) -> FastFusionNode:

@@ -9,8 +9,7 @@ from dstlib.engine.layers.conv import geometry, obstacle_to_conv
 from dstlib.engine.layers.fast_layer import (
     FastLayer,
     become,
-    has_global_hooks,
-    has_hooks,
+    obstacle_of_parts,
     obstacle_to_weight,
     state_of_parameters,
 )
@@ -58,7 +57,7 @@ class FastUnit(FollowsKernels, Unit):
         return (
             shift,
             None if shift is None else (shift.__class__, getattr(shift, "sizes", None), getattr(shift, "axis", None)),
-            has_hooks(shift, conv, norm, activation) or has_global_hooks(),
+            obstacle_of_parts(shift, conv, norm, activation),
             norm.affine,
             norm.track_running_stats,
             *state_of_parameters(affine.get("weight"), affine.get("bias")),
@@ -97,10 +96,7 @@ def obstacle_around_conv(unit: nn.Module) -> str | None:
         return "its activation is not a leaky ReLU with a slope from 0 to 1"
     if unit.shift is not None and not (type(unit.shift) is Shift and unit.shift.axis in (2, -3)):
         return "its shift is learned, or not along depth"
-    parts = (unit.shift, unit.conv, norm, unit.activation)
-    if has_global_hooks() or has_hooks(*parts):
-        return "a part of it has a hook, or a forward of its own"
-    return None
+    return obstacle_of_parts(unit.shift, unit.conv, norm, unit.activation)
 
 
 def make_unit(unit: Unit) -> FastUnit:

@@ -91,8 +91,9 @@ class Log:
             content = self._file.read_bytes() if self._file.exists() else b""
         except OSError as error:
             raise self._refused(error) from error
-        events = {line: _event(line) for line in content.splitlines(keepends=True)}
-        whole = b"".join(line for line in content.splitlines(keepends=True) if events[line])
+        lines = content.splitlines(keepends=True)
+        events = {line: _event(line) for line in lines}
+        whole = b"".join(line for line in lines if events[line])
         if whole != content:
             write_whole(self._file, whole)
         numbers = (event.get("iteration") for event in events.values() if event.get("event") == "epoch")
