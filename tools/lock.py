@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
-    "requirements.txt": ("constraints.txt", ("medical", "viz", "timm", "trainers", "dev")),
+    "requirements.txt": ("constraints.txt", ("medical", "itk", "viz", "timm", "trainers", "dev")),
     "requirements-nnunet.txt": ("constraints-nnunet.txt", ("nnunet",)),
 }
 FOR_TESTS = {"requirements-nnunet.txt": ("pytest", "hypothesis")}
