@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.layouts.amos import modalities, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, read_manifest
+from dstlib.zoo.e2enet.data.layouts.files import scan_files
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.data.splits import split
 
@@ -306,7 +307,7 @@ def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "but numbers its names from 0"),
         ({"labels": {"0": "background", "1": "a"}}, "but numbers its names from 0"),
         ({"labels": None}, "'labels' is None but numbers its names from 0"),
-        ({"file_ending": ".mha"}, "'file_ending' is '.mha', but only .nii and .nii.gz are read: convert the files"),
+        ({"file_ending": ".png"}, "'file_ending' is '.png', but what is read is .nii.gz, .nii, .seg.nrrd, .nrrd"),
         ({"dataset": ["x"]}, "'dataset' is ['x'] but lists files by case"),
         (
             {"dataset": {"x": {"images": []}}},
@@ -452,13 +453,55 @@ def test_images_of_a_folder(tmp_path, present, num_channels, expected):
 
 
 def test_folders_that_hold_no_images(tmp_path):
-    with pytest.raises(DataError, match=r"expected \.nii or \.nii\.gz files, got none in it"):
+    with pytest.raises(
+        DataError, match=r"expected files that end in \.nii\.gz, .*, or folders of DICOM slices, got none in it"
+    ):
         folder_cases(tmp_path, num_channels=1)
     with pytest.raises(DataError, match="got no such folder"):
         folder_cases(tmp_path / "absent", num_channels=1)
     touch(tmp_path, "a.nii", "a.nii.gz")
     with pytest.raises(DataError, match="got a 2 times"):
         folder_cases(tmp_path, num_channels=1)
+
+
+def write_slices(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(128) + b"DICM")
+
+
+def test_scans_of_every_format_are_listed(tmp_path):
+    names = ("a.nii", "b.NII.GZ", "c.nrrd", "d.nhdr", "e.mha", "f.mhd", "g.seg.nrrd")
+    touch(tmp_path, *names, "._a.nii", "d.raw", "f.zraw", "notes.txt", "empty/notes.txt")
+    write_slices(tmp_path / "h" / "0001.dcm", tmp_path / "i" / "study" / "1.2.840.7", tmp_path / "j" / "IM_1")
+    assert [file.name for file in scan_files(tmp_path)] == [*names, "h", "i", "j"]
+    assert [case.name for case in folder_cases(tmp_path, num_channels=1)] == list("abcdefghij")
+
+
+def test_a_folder_of_slices_is_one_scan(tmp_path):
+    write_slices(tmp_path / "liver" / "0001", tmp_path / "liver" / "more" / "0002")
+    assert scan_files(tmp_path / "liver") == (tmp_path / "liver",)
+    touch(tmp_path / "liver", "a.nii.gz")
+    assert scan_files(tmp_path / "liver") == (tmp_path / "liver", tmp_path / "liver" / "a.nii.gz")
+
+
+def test_two_formats_of_one_name_are_refused(tmp_path):
+    touch(tmp_path, "a.nrrd", "a.nii.gz")
+    with pytest.raises(DataError, match="got a 2 times"):
+        folder_cases(tmp_path, num_channels=1)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_nnunet_with_other_endings(tmp_path, ending):
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1}, "file_ending": ending})
+    )
+    touch(tmp_path, f"imagesTr/x_0000{ending}", f"labelsTr/x{ending}", f"imagesTr/y_0000{ending}")
+    manifest = read_manifest(tmp_path)
+    assert [(c.name, c.images[0].name, c.label.name) for c in manifest.train] == [
+        ("x", f"x_0000{ending}", f"x{ending}"),
+        ("y", f"y_0000{ending}", f"y{ending}"),
+    ]
 
 
 # ---- the real scans

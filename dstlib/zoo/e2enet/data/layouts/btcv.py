@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
-from dstlib.zoo.e2enet.data.layouts.files import by_case, case_name, nifti_files
+from dstlib.zoo.e2enet.data.layouts.files import by_case, case_name, scan_files
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 
 BTCV_ORGANS = (*AMOS_ORGANS[:9], "portal and splenic veins", *AMOS_ORGANS[9:12])
@@ -47,7 +47,7 @@ def read_btcv(folder: Path) -> Manifest:
         for image in images.get(number, [training / "img" / f"img{number}.nii.gz"])
         for label in labels.get(number, [training / "label" / f"label{number}.nii.gz"])
     )
-    images_to_predict = nifti_files(training.parent / "Testing" / "img")
+    images_to_predict = scan_files(training.parent / "Testing" / "img")
     return Manifest(
         name="BTCV",
         folder=folder,

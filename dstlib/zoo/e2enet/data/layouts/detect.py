@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from dstlib.errors import DataError, require, similar
 from dstlib.zoo.e2enet.data.layouts.btcv import read_btcv, training_folder
 from dstlib.zoo.e2enet.data.layouts.decathlon import read_decathlon
-from dstlib.zoo.e2enet.data.layouts.files import case_channel, case_name, nifti_files, read_json, reading
+from dstlib.zoo.e2enet.data.layouts.files import ENDINGS, case_channel, case_name, read_json, reading, scan_files
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, read_nnunet
 
@@ -89,12 +89,13 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     amos_0001.nii.gz, amos_0004.nii.gz are two cases.
 
     Raises:
-        DataError: There is no NIfTI file, or two files make the same case or channel.
+        DataError: There is no scan, or two files make the same case or channel.
     """
     with reading(folder):
-        files, is_there = nifti_files(folder), folder.is_dir()
+        files, is_there = scan_files(folder), folder.is_dir()
     if not files:
-        allowed, given = ".nii or .nii.gz files", "none in it" if is_there else "no such folder"
+        allowed = f"files that end in {', '.join(ENDINGS)}, or folders of DICOM slices"
+        given = "none in it" if is_there else "no such folder"
         remedy = "Pass the folder that holds the images themselves."
         raise DataError.of("images", str(folder), allowed=allowed, given=given, remedy=remedy)
     named = [case_channel(file) for file in files]

@@ -1,5 +1,6 @@
-"""What the readers of layouts share: names of cases, the NIfTI files of a folder, and dataset.json."""
+"""What the readers of layouts share: names of cases, the scans of a folder, and dataset.json."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,16 +13,21 @@ from dstlib.errors import DataError, shown
 MAX_TOLD = 20  # of all that is wrong with a dataset.json
 MAX_PATH_BYTES, MAX_PART_BYTES = 4000, 255  # what Linux takes is the least of all
 
-_ENDING = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+# NIfTI; NRRD, with 3D Slicer's segmentations and headers that lie beside their voxels; MetaImage.
+ENDINGS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+_ENDING = re.compile("(" + "|".join(map(re.escape, ENDINGS)) + ")$", re.IGNORECASE)
+_DICOM_NAME = re.compile(r"(^[^.]+|\.dcm|\.dicom|\.ima|\.\d+)$", re.IGNORECASE)  # many have no ending, or a UID's
+_PREAMBLE = 128  # bytes before the letters that begin a DICOM file
 _REMEDY = "Restore the file from the data set's archive, or correct it by hand."
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 
 
 def case_name(file: str | Path) -> str:
-    """Returns the name of a file without folder and NIfTI ending.
+    """Returns the name of a scan without folder and ending.
 
-    >>> case_name("./imagesTr/amos_0001.nii.gz"), case_name("scan.v2.NII")
-    ('amos_0001', 'scan.v2')
+    >>> case_name("./imagesTr/amos_0001.nii.gz"), case_name("scan.v2.NRRD"), case_name("liver.seg.nrrd")
+    ('amos_0001', 'scan.v2', 'liver')
     """
     return _ENDING.sub("", Path(file).name)
 
@@ -36,15 +42,32 @@ def case_channel(file: str | Path) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
-def nifti_files(folder: Path) -> tuple[Path, ...]:
-    """Lists the .nii and .nii.gz files of a folder, sorted; none, if there is no such folder.
+def scan_files(folder: Path) -> tuple[Path, ...]:
+    """Lists the scans of a folder, sorted: files by their ending, and folders of DICOM slices; none without a folder.
 
-    Hidden files are left out: macOS puts a "._scan.nii.gz", which is no image, beside every "scan.nii.gz".
+    A folder that holds slices itself is one scan, with all that lies below it. Hidden files are left out: macOS puts a
+    "._scan.nii.gz", which is no image, beside every "scan.nii.gz".
     """
     if not folder.is_dir():
         return ()
-    files = (f for f in folder.iterdir() if _ENDING.search(f.name) and not f.name.startswith(".") and f.is_file())
-    return tuple(sorted(files))
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    found = [entry for entry in entries if _ENDING.search(entry.name) and entry.is_file()]
+    if any(is_dicom(entry) for entry in entries):
+        return tuple(sorted([folder, *found]))
+    return tuple(sorted([*found, *(entry for entry in entries if entry.is_dir() and holds_dicom(entry))]))
+
+
+def is_dicom(file: Path) -> bool:
+    """Says whether a file is DICOM's by its name and its first bytes; a folder is not."""
+    if not _DICOM_NAME.search(file.name) or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Says whether DICOM files lie in a folder, or below it: series lie in folders of studies and patients."""
+    return any(is_dicom(Path(at, name)) for at, _, names in os.walk(folder) for name in names if name[0] != ".")
 
 
 @contextmanager
@@ -62,12 +85,12 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def by_case(folder: Path, *, prefix: str = "") -> dict[str, list[Path]]:
-    """Lists the NIfTI files of a folder by their names, from which a prefix is taken.
+    """Lists the scans of a folder by their names, from which a prefix is taken.
 
     There are two of a name where a .nii lies beside a .nii.gz: two cases of one name, which are refused later.
     """
     found: dict[str, list[Path]] = {}
-    for file in nifti_files(folder):
+    for file in scan_files(folder):
         found.setdefault(case_name(file).removeprefix(prefix), []).append(file)
     return found
 

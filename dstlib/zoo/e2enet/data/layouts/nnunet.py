@@ -11,13 +11,14 @@ from typing import Any
 
 from dstlib.errors import DataError, shown
 from dstlib.zoo.e2enet.data.layouts.files import (
+    ENDINGS,
     by_case,
     case_channel,
     case_name,
-    nifti_files,
     numbered,
     path_fault,
     refuse_json,
+    scan_files,
     wrong_name,
 )
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
@@ -31,7 +32,7 @@ def read_nnunet(folder: Path, content: dict[str, Any], allow_outside: bool) -> M
 
     Raises:
         DataError: dataset.json lacks something, asks for what is not supported here (regions, an ignore label,
-            files that are not NIfTI), leads out of the folder, or counts other cases than are there.
+            files of another ending), leads out of the folder, or counts other cases than are there.
 
     Reference: nnU-Net's documentation/dataset_format.md.
     """
@@ -49,7 +50,7 @@ def read_nnunet(folder: Path, content: dict[str, Any], allow_outside: bool) -> M
         channels=channels,
         classes=classes,
         train=train,
-        test=channel_cases(nifti_files(folder / "imagesTs"), num_channels=len(channels)),
+        test=channel_cases(scan_files(folder / "imagesTs"), num_channels=len(channels)),
     )
 
 
@@ -92,7 +93,7 @@ def _channels(name: str, found: dict[int, Path], num_channels: int) -> tuple[Pat
 
 
 def _found(folder: Path, num_channels: int, ending: str) -> tuple[CaseFiles, ...]:
-    cases = channel_cases(nifti_files(folder / "imagesTr"), num_channels=num_channels)
+    cases = channel_cases(scan_files(folder / "imagesTr"), num_channels=num_channels)
     images, labels = {case.name: case.images for case in cases}, by_case(folder / "labelsTr")
     for name in labels.keys() - images:
         images[name] = tuple(folder / "imagesTr" / f"{name}_{i:04d}{ending}" for i in range(num_channels))
@@ -148,10 +149,9 @@ def _wrong_entries(content: dict[str, Any], *, allow_outside: bool) -> list[str]
         told = f"'labels' is {shown(labels)} but numbers its names from 0 to {MAX_CLASSES} at most, as in {example}"
         wrong.append(told)
     ending = content.get("file_ending", ".nii.gz")
-    if ending not in (".nii", ".nii.gz"):
-        wrong.append(
-            f"'file_ending' is {shown(ending)}, but only .nii and .nii.gz are read: convert the files, and change it"
-        )
+    if ending not in ENDINGS:
+        known = ", ".join(ENDINGS)
+        wrong.append(f"'file_ending' is {shown(ending)}, but what is read is {known}: convert the files, and change it")
     if type(number := content.get("numTraining", 0)) is not int:
         wrong.append(f"'numTraining' is {shown(number)} but a whole number")
     return wrong + _wrong_list(content.get("dataset"), allow_outside=allow_outside)
