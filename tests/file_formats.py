@@ -51,6 +51,7 @@ from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.checkpoint import load_trained
 from dstlib.zoo.e2enet.cli import main
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
@@ -319,7 +320,7 @@ def a_scan(scene: Path, prepared: Path, *, ending: str) -> None:
 def read_a_scan(scene: Path, *, ending: str) -> Any:
     """Reads an image with its label."""
     files = CaseFiles(name="scan", images=(scene / f"image{ending}",), label=scene / f"label{ending}")
-    scan = read_scan(files, num_channels=1, num_classes=2)
+    scan = read_scan(files, num_channels=1, labels=Labels.consecutive(2))
     return {
         "finite": bool(np.isfinite(scan.image).all() and np.isfinite(scan.affine).all()),
         "classes": sorted(set(np.unique(scan.label).tolist()) - {0, 1, 2}),

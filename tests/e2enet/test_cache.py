@@ -28,6 +28,7 @@ from dstlib.zoo.e2enet.data.cases import read_box
 from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.preprocessing import cache
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
@@ -101,7 +102,7 @@ def reads(monkeypatch):
 
 def test_cases_are_those_that_are_prepared_directly(manifest, tmp_path):
     cases, preparation = prepare(manifest, tmp_path / "cache")
-    scans = [read_scan(files, num_channels=1, num_classes=2) for files in manifest.train]
+    scans = [read_scan(files, num_channels=1, labels=Labels.consecutive(2)) for files in manifest.train]
     assert preparation == plan_preparation(join(map(scan_fingerprint, scans)), modality="ct")
     assert preparation.spacing == (3.0, 1.0, 1.0)
     assert (cases.name, cases.channels, cases.classes) == ("toy", ("CT",), ("liver", "tumour"))
@@ -143,7 +144,7 @@ def test_the_order_of_the_files_makes_no_difference_but_to_the_order_of_the_case
 
 def test_measuring_is_the_fingerprint(manifest, tmp_path, reads):
     found = measure(manifest, manifest.train, folder=tmp_path, progress=False)
-    scans = (read_scan(files, num_channels=1, num_classes=2) for files in manifest.train)
+    scans = (read_scan(files, num_channels=1, labels=Labels.consecutive(2)) for files in manifest.train)
     assert found == join(map(scan_fingerprint, scans))
     prepare(manifest, tmp_path)
     assert reads == list("abcabc")  # and not measured again
@@ -188,7 +189,7 @@ def test_a_touched_source_is_prepared_again(manifest, tmp_path, reads):
 def test_another_number_of_classes_is_checked_again(manifest, tmp_path):
     prepare(manifest, tmp_path)
     with pytest.raises(DataError, match="has values 2, but the classes are numbered 0 to 1"):
-        prepare(replace(manifest, classes=("liver",)), tmp_path)
+        prepare(replace(manifest, classes=("liver",), labels=Labels.consecutive(1)), tmp_path)
 
 
 def test_another_format_is_made_anew(manifest, tmp_path, reads, monkeypatch):
@@ -632,7 +633,7 @@ def test_all_real_scans_are_prepared(hippocampus, tmp_path):
     assert preparation.spacing == (1.0, 1.0, 1.0)
     assert len(cases.cases) == len(manifest.train) == 208
     for case, files in zip(cases.cases, manifest.train, strict=True):
-        scan = read_scan(files, num_channels=1, num_classes=2)
+        scan = read_scan(files, num_channels=1, labels=Labels.consecutive(2))
         assert np.bincount(case.label.ravel(), minlength=3)[1:].tolist() == [(scan.label == k).sum() for k in (1, 2)]
         assert abs(float(case.image.mean())) < 1e-4  # of some 60,000 float32
         assert abs(float(case.image.std()) - 1) < 1e-4

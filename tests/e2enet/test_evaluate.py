@@ -202,7 +202,7 @@ def test_what_cannot_be_scored_is_listed_with_the_reason(tmp_path):
     assert scores.left_out["missing"] == "no prediction missing.nii.gz"
     assert "shape (6, 5, 3), but its label has (6, 5, 4)" in scores.left_out["shape"]
     assert "lies 2 mm away from its label" in scores.left_out["moved"]
-    assert scores.left_out["foreign"] == "the prediction has class 7, but there are 2"
+    assert "foreign.nii.gz has values 7, but the classes are numbered 0 to 2" in scores.left_out["foreign"]
     assert "broken.nii.gz cannot be read" in scores.left_out["broken"]
     assert scores.left_out["unlabelled"] == "no label"
     assert scores.mean == 1.0

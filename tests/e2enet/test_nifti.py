@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 
 from dstlib.errors import DataError, StateError
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_label, read_scan, write_label
 
 SHAPE = (5, 6, 7)  # x, y, z
 AFFINE = np.diag([0.5, 0.75, 3.0, 1.0])
+
+
+TWO_CLASSES = Labels.consecutive(2)
 
 
 def save(file, voxels, affine=AFFINE):
@@ -36,8 +40,8 @@ def case(tmp_path):
     return files
 
 
-def read(case, num_channels=1, num_classes=2, **with_label):
-    return read_scan(case, num_channels=num_channels, num_classes=num_classes, **with_label)
+def read(case, num_channels=1, labels=TWO_CLASSES):
+    return read_scan(case, num_channels=num_channels, labels=labels)
 
 
 def refusal(case, **numbers) -> list[str]:
@@ -51,7 +55,7 @@ def refusal(case, **numbers) -> list[str]:
 
 
 def oddities(case) -> list[str]:
-    examined = examine_scan(case, num_channels=1, num_classes=2)
+    examined = examine_scan(case, num_channels=1, labels=TWO_CLASSES)
     assert examined.scan is not None
     return [f"{fault.file.name} {fault.text}" for fault in examined.warnings]
 
@@ -86,7 +90,7 @@ def test_every_number_type_and_ending(tmp_path, dtype, ending):
     content = nibabel.Nifti1Image(voxels, AFFINE, dtype=dtype).to_bytes()
     file = tmp_path / f"scan{ending}"
     file.write_bytes(gzip.compress(content) if ending.lower().endswith("gz") else content)
-    scan = read(CaseFiles(name="b", images=(file,)), with_label=False)
+    scan = read(CaseFiles(name="b", images=(file,)), labels=None)
     np.testing.assert_array_equal(scan.image[0], voxels.T)
     assert scan.label is None
 
@@ -446,7 +450,7 @@ def test_channels_that_do_not_fit_each_other(case, tmp_path):
 def test_a_case_without_a_label_is_read_only_without(case):
     bare = CaseFiles(name="b", images=case.images)
     assert refusal(bare) == ["image.nii.gz has no label"]
-    assert read(bare, with_label=False).label is None
+    assert read(bare, labels=None).label is None
 
 
 @settings(max_examples=60)
@@ -459,7 +463,7 @@ def test_a_damaged_header_is_refused_or_read_but_never_crashes(tmp_path_factory,
     for place, value in changes.items():
         content[place] = value
     file.write_bytes(content)
-    examined = examine_scan(CaseFiles(name="a", images=(file,)), num_channels=1, num_classes=2, with_label=False)
+    examined = examine_scan(CaseFiles(name="a", images=(file,)), num_channels=1, labels=None)
     assert (examined.scan is None) == bool(examined.defects)
     if examined.scan is not None:
         assert np.isfinite(examined.scan.image).all()
@@ -579,7 +583,7 @@ def test_what_does_not_fit_into_memory_is_refused(case, ending, monkeypatch):
     case = CaseFiles(name="b", images=(file,))
     for limit, fits in ((6_000_352, True), (6_000_351, False)):  # 2 bytes as stored, 4 as read
         monkeypatch.setattr("dstlib.zoo.e2enet.data.scans.nifti.available_memory", lambda limit=limit: limit)
-        examined = examine_scan(case, num_channels=1, num_classes=0, with_label=False)
+        examined = examine_scan(case, num_channels=1, labels=None)
         assert (examined.scan is not None) == fits
     assert examined.defects[0].text == "cannot be read: it asks for 6000352 bytes of memory, of which 6000351 are left"
 
@@ -599,7 +603,7 @@ def test_no_header_is_more_than_a_defect(tmp_path_factory, patches, cut, packed,
     content = bytes(whole[: len(whole) + cut])
     file = tmp_path_factory.mktemp("nifti") / ("x.nii.gz" if packed else "x.nii")
     file.write_bytes(gzip.compress(content, compresslevel=1) if packed else content)
-    examined = examine_scan(CaseFiles(name="x", images=(file,)), num_channels=1, num_classes=0, with_label=False)
+    examined = examine_scan(CaseFiles(name="x", images=(file,)), num_channels=1, labels=None)
     assert (examined.scan is None) == bool(examined.defects)
     if not patches:
         assert (examined.scan is None) == (cut < 0)

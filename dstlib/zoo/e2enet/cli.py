@@ -293,8 +293,14 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
     predicted = [case for name, case in labelled.items() if (options.predictions / f"{name}.nii.gz").exists()]
-    cases, scoring = predicted or list(labelled.values()), Scoring(tolerance=options.tolerance)
-    scores = evaluate_folder(options.predictions, cases, manifest.classes, scoring=scoring, workers=options.workers)
+    scores = evaluate_folder(
+        options.predictions,
+        predicted or list(labelled.values()),
+        manifest.classes,
+        labels=manifest.labels,
+        scoring=Scoring(tolerance=options.tolerance),
+        workers=options.workers,
+    )
     print(scores.table())
     print(f"{len(predicted)} of the {len(labelled)} labelled cases of {manifest.name} have a prediction there.")
     if output:

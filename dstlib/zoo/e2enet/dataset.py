@@ -11,6 +11,7 @@ from dstlib.errors import SettingError, require, shown
 from dstlib.zoo.e2enet.data.cases import Cases
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
@@ -54,6 +55,7 @@ class Dataset:
 
     name: str
     modality: Modality
+    labels: Labels
     preparation: Preparation
     train_on: Cases
     held_out: Cases
@@ -77,6 +79,7 @@ class Dataset:
             preparation=self.preparation,
             train_on=tuple(case.name for case in self.train_on.cases),
             held_out=tuple(case.name for case in self.held_out.cases),
+            labels=None if self.labels == Labels.consecutive(len(self.classes)) else self.labels,
         )
 
     def absent_classes(self) -> list[str]:
@@ -113,6 +116,7 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
     return Dataset(
         name=manifest.name,
         modality=settings.modality,
+        labels=manifest.labels,
         preparation=preparation,
         train_on=_named(cases, train_names),
         held_out=_named(cases, held_out_names),

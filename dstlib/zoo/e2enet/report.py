@@ -4,7 +4,7 @@ Shapes: K foreground classes.
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +16,7 @@ from dstlib.profile import Convention, profile
 from dstlib.report import align, on_one_line
 from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.nifti import read_label, read_scan
 from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing
@@ -30,35 +31,44 @@ CONVENTIONS: tuple[Convention, ...] = ("exact", "paper")
 
 
 def write_report(
-    run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], *, patch_size: Sequence[int]
+    run: Run,
+    training: Training,
+    scores: Evaluation,
+    files: Sequence[CaseFiles],
+    *,
+    labels: Labels,
+    patch_size: Sequence[int],
 ) -> None:
     """Prints the tables of a finished run, then writes ``scores.csv``, ``result.json`` and the figures.
 
-    ``files`` are the held-out cases, whose predictions lie in the run.
+    ``files`` are the held-out cases, whose predictions lie in the run; ``labels`` says what their values mean.
     """
     cost = costs(training, patch_size, in_channels=run.config["network"]["in_channels"])
     print(f"\n{scores.table()}\n\n{cost_table(cost, patch_size)}")
-    helped = _postprocessing(run, files, num_classes=len(scores.classes))
+    helped = _postprocessing(run, files, labels)
     if helped:
         names = ", ".join(scores.classes[k - 1] for k in helped)
         print(f"\nKeeping the largest component alone helps {names}: `predict` does so.")
-    masks = training.sparsifier.masks if training.sparsifier else {}
     write_whole(run.path / "scores.csv", scores.csv().encode())
     result = {
         **scores.to_json(),
         "cost": cost,
         "patch_size": list(patch_size),
         "postprocessing": list(helped),
-        "flows": flow_shares(training.model, masks) if isinstance(training.model, E2ENet) else {},
+        "flows": flow_shares(training.model, _masks(training)) if isinstance(training.model, E2ENet) else {},
         "final_loss": training.metrics[-1]["loss"],
         "mask_updates": training.updates,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("dstlib", "torch", "monai")}},
         "model_sha256": sha256_of(run.path / MODEL),
     }
     write_json(run.path / RESULT, sealed(result))
-    _draw(run, training, scores, files, masks)
+    _draw(run, training, scores, files, labels)
     what = "configuration, metrics, weights, predictions, scores and figures"
     print("\n" + on_one_line(f"Everything is in {run.path}: {what}."))
+
+
+def _masks(training: Training) -> Mapping[str, Tensor]:
+    return training.sparsifier.masks if training.sparsifier else {}
 
 
 def costs(training: Training, patch_size: Sequence[int], *, in_channels: int) -> dict[str, Any]:
@@ -87,19 +97,17 @@ def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
     return "\n".join([*align(cells, left=(0,)), note])
 
 
-def _postprocessing(run: Run, files: Sequence[CaseFiles], *, num_classes: int) -> tuple[int, ...]:
+def _postprocessing(run: Run, files: Sequence[CaseFiles], labels: Labels) -> tuple[int, ...]:
     """Chooses the classes to post-process, over the cases that could be predicted and have a label."""
     pairs = [(run.path / "predictions" / f"{case.name}.nii.gz", case.label) for case in files if case.label]
     pairs = [(prediction, label) for prediction, label in pairs if prediction.exists()]
-    predictions = (read_label(prediction)[0] for prediction, _ in pairs)
-    labels = (read_label(label)[0] for _, label in pairs)
-    return choose_postprocessing(predictions, labels, num_classes=num_classes)
+    predictions = (read_label(prediction, labels)[0] for prediction, _ in pairs)
+    truths = (read_label(label, labels)[0] for _, label in pairs)
+    return choose_postprocessing(predictions, truths, num_classes=labels.num_classes)
 
 
-def _draw(
-    run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], masks: dict[str, Tensor]
-) -> None:
-    figures = run.path / "figures"
+def _draw(run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], labels: Labels) -> None:
+    figures, masks = run.path / "figures", _masks(training)
     learning_curve(figures / "learning_curve.png", training.metrics, training.updates)
     if masks and isinstance(training.model, E2ENet):
         flow_figure(figures / "flows.png", training.model, masks)
@@ -108,9 +116,8 @@ def _draw(
     # Neither the best nor the worst of the cases: the one whose mean Dice is the median.
     chosen = sorted(range(len(scores.cases)), key=scores.case_mean)[len(scores.cases) // 2]
     found = next(case for case in files if case.name == scores.cases[chosen])
-    channels, classes = run.config["network"]["in_channels"], scores.classes
-    scan = read_scan(found, num_channels=channels, num_classes=len(classes))
+    scan = read_scan(found, num_channels=run.config["network"]["in_channels"], labels=labels)
     assert scan.label is not None
     case = Case(scan.name, scan.image, scan.label, scan.spacing, "".join(aff2axcodes(scan.affine))[::-1])
-    prediction, _ = read_label(run.path / "predictions" / f"{scan.name}.nii.gz")
-    slice_comparison(figures / "slice.png", case, prediction, classes, dice=scores.dice[chosen])
+    prediction, _ = read_label(run.path / "predictions" / f"{scan.name}.nii.gz", labels)
+    slice_comparison(figures / "slice.png", case, prediction, scores.classes, dice=scores.dice[chosen])

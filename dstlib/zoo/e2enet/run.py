@@ -107,7 +107,7 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
         is_shared = size % ranks.num == 0
         require(is_shared, "--batch-size", "the command line", allowed=allowed, given=size, remedy=remedy)
         data = open_dataset(config.data, workers=config.execution.workers, ranks=ranks)
-        network = replace(config.preset.network, in_channels=len(data.channels), num_classes=len(data.classes) + 1)
+        network = replace(config.preset.network, in_channels=len(data.channels), num_classes=data.labels.num_outputs)
         config = replace(config, preset=replace(config.preset, network=network))
         # Before the directory is opened: settings that cannot be used must not leave a run behind.
         training = _start(config, ranks)
@@ -205,12 +205,14 @@ def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) ->
         mirror=patches.mirror,
         channels=data.channels,
         classes=data.classes,
+        labels=data.labels,
     )
     outcomes = predict_scans(trained, data.held_out_files, predictions)
     if any(outcome.error for outcome in outcomes):
         print(outcome_table(outcomes))
-    scores = evaluate_folder(predictions, data.held_out_files, data.classes, workers=config.execution.workers)
-    write_report(run, training, scores, data.held_out_files, patch_size=patches.patch_size)
+    files, labels, workers = data.held_out_files, data.labels, config.execution.workers
+    scores = evaluate_folder(predictions, files, data.classes, labels=labels, workers=workers)
+    write_report(run, training, scores, files, labels=labels, patch_size=patches.patch_size)
     return scores
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dstlib.errors import DataError, require
 from dstlib.report import on_one_line
 from dstlib.workers import share
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.defects import mismatches
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
@@ -30,26 +31,28 @@ def evaluate_folder(
     files: Sequence[CaseFiles],
     classes: Sequence[str],
     *,
+    labels: Labels | None = None,
     scoring: Scoring | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> Evaluation:
     """Scores ``predictions``/NAME.nii.gz against the label of each case, both as stored in their files.
 
-    A case without a prediction, or with a file that cannot be used, is left out of the means and listed with the
-    reason. ``workers`` processes score several cases at a time, with the same result; a script that asks for them
-    needs ``if __name__ == "__main__":``.
+    ``labels`` says what the values of both files mean; by default class i has value i + 1. A case without a
+    prediction, or with a file that cannot be used, is left out of the means and listed with the reason. ``workers``
+    processes score several cases at a time, with the same result; a script that asks for them needs
+    ``if __name__ == "__main__":``.
 
     Raises:
         SettingError: The number of workers or of tolerances cannot be used.
         DataError: No case could be scored; the message lists every reason.
     """
-    scoring = scoring or Scoring()
+    scoring, labels = scoring or Scoring(), labels or Labels.consecutive(len(classes))
     tolerances = scoring.tolerances(len(classes))
     where = "evaluate_folder()"
     require(workers >= 0, "workers", where, allowed="0 or more", given=workers, remedy="0 scores in this process.")
     pairs = [(case.label, predictions / f"{case.name}.nii.gz") for case in files]
-    work = partial(_score_files, num_classes=len(classes), scoring=scoring)
+    work = partial(_score_files, labels=labels, scoring=scoring)
     scored_pairs = share(work, pairs, workers=workers, where=where, remedy="Try again with fewer workers.")
     with (
         closing(scored_pairs),
@@ -89,7 +92,7 @@ def choose_postprocessing(
 
 
 def _score_files(
-    pair: tuple[Path | None, Path], *, num_classes: int, scoring: Scoring
+    pair: tuple[Path | None, Path], *, labels: Labels, scoring: Scoring
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]] | str:
     """Scores one prediction: its values (M, K), a row per metric, and volumes (K, 2) in ml; or says why it cannot."""
     label_file, file = pair
@@ -98,15 +101,12 @@ def _score_files(
     if not file.is_file():
         return f"no prediction {file.name}"
     try:
-        label, affine = read_label(label_file)
-        prediction, placed = read_label(file)
+        label, affine = read_label(label_file, labels)
+        prediction, placed = read_label(file, labels)
     except DataError as error:
         return str(error).replace("\n", " ")
     if reasons := mismatches(Volume(prediction.T, placed, True), Volume(label.T, affine, True), "its label"):
         return f"the prediction {reasons[0]}"
-    for name, volume in (("label", label), ("prediction", prediction)):
-        if (highest := int(volume.max())) > num_classes:
-            return f"the {name} has class {highest}, but there are {num_classes}"
     spacing = [float(size) for size in voxel_sizes(affine)[::-1]]
-    found = score(label, prediction, spacing=spacing, num_classes=num_classes, scoring=scoring)
+    found = score(label, prediction, spacing=spacing, num_classes=labels.num_classes, scoring=scoring)
     return found.values, found.num_voxels * (float(np.prod(spacing)) / 1000)

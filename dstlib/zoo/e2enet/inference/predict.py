@@ -19,6 +19,7 @@ from dstlib.files import alone_in, write_json
 from dstlib.report import align
 from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
+from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.data.scans.nifti import Scan, read_scan, write_label
@@ -33,7 +34,8 @@ ENDING = ".nii.gz"
 class Trained:
     """All that a prediction needs: the networks of the folds, and how images were prepared for them.
 
-    ``mirror`` names the spatial axes to flip; ``postprocessing`` the classes of which the largest component is kept.
+    ``labels`` says in which values the ``classes`` are written; by default class i has value i + 1. ``mirror`` names
+    the spatial axes to flip; ``postprocessing`` the classes of which the largest component is kept.
 
     Raises:
         SettingError: There is no network, or ``postprocessing`` names a class that there is not.
@@ -45,9 +47,12 @@ class Trained:
     mirror: tuple[int, ...]
     channels: tuple[str, ...]
     classes: tuple[str, ...]
+    labels: Labels = ORDINARY
     postprocessing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.labels == ORDINARY:
+            object.__setattr__(self, "labels", Labels.consecutive(len(self.classes)))  # as it is frozen
         where, remedy = "Trained", "Pass one network per fold."
         require(len(self.models) > 0, "models", where, allowed="one or more", given="none", remedy=remedy)
         foreign = [k for k in self.postprocessing if not 1 <= k <= len(self.classes)]
@@ -110,7 +115,7 @@ def predict_scans(
 
 
 def predict_scan(trained: Trained, scan: Scan) -> NDArray[np.uint8]:
-    """Segments one scan: the label (D, H, W), as its image is stored."""
+    """Segments one scan: the label (D, H, W), as its image is stored, by the numbers of classes in memory."""
     image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
     found = probabilities(trained.models, image, patch_size=trained.patch_size, mirror=trained.mirror)
     return keep_largest(place_back(found, placement), trained.postprocessing)
@@ -120,8 +125,8 @@ def _predict_case(trained: Trained, case: CaseFiles, target: Path, *, overwrite:
     error, kept = None, target.is_file() and not overwrite
     try:
         if not kept:
-            scan = read_scan(case, num_channels=len(trained.channels), num_classes=0, with_label=False)
-            write_label(target, predict_scan(trained, scan), scan.affine)
+            scan = read_scan(case, num_channels=len(trained.channels), labels=None)
+            write_label(target, trained.labels.to_values(predict_scan(trained, scan)), scan.affine)
     except DataError as refused:
         error = str(refused)
     except (MemoryError, torch.OutOfMemoryError) as refused:  # one huge scan must not stop the others

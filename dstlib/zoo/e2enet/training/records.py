@@ -9,6 +9,7 @@ from dstlib.typed_json import OPTIONAL, read_json
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.cases import Shape
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.training.settings import TrainSettings
@@ -20,7 +21,10 @@ _REMEDY = "Pass the folder of a run that a recipe has finished; --resume finishe
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecord:
-    """The data of a run, without where the files lie: what settles the result."""
+    """The data of a run, without where the files lie: what settles the result.
+
+    ``labels`` is None where class i has the value i + 1, as in runs of before.
+    """
 
     name: str
     modality: Modality
@@ -29,6 +33,12 @@ class DataRecord:
     preparation: Preparation
     train_on: tuple[str, ...]
     held_out: tuple[str, ...]
+    labels: Labels | None = field(default=None, metadata={OPTIONAL: True})
+
+    @property
+    def meaning(self) -> Labels:
+        """What the values of label files mean."""
+        return self.labels or Labels.consecutive(len(self.classes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +60,13 @@ class ConfigRecord:
     data: DataRecord
 
     def __post_init__(self) -> None:
-        ends, data = (self.network.in_channels, self.network.num_classes), self.data
-        allowed = (len(data.channels), len(data.classes) + 1)
-        if ends != allowed or len(data.preparation.normalization) != len(data.channels):
+        data, labels = self.data, self.data.meaning
+        ends, allowed = (self.network.in_channels, self.network.num_classes), (len(data.channels), labels.num_outputs)
+        if (
+            len(data.classes) != labels.num_classes
+            or ends != allowed
+            or len(data.preparation.normalization) != len(data.channels)
+        ):
             remedy = "They follow the data."
             raise StateError.of("channels and classes", "network", allowed=str(allowed), given=ends, remedy=remedy)
 

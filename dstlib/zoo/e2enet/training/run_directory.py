@@ -153,7 +153,8 @@ def _read_config(file: Path) -> Any:
 def _refuse_other_settings(saved: Any, config: Mapping[str, Any], file: Path) -> None:
     """Checks that a run is continued with the settings it was started with."""
     old, new = dict(_flatten(saved)), dict(_flatten(config))
-    differing = [name for name in {**old, **new} if old.get(name, MISSING) != new.get(name, MISSING)]
+    # what a run of before does not tell was not asked of it
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     was, given = (", ".join(f"{n} {_short(values.get(n, MISSING))}" for n in differing) for values in (old, new))
     remedy = "Resume with the settings of the run, or start another with --run-dir."
     require(not differing, "settings", str(file), allowed=was, given=given, remedy=remedy, error=StateError)

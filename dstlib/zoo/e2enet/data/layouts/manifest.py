@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstlib.errors import DataError, require
+from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.data.layouts.names import file_name_fault, name_fault, one_file, refuse_name
 
 MAX_CLASSES = 255  # a label is a byte, and 0 is the background
@@ -33,14 +34,16 @@ class CaseFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A data set on disk: its cases, what its channels show, its foreground classes (class i has label i + 1).
+    """A data set on disk: its cases, what its channels show, its foreground classes, or regions.
+
+    ``labels`` says which values of label files make each of the ``classes``; by default class i has value i + 1.
 
     ``train`` holds the labelled cases that folds are drawn over, ``validation`` the labelled ones that the data
     set's authors set apart, ``test`` those without labels.
 
     Raises:
         DataError: Its name is none that a folder can have, a class or a channel cannot be printed, two classes or two
-            cases share a name.
+            cases share a name, there are other classes than the labels make.
     """
 
     name: str
@@ -51,9 +54,15 @@ class Manifest:
     train: tuple[CaseFiles, ...]
     validation: tuple[CaseFiles, ...] = ()
     test: tuple[CaseFiles, ...] = ()
+    labels: Labels = ORDINARY
 
     def __post_init__(self) -> None:
         where = f"data set {self.folder}"
+        if self.labels == ORDINARY:
+            object.__setattr__(self, "labels", Labels.consecutive(len(self.classes)))  # as it is frozen
+        num_classes, named, remedy = self.labels.num_classes, len(self.classes), "Name each class, or region, once."
+        fits, allowed = named == num_classes, f"{num_classes}, as many as the labels make"
+        require(fits, "classes", where, allowed=allowed, given=named, remedy=remedy, error=DataError)
         refuse_name(self.name, "name", where, fault=file_name_fault)
         for what, names in (("class", self.classes), ("channel", self.channels)):
             for name in names:

@@ -30,6 +30,7 @@ from dstlib.report import on_one_line
 from dstlib.typed_json import read_json, sealed
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.cases import Case, Cases, Spacing
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     Fingerprint,
@@ -43,7 +44,7 @@ from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, prepa
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
 
-FORMAT = 2  # to be raised whenever the same scan would be prepared, or recorded, otherwise: old entries are then remade
+FORMAT = 3  # to be raised whenever the same scan would be prepared, or recorded, otherwise: old entries are then remade
 
 _ARRAYS = ("image.npy", "label.npy")
 _HEADER = 128  # bytes of a .npy file before its array, if that has few axes
@@ -61,7 +62,7 @@ class MadeFrom:
 
     format: int
     num_channels: int
-    num_classes: int
+    labels: Labels
     preparation: Preparation | None
     sources: tuple[tuple[str, int | None, int | None], ...]
 
@@ -91,7 +92,7 @@ class Entry:
     cache: Path
     files: CaseFiles
     num_channels: int
-    num_classes: int
+    labels: Labels
     preparation: Preparation | None = None
 
     @property
@@ -108,7 +109,7 @@ class Entry:
         return MadeFrom(
             format=FORMAT,
             num_channels=self.num_channels,
-            num_classes=self.num_classes,
+            labels=replace(self.labels, regions=None, written=()),  # which make no difference to what is read
             preparation=self.preparation,
             sources=tuple(_state(path) for path in (*self.files.images, self.files.label) if path is not None),
         )
@@ -171,8 +172,8 @@ def measure(
 
 def _entries(manifest: Manifest, files: Sequence[CaseFiles], folder: Path) -> list[Entry]:
     refuse_copies(manifest.folder, files)
-    num_channels, num_classes = len(manifest.channels), len(manifest.classes)
-    return [Entry(cache=folder, files=each, num_channels=num_channels, num_classes=num_classes) for each in files]
+    num_channels, labels = len(manifest.channels), manifest.labels
+    return [Entry(cache=folder, files=each, num_channels=num_channels, labels=labels) for each in files]
 
 
 def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers: int, title: str | None) -> list[T]:
@@ -237,7 +238,7 @@ def _make(entry: Entry) -> Made:
         StateError: The folder cannot be written to, for another reason than a full disk.
     """
     made_from = entry.made_from()  # before reading: a file that changes meanwhile makes the entry stale, not wrong
-    scan, faults, _ = examine_scan(entry.files, num_channels=entry.num_channels, num_classes=entry.num_classes)
+    scan, faults, _ = examine_scan(entry.files, num_channels=entry.num_channels, labels=entry.labels)
     if scan is None:
         return Made(faults)
     entry.file("json").unlink(missing_ok=True)
@@ -317,7 +318,14 @@ def _record(entry: Entry, kind: type[R]) -> R | None:
     file = entry.file("json")
     if not file.exists():
         return None
-    record: R = read_json(file, kind, where=file.name, remedy="It is a file of the cache")
+    remedy = "It is a file of the cache"
+    try:
+        record: R = read_json(file, kind, where=file.name, remedy=remedy)
+    except StateError:
+        made_from = read_json(file, dict[str, Any], where=file.name, remedy=remedy).get("made_from")
+        if isinstance(made_from, dict) and made_from.get("format") not in (None, FORMAT):
+            return None  # of an earlier build, which recorded other things
+        raise
     return record if record.made_from == entry.made_from() else None
 
 

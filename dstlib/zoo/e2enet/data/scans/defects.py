@@ -12,6 +12,7 @@ import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
 
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
 # Headers written by different programs differ by rounding. Under a tenth of a voxel that moves no label to
@@ -53,26 +54,29 @@ def affine_defects(affine: NDArray[np.float64]) -> list[str]:
     return []
 
 
-def as_label(voxels: NDArray[Any], num_classes: int) -> NDArray[np.uint8] | str:
-    """Returns the label as bytes, or else what is wrong with its values; floats are cast where they are whole numbers.
+def as_label(voxels: NDArray[Any], labels: Labels) -> NDArray[np.uint8] | str:
+    """Returns the label by its numbers in memory, or else what is wrong with its values.
 
-    >>> as_label(np.array([0.0, 2.0]), 2)
-    array([0, 2], dtype=uint8)
-    >>> as_label(np.array([0, 3, 7]), 2)
+    Floats are cast where they are whole numbers.
+
+    >>> as_label(np.array([0.0, 4.0]), Labels(values=(1, 2, 4)))
+    array([0, 3], dtype=uint8)
+    >>> as_label(np.array([0, 3, 7]), Labels.consecutive(2))
     'has values 3, 7, but the classes are numbered 0 to 2'
     """
     if voxels.size == 0:
         return f"has shape {voxels.shape}: no voxel"
-    if voxels.min() >= 0 and voxels.max() <= num_classes:  # false where any voxel is NaN
+    if voxels.min() >= 0 and voxels.max() <= labels.in_files.max():  # false where any voxel is NaN
         label = voxels.astype(np.uint8)
-        if voxels.dtype.kind != "f" or np.array_equal(label, voxels):
-            return label
+        is_whole = voxels.dtype.kind != "f" or np.array_equal(label, voxels)
+        if is_whole and (numbers := labels.to_numbers(label)) is not None:
+            return numbers
     values = np.unique(voxels)
     fractions = values[values != np.floor(values)]  # NaN differs from itself, so it counts
     if len(fractions):
         return f"has values that are not whole numbers: {_listed(fractions)}"
-    foreign = values[(values < 0) | (values > num_classes)]
-    return f"has values {_listed(foreign)}, but the classes are numbered 0 to {num_classes}"
+    foreign = values[~np.isin(values, labels.in_files)]
+    return f"has values {_listed(foreign)}, but the classes are numbered {labels.told()}"
 
 
 def _listed(values: NDArray[Any]) -> str:

@@ -71,7 +71,7 @@ class _Facts(NamedTuple):
     name: str
     orientation: str
     spacing: Spacing  # towards right, front and top of the patient
-    classes: frozenset[int]
+    numbers: frozenset[int]  # of its label, in memory
 
 
 def check(manifest: Manifest, *, progress: bool = True) -> Findings:
@@ -90,8 +90,8 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
             parts[part] = ()
     todo = [(part, case) for part, cases in parts.items() for case in cases]
     for part, case in tqdm(todo, f"checking {manifest.name}", unit="case", disable=not progress):
-        numbers = {"num_channels": len(manifest.channels), "num_classes": len(manifest.classes)}
-        scan, wrong, odd = examine_scan(case, **numbers, with_label=part != "test")
+        labels = None if part == "test" else manifest.labels
+        scan, wrong, odd = examine_scan(case, num_channels=len(manifest.channels), labels=labels)
         defects += [_defect(case.name, fault, manifest.folder) for fault in wrong]
         warnings += [_defect(case.name, fault, manifest.folder) for fault in odd]
         if scan is not None:
@@ -122,8 +122,9 @@ def _oddities_of_set(manifest: Manifest, facts: dict[str, list[_Facts]]) -> list
     if len(modalities(manifest)) > 1:
         texts.append("CT (ids below 500) and MRI are mixed: choose one with only_modality()")
     texts += _orientations(cases) + _spacings(cases)
-    seen = frozenset[int]().union(*(case.classes for case in facts["train"]))
-    if facts["train"] and (absent := [name for i, name in enumerate(manifest.classes, 1) if i not in seen]):
+    seen = frozenset[int]().union(*(case.numbers for case in facts["train"]))
+    members = zip(manifest.classes, manifest.labels.members, strict=True)
+    if facts["train"] and (absent := [name for name, numbers in members if seen.isdisjoint(numbers)]):
         texts.append(f"no training case that can be used holds {', '.join(absent)}")
     return texts
 

@@ -25,7 +25,8 @@ from dstlib.errors import DataError
 from dstlib.files import read_whole, write_whole
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.data.cases import Spacing, three
-from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles
+from dstlib.zoo.e2enet.data.layouts.labels import MAX_VALUE, Labels
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.defects import affine_defects, as_label, image_defects, mismatches, voxel_defects
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
@@ -34,6 +35,7 @@ _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, V
 
 _HEADER = 540  # bytes of the longer one, that of NIfTI-2
 _MAX_RATIO = 1032  # of packing: deflate's own limit
+_ANY = Labels.consecutive(MAX_VALUE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +75,21 @@ class Examined(NamedTuple):
     warnings: tuple[Fault, ...]
 
 
-def read_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_label: bool = True) -> Scan:
+def read_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) -> Scan:
     """Reads one case, and verifies it: checksums to the end, finite voxels, whole and known labels, one place.
+
+    ``labels`` says what the values of its label file mean; with None the image is read alone.
 
     Raises:
         DataError: The message lists every defect of the case.
     """
-    examined = examine_scan(files, num_channels=num_channels, num_classes=num_classes, with_label=with_label)
+    examined = examine_scan(files, num_channels=num_channels, labels=labels)
     if examined.scan is None:
         _refuse(f"case {files.name!r}", examined.defects)
     return examined.scan
 
 
-def examine_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_label: bool = True) -> Examined:
+def examine_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) -> Examined:
     """Reads and verifies one case as :func:`read_scan` does, but returns its defects, and warnings too."""
     volumes = {file: _read_volume(file, np.float32) for file in files.images}
     images = {file: volume for file, volume in volumes.items() if isinstance(volume, Volume)}
@@ -100,10 +104,10 @@ def examine_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_
             texts += mismatches(volume, first[1], f"its first channel {first[0].name}")
         faults += [Fault(file, text) for text in texts]
     label: NDArray[np.uint8] | None = None
-    if with_label and files.label is None:
+    if labels is not None and files.label is None:
         faults.append(Fault(files.images[0], "has no label"))
-    elif with_label and files.label is not None:
-        found = _examine_label(files.label, first and first[1], num_classes)
+    elif labels is not None and files.label is not None:
+        found = _examine_label(files.label, first and first[1], labels)
         label, texts = (None, found) if isinstance(found, list) else (found, [])
         faults += [Fault(files.label, text) for text in texts]
     if faults or first is None:
@@ -112,8 +116,8 @@ def examine_scan(files: CaseFiles, *, num_channels: int, num_classes: int, with_
     return Examined(scan, (), tuple(_oddities(files, scan, images)))
 
 
-def read_label(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Reads a label (D, H, W), in stored order, and the affine of its file; values may be 0 to 255.
+def read_label(path: Path, labels: Labels = _ANY) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Reads a label (D, H, W), in stored order, and the affine of its file; by default the values may be 0 to 255.
 
     Raises:
         DataError: The file cannot be used.
@@ -122,7 +126,7 @@ def read_label(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     texts = [volume] if isinstance(volume, str) else affine_defects(volume.affine)
     if isinstance(volume, Volume):
         voxels = _without_channel(volume.voxels)
-        label = as_label(voxels, MAX_CLASSES) if voxels.ndim == 3 else f"has shape {voxels.shape}, not (x, y, z)"
+        label = as_label(voxels, labels) if voxels.ndim == 3 else f"has shape {voxels.shape}, not (x, y, z)"
         if not texts and not isinstance(label, str):
             return np.ascontiguousarray(label.T), volume.affine
         texts += [label] if isinstance(label, str) else []
@@ -223,13 +227,13 @@ def _promise(content: bytes) -> _Promise:
     return _Promise(None, kind, num_bytes, num_bytes + num_voxels * max(stored.itemsize, 4))
 
 
-def _examine_label(file: Path, image: Volume | None, num_classes: int) -> NDArray[np.uint8] | list[str]:
+def _examine_label(file: Path, image: Volume | None, labels: Labels) -> NDArray[np.uint8] | list[str]:
     """Reads a label, or says what is wrong with it; ``image`` is None if it cannot be read."""
     volume = _read_volume(file, None)
     if isinstance(volume, str):
         return [volume]
     volume = volume._replace(voxels=_without_channel(volume.voxels))
-    label = as_label(volume.voxels, num_classes)
+    label = as_label(volume.voxels, labels)
     texts = [label] if isinstance(label, str) else []
     if volume.voxels.ndim != 3:
         texts.append(f"has shape {volume.voxels.shape}, but a label is (x, y, z)")
