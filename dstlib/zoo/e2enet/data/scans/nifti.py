@@ -28,6 +28,7 @@ from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.labels import MAX_VALUE, Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.defects import affine_defects, as_label, image_defects, mismatches, voxel_defects
+from dstlib.zoo.e2enet.data.scans.formats import other_reader
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
@@ -165,6 +166,8 @@ def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
 def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
     """Reads the volume of a file, or says why there is none."""
     try:
+        if reader := other_reader(file):
+            return reader(file, dtype)
         content = read_whole(file, max_bytes=available_memory())
         is_packed = file.suffix.lower() == ".gz"
         promised = _promise(_unpacked(content, _HEADER) if is_packed else content)

@@ -1,0 +1,154 @@
+"""Voxels behind a header of text, as NRRD and MetaImage have them: unpacked no further than the header promises.
+
+They are not left to ITK's readers: those allocate whatever a header claims, and where MetaImage's cannot unpack the
+voxels, it returns what was in memory before. What both make of a sound file is the same, and tested to be.
+"""
+
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from dstlib.bounds import available_memory
+from dstlib.errors import shown
+from dstlib.files import read_whole
+from dstlib.zoo.e2enet.data.layouts.files import path_fault
+
+MAX_RATIO = 1032  # of packing: deflate's own limit
+MAX_AXES = 16  # of NRRD; MetaImage has ten at most
+MAX_HEADER = 2**24  # bytes: 3D Slicer writes some hundred per segment
+LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stored:
+    """What a header says of voxels: their type, the sizes of their axes, fastest first, and how they are packed.
+
+    ``channels`` is the axis along which channels lie; None where there is one channel.
+    """
+
+    dtype: np.dtype[Any]
+    sizes: tuple[int, ...]
+    packing: Literal["gzip", "zlib"] | None
+    channels: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the voxels take, unpacked."""
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+def read_stored(content: bytes | memoryview, stored: Stored, dtype: DTypeLike | None) -> NDArray[Any]:
+    """Returns voxels (x, y, z[, channel]) as ``dtype``, or as they are stored.
+
+    Raises:
+        ValueError: There are fewer than the header promises, they do not fit into memory, or their checksum is another.
+    """
+    num_bytes = stored.num_bytes
+    if stored.packing and num_bytes > MAX_RATIO * len(content):
+        raise ValueError(f"its {len(content)} bytes cannot unpack to the {num_bytes} of its header")
+    memory = (num_bytes if stored.packing else 0) + math.prod(stored.sizes) * np.dtype(dtype or "u1").itemsize
+    if memory > (left := available_memory()):
+        raise ValueError(f"it asks for {memory} bytes of memory, of which {left} are left")
+    content = _unpacked(content, stored.packing, num_bytes)
+    if len(content) < num_bytes:
+        raise ValueError(f"it ends after {len(content)} of {num_bytes} bytes of voxels")
+    voxels: NDArray[Any] = np.ndarray(stored.sizes, stored.dtype, buffer=content, order="F")
+    with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
+        voxels = np.asarray(voxels, dtype=dtype or stored.dtype.newbyteorder("="))
+    return voxels if stored.channels is None else np.moveaxis(voxels, stored.channels, -1)
+
+
+def _unpacked(content: bytes | memoryview, packing: str | None, num_bytes: int) -> bytes | memoryview:
+    if packing is None:
+        return content
+    try:
+        if packing == "gzip":
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+                unpacked = file.read(num_bytes + 1)  # one more than there is: to the very end, where the checksum is
+            is_whole = True
+        else:
+            unpacking = zlib.decompressobj()
+            unpacked = unpacking.decompress(content, num_bytes + 1)
+            is_whole = unpacking.eof or len(unpacked) > num_bytes
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from error
+    if len(unpacked) > num_bytes:
+        raise ValueError(f"it unpacks to more than the {num_bytes} bytes that its header promises")
+    if not is_whole:
+        raise ValueError(f"it ends after {len(unpacked)} of {num_bytes} bytes of voxels")
+    return unpacked
+
+
+def last_bytes(data: memoryview, stored: Stored) -> memoryview:
+    """Returns the end of a file, where its voxels lie behind something that is not told of."""
+    return data if stored.packing else data[max(0, len(data) - stored.num_bytes) :]
+
+
+def read_beside(header: Path, name: str) -> bytes:
+    """Reads the file of voxels that a header of its own names: one in, or below, the folder of the header.
+
+    Raises:
+        ValueError: The header names several, or one elsewhere.
+        OSError: It cannot be read.
+    """
+    if name.split()[0:1] == ["LIST"] or "%" in name:
+        raise ValueError(f"its voxels lie in several files, {shown(name)}: save it as one")
+    if path_fault(name, allow_outside=False):
+        raise ValueError(f"it names its voxels by {shown(name)}, which is no path below its own folder")
+    try:
+        return read_whole(header.parent / name, max_bytes=available_memory())
+    except FileNotFoundError as error:
+        raise ValueError(f"its voxels, {shown(name)}, are missing") from error
+
+
+def lines_of(content: bytes) -> list[str]:
+    """Splits a header of text into lines."""
+    return [line.rstrip("\r") for line in content.decode("utf-8", "replace").split("\n")]
+
+
+def numbers(field: str, text: str, *, count: int) -> list[float]:
+    """Reads so many numbers that a field holds.
+
+    Raises:
+        ValueError: It holds others.
+
+    >>> numbers("spacings", "0.5 1 nan", count=3)
+    [0.5, 1.0, nan]
+    """
+    try:
+        found = [float(word) for word in text.split()]
+    except ValueError:
+        found = []
+    if len(found) != count:
+        raise ValueError(f"its {field!r} are {shown(text)} but {count} numbers")
+    return found
+
+
+def whole_numbers(field: str, text: str, *, low: int, high: int, count: int | None = None) -> tuple[int, ...]:
+    """Reads the whole numbers that a field holds, each within bounds; so many, or any number.
+
+    Raises:
+        ValueError: It holds others.
+    """
+    words = text.split()
+    is_whole = all(word.isascii() and word.removeprefix("-").isdigit() and len(word) < 20 for word in words)
+    found = tuple(map(int, words)) if is_whole else ()
+    if not found or len(found) != (count or len(found)) or not all(low <= number <= high for number in found):
+        what = f"{count or 'some'} whole number(s) from {low} to {high}"
+        raise ValueError(f"its {field!r} is {shown(text)} but {what}")
+    return found
+
+
+def affine_of(directions: NDArray[np.float64], origin: Sequence[float], to_ras: NDArray[np.float64]) -> NDArray[Any]:
+    """Makes an affine of the steps (3, 3) along each axis, a column each, and the place of the first voxel."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = to_ras[:, None] * directions, to_ras * np.asarray(origin)
+    return affine
