@@ -331,7 +331,7 @@ def test_metaimage_that_is_refused(tmp_path, kind):
 def assert_refused(file, damage, text):
     if damage:
         file.write_bytes(damage(file.read_bytes()))
-    examined = examine_scan(CaseFiles(name="a", images=(file,)), num_channels=1, num_classes=0, with_label=False)
+    examined = examine_scan(CaseFiles(name="a", images=(file,)), num_channels=1, labels=None)
     assert examined.scan is None
     assert text in str(examined.defects[0]), examined.defects
 
@@ -373,7 +373,7 @@ def test_no_file_is_more_than_a_defect(tmp_path_factory, patches, cut, ending, p
     for at, value in patches:
         whole[at : at + len(value)] = value
     file.write_bytes(bytes(whole[: len(whole) + cut]))
-    examined = examine_scan(CaseFiles(name="a", images=(file,)), num_channels=1, num_classes=0, with_label=False)
+    examined = examine_scan(CaseFiles(name="a", images=(file,)), num_channels=1, labels=None)
     assert (examined.scan is None) == bool(examined.defects)
     if not patches:
         assert (examined.scan is None) == (cut < 0)
