@@ -149,9 +149,15 @@ def test_test_scans_need_no_label(folder):
 
 def test_ct_and_mri_in_one_set(folder):
     write_set(folder, train=("amos_0001", "amos_0507"), validation=[])
-    assert whole(folder) == ["CT (ids below 500) and MRI are mixed: choose one with only_modality()"]
-    part = only_modality(read_manifest(folder), "ct")
-    assert check(part, progress=False).warnings == ()
+    manifest = read_manifest(folder, "amos")
+    mixed = check(manifest, progress=False).warnings
+    told = "CT and MRI are mixed, told apart by ids (1 CT, 1 MRI): a training takes those of its --modality"
+    assert (WHOLE_SET, told) in mixed
+    part = check(only_modality(manifest, "ct"), progress=False).warnings
+    assert len(part) == len(mixed)
+    assert [warning.text.split(", as")[0] for warning in part if warning not in mixed] == [
+        "1 of the 2 training cases left out"
+    ]
 
 
 def test_files_outside_the_folder_are_named_in_full(folder, tmp_path_factory):

@@ -1,6 +1,7 @@
 """Which files each layout makes a data set of, and what is said where there is none."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.layouts.amos import modalities, only_modality
+from dstlib.zoo.e2enet.data.layouts import detect
+from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS, modalities, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, read_manifest
 from dstlib.zoo.e2enet.data.layouts.files import scan_files
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
@@ -41,10 +43,12 @@ DECATHLON = {
     "training": pairs("a", "b", "c"),
     "test": ["./imagesTs/d.nii.gz"],
 }
+# As it is distributed: these spellings differ from those of AMOS_ORGANS.
+DISTRIBUTED = (*AMOS_ORGANS[:3], "gall bladder", "esophagus", "liver", "stomach", "arota", *AMOS_ORGANS[8:])
 AMOS = {
     "name": "AMOS",
     "modality": {"0": "CT"},
-    "labels": {"0": "background", "1": "spleen"},
+    "labels": {str(i): name for i, name in enumerate(("background", *DISTRIBUTED))},
     "training": pairs("amos_0507", "amos_0001"),
     "validation": pairs("amos_0008", "amos_0600", part="Va"),
     "test": [{"image": "./imagesTs/amos_0002.nii.gz"}],
@@ -108,7 +112,30 @@ def test_channels_are_sorted_by_number_and_the_folder_names_a_set_without_a_name
 def test_unlisted_files_do_no_harm(tmp_path):
     write_json(tmp_path, DECATHLON)
     touch(tmp_path, "imagesTr/._a.nii.gz", "imagesTr/notes.txt", "._dataset.json", "imagesTr/z.nii.gz")
-    assert names(read_manifest(tmp_path).train) == ["a", "b", "c"]
+    manifest = read_manifest(tmp_path)
+    assert names(manifest.train) == ["a", "b", "c"]
+    assert manifest.notes == (
+        "1 scan in imagesTr left out, as dataset.json does not list them: z.nii.gz",
+        "1 file in imagesTr left out, as no scan has such a name: notes.txt",
+        "1 hidden file left out, as macOS leaves such beside scans: ._a.nii.gz",
+    )
+
+
+@given(
+    listed=st.sets(st.sampled_from("abcdef"), min_size=1),
+    there=st.sets(st.sampled_from("abcdef")),
+    number=st.integers(0, 7),
+)
+def test_no_scan_of_a_part_goes_unsaid(tmp_path_factory, listed, there, number):
+    """Whatever lies in a folder is in the set, or is counted as left out; a promise that is not kept is told."""
+    folder = tmp_path_factory.mktemp("set")
+    write_json(folder, DECATHLON, training=pairs(*listed), test=None, numTraining=number)
+    touch(folder, *(f"imagesTr/{name}.nii.gz" for name in there))
+    manifest, lost = read_manifest(folder), len(there - listed)
+    scans = "1 scan" if lost == 1 else f"{lost} scans"
+    assert any(note.startswith(f"{scans} in imagesTr left out") for note in manifest.notes) == (lost > 0)
+    told = f"dataset.json promises {number} cases under 'numTraining', but {len(listed)} are there"
+    assert any(note.startswith(told) for note in manifest.notes) == (number != len(listed))
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"labels": ', "\xff"])
@@ -170,7 +197,10 @@ def test_amos(tmp_path):
     assert files(manifest.validation[0], tmp_path) == ["imagesVa/amos_0008.nii.gz", "labelsVa/amos_0008.nii.gz"]
     assert names(manifest.test) == ["amos_0002"]
     assert manifest.test[0].label is None
-    assert modalities(manifest) == ("ct", "mri")
+    assert modalities(manifest.cases) == {"ct": 3, "mri": 2}
+    assert manifest.recognised == "cases named amos_NNNN and the 15 organs of AMOS22, so numbered, in dataset.json"
+    assert manifest.guess == (f"Layout amos, recognised by {manifest.recognised}; --layout chooses another.",)
+    assert read_manifest(tmp_path, "amos").guess == ()
 
 
 def test_amos_as_it_was_during_the_challenge(tmp_path):
@@ -179,12 +209,23 @@ def test_amos_as_it_was_during_the_challenge(tmp_path):
     manifest = read_manifest(tmp_path)
     assert manifest.validation == ()
     assert names(manifest.test) == ["amos_0002", "amos_0008"]
+    assert manifest.notes == ("1 of the 1 validation cases have no label, so they are test cases: amos_0008",)
 
 
-def test_amos_is_recognised_by_its_folder_too(tmp_path):
-    write_json(tmp_path, AMOS, validation=None)
-    touch(tmp_path, "imagesVa/amos_0008.nii.gz")
-    assert read_manifest(tmp_path).layout == "amos"
+SEVEN = {str(i): name for i, name in enumerate(("background", *DISTRIBUTED[:7]))}
+TURNED = {str(i): name for i, name in enumerate(("background", *reversed(DISTRIBUTED)))}
+OTHER_NAMES = {part: pairs(f"toy_{n}") for n, part in ((490, "training"), (510, "validation"))}
+
+
+@pytest.mark.parametrize("changes", [{"labels": SEVEN}, {"labels": TURNED}, {"test": None, **OTHER_NAMES}])
+def test_a_list_of_validation_cases_makes_no_set_amos(tmp_path, changes):
+    """Nor does a folder imagesVa: the names and the organs do, both."""
+    write_json(tmp_path, AMOS, **changes)
+    touch(tmp_path, "imagesVa/notes.txt")
+    manifest = read_manifest(tmp_path)
+    assert (manifest.layout, len(manifest.validation)) == ("decathlon", 2 if "labels" in changes else 1)
+    told = "pass --layout amos if ids from 500 up are MRI"
+    assert any(told in note for note in manifest.notes) == ("labels" in changes)
 
 
 def test_ct_and_mri_of_amos(tmp_path):
@@ -194,16 +235,28 @@ def test_ct_and_mri_of_amos(tmp_path):
     assert [names(part) for part in (ct.train, ct.validation, ct.test)] == [["amos_0001"], ["amos_0008"], ["amos_0002"]]
     assert [names(part) for part in (mri.train, mri.validation, mri.test)] == [["amos_0507"], ["amos_0600"], []]
     assert (ct.channels, mri.channels) == (("CT",), ("MRI",))
-    assert modalities(ct) == ("ct",)
-    with pytest.raises(DataError, match=r"expected some that are MRI, got none of 1\. Its names are like amos_0001"):
+    assert modalities(ct.cases) == {"ct": 3}
+    why = "left out, as --modality ct takes the CT scans of AMOS22 alone (ids from 500 up are MRI): "
+    assert ct.notes == (
+        f"1 of the 2 training cases {why}amos_0507",
+        f"1 of the 2 validation cases {why}amos_0600",
+    )
+    with pytest.raises(DataError, match=r"some that are MRI, got none of 1\. Its names .* pass --layout decathlon\."):
         only_modality(ct, "mri")
 
 
-def test_only_amos_has_modalities(tmp_path):
+def test_names_without_an_id_are_neither_ct_nor_mri_and_are_named(tmp_path):
+    write_json(tmp_path, AMOS, training=pairs("amos_0001", "phantom_1"))
+    manifest = only_modality(read_manifest(tmp_path, "amos"), "ct")
+    assert modalities(read_manifest(tmp_path, "amos").cases)["neither"] == 1
+    assert manifest.notes[0].startswith("1 of the 2 training cases left out")
+    assert manifest.notes[0].endswith("phantom_1")
+
+
+def test_only_amos_is_divided_by_ids(tmp_path):
     write_json(tmp_path, DECATHLON)
     manifest = read_manifest(tmp_path)
-    assert modalities(manifest) == ()
-    with pytest.raises(SettingError, match="expected AMOS22, got layout 'decathlon'"):
+    with pytest.raises(SettingError, match=r"expected AMOS22 \(--layout amos\), got layout 'decathlon'"):
         only_modality(manifest, "ct")
 
 
@@ -364,7 +417,7 @@ def test_an_unknown_folder_is_told_how_each_layout_looks(tmp_path):
     assert message.startswith(
         f"data set of {tmp_path}: expected a folder with a dataset.json, or BTCV's, got no dataset"
     )
-    assert "got no dataset.json in it, but scans/. The layouts look so:" in message
+    assert "got no dataset.json in it, but scans/. The layouts, as --layout names them, look so:" in message
     for layout in LAYOUTS:
         assert f"\n  {layout} " in message
 
@@ -396,6 +449,24 @@ def test_a_folder_that_cannot_be_looked_into(tmp_path, read, monkeypatch):
 def test_another_dataset_json(tmp_path):
     write_json(tmp_path, {"images": [], "annotations": []})
     assert "got a dataset.json with 'images', 'annotations'. The layouts" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("labels", "layout"), [(NNUNET["labels"], "nnunet"), (DECATHLON["labels"], "decathlon")])
+def test_entries_of_two_layouts_are_told_apart_by_the_labels(tmp_path, labels, layout):
+    """A set that was converted, and kept what it had before."""
+    write_nnunet(tmp_path, **{key: DECATHLON[key] for key in ("modality", "training")}, labels=labels)
+    assert read_manifest(tmp_path).layout == layout
+
+
+def test_two_layouts_that_fit_are_both_named(tmp_path):
+    write_json(tmp_path, DECATHLON)
+    with pytest.MonkeyPatch.context() as patch:
+        other = replace(LAYOUTS["btcv"], evidence=lambda source: "a hunch")
+        patch.setattr(detect, "LAYOUTS", {**LAYOUTS, "btcv": other})
+        message = refusal(tmp_path)
+    evidence = "'modality', 'labels', 'training' in dataset.json"
+    assert f"expected one that fits, got decathlon, by {evidence}, and btcv, by a hunch. " in message
+    assert message.endswith("Say which it is: --layout decathlon or --layout btcv.")
 
 
 def test_an_unknown_layout(tmp_path):

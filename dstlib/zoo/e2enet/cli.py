@@ -248,10 +248,14 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
 
 
 def _check(options: argparse.Namespace) -> int:
+    from dstlib.report import on_one_line
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
     from dstlib.zoo.e2enet.data.scans.integrity import check
 
-    findings = check(read_manifest(options.data, options.layout, allow_outside=options.allow_outside))
+    manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
+    for line in manifest.guess:
+        print(on_one_line(line))
+    findings = check(manifest)
     print(findings.table())
     return 0 if findings.ok else 1
 
@@ -287,10 +291,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     from dstlib.files import write_json, write_whole
+    from dstlib.report import on_one_line
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
+    for line in manifest.told():
+        print(on_one_line(line))
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
     predicted = [case for name, case in labelled.items() if (options.predictions / f"{name}.nii.gz").exists()]
     scores = evaluate_folder(

@@ -8,10 +8,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dstlib.errors import SettingError, require, shown
+from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.data.cases import Cases
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.data.layouts.left_out import listed
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
@@ -103,6 +105,9 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
         ranks.wait()  # the leader has drawn and prepared
     manifest = _read_manifest(settings)
     train_names, held_out_names = _fold(manifest, settings.fold)
+    if ranks.leads:
+        for line in (*manifest.told(), *_unused(manifest, settings.fold)):
+            print(on_one_line(line))
     cache = settings.cache or RUNS / "prepared" / f"{manifest.name}-{settings.modality}"
     workers = min(workers, NUM_PREPARING)
     prepared = partial(prepared_cases, manifest, modality=settings.modality, folder=cache, workers=workers)
@@ -125,10 +130,22 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
 
 
 def _read_manifest(settings: DataSettings) -> Manifest:
-    kind, num_scans = settings.phantoms
-    folder = settings.folder or write_phantoms(RUNS / "phantoms" / f"{kind}-{num_scans}", kind, num_scans=num_scans)
-    manifest = read_manifest(folder, settings.layout, allow_outside=settings.allow_outside)
+    if settings.folder is None:
+        kind, num_scans = settings.phantoms
+        drawn = write_phantoms(RUNS / "phantoms" / f"{kind}-{num_scans}", kind, num_scans=num_scans)
+        manifest = replace(read_manifest(drawn, settings.layout), recognised="")
+    else:
+        manifest = read_manifest(settings.folder, settings.layout, allow_outside=settings.allow_outside)
     return only_modality(manifest, settings.modality) if manifest.layout == "amos" else manifest
+
+
+def _unused(manifest: Manifest, fold: str) -> list[str]:
+    """Says which labelled cases a training neither learns from nor is judged by."""
+    if fold == "all" or not manifest.validation:
+        return []
+    number, names = len(manifest.validation), listed([case.name for case in manifest.validation])
+    told = f"Note: {number} labelled cases that the set sets apart for validation take no part ({names})"
+    return [f"{told}: --fold all holds out these, and trains on all others."]
 
 
 def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -4,12 +4,15 @@ RawData/Training/img/img0001.nii.gz belongs to RawData/Training/label/label0001.
 images without labels.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.layouts.files import by_case, case_name, scan_files
+from dstlib.zoo.e2enet.data.layouts.left_out import left_out
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.source import LIST, Source
 
 BTCV_ORGANS = (*AMOS_ORGANS[:9], "portal and splenic veins", *AMOS_ORGANS[9:12])
 
@@ -22,7 +25,13 @@ def training_folder(folder: Path) -> Path | None:
     return None
 
 
-def read_btcv(folder: Path) -> Manifest:
+def btcv_evidence(source: Source) -> str | None:
+    """Says by what a set is BTCV: folders of images and labels, and no list."""
+    training = None if source.content else training_folder(source.folder)
+    return None if training is None else f"the folders img and label in {training}, without a {LIST}"
+
+
+def read_btcv(source: Source) -> Manifest:
     """Reads which files BTCV consists of: those that are there, each case named as its image is: img0001.
 
     An image without a label, or a label without an image, becomes a case of which one file does not exist:
@@ -33,6 +42,7 @@ def read_btcv(folder: Path) -> Manifest:
 
     Reference: Landman et al., *Multi-Atlas Labeling Beyond the Cranial Vault* (MICCAI 2015, syn3193805).
     """
+    folder = source.folder
     training = training_folder(folder)
     images = by_case(training / "img", prefix="img") if training else {}
     if training is None or not images:
@@ -47,8 +57,9 @@ def read_btcv(folder: Path) -> Manifest:
         for image in images.get(number, [training / "img" / f"img{number}.nii.gz"])
         for label in labels.get(number, [training / "label" / f"label{number}.nii.gz"])
     )
-    images_to_predict = scan_files(training.parent / "Testing" / "img")
-    return Manifest(
+    testing = training.parent / "Testing"
+    images_to_predict = scan_files(testing / "img")
+    manifest = Manifest(
         name="BTCV",
         folder=folder,
         layout="btcv",
@@ -57,3 +68,5 @@ def read_btcv(folder: Path) -> Manifest:
         train=train,
         test=tuple(CaseFiles(name=case_name(file), images=(file,)) for file in images_to_predict),
     )
+    folders = [training / "img", training / "label", testing / "img", testing / "label"]
+    return replace(manifest, notes=tuple(left_out(manifest, folders, why="no case of BTCV has them")))

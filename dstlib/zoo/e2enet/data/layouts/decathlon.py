@@ -4,21 +4,47 @@ dataset.json holds modality, labels and the lists training, test and (AMOS22) va
 files make the set, so whatever else lies in the folder does no harm.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dstlib.errors import shown
 from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered, path_fault, refuse_json, wrong_name
+from dstlib.zoo.e2enet.data.layouts.left_out import PARTS, left_out, listed, promised
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.source import Source
 
 TUMOUR_CHANNELS = ("FLAIR", "T1w", "T1gd", "T2w")  # of Task01_BrainTumour
 TUMOUR_CLASSES = ("edema", "non-enhancing tumour", "enhancing tumour")
 
 
-def read_decathlon(folder: Path, content: dict[str, Any], allow_outside: bool, *, layout: str) -> Manifest:
+COUNTS = {"numTraining": "training", "numValidation": "validation", "numTest": "test"}
+
+
+def decathlon_evidence(source: Source) -> str | None:
+    """Says by what a set has the Decathlon's layout: its entries; where nnU-Net's are too, numbered labels."""
+    content = source.content
+    keys = [key for key in ("modality", "labels", "training") if key in content]
+    of_nnunet = "channel_names" in content or "file_ending" in content
+    if not {"modality", "training"} & {*keys} or (of_nnunet and numbered(content.get("labels")) is None):
+        return None
+    return f"{', '.join(map(repr, keys))} in {source.list_name}"
+
+
+def listed_images(content: Mapping[str, Any]) -> list[str]:
+    """Returns the images that the lists of a dataset.json name; what is no entry of a list is passed over here."""
+    lists = [content.get(part) for part in COUNTS.values()]
+    entries = [entry for each in lists if isinstance(each, list) for entry in each]
+    images = [entry.get("image") if isinstance(entry, dict) else entry for entry in entries]
+    return [image for image in images if isinstance(image, str) and image]
+
+
+def read_decathlon(source: Source, *, layout: str) -> Manifest:
     """Reads which files a set of the Decathlon, or AMOS22, consists of: those that dataset.json lists.
 
-    A validation case without a label (as AMOS22 gave them out during the challenge) counts as a test case.
+    A validation case without a label (as AMOS22 gave them out during the challenge) counts as a test case, and a note
+    says so.
 
     Raises:
         DataError: The message says all that dataset.json lacks.
@@ -26,12 +52,18 @@ def read_decathlon(folder: Path, content: dict[str, Any], allow_outside: bool, *
     Reference: Antonelli et al., *The Medical Segmentation Decathlon* (Nature Communications 2022); Ji et al.,
     *AMOS* (NeurIPS 2022).
     """
+    folder, content = source.folder, source.content
     channels, labels = numbered(content.get("modality")), numbered(content.get("labels"))
-    wrong = _wrong_entries(content, allow_outside=allow_outside)
+    wrong = _wrong_entries(content, allow_outside=source.allow_outside)
     if channels is None or labels is None or wrong:
-        refuse_json(folder / "dataset.json", allowed="the Decathlon's entries", wrong=wrong)
+        refuse_json(folder / source.list_name, allowed="the Decathlon's entries", wrong=wrong)
     parts = {part: _files(folder, content.get(part) or []) for part in ("training", "validation", "test")}
-    return Manifest(
+    bare = [case for case in parts["validation"] if case.label is None]
+    notes = promised(content, {key: len(parts[part]) for key, part in COUNTS.items()}, where=source.list_name)
+    if bare:
+        told = f"{len(bare)} of the {len(parts['validation'])} validation cases have no label, so they are test cases"
+        notes.append(f"{told}: {listed([case.name for case in bare])}")
+    manifest = Manifest(
         name=content.get("name") or folder.resolve().name,
         folder=folder,
         layout=layout,
@@ -39,8 +71,10 @@ def read_decathlon(folder: Path, content: dict[str, Any], allow_outside: bool, *
         classes=labels[1:],
         train=parts["training"],
         validation=tuple(case for case in parts["validation"] if case.label is not None),
-        test=_sorted((*parts["test"], *(case for case in parts["validation"] if case.label is None))),
+        test=_sorted((*parts["test"], *bare)),
     )
+    notes += left_out(manifest, [folder / part for part in PARTS], why=f"{source.list_name} does not list them")
+    return replace(manifest, notes=tuple(notes))
 
 
 def _files(folder: Path, entries: list[Any]) -> tuple[CaseFiles, ...]:
@@ -57,7 +91,7 @@ def _sorted(cases: list[CaseFiles] | tuple[CaseFiles, ...]) -> tuple[CaseFiles, 
     return tuple(sorted(cases, key=lambda case: case.name))
 
 
-def _wrong_entries(content: dict[str, Any], *, allow_outside: bool) -> list[str]:
+def _wrong_entries(content: Mapping[str, Any], *, allow_outside: bool) -> list[str]:
     """Says what dataset.json lacks."""
     wrong = wrong_name(content)
     for key, example in (("modality", '{"0": "CT"}'), ("labels", '{"0": "background", "1": "liver"}')):

@@ -5,50 +5,60 @@ No voxel is opened here: :mod:`dstlib.zoo.e2enet.data.scans.integrity` does that
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dstlib.errors import DataError, require, similar
-from dstlib.zoo.e2enet.data.layouts.btcv import read_btcv, training_folder
-from dstlib.zoo.e2enet.data.layouts.decathlon import read_decathlon
-from dstlib.zoo.e2enet.data.layouts.files import ENDINGS, case_channel, case_name, read_json, reading, scan_files
+from dstlib.zoo.e2enet.data.layouts.amos import amos_evidence, nearly_amos
+from dstlib.zoo.e2enet.data.layouts.btcv import btcv_evidence, read_btcv, training_folder
+from dstlib.zoo.e2enet.data.layouts.decathlon import decathlon_evidence, read_decathlon
+from dstlib.zoo.e2enet.data.layouts.files import ENDINGS, case_channel, case_name, reading, scan_files
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
-from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, read_nnunet
+from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, nnunet_evidence, read_nnunet
+from dstlib.zoo.e2enet.data.layouts.source import LIST, Source, open_source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the files of a data set lie: in words, and what reads the folder and its dataset.json, if it has one.
+    """How the files of a data set lie: in words, by what it is recognised, and what reads it.
 
-    ``read`` is told, last, whether dataset.json may name files outside of the folder.
+    ``evidence`` says by what a set has this layout, None if it has not. ``instead_of`` are more general layouts that
+    fit too, wherever this one does.
     """
 
     looks: str
-    read: Callable[[Path, dict[str, Any], bool], Manifest]
+    evidence: Callable[[Source], str | None]
+    read: Callable[[Source], Manifest]
     has_list: bool = True
+    instead_of: tuple[str, ...] = ()
 
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "decathlon": Layout(
-            "dataset.json with 'modality', 'labels' and 'training'; imagesTr/NAME.nii.gz, labelsTr/NAME.nii.gz",
-            partial(read_decathlon, layout="decathlon"),
+            looks="dataset.json with 'modality', 'labels' and 'training'; imagesTr/NAME.nii.gz, labelsTr/NAME.nii.gz",
+            evidence=decathlon_evidence,
+            read=partial(read_decathlon, layout="decathlon"),
         ),
         "amos": Layout(
-            "as decathlon, with 'validation' and imagesVa/NAME.nii.gz, labelsVa/NAME.nii.gz",
-            partial(read_decathlon, layout="amos"),
+            looks="as decathlon, with cases amos_NNNN and the 15 organs of AMOS22; imagesVa/amos_NNNN.nii.gz too",
+            evidence=amos_evidence,
+            read=partial(read_decathlon, layout="amos"),
+            instead_of=("decathlon",),
         ),
         "btcv": Layout(
-            "RawData/Training/img/img0001.nii.gz, RawData/Training/label/label0001.nii.gz; no dataset.json",
-            lambda folder, *_: read_btcv(folder),
+            looks="RawData/Training/img/img0001.nii.gz, RawData/Training/label/label0001.nii.gz; no dataset.json",
+            evidence=btcv_evidence,
+            read=read_btcv,
             has_list=False,
         ),
         "nnunet": Layout(
-            "dataset.json with 'channel_names' and 'labels'; imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz",
-            read_nnunet,
+            looks="dataset.json with 'channel_names' and 'labels'; imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz",
+            evidence=nnunet_evidence,
+            read=read_nnunet,
         ),
     }
 )
@@ -57,14 +67,15 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 def read_manifest(folder: str | Path, layout: str | None = None, *, allow_outside: bool = False) -> Manifest:
     """Reads which cases a data set on disk consists of, sorted by name: the same on every machine.
 
-    ``layout`` is one of :data:`LAYOUTS`, or None to recognise it. A file that a list names, or that a case
-    needs, is in the manifest even if it does not exist: whoever reads the case says so. What dataset.json names lies
-    below the folder, unless ``allow_outside``; a link there is the user's own, and leads where it leads.
+    ``layout`` is one of :data:`LAYOUTS`, or None to recognise it, by the evidence of what the folder holds. A file that
+    a list names, or that a case needs, is in the manifest even if it does not exist: whoever reads the case says so.
+    What dataset.json names lies below the folder, unless ``allow_outside``; a link there is the user's own, and leads
+    where it leads.
 
     Raises:
         SettingError: There is no such layout.
-        DataError: The folder has no layout that is known, dataset.json cannot be used or leads out of the folder, a
-            name cannot be that of a file, or two cases share one.
+        DataError: The folder has no layout that is known, or several fit; dataset.json cannot be used or leads out of
+            the folder, a name cannot be that of a file, or two cases share one.
 
     >>> read_manifest("no/such/folder")
     Traceback (most recent call last):
@@ -74,11 +85,16 @@ def read_manifest(folder: str | Path, layout: str | None = None, *, allow_outsid
     allowed, remedy = ", ".join(LAYOUTS), f"Did you mean {similar(str(layout), LAYOUTS)}? None recognises it."
     require(layout in (None, *LAYOUTS), "layout", "read_manifest()", allowed=allowed, given=repr(layout), remedy=remedy)
     with reading(folder):
-        content = read_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else None
-        chosen = LAYOUTS[layout or _recognise(folder, content)]
-        if content is None and chosen.has_list:
-            _refuse_folder(folder)
-        return chosen.read(folder, content or {}, allow_outside)
+        source = open_source(folder, allow_outside=allow_outside)
+        if layout is None:
+            chosen, evidence = _recognise(source)
+        else:
+            chosen, evidence = layout, ""
+        if source.list_file is None and LAYOUTS[chosen].has_list:
+            _refuse_folder(source)
+        manifest = LAYOUTS[chosen].read(source)
+        near = nearly_amos(source) if layout is None and chosen == "decathlon" else []
+        return replace(manifest, recognised=evidence, notes=(*manifest.notes, *near))
 
 
 def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
@@ -115,22 +131,34 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     return cases
 
 
-def _recognise(folder: Path, content: dict[str, Any] | None) -> str:
-    if content is None:
-        return "btcv" if training_folder(folder) else _refuse_folder(folder)
-    if "channel_names" in content or "file_ending" in content:
-        return "nnunet"
-    if not {"modality", "labels", "training"} & set(content):
-        _refuse_folder(folder, "a dataset.json with " + (", ".join(map(repr, content)) or "nothing in it"))
-    return "amos" if "validation" in content or (folder / "imagesVa").is_dir() else "decathlon"
+def _recognise(source: Source) -> tuple[str, str]:
+    """Returns the one layout that fits, and its evidence.
+
+    Raises:
+        DataError: None does, or several.
+    """
+    fits = {name: evidence for name, each in LAYOUTS.items() if (evidence := each.evidence(source)) is not None}
+    general = {name for found in fits for name in LAYOUTS[found].instead_of}
+    fits = {name: evidence for name, evidence in fits.items() if name not in general}
+    if not fits:
+        _refuse_folder(source)
+    if len(fits) > 1:
+        given = ", and ".join(f"{name}, by {evidence}" for name, evidence in fits.items())
+        remedy = f"Say which it is: {' or '.join(f'--layout {name}' for name in fits)}."
+        raise DataError.of("layout", str(source.folder), allowed="one that fits", given=given, remedy=remedy)
+    return next(iter(fits.items()))
 
 
-def _refuse_folder(folder: Path, given: str = "") -> NoReturn:
-    remedy = "\n".join(["The layouts look so:", *(f"  {name:10} {each.looks}" for name, each in LAYOUTS.items())])
+def _refuse_folder(source: Source) -> NoReturn:
+    folder, keys = source.folder, ", ".join(map(repr, source.content))
+    width = max(map(len, LAYOUTS)) + 1
+    layouts = [f"  {name:{width}} {each.looks}" for name, each in LAYOUTS.items()]
+    remedy = "\n".join(["The layouts, as --layout names them, look so:", *layouts])
     if folder.is_dir():
         inside = sorted(file.name + "/" * file.is_dir() for file in folder.iterdir() if file.name[0] != ".")
-        given = given or "no dataset.json in it, but " + (", ".join(inside[:8]) or "nothing")
-        if better := [f for f in sorted(folder.iterdir()) if (f / "dataset.json").is_file() or training_folder(f)]:
+        given = "no dataset.json in it, but " + (", ".join(inside[:8]) or "nothing")
+        given = given if source.list_file is None else f"a {source.list_name} with {keys or 'nothing in it'}"
+        if better := [f for f in sorted(folder.iterdir()) if (f / LIST).is_file() or training_folder(f)]:
             remedy = f"Did you mean {better[0]}? {remedy}"
     else:
         given = "a file" if folder.exists() else "no such folder"

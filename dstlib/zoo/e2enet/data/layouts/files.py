@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
@@ -30,6 +30,15 @@ def case_name(file: str | Path) -> str:
     ('amos_0001', 'scan.v2', 'liver')
     """
     return _ENDING.sub("", Path(file).name)
+
+
+def is_scan_name(name: str) -> bool:
+    """Says whether a name ends as files of scans do.
+
+    >>> is_scan_name("._amos_0001.nii.gz"), is_scan_name("notes.txt")
+    (True, False)
+    """
+    return _ENDING.search(name) is not None
 
 
 def case_channel(file: str | Path) -> tuple[str, int] | None:
@@ -132,7 +141,7 @@ def refuse_json(file: Path, *, allowed: str, wrong: Sequence[str]) -> NoReturn:
     raise DataError.of("content", str(file), allowed=allowed, given="; ".join(told), remedy=_REMEDY)
 
 
-def wrong_name(content: dict[str, Any]) -> list[str]:
+def wrong_name(content: Mapping[str, Any]) -> list[str]:
     """Says whether the name that dataset.json gives a set is none; a set may lack it."""
     name = content.get("name")
     return [] if name is None or isinstance(name, str) else [f"'name' is {shown(name)} but text"]

@@ -39,7 +39,9 @@ class Manifest:
     ``labels`` says which values of label files make each of the ``classes``; by default class i has value i + 1.
 
     ``train`` holds the labelled cases that folds are drawn over, ``validation`` the labelled ones that the data
-    set's authors set apart, ``test`` those without labels.
+    set's authors set apart, ``test`` those without labels. ``recognised`` is what its layout was recognised by; none,
+    where somebody named it. ``notes`` say what is left out of it and why, and where a number of cases was promised
+    that are not there.
 
     Raises:
         DataError: Its name is none that a folder can have, a class or a channel cannot be printed, two classes or two
@@ -55,6 +57,8 @@ class Manifest:
     validation: tuple[CaseFiles, ...] = ()
     test: tuple[CaseFiles, ...] = ()
     labels: Labels = ORDINARY
+    recognised: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"data set {self.folder}"
@@ -77,6 +81,16 @@ class Manifest:
     def cases(self) -> tuple[CaseFiles, ...]:
         """All cases, with and without labels."""
         return self.train + self.validation + self.test
+
+    @property
+    def guess(self) -> tuple[str, ...]:
+        """Says which layout was recognised, by what, and how another is chosen; nothing where it was named."""
+        told = f"Layout {self.layout}, recognised by {self.recognised}; --layout chooses another."
+        return (told,) if self.recognised else ()
+
+    def told(self) -> tuple[str, ...]:
+        """Returns the lines that whoever uses the set should read first: the guess, if there was any, and the notes."""
+        return (*self.guess, *(f"Note: {note}." for note in self.notes))
 
 
 def refuse_copies(folder: Path, cases: Iterable[CaseFiles]) -> None:

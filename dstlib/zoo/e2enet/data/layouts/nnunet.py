@@ -5,6 +5,8 @@ imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz and imagesTs/CASE_0000.nii.gz, o
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from os.path import exists
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,20 @@ from dstlib.zoo.e2enet.data.layouts.files import (
     scan_files,
     wrong_name,
 )
+from dstlib.zoo.e2enet.data.layouts.left_out import PARTS, left_out, promised
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.source import Source
 
 
-def read_nnunet(folder: Path, content: dict[str, Any], allow_outside: bool) -> Manifest:
+def nnunet_evidence(source: Source) -> str | None:
+    """Says by what a set has nnU-Net v2's layout: its entries, and labels that are not numbered as the Decathlon's."""
+    keys = [key for key in ("channel_names", "file_ending") if key in source.content]
+    if not keys or ("training" in source.content and numbered(source.content.get("labels"))):
+        return None
+    return f"{' and '.join(map(repr, keys))} in {source.list_name}"
+
+
+def read_nnunet(source: Source) -> Manifest:
     """Reads which files a raw data set of nnU-Net v2 consists of.
 
     A file that a case lacks (a channel, the label) is in the manifest nevertheless: whoever reads it says so.
@@ -36,14 +48,15 @@ def read_nnunet(folder: Path, content: dict[str, Any], allow_outside: bool) -> M
 
     Reference: nnU-Net's documentation/dataset_format.md.
     """
-    wrong = _wrong_entries(content, allow_outside=allow_outside)
+    folder, content = source.folder, source.content
+    wrong = _wrong_entries(content, allow_outside=source.allow_outside)
     channels, classes = numbered(content.get("channel_names")), _classes(content.get("labels"))
     if wrong or channels is None or classes is None:
         refuse_json(folder / "dataset.json", allowed="entries of nnU-Net v2 that can be read here", wrong=wrong)
     ending, listed = content.get("file_ending", ".nii.gz"), content.get("dataset")
     train = _listed(folder, listed) if listed else _found(folder, len(channels), ending)
     _check_number(folder, train, content.get("numTraining", len(train)))
-    return Manifest(
+    manifest = Manifest(
         name=content.get("name") or re.sub(r"^Dataset\d+_", "", folder.resolve().name),
         folder=folder,
         layout="nnunet",
@@ -52,6 +65,9 @@ def read_nnunet(folder: Path, content: dict[str, Any], allow_outside: bool) -> M
         train=train,
         test=channel_cases(scan_files(folder / "imagesTs"), num_channels=len(channels)),
     )
+    why = f"{source.list_name} does not list them" if listed else "no case of nnU-Net's has them"
+    notes = promised(content, {"numTest": len(manifest.test)}, where=source.list_name)
+    return replace(manifest, notes=(*notes, *left_out(manifest, [folder / part for part in PARTS], why=why)))
 
 
 def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int) -> None:
@@ -130,7 +146,7 @@ def _is_number(value: object) -> bool:
     return type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value) is not None)
 
 
-def _wrong_entries(content: dict[str, Any], *, allow_outside: bool) -> list[str]:
+def _wrong_entries(content: Mapping[str, Any], *, allow_outside: bool) -> list[str]:
     """Says what dataset.json lacks, or asks for in vain, and what to do."""
     wrong = wrong_name(content)
     channels, labels = content.get("channel_names"), content.get("labels")

@@ -97,7 +97,7 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
         if scan is not None:
             facts[part].append(_facts(scan))
         del scan  # or it would be held while the next one is read
-    warnings += [Defect(WHOLE_SET, text) for text in _oddities_of_set(manifest, facts)]
+    warnings += [Defect(WHOLE_SET, text) for text in (*manifest.notes, *_oddities_of_set(manifest, facts))]
     num_cases = len(manifest.cases)
     return Findings(manifest_name=manifest.name, num_cases=num_cases, defects=tuple(defects), warnings=tuple(warnings))
 
@@ -119,8 +119,9 @@ def _facts(scan: Scan) -> _Facts:
 def _oddities_of_set(manifest: Manifest, facts: dict[str, list[_Facts]]) -> list[str]:
     cases = [case for part in facts.values() for case in part]
     texts = []
-    if len(modalities(manifest)) > 1:
-        texts.append("CT (ids below 500) and MRI are mixed: choose one with only_modality()")
+    if manifest.layout == "amos" and len(found := modalities(manifest.cases)) > 1:
+        counts = ", ".join(f"{number} {name.upper()}" for name, number in sorted(found.items()))
+        texts.append(f"CT and MRI are mixed, told apart by ids ({counts}): a training takes those of its --modality")
     texts += _orientations(cases) + _spacings(cases)
     seen = frozenset[int]().union(*(case.numbers for case in facts["train"]))
     members = zip(manifest.classes, manifest.labels.members, strict=True)

@@ -1,0 +1,86 @@
+"""What a set leaves out, and how many cases it promises: none of it may go unsaid."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstlib.zoo.e2enet.data.layouts.files import case_name, is_scan_name, scan_files
+from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
+
+PARTS = ("imagesTr", "labelsTr", "imagesVa", "labelsVa", "imagesTs", "labelsTs")
+_NAMED = 3  # of all the files that are left out
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What lies in one folder of a set beside the files of its cases."""
+
+    scans: list[Path]
+    others: list[Path]
+    hidden: list[Path]
+
+
+def left_out(manifest: Manifest, folders: Sequence[Path], *, why: str) -> list[str]:
+    """Says which scans, hidden files and files of other kinds lie in the folders of a set and are in none of its cases.
+
+    ``why`` is the reason for the scans. What goes with a file of the set by its name, as x.raw with x.mhd, is no loss.
+    """
+    taken = {file for case in manifest.cases for file in (*case.images, case.label) if file is not None}
+    told, hidden = [], []
+    for folder in (each for each in folders if each.is_dir()):
+        beside = _beside(folder, taken)
+        where = folder.relative_to(manifest.folder) if folder.is_relative_to(manifest.folder) else folder
+        if beside.scans:
+            told.append(f"{count(beside.scans, 'scan')} in {where} left out, as {why}: {listed(beside.scans)}")
+        if beside.others:
+            count_others = count(beside.others, "file")
+            told.append(f"{count_others} in {where} left out, as no scan has such a name: {listed(beside.others)}")
+        hidden += beside.hidden
+    if hidden:
+        told.append(f"{count(hidden, 'hidden file')} left out, as macOS leaves such beside scans: {listed(hidden)}")
+    return told
+
+
+def promised(content: Mapping[str, Any], found: Mapping[str, int], *, where: str) -> list[str]:
+    """Says where a JSON promises another number of cases than there are, by its keys (numTraining, say).
+
+    >>> promised({"numTraining": 260, "numTest": 0}, {"numTraining": 208, "numTest": 0}, where="dataset.json")
+    ["dataset.json promises 260 cases under 'numTraining', but 208 are there: were any dropped?"]
+    """
+    numbers = {key: content.get(key) for key in found}
+    return [
+        f"{where} promises {number} cases under {key!r}, but {found[key]} are there: "
+        + ("were any dropped?" if number > found[key] else "is the number out of date?")
+        for key, number in numbers.items()
+        if type(number) is int and number != found[key]
+    ]
+
+
+def count(files: Sequence[object], noun: str) -> str:
+    """Counts things in words.
+
+    >>> count(["a"], "scan"), count([], "scan")
+    ('1 scan', '0 scans')
+    """
+    return f"{len(files)} {noun}" + "s" * (len(files) != 1)
+
+
+def listed(files: Sequence[Path | str]) -> str:
+    """Names the first few files or cases.
+
+    >>> listed(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    names = [file if isinstance(file, str) else file.name for file in files]
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _beside(folder: Path, taken: set[Path]) -> _Beside:
+    entries, scans = sorted(folder.iterdir()), {*scan_files(folder)}
+    hidden = [entry for entry in entries if entry.name.startswith(".") and is_scan_name(entry.name)]
+    rest = [entry for entry in entries if not entry.name.startswith(".") and entry not in taken]
+    stems = tuple(f"{case_name(file)}." for file in taken if file.parent == folder)
+    others = [entry for entry in rest if entry not in scans and not entry.name.startswith(stems)]
+    return _Beside([entry for entry in rest if entry in scans], others, hidden)
