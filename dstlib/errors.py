@@ -4,7 +4,7 @@ Every error that a user can cause is a :class:`DstlibError`, hence a ``ValueErro
 our own bug.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from reprlib import Repr
 from typing import Self
@@ -113,3 +113,13 @@ def similar(name: str, known: Collection[str]) -> str:
     """
     names = get_close_matches(name, known, n=3, cutoff=0.5) or list(known)[:5]
     return ", ".join(repr(n) for n in names) if names else "none"
+
+
+def few(names: Sequence[str], *, most: int = 10) -> str:
+    """Lists names, so many at most, and says how many more there are.
+
+    >>> few(["liver", "spleen"]), few([f"scan_{number}" for number in range(1000)])[-27:]
+    ('liver, spleen', 'scan_8, scan_9 and 990 more')
+    """
+    told = ", ".join(names[:most])
+    return told if len(names) <= most else f"{told} and {len(names) - most} more"

@@ -1,9 +1,17 @@
 """Text tables: of what is sparse in a model, and of anything else in rows."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from dstlib.errors import printable
+
+MOST_OF_A_KIND, MOST_KINDS = 10, 20  # lines that are told
+
+# In what lines of a kind differ: quoted text, and words with a digit, or a separator of paths.
+_PARTICULARS = re.compile(r"""(?:('[^']*'|"[^"]*"|\S*[\d/\\#]\S*)\s*)+""")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +131,38 @@ def align(cells: Sequence[tuple[str, ...]], *, left: Sequence[int]) -> list[str]
     ]
     lines = [line.rstrip() for line in lines]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def abridge(lines: Sequence[str], names: Sequence[str] = (), *, whole: str = "") -> list[str]:
+    """Returns the lines, but for those after the tenth of a kind, which are counted: a thousand are seldom read.
+
+    Lines are of one kind where nothing but numbers, paths, quoted text and ``names`` differ: of each line, what it is
+    about. ``whole`` says where all of them are.
+
+    >>> names = [f"scan_{number}" for number in range(100)]
+    >>> for line in abridge([f"{name}: is missing" for name in names], names, whole="--all lists them")[8:]:
+    ...     print(line)
+    scan_8: is missing
+    scan_9: is missing
+    and 90 more of this kind (--all lists them)
+    """
+    kinds = [_kind(line, name) for line, name in zip_longest(lines, names[: len(lines)], fillvalue="")]
+    counts, where = Counter(kinds), f" ({whole})" if whole else ""
+    num_told, told = dict.fromkeys(list(counts)[:MOST_KINDS], 0), []
+    for line, kind in zip(lines, kinds, strict=True):
+        if num_told.get(kind, MOST_OF_A_KIND) == MOST_OF_A_KIND:
+            continue
+        num_told[kind] += 1
+        told.append(line)
+        if num_told[kind] == MOST_OF_A_KIND < counts[kind]:
+            told.append(f"and {counts[kind] - MOST_OF_A_KIND} more of this kind{where}")
+    if num_other := sum(count for kind, count in counts.items() if kind not in num_told):
+        told.append(f"and {num_other} more of {len(counts) - len(num_told)} other kinds{where}")
+    return told
+
+
+def _kind(line: str, name: str) -> str:
+    """Returns what is the same in lines of a kind."""
+    if name:
+        line = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "#", line)
+    return _PARTICULARS.sub("# ", line).strip()

@@ -304,7 +304,7 @@ def test_what_is_not_runnable_says_why(name: str) -> None:
     with pytest.raises(SettingError) as caught:
         build_model(name, in_channels=1, num_classes=3, patch_size=(8, 8, 8), config=TINY)
     message = str(caught.value)
-    assert message.startswith("name of build_model(): expected one of e2enet, nnunet, ")
+    assert message.startswith("name of the network: expected one of e2enet, nnunet, ")
     assert f"Not runnable: {BASELINES[name].reason}" in message
 
 
@@ -313,17 +313,20 @@ def test_what_is_not_runnable_says_why(name: str) -> None:
     [
         (
             {"name": "nnunnet"},
-            "name of build_model(): expected the name of a baseline, got 'nnunnet'. Similar: 'nnunet'",
+            "name of the network: expected the name of a baseline, got 'nnunnet'. Similar: 'nnunet'",
         ),
-        ({"in_channels": 0}, "in_channels of build_model(): expected a whole number from 1 up, got 0."),
-        ({"num_classes": True}, "num_classes of build_model()"),
-        ({"patch_size": (8, 8)}, "patch_size of build_model(): expected three whole numbers from 1 up, got (8, 8)."),
-        ({"patch_size": 8}, "patch_size of build_model()"),
-        ({"config": None}, "config of build_model(): expected an E2ENetConfig, got None."),
-        ({"width": 0}, "width of build_model(): expected a number above 0, got 0."),
-        ({"width": math.nan}, "width of build_model()"),
-        ({"name": "e2enet", "width": 0.5}, "width of e2enet: expected 1, got 0.5. The channels of config"),
-        ({"name": "vnet", "width": 2}, "width of vnet: expected 1, got 2. MONAI builds V-Net in one width."),
+        ({"in_channels": 0}, "in_channels of the network: expected a whole number from 1 up, got 0."),
+        ({"num_classes": True}, "num_classes of the network"),
+        ({"patch_size": (8, 8)}, "patch_size of the network: expected three whole numbers from 1 up, got (8, 8)."),
+        ({"patch_size": 8}, "patch_size of the network"),
+        ({"config": None}, "config of the network: expected an E2ENetConfig, got None."),
+        ({"width": 0}, "width of the network: expected a number above 0, got 0."),
+        ({"width": math.nan}, "width of the network"),
+        ({"name": "e2enet", "width": 0.5}, "width of e2enet: expected 1, got 0.5. Leave --width out"),
+        (
+            {"name": "vnet", "width": 2},
+            "width of vnet: expected 1, got 2. MONAI builds V-Net in one width: leave --width out.",
+        ),
         ({"name": "vnet", "in_channels": 3}, "in_channels of vnet: expected a divisor of 16, got 3."),
     ],
 )

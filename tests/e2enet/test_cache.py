@@ -498,7 +498,7 @@ def test_with_a_passed_preparation_sound_files_are_prepared_once(manifest, tmp_p
 def test_calls_that_cannot_be_are_refused(manifest, tmp_path):
     with pytest.raises(DataError, match="expected one case per name"):
         prepare(replace(manifest, train=manifest.train[:1] * 2), tmp_path)
-    with pytest.raises(SettingError, match=r"workers of prepared_cases\(\): expected a whole number from 0 up, got -1"):
+    with pytest.raises(SettingError, match=r"workers of the preparation: expected a whole number from 0 up, got -1"):
         prepare(manifest, tmp_path, workers=-1)
     with pytest.raises(SettingError, match="expected ct or mri, got 'pet'"):
         prepare(manifest, tmp_path, modality="pet")

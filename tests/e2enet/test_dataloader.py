@@ -81,7 +81,7 @@ def test_workers_survive_what_the_parent_is_to_decide_on(cases):
 
 def test_an_error_in_a_worker_arrives_in_one_line():
     for workers in (0, 1):
-        with pytest.raises(DataError, match="cases of draw_batch") as caught:
+        with pytest.raises(DataError, match="cases of a batch") as caught:
             list(batches([], PATCHES, seed=0, start=0, stop=1, workers=workers))
         assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
@@ -114,5 +114,5 @@ def test_workers_draw_from_memory_mapped_cases(cases, tmp_path):
 
 
 def test_fewer_than_no_workers_are_refused(cases):
-    with pytest.raises(SettingError, match=r"workers of batches\(\): expected a whole number from 0 up, got -1"):
+    with pytest.raises(SettingError, match=r"workers of the batches: expected a whole number from 0 up, got -1"):
         batches(cases, PATCHES, seed=0, start=0, stop=1, workers=-1)

@@ -14,7 +14,6 @@ from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.nifti import write_label
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
-from dstlib.zoo.e2enet.evaluation.figures import _upright
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
 
@@ -41,7 +40,7 @@ def test_the_mean_is_over_the_cases_with_the_class_and_then_over_the_classes():
     assert SCORES.num_cases.tolist() == [2, 1, 1]
     assert SCORES.mean == 0.25
     assert SCORES.mean_of("hd95") == 3.0
-    assert [SCORES.case_mean(i) for i in (0, 1)] == [0.5, pytest.approx(1 / 3)]
+    assert SCORES.case_means("dice").tolist() == [0.5, pytest.approx(1 / 3)]
 
 
 def test_missed_and_false_structures_are_told_apart():
@@ -52,7 +51,7 @@ def test_missed_and_false_structures_are_told_apart():
 def test_without_any_foreground_there_is_no_mean():
     nothing = Evaluation(("x",), ("a",), {"dice": np.array([[NAN]])}, np.zeros((1, 1, 2)), (1.0,))
     assert np.isnan(nothing.mean)
-    assert nothing.case_mean(0) == 0.0
+    assert nothing.typical_case() == 0
 
 
 @given(arrays(float, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.floats(0, 1)))
@@ -134,9 +133,9 @@ def test_folds_are_pooled_case_by_case():
     np.testing.assert_array_equal(both.volumes, SCORES.volumes[[0, 1, 0]])
     with pytest.raises(DataError, match="expected each case once, got x, y more than once"):
         pooled([SCORES, SCORES])
-    with pytest.raises(DataError, match=r"tolerances of pooled\(\)"):
+    with pytest.raises(DataError, match=r"tolerances of the runs to pool"):
         pooled([SCORES, Evaluation(*_fields(other)[:4], (2.0, 2.0, 2.0))])
-    with pytest.raises(DataError, match=r"metrics of pooled\(\)"):
+    with pytest.raises(DataError, match=r"metrics of the runs to pool"):
         pooled([SCORES, Evaluation(("w",), other.classes, {"dice": other.dice}, other.volumes, other.tolerances)])
 
 
@@ -229,13 +228,7 @@ def test_workers_change_nothing(tmp_path):
 
 
 def test_settings_are_refused_before_any_work(tmp_path):
-    with pytest.raises(SettingError, match="workers of evaluate_folder"):
+    with pytest.raises(SettingError, match="workers of the evaluation"):
         evaluate_folder(tmp_path, [], CLASSES, workers=-1)
     with pytest.raises(SettingError, match="expected one number, or 2 of them"):
         evaluate_folder(tmp_path, [], CLASSES, scoring=Scoring(tolerance=(1.0, 1.0, 1.0)))
-
-
-def test_slices_are_shown_upright():
-    plane = np.arange(6).reshape(2, 3)  # (H, W)
-    assert np.array_equal(_upright("SPL")(plane), plane)
-    assert np.array_equal(_upright("SAR")(plane), plane[::-1, ::-1]), "RAS, as most NIfTI files"

@@ -116,7 +116,7 @@ def test_a_measured_scan_comes_back_from_json(num_channels, foreground, seed):
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(DataError, match="scans of fingerprint\\(\\): expected at least one, got none"):
+    with pytest.raises(DataError, match="scans of the fingerprint: expected at least one, got none"):
         fingerprint([])
     with pytest.raises(DataError, match="case 'a': expected one with a label"):
         fingerprint([replace(scan_of(), label=None)])
@@ -161,5 +161,5 @@ def test_mri_is_masked_where_cropping_takes_over_a_quarter_of_the_median_scan(ke
 
 
 def test_a_foreign_modality_is_refused():
-    with pytest.raises(SettingError, match=r"modality of plan_preparation\(\): expected ct or mri, got 'pet'"):
+    with pytest.raises(SettingError, match=r"modality of the preparation: expected ct or mri, got 'pet'"):
         plan_preparation(measured([(1.0, 1.0, 1.0)]), modality="pet")

@@ -194,7 +194,7 @@ def test_an_image_without_a_channel_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"models": []}, "models of probabilities"),
+        ({"models": []}, "models of a prediction"),
         ({"patch_size": (4, 4)}, "three positive sizes"),
         ({"patch_size": (4, 0, 4)}, "three positive sizes"),
         ({"overlap": 1.0}, r"a share in \[0, 1\), got 1\.0"),

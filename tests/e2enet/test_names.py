@@ -17,6 +17,7 @@ from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS, TUMOUR_CLASSES
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases, read_manifest
 from dstlib.zoo.e2enet.data.layouts.files import path_fault
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.names import MAX_BYTES, file_name_fault, name_fault, one_file
 from dstlib.zoo.e2enet.evaluation.figures import slice_comparison
@@ -126,7 +127,7 @@ def test_names_are_one_file_where_capitals_and_the_writing_of_accents_do_not_cou
 def test_a_dollar_in_the_name_of_a_class_or_case_is_no_formula(tmp_path, name):
     label = np.ones((2, 4, 4), np.uint8)
     case = Case(name, np.zeros((1, 2, 4, 4), np.float32), label, (1.0, 1.0, 1.0))
-    slice_comparison(tmp_path / "slice.png", case, label, (name,), dice=np.ones(1))
+    slice_comparison(tmp_path / "slice.png", case, label, Labels.consecutive(1), {name: 1.0})
     assert (tmp_path / "slice.png").is_file()
 
 
@@ -213,7 +214,7 @@ def refusal(folder, **options):
             "of 'test' names '../x.nii.gz', which leads up by '..', and",
         ),
         (decathlon, {"training": [{"image": "/a.nii.gz", "label": "../b.nii.gz"}]}, "names '../b.nii.gz', which leads"),
-        (decathlon, {"test": ["/x.nii.gz"] * 999}, "; and 979 more. Restore"),
+        (decathlon, {"test": ["/x.nii.gz"] * 999}, "and 989 more of this kind"),
         (nnunet, {"name": "."}, "begins with a dot"),
         (nnunet, {"dataset": {"../a": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}}, "got '../a', which has '/'"),
         (

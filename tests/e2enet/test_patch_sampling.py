@@ -180,7 +180,7 @@ def test_the_ranks_together_draw_the_batch_of_one(batch_size, num_ranks, oversam
     patches = PatchSettings(patch_size=(4, 4, 4), batch_size=batch_size, oversample=oversample)
     drawing = {"seed": 5, "iteration": iteration}
     if batch_size % num_ranks:  # with unequal shares, the mean over ranks would not be that over patches
-        with pytest.raises(SettingError, match=r"ranks of draw_batch\(\): expected .* evenly"):
+        with pytest.raises(SettingError, match=r"ranks of a batch: expected .* evenly"):
             draw_batch([case], patches, **drawing, ranks=(0, num_ranks))
         return
     whole = draw_batch([case], patches, **drawing)
@@ -191,7 +191,7 @@ def test_the_ranks_together_draw_the_batch_of_one(batch_size, num_ranks, oversam
 
 
 def test_a_rank_that_is_not_there_is_refused():
-    with pytest.raises(SettingError, match="ranks of draw_batch"):
+    with pytest.raises(SettingError, match="ranks of a batch"):
         draw_batch(
             [case_of(np.ones((3, 3, 3)))], PatchSettings(patch_size=(2, 2, 2)), seed=0, iteration=0, ranks=(2, 2)
         )
@@ -274,7 +274,7 @@ def test_wrong_settings_are_refused(wrong):
 
 
 def test_no_cases_are_refused():
-    with pytest.raises(DataError, match="cases of draw_batch"):
+    with pytest.raises(DataError, match="cases of a batch"):
         draw_batch([], PatchSettings(patch_size=(8, 8, 8)), seed=0, iteration=0)
 
 

@@ -86,7 +86,7 @@ def test_types_and_spacing():
 
 @pytest.mark.parametrize("shape", [(31, 64, 64), (48, 64), (48, 64, 39)])
 def test_too_small_a_brain_is_refused(shape):
-    with pytest.raises(SettingError, match=r"shape of tumour_phantom\(\): expected three sizes .*thinner than a voxel"):
+    with pytest.raises(SettingError, match=r"shape of a phantom: expected three sizes .*thinner than a voxel"):
         tumour_phantom(0, shape)
 
 

@@ -211,12 +211,12 @@ def test_a_set_grows_without_changing(sets, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "values", "text"),
     [
-        ("amoss", {}, r"kind of write_phantoms\(\): .*amos, btcv, brats, hippocampus.*Did you mean 'amos'"),
-        ("amos", {"num_scans": 0}, r"num_scans of write_phantoms\(\): expected 1 to 400, got 0"),
+        ("amoss", {}, r"kind of the phantoms: .*amos, btcv, brats, hippocampus.*Did you mean 'amos'"),
+        ("amos", {"num_scans": 0}, r"num_scans of the phantoms: expected 1 to 400, got 0"),
         ("amos", {"num_scans": 401}, "got 401"),
-        ("amos", {"seed": -1}, r"seed of write_phantoms\(\): expected 0 or more"),
-        ("amos", {"shape": (8, 8, 8)}, r"shape of phantom\(\)"),
-        ("hippocampus", {"shape": (48, 64, 64)}, r"shape of write_phantoms\(\): expected none for hippocampus"),
+        ("amos", {"seed": -1}, r"seed of the phantoms: expected 0 or more"),
+        ("amos", {"shape": (8, 8, 8)}, r"shape of a phantom"),
+        ("hippocampus", {"shape": (48, 64, 64)}, r"shape of the phantoms: expected none for hippocampus"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, kind, values, text):

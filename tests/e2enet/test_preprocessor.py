@@ -329,9 +329,7 @@ def test_settings_that_cannot_be_are_refused():
 
 def test_arrays_that_do_not_fit_are_refused():
     image = np.ones((2, 3, 4, 5), np.float32)
-    with pytest.raises(
-        DataError, match=r"image of prepare_image\(\): expected \(1, D, H, W\), got shape \(2, 3, 4, 5\)"
-    ):
+    with pytest.raises(DataError, match=r"image of a scan: expected \(1, D, H, W\), got shape \(2, 3, 4, 5\)"):
         prepare_image(image, RAS, keeping())
     _, placement = prepare_image(image[:1], RAS, keeping())
     with pytest.raises(DataError, match=r"expected the shape \(3, 4, 5\) of its image, got \(3, 4, 4\)"):

@@ -64,7 +64,7 @@ def test_numbers_that_are_not_positive_are_refused(change):
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(SettingError, match="alpha of pt_scores"):
+    with pytest.raises(SettingError, match="alpha of the PT score"):
         pt_scores(PUBLISHED["brats"], alpha=-1)
 
 
@@ -128,7 +128,7 @@ def test_ranks_add_up_and_any_monotone_scale_has_the_same(num_cases, num_methods
 
 @pytest.mark.parametrize("scores", [np.ones((3, 1)), np.ones((0, 3)), np.ones(3), np.array([[0.5, np.nan]])])
 def test_scores_without_ranks_are_refused(scores):
-    with pytest.raises(DataError, match="scores of nemenyi"):
+    with pytest.raises(DataError, match="scores of the Nemenyi test"):
         nemenyi(scores)
 
 

@@ -50,6 +50,7 @@ OUTSIDE = """let dataset.json name files anywhere, by absolute paths or by '..' 
 only, as else whoever wrote it has any file read that you may read); links in the folder are followed either way"""
 DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
 DEFAULT = "(default: %(default)s)"
+ALL = "list every case, not ten at most of each kind of finding"
 
 
 def run_script(recipe: Recipe, description: str | None) -> int:
@@ -196,6 +197,7 @@ def _command_parser() -> argparse.ArgumentParser:
     check.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     check.add_argument("--layout", help=LAYOUT)
     check.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
+    check.add_argument("--all", action="store_true", help=ALL)
     check.set_defaults(command=_check)
 
     text = """Segment every image of a folder, by one network or the mean of several (the folds). Labels are written as
@@ -212,6 +214,7 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     predict.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
     predict.add_argument("--device", help=DEVICE)
     predict.add_argument("--engine", action="store_true", help=ENGINE)
+    predict.add_argument("--all", action="store_true", help=ALL)
     predict.set_defaults(command=_predict)
 
     text = (
@@ -256,7 +259,7 @@ def _check(options: argparse.Namespace) -> int:
     for line in manifest.guess:
         print(on_one_line(line))
     findings = check(manifest)
-    print(findings.table())
+    print(findings.table(whole=options.all))
     return 0 if findings.ok else 1
 
 
@@ -275,7 +278,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.no_postprocessing:
         trained = replace(trained, postprocessing=())
     outcomes = predict_folder(trained, options.images, options.output, overwrite=options.overwrite)
-    print(outcome_table(outcomes))
+    print(outcome_table(outcomes, whole=options.all))
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 

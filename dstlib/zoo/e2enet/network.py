@@ -94,7 +94,7 @@ class E2ENet(nn.Module):
         # a single voxel at the coarsest level would have no variance to normalise by
         if size == divisor or any(extent % step for extent, step in zip(size, divisor, strict=True)):
             allowed = f"D, H, W in multiples of {divisor}, and more than that"
-            remedy = "Pad or crop the image, or choose other strides."
+            remedy = "Choose another size (--patch-size), or other strides."
             raise DataError.of("size", where, allowed=allowed, given=size, remedy=remedy)
 
 

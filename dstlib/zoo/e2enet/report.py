@@ -113,11 +113,11 @@ def _draw(run: Run, training: Training, scores: Evaluation, files: Sequence[Case
         flow_figure(figures / "flows.png", training.model, masks)
     if not scores.cases:
         return
-    # Neither the best nor the worst of the cases: the one whose mean Dice is the median.
-    chosen = sorted(range(len(scores.cases)), key=scores.case_mean)[len(scores.cases) // 2]
+    chosen = scores.typical_case()
     found = next(case for case in files if case.name == scores.cases[chosen])
     scan = read_scan(found, num_channels=run.config["network"]["in_channels"], labels=labels)
     assert scan.label is not None
     case = Case(scan.name, scan.image, scan.label, scan.spacing, "".join(aff2axcodes(scan.affine))[::-1])
     prediction, _ = read_label(run.path / "predictions" / f"{scan.name}.nii.gz", labels)
-    slice_comparison(figures / "slice.png", case, prediction, scores.classes, dice=scores.dice[chosen])
+    dice = dict(zip(scores.classes, scores.dice[chosen].tolist(), strict=True))
+    slice_comparison(figures / "slice.png", case, prediction, labels, dice)

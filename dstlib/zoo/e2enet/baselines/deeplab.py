@@ -38,7 +38,7 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) == 1:
-            remedy = "DeepLabv3 normalises over the batch: train it with two or more."
+            remedy = "DeepLabv3 normalises over the batch: train it with two or more (--batch-size 2)."
             raise DataError.of("batch", "DeepLabv3", allowed="at least 2 in training", given=1, remedy=remedy)
         image = self.image(x.mean(dim=(2, 3, 4), keepdim=True)).expand(-1, -1, *x.shape[2:])
         joined: Tensor = self.join(torch.cat([*(branch(x) for branch in self.branches), image], dim=1))

@@ -59,9 +59,12 @@ def vnet(request: Request) -> Segmenter:
     """
     from monai.networks.nets import VNet
 
-    given, remedy = request.width, "MONAI builds V-Net in one width."
+    given, remedy = request.width, "MONAI builds V-Net in one width: leave --width out."
     require(given == 1, "width", "vnet", allowed="1", given=given, remedy=remedy)
-    given, remedy = request.in_channels, "V-Net adds the image to its 16 first features, so many times over."
+    given, remedy = (
+        request.in_channels,
+        "V-Net adds the image to its 16 first features, so many times over: choose another --model.",
+    )
     require(16 % request.in_channels == 0, "in_channels", "vnet", allowed="a divisor of 16", given=given, remedy=remedy)
     host = VNet(in_channels=request.in_channels, out_channels=request.num_classes)
     return Segmenter(host, in_channels=request.in_channels, multiple=(16, 16, 16))

@@ -44,10 +44,15 @@ class Request:
             ("num_classes", are_counts([self.num_classes]), count, "Count the channels of the logits."),
             ("patch_size", is_triple(self.patch_size), "three whole numbers from 1 up", extents),
             ("config", is_config, "an E2ENetConfig", levels),
-            ("width", is_width, "a number above 0", "1 is the published network, 0.5 has half its channels."),
+            (
+                "width",
+                is_width,
+                "a number above 0",
+                "1 (--width 1) is the published network, 0.5 has half its channels.",
+            ),
         )
         for name, holds, allowed, remedy in checks:
-            require(holds, name, "build_model()", allowed=allowed, given=getattr(self, name), remedy=remedy)
+            require(holds, name, "the network", allowed=allowed, given=getattr(self, name), remedy=remedy)
 
     def channels(self, number: int) -> int:
         """Scales a number of channels of the published network by the width; at least 1 is left."""
@@ -112,7 +117,7 @@ class Segmenter(nn.Module):
         depth, height, width = size = tuple(x.shape[2:])
         padded = padded_size(size, self.multiple)
         if expected := self._expected(size, padded):
-            remedy = "Build the network for another patch size, or with other strides."
+            remedy = "Build the network for another size (--patch-size), or with other strides."
             raise DataError.of("size", where, allowed=expected, given=size, remedy=remedy)
         if padded == size:
             logits = self.read(self.host(x))

@@ -66,7 +66,7 @@ def build_model(
     >>> sum(p.numel() for p in net.parameters())
     294592
     """
-    where, given, alike = "build_model()", repr(name), f"Similar: {similar(name, BASELINES)}."
+    where, given, alike = "the network", repr(name), f"Similar: {similar(name, BASELINES)}."
     require(name in BASELINES, "name", where, allowed="the name of a baseline", given=given, remedy=alike)
     build = BASELINES[name].build
     if build is None:
@@ -79,7 +79,7 @@ def build_model(
 
 
 def _e2enet(request: Request) -> E2ENet:
-    given, remedy = request.width, "The channels of config say how wide it is."
+    given, remedy = request.width, "Leave --width out: the channels of its config say how wide it is."
     require(given == 1, "width", "e2enet", allowed="1", given=given, remedy=remedy)
     return E2ENet(replace(request.config, in_channels=request.in_channels, num_classes=request.num_classes))
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError
+from dstlib.errors import DataError, few
 
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]  # mm
@@ -92,7 +92,7 @@ class Case:
         if not (fits and image.dtype == np.float32 and label.dtype == np.uint8):
             where, allowed = f"case {self.name!r}", "a float32 image (C, D, H, W) with a uint8 label (D, H, W)"
             given = f"{image.dtype} {image.shape} with {label.dtype} {label.shape}"
-            remedy = "Convert with astype(), and give an image of one channel a leading axis."
+            remedy = "Convert the arrays, and give an image of one channel a leading axis."
             raise DataError.of("image and label", where, allowed=allowed, given=given, remedy=remedy)
 
     @cached_property
@@ -134,11 +134,11 @@ class Cases:
     def __post_init__(self) -> None:
         where, counts = f"data set {self.name!r}", Counter(case.name for case in self.cases)
         if repeated := sorted(name for name, count in counts.items() if count > 1):
-            given = f"{', '.join(repeated)} more than once"
+            given = f"{few(repeated)} more than once"
             remedy = "Rename or remove the copies: folds are drawn over names."
             raise DataError.of("case names", where, allowed="one case per name", given=given, remedy=remedy)
         num_channels = len(self.channels)
         if odd := [f"{len(case.image)} in {case.name}" for case in self.cases if len(case.image) != num_channels]:
             allowed = f"{num_channels} per case ({', '.join(self.channels)})"
             remedy = "Give every case the same channels in the same order."
-            raise DataError.of("channels", where, allowed=allowed, given=", ".join(odd), remedy=remedy)
+            raise DataError.of("channels", where, allowed=allowed, given=few(odd), remedy=remedy)

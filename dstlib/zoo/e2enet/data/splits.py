@@ -25,9 +25,9 @@ def split(
     (('b', 'c', 'd', 'e'), ('a',))
     """
     allowed, remedy = f"2 to {len(names)}, the number of names", "Choose fewer folds, or pass more names."
-    require(2 <= num_folds <= len(names), "num_folds", "split()", allowed=allowed, given=num_folds, remedy=remedy)
+    require(2 <= num_folds <= len(names), "num_folds", "a split", allowed=allowed, given=num_folds, remedy=remedy)
     in_range = 0 <= fold < num_folds
-    require(in_range, "fold", "split()", allowed=f"0 to {num_folds - 1}", given=fold, remedy="Folds count from 0.")
+    require(in_range, "fold", "a split", allowed=f"0 to {num_folds - 1}", given=fold, remedy="Folds count from 0.")
     ordered = sorted(names)
     # The legacy generator on purpose: only its shuffle draws the published folds.
     order = np.arange(len(ordered))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dstlib.errors import DataError, require
-from dstlib.report import on_one_line
+from dstlib.report import abridge, on_one_line
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
@@ -49,8 +49,15 @@ def evaluate_folder(
     """
     scoring, labels = scoring or Scoring(), labels or Labels.consecutive(len(classes))
     tolerances = scoring.tolerances(len(classes))
-    where = "evaluate_folder()"
-    require(workers >= 0, "workers", where, allowed="0 or more", given=workers, remedy="0 scores in this process.")
+    where = "the evaluation"
+    require(
+        workers >= 0,
+        "workers",
+        where,
+        allowed="0 or more",
+        given=workers,
+        remedy="Pass 0 (--workers 0) to score in this process.",
+    )
     pairs = [(case.label, predictions / f"{case.name}.nii.gz") for case in files]
     work = partial(_score_files, labels=labels, scoring=scoring)
     scored_pairs = share(work, pairs, workers=workers, where=where, remedy="Try again with fewer workers.")
@@ -63,7 +70,8 @@ def evaluate_folder(
     reasons = {name: result for name, result in results.items() if isinstance(result, str)}
     scored = {name: result for name, result in results.items() if not isinstance(result, str)}
     if not scored:
-        listed = "".join("\n  " + on_one_line(f"{name}: {reason}") for name, reason in reasons.items())
+        lines = abridge([on_one_line(f"{name}: {reason}") for name, reason in reasons.items()], [*reasons])
+        listed = "".join(f"\n  {line}" for line in lines)
         allowed, given = "a label and a NAME.nii.gz for some case", f"none of {len(files)}"
         remedy = f"Predict into this folder first.{listed}"
         raise DataError.of("predictions", str(predictions), allowed=allowed, given=given, remedy=remedy)

@@ -3,9 +3,8 @@
 Shapes: K foreground classes, D, H, W depth, height, width in voxels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,6 +21,15 @@ from torch import Tensor
 from dstlib.layers.blocks import FusionNode
 from dstlib.plot import ACCENT, FAINT, INK, drawn
 from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.evaluation.slices import (
+    OPPOSITE,
+    View,
+    bar_length,
+    busiest_slice,
+    classes_on_top,
+    usual_view,
+)
 from dstlib.zoo.e2enet.network import E2ENet
 
 FLOWS = {"forward": "#0b4f6c", "upward": "#edae49", "downward": "#66a182"}
@@ -30,6 +39,8 @@ PARTS = {  # of a fusion node, and how the density of each is shown
     "units.0.conv": ("first convolution", "#7d7d7d"),
     "units.1.conv": ("second convolution", "#444444"),
 }
+OUTLINED = [withStroke(linewidth=4, foreground="black")]  # white on black is seen on dark and on bright pictures
+MAX_TALL = 7.0  # inches of a picture: one that is long and narrow takes no more
 
 
 def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: Sequence[Mapping[str, int]]) -> None:
@@ -56,41 +67,64 @@ def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: 
 
 
 def slice_comparison(
-    path: Path, case: Case, prediction: NDArray[np.uint8], classes: Sequence[str], *, dice: NDArray[np.float64]
+    path: Path, case: Case, prediction: NDArray[np.uint8], labels: Labels, dice: Mapping[str, float]
 ) -> None:
     """Draws the slice with the most classes: the image, the label on it, the prediction on it.
 
-    Shapes: prediction (D, H, W); dice (K,), of the whole volume, goes into the legend.
+    Of several channels it is the first one. Letters say where the patient's sides are, a bar how long some millimetres.
+    ``dice`` of each class, of the whole volume, goes into the legend. Shapes: prediction (D, H, W).
     """
-    depth, upright, colours = busiest_slice(case.label), _upright(case.orientation), class_colours(len(classes))
-    picture = upright(case.image[0, depth])
+    view, colours = usual_view(case.orientation, case.spacing), class_colours(len(dice))
+    label, prediction = (classes_on_top(volume, labels) for volume in (case.label, prediction))
+    index = busiest_slice(label if label.any() else prediction, view.axis)
+    picture = view.of(case.image[0], index)
     low, high = np.percentile(picture, (1, 99))
-    aspect = case.spacing[1] / case.spacing[2]
-    tall = 10.5 / 3 * aspect * picture.shape[0] / picture.shape[1]
-    with drawn(path, size=(10.5, tall + 0.6 + 0.22 * -(-len(classes) // 5))) as figure:
-        volumes = {"Image": None, "Label": upright(case.label[depth]), "Prediction": upright(prediction[depth])}
+    aspect = view.spacing[0] / view.spacing[1]
+    tall = min(10.5 / 3 * aspect * picture.shape[0] / picture.shape[1], MAX_TALL)
+    with drawn(path, size=(10.5, tall + 0.6 + 0.22 * -(-len(dice) // 5))) as figure:
+        volumes = {"Image": None, "Label": view.of(label, index), "Prediction": view.of(prediction, index)}
         for panel, (title, volume) in zip(figure.subplots(1, 3), volumes.items(), strict=True):
             panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if volume is not None:
-                shown, last = np.ma.masked_equal(volume, 0), len(classes) + 0.5
+                shown, last = np.ma.masked_equal(volume, 0), len(dice) + 0.5
                 panel.imshow(shown, colours, aspect=aspect, interpolation="nearest", alpha=0.5, vmin=0.5, vmax=last)
             panel.set_title(title)
             panel.set_axis_off()
+            mark_sides(panel, view)
+            mark_scale(panel, view)
         handles = [
             Patch(color=colours(i), label=f"{name} {value:.2f}" if np.isfinite(value) else f"{name} (absent)")
-            for i, (name, value) in enumerate(zip(classes, dice, strict=True))
+            for i, (name, value) in enumerate(dice.items())
         ]
-        title = f"{case.name}, slice {depth + 1} of {len(case.label)}; with the Dice of the whole volume"
+        place = f"{view.name} slice {index + 1} of {label.shape[view.axis]}"
+        title = f"{case.name}, {place}; with the Dice of the whole volume"
         legend = figure.legend(handles=handles, loc="outside lower center", ncols=5, title=title, fontsize=9)
         for text in (legend.get_title(), *legend.get_texts()):
             text.set_parse_math(False)  # a dollar in a name is a dollar
 
 
-def _upright(orientation: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Turns an axial slice (H, W) as radiologists look at it: front above, the patient's right on the left."""
-    rows = slice(None, None, -1) if orientation[1] == "A" else slice(None)
-    columns = slice(None, None, -1) if orientation[2] == "R" else slice(None)
-    return lambda plane: plane[rows, columns]
+def mark_sides(panel: Axes, view: View) -> None:
+    """Writes at each edge of a picture which side of the patient lies there."""
+    for letter, x, y in (
+        (view.left, 0.03, 0.5),
+        (OPPOSITE[view.left], 0.97, 0.5),
+        (view.top, 0.5, 0.96),
+        (OPPOSITE[view.top], 0.5, 0.04),
+    ):
+        place = {"ha": "center", "va": "center", "transform": panel.transAxes}
+        panel.text(x, y, letter, color="white", fontsize=9, path_effects=OUTLINED, **place)
+
+
+def mark_scale(panel: Axes, view: View) -> None:
+    """Draws a bar into the lower left of a picture, with its length in millimetres."""
+    left, right = sorted(panel.get_xlim())
+    length = bar_length((right - left) * view.spacing[1])
+    start = left + 0.08 * (right - left)
+    end, across = start + length / view.spacing[1], panel.get_xaxis_transform()  # x in voxels, y from 0 to 1
+    panel.plot([start, end], [0.05, 0.05], color="white", linewidth=2, path_effects=OUTLINED, transform=across)
+    place = {"ha": "center", "va": "bottom", "transform": across}
+    panel.text((start + end) / 2, 0.07, f"{length:g} mm", color="white", fontsize=8, path_effects=OUTLINED, **place)
+    panel.set_xlim(left, right)
 
 
 def class_colours(num_classes: int) -> ListedColormap:
@@ -98,15 +132,6 @@ def class_colours(num_classes: int) -> ListedColormap:
     hues = (0.618034 * np.arange(num_classes)) % 1
     shades = [((0.85, 0.95), (0.5, 1.0), (0.9, 0.65))[i % 3] for i in range(num_classes)]
     return ListedColormap([hsv_to_rgb((hue, *shade)) for hue, shade in zip(hues, shades, strict=True)])
-
-
-def busiest_slice(label: NDArray[np.uint8]) -> int:
-    """Returns the depth with the most classes, and among those the most foreground.
-
-    >>> busiest_slice(np.array([[[1, 1]], [[1, 2]], [[0, 0]]], np.uint8))
-    1
-    """
-    return max(range(len(label)), key=lambda d: (len(np.unique(label[d])), np.count_nonzero(label[d])))
 
 
 def flow_shares(model: E2ENet, masks: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

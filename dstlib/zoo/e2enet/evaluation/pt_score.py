@@ -46,7 +46,14 @@ def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None,
     (1.5, 1.75)
     """
     is_weight = math.isfinite(alpha) and alpha >= 0
-    require(is_weight, "alpha", "pt_scores()", allowed="a number from 0 up", given=alpha, remedy="The paper's is 0.5.")
+    require(
+        is_weight,
+        "alpha",
+        "the PT score",
+        allowed="a number from 0 up",
+        given=alpha,
+        remedy="The paper's is 0.5 (--alpha 0.5).",
+    )
     for row in rows:
         numbers = (row.dice, row.params, row.flops)
         if not all(number is None or (math.isfinite(number) and number > 0) for number in numbers):
@@ -96,11 +103,13 @@ def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> NemenyiTe
     ([1.167, 1.833], 1.132, ((0, 1),))
     """
     is_level = 0 < alpha < 1
-    require(is_level, "alpha", "nemenyi()", allowed="a level between 0 and 1", given=alpha, remedy="Pass 0.05, say.")
+    require(
+        is_level, "alpha", "the Nemenyi test", allowed="a level between 0 and 1", given=alpha, remedy="Pass 0.05, say."
+    )
     if scores_NM.ndim != 2 or scores_NM.shape[0] < 1 or scores_NM.shape[1] < 2 or not np.isfinite(scores_NM).all():
         given = f"{scores_NM.shape} with {int((~np.isfinite(scores_NM)).sum())} that are not finite"
         allowed, remedy = "finite scores (cases, two methods or more)", "Leave out cases that a method has no score of."
-        raise DataError.of("scores", "nemenyi()", allowed=allowed, given=given, remedy=remedy)
+        raise DataError.of("scores", "the Nemenyi test", allowed=allowed, given=given, remedy=remedy)
     num_cases, num_methods = scores_NM.shape
     average = rankdata(-scores_NM, axis=1).mean(axis=0)
     q_alpha = float(studentized_range.ppf(1 - alpha, num_methods, np.inf)) / math.sqrt(2)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, require
-from dstlib.report import align, on_one_line
+from dstlib.errors import DataError, few, require
+from dstlib.report import abridge, align, on_one_line
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
 SIDES = ("label", "prediction")
@@ -90,9 +90,14 @@ class Evaluation:
         """
         return float(_mean(self.class_means(metric), axis=0))
 
-    def case_mean(self, index: int) -> float:
-        """Averages Dice over the classes that one case has; 0 if it has none."""
-        return float(np.nan_to_num(self.case_means("dice")[index]))
+    def typical_case(self) -> int:
+        """Returns the case whose mean Dice is the median, of those with a class in the label; of all, if none has any.
+
+        Neither the best nor the worst is shown for the rest.
+        """
+        with_classes = np.flatnonzero((self.volumes[..., 0] > 0).any(axis=1))
+        cases = with_classes if len(with_classes) else np.arange(len(self.cases))
+        return int(cases[np.argsort(self.case_means("dice")[cases], kind="stable")][len(cases) // 2])
 
     def table(self) -> str:
         """Returns a row per class and the means, with what was counted, left out and meant below."""
@@ -123,7 +128,9 @@ class Evaluation:
             notes.append(f"{one_sided} of {size} pairs with Dice 0 and without a distance: absent from one.")
         if self.left_out:
             notes.append(f"NOT SCORED, {len(self.left_out)} of {len(self.left_out) + len(self.cases)} cases:")
-            notes += [on_one_line(f"  {name}: {reason}") for name, reason in self.left_out.items()]
+            lines = [on_one_line(f"{name}: {reason}") for name, reason in self.left_out.items()]
+            whole = "scores.json of --output, or result.json of a run, lists them"
+            notes += [f"  {line}" for line in abridge(lines, [*self.left_out], whole=whole)]
         return [*notes, self.definition()]
 
     def csv(self) -> str:
@@ -190,11 +197,19 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
         for what, attribute in (("classes", "classes"), ("tolerances", "tolerances"), ("metrics", "scores")):
             expected, found = (tuple(getattr(e, attribute)) for e in (first, other))
             if found != expected:
-                allowed, remedy = f"{expected} in all", "Evaluate them alike."
-                raise DataError.of(what, "pooled()", allowed=allowed, given=found, remedy=remedy)
+                allowed, remedy = (
+                    f"{expected} in all",
+                    "Pool the folds of one training, on one data set; without --pool, each has a row of its own.",
+                )
+                raise DataError.of(what, "the runs to pool", allowed=allowed, given=found, remedy=remedy)
     repeated = sorted({name for name in names if names.count(name) > 1})
-    given, remedy = f"{', '.join(repeated)} more than once", "Pool folds that hold out different cases."
-    require(not repeated, "cases", "pooled()", allowed="each case once", given=given, remedy=remedy, error=DataError)
+    given, remedy = (
+        f"{few(repeated)} more than once",
+        "Pool folds that hold out different cases; without --pool, each has a row of its own.",
+    )
+    require(
+        not repeated, "cases", "the runs to pool", allowed="each case once", given=given, remedy=remedy, error=DataError
+    )
     scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
     volumes = np.concatenate([e.volumes for e in evaluations])
     left_out = {name: why for e in evaluations for name, why in e.left_out.items()}

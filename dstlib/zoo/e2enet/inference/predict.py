@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dstlib.errors import DataError, SettingError, StateError, require
 from dstlib.files import alone_in, write_json
-from dstlib.report import align
+from dstlib.report import abridge, align
 from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
@@ -134,15 +134,17 @@ def _predict_case(trained: Trained, case: CaseFiles, target: Path, *, overwrite:
     return Outcome(name=case.name, file=target if error is None else None, error=error, kept=kept)
 
 
-def outcome_table(outcomes: Sequence[Outcome]) -> str:
-    """Lists the cases that failed, a line each, and counts all."""
+def outcome_table(outcomes: Sequence[Outcome], *, whole: bool = False) -> str:
+    """Lists the cases that failed, ten at most of a kind unless the ``whole`` list is asked for, and counts all."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     num_kept = sum(outcome.kept for outcome in outcomes)
     counts = f"{len(outcomes) - len(failed) - num_kept} predicted, {num_kept} kept as they were, {len(failed)} failed"
     if not failed:
         return counts
     cells = [("case", "error"), *((outcome.name, " ".join(str(outcome.error).split())) for outcome in failed)]
-    return "\n".join([*align(cells, left=(0, 1)), counts])
+    head, rule, *lines = align(cells, left=(0, 1))
+    told = lines if whole else abridge(lines, [outcome.name for outcome in failed], whole="--all lists them")
+    return "\n".join([head, rule, *told, counts])
 
 
 @dataclass(frozen=True, kw_only=True)

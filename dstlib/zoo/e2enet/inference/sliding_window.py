@@ -67,7 +67,7 @@ def probabilities(
     """
     _refuse_settings(models, patch_size=patch_size, overlap=overlap, mirror=mirror)
     if image_CDHW.ndim != 4:
-        where, remedy = "probabilities()", "Give an image of one channel a leading axis."
+        where, remedy = "a prediction", "Give an image of one channel a leading axis."
         raise DataError.of("image", where, allowed="(C, D, H, W)", given=image_CDHW.shape, remedy=remedy)
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))[None]
     device = next(models[0].parameters()).device
@@ -145,7 +145,7 @@ def _flips(mirror: Sequence[int]) -> list[tuple[int, ...]]:
 def _refuse_settings(
     models: Sequence[nn.Module], *, patch_size: Sequence[int], overlap: float, mirror: Sequence[int]
 ) -> None:
-    where, patch, axes = "probabilities()", tuple(patch_size), tuple(mirror)
+    where, patch, axes = "a prediction", tuple(patch_size), tuple(mirror)
     remedy = "Pass a sequence of trained networks."
     require(len(models) > 0, "models", where, allowed="one per fold", given=len(models), remedy=remedy)
     is_patch, remedy = len(patch) == 3 and min(patch) > 0, "Pass the patch of the training."

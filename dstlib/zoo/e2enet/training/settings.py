@@ -117,7 +117,7 @@ class Execution:
         require(given in PRECISIONS, "precision", where, allowed=allowed, given=given, remedy="Pass float32 on a CPU.")
         fits = (given != "float32") == self.device.startswith("cuda") and not (self.channels_last or self.compile)
         allowed = "float32 on a CPU, half precision on a GPU, nothing else"
-        remedy = "Leave the engine out, or the other."
+        remedy = "Leave --engine out, or else --precision, --channels-last and --compile."
         require(fits or not self.engine, "engine", where, allowed=allowed, given=self.engine, remedy=remedy)
         allowed, remedy = "a whole number from 0 up", "0 draws the batches in the training's own process."
         require(self.workers >= 0, "workers", where, allowed=allowed, given=self.workers, remedy=remedy)

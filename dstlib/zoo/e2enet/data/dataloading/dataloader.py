@@ -41,8 +41,8 @@ def batches(
     >>> [len(images) for images, _ in batches([case], PatchSettings(patch_size=(4, 8, 8)), seed=0, start=3, stop=5)]
     [2, 2]
     """
-    remedy = "0 draws the batches in this process."
-    require(workers >= 0, "workers", "batches()", allowed="a whole number from 0 up", given=workers, remedy=remedy)
+    remedy = "Pass 0 (--workers 0) to draw them in this process."
+    require(workers >= 0, "workers", "the batches", allowed="a whole number from 0 up", given=workers, remedy=remedy)
     draw, iterations = partial(draw_batch, cases, settings, seed=seed, ranks=ranks), range(start, stop)
     if workers and iterations:
         return _drawn_ahead(_Sent(draw), iterations, workers)

@@ -58,7 +58,7 @@ class PatchSettings:
         allowed, remedy = "a number in [0, 1]", "Pass 0.33, as the paper."
         require(0 <= self.oversample <= 1, "oversample", where, allowed=allowed, given=self.oversample, remedy=remedy)
         holds = self.augment is None or isinstance(self.augment, Augmentation)
-        allowed, remedy = "an Augmentation or None", "Pass Augmentation() for the paper's, None for none."
+        allowed, remedy = "an Augmentation or None", "Leave it out for the paper's, pass None for none."
         require(holds, "augment", where, allowed=allowed, given=self.augment, remedy=remedy)
         allowed, remedy = "axes among 0, 1, 2", "Pass () for no mirroring."
         require(set(self.mirror) <= {0, 1, 2}, "mirror", where, allowed=allowed, given=self.mirror, remedy=remedy)
@@ -101,7 +101,7 @@ def draw_batch(
     >>> image.shape, label.dtype
     (torch.Size([2, 1, 4, 8, 8]), torch.int64)
     """
-    allowed, remedy, where = "at least one", "Pass the training cases.", "draw_batch()"
+    allowed, remedy, where = "at least one", "Pass the training cases.", "a batch"
     require(len(cases) > 0, "cases", where, allowed=allowed, given="none", remedy=remedy, error=DataError)
     rank, num_ranks = ranks
     shares = 0 <= rank < num_ranks and settings.batch_size % num_ranks == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
-from dstlib.errors import DataError, require, similar
+from dstlib.errors import DataError, few, require, similar
 from dstlib.zoo.e2enet.data.layouts.amos import amos_evidence, nearly_amos
 from dstlib.zoo.e2enet.data.layouts.btcv import btcv_evidence, read_btcv, training_folder
 from dstlib.zoo.e2enet.data.layouts.decathlon import decathlon_evidence, read_decathlon
@@ -82,8 +82,9 @@ def read_manifest(folder: str | Path, layout: str | None = None, *, allow_outsid
     dstlib.errors.DataError: data set of no/such/folder: expected a folder with a dataset.json, ...
     """
     folder = Path(folder)
-    allowed, remedy = ", ".join(LAYOUTS), f"Did you mean {similar(str(layout), LAYOUTS)}? None recognises it."
-    require(layout in (None, *LAYOUTS), "layout", "read_manifest()", allowed=allowed, given=repr(layout), remedy=remedy)
+    alike, allowed = similar(str(layout), LAYOUTS), ", ".join(LAYOUTS)
+    remedy = f"Did you mean {alike}? Without --layout it is recognised."
+    require(layout in (None, *LAYOUTS), "layout", "a data set", allowed=allowed, given=repr(layout), remedy=remedy)
     with reading(folder):
         source = open_source(folder, allow_outside=allow_outside)
         if layout is None:
@@ -150,13 +151,13 @@ def _recognise(source: Source) -> tuple[str, str]:
 
 
 def _refuse_folder(source: Source) -> NoReturn:
-    folder, keys = source.folder, ", ".join(map(repr, source.content))
+    folder, keys = source.folder, few([*map(repr, source.content)])
     width = max(map(len, LAYOUTS)) + 1
     layouts = [f"  {name:{width}} {each.looks}" for name, each in LAYOUTS.items()]
     remedy = "\n".join(["The layouts, as --layout names them, look so:", *layouts])
     if folder.is_dir():
         inside = sorted(file.name + "/" * file.is_dir() for file in folder.iterdir() if file.name[0] != ".")
-        given = "no dataset.json in it, but " + (", ".join(inside[:8]) or "nothing")
+        given = "no dataset.json in it, but " + (few(inside) or "nothing")
         given = given if source.list_file is None else f"a {source.list_name} with {keys or 'nothing in it'}"
         if better := [f for f in sorted(folder.iterdir()) if (f / LIST).is_file() or training_folder(f)]:
             remedy = f"Did you mean {better[0]}? {remedy}"

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from dstlib import typed_json
 from dstlib.errors import DataError, shown
+from dstlib.report import abridge, on_one_line
 
-MAX_TOLD = 20  # of all that is wrong with a dataset.json
 MAX_PATH_BYTES, MAX_PART_BYTES = 4000, 255  # what Linux takes is the least of all
 
 # NIfTI; NRRD, with 3D Slicer's segmentations and headers that lie beside their voxels; MetaImage.
@@ -137,8 +137,11 @@ def refuse_json(file: Path, *, allowed: str, wrong: Sequence[str]) -> NoReturn:
     Raises:
         DataError: Always.
     """
-    told = [*wrong[:MAX_TOLD], *([f"and {len(wrong) - MAX_TOLD} more"] if len(wrong) > MAX_TOLD else [])]
-    raise DataError.of("content", str(file), allowed=allowed, given="; ".join(told), remedy=_REMEDY)
+    if len(wrong) == 1:
+        raise DataError.of("content", str(file), allowed=allowed, given=wrong[0], remedy=_REMEDY)
+    listed = "".join(f"\n  {on_one_line(line)}" for line in abridge(wrong))
+    given, remedy = f"{len(wrong)} faults", f"{_REMEDY}{listed}"
+    raise DataError.of("content", str(file), allowed=allowed, given=given, remedy=remedy)
 
 
 def wrong_name(content: Mapping[str, Any]) -> list[str]:

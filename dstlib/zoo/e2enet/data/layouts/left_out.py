@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstlib.errors import few
 from dstlib.zoo.e2enet.data.layouts.files import case_name, is_scan_name, scan_files
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
 
@@ -72,9 +73,7 @@ def listed(files: Sequence[Path | str]) -> str:
     >>> listed(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    names = [file if isinstance(file, str) else file.name for file in files]
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return few([file if isinstance(file, str) else file.name for file in files], most=_NAMED)
 
 
 def _beside(folder: Path, taken: set[Path]) -> _Beside:

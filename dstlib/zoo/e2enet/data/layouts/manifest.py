@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstlib.errors import DataError, require
+from dstlib.errors import DataError, few, require
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.data.layouts.names import file_name_fault, name_fault, one_file, refuse_name
 
@@ -102,7 +102,7 @@ def refuse_copies(folder: Path, cases: Iterable[CaseFiles]) -> None:
     alike: dict[str, list[str]] = {}
     for case in cases:
         alike.setdefault(one_file(case.name), []).append(case.name)
-    given = ", ".join(_told(sorted(names)) for _, names in sorted(alike.items()) if len(names) > 1)
+    given = few([_told(sorted(names)) for _, names in sorted(alike.items()) if len(names) > 1])
     allowed = "one case per name, over training, validation and test"
     remedy = "Rename or remove the copies (.nii beside .nii.gz, say): folds are drawn over names, and files have them."
     where = f"data set {folder}"

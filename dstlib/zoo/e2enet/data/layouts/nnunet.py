@@ -11,7 +11,7 @@ from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from dstlib.errors import DataError, shown
+from dstlib.errors import DataError, few, shown
 from dstlib.zoo.e2enet.data.layouts.files import (
     ENDINGS,
     by_case,
@@ -74,7 +74,7 @@ def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int) -> 
     if len(train) == expected:
         return
     partial = [case.name for case in train if not all(exists(f) for f in (*case.images, case.label) if f)]
-    given = f"{len(train)}" + (f", of which files are missing: {', '.join(partial)}" if partial else "")
+    given = f"{len(train)}" + (f", of which files are missing: {few(partial)}" if partial else "")
     allowed = f"{expected}, as dataset.json says under 'numTraining'"
     remedy = "Restore or remove files, or correct the number."
     raise DataError.of("training cases", str(folder), allowed=allowed, given=given, remedy=remedy)
@@ -96,7 +96,7 @@ def channel_cases(files: tuple[Path, ...], *, num_channels: int) -> tuple[CaseFi
             cases.setdefault(named[0], {})[named[1]] = file
     if odd:
         allowed = "one file CASE_0000.nii.gz, CASE_0001.nii.gz, ... per case and channel"
-        given, remedy = ", ".join(file.name for file in odd), "Rename or remove these files."
+        given, remedy = few([file.name for file in odd]), "Rename or remove these files."
         raise DataError.of("image files", str(odd[0].parent), allowed=allowed, given=given, remedy=remedy)
     return tuple(CaseFiles(name=name, images=_channels(name, cases[name], num_channels)) for name in sorted(cases))
 

@@ -92,7 +92,7 @@ def phantom(seed: int, shape: Sequence[int] = (48, 64, 64), *, organs: Sequence[
     >>> case.image.shape, len(np.unique(case.label)) - 1
     ((1, 48, 64, 64), 15)
     """
-    size = checked_shape(shape, "phantom()", least=MIN_SHAPE, why="the adrenal glands vanish in a smaller one")
+    size = checked_shape(shape, "a phantom", least=MIN_SHAPE, why="the adrenal glands vanish in a smaller one")
     rng = np.random.default_rng(seed)
     grid = bent_grid(rng, size)
     hu, cavity = _torso(rng, grid)

@@ -28,7 +28,7 @@ def checked_shape(shape: Sequence[int], where: str, *, least: Shape, why: str) -
     Raises:
         SettingError: It is not three sizes, or one is below ``least``.
 
-    >>> checked_shape([48, 64, 64], "phantom()", least=(32, 40, 40), why="")
+    >>> checked_shape([48, 64, 64], "a phantom", least=(32, 40, 40), why="")
     (48, 64, 64)
     """
     holds = len(shape) == 3 and all(n >= m for n, m in zip(shape, least, strict=True))

@@ -44,7 +44,7 @@ def tumour_phantom(seed: int, shape: Sequence[int] = (48, 64, 64)) -> Case:
     ((4, 48, 64, 64), [0, 1, 2, 3])
     """
     why = "the rim of a tumour is thinner than a voxel in a smaller one"
-    size = checked_shape(shape, "tumour_phantom()", least=MIN_BRAIN_SHAPE, why=why)
+    size = checked_shape(shape, "a phantom", least=MIN_BRAIN_SHAPE, why=why)
     rng = np.random.default_rng(seed)
     grid = bent_grid(rng, size)
     depth = _brain_depth(grid)

@@ -177,7 +177,7 @@ def _building(folder: Path) -> Iterator[Path]:
 
 
 def _plan(kind: str, num_scans: int, seed: int, shape: Sequence[int] | None) -> _Plan:
-    where = "write_phantoms()"
+    where = "the phantoms"
     remedy = f"Did you mean {similar(kind, KINDS)}?"
     require(kind in KINDS, "kind", where, allowed=f"one of {', '.join(KINDS)}", given=repr(kind), remedy=remedy)
     allowed = f"1 to {MAX_SCANS}"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dstlib.errors import DataError, StateError, require
 from dstlib.files import locked, make_folder, refuse_folder, write_json, write_whole
-from dstlib.report import on_one_line
+from dstlib.report import abridge, on_one_line
 from dstlib.typed_json import read_json, sealed
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.cases import Case, Cases, Spacing
@@ -178,8 +178,8 @@ def _entries(manifest: Manifest, files: Sequence[CaseFiles], folder: Path) -> li
 
 def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers: int, title: str | None) -> list[T]:
     """Returns what is found of each entry, after the missing ones were made, behind a bar if there is a title."""
-    where = "prepared_cases()"
-    allowed, remedy = "a whole number from 0 up", "0 prepares in this process."
+    where = "the preparation"
+    allowed, remedy = "a whole number from 0 up", "Pass 0 (--workers 0) to prepare in this process."
     require(workers >= 0, "workers", where, allowed=allowed, given=workers, remedy=remedy)
     # a bar only where all of a large cache is read through
     with tqdm(entries, title and f"{title}: checking", unit="scan", disable=title is None, delay=2, leave=False) as bar:
@@ -188,7 +188,7 @@ def _all(entries: Sequence[Entry], find: Callable[[Entry], T | None], *, workers
     for entry in missing:
         make_folder(entry.folder, what="cache")
     faults: list[tuple[str, Fault]] = []
-    remedy = "Nothing whole is lost; try again with fewer, each holds a scan and some copies of a channel."
+    remedy = "Nothing whole is lost; try again with fewer --workers, each holds a scan and some copies of a channel."
     all_made = share(_make, missing, workers=workers if len(missing) > 1 else 0, where=where, remedy=remedy)
     hidden = title is None or not missing
     with closing(all_made), tqdm(all_made, title, total=len(missing), unit="scan", disable=hidden) as bar:
@@ -349,8 +349,10 @@ def _mapped(entry: Entry, ending: str, record: PreparedRecord) -> NDArray[Any]:
 
 
 def _refuse(entries: Sequence[Entry], faults: Sequence[tuple[str, Fault]]) -> NoReturn:
-    num_bad = len({name for name, _ in faults})
-    listed = "".join(f"\n  {name}: {fault}" for name, fault in sorted(faults))
+    names = [name for name, _ in sorted(faults)]
+    lines = [f"{name}: {fault}" for name, fault in sorted(faults)]
+    told = abridge(lines, names, whole="python -m dstlib.zoo.e2enet check DATA --all lists them")
+    listed, num_bad = "".join(f"\n  {line}" for line in told), len(set(names))
     allowed = "images and labels that are readable and fit each other"
     given = f"{len(faults)} defect(s) in {num_bad} of {len(entries)} cases"
     remedy = "Repair or restore these files, or take the cases out of the set. The others need no second reading:"

@@ -108,7 +108,7 @@ def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
     """
     ordered = sorted(scans, key=lambda scan: scan.name)
     allowed, remedy = "at least one", "Name the labelled scans to train on."
-    require(len(ordered) > 0, "scans", "fingerprint()", allowed=allowed, given="none", remedy=remedy, error=DataError)
+    require(len(ordered) > 0, "scans", "the fingerprint", allowed=allowed, given="none", remedy=remedy, error=DataError)
     samples = np.concatenate([scan.samples for scan in ordered], axis=1)
     return Fingerprint(
         num_channels=len(samples),
@@ -137,8 +137,8 @@ def plan_preparation(fingerprint: Fingerprint, *, modality: Modality) -> Prepara
 
     Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), and its version 2 for the anisotropic rule.
     """
-    known, remedy = get_args(Modality), "Pass mri for whatever is not measured in Hounsfield units."
-    allowed, where = " or ".join(known), "plan_preparation()"
+    known, remedy = get_args(Modality), "Pass mri (--modality mri) for whatever is not measured in Hounsfield units."
+    allowed, where = " or ".join(known), "the preparation"
     require(modality in known, "modality", where, allowed=allowed, given=repr(modality), remedy=remedy)
     rules: tuple[Normalization, ...]
     if modality == "mri":
@@ -148,7 +148,7 @@ def plan_preparation(fingerprint: Fingerprint, *, modality: Modality) -> Prepara
         rules = fingerprint.intensities
     else:
         given = f"none in {len(fingerprint.kept)} case(s)"
-        remedy = "Check that the labels belong to these images, or pass the modality mri."
+        remedy = "Check that the labels belong to these images, or pass --modality mri."
         raise DataError.of("foreground", "the training cases", allowed="a labelled voxel", given=given, remedy=remedy)
     return Preparation(spacing=target_spacing(fingerprint), normalization=rules)
 

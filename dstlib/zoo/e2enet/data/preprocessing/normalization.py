@@ -34,7 +34,7 @@ class CtNormalization:
         given = (self.low, self.high, self.mean, self.std)
         holds = all(map(math.isfinite, given)) and self.low <= self.high and self.std >= 0
         allowed = "finite numbers with low <= high and std >= 0"
-        remedy = "plan_preparation measures them on a training set."
+        remedy = "They are measured on the scans to train on: prepare these anew."
         require(holds, "low, high, mean, std", "CtNormalization", allowed=allowed, given=given, remedy=remedy)
 
     def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:

@@ -41,7 +41,7 @@ class Preparation:
         holds = len(sizes) == 3 and all(math.isfinite(size) and size > 0 for size in sizes)
         allowed, remedy = "three finite numbers above 0, or None", "Pass mm along depth, height and width."
         require(holds, "spacing", where, allowed=allowed, given=self.spacing, remedy=remedy)
-        allowed, remedy = "one per channel", "plan_preparation makes them."
+        allowed, remedy = "one per channel", "They are measured on the scans to train on: prepare these anew."
         require(bool(self.normalization), "normalization", where, allowed=allowed, given="none", remedy=remedy)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def prepare_image(
     if image_CDHW.ndim != 4 or len(image_CDHW) != len(rules):
         allowed, given = f"({len(rules)}, D, H, W)", f"shape {image_CDHW.shape}"
         remedy = "Pass the channels that the network was trained on, in that order."
-        raise DataError.of("image", "prepare_image()", allowed=allowed, given=given, remedy=remedy)
+        raise DataError.of("image", "a scan", allowed=allowed, given=given, remedy=remedy)
     placement = uncropped(three(image_CDHW.shape[1:]), affine)
     is_masked = any(isinstance(rule, MriNormalization) and rule.inside_mask for rule in rules)
     found = placement.turn(nonzero(image_CDHW)) if preparation.crop or is_masked else None
@@ -98,7 +98,7 @@ def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray
     """
     if label_DHW.shape != placement.stored_shape:
         allowed, remedy = f"the shape {placement.stored_shape} of its image", "Pass the label of this very scan."
-        raise DataError.of("label", "prepare_label()", allowed=allowed, given=label_DHW.shape, remedy=remedy)
+        raise DataError.of("label", "a scan", allowed=allowed, given=label_DHW.shape, remedy=remedy)
     label = np.ascontiguousarray(placement.crop(placement.turn(label_DHW)))
     if label.shape == placement.shape:
         return label
@@ -119,7 +119,7 @@ def place_back(probabilities_KDHW: NDArray[np.float32], placement: Placement) ->
     if probabilities_KDHW.shape[1:] != placement.shape:
         allowed, given = f"(K, {', '.join(map(str, placement.shape))})", probabilities_KDHW.shape
         remedy = "Pass the placement of this very image."
-        raise DataError.of("probabilities", "place_back()", allowed=allowed, given=given, remedy=remedy)
+        raise DataError.of("probabilities", "a scan", allowed=allowed, given=given, remedy=remedy)
     classes = range(len(probabilities_KDHW))
     cropped = most_probable(classes, probabilities_KDHW, box_shape(placement.box), placement.coarse)
     canonical = np.zeros([placement.stored_shape[axis] for axis in placement.axes], np.uint8)
@@ -134,7 +134,7 @@ def prepare_scan(scan: Scan, preparation: Preparation) -> Case:
         DataError: The scan has no label, or other channels than the preparation.
     """
     if scan.label is None:
-        remedy = "Use prepare_image for scans to predict."
+        remedy = "Give it one, or prepare its image alone, to predict."
         raise DataError.of("scan", f"case {scan.name!r}", allowed="one with a label", given="none", remedy=remedy)
     image, placement = prepare_image(scan.image, scan.affine, preparation)
     label = prepare_label(scan.label, placement)

@@ -15,6 +15,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
+from dstlib.report import abridge
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
@@ -52,8 +53,8 @@ class Findings:
         """Whether every case can be used."""
         return not self.defects
 
-    def table(self) -> str:
-        """Prints a line per finding, defects first, as text."""
+    def table(self, *, whole: bool = False) -> str:
+        """Returns a line per finding, defects first: ten at most of a kind, unless the ``whole`` list is asked for."""
         num_bad = len({defect.case for defect in self.defects})
         head = f"{self.manifest_name}: {_count(self.num_cases, 'case')}, {_count(len(self.defects), 'defect')}"
         head += f" in {_count(num_bad, 'case')}" if num_bad else ""
@@ -61,7 +62,9 @@ class Findings:
         rows = [(d.case, "DEFECT", d.text) for d in self.defects] + [(w.case, "warning", w.text) for w in self.warnings]
         if rows:
             width, kind_width = max(4, *(len(case) for case, _, _ in rows)), max(len(kind) for _, kind, _ in rows)
-            lines += ["case", *(f"{case:<{width}}  {kind:<{kind_width}}  {text}" for case, kind, text in rows)]
+            told = [f"{case:<{width}}  {kind:<{kind_width}}  {text}" for case, kind, text in rows]
+            names = [case for case, _, _ in rows]
+            lines += ["case", *(told if whole else abridge(told, names, whole="--all lists them"))]
         return "\n".join(lines)
 
 

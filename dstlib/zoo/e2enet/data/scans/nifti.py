@@ -149,7 +149,7 @@ def write_label(path: Path, label: NDArray[np.uint8], affine: NDArray[np.float64
         texts.append("has another ending than .nii.gz")
     if texts:
         allowed = "a uint8 label (D, H, W), its affine (4, 4) and a .nii.gz"
-        remedy = "Pass the label of predict or read_label, and the affine that came with its image."
+        remedy = "Pass the label of a prediction, or of a file, and the affine that came with its image."
         raise DataError.of("label", str(path), allowed=allowed, given="; ".join(texts), remedy=remedy)
     nifti = nibabel.Nifti1Image(label.T, affine)
     nifti.header.set_xyzt_units("mm")
