@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.scans.header import header_at
 from dstlib.zoo.e2enet.data.scans.nifti import write_label
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring
@@ -157,11 +158,11 @@ def folder(tmp_path, predictions):
     files = []
     for name, change in predictions.items():
         path = tmp_path / "labels" / f"{name}.nii.gz"
-        write_label(path, label, AFFINE)
+        write_label(path, label, header_at(AFFINE, label.shape[::-1]))
         files.append(CaseFiles(name=name, images=(path,), label=path))
         if change is not None:
             prediction, affine = change(label)
-            write_label(tmp_path / "out" / f"{name}.nii.gz", prediction, affine)
+            write_label(tmp_path / "out" / f"{name}.nii.gz", prediction, header_at(affine, prediction.shape[::-1]))
     return files
 
 

@@ -4,6 +4,7 @@ import gzip
 import os
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -16,6 +17,7 @@ from dstlib.errors import DataError, StateError
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.scans.header import header_at
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_label, read_scan, write_label
 
 SHAPE = (5, 6, 7)  # x, y, z
@@ -177,10 +179,15 @@ def test_a_header_that_states_no_place_is_odd(case):
         unplaced = nibabel.Nifti1Image(np.asanyarray(image.dataobj), None)
         unplaced.header.set_zooms((0.5, 0.75, 3.0))
         nibabel.save(unplaced, file)
-    assert oddities(case) == [
-        "image.nii.gz states no place (sform and qform codes are 0): its axes are taken to lead left, front and top"
-    ]
-    assert nibabel.aff2axcodes(read(case).affine) == ("L", "A", "S")  # as nibabel guesses, and the text says
+    for geometry, towards, whose in (("itk", "back", "ITK's programs and nnU-Net"), ("sform", "front", "nibabel's")):
+        (told,) = oddities(replace(case, geometry=geometry))
+        guess = (
+            f"image.nii.gz states no place (sform and qform codes are 0): its axes are taken to lead left, {towards}"
+        )
+        assert told.startswith(f"image.nii.gz {guess} and top, as by {whose}")
+    by_itk, by_nibabel = (read(replace(case, geometry=geometry)).affine for geometry in ("itk", "sform"))
+    np.testing.assert_array_equal(by_itk, np.diag([-0.5, -0.75, 3.0, 1.0]))
+    np.testing.assert_array_equal(by_nibabel, nibabel.load(case.images[0]).affine)
 
 
 # ---- what is refused
@@ -500,51 +507,50 @@ def affines(draw):
 def test_a_written_label_comes_back_bit_for_bit(tmp_path_factory, shape, affine, largest, seed):
     file = tmp_path_factory.mktemp("label") / "a.nii.gz"
     label = np.random.default_rng(seed).integers(0, largest + 1, shape).astype(np.uint8)
-    write_label(file, label, affine)
-    again, placed = read_label(file)
-    np.testing.assert_array_equal(again, label)
-    assert again.dtype == np.uint8
-    assert placed.tobytes() == affine.tobytes() or np.array_equal(placed, affine)  # -0.0 may come back as 0.0
+    write_label(file, label, header_at(affine, label.shape[::-1]))
+    again = read_label(file, geometry="sform")
+    np.testing.assert_array_equal(again.voxels.T, label)
+    assert again.voxels.dtype == np.uint8
+    np.testing.assert_array_equal(again.affine, affine)
     assert [f.name for f in file.parent.iterdir()] == ["a.nii.gz"]
 
 
 def test_a_label_read_with_its_scan_is_written_as_it_was(case, tmp_path):
     scan = read(case)
-    write_label(tmp_path / "again.nii.gz", scan.label, scan.affine)
+    write_label(tmp_path / "again.nii.gz", scan.label, scan.place)
     before, after = nibabel.load(case.label), nibabel.load(tmp_path / "again.nii.gz")
     np.testing.assert_array_equal(np.asanyarray(after.dataobj), np.asanyarray(before.dataobj))
     np.testing.assert_array_equal(after.affine, before.affine)
     assert after.get_data_dtype() == np.uint8
-    assert after.header.get_xyzt_units()[0] == "mm"
+    assert after.header.get_xyzt_units()[0] == before.header.get_xyzt_units()[0] == "unknown"
 
 
 def test_the_same_label_makes_the_same_bytes(tmp_path):
     label = np.ones((2, 3, 4), np.uint8)
     for name in ("a", "b"):
-        write_label(tmp_path / f"{name}.nii.gz", label, AFFINE)
+        write_label(tmp_path / f"{name}.nii.gz", label, header_at(AFFINE, (4, 3, 2)))
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("name", "label", "affine", "text"),
+    ("name", "label", "text"),
     [
-        ("a.nii.gz", np.zeros((2, 2, 2), np.int64), AFFINE, "got int64 (2, 2, 2) with an affine (4, 4)"),
-        ("a.nii.gz", np.zeros((1, 2, 2, 2), np.uint8), AFFINE, "got uint8 (1, 2, 2, 2)"),
-        ("a.nii.gz", np.zeros((2, 2, 2), np.uint8), np.eye(3), "with an affine (3, 3)"),
-        ("a.nii.gz", np.zeros((2, 2, 2), np.uint8), np.diag([1.0, 0, 1, 1]), "has voxels of [1.0, 0.0, 1.0] mm"),
-        ("a.nii", np.zeros((2, 2, 2), np.uint8), AFFINE, "has another ending than .nii.gz"),
+        ("a.nii.gz", np.zeros((2, 2, 2), np.int64), "got int64 (2, 2, 2) in the place of (2, 2, 2)"),
+        ("a.nii.gz", np.zeros((1, 2, 2, 2), np.uint8), "got uint8 (1, 2, 2, 2)"),
+        ("a.nii.gz", np.zeros((2, 2, 3), np.uint8), "got uint8 (2, 2, 3) in the place of (2, 2, 2)"),
+        ("a.nii", np.zeros((2, 2, 2), np.uint8), "has another ending than .nii.gz"),
     ],
 )
-def test_what_cannot_be_written(tmp_path, name, label, affine, text):
+def test_what_cannot_be_written(tmp_path, name, label, text):
     with pytest.raises(DataError) as error:
-        write_label(tmp_path / name, label, affine)
+        write_label(tmp_path / name, label, header_at(AFFINE, (2, 2, 2)))
     assert text in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(StateError, match="expected a disk to write to"):
-        write_label(tmp_path / "absent" / "a.nii.gz", np.ones((2, 2, 2), np.uint8), AFFINE)
+        write_label(tmp_path / "absent" / "a.nii.gz", np.ones((2, 2, 2), np.uint8), header_at(AFFINE, (2, 2, 2)))
 
 
 @pytest.mark.parametrize(

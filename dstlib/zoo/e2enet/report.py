@@ -101,8 +101,8 @@ def _postprocessing(run: Run, files: Sequence[CaseFiles], labels: Labels) -> tup
     """Chooses the classes to post-process, over the cases that could be predicted and have a label."""
     pairs = [(run.path / "predictions" / f"{case.name}.nii.gz", case.label) for case in files if case.label]
     pairs = [(prediction, label) for prediction, label in pairs if prediction.exists()]
-    predictions = (read_label(prediction, labels)[0] for prediction, _ in pairs)
-    truths = (read_label(label, labels)[0] for _, label in pairs)
+    predictions = (read_label(prediction, labels).voxels.T for prediction, _ in pairs)
+    truths = (read_label(label, labels).voxels.T for _, label in pairs)
     return choose_postprocessing(predictions, truths, num_classes=labels.num_classes)
 
 
@@ -118,6 +118,6 @@ def _draw(run: Run, training: Training, scores: Evaluation, files: Sequence[Case
     scan = read_scan(found, num_channels=run.config["network"]["in_channels"], labels=labels)
     assert scan.label is not None
     case = Case(scan.name, scan.image, scan.label, scan.spacing, "".join(aff2axcodes(scan.affine))[::-1])
-    prediction, _ = read_label(run.path / "predictions" / f"{scan.name}.nii.gz", labels)
+    prediction = read_label(run.path / "predictions" / f"{scan.name}.nii.gz", labels).voxels.T
     dice = dict(zip(scores.classes, scores.dice[chosen].tolist(), strict=True))
     slice_comparison(figures / "slice.png", case, prediction, labels, dice)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -17,9 +18,8 @@ from dstlib.errors import DataError, require
 from dstlib.report import abridge, on_one_line
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry
 from dstlib.zoo.e2enet.data.scans.defects import mismatches
-from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring, dice_per_class, score
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
@@ -58,7 +58,7 @@ def evaluate_folder(
         given=workers,
         remedy="Pass 0 (--workers 0) to score in this process.",
     )
-    pairs = [(case.label, predictions / f"{case.name}.nii.gz") for case in files]
+    pairs = [_Pair(case.label, predictions / f"{case.name}.nii.gz", case.geometry) for case in files]
     work = partial(_score_files, labels=labels, scoring=scoring)
     scored_pairs = share(work, pairs, workers=workers, where=where, remedy="Try again with fewer workers.")
     with (
@@ -99,22 +99,30 @@ def choose_postprocessing(
     return tuple(k for k, gain in zip(everything, gains, strict=True) if gain > 0)
 
 
+class _Pair(NamedTuple):
+    """A label, its prediction, and the rule by which both are placed."""
+
+    label: Path | None
+    prediction: Path
+    geometry: Geometry
+
+
 def _score_files(
-    pair: tuple[Path | None, Path], *, labels: Labels, scoring: Scoring
+    pair: _Pair, *, labels: Labels, scoring: Scoring
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]] | str:
     """Scores one prediction: its values (M, K), a row per metric, and volumes (K, 2) in ml; or says why it cannot."""
-    label_file, file = pair
+    label_file, file, geometry = pair
     if label_file is None:
         return "no label"
     if not file.is_file():
         return f"no prediction {file.name}"
     try:
-        label, affine = read_label(label_file, labels)
-        prediction, placed = read_label(file, labels)
+        label = read_label(label_file, labels, geometry=geometry)
+        prediction = read_label(file, labels, geometry=geometry)
     except DataError as error:
         return str(error).replace("\n", " ")
-    if reasons := mismatches(Volume(prediction.T, placed, True), Volume(label.T, affine, True), "its label"):
+    if reasons := mismatches(prediction, label, "its label"):
         return f"the prediction {reasons[0]}"
-    spacing = [float(size) for size in voxel_sizes(affine)[::-1]]
-    found = score(label, prediction, spacing=spacing, num_classes=labels.num_classes, scoring=scoring)
+    spacing = [float(size) for size in voxel_sizes(label.affine)[::-1]]
+    found = score(label.voxels.T, prediction.voxels.T, spacing=spacing, num_classes=labels.num_classes, scoring=scoring)
     return found.values, found.num_voxels * (float(np.prod(spacing)) / 1000)

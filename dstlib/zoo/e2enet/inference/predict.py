@@ -126,7 +126,7 @@ def _predict_case(trained: Trained, case: CaseFiles, target: Path, *, overwrite:
     try:
         if not kept:
             scan = read_scan(case, num_channels=len(trained.channels), labels=None)
-            write_label(target, trained.labels.to_values(predict_scan(trained, scan)), scan.affine)
+            write_label(target, trained.labels.to_values(predict_scan(trained, scan)), scan.place)
     except DataError as refused:
         error = str(refused)
     except (MemoryError, torch.OutOfMemoryError) as refused:  # one huge scan must not stop the others

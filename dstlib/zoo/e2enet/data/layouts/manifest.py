@@ -1,8 +1,9 @@
 """Which files make a data set: what every layout is read into, before any voxel is."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from dstlib.errors import DataError, few, require
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
@@ -10,10 +11,14 @@ from dstlib.zoo.e2enet.data.layouts.names import file_name_fault, name_fault, on
 
 MAX_CLASSES = 255  # a label is a byte, and 0 is the background
 
+Geometry = Literal["itk", "sform", "qform"]  # the rule by which a NIfTI file is placed: see data.scans.header
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaseFiles:
     """The files of one case: one image file per channel or a single one with all of them, and the label if any.
+
+    ``geometry`` is the rule by which their headers are read.
 
     Raises:
         DataError: No file can have its name: prepared arrays and predictions are named by it.
@@ -26,6 +31,7 @@ class CaseFiles:
     name: str
     images: tuple[Path, ...]
     label: Path | None = None
+    geometry: Geometry = "itk"
 
     def __post_init__(self) -> None:
         where = f"the case of {', '.join(str(image) for image in self.images[:1])}"
@@ -91,6 +97,12 @@ class Manifest:
     def told(self) -> tuple[str, ...]:
         """Returns the lines that whoever uses the set should read first: the guess, if there was any, and the notes."""
         return (*self.guess, *(f"Note: {note}." for note in self.notes))
+
+    def placed_by(self, geometry: Geometry) -> "Manifest":
+        """Returns the same set, but that headers are read by this rule."""
+        parts = (self.train, self.validation, self.test)
+        train, validation, test = (tuple(replace(case, geometry=geometry) for case in part) for part in parts)
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def refuse_copies(folder: Path, cases: Iterable[CaseFiles]) -> None:

@@ -31,7 +31,7 @@ from dstlib.typed_json import read_json, sealed
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.cases import Case, Cases, Spacing
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     Fingerprint,
     Modality,
@@ -44,7 +44,7 @@ from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, prepa
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
 
-FORMAT = 3  # to be raised whenever the same scan would be prepared, or recorded, otherwise: old entries are then remade
+FORMAT = 4  # to be raised whenever the same scan would be prepared, or recorded, otherwise: old entries are then remade
 
 _ARRAYS = ("image.npy", "label.npy")
 _HEADER = 128  # bytes of a .npy file before its array, if that has few axes
@@ -63,6 +63,7 @@ class MadeFrom:
     format: int
     num_channels: int
     labels: Labels
+    geometry: Geometry
     preparation: Preparation | None
     sources: tuple[tuple[str, int | None, int | None], ...]
 
@@ -98,7 +99,8 @@ class Entry:
     @property
     def folder(self) -> Path:
         """The folder of all entries that are made alike."""
-        return self.cache / ("fingerprints" if self.preparation is None else preparation_key(self.preparation))
+        kind = "fingerprints" if self.preparation is None else preparation_key(self.preparation)
+        return self.cache / (kind if self.files.geometry == "itk" else f"{kind}-{self.files.geometry}")
 
     def file(self, ending: str) -> Path:
         """Returns the path of one file of the entry."""
@@ -110,6 +112,7 @@ class Entry:
             format=FORMAT,
             num_channels=self.num_channels,
             labels=replace(self.labels, regions=None, written=()),  # which make no difference to what is read
+            geometry=self.files.geometry,
             preparation=self.preparation,
             sources=tuple(_state(path) for path in (*self.files.images, self.files.label) if path is not None),
         )

@@ -5,19 +5,20 @@ their names say no other; affines take their voxels to millimetres.
 """
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
-from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
+from dstlib.zoo.e2enet.data.scans.header import apart
+from dstlib.zoo.e2enet.data.scans.places import MAX_SHIFT, why_elsewhere
 
-# Headers written by different programs differ by rounding. Under a tenth of a voxel that moves no label to
-# another voxel; a real mismatch (another origin, a flip, another spacing) is a whole voxel at some corner.
-MAX_SHIFT = 0.1  # voxels
+# Whole numbers that were float32 for a while, or integers times a scl_slope (100 times 0.01 of float32, less an offset
+# of 1024, say), miss by 1e-4 at most. Labels that were interpolated take values between the classes all over.
+MAX_ROUNDING = 1e-3
 
 # The volume of the cell that three axes of length 1 span: 1 at right angles, 0 in one plane. A tilted gantry
 # (30° at most) leaves 0.87.
@@ -57,30 +58,43 @@ def affine_defects(affine: NDArray[np.float64]) -> list[str]:
 def as_label(voxels: NDArray[Any], labels: Labels) -> NDArray[np.uint8] | str:
     """Returns the label by its numbers in memory, or else what is wrong with its values.
 
-    Floats are cast where they are whole numbers.
+    Floats are taken for the whole numbers that they miss by rounding.
 
-    >>> as_label(np.array([0.0, 4.0]), Labels(values=(1, 2, 4)))
+    >>> as_label(np.array([0.0, 3.99999994]), Labels(values=(1, 2, 4)))
     array([0, 3], dtype=uint8)
     >>> as_label(np.array([0, 3, 7]), Labels.consecutive(2))
     'has values 3, 7, but the classes are numbered 0 to 2'
     """
     if voxels.size == 0:
         return f"has shape {voxels.shape}: no voxel"
-    if voxels.min() >= 0 and voxels.max() <= labels.in_files.max():  # false where any voxel is NaN
-        label = voxels.astype(np.uint8)
-        is_whole = voxels.dtype.kind != "f" or np.array_equal(label, voxels)
-        if is_whole and (numbers := labels.to_numbers(label)) is not None:
+    low, high = voxels.min(), voxels.max()
+    if low >= -MAX_ROUNDING and high <= labels.in_files.max() + MAX_ROUNDING:  # false where any voxel is NaN
+        label = _nearest(voxels)
+        if label is not None and (numbers := labels.to_numbers(label)) is not None:
             return numbers
     values = np.unique(voxels)
-    fractions = values[values != np.floor(values)]  # NaN differs from itself, so it counts
+    with np.errstate(invalid="ignore"):  # of infinite ones
+        fractions = values[np.isnan(values) | (np.abs(values - np.rint(values)) > MAX_ROUNDING)]
     if len(fractions):
         return f"has values that are not whole numbers: {_listed(fractions)}"
-    foreign = values[~np.isin(values, labels.in_files)]
+    foreign = values[~np.isin(np.rint(values), labels.in_files)]
     return f"has values {_listed(foreign)}, but the classes are numbered {labels.told()}"
 
 
+def _nearest(voxels: NDArray[Any]) -> NDArray[np.uint8] | None:
+    """Rounds what is in the range of bytes, with no other copy of a volume; None where that is no rounding."""
+    if voxels.dtype.kind != "f":
+        return voxels.astype(np.uint8)
+    label = np.empty_like(voxels, np.uint8)
+    np.rint(voxels, out=label, casting="unsafe")
+    planes = zip(np.moveaxis(voxels, -1, 0), np.moveaxis(label, -1, 0), strict=True)
+    is_near = all(np.abs(plane - rounded).max() <= MAX_ROUNDING for plane, rounded in planes)
+    return label if is_near else None
+
+
 def _listed(values: NDArray[Any]) -> str:
-    return ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if len(values) > 5 else "")
+    """Lists the first values, by all the digits that tell them from others."""
+    return ", ".join(str(v).removesuffix(".0") for v in values[:5]) + (", ..." if len(values) > 5 else "")
 
 
 def mismatches(volume: Volume, other: Volume, name: str) -> list[str]:
@@ -90,8 +104,7 @@ def mismatches(volume: Volume, other: Volume, name: str) -> list[str]:
         return [f"has shape {shape}, but {name} has {expected}"]
     if len(expected) != 3:
         return []  # reported of the image already
-    corners = np.array(list(product(*((0, n - 1) for n in expected))))
-    moved = np.linalg.norm(apply_affine(other.affine, corners) - apply_affine(volume.affine, corners), axis=1)
-    if not moved.max() <= MAX_SHIFT * voxel_sizes(other.affine).min():  # so written, NaN is refused too
-        return [f"lies {moved.max():.3g} mm away from {name}: the affines differ by more than rounding"]
+    shift = apart(volume.affine, other.affine, expected, outer=False)
+    if not shift <= MAX_SHIFT * voxel_sizes(other.affine).min():  # so written, NaN is refused too
+        return [f"lies {shift:.3g} mm away from {name}: {why_elsewhere(volume, other, name)}"]
     return []

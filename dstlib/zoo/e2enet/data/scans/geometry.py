@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.cases import Shape, Spacing, three
+from dstlib.zoo.e2enet.data.scans.header import Header
 
 ORIENTATION = "SAR"  # where D, H and W lead
 MAX_ANISOTROPY = 3.0  # of spacings; beyond it slices are resampled for themselves, as nnU-Net does
@@ -23,11 +24,15 @@ T = TypeVar("T", bound=np.generic)
 
 
 class Volume(NamedTuple):
-    """One file: voxels in its own order (x, y, z[, channel]), its affine, and whether the header states that one."""
+    """One file: voxels in its own order (x, y, z[, channel]), its affine, and whether the header states that one.
+
+    ``header`` is all that it says of its place, if it is NIfTI.
+    """
 
     voxels: NDArray[Any]
     affine: NDArray[np.float64]
     is_placed: bool
+    header: Header | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,12 @@ from dstlib.files import read_whole, write_whole
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.labels import MAX_VALUE, Labels
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry
 from dstlib.zoo.e2enet.data.scans.defects import affine_defects, as_label, image_defects, mismatches, voxel_defects
 from dstlib.zoo.e2enet.data.scans.formats import other_reader
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
+from dstlib.zoo.e2enet.data.scans.header import Header, header_at, label_header, read_header
+from dstlib.zoo.e2enet.data.scans.places import place_doubts
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
 _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError, OverflowError)
@@ -37,24 +39,32 @@ _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, V
 _HEADER = 540  # bytes of the longer one, that of NIfTI-2
 _MAX_RATIO = 1032  # of packing: deflate's own limit
 _ANY = Labels.consecutive(MAX_VALUE)
+_UNPLACED = "states no place: its axes are taken to lead left, back and top"
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
     """One scan as stored: image (C, D, H, W), label (D, H, W) if asked for.
 
-    ``affine`` takes the file's (x, y, z) voxels to millimetres, towards right, front and top (RAS+).
+    ``affine`` takes the file's (x, y, z) voxels to millimetres, towards right, front and top (RAS+); ``header`` is all
+    that the image says of its place, if it is NIfTI.
     """
 
     name: str
     image: NDArray[np.float32]
     label: NDArray[np.uint8] | None
     affine: NDArray[np.float64]
+    header: Header | None = None
 
     @property
     def spacing(self) -> Spacing:
         """Millimetres from voxel to voxel along (D, H, W)."""
         return three(voxel_sizes(self.affine)[::-1].tolist())
+
+    @property
+    def place(self) -> Header:
+        """What a file of its label is to say of its place: what the image's says."""
+        return self.header or header_at(self.affine, three(self.image.shape[:0:-1]))
 
 
 class Fault(NamedTuple):
@@ -92,7 +102,7 @@ def read_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) -> 
 
 def examine_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) -> Examined:
     """Reads and verifies one case as :func:`read_scan` does, but returns its defects, and warnings too."""
-    volumes = {file: _read_volume(file, np.float32) for file in files.images}
+    volumes = {file: _read_volume(file, np.float32, files.geometry) for file in files.images}
     images = {file: volume for file, volume in volumes.items() if isinstance(volume, Volume)}
     faults = [Fault(file, text) for file, text in volumes.items() if isinstance(text, str)]
     if not faults:  # the number of the channels is judged only if all files could be opened
@@ -104,56 +114,58 @@ def examine_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) 
         if first is not None and file != first[0]:
             texts += mismatches(volume, first[1], f"its first channel {first[0].name}")
         faults += [Fault(file, text) for text in texts]
-    label: NDArray[np.uint8] | None = None
+    label: Volume | None = None
     if labels is not None and files.label is None:
         faults.append(Fault(files.images[0], "has no label"))
     elif labels is not None and files.label is not None:
-        found = _examine_label(files.label, first and first[1], labels)
+        found = _examine_label(files.label, first and first[1], labels, files.geometry)
         label, texts = (None, found) if isinstance(found, list) else (found, [])
         faults += [Fault(files.label, text) for text in texts]
     if faults or first is None:
         return Examined(None, tuple(faults), ())
-    scan = Scan(files.name, _stack([volume.voxels for volume in images.values()]), label, first[1].affine)
-    return Examined(scan, (), tuple(_oddities(files, scan, images)))
+    image = _stack([volume.voxels for volume in images.values()])
+    voxels = None if label is None else np.ascontiguousarray(label.voxels.T)
+    scan = Scan(files.name, image, voxels, first[1].affine, first[1].header)
+    placed = images if label is None or files.label is None else {**images, files.label: label}
+    return Examined(scan, (), tuple(_oddities(files, scan, placed)))
 
 
-def read_label(path: Path, labels: Labels = _ANY) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Reads a label (D, H, W), in stored order, and the affine of its file; by default the values may be 0 to 255.
+def read_label(path: Path, labels: Labels = _ANY, *, geometry: Geometry = "itk") -> Volume:
+    """Reads a label, as bytes (x, y, z); by default the values may be 0 to 255.
 
     Raises:
         DataError: The file cannot be used.
     """
-    volume = _read_volume(path, None)
+    volume = _read_volume(path, None, geometry)
     texts = [volume] if isinstance(volume, str) else affine_defects(volume.affine)
     if isinstance(volume, Volume):
         voxels = _without_channel(volume.voxels)
         label = as_label(voxels, labels) if voxels.ndim == 3 else f"has shape {voxels.shape}, not (x, y, z)"
         if not texts and not isinstance(label, str):
-            return np.ascontiguousarray(label.T), volume.affine
+            return volume._replace(voxels=label)
         texts += [label] if isinstance(label, str) else []
     _refuse("label", [Fault(path, text) for text in texts])
 
 
-def write_label(path: Path, label: NDArray[np.uint8], affine: NDArray[np.float64]) -> None:
+def write_label(path: Path, label: NDArray[np.uint8], place: Header) -> None:
     """Writes a label (D, H, W), in stored order, as .nii.gz: whole or not at all, the same bytes each time.
 
-    NIfTI-1 keeps an affine as float32, in which every affine that was read from an sform comes back bit for bit.
+    ``place`` is that of its image, of which every number is kept, so that every program puts one on the other.
 
     Raises:
-        DataError: The name, the label or the affine cannot be written so.
+        DataError: The name or the label cannot be written so.
         StateError: The disk is full, say.
     """
-    fits = label.dtype == np.uint8 and label.ndim == 3 and label.size > 0 and affine.shape == (4, 4)
-    texts = affine_defects(affine) if fits else [f"got {label.dtype} {label.shape} with an affine {affine.shape}"]
+    fits = label.dtype == np.uint8 and label.size > 0 and label.shape[::-1] == place.shape
+    texts = [] if fits else [f"got {label.dtype} {label.shape} in the place of {place.shape[::-1]}"]
     if not path.name.endswith(".nii.gz"):
         texts.append("has another ending than .nii.gz")
     if texts:
-        allowed = "a uint8 label (D, H, W), its affine (4, 4) and a .nii.gz"
-        remedy = "Pass the label of a prediction, or of a file, and the affine that came with its image."
+        allowed = "a uint8 label (D, H, W), the place of as many voxels and a .nii.gz"
+        remedy = "Pass the label of a prediction, or of a file, and the place that came with its image."
         raise DataError.of("label", str(path), allowed=allowed, given="; ".join(texts), remedy=remedy)
-    nifti = nibabel.Nifti1Image(label.T, affine)
-    nifti.header.set_xyzt_units("mm")
-    write_whole(path, gzip.compress(nifti.to_bytes(), compresslevel=6, mtime=0))
+    content = label_header(place) + np.ascontiguousarray(label).tobytes()
+    write_whole(path, gzip.compress(content, compresslevel=6, mtime=0))
 
 
 def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
@@ -163,7 +175,7 @@ def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
     raise DataError.of("files", where, allowed=allowed, given=f"{len(faults)} defect(s)", remedy=remedy)
 
 
-def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
+def _read_volume(file: Path, dtype: DTypeLike | None, geometry: Geometry) -> Volume | str:
     """Reads the volume of a file, or says why there is none."""
     try:
         if reader := other_reader(file):
@@ -187,8 +199,8 @@ def _read_volume(file: Path, dtype: DTypeLike | None) -> Volume | str:
         nifti = promised.kind.from_bytes(content)
         with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
             voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
-        is_placed = bool(nifti.header["sform_code"] or nifti.header["qform_code"])
-        return Volume(voxels, nifti.affine, is_placed)
+        header = read_header(promised.header)
+        return Volume(voxels, header.affine(geometry), header.is_placed, header)
     except FileNotFoundError:
         return "is missing" + (": variables of the environment stay as they are written" if "$" in str(file) else "")
     except _UNREADABLE as error:
@@ -206,6 +218,7 @@ class _Promise(NamedTuple):
 
     wrong: str | None = None
     kind: Any = None
+    header: Any = None  # of nibabel, as it is stored
     num_bytes: int = 0
     memory: int = 0  # for these bytes, and the voxels made of them
 
@@ -227,12 +240,12 @@ def _promise(content: bytes) -> _Promise:
         return _Promise(f"has shape {shape}")
     num_voxels = math.prod(shape)
     num_bytes = num_voxels * stored.itemsize + header.get_data_offset()
-    return _Promise(None, kind, num_bytes, num_bytes + num_voxels * max(stored.itemsize, 4))
+    return _Promise(None, kind, header, num_bytes, num_bytes + num_voxels * max(stored.itemsize, 4))
 
 
-def _examine_label(file: Path, image: Volume | None, labels: Labels) -> NDArray[np.uint8] | list[str]:
+def _examine_label(file: Path, image: Volume | None, labels: Labels, geometry: Geometry) -> Volume | list[str]:
     """Reads a label, or says what is wrong with it; ``image`` is None if it cannot be read."""
-    volume = _read_volume(file, None)
+    volume = _read_volume(file, None, geometry)
     if isinstance(volume, str):
         return [volume]
     volume = volume._replace(voxels=_without_channel(volume.voxels))
@@ -242,7 +255,7 @@ def _examine_label(file: Path, image: Volume | None, labels: Labels) -> NDArray[
         texts.append(f"has shape {volume.voxels.shape}, but a label is (x, y, z)")
     elif image is not None:
         texts += mismatches(volume, image, "its image")
-    return texts if texts or isinstance(label, str) else np.ascontiguousarray(label.T)
+    return texts if texts or isinstance(label, str) else volume._replace(voxels=label)
 
 
 def _without_channel(voxels: NDArray[Any]) -> NDArray[Any]:
@@ -256,10 +269,16 @@ def _stack(channels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
 
 
-def _oddities(files: CaseFiles, scan: Scan, images: Mapping[Path, Volume]) -> list[Fault]:
-    """Lists what is legal, but seldom meant."""
-    unplaced = "states no place (sform and qform codes are 0): its axes are taken to lead left, front and top"
-    odd = [Fault(file, unplaced) for file, volume in images.items() if not volume.is_placed]
+def _oddities(files: CaseFiles, scan: Scan, volumes: Mapping[Path, Volume]) -> list[Fault]:
+    """Lists what is legal, but seldom meant; ``volumes`` are those of the images, and of the label if there is one."""
+    odd: list[Fault] = []
+    for file, volume in volumes.items():
+        if volume.header is not None:
+            doubts = place_doubts(volume.header, files.geometry)
+        else:
+            doubts = [] if volume.is_placed else [_UNPLACED]
+        told = {fault.text for fault in odd}  # of the image already, that its label lies on
+        odd += [Fault(file, text) for text in doubts if text not in told]
     for i, channel in enumerate(scan.image):
         if channel.min() == channel.max():
             odd.append(Fault(files.images[0], f"is constant in channel {i}: every voxel is {channel.flat[0]:g}"))
