@@ -369,6 +369,17 @@ def test_autocast_computes_in_the_type_of_the_weights(dtype: torch.dtype, first:
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=(1e-3 if first else 0.3) * most)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("is_wide", [True, False], ids=["a layer", "an input"])
+def test_autocast_leaves_double_precision_alone(name: str, is_wide: bool):
+    model, fast = _pair(name)
+    x = torch.randn(LAYERS[name][1])
+    for each in (model, fast):
+        each.to(torch.float64 if is_wide else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            each(x if is_wide else x.double())
+
+
 @pytest.mark.parametrize("what", ["dtype", "device"])
 def test_defaults_of_torch_change_nothing(what: str):
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.ops.operator import Problem, Tensors, placed, stand_in
+from dstlib.engine.ops.operator import Problem, Tensors, in_type, placed, stand_in
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.memory import buffer
 from dstlib.errors import InputError
@@ -245,7 +245,7 @@ class MapProblem(Problem):
     def in_type_of(self, weight: Tensor, tensors: Tensors) -> Tensors:
         """Returns the tensors with their maps, and the norms of these, in the type of a weight."""
         num = len(self.normed) + 2 * sum(self.normed)
-        return [*(x.to(weight.dtype) for x in tensors[:num]), *tensors[num:]]
+        return [*(in_type(x, weight.dtype) for x in tensors[:num]), *tensors[num:]]
 
 
 def activated(x: Tensor, norm: Norm | None) -> Tensor:

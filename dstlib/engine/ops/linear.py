@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from dstlib.engine.ops.linear_patterns import LinearPattern
-from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by_torch, groups, kernels_for
+from dstlib.engine.ops.operator import Operator, Problem, Tensors, by_kernel, by_torch, groups, in_type, kernels_for
 from dstlib.engine.ops.prepared import PreparedCalls, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
@@ -45,7 +45,7 @@ class LinearProblem(Problem):
 
     def in_one_type(self, tensors: Tensors) -> Tensors:
         """Returns the tensors with x in the type of the weights."""
-        return [tensors[0].to(tensors[1].dtype), *tensors[1:]]
+        return [in_type(tensors[0], tensors[1].dtype), *tensors[1:]]
 
     def bias(self, tensors: Tensors) -> Tensor | None:
         """Returns the bias."""

@@ -300,6 +300,17 @@ def placed(
     return x.new_empty(0).set_(x.untyped_storage(), place, size, strides)
 
 
+def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts a tensor as autocast does: not to double precision, nor from it, which torch does not mix with others.
+
+    >>> in_type(torch.zeros(1, dtype=torch.bfloat16), torch.float32).dtype
+    torch.float32
+    >>> in_type(torch.zeros(1, dtype=torch.float64), torch.float32).dtype
+    torch.float64
+    """
+    return x if torch.float64 in (x.dtype, dtype) else x.to(dtype)
+
+
 def stand_in(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns a tensor for values that are yet to be written: until then its memory is one NaN, read everywhere.
 
