@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Literal
 
 from dstlib.errors import DataError, SettingError
-from dstlib.zoo.e2enet.data.layouts.decathlon import decathlon_evidence, listed_images
+from dstlib.zoo.e2enet.data.layouts.decathlon import decathlon_evidence
 from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered
 from dstlib.zoo.e2enet.data.layouts.left_out import listed
+from dstlib.zoo.e2enet.data.layouts.lists import listed_images
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.source import Source
 

@@ -13,11 +13,15 @@ from typing import NoReturn
 
 from dstlib.errors import DataError, few, require, similar
 from dstlib.zoo.e2enet.data.layouts.amos import amos_evidence, nearly_amos
+from dstlib.zoo.e2enet.data.layouts.brats import brats_evidence, read_brats
 from dstlib.zoo.e2enet.data.layouts.btcv import btcv_evidence, read_btcv, training_folder
+from dstlib.zoo.e2enet.data.layouts.case_folders import case_folders_evidence, read_case_folders
 from dstlib.zoo.e2enet.data.layouts.decathlon import decathlon_evidence, read_decathlon
 from dstlib.zoo.e2enet.data.layouts.files import ENDINGS, case_channel, case_name, reading, scan_files
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
+from dstlib.zoo.e2enet.data.layouts.monai import monai_evidence, read_monai
 from dstlib.zoo.e2enet.data.layouts.nnunet import channel_cases, nnunet_evidence, read_nnunet
+from dstlib.zoo.e2enet.data.layouts.nnunet_v1 import nnunet_v1_evidence, read_nnunet_v1
 from dstlib.zoo.e2enet.data.layouts.source import LIST, Source, open_source
 
 
@@ -60,6 +64,29 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             evidence=nnunet_evidence,
             read=read_nnunet,
         ),
+        "nnunet-v1": Layout(
+            looks="as decathlon, but for the files: imagesTr/NAME_0000.nii.gz, one per channel",
+            evidence=nnunet_v1_evidence,
+            read=read_nnunet_v1,
+        ),
+        "monai": Layout(
+            looks="a JSON with 'training', whose entries may hold a list of images and a 'fold'",
+            evidence=monai_evidence,
+            read=read_monai,
+        ),
+        "brats": Layout(
+            looks="NAME/NAME_flair.nii.gz, _t1, _t1ce, _t2 and _seg, or -t2f, -t1n, -t1c, -t2w and -seg",
+            evidence=brats_evidence,
+            read=read_brats,
+            has_list=False,
+        ),
+        "case-folders": Layout(
+            looks="NAME/ct.nii.gz, NAME/segmentations/ORGAN.nii.gz; or NAME/imaging.nii.gz, NAME/segmentation.nii.gz",
+            evidence=case_folders_evidence,
+            read=read_case_folders,
+            has_list=False,
+            instead_of=("nnunet", "decathlon"),
+        ),
     }
 )
 
@@ -86,7 +113,7 @@ def read_manifest(folder: str | Path, layout: str | None = None, *, allow_outsid
     remedy = f"Did you mean {alike}? Without --layout it is recognised."
     require(layout in (None, *LAYOUTS), "layout", "a data set", allowed=allowed, given=repr(layout), remedy=remedy)
     with reading(folder):
-        source = open_source(folder, allow_outside=allow_outside)
+        source = open_source(folder, allow_outside=allow_outside, other_lists=layout in (None, "monai"))
         if layout is None:
             chosen, evidence = _recognise(source)
         else:

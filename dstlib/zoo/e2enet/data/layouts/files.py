@@ -51,6 +51,23 @@ def case_channel(file: str | Path) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """Lists the folders in a folder, sorted, but for hidden ones; none without a folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def channel_file(file: Path, channel: int) -> Path:
+    """Returns the file beside this one that holds a channel, as nnU-Net names it.
+
+    >>> channel_file(Path("imagesTr/BRATS_001.nii.gz"), 3).as_posix()
+    'imagesTr/BRATS_001_0003.nii.gz'
+    """
+    name = case_name(file)
+    return file.with_name(f"{name}_{channel:04d}{file.name[len(name) :]}")
+
+
 def scan_files(folder: Path) -> tuple[Path, ...]:
     """Lists the scans of a folder, sorted: files by their ending, and folders of DICOM slices; none without a folder.
 

@@ -18,7 +18,9 @@ Geometry = Literal["itk", "sform", "qform"]  # the rule by which a NIfTI file is
 class CaseFiles:
     """The files of one case: one image file per channel or a single one with all of them, and the label if any.
 
-    ``geometry`` is the rule by which their headers are read.
+    ``geometry`` is the rule by which their headers are read. ``masks`` are binary files, one per class of the set, that
+    make the label together, later classes on top of earlier ones; ``label`` is then the folder that holds them.
+    ``patient`` is whom the scan is of, where the name tells it.
 
     Raises:
         DataError: No file can have its name: prepared arrays and predictions are named by it.
@@ -32,10 +34,17 @@ class CaseFiles:
     images: tuple[Path, ...]
     label: Path | None = None
     geometry: Geometry = "itk"
+    masks: tuple[Path, ...] = ()
+    patient: str | None = None
 
     def __post_init__(self) -> None:
         where = f"the case of {', '.join(str(image) for image in self.images[:1])}"
         refuse_name(self.name, "name", where, fault=file_name_fault)
+
+    @property
+    def label_files(self) -> tuple[Path, ...]:
+        """The files of the label: one, a mask per class, or none."""
+        return self.masks or (() if self.label is None else (self.label,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,7 @@ class Manifest:
     ``train`` holds the labelled cases that folds are drawn over, ``validation`` the labelled ones that the data
     set's authors set apart, ``test`` those without labels. ``recognised`` is what its layout was recognised by; none,
     where somebody named it. ``notes`` say what is left out of it and why, and where a number of cases was promised
-    that are not there.
+    that are not there. ``folds`` are the names held out in each, if the set itself says so.
 
     Raises:
         DataError: Its name is none that a folder can have, a class or a channel cannot be printed, two classes or two
@@ -65,6 +74,7 @@ class Manifest:
     labels: Labels = ORDINARY
     recognised: str = ""
     notes: tuple[str, ...] = ()
+    folds: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         where = f"data set {self.folder}"

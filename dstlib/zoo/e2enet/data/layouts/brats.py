@@ -1,0 +1,113 @@
+"""The layout of the BraTS challenges: a folder per scan, NAME/NAME_flair.nii.gz and its like, and NAME_seg.nii.gz.
+
+Up to 2021 the sequences are flair, t1, t1ce and t2, and enhancing tumour has the value 4; from 2023 on they are t2f,
+t1n, t1c and t2w behind a hyphen, and it has 3. Names then end in the numbers of the patient and of the time, as in
+BraTS-GLI-00000-001.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS
+from dstlib.zoo.e2enet.data.layouts.files import case_name, scan_files, subfolders
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.data.layouts.left_out import count, listed
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.source import Source
+
+_TIME = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Years:
+    """How files of some years are called: the sequences in the order of their channels, and the classes by value."""
+
+    sequences: tuple[str, ...]
+    classes: Mapping[int, str]
+
+
+YEARS = (
+    Years(
+        sequences=("_flair", "_t1", "_t1ce", "_t2"),
+        classes=MappingProxyType({1: "necrotic core", 2: "edema", 4: "enhancing tumour"}),
+    ),
+    Years(
+        sequences=("-t2f", "-t1n", "-t1c", "-t2w"),
+        classes=MappingProxyType({1: "necrotic core", 2: "edema", 3: "enhancing tumour"}),
+    ),
+)
+
+
+def brats_evidence(source: Source) -> str | None:
+    """Says by what a set is BraTS's: folders that hold the sequences under their own names."""
+    found = next(((folder, years) for folder in subfolders(source.folder) for years in _years_of(folder)), None)
+    if found is None:
+        return None
+    folder, years = found
+    return f"{folder.name}/{folder.name}{years.sequences[0]} and its like"
+
+
+def years_of_files(cases: Sequence[Sequence[str]]) -> Years | None:
+    """Returns the years by whose sequences all images of a list are called, in the order of the channels."""
+    endings = {tuple(re.split("(?=[_-][^_-]+$)", case_name(image))[-1] for image in images) for images in cases}
+    return next((years for years in YEARS if endings == {years.sequences}), None)
+
+
+def read_brats(source: Source) -> Manifest:
+    """Reads which files a set of BraTS consists of. A scan without a NAME_seg is a test case, and a note says so.
+
+    Raises:
+        DataError: Years are mixed, whose labels differ; or no scan has a label.
+
+    Reference: Baid et al., *The RSNA-ASNR-MICCAI BraTS 2021 Benchmark* (arXiv:2107.02314); for 2023, syn51156910.
+    """
+    folders = {folder: years for folder in subfolders(source.folder) for years in _years_of(folder)}
+    where = str(source.folder)
+    if len({years.sequences for years in folders.values()}) != 1:
+        kinds = [" ".join(years.sequences) for years in YEARS if years in folders.values()]
+        allowed, given = "folders NAME with the sequences of one kind", " and ".join(kinds) or "none"
+        remedy = "Part them into folders, as their labels have other values."
+        raise DataError.of("sequences", where, allowed=allowed, given=given, remedy=remedy)
+    years = next(iter(folders.values()))
+    cases = [_case(folder, years) for folder in folders]
+    train = tuple(case for case in cases if case.label is not None)
+    if not train:
+        allowed, given = f"{cases[0].name}_seg or its like in some folder", f"none in {count(cases, 'folder')}"
+        remedy = "Pass the folder of the training data; predict reads these: --images."
+        raise DataError.of("labels", where, allowed=allowed, given=given, remedy=remedy)
+    bare = [case.name for case in cases if case.label is None]
+    others = [folder.name for folder in subfolders(source.folder) if folder not in folders]
+    notes = [f"{count(bare, 'case')} without a label, taken for testing: {listed(bare)}"] if bare else []
+    notes += [f"{count(others, 'folder')} left out, without the sequences: {listed(others)}"] if others else []
+    return Manifest(
+        name=source.folder.resolve().name,
+        folder=source.folder,
+        layout="brats",
+        channels=TUMOUR_CHANNELS,
+        classes=tuple(years.classes.values()),
+        labels=Labels(values=tuple(years.classes)),
+        train=train,
+        test=tuple(case for case in cases if case.label is None),
+        notes=tuple(notes),
+    )
+
+
+def _years_of(folder: Path) -> list[Years]:
+    """Returns the years by which the files of a folder are called: none for another folder."""
+    names = {case_name(file) for file in scan_files(folder)}
+    return [years for years in YEARS if any(folder.name + sequence in names for sequence in years.sequences)]
+
+
+def _case(folder: Path, years: Years) -> CaseFiles:
+    """Returns the files of a case, those too that are not there."""
+    files = {case_name(file): file for file in scan_files(folder)}
+    images = tuple(
+        files.get(folder.name + sequence, folder / f"{folder.name}{sequence}.nii.gz") for sequence in years.sequences
+    )
+    label = files.get(f"{folder.name}{years.sequences[0][0]}seg")
+    time = _TIME.match(folder.name)
+    return CaseFiles(name=folder.name, images=images, label=label, patient=time and time[1])
