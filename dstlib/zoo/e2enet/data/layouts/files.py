@@ -18,7 +18,7 @@ ENDINGS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 _ENDING = re.compile("(" + "|".join(map(re.escape, ENDINGS)) + ")$", re.IGNORECASE)
 _DICOM_NAME = re.compile(r"(^[^.]+|\.dcm|\.dicom|\.ima|\.\d+)$", re.IGNORECASE)  # many have no ending, or a UID's
-_PREAMBLE = 128  # bytes before the letters that begin a DICOM file
+PREAMBLE = 128  # bytes before the letters that begin a DICOM file
 _REMEDY = "Restore the file from the data set's archive, or correct it by hand."
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 
@@ -88,7 +88,7 @@ def is_dicom(file: Path) -> bool:
     if not _DICOM_NAME.search(file.name) or not file.is_file():
         return False
     with file.open("rb") as opened:
-        return opened.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
+        return opened.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
 
 
 def holds_dicom(folder: Path) -> bool:

@@ -24,14 +24,15 @@ T = TypeVar("T", bound=np.generic)
 
 
 class Volume(NamedTuple):
-    """One file: voxels in its own order (x, y, z[, channel]), its affine, and whether the header states that one.
+    """One file: voxels in its own order (x, y, z[, channel]), and its affine.
 
-    ``header`` is all that it says of its place, if it is NIfTI.
+    ``odd`` says what is legal there, but seldom meant; ``header`` is all that the file says of its place, if it is
+    NIfTI.
     """
 
     voxels: NDArray[Any]
     affine: NDArray[np.float64]
-    is_placed: bool
+    odd: tuple[str, ...] = ()
     header: Header | None = None
 
 

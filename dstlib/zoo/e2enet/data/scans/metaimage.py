@@ -23,6 +23,7 @@ from dstlib.zoo.e2enet.data.scans.stored import (
     last_bytes,
     lines_of,
     numbers,
+    placed,
     read_beside,
     read_stored,
     whole_numbers,
@@ -72,8 +73,8 @@ def read_metaimage(file: Path, dtype: DTypeLike | None) -> Volume:
         data = memoryview(read_beside(file, fields[_LAST]))
     voxels = read_stored(last_bytes(data, stored) if fields.get("HeaderSize") == "-1" else data, stored, dtype)
     if num_axes not in (3, 4):
-        return Volume(voxels, np.eye(4), True)  # refused by its shape
-    return Volume(voxels, *_placed(fields, num_axes))
+        return Volume(voxels, np.eye(4))  # refused by its shape
+    return placed(voxels, *_place(fields, num_axes))
 
 
 def _header(content: bytes) -> tuple[Mapping[str, str], memoryview]:
@@ -119,8 +120,8 @@ def _refuse_what_is_ignored(fields: Mapping[str, str]) -> None:
             raise ValueError(f"its {name!r} is {shown(fields[name])}, which programs do not look at: apply it")
 
 
-def _placed(fields: Mapping[str, str], num_axes: int) -> tuple[NDArray[np.float64], bool]:
-    """Returns the affine, and whether the header says where it lies."""
+def _place(fields: Mapping[str, str], num_axes: int) -> tuple[NDArray[np.float64], str | None]:
+    """Returns the affine, and what the header lacks of a place."""
     (matrix_name, matrix), (offset_name, offset) = _first(fields, _MATRIX), _first(fields, _OFFSET)
     spacing_name, spacing = _first(fields, _SPACING)
     axes = np.eye(num_axes)
@@ -132,5 +133,6 @@ def _placed(fields: Mapping[str, str], num_axes: int) -> tuple[NDArray[np.float6
         raise ValueError(f"its {matrix_name!r} is {shown(matrix)}, whose rows are not of length 1")
     sizes = numbers(spacing_name, spacing, count=num_axes) if spacing is not None else [1.0] * num_axes
     origin = numbers(offset_name, offset, count=num_axes) if offset is not None else [0.0] * num_axes
-    is_placed = matrix is not None and offset is not None
-    return affine_of(axes[:3, :3] * np.array(sizes[:3]), origin[:3], LPS_TO_RAS), is_placed
+    lacking = [name for name, value in ((matrix_name, matrix), (offset_name, offset)) if value is None]
+    affine = affine_of(axes[:3, :3] * np.array(sizes[:3]), origin[:3], LPS_TO_RAS)
+    return affine, f"states no {' and no '.join(lacking)}" if lacking else None

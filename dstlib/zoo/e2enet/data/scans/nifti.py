@@ -39,7 +39,6 @@ _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, V
 _HEADER = 540  # bytes of the longer one, that of NIfTI-2
 _MAX_RATIO = 1032  # of packing: deflate's own limit
 _ANY = Labels.consecutive(MAX_VALUE)
-_UNPLACED = "states no place: its axes are taken to lead left, back and top"
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +199,7 @@ def _read_volume(file: Path, dtype: DTypeLike | None, geometry: Geometry) -> Vol
         with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
             voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
         header = read_header(promised.header)
-        return Volume(voxels, header.affine(geometry), header.is_placed, header)
+        return Volume(voxels, header.affine(geometry), header=header)
     except FileNotFoundError:
         return "is missing" + (": variables of the environment stay as they are written" if "$" in str(file) else "")
     except _UNREADABLE as error:
@@ -273,10 +272,7 @@ def _oddities(files: CaseFiles, scan: Scan, volumes: Mapping[Path, Volume]) -> l
     """Lists what is legal, but seldom meant; ``volumes`` are those of the images, and of the label if there is one."""
     odd: list[Fault] = []
     for file, volume in volumes.items():
-        if volume.header is not None:
-            doubts = place_doubts(volume.header, files.geometry)
-        else:
-            doubts = [] if volume.is_placed else [_UNPLACED]
+        doubts = [*volume.odd, *(place_doubts(volume.header, files.geometry) if volume.header else ())]
         told = {fault.text for fault in odd}  # of the image already, that its label lies on
         odd += [Fault(file, text) for text in doubts if text not in told]
     for i, channel in enumerate(scan.image):

@@ -25,6 +25,7 @@ from dstlib.zoo.e2enet.data.scans.stored import (
     last_bytes,
     lines_of,
     numbers,
+    placed,
     read_beside,
     read_stored,
     whole_numbers,
@@ -78,8 +79,8 @@ def read_nrrd(file: Path, dtype: DTypeLike | None) -> Volume:
     stored = Stored(dtype=_dtype(fields), sizes=sizes, packing=_packing(fields), channels=channels)
     voxels = read_stored(_skipped(data, fields, stored), stored, dtype)
     if len(sizes) - (channels is not None) != 3:
-        return Volume(voxels, np.eye(4), True)  # refused by its shape
-    return Volume(voxels, *_placed(fields, channels))
+        return Volume(voxels, np.eye(4))  # refused by its shape
+    return placed(voxels, *_place(fields, channels))
 
 
 def _header(content: bytes) -> tuple[Mapping[str, str], Mapping[str, str], memoryview]:
@@ -147,8 +148,8 @@ def _channel_axis(fields: Mapping[str, str], num_axes: int) -> int | None:
     return channels[0] if channels else 3 if num_axes == 4 else None
 
 
-def _placed(fields: Mapping[str, str], channels: int | None) -> tuple[NDArray[np.float64], bool]:
-    """Returns the affine, and whether the header says where it lies in a patient."""
+def _place(fields: Mapping[str, str], channels: int | None) -> tuple[NDArray[np.float64], str | None]:
+    """Returns the affine, and why it is no place in a patient, if it is none."""
     space = fields.get("space")
     _refuse_units(fields)
     if space is None and "spacedimension" not in fields:
@@ -157,7 +158,7 @@ def _placed(fields: Mapping[str, str], channels: int | None) -> tuple[NDArray[np
         count = 3 if channels is None else 4
         sizes = numbers("spacings", fields["spacings"], count=count) if "spacings" in fields else [1.0] * count
         steps = np.diag([size for axis, size in enumerate(sizes) if axis != channels])
-        return affine_of(steps, (0, 0, 0), LPS_TO_RAS), False
+        return affine_of(steps, (0, 0, 0), LPS_TO_RAS), "states no space"
     if space is not None and space.lower() not in (*_TO_RAS, *_UNPLACED):
         raise ValueError(
             f"its space is {shown(space)}, in which nothing has a place in a patient: save it in LPS or RAS"
@@ -172,8 +173,10 @@ def _placed(fields: Mapping[str, str], channels: int | None) -> tuple[NDArray[np
     if num == 4 and (steps[3, :3].any() or steps[:3, 3].any()):
         raise ValueError("its fourth axis leads through space: save one file per time")
     to_ras = _TO_RAS.get((space or "").lower())
-    is_placed = to_ras is not None and "spaceorigin" in fields
-    return affine_of(steps[:3, :3], origin[:3], LPS_TO_RAS if to_ras is None else to_ras), is_placed
+    if to_ras is None:
+        named = f"is in the space {shown(space)}" if space else "states no space by name"
+        return affine_of(steps[:3, :3], origin[:3], LPS_TO_RAS), f"{named}, which is none of a patient"
+    return affine_of(steps[:3, :3], origin[:3], to_ras), None if "spaceorigin" in fields else "states no origin"
 
 
 def _refuse_units(fields: Mapping[str, str]) -> None:

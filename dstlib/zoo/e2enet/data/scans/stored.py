@@ -8,18 +8,20 @@ import gzip
 import io
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from nibabel.affines import voxel_sizes
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from dstlib.bounds import available_memory
 from dstlib.errors import shown
 from dstlib.files import read_whole
 from dstlib.zoo.e2enet.data.layouts.files import path_fault
+from dstlib.zoo.e2enet.data.scans.geometry import Volume
+from dstlib.zoo.e2enet.data.scans.header import is_right
 
 MAX_RATIO = 1032  # of packing: deflate's own limit
 MAX_AXES = 16  # of NRRD; MetaImage has ten at most
@@ -87,6 +89,14 @@ def _unpacked(content: bytes | memoryview, packing: str | None, num_bytes: int) 
     return unpacked
 
 
+def placed(voxels: NDArray[Any], affine: NDArray[np.float64], unplaced: str | None) -> Volume:
+    """Returns voxels in their place, with what is odd about it; ``unplaced`` says why it is none in a patient."""
+    odd = [] if unplaced is None else [f"{unplaced}: its axes are taken to lead left, back and top, as ITK does"]
+    if np.isfinite(affine).all() and (voxel_sizes(affine) > 0).all() and not is_right(affine):
+        odd.append("has axes that are not at right angles: ITK's programs refuse a NIfTI label that lies on it")
+    return Volume(voxels, affine, tuple(odd))
+
+
 def last_bytes(data: memoryview, stored: Stored) -> memoryview:
     """Returns the end of a file, where its voxels lie behind something that is not told of."""
     return data if stored.packing else data[max(0, len(data) - stored.num_bytes) :]
@@ -147,8 +157,8 @@ def whole_numbers(field: str, text: str, *, low: int, high: int, count: int | No
     return found
 
 
-def affine_of(directions: NDArray[np.float64], origin: Sequence[float], to_ras: NDArray[np.float64]) -> NDArray[Any]:
+def affine_of(steps: NDArray[np.float64], origin: ArrayLike, to_ras: NDArray[np.float64]) -> NDArray[np.float64]:
     """Makes an affine of the steps (3, 3) along each axis, a column each, and the place of the first voxel."""
     affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = to_ras[:, None] * directions, to_ras * np.asarray(origin)
+    affine[:3, :3], affine[:3, 3] = to_ras[:, None] * steps, to_ras * np.asarray(origin)
     return affine
