@@ -4,11 +4,13 @@ Shapes: K foreground classes.
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from nibabel import aff2axcodes
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dstlib.files import write_json, write_whole
@@ -101,9 +103,12 @@ def _postprocessing(run: Run, files: Sequence[CaseFiles], labels: Labels) -> tup
     """Chooses the classes to post-process, over the cases that could be predicted and have a label."""
     pairs = [(run.path / "predictions" / f"{case.name}.nii.gz", case.label) for case in files if case.label]
     pairs = [(prediction, label) for prediction, label in pairs if prediction.exists()]
-    predictions = (read_label(prediction, labels).voxels.T for prediction, _ in pairs)
-    truths = (read_label(label, labels).voxels.T for _, label in pairs)
-    return choose_postprocessing(predictions, truths, num_classes=labels.num_classes)
+
+    def read() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        for prediction, label in pairs:
+            yield read_label(prediction, labels).voxels.T, read_label(label, labels).voxels.T
+
+    return choose_postprocessing(read, labels)
 
 
 def _draw(run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], labels: Labels) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,7 +111,7 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
         network = replace(config.preset.network, in_channels=len(data.channels), num_classes=data.labels.num_outputs)
         config = replace(config, preset=replace(config.preset, network=network))
         # Before the directory is opened: settings that cannot be used must not leave a run behind.
-        training = _start(config, ranks)
+        training = _start(config, data, ranks)
         try:
             return _run_in_directory(config, training, data)
         finally:
@@ -118,7 +119,7 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
                 training.sparsifier.detach()
 
 
-def _start(config: RunConfig, ranks: Ranks) -> Training:
+def _start(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
     network, size = config.preset.network, config.preset.patches.patch_size
     channels, classes, width = network.in_channels, network.num_classes, config.width
     torch.manual_seed(config.preset.training.seed)
@@ -126,16 +127,25 @@ def _start(config: RunConfig, ranks: Ranks) -> Training:
         config.model, in_channels=channels, num_classes=classes, patch_size=size, config=network, width=width
     )
     profile(model, (1, channels, *size))  # refuses a patch that does not fit
-    training = start(model, config.preset.training, config.execution, ranks)
+    training = start(model, config.preset.training, config.execution, ranks, data.labels)
     goes_on = config.folder and config.resume and (config.folder / "checkpoint.pt").exists()
     if config.begin_from is not None and not goes_on:
         remedy = "Pass --from the folder of a run that a recipe has written."
         saved = read_checkpoint(config.begin_from / "checkpoint.pt", remedy=remedy)
-        fresh = begin_from(training, saved["state"], freeze=config.freeze_topology)
+        is_same = _has_classes_of(saved["config"].get("data"), data)
+        fresh = begin_from(training, saved["state"], freeze=config.freeze_topology, has_same_classes=is_same)
         if fresh and ranks.leads:
             told = f"Begun from {config.begin_from}, but for {', '.join(fresh)}: other classes, so they start afresh."
             print(on_one_line(told))
     return training
+
+
+def _has_classes_of(saved: Any, data: Dataset) -> bool:
+    """Says whether the heads of a saved run answer with the same classes, or with the same regions."""
+    if not isinstance(saved, dict):
+        return False
+    has_regions = bool((saved.get("labels") or {}).get("regions"))
+    return saved.get("classes") == list(data.classes) and has_regions == (data.labels.regions is not None)
 
 
 def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> Evaluation | None:

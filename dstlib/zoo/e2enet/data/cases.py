@@ -6,7 +6,7 @@ Shapes: C channels, D depth (slices), H height, W width.
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import DataError, few
+from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]  # mm
@@ -69,6 +70,7 @@ class Case:
     """One labelled volume: image (C, D, H, W), label (D, H, W), spacing in mm along (D, H, W).
 
     ``orientation`` names where D, H and W lead in the patient: S(uperior) or I, P(osterior) or A, L(eft) or R.
+    ``labels`` says which numbers of the label make a region, and which is ignored; by default each is a class.
 
     Two cases are equal only if they are the same object, as arrays have no single truth value.
 
@@ -85,6 +87,7 @@ class Case:
     label: NDArray[np.uint8]
     spacing: Spacing
     orientation: str = "SPL"
+    labels: Labels = ORDINARY
 
     def __post_init__(self) -> None:
         image, label = self.image, self.label
@@ -97,30 +100,54 @@ class Case:
 
     @cached_property
     def class_voxels(self) -> dict[int, NDArray[np.unsignedinteger]]:
-        """Flat indices of the voxels of each foreground class of the label, ascending; at most 10,000 of a class.
+        """Flat indices of the voxels of each class, or region, that the label has, ascending; at most 10,000 of one.
 
-        Of a larger class they are drawn at random, always the same ones.
+        Of more they are drawn at random, always the same ones. A region counts from 1, in the order of the labels.
 
-        >>> label = np.array([[[0, 2, 1, 2]]], np.uint8)
-        >>> Case("a", np.zeros((1, 1, 1, 4), np.float32), label, (1.0, 1.0, 1.0)).class_voxels[2].tolist()
+        >>> label, labels = np.array([[[0, 2, 1, 2]]], np.uint8), Labels(values=(1, 2), ignored=3)
+        >>> Case("a", np.zeros((1, 1, 1, 4), np.float32), label, (1.0,) * 3, labels=labels).class_voxels[2].tolist()
         [1, 3]
         """
-        flat = read_box(self.label[None], (slice(None),) * 4).ravel()
+        flat = self._flat_label()
         # Most voxels are background: after this one pass the classes share the few that are left.
         indices = np.flatnonzero(flat)
-        classes, small = flat[indices], np.min_scalar_type(flat.size)
-        voxels = {}
-        for name in np.flatnonzero(np.bincount(classes)).tolist():
-            mine = indices[classes == name]
-            if len(mine) > MAX_VOXELS:
-                mine = np.sort(np.random.default_rng(name).choice(mine, MAX_VOXELS, replace=False, shuffle=False))
-            voxels[name] = mine.astype(small)
-        return voxels
+        numbers = flat[indices]
+        present = {*np.flatnonzero(np.bincount(numbers)).tolist()} - {self.labels.ignored_number}
+        found = {}
+        for name, members in self._members(present).items():
+            mine = np.isin(np.arange(256), members)[numbers]
+            found[name] = _some(indices[mine], flat.size, seed=name)
+        return found
+
+    @cached_property
+    def labelled_voxels(self) -> NDArray[np.unsignedinteger] | None:
+        """Flat indices of voxels, 10,000 at most, that are not ignored; None where the set has none to ignore."""
+        if self.labels.ignored_number is None:
+            return None
+        flat = self._flat_label()
+        return _some(np.flatnonzero(flat != self.labels.ignored_number), flat.size, seed=0)
+
+    def _flat_label(self) -> NDArray[np.uint8]:
+        return read_box(self.label[None], (slice(None),) * 4).ravel()
+
+    def _members(self, present: Collection[int]) -> dict[int, tuple[int, ...]]:
+        """Returns, of each class or region that is present, the numbers that make it."""
+        if self.labels.regions is None:
+            return {number: (number,) for number in sorted(present)}
+        regions = enumerate(self.labels.members, start=1)
+        return {name: numbers for name, numbers in regions if not {*numbers}.isdisjoint(present)}
+
+
+def _some(indices: NDArray[np.intp], size: int, *, seed: int) -> NDArray[np.unsignedinteger]:
+    """Returns 10,000 of the indices of an array of that size, ascending, or all where there are no more."""
+    if len(indices) > MAX_VOXELS:
+        indices = np.sort(np.random.default_rng(seed).choice(indices, MAX_VOXELS, replace=False, shuffle=False))
+    return indices.astype(np.min_scalar_type(size))
 
 
 @dataclass(frozen=True, eq=False)
 class Cases:
-    """A data set: its cases, what its channels show, and its foreground classes (class i has label i + 1).
+    """A data set: its cases, what its channels show, and its foreground classes, or regions.
 
     Raises:
         DataError: Two cases share a name, or a case has another number of channels than the set.

@@ -3,7 +3,7 @@
 Shapes: K foreground classes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,11 @@ from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry
 from dstlib.zoo.e2enet.data.scans.defects import mismatches
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
-from dstlib.zoo.e2enet.evaluation.metrics import Scoring, dice_per_class, score
+from dstlib.zoo.e2enet.evaluation.metrics import Scoring, dice_per_class, dice_per_region, score, score_regions
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
+
+Both = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # a label and a prediction, or the other way
 
 
 def evaluate_folder(
@@ -38,7 +40,8 @@ def evaluate_folder(
 ) -> Evaluation:
     """Scores ``predictions``/NAME.nii.gz against the label of each case, both as stored in their files.
 
-    ``labels`` says what the values of both files mean; by default class i has value i + 1. A case without a
+    ``labels`` says what the values of both files mean; by default class i has value i + 1. A region is what belongs to
+    it in each file; what the label ignores counts nowhere, and is outside of every structure. A case without a
     prediction, or with a file that cannot be used, is left out of the means and listed with the reason. ``workers``
     processes score several cases at a time, with the same result; a script that asks for them needs
     ``if __name__ == "__main__":``.
@@ -80,23 +83,50 @@ def evaluate_folder(
     return Evaluation(tuple(scored), tuple(classes), scores, np.stack(volumes), tolerances, reasons)
 
 
-def choose_postprocessing(
-    predictions: Iterable[NDArray[np.uint8]], labels: Iterable[NDArray[np.uint8]], *, num_classes: int
-) -> tuple[int, ...]:
-    """Returns the classes whose mean Dice over the validation cases rises by :func:`keep_largest`.
+def choose_postprocessing(pairs: Callable[[], Iterable[Both]], labels: Labels) -> tuple[int, ...]:
+    """Returns the classes, or regions, whose mean Dice over the validation cases rises by :func:`keep_largest`.
 
-    No other class can lose by it, as what is removed becomes background. Both may be generators: one case is
-    held at a time.
+    ``pairs`` reads the prediction and the label of each case, one at a time, by numbers in memory: once for classes,
+    of which no other can lose, as what is removed becomes background; and once per region, as regions share voxels.
+    They are tried in their order, each on what those before it have left, and kept where no other loses.
 
-    Reference: nnU-Net's choice of postprocessing, class by class; it also tries all foreground as one, first.
+    Reference: nnU-Net's choice of postprocessing, class by class; it also tries all foreground as one, first, and does
+    not look at what other regions lose.
     """
-    before, after = [], []
-    everything = range(1, num_classes + 1)
-    for prediction, label in zip(predictions, labels, strict=True):
-        before.append(dice_per_class(label, prediction, num_classes=num_classes))
-        after.append(dice_per_class(label, keep_largest(prediction, everything), num_classes=num_classes))
-    gains = np.nansum(np.subtract(after, before), axis=0) if before else np.zeros(num_classes)
-    return tuple(k for k, gain in zip(everything, gains, strict=True) if gain > 0)
+    everything = tuple(range(1, labels.num_classes + 1))
+    if labels.regions is None:
+        gains = _gains(pairs(), (), everything, labels)
+        return tuple(k for k in everything if gains[k - 1] > 0)
+    chosen: tuple[int, ...] = ()
+    for k in everything:
+        gains = _gains(pairs(), chosen, (*chosen, k), labels)
+        if gains[k - 1] > 0 and gains.min() >= 0:
+            chosen = (*chosen, k)
+    return chosen
+
+
+def _gains(pairs: Iterable[Both], before: Sequence[int], after: Sequence[int], labels: Labels) -> NDArray[np.float64]:
+    """Adds up over the cases how much Dice (K,) is gained where more classes are reduced to their largest component."""
+    gains = np.zeros(labels.num_classes)
+    for prediction, label in pairs:
+        fewer, more = (keep_largest(prediction, classes, labels.members) for classes in (before, after))
+        gains += np.nan_to_num(_dice(label, more, labels) - _dice(label, fewer, labels))
+    return gains
+
+
+def _dice(label: NDArray[np.uint8], prediction: NDArray[np.uint8], labels: Labels) -> NDArray[np.float64]:
+    label, prediction = _counted(label, prediction, labels)
+    if labels.regions is None:
+        return dice_per_class(label, prediction, num_classes=labels.num_classes)
+    return dice_per_region(label, prediction, regions=labels.members)
+
+
+def _counted(label: NDArray[np.uint8], prediction: NDArray[np.uint8], labels: Labels) -> Both:
+    """Takes out of both volumes what the label says is to be ignored: as if neither had anything there."""
+    if labels.ignored is None:
+        return label, prediction
+    is_counted = label != labels.ignored_number
+    return label * is_counted, prediction * is_counted
 
 
 class _Pair(NamedTuple):
@@ -124,5 +154,9 @@ def _score_files(
     if reasons := mismatches(prediction, label, "its label"):
         return f"the prediction {reasons[0]}"
     spacing = [float(size) for size in voxel_sizes(label.affine)[::-1]]
-    found = score(label.voxels.T, prediction.voxels.T, spacing=spacing, num_classes=labels.num_classes, scoring=scoring)
+    volumes = _counted(label.voxels.T, prediction.voxels.T, labels)
+    if labels.regions is None:
+        found = score(*volumes, spacing=spacing, num_classes=labels.num_classes, scoring=scoring)
+    else:
+        found = score_regions(*volumes, spacing=spacing, regions=labels.members, scoring=scoring)
     return found.values, found.num_voxels * (float(np.prod(spacing)) / 1000)

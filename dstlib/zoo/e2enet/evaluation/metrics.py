@@ -6,7 +6,7 @@ Shapes: K foreground classes, D, H, W depth, height, width in voxels; spacing in
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -162,6 +162,52 @@ def score(
             if measure := METRICS[name].measure:
                 row[k] = measure(pair)
     return CaseScores(values, sizes)
+
+
+def score_regions(
+    label: NDArray[Any],
+    prediction: NDArray[Any],
+    *,
+    spacing: Sequence[float],
+    regions: Sequence[Sequence[int]],
+    scoring: Scoring,
+) -> CaseScores:
+    """Computes every metric of every region as :func:`score` does; a voxel belongs to it if its number is one of these.
+
+    Shapes: label and prediction (D, H, W), bytes.
+
+    Raises:
+        DataError: The shapes differ.
+
+    >>> label, prediction = np.array([[[0, 1, 2, 2]]], np.uint8), np.array([[[0, 2, 1, 0]]], np.uint8)
+    >>> scoring = Scoring(metrics=("dice",))
+    >>> score_regions(label, prediction, spacing=(1, 1, 1), regions=((1, 2), (2,)), scoring=scoring).values.tolist()
+    [[0.8, 0.0]]
+    """
+    found = []
+    for numbers, tolerance in zip(regions, scoring.tolerances(len(regions)), strict=True):
+        masks = (_inside(volume, numbers) for volume in (label, prediction))
+        own = replace(scoring, tolerance=tolerance)
+        found.append(score(*masks, spacing=spacing, num_classes=1, scoring=own))
+    values, num_voxels = zip(*((of.values, of.num_voxels) for of in found), strict=True)
+    return CaseScores(np.concatenate(values, axis=1), np.concatenate(num_voxels))
+
+
+def dice_per_region(
+    label: NDArray[Any], prediction: NDArray[Any], *, regions: Sequence[Sequence[int]]
+) -> NDArray[np.float64]:
+    """Computes the Dice (K,) of each region; NaN where it is in neither volume.
+
+    Raises:
+        DataError: The shapes differ.
+    """
+    masks = ([_inside(volume, numbers) for volume in (label, prediction)] for numbers in regions)
+    return np.concatenate([dice_per_class(*pair, num_classes=1) for pair in masks])
+
+
+def _inside(volume: NDArray[Any], numbers: Sequence[int]) -> NDArray[np.uint8]:
+    """Returns 1 where a volume of bytes has one of these numbers, else 0."""
+    return np.isin(np.arange(256), numbers).view(np.uint8)[volume]
 
 
 def dice_per_class(label: NDArray[Any], prediction: NDArray[Any], *, num_classes: int) -> NDArray[np.float64]:

@@ -13,24 +13,36 @@ from scipy.ndimage import label as connected
 NEIGHBOURS = np.ones((3, 3, 3), bool)  # voxels that share a corner are connected: 26 neighbours
 
 
-def keep_largest(label: NDArray[np.uint8], classes: Sequence[int]) -> NDArray[np.uint8]:
+def keep_largest(
+    label: NDArray[np.uint8], classes: Sequence[int], members: Sequence[Sequence[int]] | None = None
+) -> NDArray[np.uint8]:
     """Returns a label without the smaller components of these classes, which become background.
 
     Components are 26-connected, and their size is counted in voxels. Of two of the same size the one with the
     first voxel stays, in (depth, height, width) order. Other classes, and ``label`` itself, are left as they are.
+    ``members`` are the numbers in the label that make each of all classes, or regions; by default class i has number i.
+    Regions that share voxels are reduced one after the other, in the order of ``classes``.
 
     Shapes: (D, H, W) → (D, H, W), depth, height and width in voxels.
 
     >>> keep_largest(np.array([[[1, 0, 1, 1, 2, 0, 2]]], np.uint8), (1,))
     array([[[0, 0, 1, 1, 2, 0, 2]]], dtype=uint8)
+    >>> keep_largest(np.array([[[1, 0, 1, 1, 2, 0, 2]]], np.uint8), (1,), members=((1, 2), (2,)))
+    array([[[0, 0, 1, 1, 2, 0, 0]]], dtype=uint8)
     """
     kept = label.copy()
-    boxes = find_objects(label, max_label=max(classes, default=0))
-    for value in classes:
-        if boxes[value - 1] is None:
+    regions = [(k,) if members is None else members[k - 1] for k in classes]
+    boxes = find_objects(label, max_label=max((n for numbers in regions for n in numbers), default=0))
+    for numbers in regions:
+        found = [boxes[n - 1] for n in numbers if boxes[n - 1] is not None]
+        if not found:
             continue
-        inside = kept[boxes[value - 1]]  # a view: what is written here is written to `kept`
-        components, num = connected(inside == value, structure=NEIGHBOURS)
+        box = tuple(
+            slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*found, strict=True)
+        )
+        inside = kept[box]  # a view: what is written here is written to `kept`
+        mask = np.isin(np.arange(256), numbers)[inside]
+        components, num = connected(mask, structure=NEIGHBOURS)
         if num > 1:
             flat = components.ravel()
             sizes = np.bincount(flat)

@@ -12,6 +12,7 @@ from types import FrameType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,8 +21,9 @@ from dstlib.workers import loader_deaths
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
-from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
+from dstlib.zoo.e2enet.training.loss import belonging, deep_supervision_loss
 from dstlib.zoo.e2enet.training.state import Training, as_trained, autocast, parallel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -77,7 +79,7 @@ def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Ten
     optimizer.zero_grad(set_to_none=True)
     with autocast(training):
         logits = network(_on_device(images, training))
-    loss = deep_supervision_loss(logits, labels.to(device, non_blocking=True))
+    loss = deep_supervision_loss(logits, labels.to(device, non_blocking=True), training.labels)
     value = training.ranks.mean(float(loss.detach()), device)
     if not math.isfinite(value):
         remedy = f"Lower the learning rate ({settings.learning_rate}) and look for odd intensities in the data; "
@@ -115,21 +117,30 @@ def _end_epoch(training: Training, held_out: Sequence[Case], patches: PatchSetti
 def validate(training: Training, held_out: Sequence[Case], patches: PatchSettings) -> float:
     """Computes the mean foreground Dice over patches of the held-out cases, always the same ones, pooled per class.
 
-    It tells how the training goes, and is not the Dice of whole cases. NaN where the patches show no class.
+    It tells how the training goes, and is not the Dice of whole cases. Regions take the place of classes, and voxels
+    that are ignored count nowhere. NaN where the patches show no class.
 
     Reference: the online evaluation of nnU-Net: one Dice per class from the voxels of all patches.
     """
-    settings = training.settings
-    overlap, sizes = np.zeros(256), np.zeros(256)
+    settings, counts = training.settings, np.zeros((2, 255), np.int64)
     drawn = batches(held_out, patches.plain(), seed=settings.seed, start=0, stop=settings.val_iterations)
     with predicting(training.predictor) as model, autocast(training):
         for images, labels in drawn:
-            predicted = model(_on_device(images, training)).argmax(dim=1).cpu().numpy()
-            truth = labels[:, 0].numpy()
-            overlap += np.bincount(truth[truth == predicted], minlength=256)
-            sizes += np.bincount(truth.ravel(), minlength=256) + np.bincount(predicted.ravel(), minlength=256)
-    seen = sizes[1:] > 0
-    return float(np.mean(2 * overlap[1:][seen] / sizes[1:][seen])) if seen.any() else math.nan
+            counts += _count(model(_on_device(images, training)), labels, training.labels)
+    overlap, sizes = counts[:, counts[1] > 0]
+    return float(np.mean(2 * overlap / sizes)) if len(sizes) else math.nan
+
+
+def _count(logits: Tensor, labels: Tensor, meaning: Labels) -> NDArray[np.int64]:
+    """Counts, of each class or region (2, 255), the voxels in answer and label, and those of either added up."""
+    counted = labels != (meaning.ignored_number or -1)
+    if meaning.regions is None:
+        found, truth = (x[counted[:, 0]].numpy() for x in (logits.argmax(dim=1).cpu(), labels[:, 0]))
+        both, *either = (np.bincount(x, minlength=256)[1:] for x in (truth[truth == found], found, truth))
+        return np.stack([both, sum(either)])
+    found_BK, truth_BK = (logits.float().sigmoid() > 1 / 2).cpu() & counted, belonging(labels, meaning) & counted
+    both, *either = (x.sum((0, 2, 3, 4)).numpy() for x in (truth_BK & found_BK, found_BK, truth_BK))
+    return np.pad(np.stack([both, sum(either)]), ((0, 0), (0, 255 - len(both))))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dstlib.sparsifier.api import sparsify
 from dstlib.sparsifier.plan import make_plan
 from dstlib.sparsifier.saved import at_step_0
 from dstlib.torch_files import load_weights
+from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.saved import check_saved
@@ -30,8 +31,9 @@ class Training:
     """A network in training.
 
     ``model`` is a segmenter: with its ``deep_supervision`` on it gives a tuple of logits, finest first, and else
-    the first of them. ``metrics`` has one row per finished epoch. ``updates`` has one row per mask update: the
-    iteration, and over all sparse weights how many were active and how many of them had just grown.
+    the first of them. ``labels`` says what these mean; by default the background and one class each. ``metrics``
+    has one row per finished epoch. ``updates`` has one row per mask update: the iteration, and over all sparse
+    weights how many were active and how many of them had just grown.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Training:
     settings: TrainSettings
     execution: Execution
     ranks: Ranks
+    labels: Labels = ORDINARY
     iteration: int = 0
     loss_sum: float = 0.0  # over the epoch under way
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -94,10 +97,15 @@ class Training:
 
 
 def start(
-    model: nn.Module, settings: TrainSettings, execution: Execution | None = None, ranks: Ranks | None = None
+    model: nn.Module,
+    settings: TrainSettings,
+    execution: Execution | None = None,
+    ranks: Ranks | None = None,
+    labels: Labels = ORDINARY,
 ) -> Training:
     """Puts a model on its device with an optimizer, and with a sparsifier where ``sparsity`` is not 0.
 
+    ``labels`` says what the outputs of the model mean; by default the background and one class each.
     Of an E2ENet the fusion is sparse; of any other network every weight that dstlib selects, at ERK's densities.
 
     Raises:
@@ -111,7 +119,7 @@ def start(
     kind = torch.device(execution.device).type
     scaler = torch.amp.GradScaler(kind, enabled=execution.precision == "fp16")
     sparsifier = _sparsify(model, optimizer, settings) if settings.sparsity > 0 else None
-    training = Training(model, optimizer, scaler, sparsifier, settings, execution, ranks or Ranks())
+    training = Training(model, optimizer, scaler, sparsifier, settings, execution, ranks or Ranks(), labels)
     if sparsifier:
         sparsifier.observers.append(training.observe)
     return training
@@ -213,11 +221,13 @@ def _accelerated(training: Training, example: Tensor) -> nn.Module:
         return accelerate(training.model, example)
 
 
-def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) -> list[str]:
+def begin_from(
+    training: Training, state: Mapping[str, Any], *, freeze: bool, has_same_classes: bool = True
+) -> list[str]:
     """Starts from the weights and masks of another training, and returns the names of weights that it does not have.
 
-    Heads for other classes start afresh, and so do the optimizer and the clock. With ``freeze`` the topology
-    stays as it is, as in the paper's transfer from CT to MRI.
+    Heads for other classes start afresh, also where there are as many, and so do the optimizer and the clock. With
+    ``freeze`` the topology stays as it is, as in the paper's transfer from CT to MRI.
 
     Raises:
         StateError: The other training is of another network, or is dense while this one is sparse.
@@ -228,6 +238,8 @@ def begin_from(training: Training, state: Mapping[str, Any], *, freeze: bool) ->
         raise StateError.of("checkpoint", "--from", allowed=allowed, given="something else", remedy=remedy)
     shapes = {name: value.shape for name, value in theirs.items() if isinstance(value, Tensor)}
     fresh = [name for name, value in own.items() if shapes.get(name) != value.shape]
+    if not has_same_classes:
+        fresh += [name for name in own if "head" in name and name not in fresh]
     foreign = sorted(map(str, set(theirs) - set(own)))
     if foreign or not all("head" in name for name in fresh):
         allowed, given = "those of this network", ", ".join([*fresh[:3], *foreign[:3]])

@@ -83,9 +83,10 @@ def draw_batch(
 ) -> tuple[Tensor, Tensor]:
     """Draws the batch of one iteration: images (B, C, D, H, W) as float32, labels (B, 1, D, H, W) as int64.
 
-    Each patch comes from a case drawn with replacement. A forced patch is centred on a voxel of a class drawn
-    among those that the case has (pushed back into the volume at its borders); the others lie anywhere. A
-    case without foreground gives an unforced patch. Cases smaller than the patch are padded with zeros, which
+    Each patch comes from a case drawn with replacement. A forced patch is centred on a voxel of a class, or region,
+    drawn among those that the case has (pushed back into the volume at its borders); the others lie anywhere or,
+    where the set has voxels to ignore, are centred on one that is not ignored. A case without foreground gives an
+    unforced patch. Cases smaller than the patch are padded with zeros, which
     is the mean of a normalised image. Of ``ranks`` (this one, how many) each draws its share: patch i of the
     batch is drawn by rank i modulo their number. All shares are of one size, or the mean over ranks, which is
     what DDP takes of gradients, would not be that over patches.
@@ -137,13 +138,14 @@ def _draw_patch(
 ) -> tuple[Tensor, Tensor]:
     """Draws one patch of a case: image (C, D, H, W) and label (1, D, H, W)."""
     size, augmentation = settings.patch_size, settings.augment
-    voxel = _foreground_voxel(case, rng) if forced else None
-    start = _position(case.label.shape, size, voxel, rng)
+    foreground = _foreground_voxel(case, rng) if forced else None
+    centre = foreground or _labelled_voxel(case, rng)
+    start = _position(case.label.shape, size, centre, rng)
     if augmentation is None:
         return _cut(case.image, start, size), _cut(case.label[None], start, size)
     matrix = random_affine(rng, augmentation, size)
     image, label = _seen_through(matrix, case, start, size)
-    if matrix is not None and voxel is not None and not label.any():
+    if matrix is not None and foreground is not None and not _has_foreground(label, case):
         # A rotation or zoom can push what the patch was centred on out of it: keep the promise instead.
         image, label = _seen_through(None, case, start, size)
     image = change_intensities(image, rng, augmentation, thin=thin_axis(size))
@@ -156,8 +158,22 @@ def _foreground_voxel(case: Case, rng: np.random.Generator) -> Shape | None:
     classes = list(case.class_voxels)
     if not classes:
         return None
-    voxels = case.class_voxels[classes[int(rng.integers(len(classes)))]]
+    return _one_of(case.class_voxels[classes[int(rng.integers(len(classes)))]], case, rng)
+
+
+def _labelled_voxel(case: Case, rng: np.random.Generator) -> Shape | None:
+    """Draws a voxel that is not ignored; none where nothing can be ignored, or all is."""
+    voxels = case.labelled_voxels
+    return None if voxels is None or not len(voxels) else _one_of(voxels, case, rng)
+
+
+def _one_of(voxels: NDArray[np.unsignedinteger], case: Case, rng: np.random.Generator) -> Shape:
     return three(map(int, np.unravel_index(int(voxels[rng.integers(len(voxels))]), case.label.shape)))
+
+
+def _has_foreground(label: Tensor, case: Case) -> bool:
+    ignored = case.labels.ignored_number
+    return bool(label.any() if ignored is None else ((label != 0) & (label != ignored)).any())
 
 
 def _position(shape: Sequence[int], size: Shape, voxel: Shape | None, rng: np.random.Generator) -> Shape:

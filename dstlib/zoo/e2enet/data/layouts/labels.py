@@ -95,6 +95,11 @@ class Labels:
         """The values that label files may have, by their numbers: 0, the foreground's, what is ignored."""
         return np.array([0, *self.values, *(() if self.ignored is None else (self.ignored,))], np.uint8)
 
+    @property
+    def written_numbers(self) -> Values:
+        """The number, in memory, that each region is written as."""
+        return tuple(self.values.index(value) + 1 for value in self.written)
+
     def to_values(self, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Turns numbers in memory into the values of files; the same array where they are the same."""
         return label if self._is_numbered else self.in_files[label]

@@ -309,7 +309,7 @@ def _find_case(entry: Entry) -> Case | None:
     if record is None:
         return None
     image, label = (_mapped(entry, ending, record) for ending in _ARRAYS)
-    return Case(entry.files.name, image, label, record.spacing, ORIENTATION)
+    return Case(entry.files.name, image, label, record.spacing, ORIENTATION, entry.labels)
 
 
 def _record(entry: Entry, kind: type[R]) -> R | None:
