@@ -15,6 +15,7 @@ from dstlib.zoo.e2enet.data.layouts import detect
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS, modalities, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, read_manifest
 from dstlib.zoo.e2enet.data.layouts.files import scan_files
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.data.splits import split
 
@@ -354,19 +355,34 @@ def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
     ("changes", "text"),
     [
         ({"channel_names": {"1": "CT"}}, "'channel_names' is {'1': 'CT'} but numbers its names from 0"),
-        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "'labels' gives regions (whole), which overlap"),
-        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "'labels' has an 'ignore' label: annotate these voxels"),
-        ({"labels": {"background": 0, "a": 2}}, "'labels' is {'a': 2, 'background': 0} but numbers its names"),
-        ({"labels": {"background": 0, "a": 1, "b": 1}}, "but numbers its names from 0"),
-        ({"labels": {"0": "background", "1": "a"}}, "but numbers its names from 0"),
-        ({"labels": None}, "'labels' is None but numbers its names from 0"),
+        ({"labels": {"a": 1, "b": 2}}, "but names the background, which is 0, and more"),
+        ({"labels": {"background": 0}}, "but names the background, which is 0, and more"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "gives each value one name"),
+        ({"labels": {"0": "background", "1": "a"}}, "but gives each name a value from 0 to 255"),
+        ({"labels": {"background": 0, "a": 256}}, "but gives each name a value from 0 to 255"),
+        ({"labels": None}, "'labels' is None but gives each name a value from 0 to 255"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 1}}, "'labels' ignores 1 but one value that is none of 0, 1"),
+        ({"labels": {"background": 0, "a": 1, "ignore": [2, 3]}}, "'labels' ignores [2, 3] but one value"),
+        ({"labels": {"background": 0, "a": [0, 1], "b": 1}}, "'labels' puts the background, 0, into a"),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}},
+            "'regions_class_order' is None but the value that each of the 2 regions (whole, core) is written as",
+        ),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1]},
+            "'regions_class_order' is [1] but the value that each of the 2 regions",
+        ),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [2, 1]},
+            "'regions_class_order' is [2, 1], so it writes core as 1, which is none of its values",
+        ),
         ({"file_ending": ".png"}, "'file_ending' is '.png', but what is read is .nii.gz, .nii, .seg.nrrd, .nrrd"),
         ({"dataset": ["x"]}, "'dataset' is ['x'] but lists files by case"),
         (
             {"dataset": {"x": {"images": []}}},
             "case 'x' of 'dataset' is {'images': []} but names 'images' and a 'label'",
         ),
-        ({"labels": {"background": 0, "a": "9" * 5000}}, "but numbers its names from 0"),
+        ({"labels": {"background": 0, "a": "9" * 5000}}, "but gives each name a value from 0 to 255"),
         (
             {"channel_names": {"0": {"CT": 1}, "1": "T1w"}},
             "'channel_names' is {'0': {'CT': 1}, '1': 'T1w'} but numbers",
@@ -379,6 +395,28 @@ def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
 def test_what_is_refused_of_nnunet(tmp_path, changes, text):
     write_nnunet(tmp_path, **changes)
     assert text in refusal(tmp_path)
+
+
+def test_regions_of_nnunet_in_the_order_of_their_names(tmp_path):
+    table = {"background": 0, "whole": [1, 2, 3], "enhancing": 3, "core": ["2", 3], "ignore": 4}
+    write_nnunet(tmp_path, labels=table, regions_class_order=[1, 3, 2])
+    manifest = read_manifest(tmp_path)
+    assert manifest.classes == ("whole", "enhancing", "core")
+    assert manifest.labels == Labels(values=(1, 2, 3), regions=((1, 2, 3), (3,), (2, 3)), written=(1, 3, 2), ignored=4)
+    assert manifest.notes == (
+        "no prediction says whole and enhancing and core at once, as value 3 does: by 'regions_class_order' it says "
+        "whole and core",
+    )
+
+
+def test_what_nnunet_would_not_take_is_read_and_said(tmp_path):
+    write_nnunet(tmp_path, labels={"background": 0, "core": 1, "enhancing": 4, "ignore": 255})
+    manifest = read_manifest(tmp_path)
+    assert manifest.labels == Labels(values=(1, 4), ignored=255)
+    assert manifest.notes == (
+        "label files hold 1, 4, where nnU-Net demands 1 to 2 without gaps, and stops",
+        "value 255 is ignored, where nnU-Net demands 5, one above the highest class, and stops",
+    )
 
 
 def test_numbers_of_nnunet_labels_may_be_text(tmp_path):

@@ -116,6 +116,22 @@ class Labels:
         numbers[self.in_files], known[self.in_files] = np.arange(len(self.in_files)), True
         return numbers[voxels] if known[voxels].all() else None
 
+    def unsaid(self) -> list[tuple[int, Values, Values]]:
+        """Lists values that no prediction writes for their regions, these, and those of the value that it writes.
+
+        Regions count from 0.
+
+        >>> Labels(values=(1, 2, 3), regions=((1, 3), (2, 3)), written=(1, 2)).unsaid()
+        [(3, (0, 1), (1,))]
+        """
+        regions, found = self.regions or (), []
+        of = {value: tuple(k for k, region in enumerate(regions) if value in region) for value in self.values}
+        for value, wanted in of.items():
+            said = of[self.written[wanted[-1]]] if wanted else ()
+            if said != wanted:
+                found.append((value, wanted, said))
+        return found
+
     def told(self) -> str:
         """Lists the values that label files may have.
 

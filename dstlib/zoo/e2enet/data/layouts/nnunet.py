@@ -1,6 +1,6 @@
 """The layout of nnU-Net v2's raw data sets: DatasetXXX_NAME with one image file per channel.
 
-dataset.json holds channel_names, labels (name → number), numTraining and file_ending; the cases are the files
+dataset.json holds channel_names, labels (name → value, or values), numTraining and file_ending; the cases are the files
 imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz and imagesTs/CASE_0000.nii.gz, or listed under 'dataset'.
 """
 
@@ -23,8 +23,9 @@ from dstlib.zoo.e2enet.data.layouts.files import (
     scan_files,
     wrong_name,
 )
+from dstlib.zoo.e2enet.data.layouts.label_table import read_table, table_notes
 from dstlib.zoo.e2enet.data.layouts.left_out import PARTS, left_out, promised
-from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.source import Source
 
 
@@ -43,15 +44,16 @@ def read_nnunet(source: Source) -> Manifest:
     Variables of the environment stay as they are written; nnU-Net puts their values in.
 
     Raises:
-        DataError: dataset.json lacks something, asks for what is not supported here (regions, an ignore label,
-            files of another ending), leads out of the folder, or counts other cases than are there.
+        DataError: dataset.json lacks something, or names files of an ending that is not read, leads out of the folder,
+            or counts other cases than are there.
 
     Reference: nnU-Net's documentation/dataset_format.md.
     """
     folder, content = source.folder, source.content
     wrong = _wrong_entries(content, allow_outside=source.allow_outside)
-    channels, classes = numbered(content.get("channel_names")), _classes(content.get("labels"))
-    if wrong or channels is None or classes is None:
+    channels = numbered(content.get("channel_names"))
+    table = read_table(content.get("labels"), content.get("regions_class_order"))
+    if wrong or channels is None or isinstance(table, str):
         refuse_json(folder / "dataset.json", allowed="entries of nnU-Net v2 that can be read here", wrong=wrong)
     ending, listed = content.get("file_ending", ".nii.gz"), content.get("dataset")
     train = _listed(folder, listed) if listed else _found(folder, len(channels), ending)
@@ -61,12 +63,13 @@ def read_nnunet(source: Source) -> Manifest:
         folder=folder,
         layout="nnunet",
         channels=channels,
-        classes=classes,
+        classes=table[0],
+        labels=table[1],
         train=train,
         test=channel_cases(scan_files(folder / "imagesTs"), num_channels=len(channels)),
     )
     why = f"{source.list_name} does not list them" if listed else "no case of nnU-Net's has them"
-    notes = promised(content, {"numTest": len(manifest.test)}, where=source.list_name)
+    notes = (*table_notes(*table), *promised(content, {"numTest": len(manifest.test)}, where=source.list_name))
     return replace(manifest, notes=(*notes, *left_out(manifest, [folder / part for part in PARTS], why=why)))
 
 
@@ -131,39 +134,13 @@ def _listed(folder: Path, table: dict[str, Any]) -> tuple[CaseFiles, ...]:
     )
 
 
-def _classes(table: object) -> tuple[str, ...] | None:
-    """Returns the foreground classes by their numbers; None if these do not count from the background's 0."""
-    if not isinstance(table, dict) or not all(_is_number(value) for value in table.values()):
-        return None
-    names = {int(value): str(name) for name, value in table.items()}
-    if len(names) < len(table) or set(names) != set(range(len(table))) or not 1 < len(names) <= MAX_CLASSES + 1:
-        return None
-    return tuple(names[i] for i in range(1, len(names)))
-
-
-def _is_number(value: object) -> bool:
-    """Says whether a value is a whole number, or text that is one."""
-    return type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value) is not None)
-
-
 def _wrong_entries(content: Mapping[str, Any], *, allow_outside: bool) -> list[str]:
     """Says what dataset.json lacks, or asks for in vain, and what to do."""
     wrong = wrong_name(content)
-    channels, labels = content.get("channel_names"), content.get("labels")
-    if numbered(channels) is None:
+    if numbered(channels := content.get("channel_names")) is None:
         wrong.append(f'\'channel_names\' is {shown(channels)} but numbers its names from 0, as in {{"0": "CT"}}')
-    regions = [name for name, v in labels.items() if isinstance(v, list)] if isinstance(labels, dict) else []
-    if regions:
-        wrong.append(
-            f"'labels' gives regions ({', '.join(regions)}), which overlap: number each value of the label files "
-            "as a class of its own, and join classes after the prediction"
-        )
-    elif isinstance(labels, dict) and "ignore" in labels:
-        wrong.append("'labels' has an 'ignore' label: annotate these voxels, or take the class out and crop the scans")
-    elif _classes(labels) is None:
-        example = '{"background": 0, "liver": 1}'
-        told = f"'labels' is {shown(labels)} but numbers its names from 0 to {MAX_CLASSES} at most, as in {example}"
-        wrong.append(told)
+    if isinstance(table := read_table(content.get("labels"), content.get("regions_class_order")), str):
+        wrong.append(table)
     ending = content.get("file_ending", ".nii.gz")
     if ending not in ENDINGS:
         known = ", ".join(ENDINGS)
