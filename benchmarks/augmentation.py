@@ -21,8 +21,8 @@ from monai import transforms as mt
 
 from dstlib.command_line import make_parser
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.dataloading.augmentation import Augmentation, Chance
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import draw_batch
+from dstlib.zoo.e2enet.data.dataloading.settings import Augmentation, Chance, PatchSettings
 
 Draw = Callable[[int], object]
 

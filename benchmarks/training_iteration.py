@@ -21,8 +21,9 @@ from dstlib.command_line import make_parser
 from dstlib.report import align
 from dstlib.zoo.e2enet import AMOS, E2ENetConfig
 from dstlib.zoo.e2enet.baselines import build_model
+from dstlib.zoo.e2enet.training.execution import Execution
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
-from dstlib.zoo.e2enet.training.settings import PRECISIONS, Execution, TrainSettings
+from dstlib.zoo.e2enet.training.settings import PRECISIONS, TrainSettings
 from dstlib.zoo.e2enet.training.state import Training, parallel, start
 
 NETWORKS = {"E2ENet, dense": ("e2enet", 0.0), "E2ENet, s=0.8": ("e2enet", 0.8), "nnU-Net": ("nnunet", 0.0)}

@@ -20,17 +20,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import StateError
 from dstlib.files import make_folder, write_json
 from dstlib.report import align
 from dstlib.zoo.e2enet.cli import read_config
-from dstlib.zoo.e2enet.compare import row_of
 from dstlib.zoo.e2enet.config import E2ENetConfig
-from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.recipes import RECIPES, Recipe
-from dstlib.zoo.e2enet.run import run_recipe
+
+if TYPE_CHECKING:
+    from dstlib.zoo.e2enet.evaluation.pt_score import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ def main() -> None:
     options, rest = command_line().parse_known_args()
     recipe = RECIPES[f"e2enet_{options.recipe}"]
     preset = read_config(recipe, rest).preset  # refuses what the recipe does not know, before anything runs
+    from dstlib.zoo.e2enet.compare import row_of
+
     grid = tables(preset.network, preset.training.interval)
     refuse_other_grid(options.runs, {"recipe": options.recipe, "options": rest})
     for title in options.tables:
@@ -117,6 +120,8 @@ def refuse_other_grid(folder: Path, asked: dict[str, object]) -> None:
 
 def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> None:
     """Trains and evaluates one cell, or continues it where it was stopped."""
+    from dstlib.zoo.e2enet.run import run_recipe
+
     resume = ["--resume"] if (path / "config.json").exists() else []
     print(f"\n{cell.name}: {path}", flush=True)
     config = read_config(recipe, [*arguments, *cell.options, "--run-dir", str(path), *resume])
@@ -127,7 +132,7 @@ def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> No
         raise KeyboardInterrupt("Stopped; give the same command again to continue.") from None
 
 
-def table(title: str, rows: Mapping[str, list[Row]]) -> str:
+def table(title: str, rows: Mapping[str, list["Row"]]) -> str:
     """Returns the means over the seeds, with their standard errors where there are several."""
     cells = [(title, "mDice", "mNSD", "params, M", "FLOPs, G", "seeds")]
     for name, runs in rows.items():

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dstlib
+from dstlib.axes import AXES
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import require
 from dstlib.layers import add_depth_shift
-from dstlib.layers.shift import AXES
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization

@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 
 from dstlib.zoo.e2enet.config import E2ENetConfig
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.dataset import DataSettings
 from dstlib.zoo.e2enet.recipes import Preset
 from dstlib.zoo.e2enet.run import RunConfig, run_recipe

@@ -91,7 +91,28 @@ def test_the_door_is_small_and_documented():
 def test_import_loads_only_what_it_may():
     code = (
         "import sys; import torch, numpy, einops; before = set(sys.modules); import dstlib;"
+        "[getattr(dstlib, name) for name in dir(dstlib) if name != 'accelerate'];"  # torch then loads more of its own
         "print({m.split('.')[0] for m in set(sys.modules) - before})"
     )
     loaded = ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True))
     assert loaded <= THIRD_PARTY | {"dstlib"} | set(sys.stdlib_module_names)
+
+
+def test_the_door_opens_to_what_type_checkers_see_behind_it():
+    """Names are loaded when they are asked for, so what a type checker reads is written beside them."""
+    (block,) = [node for node in ast.parse((ROOT / "dstlib/__init__.py").read_text()).body if isinstance(node, ast.If)]
+    seen = {name.name: node.module for node in block.body for name in node.names}
+    assert {name: f"dstlib.{home}" for home, names in dstlib._FROM.items() for name in names} == seen
+    assert sorted(seen) == sorted(dstlib.__all__)
+    assert set(dir(dstlib)) >= {*dstlib.__all__, *dstlib._ROOMS, "__version__"}
+    for name, home in seen.items():
+        assert getattr(dstlib, name) is getattr(sys.modules[home], name)
+    for name in dstlib._ROOMS:
+        assert getattr(dstlib, name) is sys.modules[f"dstlib.{name}"]
+    with pytest.raises(AttributeError, match="'dstlib' has no attribute 'sparsfy'"):
+        _ = dstlib.sparsfy
+
+
+def test_no_name_of_the_door_is_that_of_a_module():
+    """Or the module, once something imports it, would take the name's place."""
+    assert not {module_of(file) for file in FILES} & {*dstlib.__all__}

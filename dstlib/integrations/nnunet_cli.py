@@ -1,4 +1,7 @@
-"""The command ``dstlib-nnunet``: lets nnU-Net find the trainers, and hands what they trained to the stock one."""
+"""The command ``dstlib-nnunet``: lets nnU-Net find the trainers, and hands what they trained to the stock one.
+
+What needs torch is imported by the command that needs it, once its options are read.
+"""
 
 import argparse
 import contextlib
@@ -12,8 +15,6 @@ from pathlib import Path
 
 from dstlib.command_line import make_parser
 from dstlib.errors import DstlibError, StateError
-from dstlib.integrations.nnunet import TRAINERS, name_settings
-from dstlib.integrations.nnunet_checkpoint import STOCK, export_checkpoint
 
 VARIABLE = "nnUNet_extTrainer"
 SHIM = Path(__file__).with_name("nnunet_shim")
@@ -51,6 +52,8 @@ def check(names: Sequence[str]) -> str:
 
 
 def _find(name: str) -> str:
+    from dstlib.integrations.nnunet import TRAINERS, name_settings
+
     if name.startswith(TRAINERS):
         try:
             name_settings(name)
@@ -79,14 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="env | check | export")
     commands.add_parser("env", help="print the line that makes nnU-Net find the trainers")
     checking = commands.add_parser("check", help="ask nnU-Net whether it finds them")
-    checking.add_argument("trainers", nargs="*", default=TRAINERS, help="names to look for (default: all three)")
+    checking.add_argument("trainers", nargs="*", help="names to look for (default: all three)")
     exporting = commands.add_parser("export", help="write a checkpoint for the stock trainer, and verify its weights")
     exporting.add_argument("checkpoint", type=Path, help="of a sparse trainer, fold_0/checkpoint_final.pth, say")
     exporting.add_argument(
         "out",
         type=Path,
-        help=f"a new file; nnUNetv2_predict wants it as {STOCK}__PLANS__CONFIGURATION/fold_0/checkpoint_final.pth, "
-        "beside copies of plans.json and dataset.json",
+        help="a new file; nnUNetv2_predict wants it as nnUNetTrainer__PLANS__CONFIGURATION/fold_0/"
+        "checkpoint_final.pth, beside copies of plans.json and dataset.json",
     )
     return parser
 
@@ -98,8 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.command == "env":
             print(f"export {VARIABLE}={shlex.quote(search_path(os.environ.get(VARIABLE)))}")
         elif args.command == "check":
-            print(check(args.trainers))
+            from dstlib.integrations.nnunet import TRAINERS
+
+            print(check(args.trainers or TRAINERS))
         else:
+            from dstlib.integrations.nnunet_checkpoint import STOCK, export_checkpoint
+
             counts = export_checkpoint(args.checkpoint, args.out)
             print(
                 f"{args.out}: for {STOCK}; {counts.num_active:,} of {counts.num_total:,} entries active in "

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-Triple = tuple[int, int, int]
+from dstlib.axes import Triple
 
 
 class Unit(nn.Module):

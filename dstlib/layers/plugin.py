@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstlib.axes import AXES, Axis, Triple
 from dstlib.errors import SelectionError, require
-from dstlib.layers.blocks import Triple
-from dstlib.layers.shift import AXES, Axis, channel_groups, shift
+from dstlib.layers.shift import channel_groups, shift
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)

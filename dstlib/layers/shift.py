@@ -7,16 +7,12 @@ Shapes: B batch, C channels, G groups, D, H, W depth, height, width in voxels.
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dstlib.errors import SettingError, require
-
-Axis = Literal["depth", "height", "width"]
-AXES = get_args(Axis)  # in the order of the axes of (D, H, W)
 
 
 def shift(x: Tensor, sizes: Sequence[int], *, axis: int) -> Tensor:

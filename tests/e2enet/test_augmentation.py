@@ -14,8 +14,6 @@ from scipy import ndimage
 from dstlib.errors import SettingError
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.augmentation import (
-    Augmentation,
-    Chance,
     blur,
     change_intensities,
     contrast,
@@ -26,7 +24,8 @@ from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     spatial_transform,
     thin_axis,
 )
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import draw_batch
+from dstlib.zoo.e2enet.data.dataloading.settings import Augmentation, Chance, PatchSettings
 
 NAMES = [field.name for field in fields(Augmentation) if field.name != "per_channel"]
 NEVER = Augmentation(**{name: replace(getattr(Augmentation(), name), probability=0) for name in NAMES})

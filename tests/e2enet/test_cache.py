@@ -26,7 +26,8 @@ from dstlib import workers
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.cases import read_box
 from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import draw_batch
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest

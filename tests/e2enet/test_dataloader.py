@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from dstlib.errors import DataError, DstlibError, SettingError
 from dstlib.zoo.e2enet.data.dataloading import dataloader
 from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import draw_batch
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 
 PATCHES = PatchSettings(patch_size=(8, 12, 12), batch_size=3)

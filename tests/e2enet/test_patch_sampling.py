@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.cases import MAX_VOXELS, Case
-from dstlib.zoo.e2enet.data.dataloading.augmentation import Augmentation
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import draw_batch
+from dstlib.zoo.e2enet.data.dataloading.settings import Augmentation, PatchSettings
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
 
 MM = (1.0, 1.0, 1.0)

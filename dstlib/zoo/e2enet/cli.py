@@ -1,6 +1,6 @@
 """The command lines of the zoo: to train a recipe, and ``python -m dstlib.zoo.e2enet`` for all else.
 
-What is heavy is imported by the command that needs it.
+What is heavy, torch above all, is imported by the command that needs it, once its options are read.
 """
 
 import argparse
@@ -9,13 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import SettingError
-from dstlib.methods import METHODS
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
-from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS, Execution, chosen_device, usual_precision
+from dstlib.zoo.e2enet.training.settings import METHODS, OPTIMIZERS, PRECISIONS
 
 if TYPE_CHECKING:
     from dstlib.zoo.e2enet.run import RunConfig
@@ -55,10 +52,12 @@ ALL = "list every case, not ten at most of each kind of finding"
 
 def run_script(recipe: Recipe, description: str | None) -> int:
     """Trains a recipe as the command line says, and returns the exit code: the whole of an example's script."""
-    from dstlib.zoo.e2enet.run import run_recipe
 
     def main() -> None:
-        run_recipe(read_config(recipe, description=description))
+        config = read_config(recipe, description=description)
+        from dstlib.zoo.e2enet.run import run_recipe
+
+        run_recipe(config)
 
     return run_command(main)
 
@@ -71,14 +70,17 @@ def read_config(
     Raises:
         SettingError: An option is out of range, or contradicts another.
     """
+    options = _recipe_parser(recipe, description).parse_args(arguments)
+    preset = _chosen_preset(recipe, options)
+
     from dstlib.zoo.e2enet.dataset import DataSettings
     from dstlib.zoo.e2enet.run import RunConfig
+    from dstlib.zoo.e2enet.training.execution import Execution, chosen_device, usual_precision, usual_workers
 
-    options = _recipe_parser(recipe, description).parse_args(arguments)
     device = chosen_device(options.device)
     return RunConfig(
         recipe=recipe.name,
-        preset=_chosen_preset(recipe, options),
+        preset=preset,
         model=options.model,
         width=options.width,
         data=DataSettings(
@@ -96,7 +98,7 @@ def read_config(
             channels_last=options.channels_last,
             compile=options.compile,
             engine=options.engine,
-            workers=options.workers,
+            workers=usual_workers() if options.workers is None else options.workers,
         ),
         folder=options.run,
         resume=options.resume,
@@ -164,8 +166,8 @@ cases, if it has any (default: 0)"""
     option("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
     option("--compile", action="store_true", help="compile the network by torch.compile")
     option("--engine", action="store_true", help=ENGINE)
-    workers, ahead = 8 if torch.cuda.is_available() else 0, "processes that draw and augment the batches ahead"
-    option("--workers", type=int, default=workers, metavar="N", help=f"{ahead} {DEFAULT}")
+    workers = "processes that draw and augment the batches ahead (default: 8 if there is a GPU, else 0)"
+    option("--workers", type=int, metavar="N", help=workers)
 
     option = lines.add_argument_group("training; without a value, the preset's").add_argument
     for name, value in asdict(recipe.presets["demo"].training).items():
@@ -253,9 +255,10 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
 def _check(options: argparse.Namespace) -> int:
     from dstlib.report import on_one_line
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
-    from dstlib.zoo.e2enet.data.scans.integrity import check
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
+    from dstlib.zoo.e2enet.data.scans.integrity import check  # not for a set that is none
+
     for line in manifest.guess:
         print(on_one_line(line))
     findings = check(manifest)
@@ -266,6 +269,7 @@ def _check(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.checkpoint import load_trained, on_engine
     from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_folder
+    from dstlib.zoo.e2enet.training.execution import Execution, chosen_device, usual_precision
 
     _refuse_run(options.output)
     device = chosen_device(options.device)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, get_args
 
+from dstlib.axes import AXES, Axis, Triple
 from dstlib.errors import require
-from dstlib.layers.blocks import Triple
-from dstlib.layers.shift import AXES, Axis
 
 ShiftKind = Literal["fixed", "interpolated", "rounded"]
 KINDS = get_args(ShiftKind)

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from dstlib.axes import AXES, Triple
 from dstlib.errors import DataError
-from dstlib.layers.blocks import FusionNode, Triple, Unit
-from dstlib.layers.shift import AXES, LearnedShift, Shift
+from dstlib.layers.blocks import FusionNode, Unit
+from dstlib.layers.shift import LearnedShift, Shift
 from dstlib.zoo.e2enet.config import E2ENetConfig
 
 

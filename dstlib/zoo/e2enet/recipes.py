@@ -7,12 +7,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dstlib.zoo.e2enet.config import AMOS, BRATS, BTCV, E2ENetConfig
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
-from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Recipe:
 
     name: str
     phantoms: tuple[Literal["amos", "btcv", "brats", "hippocampus"], int]
-    modalities: tuple[Modality, ...]
+    modalities: tuple["Modality", ...]
     presets: Mapping[str, Preset]
 
 

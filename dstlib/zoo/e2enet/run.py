@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dstlib.errors import SettingError, printable, require
-from dstlib.profile import profile
+from dstlib.profiling import profile
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
@@ -21,12 +21,12 @@ from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
 from dstlib.zoo.e2enet.inference.predict import Trained, outcome_table, predict_scans
 from dstlib.zoo.e2enet.recipes import Preset
 from dstlib.zoo.e2enet.report import write_report
+from dstlib.zoo.e2enet.training.execution import Execution
 from dstlib.zoo.e2enet.training.log import Log
 from dstlib.zoo.e2enet.training.loop import interruptible, train
 from dstlib.zoo.e2enet.training.ranks import Ranks, process_group
 from dstlib.zoo.e2enet.training.records import ConfigRecord
 from dstlib.zoo.e2enet.training.run_directory import Run, open_run, read_checkpoint
-from dstlib.zoo.e2enet.training.settings import Execution
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
 
 RESTART = "Start the run afresh in another folder, or restore the file."

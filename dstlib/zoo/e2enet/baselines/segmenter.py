@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dstlib.axes import Triple
 from dstlib.errors import DataError, require
-from dstlib.layers.blocks import Triple
 from dstlib.zoo.e2enet.config import E2ENetConfig, are_counts, is_triple
 
 

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 from torch import nn
 
+from dstlib.axes import Triple
 from dstlib.errors import SettingError, require, similar
-from dstlib.layers.blocks import Triple
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
 from dstlib.zoo.e2enet.baselines.nnunet import nnunet

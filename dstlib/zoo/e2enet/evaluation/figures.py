@@ -111,8 +111,8 @@ def mark_sides(panel: Axes, view: View) -> None:
         (view.top, 0.5, 0.96),
         (OPPOSITE[view.top], 0.5, 0.04),
     ):
-        place = {"ha": "center", "va": "center", "transform": panel.transAxes}
-        panel.text(x, y, letter, color="white", fontsize=9, path_effects=OUTLINED, **place)
+        text = panel.text(x, y, letter, ha="center", va="center", transform=panel.transAxes)
+        text.set(color="white", fontsize=9, path_effects=OUTLINED)
 
 
 def mark_scale(panel: Axes, view: View) -> None:
@@ -122,8 +122,8 @@ def mark_scale(panel: Axes, view: View) -> None:
     start = left + 0.08 * (right - left)
     end, across = start + length / view.spacing[1], panel.get_xaxis_transform()  # x in voxels, y from 0 to 1
     panel.plot([start, end], [0.05, 0.05], color="white", linewidth=2, path_effects=OUTLINED, transform=across)
-    place = {"ha": "center", "va": "bottom", "transform": across}
-    panel.text((start + end) / 2, 0.07, f"{length:g} mm", color="white", fontsize=8, path_effects=OUTLINED, **place)
+    text = panel.text((start + end) / 2, 0.07, f"{length:g} mm", ha="center", va="bottom", transform=across)
+    text.set(color="white", fontsize=8, path_effects=OUTLINED)
     panel.set_xlim(left, right)
 
 

@@ -20,7 +20,7 @@ from dstlib.errors import DstlibError
 from dstlib.workers import loader_deaths
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
 from dstlib.zoo.e2enet.training.loss import belonging, deep_supervision_loss

@@ -8,7 +8,7 @@ from dstlib.errors import StateError
 from dstlib.typed_json import OPTIONAL, read_json
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.cases import Shape
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation

@@ -1,20 +1,22 @@
-"""How a network of the E2ENet recipes is trained, and on what hardware, as two values."""
+"""How a network of the E2ENet recipes is trained, as a value, and the names of what may be chosen.
+
+Nothing here needs torch: command lines are parsed by it.
+"""
 
 import math
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-
-from dstlib.errors import SettingError, require, similar
-from dstlib.masking.granularity import Block
-from dstlib.methods import DSFF, METHODS
-from dstlib.methods.method import Method
+from dstlib.errors import require, similar
 
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 OPTIMIZERS = ("sgd", "adamw")
+METHODS = (  # the names of those in dstlib.METHODS
+    *("static", "set", "set_itop", "rigl", "rigl_itop", "snfs", "dsr", "mest", "mest_soft"),
+    *("granet", "granet_sparse", "gmp", "gmp_global", "acdc"),
+    *("srigl", "cht", "chts", "topkast", "srste", "dsff"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,87 +88,3 @@ class TrainSettings:
         0.01
         """
         return self.learning_rate * (1 - epoch / self.epochs) ** self.poly_exponent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """Where and how a training is computed: it changes the seconds, and the result by rounding alone.
-
-    - ``precision``: of the forward pass; ``fp16`` scales the loss, as the paper's training does.
-    - ``channels_last``: lays features out as (D, H, W, C), which GPUs like.
-    - ``compile``: through torch.compile.
-    - ``engine``: through :func:`dstlib.accelerate`, for float32 on a CPU, or half precision on a GPU.
-    - ``workers``: processes that draw the batches ahead; 0 draws them in between.
-
-    Raises:
-        SettingError: A setting cannot be used here.
-
-    >>> Execution(device="cpu", precision="bf16").autocast_dtype
-    torch.bfloat16
-    """
-
-    device: str = "cpu"
-    precision: Precision = "float32"
-    channels_last: bool = False
-    compile: bool = False
-    engine: bool = False
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        where, allowed, given = "Execution", " or ".join(PRECISIONS), self.precision
-        require(given in PRECISIONS, "precision", where, allowed=allowed, given=given, remedy="Pass float32 on a CPU.")
-        fits = (given != "float32") == self.device.startswith("cuda") and not (self.channels_last or self.compile)
-        allowed = "float32 on a CPU, half precision on a GPU, nothing else"
-        remedy = "Leave --engine out, or else --precision, --channels-last and --compile."
-        require(fits or not self.engine, "engine", where, allowed=allowed, given=self.engine, remedy=remedy)
-        allowed, remedy = "a whole number from 0 up", "0 draws the batches in the training's own process."
-        require(self.workers >= 0, "workers", where, allowed=allowed, given=self.workers, remedy=remedy)
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # no such device; none that this build of torch knows
-            allowed, reason = "one that torch can use", str(error).splitlines()[0].split(". ")[0]
-            remedy = "Leave --device out, or pass cpu or cuda."
-            raise SettingError.of("device", where, allowed=allowed, given=reason, remedy=remedy) from error
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The type that the forward pass is rounded to; None for none."""
-        return {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-
-
-def chosen_device(given: str | None) -> str:
-    """Returns the device that was given, else a GPU, if there is one.
-
-    Of "cuda", each process that torchrun has started takes the GPU of its own number.
-
-    >>> chosen_device("cuda:1")
-    'cuda:1'
-    """
-    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-def usual_precision(device: str) -> Precision:
-    """Returns the precision of a device, if none was asked for.
-
-    >>> usual_precision("cuda:1"), usual_precision("cpu")
-    ('fp16', 'float32')
-    """
-    return "fp16" if device.startswith("cuda") else "float32"
-
-
-def kernel_method(name: str, interval: int, block: int = 1) -> Method:
-    """Returns a method as the recipes compare it: on whole kernels at one density, as DSFF, whatever its paper did.
-
-    With ``block`` above 1, on blocks of so many output and input channels.
-
-    Two runs that differ in the method then differ in its rule alone.
-
-    >>> kernel_method("static", 50).interval, kernel_method("rigl", 50).interval
-    (None, 50)
-    >>> kernel_method("rigl", 50).granularity
-    Kernel()
-    """
-    method, granularity = METHODS[name], DSFF.granularity if block == 1 else Block(block, block)
-    every = None if method.interval is None else interval
-    return replace(method, granularity=granularity, distribution=DSFF.distribution, interval=every)

@@ -21,9 +21,11 @@ from dstlib.sparsifier.saved import at_step_0
 from dstlib.torch_files import load_weights
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.network import E2ENet
+from dstlib.zoo.e2enet.training.execution import Execution
+from dstlib.zoo.e2enet.training.methods import kernel_method
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.saved import check_saved
-from dstlib.zoo.e2enet.training.settings import Execution, TrainSettings, kernel_method
+from dstlib.zoo.e2enet.training.settings import TrainSettings
 
 
 @dataclass

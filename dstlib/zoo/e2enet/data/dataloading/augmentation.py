@@ -1,11 +1,11 @@
 """How a patch is changed before a network sees it: nnU-Net's augmentation, drawn from the patch's one generator.
 
-Shapes: C channels, D depth, H height, W width. Which changes there are, how likely and how strong is a value,
-:class:`Augmentation`. What a change does to the values of a channel stands at the end, where nothing is random.
+Shapes: C channels, D depth, H height, W width. Which changes there are, how likely and how strong is a value, the
+:class:`~dstlib.zoo.e2enet.data.dataloading.settings.Augmentation`. What a change does to the values of a channel stands
+at the end, where nothing is random.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -16,86 +16,10 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from dstlib.errors import require
 from dstlib.zoo.e2enet.data.cases import Shape, three
+from dstlib.zoo.e2enet.data.dataloading.settings import Augmentation
 
 THIN = 3  # a patch whose longest side is more than this many times its shortest is turned within its plane alone
-
-
-@dataclass(frozen=True)
-class Chance:
-    """The probability of a change, and the range that its strength is drawn from.
-
-    >>> Chance(0.2, 0.7, 1.4).around_one(np.random.default_rng(0)) < 1.4
-    True
-    """
-
-    probability: float
-    low: float
-    high: float
-
-    def comes(self, rng: np.random.Generator) -> bool:
-        """Draws whether the change happens."""
-        return bool(rng.random() < self.probability)
-
-    def uniform(self, rng: np.random.Generator) -> float:
-        """Draws a strength, uniformly."""
-        return float(rng.uniform(self.low, self.high))
-
-    def around_one(self, rng: np.random.Generator) -> float:
-        """Draws a factor or an exponent: as often below 1 as above, and uniform on either side."""
-        below = rng.random() < 0.5 if self.low < 1 < self.high else self.high <= 1
-        return float(rng.uniform(self.low, min(self.high, 1)) if below else rng.uniform(max(self.low, 1), self.high))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """The random changes of a patch, in the order in which they come; the defaults are the paper's.
-
-    ``Chance(0, ...)`` switches a change off.
-
-    - ``rotation``: degrees, about each axis. A thin patch is turned in its plane only, by any angle.
-    - ``scaling``: above 1 the patch shows more of the case, and everything in it is smaller.
-    - ``noise``: standard deviation, one for all channels. nnU-Net calls it a variance and uses it as this.
-    - ``blur``: standard deviation in voxels; each channel with probability ``per_channel``.
-    - ``brightness``, ``contrast``: factors, on the value and on its distance from the mean.
-    - ``resolution``: share of the voxels of each axis that is kept; each channel with ``per_channel``.
-    - ``inverted_gamma``, ``gamma``: exponents.
-
-    Mirroring comes last, and is a setting of the patches, as prediction needs it too.
-
-    Raises:
-        SettingError: A probability lies outside [0, 1], or a range is empty or outside what is allowed.
-
-    Reference: nnU-Net (Isensee et al. 2021), "moreDA", in the fork that E2ENet was published with.
-
-    >>> Augmentation(rotation=Chance(1.5, -30, 30))
-    Traceback (most recent call last):
-    dstlib.errors.SettingError: rotation of Augmentation: expected a probability in [0, 1] and a range within ...
-    """
-
-    rotation: Chance = Chance(0.2, -30.0, 30.0)
-    scaling: Chance = Chance(0.2, 0.7, 1.4)
-    noise: Chance = Chance(0.1, 0.0, 0.1)
-    blur: Chance = Chance(0.2, 0.5, 1.0)
-    brightness: Chance = Chance(0.15, 0.75, 1.25)
-    contrast: Chance = Chance(0.15, 0.75, 1.25)
-    resolution: Chance = Chance(0.25, 0.5, 1.0)
-    inverted_gamma: Chance = Chance(0.1, 0.7, 1.5)
-    gamma: Chance = Chance(0.3, 0.7, 1.5)
-    per_channel: float = 0.5
-
-    def __post_init__(self) -> None:
-        # Blur cannot be 0 (its weights would be 0/0), nor can the others at 0.01: a patch would lose its content.
-        limits = {"rotation": (-180.0, 180.0), "noise": (0.0, 10.0), "resolution": (0.01, 1.0)}
-        for name in (field.name for field in fields(self) if field.name != "per_channel"):
-            chance, (least, most) = getattr(self, name), limits.get(name, (0.01, 10.0))
-            holds = 0 <= chance.probability <= 1 and least <= chance.low <= chance.high <= most
-            allowed = f"a probability in [0, 1] and a range within [{least:g}, {most:g}]"
-            remedy = "Pass Chance(probability, low, high); Chance(0, 1, 1) switches most parts off."
-            require(holds, name, "Augmentation", allowed=allowed, given=chance, remedy=remedy)
-        share, allowed, remedy = self.per_channel, "a number in [0, 1]", "The paper's is 0.5."
-        require(0 <= share <= 1, "per_channel", "Augmentation", allowed=allowed, given=share, remedy=remedy)
 
 
 def thin_axis(size: Shape) -> int | None:

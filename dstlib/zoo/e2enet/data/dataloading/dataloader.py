@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from dstlib.errors import DstlibError, require
 from dstlib.workers import leave_signals_to_the_parent
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
+from dstlib.zoo.e2enet.data.dataloading.patch_sampling import draw_batch
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 
 Batch = tuple[Tensor, Tensor]
 

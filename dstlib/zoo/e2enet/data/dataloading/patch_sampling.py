@@ -6,7 +6,6 @@ iteration): a resumed run draws what an uninterrupted one would have drawn, and 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,61 +15,13 @@ from torch import Tensor
 from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Case, Shape, read_box, three
 from dstlib.zoo.e2enet.data.dataloading.augmentation import (
-    Augmentation,
     change_intensities,
     random_affine,
     seen_box,
     spatial_transform,
     thin_axis,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchSettings:
-    """The size and number of the patches of a batch, and how they are drawn and changed.
-
-    ``oversample`` is the share of the batch that is forced to contain foreground, counted as nnU-Net does:
-    one patch of two at 0.33. ``augment`` says how patches are changed, None that they are not. ``mirror`` names
-    the axes (0 = D, 1 = H, 2 = W) along which an augmented patch is flipped, each with probability 1/2. The
-    paper flips all three; where classes tell left from right, as two kidneys, that makes them harder to tell
-    apart, and ``(0, 1)`` keeps the sides.
-
-    Raises:
-        SettingError: A setting lies outside what is allowed.
-
-    >>> PatchSettings(patch_size=(40, 56, 40)).num_forced
-    1
-    """
-
-    patch_size: Shape
-    batch_size: int = 2
-    oversample: float = 0.33
-    augment: Augmentation | None = field(default_factory=Augmentation)
-    mirror: tuple[int, ...] = (0, 1, 2)
-
-    def __post_init__(self) -> None:
-        where = "PatchSettings"
-        holds = len(self.patch_size) == 3 and min(self.patch_size) > 0
-        allowed, remedy = "three positive sizes (D, H, W)", "Pass (64, 128, 128), say."
-        require(holds, "patch_size", where, allowed=allowed, given=self.patch_size, remedy=remedy)
-        allowed, remedy = "a positive number", "Pass 2, as the paper."
-        require(self.batch_size > 0, "batch_size", where, allowed=allowed, given=self.batch_size, remedy=remedy)
-        allowed, remedy = "a number in [0, 1]", "Pass 0.33, as the paper."
-        require(0 <= self.oversample <= 1, "oversample", where, allowed=allowed, given=self.oversample, remedy=remedy)
-        holds = self.augment is None or isinstance(self.augment, Augmentation)
-        allowed, remedy = "an Augmentation or None", "Leave it out for the paper's, pass None for none."
-        require(holds, "augment", where, allowed=allowed, given=self.augment, remedy=remedy)
-        allowed, remedy = "axes among 0, 1, 2", "Pass () for no mirroring."
-        require(set(self.mirror) <= {0, 1, 2}, "mirror", where, allowed=allowed, given=self.mirror, remedy=remedy)
-
-    @property
-    def num_forced(self) -> int:
-        """How many patches of a batch are forced to contain foreground: the last ones."""
-        return self.batch_size - round(self.batch_size * (1 - self.oversample))
-
-    def plain(self) -> "PatchSettings":
-        """Returns the settings of the same patches unchanged: what a training is validated on."""
-        return replace(self, augment=None)
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 
 
 def draw_batch(
