@@ -26,7 +26,7 @@ from dstlib.errors import require
 from dstlib.layers import add_depth_shift
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
-from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import ZScoreNormalization
 
 NUM_CLASSES = len(AMOS_ORGANS) + 1  # with the background
 WIDTHS = (12, 24, 48)
@@ -69,7 +69,7 @@ NETWORKS = {"dynunet": dynunet, "unet": monai_unet, "plainconvunet": plain_conv_
 def scans(num_scans: int) -> tuple[Tensor, Tensor]:
     """Draws normalised phantoms: images (N, 1, D, H, W), labels (N, 1, D, H, W)."""
     drawn = phantoms(num_scans, shape=SHAPE)
-    normalize = MriNormalization()  # to mean 0 and deviation 1, which is all that a demonstration needs
+    normalize = ZScoreNormalization()  # to mean 0 and deviation 1, which is all that a demonstration needs
     images = torch.stack([torch.from_numpy(normalize.apply(case.image[0]))[None] for case in drawn.cases])
     return images, torch.stack([torch.from_numpy(case.label)[None] for case in drawn.cases]).long()
 

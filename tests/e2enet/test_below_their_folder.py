@@ -17,7 +17,7 @@ from dstlib.errors import DstlibError
 from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.cli import read_config
 from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, read_manifest
-from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import ZScoreNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.dataset import DataSettings, open_dataset
 from dstlib.zoo.e2enet.inference.predict import Trained, predict_scans
@@ -54,7 +54,7 @@ class Threshold(nn.Module):
 
 TRAINED = Trained(
     models=(Threshold(),),
-    preparation=Preparation(spacing=None, normalization=(MriNormalization(),), crop=True),
+    preparation=Preparation(spacing=None, normalization=(ZScoreNormalization(),), crop=True),
     patch_size=(8, 8, 8),
     mirror=(),
     channels=("MRI",),

@@ -104,7 +104,7 @@ def reads(monkeypatch):
 def test_cases_are_those_that_are_prepared_directly(manifest, tmp_path):
     cases, preparation = prepare(manifest, tmp_path / "cache")
     scans = [read_scan(files, num_channels=1, labels=Labels.consecutive(2)) for files in manifest.train]
-    assert preparation == plan_preparation(join(map(scan_fingerprint, scans)), modality="ct")
+    assert preparation == plan_preparation(join(map(scan_fingerprint, scans)), schemes=("ct",))
     assert preparation.spacing == (3.0, 1.0, 1.0)
     assert (cases.name, cases.channels, cases.classes) == ("toy", ("CT",), ("liver", "tumour"))
     for case, scan in zip(cases.cases, scans, strict=True):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     NUM_SAMPLES,
     Fingerprint,
@@ -19,7 +19,7 @@ from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     scan_fingerprint,
     target_spacing,
 )
-from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, ZScoreNormalization
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
 
@@ -123,8 +123,8 @@ def test_what_cannot_be_measured_is_refused():
     empty = fingerprint([scan_of(foreground=0)])
     assert empty.intensities == ()
     with pytest.raises(DataError, match="foreground of the training cases: expected a labelled voxel, got none in 1"):
-        plan_preparation(empty, modality="ct")
-    assert plan_preparation(empty, modality="mri").normalization == (MriNormalization(),)
+        plan_preparation(empty, schemes=("ct",))
+    assert plan_preparation(empty, schemes=("zscore",)).normalization == (ZScoreNormalization(),)
 
 
 # ---- planning
@@ -149,17 +149,12 @@ def test_an_axis_three_times_as_coarse_is_not_yet_anisotropic():
 
 
 def test_ct_takes_the_numbers_of_the_set():
-    plan = plan_preparation(measured([(2.0, 1.0, 1.0)]), modality="ct")
+    plan = plan_preparation(measured([(2.0, 1.0, 1.0)]), schemes=("ct",))
     assert plan.normalization == (CtNormalization(low=-100.0, high=200.0, mean=50.0, std=30.0),)
     assert (plan.spacing, plan.crop) == ((2.0, 1.0, 1.0), True)
 
 
 @pytest.mark.parametrize(("kept", "inside"), [((0.2, 0.3, 1.0), True), ((0.2, 0.75, 1.0), False), ((1.0,) * 3, False)])
 def test_mri_is_masked_where_cropping_takes_over_a_quarter_of_the_median_scan(kept, inside):
-    plan = plan_preparation(measured([(1.0, 1.0, 1.0)] * 3, kept=kept), modality="mri")
-    assert plan.normalization == (MriNormalization(inside_mask=inside),)
-
-
-def test_a_foreign_modality_is_refused():
-    with pytest.raises(SettingError, match=r"modality of the preparation: expected ct or mri, got 'pet'"):
-        plan_preparation(measured([(1.0, 1.0, 1.0)]), modality="pet")
+    plan = plan_preparation(measured([(1.0, 1.0, 1.0)] * 3, kept=kept), schemes=("zscore",))
+    assert plan.normalization == (ZScoreNormalization(inside_mask=inside),)

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.typed_json import parse_json
-from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, ZScoreNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import (
     Preparation,
     place_back,
@@ -249,7 +249,7 @@ def test_mri_inside_the_mask_leaves_zeros_outside_and_counts_dark_voxels_inside(
     image[:, 1:6, 1:6, 1:6] = np.random.default_rng(0).uniform(100, 200, (2, 5, 5, 5))
     image[:, 3, 3, 3] = 0  # enclosed by the patient
     prepared, _ = prepare_image(
-        image, RAS, keeping(rule=MriNormalization(inside_mask=True), crop=False, num_channels=2)
+        image, RAS, keeping(rule=ZScoreNormalization(inside_mask=True), crop=False, num_channels=2)
     )
     inside = np.zeros((7, 7, 7), bool)
     inside[1:6, 1:6, 1:6] = True
@@ -257,17 +257,17 @@ def test_mri_inside_the_mask_leaves_zeros_outside_and_counts_dark_voxels_inside(
     np.testing.assert_allclose(prepared[:, inside].mean(1), 0, atol=1e-5)  # float32
     np.testing.assert_allclose(prepared[:, inside].std(1), 1, atol=1e-5)
     assert (prepared[:, 3, 3, 3] < -4).all()
-    whole, _ = prepare_image(image, RAS, keeping(rule=MriNormalization(), crop=False, num_channels=2))
+    whole, _ = prepare_image(image, RAS, keeping(rule=ZScoreNormalization(), crop=False, num_channels=2))
     np.testing.assert_allclose(whole.mean((1, 2, 3)), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [AS_IT_IS, MriNormalization(), MriNormalization(inside_mask=True)])
+@pytest.mark.parametrize("rule", [AS_IT_IS, ZScoreNormalization(), ZScoreNormalization(inside_mask=True)])
 @given(value=st.floats(-1e5, 1e5, width=32), new=st.none() | spacings)
 def test_a_constant_channel_stays_finite(rule, value, new):
     image = np.full((1, 3, 4, 5), value, np.float32)
     prepared, _ = prepare_image(image, RAS, keeping(new, rule=rule))
     assert np.isfinite(prepared).all()
-    if isinstance(rule, MriNormalization):
+    if isinstance(rule, ZScoreNormalization):
         assert not prepared.any()
 
 
@@ -277,7 +277,7 @@ def test_a_constant_channel_stays_finite(rule, value, new):
 @given(
     st.none() | spacings,
     st.lists(
-        st.builds(MriNormalization, inside_mask=st.booleans())
+        st.builds(ZScoreNormalization, inside_mask=st.booleans())
         | st.builds(
             CtNormalization, low=st.floats(-9, 0), high=st.floats(0, 9), mean=st.floats(-9, 9), std=st.floats(0, 9)
         ),

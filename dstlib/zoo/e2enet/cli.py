@@ -88,7 +88,10 @@ def read_config(
             layout=options.layout,
             allow_outside=options.allow_outside,
             modality=options.modality,
+            made_for=recipe.modality,
             fold=options.fold,
+            splits=options.splits,
+            groups=options.groups,
             cache=options.cache,
             phantoms=(recipe.phantoms[0], options.scans),
         ),
@@ -142,10 +145,17 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
     option("--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)")
     option("--layout", help=LAYOUT)
     option("--allow-outside", action="store_true", help=OUTSIDE)
-    option("--modality", choices=recipe.modalities, default=recipe.modalities[0], help=DEFAULT)
-    folds = """which fifth to hold out, 0 to 4, or 'all': train on every case and hold out the set's own validation
-cases, if it has any (default: 0)"""
+    modality = f"""normalise every channel as ct or as mri (z-score), or each as its name declares; of AMOS22's mixed
+scans, those to take (default: as declared; one must be {recipe.modality}, as this recipe is made for it)"""
+    option("--modality", choices=("ct", "mri", "declared"), help=modality)
+    folds = """which fifth to hold out, 0 to 4 (which entry of --splits), or 'all': train on every case and hold out the
+set's own validation cases, if it has any (default: 0)"""
     option("--fold", default="0", help=folds)
+    splits = "folds to take in the place of five drawn ones: nnU-Net's splits_final.json"
+    option("--splits", type=Path, metavar="FILE", help=splits)
+    groups = """keep the scans of one patient in one fold: JSON or CSV with a patient for each case, or a regular
+expression whose one (group) is the patient in the name of a case"""
+    option("--groups", metavar="FILE|PATTERN", help=groups)
     option("--cache", type=Path, metavar="DIR", help="where prepared scans are kept (default: runs/prepared/NAME)")
     option("--scans", type=int, default=number, metavar="N", help=f"phantoms to draw, at least 5 {DEFAULT}")
     option("--patch-size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of a training patch")

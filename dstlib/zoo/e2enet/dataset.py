@@ -1,30 +1,36 @@
 """The data of a run: real scans or phantoms from their files, prepared, and divided by fold."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
-from dstlib.errors import SettingError, require, shown
-from dstlib.report import on_one_line
-from dstlib.zoo.e2enet.data.cases import Cases
+from dstlib.errors import SettingError
+from dstlib.report import on_one_line, some_of
+from dstlib.zoo.e2enet.data.cases import Cases, same_images
+from dstlib.zoo.e2enet.data.division import divide
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
+from dstlib.zoo.e2enet.data.layouts.channels import (
+    SCHEMES,
+    Modality,
+    Scheme,
+    modality_of,
+    name_oddity,
+    schemes_of,
+)
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.layouts.left_out import listed
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
-from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
-from dstlib.zoo.e2enet.data.splits import split
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.records import DataRecord
 
 RUNS = Path("runs")
-NUM_FOLDS = 5
 NUM_PREPARING = 4  # processes at most: each takes up to 6 float32 copies of a scan, 4 GB of 768×768×300 voxels
 
 
@@ -36,18 +42,25 @@ class DataSettings:
     - ``phantoms``: the kind and the number to draw where there is no folder.
     - ``layout``: decathlon, amos, btcv or nnunet; None to recognise it.
     - ``allow_outside``: whether dataset.json may name files outside of the folder.
-    - ``modality``: how intensities are normalised.
-    - ``fold``: which fifth is held out, "0" to "4"; "all" trains on every case and holds out the set's own
-      validation cases, if it has any.
+    - ``modality``: how every channel is normalised; None and "declared" for each as it is called.
+    - ``made_for``: the modality of the recipe: where no channel is of it, ``modality`` must not be None.
+    - ``fold``: which fifth is held out, "0" to "4", or which entry of ``splits``; "all" trains on every case and holds
+      out the set's own validation cases, if it has any.
+    - ``splits``: a file of folds, as nnU-Net's splits_final.json; None to draw them.
+    - ``groups``: the file, or the pattern of names, that tells which scans are of one patient; see
+      :func:`~dstlib.zoo.e2enet.data.groups.read_groups`.
     - ``cache``: where prepared scans are kept; None for a folder under ``runs``.
     """
 
     phantoms: tuple[str, int]
-    modality: Modality
+    modality: Modality | Literal["declared"] | None = None
+    made_for: Modality | None = None
     folder: Path | None = None
     layout: str | None = None
     allow_outside: bool = False
     fold: str = "0"
+    splits: Path | None = None
+    groups: str | None = None
     cache: Path | None = None
 
 
@@ -56,7 +69,7 @@ class Dataset:
     """What a run trains on, and what it is judged by: the held-out cases, prepared and as the files they came in."""
 
     name: str
-    modality: Modality
+    modality: Modality | Literal["declared"]
     labels: Labels
     preparation: Preparation
     train_on: Cases
@@ -99,33 +112,38 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
 
     Raises:
         DataError: The set cannot be used; the message lists every defect.
-        SettingError: There is no such fold.
+        SettingError: There is no such fold, or no channel is of the modality that the recipe is made for.
     """
     if not ranks.leads:
         ranks.wait()  # the leader has drawn and prepared
     manifest = _read_manifest(settings)
-    train_names, held_out_names = _fold(manifest, settings.fold)
+    schemes = _schemes(manifest, settings)
+    modality = modality_of(schemes)
+    word: Modality | Literal["declared"] = modality or "declared"
+    division = divide(manifest, fold=settings.fold, splits=settings.splits, groups=settings.groups)
     if ranks.leads:
-        for line in (*manifest.told(), *_unused(manifest, settings.fold)):
-            print(on_one_line(line))
-    cache = settings.cache or RUNS / "prepared" / f"{manifest.name}-{settings.modality}"
+        normalised = f"Channels are normalised: {'; '.join(_told(manifest.channels, schemes))}."
+        _print((*manifest.told(), normalised, *division.notes))
+    cache = settings.cache or RUNS / "prepared" / f"{manifest.name}-{word}"
     workers = min(workers, NUM_PREPARING)
-    prepared = partial(prepared_cases, manifest, modality=settings.modality, folder=cache, workers=workers)
+    prepared = partial(prepared_cases, manifest, modality=modality, folder=cache, workers=workers)
     cases, preparation = prepared(manifest.train)
-    if settings.fold == "all" and manifest.validation:
+    files = {files.name: files for files in (*manifest.train, *manifest.validation)}
+    if {*division.train, *division.held_out} - {case.name for case in manifest.train}:
         judged, _ = prepared(manifest.validation, preparation=preparation)
         cases = replace(cases, cases=cases.cases + judged.cases)
+    train_on, held_out = _named(cases, division.train), _named(cases, division.held_out)
     if ranks.leads:
+        _print(_told_copies(train_on, held_out))
         ranks.wait()
-    files = {files.name: files for files in (*manifest.train, *manifest.validation)}
     return Dataset(
         name=manifest.name,
-        modality=settings.modality,
+        modality=word,
         labels=manifest.labels,
         preparation=preparation,
-        train_on=_named(cases, train_names),
-        held_out=_named(cases, held_out_names),
-        held_out_files=tuple(files[name] for name in held_out_names),
+        train_on=train_on,
+        held_out=held_out,
+        held_out_files=tuple(files[name] for name in division.held_out),
     )
 
 
@@ -136,31 +154,49 @@ def _read_manifest(settings: DataSettings) -> Manifest:
         manifest = replace(read_manifest(drawn, settings.layout), recognised="")
     else:
         manifest = read_manifest(settings.folder, settings.layout, allow_outside=settings.allow_outside)
-    return only_modality(manifest, settings.modality) if manifest.layout == "amos" else manifest
+    if manifest.layout != "amos":
+        return manifest
+    asked = None if settings.modality == "declared" else settings.modality
+    return only_modality(manifest, asked or settings.made_for or "ct")
 
 
-def _unused(manifest: Manifest, fold: str) -> list[str]:
-    """Says which labelled cases a training neither learns from nor is judged by."""
-    if fold == "all" or not manifest.validation:
+def _schemes(manifest: Manifest, settings: DataSettings) -> tuple[Scheme, ...]:
+    """Returns how each channel is normalised: as it is called, unless another modality is asked for.
+
+    Raises:
+        SettingError: None is asked for, and no channel is of the modality that the recipe is made for.
+    """
+    asked, made_for = settings.modality, settings.made_for
+    schemes = schemes_of(manifest.channels, None if asked == "declared" else asked)
+    if asked is None and made_for is not None and schemes_of(("",), made_for)[0] not in schemes:
+        where, allowed = f"data set {manifest.name!r}", f"{made_for.upper()}, for which this recipe is made"
+        given = f"channels that are normalised: {'; '.join(_told(manifest.channels, schemes))}"
+        remedy = f"Pass --modality declared to do so, or --modality {made_for} to take it for {made_for.upper()}."
+        raise SettingError.of("channels", where, allowed=allowed, given=given, remedy=remedy)
+    return schemes
+
+
+def _told(channels: Sequence[str], schemes: Sequence[Scheme]) -> list[str]:
+    return [
+        f"{channel!r} {SCHEMES[scheme]}" + " (a name that is not known)" * (name_oddity(channel) is not None)
+        for channel, scheme in zip(channels, schemes, strict=True)
+    ]
+
+
+def _told_copies(train_on: Cases, held_out: Cases) -> list[str]:
+    """Says which held-out cases are trained on under another name."""
+    inside, outside = ({case.name for case in cases.cases} for cases in (train_on, held_out))
+    alike = same_images((*train_on.cases, *held_out.cases))
+    pairs = [" = ".join(names) for names in alike if inside & set(names) and outside & set(names)]
+    if not pairs:
         return []
-    number, names = len(manifest.validation), listed([case.name for case in manifest.validation])
-    told = f"Note: {number} labelled cases that the set sets apart for validation take no part ({names})"
-    return [f"{told}: --fold all holds out these, and trains on all others."]
+    told = f"{len(pairs)} image(s) are both trained on and held out, voxel for voxel, and their scores tell nothing"
+    return [f"Warning: {told}: {some_of(pairs)}. Remove the copies, or give them one patient (--groups)."]
 
 
-def _fold(manifest: Manifest, fold: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names to train on, and those held out."""
-    names = [files.name for files in manifest.train]
-    if fold == "all":
-        return tuple(sorted(names)), tuple(sorted(files.name for files in manifest.validation))
-    remedy = "Pass 0 for the first fold."
-    is_one = fold in map(str, range(NUM_FOLDS))
-    require(is_one, "--fold", "the command line", allowed="0 to 4, or all", given=shown(fold), remedy=remedy)
-    if len(names) < NUM_FOLDS:
-        where, allowed = f"data set {manifest.name!r}", f"at least {NUM_FOLDS}, for as many folds"
-        remedy = "Pass --fold all to train on every case without holding any out."
-        raise SettingError.of("training cases", where, allowed=allowed, given=len(names), remedy=remedy)
-    return split(names, fold=int(fold), num_folds=NUM_FOLDS)
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(on_one_line(line))
 
 
 def _named(cases: Cases, names: Sequence[str]) -> Cases:

@@ -7,14 +7,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from dstlib.zoo.e2enet.config import AMOS, BRATS, BTCV, E2ENetConfig
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
+from dstlib.zoo.e2enet.data.layouts.channels import Modality
 from dstlib.zoo.e2enet.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +29,12 @@ class Recipe:
     """How E2ENet is trained on one kind of data.
 
     - ``phantoms``: the procedural set that stands in where no data is given, and how many of its scans.
-    - ``modalities``: how intensities are normalised, the first by default.
+    - ``modality``: what it is made for: a set whose channels say otherwise is not taken unasked.
     """
 
     name: str
     phantoms: tuple[Literal["amos", "btcv", "brats", "hippocampus"], int]
-    modalities: tuple["Modality", ...]
+    modality: Modality
     presets: Mapping[str, Preset]
 
 
@@ -66,14 +64,14 @@ _ABDOMEN_DEMO = Preset(
 AMOS_RECIPE = Recipe(
     name="e2enet_amos",
     phantoms=("amos", 30),
-    modalities=("ct", "mri"),
+    modality="ct",
     presets={"paper": _AMOS_PAPER, "quick": _ABDOMEN_QUICK, "demo": _ABDOMEN_DEMO},
 )
 
 BTCV_RECIPE = Recipe(
     name="e2enet_btcv",
     phantoms=("btcv", 30),
-    modalities=("ct",),
+    modality="ct",
     presets={
         "paper": Preset(network=BTCV, patches=PatchSettings(patch_size=(96, 96, 96)), training=PAPER),
         "quick": _ABDOMEN_QUICK,
@@ -84,7 +82,7 @@ BTCV_RECIPE = Recipe(
 BRATS_RECIPE = Recipe(
     name="e2enet_brats",
     phantoms=("brats", 20),
-    modalities=("mri",),
+    modality="mri",
     presets={
         "paper": Preset(network=BRATS, patches=PatchSettings(patch_size=(128, 128, 128)), training=PAPER),
         "quick": Preset(
@@ -106,7 +104,7 @@ _HIPPOCAMPUS_PATCH = PatchSettings(patch_size=(40, 56, 40))
 HIPPOCAMPUS_RECIPE = Recipe(
     name="e2enet_hippocampus",
     phantoms=("hippocampus", 20),
-    modalities=("mri",),
+    modality="mri",
     presets={
         "paper": Preset(
             network=replace(AMOS, channels=(48, 96, 192, 320), strides=((2, 2, 2),) * 3, heads=3),

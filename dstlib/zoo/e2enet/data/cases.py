@@ -4,6 +4,7 @@ Shapes: C channels, D depth (slices), H height, W width.
 """
 
 import errno
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -143,6 +144,35 @@ def _some(indices: NDArray[np.intp], size: int, *, seed: int) -> NDArray[np.unsi
     if len(indices) > MAX_VOXELS:
         indices = np.sort(np.random.default_rng(seed).choice(indices, MAX_VOXELS, replace=False, shuffle=False))
     return indices.astype(np.min_scalar_type(size))
+
+
+def same_images(cases: Sequence[Case]) -> tuple[tuple[str, ...], ...]:
+    """Lists the names of cases that hold the same image, voxel for voxel, whatever their labels.
+
+    Of each case one slice is read, and the others only where that is the same.
+
+    >>> image, label = np.zeros((1, 2, 3, 4), np.float32), np.zeros((2, 3, 4), np.uint8)
+    >>> cases = [Case(name, image + (name == "b"), label, (5.0, 0.8, 0.8)) for name in "abc"]
+    >>> same_images(cases)
+    (('a', 'c'),)
+    """
+    alike: dict[Any, list[Case]] = {}
+    for case in cases:
+        middle = case.image.shape[1] // 2
+        voxels = read_box(case.image, (slice(None), slice(middle, middle + 1), slice(None), slice(None)))
+        alike.setdefault((case.image.shape, hashlib.sha256(voxels.tobytes()).digest()), []).append(case)
+    return tuple(names for group in alike.values() if len(group) > 1 for names in _same(group))
+
+
+def _same(cases: Sequence[Case]) -> list[tuple[str, ...]]:
+    """Parts cases, of one shape, into those that hold the same image; leaves out those that are alone."""
+    found: dict[bytes, list[str]] = {}
+    for case in cases:
+        digest = hashlib.sha256()
+        for d in range(case.image.shape[1]):
+            digest.update(read_box(case.image, (slice(None), slice(d, d + 1), slice(None), slice(None))).tobytes())
+        found.setdefault(digest.digest(), []).append(case.name)
+    return [tuple(sorted(names)) for names in found.values() if len(names) > 1]
 
 
 @dataclass(frozen=True, eq=False)

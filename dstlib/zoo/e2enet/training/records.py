@@ -3,14 +3,15 @@
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dstlib.errors import StateError
 from dstlib.typed_json import OPTIONAL, read_json
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.cases import Shape
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
+from dstlib.zoo.e2enet.data.layouts.channels import Modality
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.preprocessing.fingerprint import Modality
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
@@ -24,10 +25,11 @@ class DataRecord:
     """The data of a run, without where the files lie: what settles the result.
 
     ``labels`` is None where class i has the value i + 1, as in runs of before.
+    ``modality`` sums up how the channels are normalised, "declared" where not all alike as CT or as MRI.
     """
 
     name: str
-    modality: Modality
+    modality: Modality | Literal["declared"]
     channels: tuple[str, ...]
     classes: tuple[str, ...]
     preparation: Preparation

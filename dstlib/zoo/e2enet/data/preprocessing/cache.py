@@ -30,11 +30,11 @@ from dstlib.report import abridge, on_one_line
 from dstlib.typed_json import read_json, sealed
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.cases import Case, Cases, Spacing
+from dstlib.zoo.e2enet.data.layouts.channels import Modality, schemes_of
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry, Manifest, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     Fingerprint,
-    Modality,
     ScanFingerprint,
     join,
     plan_preparation,
@@ -129,8 +129,8 @@ def prepared_cases(
     manifest: Manifest,
     files: Sequence[CaseFiles],
     *,
-    modality: Modality,
     folder: Path,
+    modality: Modality | None = None,
     preparation: Preparation | None = None,
     workers: int = 0,
     progress: bool = True,
@@ -138,9 +138,10 @@ def prepared_cases(
     """Prepares the labelled cases of these files, in memory-mapped arrays under ``folder``.
 
     What lies there already is used, if it was made from the same files (by size and time of change) in the same
-    way. ``preparation`` is planned from these very files, unless it is passed: then ``modality`` makes no
-    difference. ``workers`` processes share the work, 0 does it in this one; the result is the same. Each holds a
-    scan and some copies of a channel in memory. However a call ends, the next goes on with what is whole.
+    way. ``preparation`` is planned from these very files, unless it is passed: each channel is normalised as it is
+    called, or all by ``modality``. ``workers`` processes share the work, 0 does it in this one; the result is the
+    same. Each holds a scan and some copies of a channel in memory. However a call ends, the next goes on with what is
+    whole.
 
     Raises:
         DataError: Files cannot be used. The message lists every defect, after all other files were measured (or
@@ -148,9 +149,10 @@ def prepared_cases(
         StateError: The disk is full, or the folder cannot be used.
         SettingError: There is no such modality, or ``workers`` is negative.
     """
+    schemes = schemes_of(manifest.channels, modality)  # before any work: there may be no such modality
     if preparation is None:
         measured = measure(manifest, files, folder=folder, workers=workers, progress=progress)
-        preparation = plan_preparation(measured, modality=modality)
+        preparation = plan_preparation(measured, schemes=schemes)
     entries = [replace(entry, preparation=preparation) for entry in _entries(manifest, files, folder)]
     with _locked(folder):
         title = f"preparing {manifest.name}" if progress else None
@@ -251,6 +253,8 @@ def _make(entry: Entry) -> Made:
         return Made()
     try:
         case = prepare_scan(scan, entry.preparation)
+    except DataError as error:
+        return Made((Fault(entry.files.images[0], f"cannot be prepared: {error}"),))
     except MemoryError as error:
         size = "×".join(f"{mm:.3g}" for mm in scan.spacing)
         fault = f"does not fit into memory when it is resampled ({error}): its voxels are {size} mm, is that right?"

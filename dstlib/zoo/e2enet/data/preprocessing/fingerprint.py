@@ -5,21 +5,25 @@ Shapes: C channels, N sampled voxels; D depth, H height, W width in canonical or
 
 import base64
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Shape, Spacing, three
-from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, MriNormalization, Normalization
+from dstlib.zoo.e2enet.data.layouts.channels import Scheme
+from dstlib.zoo.e2enet.data.preprocessing.normalization import (
+    CtNormalization,
+    Normalization,
+    RangeNormalization,
+    ZScoreNormalization,
+)
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.data.scans.geometry import MAX_ANISOTROPY, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
-
-Modality = Literal["ct", "mri"]
 
 NUM_SAMPLES = 10_000  # foreground voxels of one scan
 MASKED_BELOW = 3 / 4  # of the image that the box takes: less, and MRI is normalised inside the patient's mask
@@ -125,32 +129,32 @@ def _intensities(voxels: NDArray[np.float32]) -> CtNormalization:
     return CtNormalization(low=low, high=high, mean=mean, std=std)
 
 
-def plan_preparation(fingerprint: Fingerprint, *, modality: Modality) -> Preparation:
-    """Plans the preparation of a data set as nnU-Net does: spacing, cropping and normalisation.
+def plan_preparation(fingerprint: Fingerprint, *, schemes: Sequence[Scheme]) -> Preparation:
+    """Plans the preparation of a data set as nnU-Net does: spacing, cropping and, by channel, normalisation.
 
-    CT is normalised by the foreground of the set, MRI by each scan, inside the patient's mask if the box around it
-    takes under 3/4 of the median scan.
+    A channel of CT is normalised by the foreground of the set, one by z-score by each scan, inside the patient's mask
+    if the box around it takes under 3/4 of the median scan; see
+    :func:`~dstlib.zoo.e2enet.data.layouts.channels.schemes_of`.
 
     Raises:
-        SettingError: There is no such modality.
         DataError: CT without any foreground to measure.
 
     Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), and its version 2 for the anisotropic rule.
     """
-    known, remedy = get_args(Modality), "Pass mri (--modality mri) for whatever is not measured in Hounsfield units."
-    allowed, where = " or ".join(known), "the preparation"
-    require(modality in known, "modality", where, allowed=allowed, given=repr(modality), remedy=remedy)
-    rules: tuple[Normalization, ...]
-    if modality == "mri":
-        rule = MriNormalization(inside_mask=bool(np.median(fingerprint.kept) < MASKED_BELOW))
-        rules = (rule,) * fingerprint.num_channels
-    elif fingerprint.intensities:
-        rules = fingerprint.intensities
-    else:
+    assert len(schemes) == fingerprint.num_channels, schemes
+    if "ct" in schemes and not fingerprint.intensities:
         given = f"none in {len(fingerprint.kept)} case(s)"
         remedy = "Check that the labels belong to these images, or pass --modality mri."
         raise DataError.of("foreground", "the training cases", allowed="a labelled voxel", given=given, remedy=remedy)
-    return Preparation(spacing=target_spacing(fingerprint), normalization=rules)
+    inside_mask = bool(np.median(fingerprint.kept) < MASKED_BELOW)
+
+    def rule(channel: int, scheme: Scheme) -> Normalization:
+        if scheme == "ct":
+            return fingerprint.intensities[channel]
+        return ZScoreNormalization(inside_mask=inside_mask) if scheme == "zscore" else RangeNormalization(kind=scheme)
+
+    normalization = tuple(rule(channel, scheme) for channel, scheme in enumerate(schemes))
+    return Preparation(spacing=target_spacing(fingerprint), normalization=normalization)
 
 
 def target_spacing(fingerprint: Fingerprint) -> Spacing:

@@ -1,6 +1,7 @@
-"""What makes intensities comparable between scans: by a training set for CT, by each scan itself for MRI.
+"""What makes intensities comparable between scans: by a training set for CT, by each scan itself for most else.
 
-Shapes: C channels, D depth, H height, W width.
+What a channel is called settles how: :mod:`dstlib.zoo.e2enet.data.layouts.channels`. Shapes: D depth, H height,
+W width.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import require
+from dstlib.errors import DataError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class CtNormalization:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MriNormalization:
-    """Gives a channel of an MRI mean 0 and standard deviation 1, by that scan alone.
+class ZScoreNormalization:
+    """Gives a channel mean 0 and standard deviation 1, by that scan alone: MRI, PET, and whatever is not known.
 
     With ``inside_mask``, as for skull-stripped heads, both are measured inside the patient's mask, and all outside
     stays exactly 0.
@@ -60,14 +61,14 @@ class MriNormalization:
     Reference: Isensee et al., *nnU-Net* (Nature Methods 2021), the z-score scheme with and without its mask.
     """
 
-    kind: Literal["mri"] = field(default="mri", repr=False)
+    kind: Literal["mri"] = field(default="mri", repr=False)  # of before there was anything but CT and MRI
     inside_mask: bool = False
 
     def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
         """Standardises one channel; a constant one becomes 0.
 
         >>> image, mask = np.array([[[0, 0, 1, 3]]], np.float32), np.array([[[False, False, True, True]]])
-        >>> MriNormalization(inside_mask=True).apply(image, mask).tolist()
+        >>> ZScoreNormalization(inside_mask=True).apply(image, mask).tolist()
         [[[0.0, 0.0, -1.0, 1.0]]]
         """
         assert mask_DHW is not None or not self.inside_mask
@@ -81,4 +82,39 @@ class MriNormalization:
         return out
 
 
-Normalization = CtNormalization | MriNormalization
+@dataclass(frozen=True, kw_only=True)
+class RangeNormalization:
+    """Leaves a channel as it is, or brings it into [0, 1]: by its own range, or as the bytes of a colour.
+
+    Reference: nnU-Net 2.8.1, the schemes of the channel names noNorm, rescale_to_0_1 and rgb_to_0_1.
+    """
+
+    kind: Literal["nonorm", "rescale_to_0_1", "rgb_to_0_1"]
+
+    def apply(self, image_DHW: NDArray[np.float32], mask_DHW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """Brings one channel into its range; a constant one that is rescaled becomes 0. The mask makes no difference.
+
+        Raises:
+            DataError: Voxels of a colour are no bytes.
+
+        >>> image = np.array([[[0, 51, 255]]], np.float32)
+        >>> RangeNormalization(kind="rgb_to_0_1").apply(image).round(6).tolist()[0][0][0]
+        0.0
+        >>> RangeNormalization(kind="rescale_to_0_1").apply(image + 3).tolist() == (image / 255).tolist()
+        True
+        """
+        if self.kind == "nonorm":
+            return image_DHW
+        low, high = float(image_DHW.min()), float(image_DHW.max())
+        if self.kind == "rescale_to_0_1":
+            out = image_DHW - np.float32(low)
+            out /= max(float(out.max()), 1e-8)
+            return out
+        if low < 0 or high > 255:
+            remedy = "Rename the channel in dataset.json: rescale_to_0_1 takes any range."
+            given = f"{low:g} to {high:g}"
+            raise DataError.of("voxels", "a channel rgb_to_0_1", allowed="0 to 255", given=given, remedy=remedy)
+        return image_DHW / np.float32(255)
+
+
+Normalization = CtNormalization | ZScoreNormalization | RangeNormalization

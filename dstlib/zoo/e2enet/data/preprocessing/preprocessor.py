@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Case, Spacing, three
-from dstlib.zoo.e2enet.data.preprocessing.normalization import MriNormalization, Normalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import Normalization, ZScoreNormalization
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, new_shape, resample_intensities
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION, Placement, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
@@ -71,7 +71,7 @@ def prepare_image(
         remedy = "Pass the channels that the network was trained on, in that order."
         raise DataError.of("image", "a scan", allowed=allowed, given=given, remedy=remedy)
     placement = uncropped(three(image_CDHW.shape[1:]), affine)
-    is_masked = any(isinstance(rule, MriNormalization) and rule.inside_mask for rule in rules)
+    is_masked = any(isinstance(rule, ZScoreNormalization) and rule.inside_mask for rule in rules)
     found = placement.turn(nonzero(image_CDHW)) if preparation.crop or is_masked else None
     box = box_around(found) if found is not None and preparation.crop else placement.box
     spacing = preparation.spacing or placement.stored_spacing

@@ -4,7 +4,7 @@ Arrays are in a file's own order (x, y, z[, channel]) where
 their names say no other; affines take their voxels to millimetres.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,20 @@ def voxel_defects(image: NDArray[np.float32]) -> list[str]:
         return []
     num_bad = int(np.count_nonzero(~np.isfinite(image)))
     return [f"has {num_bad} voxel(s) that are NaN, infinite or beyond float32"] if num_bad else []
+
+
+def colour_defects(image_CDHW: NDArray[np.float32], channels: Iterable[int]) -> list[str]:
+    """Says whether channels that show a colour have voxels that are no bytes.
+
+    >>> colour_defects(np.array([[[[-1.0, 256.0]]]], np.float32), [0])
+    ['has voxels from -1 to 256 in channel 0, which shows a colour, of which they go from 0 to 255']
+    """
+    ranges = {i: (float(image_CDHW[i].min()), float(image_CDHW[i].max())) for i in channels}
+    return [
+        f"has voxels from {low:g} to {high:g} in channel {i}, which shows a colour, of which they go from 0 to 255"
+        for i, (low, high) in ranges.items()
+        if low < 0 or high > 255
+    ]
 
 
 def affine_defects(affine: NDArray[np.float64]) -> list[str]:

@@ -4,6 +4,7 @@ A defect forbids the use of its case; a warning tells what is legal but seldom m
 :mod:`dstlib.zoo.e2enet.data.scans.defects`; here are the checks that compare cases.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import exists
@@ -15,10 +16,12 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
-from dstlib.report import abridge
+from dstlib.report import abridge, some_of
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
+from dstlib.zoo.e2enet.data.layouts.channels import name_oddity, scheme_of
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
+from dstlib.zoo.e2enet.data.scans.defects import colour_defects
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, Scan, examine_scan
 
 WHOLE_SET = "(whole set)"  # in the place of a case's name
@@ -75,6 +78,7 @@ class _Facts(NamedTuple):
     orientation: str
     spacing: Spacing  # towards right, front and top of the patient
     numbers: frozenset[int]  # of its label, in memory
+    image: bytes  # a checksum of its voxels, and their shape
 
 
 def check(manifest: Manifest, *, progress: bool = True) -> Findings:
@@ -98,6 +102,8 @@ def check(manifest: Manifest, *, progress: bool = True) -> Findings:
         defects += [_defect(case.name, fault, manifest.folder) for fault in wrong]
         warnings += [_defect(case.name, fault, manifest.folder) for fault in odd]
         if scan is not None:
+            colours = [i for i, channel in enumerate(manifest.channels) if scheme_of(channel) == "rgb_to_0_1"]
+            defects += [Defect(case.name, text) for text in colour_defects(scan.image, colours)]
             facts[part].append(_facts(scan))
         del scan  # or it would be held while the next one is read
     warnings += [Defect(WHOLE_SET, text) for text in (*manifest.notes, *_oddities_of_set(manifest, facts))]
@@ -116,7 +122,10 @@ def _facts(scan: Scan) -> _Facts:
         present[plane] = True
     spacing = voxel_sizes(scan.affine)[np.argsort(nibabel.io_orientation(scan.affine)[:, 0])]
     orientation = "".join(nibabel.aff2axcodes(scan.affine))
-    return _Facts(scan.name, orientation, three(spacing.tolist()), frozenset(np.flatnonzero(present).tolist()))
+    digest = hashlib.sha256(repr(scan.image.shape).encode())
+    digest.update(np.ascontiguousarray(scan.image).data)
+    numbers = frozenset(np.flatnonzero(present).tolist())
+    return _Facts(scan.name, orientation, three(spacing.tolist()), numbers, digest.digest())
 
 
 def _oddities_of_set(manifest: Manifest, facts: dict[str, list[_Facts]]) -> list[str]:
@@ -125,12 +134,24 @@ def _oddities_of_set(manifest: Manifest, facts: dict[str, list[_Facts]]) -> list
     if manifest.layout == "amos" and len(found := modalities(manifest.cases)) > 1:
         counts = ", ".join(f"{number} {name.upper()}" for name, number in sorted(found.items()))
         texts.append(f"CT and MRI are mixed, told apart by ids ({counts}): a training takes those of its --modality")
-    texts += _orientations(cases) + _spacings(cases)
+    texts += [f"channel {i} {text}" for i, name in enumerate(manifest.channels) if (text := name_oddity(name))]
+    texts += _copies(cases) + _orientations(cases) + _spacings(cases)
     seen = frozenset[int]().union(*(case.numbers for case in facts["train"]))
     members = zip(manifest.classes, manifest.labels.members, strict=True)
     if facts["train"] and (absent := [name for name, numbers in members if seen.isdisjoint(numbers)]):
         texts.append(f"no training case that can be used holds {', '.join(absent)}")
     return texts
+
+
+def _copies(cases: Sequence[_Facts]) -> list[str]:
+    by_image: dict[bytes, list[str]] = {}
+    for case in cases:
+        by_image.setdefault(case.image, []).append(case.name)
+    alike = [" = ".join(sorted(names)) for names in by_image.values() if len(names) > 1]
+    if not alike:
+        return []
+    told = "image(s) are there more than once, voxel for voxel, so that a copy may be held out of what is trained on"
+    return [f"{len(alike)} {told}: {some_of(sorted(alike))}"]
 
 
 def _orientations(cases: Sequence[_Facts]) -> list[str]:

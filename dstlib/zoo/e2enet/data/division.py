@@ -1,0 +1,99 @@
+"""Which cases of a data set a run trains on, and which it holds out: by folds that are drawn, or those of a file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstlib.errors import SettingError, require, shown
+from dstlib.report import some_of
+from dstlib.zoo.e2enet.data.groups import read_groups
+from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
+from dstlib.zoo.e2enet.data.splits import parted, read_splits, refuse_fold, split
+
+NUM_FOLDS = 5
+_COMMAND_LINE = "the command line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """The names of the cases to train on, and of those held out; ``notes`` say what it leaves out, or mixes."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def divide(manifest: Manifest, *, fold: str = "0", splits: Path | None = None, groups: str | None = None) -> Division:
+    """Divides the labelled cases of a set.
+
+    ``fold`` is the number of a fold, or "all": then every training case is trained on, and the set's own validation
+    cases are held out. ``splits`` is a file of folds in the place of five drawn ones, see
+    :func:`~dstlib.zoo.e2enet.data.splits.read_splits`; ``groups`` tells which scans are of one patient, see
+    :func:`~dstlib.zoo.e2enet.data.groups.read_groups`.
+
+    Raises:
+        SettingError: There is no such fold, there are too few cases for folds, or ``groups`` cannot be used.
+        DataError: A file cannot be used, or the fold in it cannot be that of this set.
+    """
+    labelled = [files.name for files in (*manifest.train, *manifest.validation)]
+    patients = None if groups is None else read_groups(groups, labelled)
+    if fold == "all":
+        allowed, remedy = "a number with --splits", "Leave --splits out to train on every case."
+        require(splits is None, "--fold", _COMMAND_LINE, allowed=allowed, given="all", remedy=remedy)
+        train, held_out = (
+            tuple(sorted(files.name for files in part)) for part in (manifest.train, manifest.validation)
+        )
+    elif splits is not None:
+        train, held_out = _of_file(splits, fold, labelled)
+    else:
+        train, held_out = _drawn(manifest, fold, patients)
+    notes = (*_left_out(manifest, {*train, *held_out}, splits), *_mixed(patients, train, held_out))
+    return Division(train=train, held_out=held_out, notes=notes)
+
+
+def _of_file(splits: Path, fold: str, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    folds = read_splits(splits)
+    is_one, allowed = fold in map(str, range(len(folds))), f"the number of one of the {len(folds)} folds in {splits}"
+    remedy = "They count from 0."
+    require(is_one, "--fold", _COMMAND_LINE, allowed=allowed, given=shown(fold), remedy=remedy)
+    chosen = folds[int(fold)]
+    refuse_fold(chosen, names, where=f"fold {fold} of {splits}")
+    return tuple(sorted(chosen.train)), tuple(sorted(chosen.val))
+
+
+def _drawn(
+    manifest: Manifest, fold: str, patients: Mapping[str, str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    names = [files.name for files in manifest.train]
+    remedy = "Pass 0 for the first fold."
+    is_one = fold in map(str, range(NUM_FOLDS))
+    require(is_one, "--fold", _COMMAND_LINE, allowed="0 to 4, or all", given=shown(fold), remedy=remedy)
+    number = len(names) if patients is None else len({patients[name] for name in names})
+    if number < NUM_FOLDS:
+        where, allowed = f"data set {manifest.name!r}", f"at least {NUM_FOLDS}, for as many folds"
+        what = "training cases" if patients is None else "patients"
+        remedy = "Pass --fold all to train on every case without holding any out."
+        raise SettingError.of(what, where, allowed=allowed, given=number, remedy=remedy)
+    return split(names, fold=int(fold), num_folds=NUM_FOLDS, groups=patients)
+
+
+def _left_out(manifest: Manifest, taken: set[str], splits: Path | None) -> list[str]:
+    """Says which labelled cases a training neither learns from nor is judged by."""
+    train, apart = (
+        [files.name for files in part if files.name not in taken] for part in (manifest.train, manifest.validation)
+    )
+    notes = []
+    if train:
+        told = f"{len(train)} of the {len(manifest.train)} training cases are in neither part of the fold in {splits}"
+        notes.append(f"Note: {told} ({some_of(train)}).")
+    if apart:
+        told = f"Note: {len(apart)} labelled cases that the set sets apart for validation take no part"
+        notes.append(f"{told} ({some_of(apart)}): --fold all holds out these, and trains on all others.")
+    return notes
+
+
+def _mixed(patients: Mapping[str, str] | None, train: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """Says whose scans are on both sides."""
+    both = () if patients is None else parted(patients, train, held_out)
+    told = f"{len(both)} patient(s) have scans that are trained on and scans that are held out"
+    return [f"Warning: {told}, whose scores tell less of new patients: {some_of(both)}."] if both else []
