@@ -196,6 +196,20 @@ def test_a_run_takes_its_fold_from_a_file(tmp_path, capsys):
             opened(folder, splits=file, fold=fold)
 
 
+def test_folds_of_the_set_itself_are_taken(tmp_path, capsys):
+    folder = write_set(tmp_path / "set")
+    content = json.loads((folder / "dataset.json").read_text())
+    for entry, fold in zip(content["training"], (0, 1, 1, 0, 1), strict=True):
+        entry["fold"] = fold
+    (folder / "dataset.json").write_text(json.dumps(content))
+    record = opened(folder, fold="1").record()
+    assert (record.train_on, record.held_out) == (("scan_0", "scan_3"), ("scan_1", "scan_2", "scan_4"))
+    assert "Note: the 2 folds are those that the set's own list gives." in capsys.readouterr().out
+    with pytest.raises(SettingError, match="the number of one of the 2 folds in the list of"):
+        opened(folder, fold="2")
+    assert opened(folder, fold="all").record().held_out == ()
+
+
 def test_a_run_keeps_the_scans_of_a_patient_in_one_fold(tmp_path):
     folder = write_set(tmp_path / "set", num_scans=8)
     held_out = [opened(folder, fold=str(fold), groups=r"_(\d)").record().held_out for fold in range(5)]

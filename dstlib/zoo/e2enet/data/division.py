@@ -8,7 +8,7 @@ from dstlib.errors import SettingError, require, shown
 from dstlib.report import some_of
 from dstlib.zoo.e2enet.data.groups import read_groups
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
-from dstlib.zoo.e2enet.data.splits import parted, read_splits, refuse_fold, split
+from dstlib.zoo.e2enet.data.splits import Fold, parted, read_splits, refuse_fold, split
 
 NUM_FOLDS = 5
 _COMMAND_LINE = "the command line"
@@ -27,7 +27,7 @@ def divide(manifest: Manifest, *, fold: str = "0", splits: Path | None = None, g
     """Divides the labelled cases of a set.
 
     ``fold`` is the number of a fold, or "all": then every training case is trained on, and the set's own validation
-    cases are held out. ``splits`` is a file of folds in the place of five drawn ones, see
+    cases are held out. The folds are those of the file ``splits``, or the set's own, or five are drawn: see
     :func:`~dstlib.zoo.e2enet.data.splits.read_splits`; ``groups`` tells which scans are of one patient, see
     :func:`~dstlib.zoo.e2enet.data.groups.read_groups`.
 
@@ -44,20 +44,33 @@ def divide(manifest: Manifest, *, fold: str = "0", splits: Path | None = None, g
             tuple(sorted(files.name for files in part)) for part in (manifest.train, manifest.validation)
         )
     elif splits is not None:
-        train, held_out = _of_file(splits, fold, labelled)
+        train, held_out = _chosen(read_splits(splits), fold, labelled, where=str(splits))
+    elif manifest.folds:
+        train, held_out = _chosen(_own_folds(manifest), fold, labelled, where=f"the list of {manifest.folder}")
     else:
         train, held_out = _drawn(manifest, fold, patients)
     notes = (*_left_out(manifest, {*train, *held_out}, splits), *_mixed(patients, train, held_out))
+    if manifest.folds and splits is None and fold != "all":
+        notes = (f"Note: the {len(manifest.folds)} folds are those that the set's own list gives.", *notes)
     return Division(train=train, held_out=held_out, notes=notes)
 
 
-def _of_file(splits: Path, fold: str, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    folds = read_splits(splits)
-    is_one, allowed = fold in map(str, range(len(folds))), f"the number of one of the {len(folds)} folds in {splits}"
+def _own_folds(manifest: Manifest) -> tuple[Fold, ...]:
+    """Returns the folds that a set has of its own."""
+    names = [files.name for files in manifest.train]
+    return tuple(
+        Fold(train=tuple(name for name in names if name not in held_out), val=held_out) for held_out in manifest.folds
+    )
+
+
+def _chosen(
+    folds: Sequence[Fold], fold: str, names: Sequence[str], *, where: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    is_one, allowed = fold in map(str, range(len(folds))), f"the number of one of the {len(folds)} folds in {where}"
     remedy = "They count from 0."
     require(is_one, "--fold", _COMMAND_LINE, allowed=allowed, given=shown(fold), remedy=remedy)
     chosen = folds[int(fold)]
-    refuse_fold(chosen, names, where=f"fold {fold} of {splits}")
+    refuse_fold(chosen, names, where=f"fold {fold} of {where}")
     return tuple(sorted(chosen.train)), tuple(sorted(chosen.val))
 
 
