@@ -1,7 +1,10 @@
 """A set of every layout: what is read of it, and the whole way from the check to the scores."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,11 +14,14 @@ from dstlib.zoo.e2enet.data.layouts import case_folders
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.lists import names_of
+from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
+from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_case_label
 from tests.layout_sets import (
     NUM_CASES,
     SEQUENCES,
     SETS,
     brats,
+    decathlon,
     kits,
     monai,
     nnunet_v1,
@@ -188,6 +194,48 @@ def test_masks_make_the_classes_and_none_may_lack(tmp_path):
     lacking = manifest.train[1]
     assert lacking.label == tmp_path / "s0001/segmentations"
     assert [file.is_file() for file in lacking.masks] == [True, False]
+
+
+def test_masks_are_joined_later_ones_on_top_and_what_overlaps_is_counted(tmp_path):
+    manifest = read_manifest(totalsegmentator(tmp_path))
+    case, expected = manifest.train[0], volumes(0)[1]
+    read = partial(examine_scan, case, num_channels=1, labels=manifest.labels)
+    assert np.array_equal(read().scan.label.T, expected)
+    assert np.array_equal(read_case_label(case, manifest.labels).voxels, expected)
+    liver, spleen = (expected == value for value in (1, 2))
+    spleen[np.nonzero(liver)[0][:7], np.nonzero(liver)[1][:7], np.nonzero(liver)[2][:7]] = True
+    save(case.masks[1], spleen.astype(np.uint8))
+    found = read()
+    assert np.array_equal(found.scan.label.T, np.where(spleen, 2, liver))
+    told = "overlaps liver.nii.gz: its 7 voxel(s) there are taken for this class"
+    assert found.warnings == ((case.masks[1], told),)
+    save(case.masks[1], spleen.astype(np.uint8) * 255)
+    case.masks[0].unlink()
+    assert [fault.text for fault in read().defects] == [
+        "is missing",
+        "has values 255, but the classes are numbered 0 to 1",
+    ]
+    with pytest.raises(DataError, match="label of case 's0000'"):
+        read_case_label(case, manifest.labels)
+
+
+def test_a_mask_that_changes_is_prepared_again(tmp_path):
+    manifest = read_manifest(totalsegmentator(tmp_path / "set"))
+    prepared = partial(
+        prepared_cases, manifest, manifest.train[:1], modality="ct", folder=tmp_path / "cache", progress=False
+    )
+    before = prepared()[0].cases[0].class_voxels
+    save(manifest.train[0].masks[1], np.zeros_like(volumes(0)[1]))
+    after = prepared()[0].cases[0].class_voxels
+    assert (sorted(before), sorted(after)) == ([1, 2], [1])
+
+
+def test_a_file_that_is_two_channels_is_read_twice_and_told(tmp_path):
+    case = read_manifest(decathlon(tmp_path)).train[0]
+    case = replace(case, images=case.images * 2)
+    found = examine_scan(case, num_channels=2, labels=Labels.consecutive(2))
+    assert found.scan.image.shape[0] == 2
+    assert [fault.text for fault in found.warnings] == ["is 2 of the channels"]
 
 
 def test_cases_that_meta_csv_sets_apart_are_validation_cases(tmp_path):

@@ -20,7 +20,7 @@ from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.scans.nifti import read_label, read_scan
+from dstlib.zoo.e2enet.data.scans.nifti import read_case_label, read_label, read_scan
 from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing
 from dstlib.zoo.e2enet.evaluation.figures import flow_figure, flow_shares, learning_curve, slice_comparison
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
@@ -101,12 +101,12 @@ def cost_table(cost: dict[str, Any], patch_size: Sequence[int]) -> str:
 
 def _postprocessing(run: Run, files: Sequence[CaseFiles], labels: Labels) -> tuple[int, ...]:
     """Chooses the classes to post-process, over the cases that could be predicted and have a label."""
-    pairs = [(run.path / "predictions" / f"{case.name}.nii.gz", case.label) for case in files if case.label]
-    pairs = [(prediction, label) for prediction, label in pairs if prediction.exists()]
+    pairs = [(run.path / "predictions" / f"{case.name}.nii.gz", case) for case in files if case.label]
+    pairs = [(prediction, case) for prediction, case in pairs if prediction.exists()]
 
     def read() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        for prediction, label in pairs:
-            yield read_label(prediction, labels).voxels.T, read_label(label, labels).voxels.T
+        for prediction, case in pairs:
+            yield read_label(prediction, labels).voxels.T, read_case_label(case, labels).voxels.T
 
     return choose_postprocessing(read, labels)
 

@@ -18,9 +18,9 @@ from dstlib.errors import DataError, require
 from dstlib.report import abridge, on_one_line
 from dstlib.workers import share
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.defects import mismatches
-from dstlib.zoo.e2enet.data.scans.nifti import read_label
+from dstlib.zoo.e2enet.data.scans.nifti import read_case_label, read_label
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring, dice_per_class, dice_per_region, score, score_regions
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
@@ -61,7 +61,7 @@ def evaluate_folder(
         given=workers,
         remedy="Pass 0 (--workers 0) to score in this process.",
     )
-    pairs = [_Pair(case.label, predictions / f"{case.name}.nii.gz", case.geometry) for case in files]
+    pairs = [_Pair(case, predictions / f"{case.name}.nii.gz") for case in files]
     work = partial(_score_files, labels=labels, scoring=scoring)
     scored_pairs = share(work, pairs, workers=workers, where=where, remedy="Try again with fewer workers.")
     with (
@@ -130,25 +130,24 @@ def _counted(label: NDArray[np.uint8], prediction: NDArray[np.uint8], labels: La
 
 
 class _Pair(NamedTuple):
-    """A label, its prediction, and the rule by which both are placed."""
+    """A case and its prediction."""
 
-    label: Path | None
+    case: CaseFiles
     prediction: Path
-    geometry: Geometry
 
 
 def _score_files(
     pair: _Pair, *, labels: Labels, scoring: Scoring
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]] | str:
     """Scores one prediction: its values (M, K), a row per metric, and volumes (K, 2) in ml; or says why it cannot."""
-    label_file, file, geometry = pair
-    if label_file is None:
+    case, file = pair
+    if case.label is None:
         return "no label"
     if not file.is_file():
         return f"no prediction {file.name}"
     try:
-        label = read_label(label_file, labels, geometry=geometry)
-        prediction = read_label(file, labels, geometry=geometry)
+        label = read_case_label(case, labels)
+        prediction = read_label(file, labels, geometry=case.geometry)
     except DataError as error:
         return str(error).replace("\n", " ")
     if reasons := mismatches(prediction, label, "its label"):

@@ -199,7 +199,7 @@ def _digest(model: nn.Module) -> str:
 
 def _refuse_inputs(files: Sequence[CaseFiles], output: Path) -> None:
     """Refuses the folder of an input: a prediction would replace it, or be taken for one the next time."""
-    inputs = [file for case in files for file in (*case.images, *((case.label,) if case.label else ()))]
+    inputs = [file for case in files for file in (*case.images, *case.label_files)]
     folder = output.resolve()
     found = next((file for file in inputs if folder in (file.parent.resolve(), file.resolve().parent)), None)
     if found is not None:

@@ -114,7 +114,7 @@ class Entry:
             labels=replace(self.labels, regions=None, written=()),  # which make no difference to what is read
             geometry=self.files.geometry,
             preparation=self.preparation,
-            sources=tuple(_state(path) for path in (*self.files.images, self.files.label) if path is not None),
+            sources=tuple(_state(path) for path in (*self.files.images, *self.files.label_files)),
         )
 
 

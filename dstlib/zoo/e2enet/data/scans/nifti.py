@@ -38,7 +38,7 @@ _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, V
 
 _HEADER = 540  # bytes of the longer one, that of NIfTI-2
 _MAX_RATIO = 1032  # of packing: deflate's own limit
-_ANY = Labels.consecutive(MAX_VALUE)
+_ANY, _MASK = Labels.consecutive(MAX_VALUE), Labels.consecutive(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def examine_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) 
     images = {file: volume for file, volume in volumes.items() if isinstance(volume, Volume)}
     faults = [Fault(file, text) for file, text in volumes.items() if isinstance(text, str)]
     if not faults:  # the number of the channels is judged only if all files could be opened
-        texts = image_defects([volume.voxels for volume in images.values()], num_channels)
+        texts = image_defects([images[file].voxels for file in files.images], num_channels)
         faults = [Fault(files.images[0], text) for text in texts]
     first = next(iter(images.items()), None)
     for file, volume in images.items():
@@ -113,20 +113,14 @@ def examine_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) 
         if first is not None and file != first[0]:
             texts += mismatches(volume, first[1], f"its first channel {first[0].name}")
         faults += [Fault(file, text) for text in texts]
-    label: Volume | None = None
-    if labels is not None and files.label is None:
-        faults.append(Fault(files.images[0], "has no label"))
-    elif labels is not None and files.label is not None:
-        found = _examine_label(files.label, first and first[1], labels, files.geometry)
-        label, texts = (None, found) if isinstance(found, list) else (found, [])
-        faults += [Fault(files.label, text) for text in texts]
-    if faults or first is None:
-        return Examined(None, tuple(faults), ())
-    image = _stack([volume.voxels for volume in images.values()])
-    voxels = None if label is None else np.ascontiguousarray(label.voxels.T)
+    found = _Label(None) if labels is None else _examine_labels(files, first and first[1], labels)
+    if faults or found.faults or first is None:
+        return Examined(None, (*faults, *found.faults), ())
+    image = _stack([images[file].voxels for file in files.images])
+    voxels = None if found.volume is None else np.ascontiguousarray(found.volume.voxels.T)
     scan = Scan(files.name, image, voxels, first[1].affine, first[1].header)
-    placed = images if label is None or files.label is None else {**images, files.label: label}
-    return Examined(scan, (), tuple(_oddities(files, scan, placed)))
+    placed = images if found.volume is None else {**images, files.label_files[0]: found.volume}
+    return Examined(scan, (), (*_oddities(files, scan, placed), *found.overlaps))
 
 
 def read_label(path: Path, labels: Labels = _ANY, *, geometry: Geometry = "itk") -> Volume:
@@ -144,6 +138,20 @@ def read_label(path: Path, labels: Labels = _ANY, *, geometry: Geometry = "itk")
             return volume._replace(voxels=label)
         texts += [label] if isinstance(label, str) else []
     _refuse("label", [Fault(path, text) for text in texts])
+
+
+def read_case_label(files: CaseFiles, labels: Labels) -> Volume:
+    """Reads the label of a case, from one file or from a mask per class, as bytes (x, y, z).
+
+    Raises:
+        DataError: It has none, or one that cannot be used.
+    """
+    if files.label is not None and not files.masks:
+        return read_label(files.label, labels, geometry=files.geometry)
+    found = _examine_labels(files, None, labels)
+    if found.volume is None or found.faults:
+        _refuse(f"label of case {files.name!r}", found.faults)
+    return found.volume
 
 
 def write_label(path: Path, label: NDArray[np.uint8], place: Header) -> None:
@@ -242,6 +250,48 @@ def _promise(content: bytes) -> _Promise:
     return _Promise(None, kind, header, num_bytes, num_bytes + num_voxels * max(stored.itemsize, 4))
 
 
+class _Label(NamedTuple):
+    """The label of a case, what is wrong with its files, and where masks overlap."""
+
+    volume: Volume | None
+    faults: tuple[Fault, ...] = ()
+    overlaps: tuple[Fault, ...] = ()
+
+
+def _examine_labels(files: CaseFiles, image: Volume | None, labels: Labels) -> _Label:
+    """Reads the label of a case, which may be a mask per class; ``image`` is None where it cannot be read."""
+    if files.masks:
+        return _join_masks(files, image)
+    if files.label is None:
+        return _Label(None, (Fault(files.images[0], "has no label"),))
+    found = _examine_label(files.label, image, labels, files.geometry)
+    if isinstance(found, list):
+        return _Label(None, tuple(Fault(files.label, text) for text in found))
+    return _Label(found)
+
+
+def _join_masks(files: CaseFiles, image: Volume | None) -> _Label:
+    """Joins masks to one label, later classes on top of earlier ones, and counts the voxels that two of them claim."""
+    joined: Volume | None = None
+    faults, overlaps = [], []
+    for number, file in enumerate(files.masks, start=1):
+        found = _examine_label(file, image or joined, _MASK, files.geometry)
+        if isinstance(found, list):
+            faults += [Fault(file, text) for text in found]
+        elif joined is None:
+            joined = found._replace(voxels=found.voxels * np.uint8(number))
+        elif joined.voxels.shape == found.voxels.shape:  # else said already
+            inside = found.voxels != 0
+            for below, count in zip(*np.unique(joined.voxels[inside], return_counts=True), strict=True):
+                if below:
+                    told = (
+                        f"overlaps {files.masks[below - 1].name}: its {count} voxel(s) there are taken for this class"
+                    )
+                    overlaps.append(Fault(file, told))
+            joined.voxels[inside] = number
+    return _Label(joined, tuple(faults), tuple(overlaps))
+
+
 def _examine_label(file: Path, image: Volume | None, labels: Labels, geometry: Geometry) -> Volume | list[str]:
     """Reads a label, or says what is wrong with it; ``image`` is None if it cannot be read."""
     volume = _read_volume(file, None, geometry)
@@ -278,6 +328,9 @@ def _oddities(files: CaseFiles, scan: Scan, volumes: Mapping[Path, Volume]) -> l
     for i, channel in enumerate(scan.image):
         if channel.min() == channel.max():
             odd.append(Fault(files.images[0], f"is constant in channel {i}: every voxel is {channel.flat[0]:g}"))
+    for file in dict.fromkeys(files.images):
+        if (times := files.images.count(file)) > 1:
+            odd.append(Fault(file, f"is {times} of the channels"))
     if scan.label is not None and files.label is not None and not scan.label.any():
         odd.append(Fault(files.label, "has no foreground"))
     return odd
