@@ -42,6 +42,7 @@ class Training:
     network: nn.Module
     optimizer: Optimizer
     x: Tensor
+    sparsifier: dstlib.Sparsifier | None = None  # kept, as its masks are those of a model that nothing else may hold
 
     def step(self) -> tuple[float, ...]:
         """One step; returns its loss, and the milliseconds of each part."""
@@ -130,7 +131,7 @@ def sparse(x: Tensor, sparsity: float, *, on_engine: bool, decisions: Decisions 
         model, optimizer, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=100_000
     )
     network = accelerate(model, x, masks=sparsifier.masks, decisions=decisions) if on_engine else model
-    return Training(network, optimizer, x)
+    return Training(network, optimizer, x, sparsifier)
 
 
 def optimizer_of(model: nn.Module) -> Optimizer:
