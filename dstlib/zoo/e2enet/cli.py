@@ -45,6 +45,9 @@ python -m dstlib.zoo.e2enet phantoms amos DIR                       # procedural
 LAYOUT = "decathlon, amos, btcv or nnunet (default: recognised)"
 OUTSIDE = """let dataset.json name files anywhere, by absolute paths or by '..' (default: below the folder of the set
 only, as else whoever wrote it has any file read that you may read); links in the folder are followed either way"""
+REGIONS = """predict and score these, which may overlap, in the place of the classes: brats (whole tumour, tumour core,
+enhancing tumour), or a file of JSON with nnU-Net's 'labels' and 'regions_class_order' (default: as the data set has
+it)"""
 DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
 DEFAULT = "(default: %(default)s)"
 ALL = "list every case, not ten at most of each kind of finding"
@@ -87,6 +90,7 @@ def read_config(
             folder=options.data,
             layout=options.layout,
             allow_outside=options.allow_outside,
+            regions=options.regions,
             modality=options.modality,
             made_for=recipe.modality,
             fold=options.fold,
@@ -145,6 +149,7 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
     option("--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)")
     option("--layout", help=LAYOUT)
     option("--allow-outside", action="store_true", help=OUTSIDE)
+    option("--regions", metavar="WHICH", help=REGIONS)
     modality = f"""normalise every channel as ct or as mri (z-score), or each as its name declares; of AMOS22's mixed
 scans, those to take (default: as declared; one must be {recipe.modality}, as this recipe is made for it)"""
     option("--modality", choices=("ct", "mri", "declared"), help=modality)
@@ -209,6 +214,7 @@ def _command_parser() -> argparse.ArgumentParser:
     check.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     check.add_argument("--layout", help=LAYOUT)
     check.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
+    check.add_argument("--regions", metavar="WHICH", help=REGIONS)
     check.add_argument("--all", action="store_true", help=ALL)
     check.set_defaults(command=_check)
 
@@ -237,6 +243,7 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set with the labels")
     evaluate.add_argument("--layout", help=LAYOUT)
     evaluate.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
+    evaluate.add_argument("--regions", metavar="WHICH", help=REGIONS)
     evaluate.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
     evaluate.add_argument(
@@ -265,8 +272,10 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
 def _check(options: argparse.Namespace) -> int:
     from dstlib.report import on_one_line
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+    from dstlib.zoo.e2enet.data.layouts.regions import with_regions
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
+    manifest = with_regions(manifest, options.regions)
     from dstlib.zoo.e2enet.data.scans.integrity import check  # not for a set that is none
 
     for line in manifest.guess:
@@ -310,9 +319,11 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     from dstlib.files import write_json, write_whole
     from dstlib.report import on_one_line
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+    from dstlib.zoo.e2enet.data.layouts.regions import with_regions
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
+    manifest = with_regions(manifest, options.regions)
     for line in manifest.told():
         print(on_one_line(line))
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}

@@ -24,6 +24,7 @@ from dstlib.zoo.e2enet.data.layouts.channels import (
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.regions import with_regions
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
@@ -42,6 +43,7 @@ class DataSettings:
     - ``phantoms``: the kind and the number to draw where there is no folder.
     - ``layout``: decathlon, amos, btcv or nnunet; None to recognise it.
     - ``allow_outside``: whether dataset.json may name files outside of the folder.
+    - ``regions``: what to predict in the place of the classes: "brats", or a file that says it; None for the classes.
     - ``modality``: how every channel is normalised; None and "declared" for each as it is called.
     - ``made_for``: the modality of the recipe: where no channel is of it, ``modality`` must not be None.
     - ``fold``: which fifth is held out, "0" to "4", or which entry of ``splits``; "all" trains on every case and holds
@@ -58,6 +60,7 @@ class DataSettings:
     folder: Path | None = None
     layout: str | None = None
     allow_outside: bool = False
+    regions: str | None = None
     fold: str = "0"
     splits: Path | None = None
     groups: str | None = None
@@ -154,6 +157,7 @@ def _read_manifest(settings: DataSettings) -> Manifest:
         manifest = replace(read_manifest(drawn, settings.layout), recognised="")
     else:
         manifest = read_manifest(settings.folder, settings.layout, allow_outside=settings.allow_outside)
+    manifest = with_regions(manifest, settings.regions)
     if manifest.layout != "amos":
         return manifest
     asked = None if settings.modality == "declared" else settings.modality

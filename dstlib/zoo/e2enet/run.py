@@ -176,6 +176,8 @@ def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> E
 def _print_beginning(training: Training, data: Dataset, path: Path) -> None:
     numbers = f"{len(data.train_on.cases)} cases to train on, {len(data.held_out.cases)} held out"
     print(on_one_line(f"{data.name}: {numbers}; in {path}"))
+    for note in data.labels.notes(data.classes):
+        print(on_one_line(f"Note: {note}."))
     if absent := data.absent_classes():
         print(f"Note: no case to train on has {', '.join(absent)}.")
     if training.sparsifier:

@@ -4,6 +4,7 @@ A file has whatever values its data set chose: BraTS has 1, 2 and 4. In memory t
 is the background, and V + 1 what is ignored. Files are written in the values of the set.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -131,6 +132,17 @@ class Labels:
             if said != wanted:
                 found.append((value, wanted, said))
         return found
+
+    def notes(self, names: Sequence[str]) -> list[str]:
+        """Says what is predicted and what is ignored, where it is not each value as a class of its own.
+
+        >>> Labels(values=(1, 2), regions=((1, 2), (2,)), written=(1, 2), ignored=3).notes(["all", "core"])
+        ['regions are predicted: all (1, 2) and core (2), later ones on top', 'voxels of value 3 are ignored']
+        """
+        regions = zip(names, self.regions or (), strict=self.regions is not None)
+        listed = " and ".join(f"{name} ({', '.join(map(str, region))})" for name, region in regions)
+        said = [f"regions are predicted: {listed}, later ones on top"] if self.regions else []
+        return said if self.ignored is None else [*said, f"voxels of value {self.ignored} are ignored"]
 
     def told(self) -> str:
         """Lists the values that label files may have.
