@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cifar10_data import Images, open_images
+from cifar10_settings import CHOICES, PRESETS, Settings
 from cifar10_table import Cell, Result, cells, figure, read_cell, table
-from cifar10_training import CHOICES, PRESETS, Settings, train, write_result
+from cifar10_training import train, write_result
 
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import DstlibError, SettingError, StateError

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from cifar10_training import Settings
+from cifar10_settings import Settings
 
 from dstlib.errors import StateError
 from dstlib.plot import drawn

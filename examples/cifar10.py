@@ -17,9 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from cifar10_data import open_images
-from cifar10_training import CHOICES, PRESETS, UPDATES, Settings, train, write_result
+from cifar10_settings import CHOICES, PRESETS, UPDATES, Settings
 
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import SettingError, require
@@ -53,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for field in fields(Settings):
         add_setting(lines, field.name)
-    on_gpu = torch.cuda.is_available()
-    lines.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
+    lines.add_argument("--device", help="(default: cuda if there is one, else cpu)")
     lines.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     lines.add_argument(
         "--out",
@@ -88,23 +85,27 @@ def chosen(options: argparse.Namespace) -> Settings:
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Sets threads and checks the device, now rather than when the images are read.
+def prepare(options: argparse.Namespace) -> str:
+    """Sets threads, and returns the device, which is checked now rather than when the images are read.
 
     Raises:
         SettingError: There is no such device, or fewer than one thread.
     """
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads is not None:
         given, remedy = options.threads, "Leave it out for torch's own choice."
         require(options.threads >= 1, "--threads", "the command line", allowed="1 or more", given=given, remedy=remedy)
         torch.set_num_threads(options.threads)
     try:
-        torch.zeros(1, device=options.device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        allowed, given = "a device of this machine", f"{options.device!r}: {str(error).splitlines()[0]}"
+        allowed, given = "a device of this machine", f"{device!r}: {str(error).splitlines()[0]}"
         raise SettingError.of(
             "--device", "the command line", allowed=allowed, given=given, remedy="Pass cpu, or leave it out."
         ) from error
+    return device
 
 
 def table(result: dict[str, Any]) -> str:
@@ -120,10 +121,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains as the command line says, prints what came of it, and writes it down."""
     options = parser().parse_args(arguments)
     settings = chosen(options)
-    prepare(options)
+    device = prepare(options)
+    from cifar10_data import open_images
+    from cifar10_training import train, write_result
+
     images = open_images(options.data)
     print(f"{images.name}: {len(images.train):,} images to train on, {len(images.test):,} to test on")
-    result = train(settings, images, device=options.device)
+    result = train(settings, images, device=device)
     sparsity = 0.0 if settings.method == "dense" else settings.sparsity
     name = f"{settings.model}-{settings.method}-{sparsity:g}-seed{settings.seed}.json"
     out = options.out or Path("runs/cifar10") / name

@@ -1,19 +1,19 @@
-"""One training on CIFAR-10 for examples/cifar10.py and benchmarks/cifar10.py: the settings, and what they do."""
+"""One training on CIFAR-10 for examples/cifar10.py and benchmarks/cifar10.py."""
 
 import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from cifar10_data import NUM_CLASSES, Images, augmented, batch_indices, normalized
 from cifar10_models import MODELS
+from cifar10_settings import UPDATES, Settings
 from torch import nn
 from torch.nn import functional
 
@@ -22,76 +22,14 @@ from dstlib.errors import require
 from dstlib.files import make_folder, write_whole
 from dstlib.masking import erk, uniform
 
-UPDATES = 60  # mask updates that a short run would have, if they went on to its end
 DISTRIBUTIONS = {"erk": erk, "uniform": uniform}
 PUBLISHED_DROP, PUBLISHED_STEPS = 30_000, 97_656
-CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
-    {
-        "model": tuple(MODELS),
-        "method": ("dense", *dstlib.METHODS),
-        "distribution": (None, *DISTRIBUTIONS),
-        "optimizer": ("sgd", "adamw"),
-        "schedule": ("cosine", "step"),
-    }
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All that decides what a run learns. ``sparsity`` does not count where the method is dense.
-
-    Raises:
-        SettingError: A setting is out of range.
-    """
-
-    model: str = "small"
-    method: str = "rigl"
-    sparsity: float = 0.9
-    distribution: str | None = None
-    interval: int | None = None
-    epochs: int = 3
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    learning_rate: float = 0.05
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    crop: int = 0
-    images: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = ("interval", "epochs", "batch_size", "images")
-        checks = [(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more") for name in counts]
-        checks += [
-            (name, getattr(self, name) in known, f"one of {', '.join(map(str, known))}")
-            for name, known in CHOICES.items()
-        ]
-        checks += [
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number from 0 up"),
-            ("warmup", 0 <= self.warmup < 1, "a share of the run in [0, 1)"),
-            ("crop", 0 <= self.crop <= 8, "pixels from 0 to 8"),
-            ("sparsity", 0 <= self.sparsity < 1, "a share in [0, 1)"),
-        ]
-        for name, holds, allowed in checks:
-            require(holds, name, "the run", allowed=allowed, given=repr(getattr(self, name)), remedy="See --help.")
-
-
-PRESETS: Mapping[str, Settings] = MappingProxyType(
-    {
-        "quick": Settings(),
-        "published": Settings(
-            model="wrn-22-2", epochs=250, batch_size=128, learning_rate=0.1, schedule="step", warmup=0.0, crop=4
-        ),
-        "vit": Settings(model="vit", optimizer="adamw", learning_rate=1e-3, weight_decay=0.05),
-    }
-)
 
 
 def learning_rate(settings: Settings, step: int, total_steps: int) -> float:
     """Returns the learning rate of a step, from 0.
 
+    >>> from cifar10_settings import PRESETS
     >>> rates = [learning_rate(PRESETS["published"], step, 97_656) for step in (0, 29_999, 30_000, 97_655)]
     >>> [round(rate, 6) for rate in rates]
     [0.1, 0.1, 0.02, 0.0008]

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import cifar10
 import cifar10_data as data
 import cifar10_models as models
+import cifar10_settings as settings_of
 import cifar10_training as training
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = training.Settings(epochs=2, batch_size=32, images=96)
+TINY = settings_of.Settings(epochs=2, batch_size=32, images=96)
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +296,7 @@ def test_the_vision_transformer_is_timms_or_says_why_not(monkeypatch):
 
 
 def test_the_published_schedule_is_the_published_one():
-    published = training.PRESETS["published"]
+    published = settings_of.PRESETS["published"]
     assert training._ends(published, 50_000)[-1] == 97_656
     assert training.method_of(published, 97_656) == replace(dstlib.RIGL, interval=100)
     falls = [s for s in range(1, 97_656) if _rate(published, s) != _rate(published, s - 1)]
@@ -307,7 +308,7 @@ def _rate(settings, step):
 
 
 def test_the_cosine_rises_to_its_height_and_falls_to_nothing():
-    rates = [training.learning_rate(training.Settings(), step, 1000) for step in range(1000)]
+    rates = [training.learning_rate(settings_of.Settings(), step, 1000) for step in range(1000)]
     assert max(rates) == pytest.approx(0.05)
     assert rates.index(max(rates)) in (49, 50)
     assert rates[0] == pytest.approx(0.001)
@@ -317,16 +318,16 @@ def test_the_cosine_rises_to_its_height_and_falls_to_nothing():
 
 def test_short_runs_shorten_all_intervals_alike():
     def interval(method, steps, given=None):
-        return training.method_of(training.Settings(method=method, interval=given), steps).interval
+        return training.method_of(settings_of.Settings(method=method, interval=given), steps).interval
 
     assert [interval(m, 2343) for m in ("set", "rigl", "granet", "srigl", "dsff")] == [39] * 5
     assert interval("static", 2343) is None
     assert [interval(m, 97_656) for m in ("rigl", "dsff")] == [100, 1200]
     assert interval("rigl", 5) == 1
     assert interval("rigl", 2343, 7) == 7
-    uniform = training.method_of(training.Settings(method="rigl", distribution="uniform"), 100)
+    uniform = training.method_of(settings_of.Settings(method="rigl", distribution="uniform"), 100)
     assert uniform.distribution is dstlib.masking.uniform
-    assert training.method_of(training.Settings(method="dsff"), 100).distribution is dstlib.DSFF.distribution
+    assert training.method_of(settings_of.Settings(method="dsff"), 100).distribution is dstlib.DSFF.distribution
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ def test_short_runs_shorten_all_intervals_alike():
 )
 def test_settings_out_of_range_are_refused(changed):
     with pytest.raises(SettingError, match=rf"{next(iter(changed))} of the run: expected .*See --help"):
-        training.Settings(**changed)
+        settings_of.Settings(**changed)
 
 
 # ---- training
@@ -412,9 +413,9 @@ def test_presets_give_way_to_options():
     def chosen(*arguments):
         return cifar10.chosen(cifar10.parser().parse_args(arguments))
 
-    assert chosen() == training.PRESETS["quick"]
-    assert chosen("--model", "vit") == training.PRESETS["vit"]
-    assert chosen("--preset", "published", "--epochs", "2") == replace(training.PRESETS["published"], epochs=2)
+    assert chosen() == settings_of.PRESETS["quick"]
+    assert chosen("--model", "vit") == settings_of.PRESETS["vit"]
+    assert chosen("--preset", "published", "--epochs", "2") == replace(settings_of.PRESETS["published"], epochs=2)
     assert chosen("--crop", "0", "--preset", "published").crop == 0
 
 
@@ -465,7 +466,7 @@ def write_cells(grid, folder, accuracies, base):
         training.write_result(folder / f"{cell.name}.json", fake(cell.settings(base), accuracy))
 
 
-BASE = replace(training.PRESETS["quick"], distribution="erk")
+BASE = replace(settings_of.PRESETS["quick"], distribution="erk")
 HELD = {
     **{("dense", 0.0, seed): accuracy for seed, accuracy in enumerate((0.80, 0.82, 0.84))},
     **{("static", 0.9, seed): accuracy for seed, accuracy in enumerate((0.70, 0.74, 0.72))},

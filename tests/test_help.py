@@ -22,17 +22,19 @@ COMMANDS = [
     *([ZOO, command, "--help"] for command in ("compare", "phantoms")),
     [ZOO, "check", "/nowhere/at/all"],
     *([str(script), "--help"] for script in sorted(EXAMPLES.glob("e2enet_*.py"))),
-    [str(EXAMPLES / "e2enet_amos.py"), "--no"],
+    *([str(EXAMPLES / name), "--help"] for name in ("cifar10.py", "shift_plugin.py")),
+    *([str(EXAMPLES / name), "--no"] for name in ("e2enet_amos.py", "cifar10.py", "shift_plugin.py")),
     ["dstlib.integrations.nnunet_cli", "--help"],
     ["dstlib.integrations.nnunet_cli", "env"],
 ]
 # In one process, one after the other: what a command loads is there for the next, and the first to blame is named.
 SCRIPT = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 heavy, commands = json.loads(sys.argv[1])
 told = {}
 for command in commands:
     sys.argv = command
+    sys.path[0] = os.path.dirname(command[0])  # as of any script
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             by = runpy.run_path if command[0].endswith(".py") else runpy.run_module

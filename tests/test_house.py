@@ -10,6 +10,7 @@ import pytest
 from importlinter.cli import lint_imports
 
 import dstlib
+from dstlib.names import METHOD_NAMES
 
 ROOT = Path(dstlib.__file__).parents[1]
 FILES = sorted((ROOT / "dstlib").rglob("*.py"))
@@ -111,6 +112,10 @@ def test_the_door_opens_to_what_type_checkers_see_behind_it():
         assert getattr(dstlib, name) is sys.modules[f"dstlib.{name}"]
     with pytest.raises(AttributeError, match="'dstlib' has no attribute 'sparsfy'"):
         _ = dstlib.sparsfy
+
+
+def test_methods_are_known_by_name_before_they_are_loaded():
+    assert tuple(dstlib.METHODS) == METHOD_NAMES
 
 
 def test_no_name_of_the_door_is_that_of_a_module():

@@ -19,6 +19,7 @@ def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as of any script
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         return caught.value.code, *capsys.readouterr()

@@ -10,7 +10,6 @@ import torch
 from monai.losses import DiceCELoss
 from torch import nn
 
-import dstlib
 from dstlib.errors import DstlibError, SettingError, StateError
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
@@ -21,7 +20,7 @@ from dstlib.zoo.e2enet.training.loop import interruptible, train, validate
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 from dstlib.zoo.e2enet.training.methods import kernel_method
 from dstlib.zoo.e2enet.training.run_directory import open_run
-from dstlib.zoo.e2enet.training.settings import METHODS, TrainSettings
+from dstlib.zoo.e2enet.training.settings import TrainSettings
 from dstlib.zoo.e2enet.training.state import begin_from, start
 
 CASES = phantoms(2, shape=(32, 40, 40)).cases
@@ -503,7 +502,3 @@ def test_a_loader_process_that_was_killed_is_one_clear_error(begin, monkeypatch)
     monkeypatch.setattr(module, "batches", die)
     with pytest.raises(DstlibError, match=r"workers of the loader.*killed by signal.*fewer --workers"):
         go(training)
-
-
-def test_the_methods_that_a_training_knows_by_name_are_those_of_dstlib():
-    assert tuple(dstlib.METHODS) == METHODS

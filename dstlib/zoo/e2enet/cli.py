@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import SettingError
+from dstlib.names import METHOD_NAMES
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
-from dstlib.zoo.e2enet.training.settings import METHODS, OPTIMIZERS, PRECISIONS
+from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS
 
 if TYPE_CHECKING:
     from dstlib.zoo.e2enet.run import RunConfig
@@ -33,7 +34,7 @@ HELP = {
     "val_iterations": "batches of the held-out cases to validate on after each epoch; 0 for none",
     "seed": "of the weights, the batches and the masks",
 }
-CHOICES = {"method": ("dense", *METHODS), "optimizer": OPTIMIZERS}
+CHOICES = {"method": ("dense", *METHOD_NAMES), "optimizer": OPTIMIZERS}
 COMMANDS = """What one does with scans and trained networks, apart from training: check, predict, evaluate, compare.
 
 python -m dstlib.zoo.e2enet check DATA                              # every defect of a data set

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dstlib.errors import require, similar
+from dstlib.names import METHOD_NAMES
 
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 OPTIMIZERS = ("sgd", "adamw")
-METHODS = (  # the names of those in dstlib.METHODS
-    *("static", "set", "set_itop", "rigl", "rigl_itop", "snfs", "dsr", "mest", "mest_soft"),
-    *("granet", "granet_sparse", "gmp", "gmp_global", "acdc"),
-    *("srigl", "cht", "chts", "topkast", "srste", "dsff"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         count = "a whole number from 1 up"
         floats = ("learning_rate", "momentum", "weight_decay", "clip", "poly_exponent", "sparsity")
-        alike = f"Similar: {similar(self.method, METHODS)}."
+        alike = f"Similar: {similar(self.method, METHOD_NAMES)}."
         checks = [
             *((f, math.isfinite(getattr(self, f)), "a finite number", "For no clipping pass 1e9.") for f in floats),
             ("epochs", self.epochs >= 1, count, "Pass 20, say."),
@@ -67,7 +63,7 @@ class TrainSettings:
             ("clip", self.clip > 0, "a gradient norm above 0", "The paper's is 12."),
             ("poly_exponent", self.poly_exponent >= 0, "a number from 0 up", "The paper's is 0.9."),
             ("sparsity", 0 <= self.sparsity < 1, "a number in [0, 1)", "Pass 0.8 to keep a fifth, 0 for dense."),
-            ("method", self.method in METHODS, f"one of {', '.join(METHODS)}", alike),
+            ("method", self.method in METHOD_NAMES, f"one of {', '.join(METHOD_NAMES)}", alike),
             ("interval", self.interval >= 1, count, "The paper's is 1200, of 250,000 iterations."),
             ("block", self.block >= 1, count, "The paper's is 1; 16 suits a GPU."),
             ("val_iterations", self.val_iterations >= 0, "a whole number from 0 up", "Pass 0 for no validation."),
