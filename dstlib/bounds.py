@@ -9,10 +9,17 @@ from pathlib import Path
 
 from dstlib.errors import DstlibError, StateError
 
-_GROUPS = {  # where limits of the second version are, and of the first
-    "": (Path("/sys/fs/cgroup"), "memory.max"),
-    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+_GROUPS = {  # where limits of the second version are, and of the first: of all, in use, and of that what can be dropped
+    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 }
+# What torch's CPU allocator, C++, cuDNN and cuBLAS say within a RuntimeError, which torch raises for all of them.
+_OUT = ("DefaultCPUAllocator", "std::bad_alloc", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def require_memory(
@@ -32,6 +39,21 @@ def require_memory(
         allowed = f"no more than the {left / 1e9:,.1f} GB of memory that are left"
         given = f"{min(num_bytes, sys.maxsize) / 1e9:,.1f} GB"
         raise error.of(what, where, allowed=allowed, given=given, remedy=remedy)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error tells that memory is out, and nothing else is wrong.
+
+    On a CPU torch raises a RuntimeError of no class of its own, to be known by its text.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shape '[2]' is invalid"))
+    (True, False)
+    """
+    from torch import OutOfMemoryError  # not with the module: what only asks for memory needs no torch
+
+    if isinstance(error, (MemoryError, OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT)
 
 
 def available_memory() -> int:
@@ -56,13 +78,23 @@ def _of_process() -> Iterator[int]:
 
 
 def _of_groups() -> Iterator[int]:
-    """Yields the limits of the control groups that this process is in: of its container, or of its job."""
+    """Yields what the control groups that this process is in leave: that of its container, or of its job."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kind, name = line.split(":", 2)
             if kind in _GROUPS:
-                root, limit = _GROUPS[kind]
+                root, limit, usage, droppable = _GROUPS[kind]
                 group = root / name.lstrip("/")
                 for above in (group, *group.parents):
                     with suppress(OSError, ValueError):  # none there, or "max"
-                        yield int((above / limit).read_text())
+                        left = int((above / limit).read_text())
+                        yield left - _in_use(above, usage, droppable)
+
+
+def _in_use(group: Path, usage: str, droppable: str) -> int:
+    """Counts the bytes that a group holds, but for files that were read and can be read again; 0 where it says none."""
+    with suppress(OSError, ValueError):
+        held = int((group / usage).read_text())
+        table = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, held - int(table.get(droppable, 0)))
+    return 0

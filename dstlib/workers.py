@@ -19,15 +19,23 @@ R = TypeVar("R")
 
 
 def share(
-    work: Callable[[T], R], items: Sequence[T], *, workers: int, where: str, remedy: str
+    work: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    workers: int,
+    where: str,
+    remedy: str,
+    lost: Callable[[T], R] | None = None,
 ) -> Generator[tuple[T, R], None, None]:
     """Does a piece of work on each item, in several processes, and yields each item with its result, in any order.
 
     With 0 workers it is this process that works, in order. Closing the generator waits for the items in work, and
-    drops those that nobody has begun. ``where`` and ``remedy`` word the error.
+    drops those that nobody has begun. ``where`` and ``remedy`` word the error. Where the system ends a worker, those
+    that are left are done one at a time, if ``lost`` is passed: it gives the result of an item whose worker was ended
+    again, though it was alone.
 
     Raises:
-        StateError: The system ended a worker.
+        StateError: The system ended a worker, and ``lost`` is None.
 
     >>> list(share(abs, [1, -2], workers=0, where="", remedy=""))
     [(1, 1), (-2, 2)]
@@ -35,18 +43,40 @@ def share(
     if not workers or not items:
         yield from ((item, work(item)) for item in items)
         return
-    # Spawned: a fork would share locks, and may hang in a process with threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(items)), context, _begin)
+    left = dict(enumerate(items))
+    pool = _pool(min(workers, len(items)))
     try:
-        futures = {pool.submit(work, item): item for item in items}
+        futures = {pool.submit(work, item): index for index, item in left.items()}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            result = future.result()
+            yield left.pop(futures[future]), result
     except BrokenProcessPool as error:
-        allowed, given = "processes that finish", "one that the system ended, most likely for want of memory"
-        raise StateError.of("workers", where, allowed=allowed, given=given, remedy=remedy) from error
+        if lost is None:
+            allowed, given = "processes that finish", "one that the system ended, most likely for want of memory"
+            raise StateError.of("workers", where, allowed=allowed, given=given, remedy=remedy) from error
     finally:
         pool.shutdown(cancel_futures=True)
+    if left and lost:
+        yield from _one_by_one(work, list(left.values()), lost)
+
+
+def _one_by_one(work: Callable[[T], R], items: Sequence[T], lost: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    pool = _pool(1)
+    try:
+        for item in items:
+            try:
+                result = pool.submit(work, item).result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool, result = _pool(1), lost(item)
+            yield item, result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned: a fork would share locks, and may hang in a process with threads.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
 
 
 @contextmanager

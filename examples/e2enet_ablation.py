@@ -16,7 +16,7 @@ may be stopped at any time and given again. The table is printed after each cell
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -136,15 +136,17 @@ def table(title: str, rows: Mapping[str, list["Row"]]) -> str:
     """Returns the means over the seeds, with their standard errors where there are several."""
     cells = [(title, "mDice", "mNSD", "params, M", "FLOPs, G", "seeds")]
     for name, runs in rows.items():
-        quality = (spread([run.dice for run in runs]), spread([run.scores.get("mNSD", float("nan")) for run in runs]))
+        quality = (spread([run.dice for run in runs]), spread([run.scores.get("mNSD") for run in runs]))
         cells.append((name, *quality, f"{runs[0].params:.3f}", f"{runs[0].flops:.3f}", str(len(runs))))
     note = "Scores in per cent of the held-out cases; FLOPs of one patch by the paper's convention."
     return "\n".join([*align(cells, left=(0,)), note])
 
 
-def spread(values: list[float]) -> str:
+def spread(scores: Sequence[float | None]) -> str:
+    """Returns the mean and its standard error, over the runs that have a score: those whose cases show any class."""
+    values = [score for score in scores if score is not None]
     error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{error}"
+    return f"{mean(values):.2f}{error}" if values else "-"
 
 
 def slug(name: str) -> str:

@@ -25,11 +25,25 @@ def test_a_limit_of_the_process_counts():
     assert os.waitpid(pid, 0)[1] == 0
 
 
-@pytest.mark.parametrize(("limit", "left"), [("12345", 12345), ("max", sys.maxsize), ("0", 0)])
-def test_a_limit_of_a_group_above_counts(limit, left, tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text(limit)
+GROUP = ("memory.max", "memory.current", "inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "12345"}, 12345),
+        ({"memory.max": "max", "memory.current": "9"}, sys.maxsize),
+        ({"memory.max": "0"}, 0),
+        ({"memory.max": "900", "memory.current": "500"}, 900),  # without the other number none is known
+        ({"memory.max": "900", "memory.current": "500", "memory.stat": "anon 1\ninactive_file 100\n"}, 500),
+        ({"memory.max": "900", "memory.current": "950", "memory.stat": "anon 950\n"}, 0),
+    ],
+)
+def test_what_a_group_above_has_left_counts(files, left, tmp_path, monkeypatch):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
     kinds = [line.split(":")[1] for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    monkeypatch.setattr(bounds, "_GROUPS", dict.fromkeys(kinds, (tmp_path, "memory.max")))
+    monkeypatch.setattr(bounds, "_GROUPS", dict.fromkeys(kinds, (tmp_path, *GROUP)))
     monkeypatch.setattr(bounds, "_of_machine", lambda: iter(()))
     assert available_memory() == left
 

@@ -24,6 +24,12 @@ def test_a_worker_that_dies_is_one_clear_error():
         list(share(os._exit, [1, 2], workers=1, **WORDS))
 
 
+def test_what_ends_its_worker_even_alone_is_lost_and_the_others_are_done():
+    asked = ["1", "__import__('os')._exit(1)", "2", "3"]
+    answers = dict(share(eval, asked, workers=2, lost=lambda item: f"lost: {item}", **WORDS))
+    assert answers == {"1": 1, "2": 2, "3": 3, asked[1]: f"lost: {asked[1]}"}
+
+
 def test_what_a_worker_raises_arrives():
     with pytest.raises(ZeroDivisionError):
         list(share(eval, ["1 / 0"], workers=1, **WORDS))

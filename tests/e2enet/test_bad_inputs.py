@@ -235,7 +235,7 @@ def test_predict_never_writes_over_its_images(damaged, trained, capsys):
 def test_a_run_and_a_folder_in_use_are_no_places_for_results(sound, trained, tmp_path, capsys):
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
     predict = ("predict", trained, "--images", sound / "imagesTr", "--output")
-    evaluate = ("evaluate", trained / "predictions", "--data", sound, "--output")
+    evaluate = ("evaluate", trained / "predictions", "--data", sound, "--allow-missing", "--output")
     for todo in (predict, evaluate):
         assert "--output of the command line: expected no run, got the run" in refused(capsys, *todo, trained)
         with alone_in(tmp_path / "held"):
@@ -292,11 +292,13 @@ def test_predictions_that_cannot_be_scored_are_named_and_the_others_scored(damag
     (predictions / "amos_0001.nii.gz").write_bytes(b"\x1f\x8b")
     rewrite(predictions / "amos_0002.nii.gz", same, move=shifted)
     (predictions / "amos_0005.nii.gz").unlink()
-    assert command("evaluate", predictions, "--data", damaged, "--output", tmp_path / "scores") == 1
+    evaluate = ("evaluate", predictions, "--data", damaged, "--output", tmp_path / "scores")
+    assert "got none of amos_0005. Predict these first, or pass --allow-missing" in refused(capsys, *evaluate)
+    assert command(*evaluate, "--allow-missing") == 1
     output = capsys.readouterr().out
     assert "NOT SCORED, 2 of 4 cases" in output
     assert "amos_0001.nii.gz cannot be read" in output
     assert "amos_0002: the prediction lies 20 mm away from its label" in output
     assert re.search(r"^mean +1\.000 +1\.000 +0\.00 +0\.00 +2 ", output, re.MULTILINE)
     assert {file.name for file in (tmp_path / "scores").iterdir()} == {".lock", "scores.csv", "scores.json"}
-    assert command("evaluate", tmp_path / "nowhere", "--data", damaged) == 2
+    assert "got no such folder" in refused(capsys, "evaluate", tmp_path / "nowhere", "--data", damaged)

@@ -117,12 +117,18 @@ def test_channels_that_a_network_does_not_have_are_no_cases(work, tmp_path, comm
         shutil.copy(next((work / "data" / "imagesTs").glob("*.nii.gz")), images / f"scan_000{number}.nii.gz")
     code, _, errors = command("predict", work / "fold0", "--images", images, "--output", tmp_path / "out")
     assert code == 2
-    assert "scan in several numbered files" in errors
+    assert "scan in more numbered files" in errors
 
 
 def test_evaluating_what_a_run_predicted_gives_its_scores(work, tmp_path, command):
     code, table, _ = command(
-        "evaluate", work / "fold0" / "predictions", "--data", work / "data", "--output", tmp_path / "scores"
+        "evaluate",
+        work / "fold0" / "predictions",
+        "--data",
+        work / "data",
+        "--allow-missing",
+        "--output",
+        tmp_path / "scores",
     )
     assert code == 0
     result = json.loads((work / "fold0" / "result.json").read_text())
@@ -130,6 +136,7 @@ def test_evaluating_what_a_run_predicted_gives_its_scores(work, tmp_path, comman
     assert scores["cases"] == result["cases"]
     assert f"{result['mean_dice']:.3f}" in table
     assert "1 of the 5 labelled cases" in table
+    assert table.count("hippocampus_") >= 4, "the other four are named"
     assert (tmp_path / "scores" / "scores.csv").read_text() == (work / "fold0" / "scores.csv").read_text()
 
 
@@ -148,6 +155,80 @@ def test_a_table_of_runs_beside_the_papers(work, command):
     assert "amos, " in errors
     with pytest.raises(StateError, match=r"result\.json of run .*missing.*--resume"):
         compare([work / "missing"])
+
+
+def without_structures(run, *, mean):
+    """Makes a run one whose held-out cases show no class (None), or whose predictions missed all of them (0)."""
+    result = json.loads((run / "result.json").read_text())
+    for case in result["cases"].values():
+        for metric in ("dice", "nsd", "hd95", "hd"):
+            case[metric] = dict.fromkeys(case[metric], None if metric.startswith("hd") else mean)
+    means = {f"mean_{metric}": None if metric.startswith("hd") else mean for metric in ("dice", "nsd", "hd95", "hd")}
+    (run / "result.json").write_text(json.dumps(unsealed({**result, **means})))
+    return run
+
+
+def test_scores_of_0_and_none_are_shown_beside_the_others(work, tmp_path, command):
+    runs = [shutil.copytree(work / "fold0", tmp_path / name) for name in ("zero", "none")]
+    for run, mean in zip(runs, (0.0, None), strict=True):
+        without_structures(run, mean=mean)
+    code, table, _ = command("compare", *runs, work / "fold1", "--beside", "amos")
+    assert code == 0
+    rows = {line.split()[0]: line.split() for line in table.splitlines() if line}
+    assert rows["zero"][1] == "0.0"
+    assert float(rows["zero"][-1]) < float(rows["fold1"][-1])
+    assert (rows["none"][1], rows["none"][-1]) == ("-", "-")
+    for run, dice in zip(runs, ("0.0", "-"), strict=True):
+        code, table, _ = command("compare", run, "--pool")
+        assert code == 0
+        assert [line.split()[4] for line in table.splitlines() if line.startswith("all 1 held-out cases")] == [dice]
+
+
+def test_two_classes_of_one_name_are_refused_in_every_file_of_a_run(work, tmp_path, command):
+    for name, path in (("result.json", ("classes",)), ("config.json", ("data", "classes"))):
+        run = shutil.copytree(work / "fold0", tmp_path / name)
+        content = unsealed(json.loads((run / name).read_text()))
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = ["Anterior", "Anterior"]
+        (run / name).write_text(json.dumps(content))
+        code, _, errors = command("compare" if name == "result.json" else "predict", run, *_unused(name, tmp_path))
+        assert code == 2
+        assert "expected each name once, got Anterior more than once" in errors
+
+
+def _unused(name, tmp_path):
+    return () if name == "result.json" else ("--images", tmp_path, "--output", tmp_path / "out")
+
+
+def test_runs_of_other_classes_are_told_apart(work, tmp_path, command):
+    other = shutil.copytree(work / "fold1", tmp_path / "other")
+    text = (other / "result.json").read_text().replace("Anterior", "Head")
+    (other / "result.json").write_text(json.dumps(unsealed(json.loads(text))))
+    code, table, _ = command("compare", work / "fold0", other)
+    assert code == 0
+    assert "mDice is over other classes: Anterior, Posterior in fold0, Head, Posterior in other" in table
+    code, _, errors = command("compare", work / "fold0", other, "--pool")
+    assert code == 2
+    assert "classes of the runs to pool" in errors
+
+
+def test_missing_predictions_are_an_error_unless_allowed(work, tmp_path, command):
+    predictions = shutil.copytree(work / "fold0" / "predictions", tmp_path / "predictions")
+    evaluate = ("evaluate", predictions, "--data", work / "data", "--output", tmp_path / "scores")
+    code, _, errors = command(*evaluate)
+    assert code == 2
+    assert "expected one for each of the 5 labelled cases" in errors
+    assert "--allow-missing" in errors
+    assert not (tmp_path / "scores" / "scores.csv").exists()
+    shutil.copy(next(predictions.glob("*.nii.gz")), predictions / "other.nii.gz")
+    code, table, _ = command(*evaluate, "--allow-missing")
+    assert code == 0
+    assert "Predictions without a label, which are not scored: other." in table
+    next(predictions.glob("hippo*.nii.gz")).unlink()
+    code, _, errors = command(*evaluate, "--allow-missing")
+    assert code == 2, "nothing is left to score"
 
 
 def test_the_row_of_a_run_is_what_it_reported(work):

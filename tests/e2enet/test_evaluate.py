@@ -1,6 +1,7 @@
 """Means, tables and files of scores, against values worked by hand; cases and folders scored."""
 
 import csv
+import gzip
 import io
 import json
 
@@ -14,8 +15,9 @@ from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.header import header_at
 from dstlib.zoo.e2enet.data.scans.nifti import write_label
+from dstlib.zoo.e2enet.evaluation import evaluate
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
-from dstlib.zoo.e2enet.evaluation.metrics import Scoring
+from dstlib.zoo.e2enet.evaluation.metrics import Scoring, score
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
 
 NAN = np.nan
@@ -218,6 +220,42 @@ def test_a_folder_without_predictions_is_refused(tmp_path):
     files = folder(tmp_path, {"x": None, "y": None})
     with pytest.raises(DataError, match=r"got none of 2\.(.|\n)*x: no prediction x\.nii\.gz\n  y: no prediction"):
         evaluate_folder(tmp_path / "out", files, CLASSES, progress=False)
+
+
+def test_predictions_of_other_programs_have_other_endings(tmp_path):
+    files = folder(tmp_path, {"x": same, "y": one_lower})
+    zipped = tmp_path / "out" / "y.nii.gz"
+    expected = evaluate_folder(tmp_path / "out", files, CLASSES, progress=False)
+    (tmp_path / "out" / "y.nii").write_bytes(gzip.decompress(zipped.read_bytes()))
+    with pytest.raises(DataError, match=r"expected one file per case, got y\.nii beside y\.nii\.gz"):
+        evaluate_folder(tmp_path / "out", files, CLASSES, progress=False)
+    zipped.unlink()
+    assert evaluate_folder(tmp_path / "out", files, CLASSES, progress=False).to_json() == expected.to_json()
+
+
+@pytest.mark.parametrize("error", [MemoryError("3 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate 3 TiB")])
+def test_a_case_too_large_for_the_memory_is_named_and_the_others_are_scored(tmp_path, monkeypatch, error):
+    files, scored = folder(tmp_path, {"x": same, "y": same}), []
+
+    def score_unless_first(*arguments, **settings):
+        scored.append(arguments)
+        if len(scored) == 1:
+            raise error
+        return score(*arguments, **settings)
+
+    monkeypatch.setattr(evaluate, "score", score_unless_first)
+    scores = evaluate_folder(tmp_path / "out", files, CLASSES, progress=False)
+    assert scores.cases == ("y",)
+    assert scores.left_out["x"].startswith("does not fit into memory: ")
+    assert "3 TiB" in scores.left_out["x"]
+
+
+def test_two_classes_of_one_name_are_refused():
+    with pytest.raises(DataError, match="classes of an evaluation: expected each name once, got a more than once"):
+        Evaluation(("x",), ("a", "b", "a"), {"dice": np.zeros((1, 3))}, np.zeros((1, 3, 2)), (1.0,) * 3)
+    content = SCORES.to_json()
+    with pytest.raises(DataError, match="got a more than once"):
+        Evaluation.from_json({**content, "classes": ["a", "a", "b"]})
 
 
 def test_workers_change_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Windows, mirrors and folds: what is averaged, and that the networks are left as they were."""
 
+from contextlib import closing
 from itertools import combinations
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.inferers import sliding_window_inference
 from torch import nn
 from torch.nn import functional
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.inference import sliding_window as inference
-from dstlib.zoo.e2enet.inference.sliding_window import predicting, probabilities
+from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, predicting
 
 
 class ReadsTheImage(nn.Module):
@@ -40,6 +42,11 @@ class Convolves(nn.Module):
 
     def forward(self, x):
         return functional.conv3d(functional.pad(x, (1, 0, 1, 0, 1, 0)), self.weight)
+
+
+def probabilities(models, image_CDHW, **settings):
+    """All slices as one volume (K, D, H, W)."""
+    return np.stack([*inference.probabilities(models, image_CDHW, **settings)], axis=1)
 
 
 def labels(shape, seed=0):
@@ -143,31 +150,98 @@ def test_a_read_only_image_is_read():
     assert probabilities([Convolves()], image, patch_size=(4, 4, 4)).shape == (3, 4, 4, 4)
 
 
-def test_without_memory_on_the_gpu_the_result_is_gathered_on_the_cpu(monkeypatch):
-    gathered = []
+# Slices that are given away one by one are those of the volume that was gathered whole, to the last bit.
+@given(
+    st.tuples(*[st.integers(1, 14)] * 3),
+    st.tuples(*[st.integers(1, 8)] * 3),
+    st.floats(0, 0.9),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=60)
+def test_slices_are_those_of_monais_sliding_window(shape, patch, overlap, seed):
+    image = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
+    model = Convolves(seed)
+    with torch.inference_mode():
+        expected = sliding_window_inference(
+            torch.from_numpy(image)[None],
+            roi_size=patch,
+            sw_batch_size=inference.NUM_WINDOWS,
+            predictor=lambda windows: model(windows).softmax(dim=1),
+            overlap=overlap,
+            mode="gaussian",
+            sigma_scale=inference.SIGMA,
+        )
+    found = probabilities([model], image, patch_size=patch, overlap=overlap, mirror=())
+    np.testing.assert_array_equal(found, expected[0].numpy())
 
-    def sliding_window(inputs, *, device, **settings):
-        gathered.append(device.type)
-        if device.type != "cpu":
+
+def test_a_slice_is_given_away_before_the_windows_above_it_are_read():
+    model, image = Counts(), np.zeros((1, 32, 4, 4), np.float32)
+    with closing(inference.probabilities([model], image, patch_size=(4, 4, 4), mirror=())) as slices:
+        next(slices)
+        assert model.num_windows == 2, "of 15"
+        assert not model.training
+    assert model.training, "closed half way"
+    assert model.deep_supervision
+
+
+class Counts(nn.Module):
+    """Counts the windows that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.zero, self.deep_supervision, self.num_windows = nn.Parameter(torch.zeros(())), True, 0
+
+    def forward(self, x):
+        self.num_windows += len(x)
+        return torch.cat([x, x], dim=1) + self.zero
+
+
+def test_what_is_held_does_not_grow_with_the_depth_of_the_image():
+    low, high = (memory_needed((d, 512, 512), (64, 64, 64), num_channels=1, num_outputs=16) for d in (64, 6400))
+    assert low == high
+    assert low > 4 * 16 * 64 * 512 * 512
+
+
+class SumsOnGpu:
+    """Stands for sums on a GPU that has no room for windows beside them."""
+
+    def __init__(self):
+        self.device = torch.device("cuda", 0)
+
+    def move(self, device):
+        self.device = device
+
+
+def test_sums_move_to_the_cpu_where_the_memory_of_the_gpu_is_out():
+    sums, tried = SumsOnGpu(), []
+
+    def work():
+        tried.append(sums.device.type)
+        if sums.device.type != "cpu":
             raise torch.OutOfMemoryError("no room")
-        return torch.ones(1, 2, *inputs.shape[2:])
+        return torch.ones(1)
 
-    monkeypatch.setattr(inference, "sliding_window_inference", sliding_window)
-    image = torch.zeros(1, 1, 4, 5, 6)
-    with pytest.warns(RuntimeWarning, match="prediction of 4×5×6 voxels does not fit on cuda; it is gathered"):
-        inference._blend(
-            [Convolves()], image, patch_size=(4, 4, 4), overlap=0.5, flips=[()], device=torch.device("cuda")
-        )
-    assert gathered == ["cuda", "cpu"]
-    monkeypatch.setattr(inference, "sliding_window_inference", _no_memory)
+    with pytest.warns(RuntimeWarning, match="does not fit on cuda:0; its windows are gathered in the computer's mem"):
+        assert inference._with_room(work, sums) == torch.ones(1)
+    assert tried == ["cuda", "cpu"]
+
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        inference._blend(
-            [Convolves()], image, patch_size=(4, 4, 4), overlap=0.5, flips=[()], device=torch.device("cpu")
-        )
+        inference._with_room(_no_memory, sums)
 
 
-def _no_memory(*arguments, **settings):
+def _no_memory():
     raise torch.OutOfMemoryError("no room")
+
+
+def test_sums_that_move_half_way_change_nothing():
+    patch, shape = (4, 4, 4), (9, 6, 5)
+    image = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    expected = probabilities([Convolves()], image, patch_size=patch)
+    move = inference._Sums.move
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inference, "_with_room", lambda work, sums: (move(sums, torch.device("cpu")), work())[1])
+        np.testing.assert_array_equal(probabilities([Convolves()], image, patch_size=patch), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -188,7 +262,7 @@ def test_a_result_that_is_not_finite_is_refused(value):
 
 def test_an_image_without_a_channel_is_refused():
     with pytest.raises(DataError, match=r"expected \(C, D, H, W\), got \(4, 4, 4\)"):
-        probabilities([Convolves()], np.zeros((4, 4, 4), np.float32), patch_size=(4, 4, 4))
+        inference.probabilities([Convolves()], np.zeros((4, 4, 4), np.float32), patch_size=(4, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -204,5 +278,5 @@ def test_an_image_without_a_channel_is_refused():
 )
 def test_settings_that_cannot_be_used_are_refused(change, message):
     arguments = {"models": [Convolves()], "image_CDHW": np.zeros((1, 4, 4, 4), np.float32), "patch_size": (4, 4, 4)}
-    with pytest.raises(SettingError, match=message):
-        probabilities(**{**arguments, **change})
+    with pytest.raises(SettingError, match=message):  # at once, not with the first slice
+        inference.probabilities(**{**arguments, **change})

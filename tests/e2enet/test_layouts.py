@@ -1,6 +1,7 @@
 """Which files each layout makes a data set of, and what is said where there is none."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -547,7 +548,8 @@ def test_a_manifest_does_not_depend_on_the_order_of_a_list(tmp_path_factory, ord
         (["amos_0001.nii.gz", "amos_0004.nii.gz"], 1, {"amos_0001": 1, "amos_0004": 1}),
         (["b.nii", "A.NII.GZ", "._b.nii", "notes.txt"], 1, {"A": 1, "b": 1}),
         (["x_0000.nii.gz", "y_0000.nii.gz"], 1, {"x": 1, "y": 1}),
-        (["x_0000.nii.gz", "y.nii.gz"], 1, {"x_0000": 1, "y": 1}),
+        (["x_0000.nii.gz", "y.nii.gz"], 1, {"x": 1, "y": 1}),
+        (["x_0000.nii.gz", "x_0001.nii.gz", "y_0001.nii.gz", "z.nii"], 2, {"x": 2, "y_0001": 1, "z": 1}),
         (["x_0000.nii.gz", "x_0001.nii.gz", "y_0000.nii.gz", "y_0001.nii.gz"], 2, {"x": 2, "y": 2}),
         (["x_0000.nii.gz"], 2, {"x": 2}),  # the second channel is missing: whoever reads it says so
         (["scan_0001.nii.gz", "scan_0002.nii.gz"], 4, {"scan_0001": 1, "scan_0002": 1}),  # with four channels each
@@ -559,6 +561,34 @@ def test_images_of_a_folder(tmp_path, present, num_channels, expected):
     cases = folder_cases(tmp_path, num_channels=num_channels)
     assert {case.name: len(case.images) for case in cases} == expected
     assert all(case.label is None for case in cases)
+
+
+@given(
+    st.sets(st.tuples(st.sampled_from("abc"), st.sampled_from(["", "_0000", "_0001", "_0002", "_x"])), min_size=1),
+    st.integers(1, 3),
+)
+def test_what_a_case_is_called_does_not_depend_on_the_others(tmp_path_factory, present, num_channels):
+    def called(letters):
+        """The names of the cases, by the names of their files; None where they are refused."""
+        folder = tmp_path_factory.mktemp("images")
+        touch(folder, *(f"{letter}{end}.nii.gz" for letter, end in present if letter in letters))
+        with suppress(DataError):
+            cases = folder_cases(folder, num_channels=num_channels)
+            return {file.name: case.name for case in cases for file in case.images}
+
+    together, alone = called("abc"), [called(letter) for letter in {letter for letter, _ in present}]
+    if together is None:
+        assert None in alone
+    else:
+        assert together == {file: name for each in alone for file, name in each.items()}
+
+
+def test_numbers_that_may_be_those_of_cases_are_refused(tmp_path):
+    touch(tmp_path, "amos_0000.nii.gz", "amos_0004.nii.gz")
+    with pytest.raises(
+        DataError, match=r"got amos in more numbered files\. Predict with a network of as many channels"
+    ):
+        folder_cases(tmp_path, num_channels=1)
 
 
 def test_folders_that_hold_no_images(tmp_path):

@@ -1,5 +1,8 @@
 """Folders of images to folders of labels: geometry, resuming, and cases that cannot be read."""
 
+import re
+from dataclasses import replace
+
 import nibabel
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dstlib import bounds
+from dstlib.bounds import is_out_of_memory
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization
@@ -33,10 +38,11 @@ class ReadsTheImage(nn.Module):
         return (logits, logits) if self.deep_supervision else logits
 
 
-def trained(model=None, *, spacing=None, num_channels=1, postprocessing=()):
+def trained(model=None, *, spacing=None, num_channels=1, postprocessing=(), high=2.0):
+    rule = replace(AS_IT_IS, high=high)
     return Trained(
         models=(model or ReadsTheImage(),),
-        preparation=Preparation(spacing=spacing, normalization=(AS_IT_IS,) * num_channels, crop=True),
+        preparation=Preparation(spacing=spacing, normalization=(rule,) * num_channels, crop=True),
         patch_size=(4, 4, 4),
         mirror=(),
         channels=("CT", "other")[:num_channels],
@@ -119,15 +125,63 @@ def test_what_is_not_finite_is_reported(tmp_path):
     assert names(tmp_path / "out") == ["prediction.json"]
 
 
-def test_a_scan_too_large_for_the_memory_is_reported(tmp_path, monkeypatch):
-    write_image(tmp_path / "images" / "a.nii.gz", blocks())
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("3 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory: 3 TiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: 3 TiB"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED, 3 TiB"),
+    ],
+)
+def test_a_scan_too_large_for_the_memory_is_named_and_the_others_go_on(tmp_path, error):
+    class Grows(ReadsTheImage):
+        def forward(self, x):
+            if x.max() > 2:
+                raise error
+            return super().forward(x)
 
-    def too_large(trained, scan):
-        raise MemoryError("3 TiB")
+    images = images_of(tmp_path / "images", "b")
+    write_image(images / "a.nii.gz", 3 * blocks())
+    outcomes = predict_folder(trained(Grows(), high=9.0), images, tmp_path / "out", progress=False)
+    assert [outcome.name for outcome in outcomes] == ["a", "b"]
+    assert outcomes[0].error.startswith("does not fit into memory: ")
+    assert "3 TiB" in outcomes[0].error
+    assert outcomes[1].error is None
+    assert names(tmp_path / "out") == ["b.nii.gz", "prediction.json"]
 
-    monkeypatch.setattr(predict, "predict_scan", too_large)
-    (outcome,) = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
-    assert outcome.error == "does not fit into memory: 3 TiB"
+
+def test_torch_says_what_is_known_of_memory_on_a_cpu():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(refused.value)
+
+
+def test_another_error_of_a_network_surfaces(tmp_path):
+    class Broken(ReadsTheImage):
+        def forward(self, x):
+            raise RuntimeError("shape '[2]' is invalid for input of size 3")
+
+    images = images_of(tmp_path / "images", "a")
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        predict_folder(trained(Broken()), images, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "left", "message"),
+    [
+        # 4·(210 + 210 + 3·210) bytes for copies, 4·4·7·6·4 for the sums of the windows, and for the windows
+        (None, 10_000, r"memory of a prediction of 3×4×5 voxels and 3 outputs: .* 0\.0 GB of memory that are left"),
+        ((1e-3, 1.5, 1.0), 1_000_000, r"memory of an image of 6000×4×5 voxels: .* its voxels are 2×1\.5×1 mm: is that"),
+        ((1e-300, 1.5, 1.0), 10**18, r"memory of an image of \d+×4×5 voxels: "),
+    ],
+)
+def test_what_will_not_fit_is_refused_by_numbers_before_the_work(tmp_path, monkeypatch, spacing, left, message):
+    model, images = ReadsTheImage(), images_of(tmp_path / "images", "a")
+    monkeypatch.setattr(bounds, "available_memory", lambda: left)
+    (outcome,) = predict_folder(trained(model, spacing=spacing), images, tmp_path / "out", progress=False)
+    assert re.match(message, outcome.error), outcome.error
+    assert model.num_calls == 0
 
 
 def test_existing_predictions_are_kept_unless_asked(tmp_path):
@@ -265,7 +319,7 @@ def test_a_stopped_replacement_leaves_nothing_of_the_networks_before(tmp_path, m
     images, out = images_of(tmp_path / "images", "a", "b"), tmp_path / "out"
     predict_folder(trained(), images, out, progress=False)
 
-    def stopped(*arguments):
+    def stopped(*arguments, progress):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -295,7 +349,7 @@ def test_a_second_prediction_into_a_folder_is_refused_before_it_begins(tmp_path,
     images, out = images_of(tmp_path / "images", "a"), tmp_path / "out"
     inside = []
 
-    def meanwhile(model, scan):
+    def meanwhile(model, scan, progress):
         for late in (trained(), other()):
             with pytest.raises(StateError, match="expected a folder that nobody else works in, got one in use by anot"):
                 predict_folder(late, images, out, overwrite=True, progress=False)

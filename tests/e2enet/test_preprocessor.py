@@ -23,7 +23,7 @@ from dstlib.zoo.e2enet.data.preprocessing.preprocessor import (
 from dstlib.zoo.e2enet.data.preprocessing.resampling import (
     new_shape,
     resample_intensities,
-    resample_linearly,
+    resample_slices,
 )
 from dstlib.zoo.e2enet.data.scans.geometry import coarse_axis, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
@@ -49,7 +49,13 @@ def keeping(spacing=None, *, crop=True, rule=AS_IT_IS, num_channels=1):
 
 
 def one_hot(label, num_classes):
-    return np.stack([(label == k).astype(np.float32) for k in range(num_classes)])
+    """Slices (K, H, W), as many as the label is deep."""
+    return np.stack([(label == k).astype(np.float32) for k in range(num_classes)], axis=1)
+
+
+def resample_linearly(volume, new, coarse):
+    slices = resample_slices((each[None] for each in volume), volume.shape, new, coarse)
+    return np.concatenate([*slices])
 
 
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
@@ -224,9 +230,34 @@ def test_placing_back_compares_probabilities_on_the_grid_of_the_scan():
     probabilities = rng.dirichlet(np.ones(4), placement.shape).transpose(3, 0, 1, 2).astype(np.float32)
     zoom = np.divide((6, 8, 10), placement.shape)
     volumes = [ndimage.zoom(p.astype(np.float64), zoom, order=1, mode="nearest", grid_mode=True) for p in probabilities]
-    assert np.array_equal(place_back(probabilities, placement), np.argmax(volumes, axis=0))
-    equal = np.full((3, *placement.shape), 1 / 3, np.float32)
+    slices = probabilities.swapaxes(0, 1)
+    assert np.array_equal(place_back(slices, placement), np.argmax(volumes, axis=0))
+    equal = np.full_like(slices, 1 / 4)
     assert not place_back(equal, placement).any()  # the lowest class of equals
+    last = place_back(slices, placement, decide=lambda values_KHW: values_KHW[-1] > 2)
+    assert last.dtype == np.uint8
+    assert not last.any()
+
+
+@given(shapes, shapes, st.sampled_from([None, 0, 1, 2]), seeds)
+@settings(max_examples=100)
+def test_slices_are_resampled_as_the_whole_volume_is(old, new, coarse, seed):
+    """Class by class and axis by axis, the way it was done when all of it was in memory; so decisions are the same."""
+    values = np.random.default_rng(seed).dirichlet(np.ones(3), old).transpose(3, 0, 1, 2).astype(np.float32)
+    whole = values
+    for axis in sorted(range(3), key=lambda axis: new[axis] / old[axis]):
+        place = np.clip((np.arange(new[axis]) + 0.5) * (old[axis] / new[axis]) - 0.5, 0, old[axis] - 1)
+        before = np.minimum(np.floor(place).astype(int), max(old[axis] - 2, 0))
+        share = (place - before).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        if old[axis] == new[axis]:
+            continue
+        if axis == coarse:
+            whole = whole.take(np.floor(place + 0.5).astype(int), axis + 1)
+        else:
+            after = np.minimum(before + 1, old[axis] - 1)
+            whole = whole.take(before, axis + 1) * (1 - share) + whole.take(after, axis + 1) * share
+    found = np.stack([*resample_slices(values.swapaxes(0, 1), old, new, coarse)], axis=1)
+    np.testing.assert_array_equal(found, whole)
 
 
 # ---- intensities
@@ -334,8 +365,9 @@ def test_arrays_that_do_not_fit_are_refused():
     _, placement = prepare_image(image[:1], RAS, keeping())
     with pytest.raises(DataError, match=r"expected the shape \(3, 4, 5\) of its image, got \(3, 4, 4\)"):
         prepare_label(np.zeros((3, 4, 4), np.uint8), placement)
-    with pytest.raises(DataError, match=r"expected \(K, 3, 4, 5\), got \(2, 3, 4, 4\)"):
-        place_back(np.zeros((2, 3, 4, 4), np.float32), placement)
+    for wrong in ((3, 2, 4, 4), (2, 2, 4, 5), (4, 2, 4, 5)):
+        with pytest.raises(DataError, match=r"probabilities of a scan: expected 3 slices \(K, 4, 5\), got \d slices"):
+            place_back(np.zeros(wrong, np.float32), placement)
     with pytest.raises(DataError, match="case 'a': expected one with a label"):
         prepare_scan(Scan("a", image[:1], None, RAS), keeping())
     for broken in (np.diag([1.0, 0, 1, 1]), np.diag([1.0, np.nan, 1, 1])):

@@ -57,9 +57,19 @@ def test_laws(rows):
     assert pt_scores(rows[::-1]) == found[::-1], "nor does the order"
 
 
-@pytest.mark.parametrize("change", [{"dice": 0.0}, {"params": -1.0}, {"flops": math.nan}])
-def test_numbers_that_are_not_positive_are_refused(change):
-    with pytest.raises(DataError, match="row of 'nnU-Net': expected positive numbers"):
+def test_an_mdice_of_0_is_a_score_and_one_that_is_none_is_not():
+    zero, none = Row(name="0", dice=0.0, params=10, flops=10), Row(name="-", dice=None, params=1, flops=1)
+    best = Row(name="best", dice=50.0, params=20, flops=20)
+    assert pt_scores([zero, none, best]) == pytest.approx((1.0, None, 1.5))
+    assert pt_scores([zero, none]) == (None, None), "nothing to divide by"
+    lines = comparison([zero, none, best]).splitlines()
+    assert lines[2].split() == ["0", "0.0", "10.00", "10.00", "1.0000"]
+    assert lines[3].split() == ["-", "-", "1.00", "1.00", "-"]
+
+
+@pytest.mark.parametrize("change", [{"dice": -1.0}, {"dice": math.nan}, {"params": 0.0}, {"flops": math.nan}])
+def test_numbers_that_can_be_none_are_refused(change):
+    with pytest.raises(DataError, match="row of 'nnU-Net': expected mDice from 0 up, positive costs"):
         pt_scores([replace(PUBLISHED["brats"][1], **change)])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstlib.command_line import make_parser, run_command
-from dstlib.errors import SettingError
+from dstlib.errors import DataError, SettingError, few
 from dstlib.names import METHOD_NAMES
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS
@@ -240,11 +240,13 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
         "Score predictions against the labels of a data set: Dice, surface Dice, HD95 and HD, per class and per case."
     )
     evaluate = commands.add_parser("evaluate", help="score predictions", description=text)
-    evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz")
+    evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz, NAME.nii, ...")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set with the labels")
     evaluate.add_argument("--layout", help=LAYOUT)
     evaluate.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
     evaluate.add_argument("--regions", metavar="WHICH", help=REGIONS)
+    partly = "score the cases that have a prediction (default: refuse, if a labelled case has none)"
+    evaluate.add_argument("--allow-missing", action="store_true", help=partly)
     evaluate.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
     evaluate.add_argument(
@@ -321,24 +323,35 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     from dstlib.report import on_one_line
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
     from dstlib.zoo.e2enet.data.layouts.regions import with_regions
-    from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder
+    from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder, predicted_files
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
     manifest = with_regions(manifest, options.regions)
     for line in manifest.told():
         print(on_one_line(line))
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
-    predicted = [case for name, case in labelled.items() if (options.predictions / f"{name}.nii.gz").exists()]
+    predicted = predicted_files(options.predictions)
+    cases = [case for name, case in labelled.items() if name in predicted]
+    missing = [name for name in labelled if name not in predicted]
+    if missing and not (cases and options.allow_missing):
+        allowed = f"one for each of the {len(labelled)} labelled cases of {manifest.name}"
+        remedy = "Predict these first, or pass --allow-missing to score those that are there."
+        given = f"none of {few(missing)}"
+        raise DataError.of("predictions", str(options.predictions), allowed=allowed, given=given, remedy=remedy)
     scores = evaluate_folder(
         options.predictions,
-        predicted or list(labelled.values()),
+        cases,
         manifest.classes,
         labels=manifest.labels,
         scoring=Scoring(tolerance=options.tolerance),
         workers=options.workers,
     )
     print(scores.table())
-    print(f"{len(predicted)} of the {len(labelled)} labelled cases of {manifest.name} have a prediction there.")
+    print(f"{len(cases)} of the {len(labelled)} labelled cases of {manifest.name} have a prediction there.")
+    if missing:
+        print(on_one_line(f"Without a prediction: {few(missing)}."))
+    if unlabelled := sorted(predicted.keys() - labelled):
+        print(on_one_line(f"Predictions without a label, which are not scored: {few(unlabelled)}."))
     if output:
         write_whole(output / "scores.csv", scores.csv().encode())
         write_json(output / "scores.json", scores.to_json())

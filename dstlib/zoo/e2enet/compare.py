@@ -1,5 +1,6 @@
 """Runs side by side, and beside what was published."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,17 +29,26 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     if pool:
         scores = pooled([Evaluation.from_json(asdict(results[run])) for run in runs])
         name = f"all {len(scores.cases)} held-out cases"
-        means = {"mNSD": 100 * scores.mean_of("nsd")}
-        rows.append(replace(rows[0], name=name, dice=100 * scores.mean, scores=means))
+        dice, nsd = _per_cent(scores.mean), _per_cent(scores.mean_of("nsd"))
+        rows.append(replace(rows[0], name=name, dice=dice, scores={} if nsd is None else {"mNSD": nsd}))
     sizes = [f"{'×'.join(map(str, results[run].patch_size))} in {run.name}" for run in runs]
-    note = f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."
-    return comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha) + "\n" + on_one_line(note)
+    notes = [f"FLOPs are of one patch, and compare for one size alone: {', '.join(sizes)}; published ones 128×128×128."]
+    if len({result.classes for result in results.values()}) > 1:
+        classes = [f"{', '.join(result.classes)} in {run.name}" for run, result in results.items()]
+        notes.append(f"mDice is over other classes: {', '.join(classes)}.")
+    return "\n".join(
+        [comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha), *map(on_one_line, notes)]
+    )
 
 
 def row_of(run: Path) -> Row:
     """Reads what a run came to, as a row that is named by its folder."""
     result = result_of(run)
     cost = result.cost.sparse or result.cost.dense
-    scores = {} if result.mean_nsd is None else {"mNSD": 100 * result.mean_nsd}
-    dice, params, flops = 100 * (result.mean_dice or 0.0), cost.params / 1e6, cost.flops.paper / 1e9
-    return Row(name=run.name, dice=dice, params=params, flops=flops, scores=scores)
+    dice, nsd = _per_cent(result.mean_dice), _per_cent(result.mean_nsd)
+    scores = {} if nsd is None else {"mNSD": nsd}
+    return Row(name=run.name, dice=dice, params=cost.params / 1e6, flops=cost.flops.paper / 1e9, scores=scores)
+
+
+def _per_cent(share: float | None) -> float | None:
+    return None if share is None or math.isnan(share) else 100 * share

@@ -14,9 +14,11 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dstlib.errors import DataError, require
+from dstlib.bounds import is_out_of_memory
+from dstlib.errors import DataError, few, require
 from dstlib.report import abridge, on_one_line
 from dstlib.workers import share
+from dstlib.zoo.e2enet.data.layouts.files import by_case, reading
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.defects import mismatches
@@ -26,6 +28,13 @@ from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 
 Both = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # a label and a prediction, or the other way
+
+
+class _Pair(NamedTuple):
+    """A case and its prediction, if there is one."""
+
+    case: CaseFiles
+    prediction: Path | None
 
 
 def evaluate_folder(
@@ -38,7 +47,7 @@ def evaluate_folder(
     workers: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Scores ``predictions``/NAME.nii.gz against the label of each case, both as stored in their files.
+    """Scores the prediction NAME.nii.gz of each case, or one of another ending, against its label, both as stored.
 
     ``labels`` says what the values of both files mean; by default class i has value i + 1. A region is what belongs to
     it in each file; what the label ignores counts nowhere, and is outside of every structure. A case without a
@@ -48,7 +57,7 @@ def evaluate_folder(
 
     Raises:
         SettingError: The number of workers or of tolerances cannot be used.
-        DataError: No case could be scored; the message lists every reason.
+        DataError: Two predictions share a name, or no case could be scored; the message lists every reason.
     """
     scoring, labels = scoring or Scoring(), labels or Labels.consecutive(len(classes))
     tolerances = scoring.tolerances(len(classes))
@@ -61,15 +70,17 @@ def evaluate_folder(
         given=workers,
         remedy="Pass 0 (--workers 0) to score in this process.",
     )
-    pairs = [_Pair(case, predictions / f"{case.name}.nii.gz") for case in files]
+    predicted = predicted_files(predictions)
+    pairs = [_Pair(case, predicted.get(case.name)) for case in files]
     work = partial(_score_files, labels=labels, scoring=scoring)
-    scored_pairs = share(work, pairs, workers=workers, where=where, remedy="Try again with fewer workers.")
+    remedy = "Try again with fewer workers."
+    scored_pairs = share(work, pairs, workers=workers, where=where, remedy=remedy, lost=_lost)
     with (
         closing(scored_pairs),
         tqdm(scored_pairs, desc="evaluate", unit="case", total=len(pairs), disable=not progress) as bar,
     ):
         found = dict(bar)
-    results = {case.name: found[pair] for case, pair in zip(files, pairs, strict=True)}
+    results = {pair.case.name: found[pair] for pair in pairs}
     reasons = {name: result for name, result in results.items() if isinstance(result, str)}
     scored = {name: result for name, result in results.items() if not isinstance(result, str)}
     if not scored:
@@ -81,6 +92,23 @@ def evaluate_folder(
     values, volumes = zip(*scored.values(), strict=True)
     scores = dict(zip(scoring.metrics, np.stack(values, axis=1), strict=True))
     return Evaluation(tuple(scored), tuple(classes), scores, np.stack(volumes), tolerances, reasons)
+
+
+def predicted_files(folder: Path) -> dict[str, Path]:
+    """Finds the label files of a folder by the names of their cases: NAME.nii.gz, NAME.nii, or of another format.
+
+    Raises:
+        DataError: The folder cannot be read, or two files share a name.
+    """
+    allowed, given, remedy = "a folder of label files", "no such folder", "Predict into it first."
+    require(folder.is_dir(), "predictions", str(folder), allowed=allowed, given=given, remedy=remedy, error=DataError)
+    with reading(folder):
+        found = by_case(folder)
+    twice = [" beside ".join(file.name for file in files) for files in found.values() if len(files) > 1]
+    allowed, remedy = "one file per case", "Remove those that are not to be scored."
+    given = few(twice)
+    require(not twice, "predictions", str(folder), allowed=allowed, given=given, remedy=remedy, error=DataError)
+    return {name: file for name, (file,) in found.items()}
 
 
 def choose_postprocessing(pairs: Callable[[], Iterable[Both]], labels: Labels) -> tuple[int, ...]:
@@ -129,27 +157,33 @@ def _counted(label: NDArray[np.uint8], prediction: NDArray[np.uint8], labels: La
     return label * is_counted, prediction * is_counted
 
 
-class _Pair(NamedTuple):
-    """A case and its prediction."""
-
-    case: CaseFiles
-    prediction: Path
-
-
 def _score_files(
     pair: _Pair, *, labels: Labels, scoring: Scoring
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]] | str:
     """Scores one prediction: its values (M, K), a row per metric, and volumes (K, 2) in ml; or says why it cannot."""
-    case, file = pair
-    if case.label is None:
+    if pair.case.label is None:
         return "no label"
-    if not file.is_file():
-        return f"no prediction {file.name}"
+    if pair.prediction is None:
+        return f"no prediction {pair.case.name}.nii.gz"
     try:
-        label = read_case_label(case, labels)
-        prediction = read_label(file, labels, geometry=case.geometry)
+        return _score(pair.case, pair.prediction, labels=labels, scoring=scoring)
     except DataError as error:
         return str(error).replace("\n", " ")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"does not fit into memory: {error}"
+
+
+def _lost(pair: _Pair) -> str:
+    return "the system ended the process that scored it, most likely for want of memory"
+
+
+def _score(
+    case: CaseFiles, file: Path, *, labels: Labels, scoring: Scoring
+) -> tuple[NDArray[np.floating], NDArray[np.floating]] | str:
+    label = read_case_label(case, labels)
+    prediction = read_label(file, labels, geometry=case.geometry)
     if reasons := mismatches(prediction, label, "its label"):
         return f"the prediction {reasons[0]}"
     spacing = [float(size) for size in voxel_sizes(label.affine)[::-1]]

@@ -18,12 +18,13 @@ from dstlib.errors import DataError, require
 class Row:
     """One line of a comparison.
 
-    ``dice`` is mDice in per cent, ``params`` counts in millions, ``flops`` in units of 10⁹; None is unknown.
+    ``dice`` is mDice in per cent, ``params`` counts in millions, ``flops`` in units of 10⁹; None is unknown, or none:
+    the mDice of cases without any class.
     ``scores`` holds further columns (in per cent too), ``source`` says where the numbers stand.
     """
 
     name: str
-    dice: float
+    dice: float | None
     params: float | None = None
     flops: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -33,11 +34,12 @@ class Row:
 def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None, ...]:
     """Computes mDice / mDice_max + alpha · (Params_min / Params + FLOPs_min / FLOPs), over the extremes of these rows.
 
-    The extremes may come from different rows. A row with a cost unknown has no score, and sets no extreme.
+    The extremes may come from different rows. A row without mDice or with a cost unknown has no score, and sets no
+    extreme. Where the highest mDice is 0 there is no score at all.
 
     Raises:
         SettingError: ``alpha`` is no weight.
-        DataError: A number is not positive.
+        DataError: A cost is not positive, or mDice negative.
 
     Reference: Wu et al., *E2ENet* (NeurIPS 2024), the performance trade-off score; there alpha = ½.
 
@@ -55,21 +57,24 @@ def pt_scores(rows: Sequence[Row], *, alpha: float = 0.5) -> tuple[float | None,
         remedy="The paper's is 0.5 (--alpha 0.5).",
     )
     for row in rows:
-        numbers = (row.dice, row.params, row.flops)
-        if not all(number is None or (math.isfinite(number) and number > 0) for number in numbers):
+        costs = [cost for cost in (row.params, row.flops) if cost is not None]
+        is_score = row.dice is None or (math.isfinite(row.dice) and row.dice >= 0)
+        if not (is_score and all(math.isfinite(cost) and cost > 0 for cost in costs)):
             given = f"mDice {row.dice}, params {row.params}, FLOPs {row.flops}"
-            remedy = "Leave the row out, or pass None for a cost that is unknown."
-            raise DataError.of("row", repr(row.name), allowed="positive numbers", given=given, remedy=remedy)
-    known = [(row.dice, row.params, row.flops) for row in rows if row.params is not None and row.flops is not None]
-    if not known:
+            remedy = "Leave the row out, or pass None for a number that is unknown."
+            allowed = "mDice from 0 up, positive costs"
+            raise DataError.of("row", repr(row.name), allowed=allowed, given=given, remedy=remedy)
+    numbers = [(row.dice, row.params, row.flops) for row in rows]
+    known = [(dice, a, b) for dice, a, b in numbers if dice is not None and a is not None and b is not None]
+    dice_max = max((dice for dice, _, _ in known), default=0)
+    if not dice_max:
         return (None,) * len(rows)
-    dice_max = max(dice for dice, _, _ in known)
     params_min, flops_min = min(params for _, params, _ in known), min(flops for _, _, flops in known)
     return tuple(
         None
-        if row.params is None or row.flops is None
-        else row.dice / dice_max + alpha * (params_min / row.params + flops_min / row.flops)
-        for row in rows
+        if dice is None or params is None or flops is None
+        else dice / dice_max + alpha * (params_min / params + flops_min / flops)
+        for dice, params, flops in numbers
     )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dstlib.errors import DataError, few, require
 from dstlib.report import abridge, align, on_one_line
+from dstlib.zoo.e2enet.data.layouts.names import repeated
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
 SIDES = ("label", "prediction")
@@ -31,6 +32,9 @@ class Evaluation:
     - ``tolerances``: of surface Dice, in mm, per class.
     - ``left_out``: cases that could not be scored, and why; they are in no mean.
 
+    Raises:
+        DataError: Two classes share a name, by which scores are kept.
+
     >>> dice, volumes = np.array([[0.5, 1.0], [0.7, np.nan]]), np.zeros((2, 2, 2))
     >>> scores = Evaluation(("a", "b"), ("liver", "spleen"), {"dice": dice}, volumes, (1.0, 1.0))
     >>> scores.class_dice.tolist(), scores.num_cases.tolist(), scores.mean
@@ -43,6 +47,12 @@ class Evaluation:
     volumes: NDArray[np.float64]
     tolerances: tuple[float, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        allowed, given = "each name once", f"{', '.join(repeated(self.classes))} more than once"
+        remedy = "Rename one: scores are kept by the names of classes."
+        is_known = not repeated(self.classes)
+        require(is_known, "classes", "an evaluation", allowed=allowed, given=given, remedy=remedy, error=DataError)
 
     @property
     def dice(self) -> NDArray[np.float64]:
@@ -202,13 +212,13 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
                     "Pool the folds of one training, on one data set; without --pool, each has a row of its own.",
                 )
                 raise DataError.of(what, "the runs to pool", allowed=allowed, given=found, remedy=remedy)
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    twice = repeated(names)
     given, remedy = (
-        f"{few(repeated)} more than once",
+        f"{few(twice)} more than once",
         "Pool folds that hold out different cases; without --pool, each has a row of its own.",
     )
     require(
-        not repeated, "cases", "the runs to pool", allowed="each case once", given=given, remedy=remedy, error=DataError
+        not twice, "cases", "the runs to pool", allowed="each case once", given=given, remedy=remedy, error=DataError
     )
     scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
     volumes = np.concatenate([e.volumes for e in evaluations])

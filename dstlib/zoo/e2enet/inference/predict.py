@@ -4,7 +4,9 @@ Shapes: C channels, K foreground classes, D, H, W depth, height, width in voxels
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from dstlib.bounds import is_out_of_memory, require_memory
 from dstlib.errors import DataError, SettingError, StateError, require
 from dstlib.files import alone_in, write_json
 from dstlib.report import abridge, align
@@ -22,9 +25,10 @@ from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
+from dstlib.zoo.e2enet.data.scans.geometry import Placement, box_shape
 from dstlib.zoo.e2enet.data.scans.nifti import Scan, read_scan, write_label
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
-from dstlib.zoo.e2enet.inference.sliding_window import probabilities
+from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, probabilities
 
 RECORD = "prediction.json"
 ENDING = ".nii.gz"
@@ -110,26 +114,63 @@ def predict_scans(
         with tqdm(files, desc="predict", unit="case", disable=not progress) as bar:
             for case in bar:
                 bar.set_postfix_str(case.name)
-                outcomes.append(_predict_case(trained, case, targets[case.name], overwrite=overwrite))
+                outcome = _predict_case(trained, case, targets[case.name], overwrite=overwrite, progress=progress)
+                outcomes.append(outcome)
     return tuple(outcomes)
 
 
-def predict_scan(trained: Trained, scan: Scan) -> NDArray[np.uint8]:
-    """Segments one scan: the label (D, H, W), as its image is stored, by the numbers of classes in memory."""
+def predict_scan(trained: Trained, scan: Scan, *, progress: bool = False) -> NDArray[np.uint8]:
+    """Segments one scan: the label (D, H, W), as its image is stored, by the numbers of classes in memory.
+
+    Raises:
+        DataError: The scan cannot be prepared, or needs more memory than is left; the result is not finite.
+    """
     image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
-    found = probabilities(trained.models, image, patch_size=trained.patch_size, mirror=trained.mirror)
-    return keep_largest(place_back(found, placement), trained.postprocessing)
+    _require_memory(trained, scan, placement)
+    with closing(
+        probabilities(
+            trained.models,
+            image,
+            patch_size=trained.patch_size,
+            mirror=trained.mirror,
+            title=scan.name if progress else None,
+        )
+    ) as slices:
+        label = place_back(slices, placement)
+    return keep_largest(label, trained.postprocessing)
 
 
-def _predict_case(trained: Trained, case: CaseFiles, target: Path, *, overwrite: bool) -> Outcome:
+def _require_memory(trained: Trained, scan: Scan, placement: Placement) -> None:
+    """Refuses a scan before the work, which may take hours, where memory would be out in the midst of it."""
+    num_outputs = trained.labels.num_outputs
+    found = 2 * math.prod(scan.image.shape[1:])  # the label, and turned
+    planes = 4 * num_outputs * (math.prod(placement.shape[1:]) + math.prod(box_shape(placement.box)[1:]))
+    windows = memory_needed(placement.shape, trained.patch_size, num_channels=len(scan.image), num_outputs=num_outputs)
+    on_cpu = next(trained.models[0].parameters()).device.type == "cpu"
+    size = "×".join(map(str, placement.shape))
+    require_memory(
+        found + 3 * planes + windows * on_cpu,
+        "memory",
+        f"a prediction of {size} voxels and {num_outputs} outputs",
+        remedy="Predict this scan where there is more, or crop it.",
+        error=DataError,
+    )
+
+
+def _predict_case(
+    trained: Trained, case: CaseFiles, target: Path, *, overwrite: bool, progress: bool = False
+) -> Outcome:
     error, kept = None, target.is_file() and not overwrite
     try:
         if not kept:
             scan = read_scan(case, num_channels=len(trained.channels), labels=None)
-            write_label(target, trained.labels.to_values(predict_scan(trained, scan)), scan.place)
+            label = predict_scan(trained, scan, progress=progress)
+            write_label(target, trained.labels.to_values(label), scan.place)
     except DataError as refused:
         error = str(refused)
-    except (MemoryError, torch.OutOfMemoryError) as refused:  # one huge scan must not stop the others
+    except (MemoryError, RuntimeError) as refused:  # one huge scan must not stop the others
+        if not is_out_of_memory(refused):
+            raise
         error = f"does not fit into memory: {refused}"
     return Outcome(name=case.name, file=target if error is None else None, error=error, kept=kept)
 

@@ -5,17 +5,22 @@ Shapes: B windows, C channels, K classes with the background, D, H, W depth, hei
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
 
 from dstlib.errors import DataError, require
+from dstlib.zoo.e2enet.data.cases import Shape, three
 
 NUM_WINDOWS = 2  # at a time, as many as the patches of a training batch, whose memory is known to suffice
 SIGMA = 1 / 8  # of the Gaussian weights, in patches
@@ -50,87 +55,196 @@ def probabilities(
     patch_size: Sequence[int],
     overlap: float = 0.5,
     mirror: Sequence[int] = (0, 1, 2),
-) -> NDArray[np.float32]:
-    """Averages the softmax (K, D, H, W) over models and mirrors, blended over windows of the training patch.
+    title: str | None = None,
+) -> Generator[NDArray[np.float32], None, None]:
+    """Averages the softmax over models and mirrors, blended over windows of the training patch: a slice (K, H, W) each.
 
-    ``mirror`` names the spatial axes (0 depth, 1 height, 2 width) that may be flipped: all their subsets are, eight
-    for three axes, one for none. An image smaller than the patch is padded with zeros for the while. On a GPU that
-    cannot hold the result the windows are gathered in the computer's memory instead, with a warning.
+    Slices come from the bottom up, D of them, each as soon as the last window on it is done: what is held at a time is
+    as deep as a window, however deep the image is (:func:`memory_needed`). ``mirror`` names the spatial axes (0 depth,
+    1 height, 2 width) that may be flipped: all their subsets are, eight for three axes, one for none. An image smaller
+    than the patch is padded with zeros for the while. On a GPU that cannot hold the sums these move to the computer's
+    memory, with a warning. With a ``title``, a bar counts the windows. The models are as they were once the last slice
+    was taken, or the iterator closed.
 
     Raises:
         SettingError: There is no model, or the patch, the overlap or the axes cannot be used.
-        DataError: The image has another number of axes, or the result is not finite.
+        DataError: The image has another number of axes; with the slices: the result is not finite.
 
     Reference: the inference of nnU-Net's first version, which E2ENet uses: softmax before averaging, weights of
-    σ = patch / 8, half a patch between windows. All folds see a window before the next one is read, so that one
-    (K, D, H, W) volume is held instead of one per fold; the mean is the same.
+    σ = patch / 8, half a patch between windows. All folds see a window before the next one is read, so that the sums
+    are held once instead of once per fold; the mean is the same. Windows, weights and the order of the sums are those
+    of MONAI's ``sliding_window_inference``, so the result equals its bit for bit.
     """
     _refuse_settings(models, patch_size=patch_size, overlap=overlap, mirror=mirror)
     if image_CDHW.ndim != 4:
         where, remedy = "a prediction", "Give an image of one channel a leading axis."
         raise DataError.of("image", where, allowed="(C, D, H, W)", given=image_CDHW.shape, remedy=remedy)
-    image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))[None]
+    grid = _Grid.of(three(image_CDHW.shape[1:]), three(patch_size), overlap)
+    return _slices(models, image_CDHW, grid, flips=_flips(mirror), title=title)
+
+
+def memory_needed(shape: Shape, patch_size: Shape, *, num_channels: int, num_outputs: int) -> int:
+    """Computes the bytes that :func:`probabilities` holds of an image (D, H, W), but for what is inside of a network.
+
+    These are the sums of K outputs and of the weights, as deep as a window, and some copies of the windows at work.
+    """
+    height, width = (max(sizes) for sizes in zip(shape[1:], patch_size[1:], strict=True))
+    sums = patch_size[0] * height * width * (num_outputs + 1)
+    # five times: logits, softmax, one that is flipped, their sum, and what was there before
+    windows = NUM_WINDOWS * math.prod(patch_size) * (num_channels + 5 * num_outputs)
+    slices = 2 * height * width * num_outputs
+    return 4 * (sums + windows + slices)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the windows lie: on the image (D, H, W), padded to the ``size`` of a patch where it is smaller."""
+
+    shape: Shape
+    patch: Shape
+    windows: Sequence[tuple[slice, ...]]
+
+    @staticmethod
+    def of(shape: Shape, patch: Shape, overlap: float) -> "_Grid":
+        size = [max(sizes) for sizes in zip(shape, patch, strict=True)]
+        steps = [p if n == p else max(1, int(p * (1 - overlap))) for n, p in zip(size, patch, strict=True)]
+        return _Grid(shape, patch, dense_patch_slices(size, patch, steps))
+
+    @property
+    def size(self) -> Shape:
+        return three(max(sizes) for sizes in zip(self.shape, self.patch, strict=True))
+
+    @property
+    def before(self) -> Shape:
+        """How many zeros precede the image along each axis."""
+        return three((padded - n) // 2 for padded, n in zip(self.size, self.shape, strict=True))
+
+    def read(self, image_CDHW: Tensor, windows: Sequence[tuple[slice, ...]]) -> Tensor:
+        """Returns windows (B, C, D, H, W) of an image; each is padded for itself, so that the image is not copied."""
+        sides = zip(self.size, self.shape, self.before, strict=True)
+        pad = [side for size, n, before in reversed([*sides]) for side in (before, size - n - before)]
+        return torch.stack([functional.pad(image_CDHW[:, *window], pad) for window in windows])
+
+    def crop(self, depth: int, values_KHW: Tensor) -> Tensor | None:
+        """Returns what a slice of the padded image has of the image itself, None where there is nothing."""
+        deep, high, wide = (slice(first, first + n) for first, n in zip(self.before, self.shape, strict=True))
+        return values_KHW[:, high, wide] if deep.start <= depth < deep.stop else None
+
+
+class _Sums:
+    """What the windows add up to, as deep as one: slice d lies at place d modulo that depth, until it is taken."""
+
+    def __init__(self, patch: Shape, size: Shape, device: torch.device) -> None:
+        self.device = device
+        self._depth, self._plane = patch[0], size[1:]
+        self._next = 0
+        self._values_DKHW, self._weights_DHW = torch.empty(0), torch.empty(0)
+
+    def allocate(self, num_outputs: int) -> None:
+        """Makes room at the first call, when the number of outputs is known."""
+        if not len(self._values_DKHW):
+            self._values_DKHW = torch.zeros(self._depth, num_outputs, *self._plane, device=self.device)
+            self._weights_DHW = torch.zeros(self._depth, *self._plane, device=self.device)
+
+    def move(self, device: torch.device) -> None:
+        """Moves what is there to the memory of another device."""
+        self.device = device
+        self._values_DKHW, self._weights_DHW = self._values_DKHW.to(device), self._weights_DHW.to(device)
+
+    def add(self, window: tuple[slice, ...], values_KDHW: Tensor, weight_DHW: Tensor) -> None:
+        """Adds a window, none of whose slices was taken; all that are not taken are of it, or above."""
+        place, values = window[0].start % self._depth, values_KDHW.movedim(1, 0)
+        lower, upper = slice(0, self._depth - place), slice(self._depth - place, self._depth)
+        for at, part in ((slice(place, self._depth), lower), (slice(0, place), upper)):
+            self._values_DKHW[at, :, *window[1:]] += values[part].to(self.device)
+            self._weights_DHW[at, *window[1:]] += weight_DHW[part].to(self.device)
+
+    def take(self, until: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields the mean (K, H, W) of each slice below ``until`` that was not taken yet, with its number."""
+        for depth in range(self._next, until):
+            values, weights = self._values_DKHW[depth % self._depth], self._weights_DHW[depth % self._depth]
+            mean = values / weights
+            values.zero_()
+            weights.zero_()
+            self._next = depth + 1
+            yield depth, mean
+
+
+def _slices(
+    models: Sequence[nn.Module],
+    image_CDHW: NDArray[np.float32],
+    grid: _Grid,
+    *,
+    flips: Sequence[tuple[int, ...]],
+    title: str | None,
+) -> Generator[NDArray[np.float32], None, None]:
+    image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))
     device = next(models[0].parameters()).device
+    weight = compute_importance_map(grid.patch, mode="gaussian", sigma_scale=SIGMA, device=device)
+    sums = _Sums(grid.patch, grid.size, device)
+
+    def weighted(windows_BCDHW: Tensor) -> Tensor:
+        values = _weighted_softmax(models, windows_BCDHW.to(device), flips, weight)
+        sums.allocate(values.shape[1])
+        return values
+
+    def finished(until: int) -> Iterator[NDArray[np.float32]]:
+        for depth, values in sums.take(until):
+            if (cropped := grid.crop(depth, values)) is not None:
+                yield _finite(cropped.cpu().numpy())
+
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(predicting(model))
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(torch.autocast(device.type, enabled=device.type == "cuda"))
-        blended = _blend(models, image, patch_size=patch_size, overlap=overlap, flips=_flips(mirror), device=device)
-    result: NDArray[np.float32] = blended[0].cpu().numpy()
-    if not math.isfinite(float(result.sum())):
-        allowed, given = "finite numbers", "NaN or infinity"
-        remedy = "Look for NaN in the image and in the weights; a network trained in float32 may overflow in float16."
-        raise DataError.of("probabilities", "a prediction", allowed=allowed, given=given, remedy=remedy)
-    return result
+        hidden, total = title is None, len(grid.windows)
+        bar = stack.enter_context(tqdm(total=total, desc=title, unit="window", disable=hidden, leave=False))
+        for first in range(0, total, NUM_WINDOWS):
+            batch = grid.windows[first : first + NUM_WINDOWS]
+            values = _with_room(partial(weighted, grid.read(image, batch)), sums)
+            for window, value in zip(batch, values, strict=True):
+                yield from finished(window[0].start)
+                sums.add(window, value, weight)
+            bar.update(len(batch))
+        yield from finished(grid.size[0])
 
 
-def _blend(
-    models: Sequence[nn.Module],
-    image_BCDHW: Tensor,
-    *,
-    patch_size: Sequence[int],
-    overlap: float,
-    flips: Sequence[tuple[int, ...]],
-    device: torch.device,
+def _weighted_softmax(
+    models: Sequence[nn.Module], windows_BCDHW: Tensor, flips: Sequence[tuple[int, ...]], weight_DHW: Tensor
 ) -> Tensor:
-    """Blends the windows into (1, K, D, H, W) on the models' device, or on the CPU where it does not fit there."""
-
-    def mean_softmax(window_BCDHW: Tensor) -> Tensor:
-        total: Tensor | None = None
+    """Averages the softmax (B, K, D, H, W) over models and flips, and weighs its voxels."""
+    total: Tensor | None = None
+    kind = windows_BCDHW.device.type
+    with torch.inference_mode(), torch.autocast(kind, enabled=kind == "cuda"):
         for model, axes in product(models, flips):
-            logits = model(window_BCDHW.flip(axes) if axes else window_BCDHW)
+            logits = model(windows_BCDHW.flip(axes) if axes else windows_BCDHW)
             softmax = logits.float().softmax(dim=1)
             softmax = softmax.flip(axes) if axes else softmax
             total = softmax if total is None else total.add_(softmax)
         assert total is not None
-        return total.div_(len(models) * len(flips))
+        return total.div_(len(models) * len(flips)).mul_(weight_DHW)
 
-    def gather_on(where: torch.device) -> Tensor:
-        gathered: Tensor = sliding_window_inference(
-            image_BCDHW,
-            roi_size=tuple(patch_size),
-            sw_batch_size=NUM_WINDOWS,
-            predictor=mean_softmax,
-            overlap=overlap,
-            mode="gaussian",
-            sigma_scale=SIGMA,
-            sw_device=device,
-            device=where,
-        )
-        return gathered
 
+def _with_room(work: Callable[[], Tensor], sums: _Sums) -> Tensor:
+    """Does a piece of work; where the memory of a GPU is out, once more without the sums there."""
     try:
-        return gather_on(device)
+        return work()
     except torch.OutOfMemoryError:
-        if device.type == "cpu":
+        if sums.device.type == "cpu":
             raise
     # Outside of the handler, whose traceback would keep the tensors of the failed attempt alive.
+    message = f"A prediction does not fit on {sums.device}; its windows are gathered in the computer's memory."
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    sums.move(torch.device("cpu"))
     torch.cuda.empty_cache()
-    size = "×".join(map(str, image_BCDHW.shape[2:]))
-    message = f"The prediction of {size} voxels does not fit on {device}; it is gathered in the computer's memory."
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return gather_on(torch.device("cpu"))
+    return work()
+
+
+def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not math.isfinite(float(values.sum())):
+        allowed, given = "finite numbers", "NaN or infinity"
+        remedy = "Look for NaN in the image and in the weights; a network trained in float32 may overflow in float16."
+        raise DataError.of("probabilities", "a prediction", allowed=allowed, given=given, remedy=remedy)
+    return values
 
 
 def _flips(mirror: Sequence[int]) -> list[tuple[int, ...]]:

@@ -1,17 +1,19 @@
 """What a run says of itself, as types: its ``config.json``, and its ``result.json``."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dstlib.errors import StateError
+from dstlib.errors import StateError, require
 from dstlib.typed_json import OPTIONAL, read_json
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.cases import Shape
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.layouts.channels import Modality
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.data.layouts.names import repeated
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
@@ -26,6 +28,9 @@ class DataRecord:
 
     ``labels`` is None where class i has the value i + 1, as in runs of before.
     ``modality`` sums up how the channels are normalised, "declared" where not all alike as CT or as MRI.
+
+    Raises:
+        StateError: Two classes share a name.
     """
 
     name: str
@@ -36,6 +41,9 @@ class DataRecord:
     train_on: tuple[str, ...]
     held_out: tuple[str, ...]
     labels: Labels | None = field(default=None, metadata={OPTIONAL: True})
+
+    def __post_init__(self) -> None:
+        _refuse_repeated(self.classes)
 
     @property
     def meaning(self) -> Labels:
@@ -106,6 +114,9 @@ class ResultRecord:
 
     - ``cases``: by case, metric or volume, and class; None where there is no value.
     - ``model_sha256``: of ``model.pt``, to which all of it belongs; runs of before have none.
+
+    Raises:
+        StateError: Two classes share a name.
     """
 
     mean_dice: float | None
@@ -134,6 +145,9 @@ class ResultRecord:
     versions: dict[str, str]
     model_sha256: str | None = field(default=None, metadata={OPTIONAL: True})
 
+    def __post_init__(self) -> None:
+        _refuse_repeated(self.classes)
+
 
 def config_of(run: Path) -> ConfigRecord:
     """Reads what a run is.
@@ -157,3 +171,10 @@ def sha256_of(file: Path) -> str:
     """Computes the SHA-256 of a file."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _refuse_repeated(classes: Sequence[str]) -> None:
+    """Refuses two classes of one name: what a run says of its classes, it says by their names."""
+    given, remedy = f"{', '.join(repeated(classes))} more than once", "Restore the file: no run writes such."
+    is_known = not repeated(classes)
+    require(is_known, "classes", "a run", allowed="each name once", given=given, remedy=remedy, error=StateError)

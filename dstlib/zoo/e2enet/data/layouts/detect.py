@@ -3,7 +3,6 @@
 No voxel is opened here: :mod:`dstlib.zoo.e2enet.data.scans.integrity` does that, for the whole set.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -128,12 +127,13 @@ def read_manifest(folder: str | Path, layout: str | None = None, *, allow_outsid
 def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     """Lists the images of a bare folder, for prediction, sorted by name.
 
-    Either one file per case, NAME.nii.gz with all channels, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ...:
-    the latter if every name ends so, with numbers below ``num_channels``, and at least one in _0000. So
-    amos_0001.nii.gz, amos_0004.nii.gz are two cases.
+    Either one file per case, NAME.nii.gz with all channels, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ...: a
+    file is a channel of NAME if its number is below ``num_channels`` and NAME_0000 is there, and else a case of its
+    own. So amos_0001.nii.gz and amos_0004.nii.gz are two cases, and what a case is called does not depend on others.
 
     Raises:
-        DataError: There is no scan, or two files make the same case or channel.
+        DataError: There is no scan, two files make the same case or channel, or there are more files of a NAME_0000
+            than channels, so that the numbers may be those of cases.
     """
     with reading(folder):
         files, is_there = scan_files(folder), folder.is_dir()
@@ -142,21 +142,19 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
         given = "none in it" if is_there else "no such folder"
         remedy = "Pass the folder that holds the images themselves."
         raise DataError.of("images", str(folder), allowed=allowed, given=given, remedy=remedy)
-    named = [case_channel(file) for file in files]
-    numbers = {name[1] if name else num_channels for name in named}
-    if 0 in numbers and max(numbers) < num_channels:
-        cases = channel_cases(files, num_channels=num_channels)
-        refuse_copies(folder, cases)
-        return cases
-    stems = Counter(name[0] for name in named if name)
-    if 0 in numbers and (several := [stem for stem, count in stems.items() if count > 1]):
+    named = {file: case_channel(file) for file in files}
+    firsts = {name[0] for name in named.values() if name and name[1] == 0}
+    numbered = [(file, *name) for file, name in named.items() if name and name[0] in firsts]
+    if several := sorted({name for _, name, number in numbered if number >= num_channels}):
         allowed = f"one file per case, or {num_channels} numbered from _0000 for all"
-        given = f"{', '.join(several[:3])} in several numbered files"
-        remedy = "Predict with a network of as many channels, or rename the files."
+        given = f"{', '.join(several[:3])} in more numbered files"
+        remedy = "Predict with a network of as many channels; or rename the files, if these are the numbers of cases."
         raise DataError.of("images", str(folder), allowed=allowed, given=given, remedy=remedy)
-    cases = tuple(CaseFiles(name=case_name(file), images=(file,)) for file in files)
+    channels = [file for file, _, _ in numbered]
+    whole = [CaseFiles(name=case_name(file), images=(file,)) for file in files if file not in {*channels}]
+    cases = [*channel_cases(tuple(channels), num_channels=num_channels), *whole]
     refuse_copies(folder, cases)
-    return cases
+    return tuple(sorted(cases, key=lambda case: case.name))
 
 
 def _recognise(source: Source) -> tuple[str, str]:

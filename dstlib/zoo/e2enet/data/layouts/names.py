@@ -6,7 +6,8 @@ class is never the name of a file: AMOS22 itself has a "prostate/uterus".
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from dstlib.errors import DataError, shown
 
@@ -65,6 +66,15 @@ def one_file(name: str) -> str:
     (True, True)
     """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def repeated(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names that are there more than once, sorted.
+
+    >>> repeated(("liver", "spleen", "liver"))
+    ('liver',)
+    """
+    return tuple(sorted(name for name, count in Counter(names).items() if count > 1))
 
 
 def refuse_name(name: str, what: str, where: str, *, fault: Callable[[str], str | None]) -> None:

@@ -5,17 +5,24 @@ channels, K classes with the background, D depth, H height, W width.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dstlib.bounds import require_memory
 from dstlib.errors import DataError, require
-from dstlib.zoo.e2enet.data.cases import Case, Spacing, three
+from dstlib.zoo.e2enet.data.cases import Case, Shape, Spacing, three
 from dstlib.zoo.e2enet.data.preprocessing.normalization import Normalization, ZScoreNormalization
-from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, new_shape, resample_intensities
+from dstlib.zoo.e2enet.data.preprocessing.resampling import (
+    most_probable,
+    new_shape,
+    resample_intensities,
+    resample_slices,
+)
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION, Placement, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
@@ -58,10 +65,12 @@ def prepare_image(
 ) -> tuple[NDArray[np.float32], Placement]:
     """Prepares a stored image as the network sees it, and says how it got there.
 
-    The memory it takes is that of the stored image and the prepared one, and of some copies of one channel.
+    The memory it takes is that of the stored image and the prepared one, and of some copies of one channel: it is
+    compared with what is left before it is taken.
 
     Raises:
-        DataError: The image has another number of channels than the preparation, or the affine no direction.
+        DataError: The image has another number of channels than the preparation, the affine no direction, or the
+            image asks for more memory than is left.
 
     Reference: nnU-Net v2's order: crop, normalise, resample. It stays in stored order, where we turn to RAS.
     """
@@ -77,6 +86,7 @@ def prepare_image(
     spacing = preparation.spacing or placement.stored_spacing
     shape = new_shape(box_shape(box), placement.stored_spacing, spacing)
     placement = replace(placement, box=box, spacing=spacing, shape=shape)
+    _require_memory(placement, len(rules))
     mask = None
     if is_masked and found is not None:
         mask = ndimage.binary_fill_holes(placement.crop(found))  # a dark voxel inside the patient is of the patient
@@ -86,6 +96,20 @@ def prepare_image(
         channel = rule.apply(np.ascontiguousarray(placement.crop(placement.turn(image_CDHW[index]))), mask)
         out[index] = resample_intensities(channel, placement.shape, placement.coarse)
     return out, placement
+
+
+def _require_memory(placement: Placement, num_channels: int) -> None:
+    """Refuses an image whose voxels, as they are resampled, do not fit into memory."""
+    cropped, prepared = math.prod(box_shape(placement.box)), math.prod(placement.shape)
+    copies = cropped + 3 * max(cropped, prepared)  # of a channel, when it is normalised or resampled axis by axis
+    size, voxels = "×".join(map(str, placement.shape)), "×".join(f"{mm:.3g}" for mm in placement.stored_spacing)
+    require_memory(
+        4 * (num_channels * prepared + copies),
+        "memory",
+        f"an image of {size} voxels",
+        remedy=f"Its file says that its voxels are {voxels} mm: is that right? Else prepare it where there is more.",
+        error=DataError,
+    )
 
 
 def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
@@ -102,29 +126,51 @@ def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray
     label = np.ascontiguousarray(placement.crop(placement.turn(label_DHW)))
     if label.shape == placement.shape:
         return label
-    classes = np.flatnonzero(np.bincount(label.ravel())).tolist()
-    volumes = ((label == name).astype(np.float32) for name in classes)
-    return most_probable(classes, volumes, placement.shape, placement.coarse)
+    classes = np.flatnonzero(np.bincount(label.ravel())).astype(np.uint8)
+    slices = ((plane == classes[:, None, None]).astype(np.float32) for plane in label)
+    out = np.empty(placement.shape, np.uint8)
+    for index, values in enumerate(resample_slices(slices, three(label.shape), placement.shape, placement.coarse)):
+        out[index] = classes[most_probable(values)]
+    return out
 
 
-def place_back(probabilities_KDHW: NDArray[np.float32], placement: Placement) -> NDArray[np.uint8]:
+def place_back(
+    slices_KHW: Iterable[NDArray[np.float32]],
+    placement: Placement,
+    *,
+    decide: Callable[[NDArray[np.float32]], NDArray[np.uint8]] = most_probable,
+) -> NDArray[np.uint8]:
     """Turns the class probabilities of a prepared image into a label in stored order and shape.
 
-    Class by class they are resampled to the scan's own spacing, linearly as nnU-Net does, so what it needs beside
-    them is some volumes of the scan. What was cropped away becomes background.
+    They come slice by slice, from the bottom up, are resampled to the scan's own spacing, linearly as nnU-Net does, and
+    decided upon at once, by ``decide``: so what is held beside the label is some slices. What was cropped away becomes
+    background.
 
     Raises:
         DataError: The probabilities have another shape than the prepared image.
     """
-    if probabilities_KDHW.shape[1:] != placement.shape:
-        allowed, given = f"(K, {', '.join(map(str, placement.shape))})", probabilities_KDHW.shape
-        remedy = "Pass the placement of this very image."
-        raise DataError.of("probabilities", "a scan", allowed=allowed, given=given, remedy=remedy)
-    classes = range(len(probabilities_KDHW))
-    cropped = most_probable(classes, probabilities_KDHW, box_shape(placement.box), placement.coarse)
     canonical = np.zeros([placement.stored_shape[axis] for axis in placement.axes], np.uint8)
-    placement.crop(canonical)[...] = cropped
+    checked = _slices_of(placement.shape, slices_KHW)
+    found = resample_slices(checked, placement.shape, box_shape(placement.box), placement.coarse)
+    for plane, values in zip(placement.crop(canonical), found, strict=True):
+        plane[...] = decide(values)
     return np.ascontiguousarray(placement.turn_back(canonical))
+
+
+def _slices_of(shape: Shape, slices_KHW: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """Yields the slices of a volume (D, H, W), and refuses those of another one."""
+    num = 0
+    for num, values in enumerate(slices_KHW, start=1):
+        if values.shape[1:] != shape[1:] or num > shape[0]:
+            _refuse_slices(shape, f"{num} slices, the last one {values.shape}")
+        yield values
+    if num < shape[0]:
+        _refuse_slices(shape, f"{num} slices")
+
+
+def _refuse_slices(shape: Shape, given: str) -> NoReturn:
+    allowed, remedy = f"{shape[0]} slices (K, {shape[1]}, {shape[2]})", "Pass the placement of this very image."
+    raise DataError.of("probabilities", "a scan", allowed=allowed, given=given, remedy=remedy)
 
 
 def prepare_scan(scan: Scan, preparation: Preparation) -> Case:

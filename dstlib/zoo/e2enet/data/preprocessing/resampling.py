@@ -4,7 +4,8 @@ Voxels are cells: the first and the last cell of the old grid and of the new one
 is separable, so a volume is resampled axis by axis. Shapes: C channels, K classes, D depth, H height, W width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -45,36 +46,57 @@ def resample_intensities(volume_DHW: NDArray[np.float32], shape: Shape, coarse: 
     return _resample_axis(out, coarse, shape, 0)
 
 
-def resample_linearly(volume_DHW: NDArray[np.float32], shape: Shape, coarse: int | None) -> NDArray[np.float32]:
-    """Resamples a volume to another shape linearly, and by the nearest slice along the coarse axis.
+def resample_slices(
+    slices_KHW: Iterable[NDArray[np.float32]], old: Shape, new: Shape, coarse: int | None
+) -> Iterator[NDArray[np.float32]]:
+    """Resamples K volumes to another shape, linearly, and by the nearest slice along the ``coarse`` axis.
 
-    >>> resample_linearly(np.array([[[0, 4]]], np.float32), (1, 1, 4), None).tolist()
-    [[[0.0, 1.0, 3.0, 4.0]]]
+    They come and go slice by slice, and two are held at most.
+
+    Shapes: ``old`` and ``new`` (D, H, W); slices (K, H, W), as many as ``old`` is deep, to as many as ``new`` is.
+
+    >>> slices = np.array([[[[0]]], [[[4]]]], np.float32)
+    >>> [float(each[0, 0, 0]) for each in resample_slices(slices, (2, 1, 1), (4, 1, 1), None)]
+    [0.0, 1.0, 3.0, 4.0]
     """
-    out = volume_DHW
-    for axis in sorted(range(3), key=lambda axis: shape[axis] / volume_DHW.shape[axis]):
-        out = _resample_axis(out, axis, shape, 0 if axis == coarse else 1)
-    return out
+    order = sorted(range(3), key=lambda axis: new[axis] / old[axis])  # shrinking first saves work
+    depth = order.index(0)
+
+    def within(axes: Sequence[int], slice_KHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        for axis in axes:
+            slice_KHW = _resample_axis(slice_KHW, axis, new, 0 if axis == coarse else 1)
+        return slice_KHW
+
+    shrunk = (within(order[:depth], each) for each in slices_KHW)
+    for each in _resample_depth(shrunk, old[0], new[0], nearest=coarse == 0):
+        yield within(order[depth + 1 :], each)
 
 
-def most_probable(
-    classes: Iterable[int], volumes: Iterable[NDArray[np.float32]], shape: Shape, coarse: int | None
-) -> NDArray[np.uint8]:
-    """Finds the class whose resampled volume is largest at each voxel, the first of equals.
+def most_probable(values_KHW: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Finds the class of the largest value at each voxel (H, W), the first of equals.
 
-    The volumes, one per class, are resampled linearly one after the other, so that no more than two are ever there.
-
-    >>> halves = [np.array([[[1.0, 0.0]]], np.float32), np.array([[[0.0, 1.0]]], np.float32)]
-    >>> most_probable((0, 7), halves, (1, 1, 4), None).tolist()
-    [[[0, 0, 7, 7]]]
+    >>> most_probable(np.array([[[0.5, 0.2]], [[0.5, 0.8]]], np.float32)).tolist()
+    [[0, 1]]
     """
-    best = np.full(shape, -np.inf, np.float32)
-    label = np.zeros(shape, np.uint8)
-    for name, volume in zip(classes, volumes, strict=True):
-        value = resample_linearly(volume, shape, coarse)
-        label[value > best] = name
-        np.maximum(best, value, out=best)
-    return label
+    return values_KHW.argmax(axis=0).astype(np.uint8)
+
+
+def _resample_depth(
+    slices: Iterator[NDArray[np.float32]], old: int, new: int, *, nearest: bool
+) -> Iterator[NDArray[np.float32]]:
+    """Resamples along the axis on which the slices follow each other."""
+    if old == new:
+        yield from slices
+        return
+    before, weight = _linear(old, new)
+    last = _nearest(old, new) if nearest else np.minimum(before + 1, old - 1)
+    held: deque[NDArray[np.float32]] = deque(maxlen=2)
+    num_read = 0
+    for index, share in zip(last.tolist(), weight, strict=True):
+        while num_read <= index:
+            held.append(next(slices))
+            num_read += 1
+        yield held[-1] if nearest else held[0] * (1 - share) + held[-1] * share
 
 
 def _resample_axis(
@@ -88,16 +110,31 @@ def _resample_axis(
         moved = np.moveaxis(volume, axis, -2) if axis < 2 else volume.swapaxes(1, 2)
         out = _cubic(old, new) @ moved
         return np.ascontiguousarray(np.moveaxis(out, -2, axis) if axis < 2 else out.swapaxes(1, 2))
-    place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)  # of the new centres, in old voxels
     if order == 0:
-        return volume.take(np.floor(place + 0.5).astype(np.intp), axis)
-    before = np.minimum(np.floor(place).astype(np.intp), max(old - 2, 0))
-    weight = np.expand_dims((place - before).astype(np.float32), [a for a in range(3) if a != axis])
+        return volume.take(_nearest(old, new), axis)
+    before, weight = _linear(old, new)
+    weight = np.expand_dims(weight, [a for a in range(3) if a != axis])
     out, after = volume.take(before, axis), volume.take(np.minimum(before + 1, old - 1), axis)
     out *= 1 - weight
     after *= weight
     out += after
     return out
+
+
+def _places(old: int, new: int) -> NDArray[np.float64]:
+    """Returns where the centres of the new voxels lie, in old ones."""
+    return np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+
+
+def _nearest(old: int, new: int) -> NDArray[np.intp]:
+    return np.floor(_places(old, new) + 0.5).astype(np.intp)
+
+
+def _linear(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Returns the old voxel before each new one, and the weight of the one behind that."""
+    place = _places(old, new)
+    before = np.minimum(np.floor(place).astype(np.intp), max(old - 2, 0))
+    return before, (place - before).astype(np.float32)
 
 
 @lru_cache(16)
