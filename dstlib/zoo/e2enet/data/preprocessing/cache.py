@@ -41,6 +41,7 @@ from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     scan_fingerprint,
 )
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, prepare_scan
+from dstlib.zoo.e2enet.data.scans.formats import parts
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
 
@@ -114,7 +115,9 @@ class Entry:
             labels=replace(self.labels, regions=None, written=()),  # which make no difference to what is read
             geometry=self.files.geometry,
             preparation=self.preparation,
-            sources=tuple(_state(path) for path in (*self.files.images, *self.files.label_files)),
+            sources=tuple(
+                _state(part) for path in (*self.files.images, *self.files.label_files) for part in parts(path)
+            ),
         )
 
 

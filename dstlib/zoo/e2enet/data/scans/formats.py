@@ -1,10 +1,14 @@
-"""What reads a scan that is not NIfTI: chosen by its ending, or as it is a folder."""
+"""What reads a scan that is not NIfTI, by its ending or as it is a folder, and of which files a scan consists."""
 
+import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from numpy.typing import DTypeLike
 
+from dstlib.files import open_file
 from dstlib.zoo.e2enet.data.layouts.files import is_scan_name
 from dstlib.zoo.e2enet.data.scans.dicom import read_series
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
@@ -18,9 +22,27 @@ _BY_ENDING: tuple[tuple[tuple[str, ...], Reader], ...] = (
     ((".mha", ".mhd"), read_metaimage),
 )
 
+_HEADER = 2**16  # bytes, in which a header that names a file is whole
+_BESIDE = re.compile(rb"^(?:data ?file:|ElementDataFile *=) *(.*?)\r?$", re.IGNORECASE | re.MULTILINE)
+
 
 def other_reader(file: Path) -> Reader | None:
     """Finds what reads a scan that is not NIfTI; None for what is, or seems to be."""
     if not is_scan_name(file.name) and file.is_dir():
         return read_series
     return next((reader for endings, reader in _BY_ENDING if file.name.lower().endswith(endings)), None)
+
+
+def parts(scan: Path) -> list[Path]:
+    """Lists the files of which a scan consists: itself, or all below a folder, or a header and what voxels it names.
+
+    If one of them changes, it is another scan.
+    """
+    if scan.is_dir():
+        return sorted(Path(at, name) for at, _, names in os.walk(scan) for name in names)
+    beside = None
+    if other_reader(scan):
+        with suppress(OSError), open_file(scan) as file:
+            beside = _BESIDE.search(file.read(_HEADER))
+    name = "LOCAL" if beside is None else os.fsdecode(beside[1])
+    return [scan] if name in ("", "LOCAL") else [scan, scan.parent / name]
