@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dstlib.history import History
     from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
     from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC, Method
-    from dstlib.profiling import Profile, profile
+    from dstlib.profile import Profile, profile
     from dstlib.sparsifier import Sparsifier
     from dstlib.sparsifier.api import sparsify
 
@@ -61,11 +61,11 @@ _FROM = {  # where what the door offers comes from
     "history": ("History",),
     "masking": ("NM", "Block", "Channel", "Element", "FanIn", "Kernel", "Site", "er", "erk", "uniform"),
     "methods": ("DSFF", "GMP", "METHODS", "RIGL", "SET", "STATIC", "Method"),
-    "profiling": ("Profile", "profile"),
+    "profile": ("Profile", "profile"),
     "sparsifier": ("Sparsifier",),
     "sparsifier.api": ("sparsify",),
 }
-_ROOMS = ("cost", "errors", "history", "masking", "methods", "profiling", "schedules", "sparsifier", "targets")
+_ROOMS = ("cost", "errors", "history", "masking", "methods", "schedules", "sparsifier", "targets")
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from dstlib.history import Change, History
 from dstlib.masking import num_units
 from dstlib.methods.dense_gradients import Reading, examples, find_reading
-from dstlib.profiling import Convention, Profile, profile
+from dstlib.profile import Convention, Profile, profile
 from dstlib.schedules import Every
 from dstlib.targets import plain_name, unwrap
 
@@ -45,7 +45,7 @@ class TrainingCost:
     Exact along a run whose densities move, as the sum over stretches between mask updates: the step at which a
     mask changes still computed with the old one. ``input_shape`` is what one optimizer step sees, the batch
     first, or example inputs, as :func:`dstlib.profile` takes them; gradients accumulated over several batches are
-    one large batch. Counted is what :mod:`dstlib.profiling` counts. Input gradients of the first layer count as well,
+    one large batch. Counted is what :mod:`dstlib.profile` counts. Input gradients of the first layer count as well,
     as in the published formulas; optimizer, masks and scores do not. Where topology is frozen early, a method that
     reads gradients at every step is taken to have done so up to its last update. Nothing to save but the history.
 

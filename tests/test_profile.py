@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dstlib.errors import DataError, SelectionError, SettingError
 from dstlib.masking.distribution import Distribution, er, erk, uniform, uniform_dense_first
-from dstlib.profiling import Convention, profile
+from dstlib.profile import Convention, profile
 from dstlib.zoo.e2enet import AMOS, BRATS, E2ENet, E2ENetConfig
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib.errors import DataError, SettingError
-from dstlib.profiling import Convention
+from dstlib.profile import Convention
 from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
 from dstlib.zoo.e2enet.baselines import BASELINES, Baseline, Published, Segmenter, build_model
 from dstlib.zoo.e2enet.baselines.deeplab import Pyramid

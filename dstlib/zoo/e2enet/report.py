@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dstlib.files import write_json, write_whole
-from dstlib.profiling import Convention, profile
+from dstlib.profile import Convention, profile
 from dstlib.report import align, on_one_line
 from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet.data.cases import Case

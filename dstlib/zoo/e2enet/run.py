@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dstlib.errors import SettingError, printable, require
-from dstlib.profiling import profile
+from dstlib.profile import profile
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
