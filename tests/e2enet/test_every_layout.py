@@ -3,19 +3,26 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError
+from dstlib.zoo.e2enet.__main__ import main
+from dstlib.zoo.e2enet.cli import read_config
+from dstlib.zoo.e2enet.data.division import divide
 from dstlib.zoo.e2enet.data.layouts import case_folders
-from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
+from dstlib.zoo.e2enet.data.layouts.detect import folder_cases, read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.lists import names_of
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_case_label
+from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
+from dstlib.zoo.e2enet.run import run_recipe
 from tests.layout_sets import (
     NUM_CASES,
     SEQUENCES,
@@ -279,6 +286,23 @@ def test_scans_of_one_patient_are_known_by_their_names(tmp_path):
     assert read_manifest(brats(tmp_path / "2021")).train[0].patient is None
 
 
+def test_scans_of_one_patient_are_held_out_together(tmp_path):
+    for time in (0, 1):
+        brats(tmp_path, separator="-", enhancing=3, name="BraTS-GLI-{:05d}-00" + str(time))
+    folds = [divide(read_manifest(tmp_path), fold=str(k)).held_out for k in range(5)]
+    assert [name[-3:] for held_out in folds for name in held_out] == ["000", "001"] * NUM_CASES
+
+
+@pytest.mark.parametrize("kind", ["brats", "kits", "totalsegmentator"])
+def test_the_folders_of_cases_can_be_predicted(tmp_path, kind):
+    manifest = read_manifest(SETS[kind](tmp_path))
+    cases = folder_cases(tmp_path, num_channels=len(manifest.channels))
+    assert [(case.name, case.images) for case in cases] == [
+        (case.name, case.images) for case in sorted(manifest.cases, key=lambda case: case.name)
+    ]
+    assert all(case.label is None and not case.masks for case in cases)
+
+
 def test_a_sequence_that_lacks_is_named_and_years_are_not_mixed(tmp_path):
     brats(tmp_path)
     (tmp_path / "BraTS2021_00001/BraTS2021_00001_t1.nii.gz").unlink()
@@ -293,3 +317,35 @@ def test_a_data_list_beside_the_folders_that_it_lists_fits_too(tmp_path):
     write_json(tmp_path / "list.json", json.loads((monai(tmp_path / "x") / "folds.json").read_text()))
     with pytest.raises(DataError, match=r"Say which it is: --layout monai or --layout brats\."):
         read_manifest(tmp_path)
+
+
+# ---- the whole way
+
+IMAGES = {"btcv": "RawData/Training/img", "monai": "TrainingData"}
+SHORT = ["--preset", "demo", "--epochs", "1", "--iterations", "2", "--patch-size", *["16"] * 3, "--interval", "1"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SETS)
+def test_a_set_is_checked_trained_on_predicted_and_evaluated(tmp_path, kind, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = SETS[kind](tmp_path / "Set")
+    manifest = read_manifest(data)
+    images = data / IMAGES.get(kind, "imagesTr" if (data / "imagesTr").is_dir() else "")
+    assert main(["check", str(data)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert (out[0], out[1].split(",")[1]) == (manifest.guess[0], " 0 defects")
+    options = ["--data", str(data), *SHORT, "--modality", "ct" if kind == "amos" else "declared", "--run-dir", "run"]
+    scores = run_recipe(read_config(HIPPOCAMPUS_RECIPE, options))
+    assert scores is not None
+    assert manifest.guess[0] in capsys.readouterr().out
+    assert scores.left_out == {}
+    held_out = manifest.folds[0] if manifest.folds else (scores.cases[0],)
+    assert scores.cases == held_out
+    assert main(["predict", "run", "--images", str(images), "--output", "out"]) == 0
+    # the network has seen next to nothing, but its labels lie where the set's do, in the values of the set
+    assert main(["evaluate", "out", "--data", str(data)]) == 0
+    labelled = len(manifest.train) + len(manifest.validation) - 2 * (kind == "amos")
+    assert f"{labelled} of the" in capsys.readouterr().out
+    values = {int(value) for file in Path("out").glob("*.nii.gz") for value in np.unique(nibabel.load(file).dataobj)}
+    assert values <= {0, *manifest.labels.values}

@@ -36,7 +36,7 @@ def divide(manifest: Manifest, *, fold: str = "0", splits: Path | None = None, g
         DataError: A file cannot be used, or the fold in it cannot be that of this set.
     """
     labelled = [files.name for files in (*manifest.train, *manifest.validation)]
-    patients = None if groups is None else read_groups(groups, labelled)
+    patients = _own_patients(manifest) if groups is None else read_groups(groups, labelled)
     if fold == "all":
         allowed, remedy = "a number with --splits", "Leave --splits out to train on every case."
         require(splits is None, "--fold", _COMMAND_LINE, allowed=allowed, given="all", remedy=remedy)
@@ -53,6 +53,12 @@ def divide(manifest: Manifest, *, fold: str = "0", splits: Path | None = None, g
     if manifest.folds and splits is None and fold != "all":
         notes = (f"Note: the {len(manifest.folds)} folds are those that the set's own list gives.", *notes)
     return Division(train=train, held_out=held_out, notes=notes)
+
+
+def _own_patients(manifest: Manifest) -> dict[str, str] | None:
+    """Returns whom each scan is of, where the names of a set tell it and some are of one patient."""
+    patients = {files.name: files.patient or files.name for files in (*manifest.train, *manifest.validation)}
+    return patients if len({*patients.values()}) < len(patients) else None
 
 
 def _own_folds(manifest: Manifest) -> tuple[Fold, ...]:

@@ -7,7 +7,7 @@ BraTS-GLI-00000-001.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -94,6 +94,12 @@ def read_brats(source: Source) -> Manifest:
         test=tuple(case for case in cases if case.label is None),
         notes=tuple(notes),
     )
+
+
+def brats_images(folder: Path) -> tuple[CaseFiles, ...]:
+    """Returns the scans in the folders of a set of BraTS, without their labels: what can be predicted."""
+    cases = [_case(each, years) for each in subfolders(folder) for years in _years_of(each)]
+    return tuple(replace(case, label=None) for case in cases)
 
 
 def _years_of(folder: Path) -> list[Years]:

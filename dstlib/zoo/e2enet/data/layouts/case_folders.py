@@ -92,6 +92,11 @@ def read_case_folders(source: Source) -> Manifest:
     return replace(manifest, notes=tuple(_notes(source, found, manifest)))
 
 
+def images_in_folders(folder: Path) -> tuple[CaseFiles, ...]:
+    """Returns the images of a set with a folder per case, without their labels: what can be predicted."""
+    return tuple(CaseFiles(name=case.folder.name, images=(case.image,)) for case in _cases(folder))
+
+
 def _notes(source: Source, found: list[_Folder], manifest: Manifest) -> list[str]:
     names = [case.name for case in manifest.test]
     others = [

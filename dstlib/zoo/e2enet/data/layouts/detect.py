@@ -12,9 +12,9 @@ from typing import NoReturn
 
 from dstlib.errors import DataError, few, require, similar
 from dstlib.zoo.e2enet.data.layouts.amos import amos_evidence, nearly_amos
-from dstlib.zoo.e2enet.data.layouts.brats import brats_evidence, read_brats
+from dstlib.zoo.e2enet.data.layouts.brats import brats_evidence, brats_images, read_brats
 from dstlib.zoo.e2enet.data.layouts.btcv import btcv_evidence, read_btcv, training_folder
-from dstlib.zoo.e2enet.data.layouts.case_folders import case_folders_evidence, read_case_folders
+from dstlib.zoo.e2enet.data.layouts.case_folders import case_folders_evidence, images_in_folders, read_case_folders
 from dstlib.zoo.e2enet.data.layouts.decathlon import decathlon_evidence, read_decathlon
 from dstlib.zoo.e2enet.data.layouts.files import ENDINGS, case_channel, case_name, reading, scan_files
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest, refuse_copies
@@ -131,12 +131,17 @@ def folder_cases(folder: Path, *, num_channels: int) -> tuple[CaseFiles, ...]:
     file is a channel of NAME if its number is below ``num_channels`` and NAME_0000 is there, and else a case of its
     own. So amos_0001.nii.gz and amos_0004.nii.gz are two cases, and what a case is called does not depend on others.
 
+    Where there is none, but folders of cases as BraTS, KiTS and TotalSegmentator have them, it is these.
+
     Raises:
         DataError: There is no scan, two files make the same case or channel, or there are more files of a NAME_0000
             than channels, so that the numbers may be those of cases.
     """
     with reading(folder):
         files, is_there = scan_files(folder), folder.is_dir()
+    if not files and (inside := brats_images(folder) or images_in_folders(folder)):
+        refuse_copies(folder, inside)
+        return inside
     if not files:
         allowed = f"files that end in {', '.join(ENDINGS)}, or folders of DICOM slices"
         given = "none in it" if is_there else "no such folder"
