@@ -113,16 +113,6 @@ def on_one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def some_of(names: Sequence[str], most: int = 5) -> str:
-    """Lists the first few names, and counts the others.
-
-    >>> some_of(["a", "b", "c", "d"], most=2)
-    'a, b and 2 more'
-    """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def align(cells: Sequence[tuple[str, ...]], *, left: Sequence[int]) -> list[str]:
     """Aligns the columns of rows of text; the first row is the heading, the columns ``left`` are flush left.
 

@@ -216,6 +216,8 @@ def _command_parser() -> argparse.ArgumentParser:
     check.add_argument("--layout", help=LAYOUT)
     check.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
     check.add_argument("--regions", metavar="WHICH", help=REGIONS)
+    nnunet = "warn too of what nnU-Net stops at, or takes otherwise than meant (needs dstlib[itk])"
+    check.add_argument("--for-nnunet", action="store_true", help=nnunet)
     check.add_argument("--all", action="store_true", help=ALL)
     check.set_defaults(command=_check)
 
@@ -284,6 +286,10 @@ def _check(options: argparse.Namespace) -> int:
     for line in manifest.guess:
         print(on_one_line(line))
     findings = check(manifest)
+    if options.for_nnunet:
+        from dstlib.zoo.e2enet.data.scans.for_nnunet import nnunet_warnings
+
+        findings = replace(findings, warnings=findings.warnings + nnunet_warnings(manifest))
     print(findings.table(whole=options.all))
     return 0 if findings.ok else 1
 

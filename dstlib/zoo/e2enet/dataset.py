@@ -8,8 +8,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from dstlib.errors import SettingError
-from dstlib.report import on_one_line, some_of
+from dstlib.errors import SettingError, few
+from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.data.cases import Cases, same_images
 from dstlib.zoo.e2enet.data.division import divide
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
@@ -195,7 +195,7 @@ def _told_copies(train_on: Cases, held_out: Cases) -> list[str]:
     if not pairs:
         return []
     told = f"{len(pairs)} image(s) are both trained on and held out, voxel for voxel, and their scores tell nothing"
-    return [f"Warning: {told}: {some_of(pairs)}. Remove the copies, or give them one patient (--groups)."]
+    return [f"Warning: {told}: {few(pairs)}. Remove the copies, or give them one patient (--groups)."]
 
 
 def _print(lines: Iterable[str]) -> None:

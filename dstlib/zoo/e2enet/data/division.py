@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstlib.errors import SettingError, require, shown
-from dstlib.report import some_of
+from dstlib.errors import SettingError, few, require, shown
 from dstlib.zoo.e2enet.data.groups import read_groups
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
 from dstlib.zoo.e2enet.data.splits import Fold, parted, read_splits, refuse_fold, split
@@ -104,10 +103,10 @@ def _left_out(manifest: Manifest, taken: set[str], splits: Path | None) -> list[
     notes = []
     if train:
         told = f"{len(train)} of the {len(manifest.train)} training cases are in neither part of the fold in {splits}"
-        notes.append(f"Note: {told} ({some_of(train)}).")
+        notes.append(f"Note: {told} ({few(train)}).")
     if apart:
         told = f"Note: {len(apart)} labelled cases that the set sets apart for validation take no part"
-        notes.append(f"{told} ({some_of(apart)}): --fold all holds out these, and trains on all others.")
+        notes.append(f"{told} ({few(apart)}): --fold all holds out these, and trains on all others.")
     return notes
 
 
@@ -115,4 +114,4 @@ def _mixed(patients: Mapping[str, str] | None, train: Sequence[str], held_out: S
     """Says whose scans are on both sides."""
     both = () if patients is None else parted(patients, train, held_out)
     told = f"{len(both)} patient(s) have scans that are trained on and scans that are held out"
-    return [f"Warning: {told}, whose scores tell less of new patients: {some_of(both)}."] if both else []
+    return [f"Warning: {told}, whose scores tell less of new patients: {few(both)}."] if both else []

@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dstlib.errors import DataError, SettingError
+from dstlib.errors import DataError, SettingError, few
 from dstlib.files import read_whole
-from dstlib.report import some_of
 from dstlib.typed_json import MAX_BYTES, read_json
 
 _ENDINGS = (".json", ".csv", ".tsv")
@@ -39,7 +38,7 @@ def read_groups(text: str, names: Sequence[str]) -> dict[str, str]:
         table = _by_table(file, where, remedy)
     if lacking := [name for name in names if name not in table]:
         remedy = "Give each case a patient, by the name of its file without channel and ending."
-        given = f"none for {some_of(lacking)}, among {len(table)} entries"
+        given = f"none for {few(lacking)}, among {len(table)} entries"
         raise DataError.of("patients", where, allowed="one for each case", given=given, remedy=remedy)
     return {name: table[name] for name in names}
 
@@ -57,7 +56,7 @@ def _by_pattern(text: str, names: Sequence[str]) -> dict[str, str]:
         raise SettingError.of("--groups", where, allowed="one (group) in the pattern", given=given, remedy=remedy)
     found = {name: pattern.search(name) for name in names}
     if lacking := [name for name, match in found.items() if match is None or not match[1]]:
-        given, allowed = f"none in {some_of(lacking)}", f"a patient in each name by {text!r}"
+        given, allowed = f"none in {few(lacking)}", f"a patient in each name by {text!r}"
         raise DataError.of("--groups", where, allowed=allowed, given=given, remedy=remedy)
     return {name: match[1] for name, match in found.items() if match}
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dstlib.errors import DataError, require, similar
-from dstlib.report import some_of
+from dstlib.errors import DataError, few, require, similar
 from dstlib.typed_json import read_json
 
 
@@ -97,10 +96,10 @@ def refuse_fold(fold: Fold, names: Collection[str], *, where: str) -> None:
     remedy = "Name the cases as their files are called, without channel and ending."
     if unknown := sorted(set(named) - known):
         near = f"Similar to the first: {similar(unknown[0], sorted(known))}. "
-        raise DataError.of("cases", where, allowed="cases of the set", given=some_of(unknown), remedy=near + remedy)
+        raise DataError.of("cases", where, allowed="cases of the set", given=few(unknown), remedy=near + remedy)
     if twice := sorted(name for name, count in Counter(named).items() if count > 1):
         both = sorted(set(fold.train) & set(fold.val))
-        given = f"{some_of(both)} in train and val" if both else f"{some_of(twice)} more than once"
+        given = f"{few(both)} in train and val" if both else f"{few(twice)} more than once"
         remedy = "What is trained on tells nothing of scans that are new: take them out of one list."
         raise DataError.of("cases", where, allowed="each case once", given=given, remedy=remedy)
     remedy = "Name some under train."

@@ -16,7 +16,8 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
-from dstlib.report import abridge, some_of
+from dstlib.errors import few
+from dstlib.report import abridge
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
 from dstlib.zoo.e2enet.data.layouts.channels import name_oddity, scheme_of
@@ -151,7 +152,7 @@ def _copies(cases: Sequence[_Facts]) -> list[str]:
     if not alike:
         return []
     told = "image(s) are there more than once, voxel for voxel, so that a copy may be held out of what is trained on"
-    return [f"{len(alike)} {told}: {some_of(sorted(alike))}"]
+    return [f"{len(alike)} {told}: {few(sorted(alike))}"]
 
 
 def _orientations(cases: Sequence[_Facts]) -> list[str]:
