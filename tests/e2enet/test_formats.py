@@ -10,11 +10,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from dicom_files import MR, slice_tags, write_slice
+from dicom_files import MR, SEGMENTATION, slice_tags, write_slice
 from small_runs import CLASSES, config, train, write_set
 from torch import nn
 
-from dstlib.errors import DataError
+from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
@@ -140,6 +140,21 @@ def test_predictions_lie_on_images_of_every_format(small, tmp_path):
     assert set(np.unique(voxels["e"])) == {0, 1, 2}
     for name in "abcd":
         np.testing.assert_array_equal(voxels[name], voxels["e"])
+
+
+def test_what_is_odd_is_told_and_a_folder_of_slices_is_no_output(small, tmp_path):
+    folder = write_images(tmp_path / "images", small) / "f"
+    write_slice(folder / "seg", np.zeros((3, 3)), slice_tags(9, np.zeros(3), sop_class=SEGMENTATION))
+    for file in (tmp_path / "images").iterdir():
+        if file != folder:
+            file.unlink()
+    with pytest.raises(SettingError, match="where f is an input"):
+        predict_folder(TRAINED, tmp_path / "images", folder, progress=False)
+    told = outcome_table(predict_folder(TRAINED, tmp_path / "images", tmp_path / "out", progress=False))
+    assert told.splitlines()[2:] == [
+        "f     warning: f leaves out what is no slice of it: 1 segmentation(s)",
+        "1 predicted, 0 kept as they were, 0 failed",
+    ]
 
 
 def series(folder):

@@ -220,7 +220,7 @@ def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) ->
         labels=data.labels,
     )
     outcomes = predict_scans(trained, data.held_out_files, predictions)
-    if any(outcome.error for outcome in outcomes):
+    if any(outcome.error or outcome.odd for outcome in outcomes):
         print(outcome_table(outcomes))
     files, labels, workers = data.held_out_files, data.labels, config.execution.workers
     scores = evaluate_folder(predictions, files, data.classes, labels=labels, workers=workers)

@@ -19,14 +19,14 @@ from tqdm import tqdm
 from dstlib.bounds import is_out_of_memory, require_memory
 from dstlib.errors import DataError, SettingError, StateError, require
 from dstlib.files import alone_in, write_json
-from dstlib.report import abridge, align
+from dstlib.report import abridge, align, on_one_line
 from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.data.scans.geometry import Placement, box_shape
-from dstlib.zoo.e2enet.data.scans.nifti import Scan, read_scan, write_label
+from dstlib.zoo.e2enet.data.scans.nifti import Scan, examine_scan, sound, write_label
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, probabilities
 
@@ -66,12 +66,16 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one case: its file (``kept`` if it was there before), or the error in words."""
+    """What became of one case: its file (``kept`` if it was there before), or the error in words.
+
+    ``odd`` says what was legal, but seldom meant, in its images.
+    """
 
     name: str
     file: Path | None
     error: str | None
     kept: bool = False
+    odd: tuple[str, ...] = ()
 
 
 def predict_folder(
@@ -161,9 +165,12 @@ def _predict_case(
     trained: Trained, case: CaseFiles, target: Path, *, overwrite: bool, progress: bool = False
 ) -> Outcome:
     error, kept = None, target.is_file() and not overwrite
+    odd: tuple[str, ...] = ()
     try:
         if not kept:
-            scan = read_scan(case, num_channels=len(trained.channels), labels=None)
+            examined = examine_scan(case, num_channels=len(trained.channels), labels=None)
+            odd = tuple(on_one_line(f"{fault.file.name} {fault.text}") for fault in examined.warnings)
+            scan = sound(examined, case.name)
             label = predict_scan(trained, scan, progress=progress)
             write_label(target, trained.labels.to_values(label), scan.place)
     except DataError as refused:
@@ -172,19 +179,20 @@ def _predict_case(
         if not is_out_of_memory(refused):
             raise
         error = f"does not fit into memory: {refused}"
-    return Outcome(name=case.name, file=target if error is None else None, error=error, kept=kept)
+    return Outcome(name=case.name, file=target if error is None else None, error=error, kept=kept, odd=odd)
 
 
 def outcome_table(outcomes: Sequence[Outcome], *, whole: bool = False) -> str:
-    """Lists the cases that failed, ten at most of a kind unless the ``whole`` list is asked for, and counts all."""
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    """Lists the cases that failed, and what was odd, ten at most of a kind unless the ``whole`` list is asked for."""
+    failed = [(outcome.name, outcome.error) for outcome in outcomes if outcome.error is not None]
+    odd = [(outcome.name, f"warning: {text}") for outcome in outcomes for text in outcome.odd]
     num_kept = sum(outcome.kept for outcome in outcomes)
     counts = f"{len(outcomes) - len(failed) - num_kept} predicted, {num_kept} kept as they were, {len(failed)} failed"
-    if not failed:
+    if not failed and not odd:
         return counts
-    cells = [("case", "error"), *((outcome.name, " ".join(str(outcome.error).split())) for outcome in failed)]
+    cells = [("case", "error"), *((name, " ".join(text.split())) for name, text in (*failed, *odd))]
     head, rule, *lines = align(cells, left=(0, 1))
-    told = lines if whole else abridge(lines, [outcome.name for outcome in failed], whole="--all lists them")
+    told = lines if whole else abridge(lines, [name for name, _ in (*failed, *odd)], whole="--all lists them")
     return "\n".join([head, rule, *told, counts])
 
 
@@ -242,7 +250,9 @@ def _refuse_inputs(files: Sequence[CaseFiles], output: Path) -> None:
     """Refuses the folder of an input: a prediction would replace it, or be taken for one the next time."""
     inputs = [file for case in files for file in (*case.images, *case.label_files)]
     folder = output.resolve()
-    found = next((file for file in inputs if folder in (file.parent.resolve(), file.resolve().parent)), None)
+    found = next(
+        (file for file in inputs if folder in (file.resolve(), file.parent.resolve(), file.resolve().parent)), None
+    )
     if found is not None:
         allowed, remedy = "another folder than that of the images and labels", "Choose one for the predictions alone."
         given = f"{output}, where {found.name} is an input"

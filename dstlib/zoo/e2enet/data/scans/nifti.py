@@ -93,9 +93,17 @@ def read_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) -> 
     Raises:
         DataError: The message lists every defect of the case.
     """
-    examined = examine_scan(files, num_channels=num_channels, labels=labels)
+    return sound(examine_scan(files, num_channels=num_channels, labels=labels), files.name)
+
+
+def sound(examined: Examined, name: str) -> Scan:
+    """Returns the scan of a case that was examined.
+
+    Raises:
+        DataError: It has defects; the message lists them.
+    """
     if examined.scan is None:
-        _refuse(f"case {files.name!r}", examined.defects)
+        _refuse(f"case {name!r}", examined.defects)
     return examined.scan
 
 
