@@ -17,15 +17,23 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.checkpoint import load_trained
+from dstlib.zoo.e2enet.cli import main, read_config
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.patch_sampling import PatchSettings, draw_batch
 from dstlib.zoo.e2enet.data.layouts.label_table import read_table
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.regions import with_regions
+from dstlib.zoo.e2enet.data.preprocessing.normalization import RangeNormalization
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
+from dstlib.zoo.e2enet.data.preprocessing.resampling import topmost
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing, evaluate_folder
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
+from dstlib.zoo.e2enet.inference.predict import Trained, predict_scans
+from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
+from dstlib.zoo.e2enet.run import run_recipe
 from dstlib.zoo.e2enet.training.loop import _count
 from dstlib.zoo.e2enet.training.loss import _loss_of, deep_supervision_loss
 
@@ -302,6 +310,56 @@ def test_patches_are_centred_where_somebody_labelled():
     assert {*patches(everything, oversample=0.5)[:, 1].tolist()} == {BRATS.ignored_number}
 
 
+# ---- prediction
+
+
+@given(all_labels(regions=st.just(True)), st.integers(0, 99))
+@settings(max_examples=40)
+def test_later_regions_are_written_on_top(labels, seed):
+    chances = np.random.default_rng(seed).random((labels.num_outputs, 4, 5), np.float32)
+    chances[:, 0] = 1 / 2  # which is not above one half
+    found = labels.to_values(topmost(chances, labels.written_numbers))
+    for place in np.ndindex(4, 5):
+        expected = [value for value, chance in zip(labels.written, chances[:, *place], strict=True) if chance > 1 / 2]
+        assert found[place] == [0, *expected][-1]
+
+
+class Known(torch.nn.Module):
+    """Answers with logits of the image itself: its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.none, self.deep_supervision = torch.nn.Parameter(torch.zeros(1)), False
+
+    def forward(self, x):
+        return x + self.none
+
+
+def test_a_prediction_has_the_values_of_the_set(tmp_path):
+    """From logits of whole, core and enhancing tumour to a file, whose values then belong to these regions."""
+    rng = np.random.default_rng(0)
+    nested = np.sort(rng.normal(size=(3, 6, 7, 8)).astype(np.float32), axis=0)[::-1]
+    files = tuple(tmp_path / f"a_{k:04d}.nii.gz" for k in range(3))
+    for file, channel in zip(files, nested, strict=True):
+        nibabel.Nifti1Image(channel.T, np.eye(4)).to_filename(file)
+    trained = Trained(
+        models=(Known(),),
+        preparation=Preparation(spacing=None, normalization=(RangeNormalization(kind="nonorm"),) * 3, crop=False),
+        patch_size=(4, 4, 4),
+        mirror=(0, 2),
+        channels=("0", "1", "2"),
+        classes=("whole", "core", "enhancing"),
+        labels=BRATS,
+    )
+    (outcome,) = predict_scans(trained, [CaseFiles(name="a", images=files)], tmp_path / "out", progress=False)
+    found = np.asarray(nibabel.load(outcome.file).dataobj).T
+    for region, logits in zip(BRATS.regions, nested, strict=True):
+        # the mean over windows of one and the same sigmoid is that, but for rounding
+        differs = np.isin(found, region) != (logits > 0)
+        assert not differs[np.abs(logits) > 1e-5].any()
+    assert {*found.ravel().tolist()} == {0, 1, 2, 4}
+
+
 # ---- evaluation
 
 
@@ -360,3 +418,74 @@ def test_no_region_loses_by_what_is_chosen(labels, seed):
 
     before, after = dice(pairs[0][0]), dice(keep_largest(pairs[0][0], chosen, labels.members))
     assert all(y >= x - 1e-12 for x, y in zip(before, after, strict=True))
+
+
+# ---- a run
+
+
+def write_scans(folder, labels, num=6):
+    """Nested boxes in noise, in nnU-Net's layout, a third of each scan unlabelled."""
+    names = [f"scan_{i}" for i in range(num)]
+    (folder / "imagesTr").mkdir(parents=True)
+    for i, name in enumerate(names):
+        rng = np.random.default_rng(i)
+        corner = rng.integers(1, 5, 3)
+        numbers = np.zeros((20, 18, 22), np.uint8)
+        image = rng.normal(size=numbers.shape)
+        for number, size in ((2, 12), (1, 8), (3, 4)):  # edema, in it a core, in that what enhances
+            start = corner + (12 - size) // 2
+            box = tuple(slice(at, at + size) for at in start)
+            numbers[box] = number
+            image[box] += 3
+        numbers[:, :, 15:] = labels.ignored_number
+        nibabel.Nifti1Image(image.astype(np.float32).T, np.eye(4)).to_filename(folder / f"imagesTr/{name}_0000.nii.gz")
+        write_label(folder / f"labelsTr/{name}.nii.gz", labels.to_values(numbers))
+    table = table_of(labels, ["whole", "core", "enhancing"])
+    content = {"channel_names": {"0": "MRI"}, "labels": table, "regions_class_order": labels.written}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": num, "file_ending": ".nii.gz"}))
+    return folder
+
+
+def config_of_run(data, run, *more):
+    places = ("--data", str(data), "--cache", str(data.with_name("cache")), "--run-dir", str(run), "--device", "cpu")
+    short = ("--epochs", "4", "--iterations", "60", "--interval", "60", "--patch-size", "16", "16", "16")
+    config = read_config(HIPPOCAMPUS_RECIPE, ["--preset", "demo", *places, *short, "--val-iterations", "4", *more])
+    network = replace(config.preset.network, channels=(8, 12, 16), strides=((2, 2, 2),) * 2, heads=2)
+    return replace(config, preset=replace(config.preset, network=network))
+
+
+@pytest.mark.long
+def test_a_training_on_regions_from_scans_to_scores(tmp_path, capsys):
+    data = write_scans(tmp_path / "data", BRATS)
+    scores = run_recipe(config_of_run(data, tmp_path / "run"))
+    told = capsys.readouterr().out
+    assert "regions are predicted: whole (1, 2, 4) and core (1, 4) and enhancing (4), later ones on top" in told
+    assert "voxels of value 255 are ignored" in told
+    assert "value 255 is ignored, where nnU-Net demands 5" in told
+    assert scores.classes == ("whole", "core", "enhancing")
+    assert scores.mean > 0.5, "it learned something of nested boxes in two minutes"
+    written = [np.unique(nibabel.load(file).dataobj) for file in (tmp_path / "run" / "predictions").glob("*.nii.gz")]
+    assert {*np.concatenate(written).tolist()} <= {0, 1, 2, 4}
+    run, trained = str(tmp_path / "run"), load_trained([tmp_path / "run"])
+    assert trained.labels == BRATS
+    for column in ("loss", "val_dice"):
+        rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+        assert column in rows[0]
+    assert main(["evaluate", f"{run}/predictions", "--data", str(data), "--allow-missing"]) == 0
+    out = str(tmp_path / "out")
+    assert main(["predict", run, "--images", str(data / "imagesTr"), "--output", out, "--device", "cpu"]) == 0
+    assert main(["evaluate", out, "--data", str(data)]) == 0
+    assert main(["check", str(data)]) == 0
+    capsys.readouterr()
+
+    # The same files as classes: as many outputs and one more, and heads of their own.
+    content = json.loads((data / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "necrotic core": 1, "edema": 2, "enhancing": 4, "ignore": 255}
+    (data / "dataset.json").write_text(json.dumps(content))
+    again = run_recipe(config_of_run(data, tmp_path / "classes", "--from", run, "--epochs", "1"))
+    assert "other classes, so they start afresh" in capsys.readouterr().out
+    assert again.classes == ("necrotic core", "edema", "enhancing")
+    assert load_trained([tmp_path / "classes"]).labels == replace(BRATS, regions=None, written=())
+    brats = run_recipe(config_of_run(data, tmp_path / "brats", "--regions", "brats", "--epochs", "1"))
+    assert brats.classes == ("whole tumour", "tumour core", "enhancing tumour")
+    assert load_trained([tmp_path / "brats"]).labels == BRATS

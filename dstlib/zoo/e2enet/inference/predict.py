@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
+from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, topmost
 from dstlib.zoo.e2enet.data.scans.geometry import Placement, box_shape
 from dstlib.zoo.e2enet.data.scans.nifti import Scan, examine_scan, sound, write_label
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
-from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, probabilities
+from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, probabilities, softmax
 
 RECORD = "prediction.json"
 ENDING = ".nii.gz"
@@ -131,17 +133,21 @@ def predict_scan(trained: Trained, scan: Scan, *, progress: bool = False) -> NDA
     """
     image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
     _require_memory(trained, scan, placement)
+    labels = trained.labels
+    overlaps = labels.regions is not None
     with closing(
         probabilities(
             trained.models,
             image,
             patch_size=trained.patch_size,
             mirror=trained.mirror,
+            activate=torch.sigmoid if overlaps else softmax,
             title=scan.name if progress else None,
         )
     ) as slices:
-        label = place_back(slices, placement)
-    return keep_largest(label, trained.postprocessing)
+        decide = partial(topmost, numbers=labels.written_numbers) if overlaps else most_probable
+        label = place_back(slices, placement, decide=decide)
+    return keep_largest(label, trained.postprocessing, labels.members)
 
 
 def _require_memory(trained: Trained, scan: Scan, placement: Placement) -> None:

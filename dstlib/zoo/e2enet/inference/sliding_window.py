@@ -26,6 +26,11 @@ NUM_WINDOWS = 2  # at a time, as many as the patches of a training batch, whose 
 SIGMA = 1 / 8  # of the Gaussian weights, in patches
 
 
+def softmax(logits_BKDHW: Tensor) -> Tensor:
+    """Makes probabilities of logits of classes, which do not overlap."""
+    return logits_BKDHW.softmax(dim=1)
+
+
 @contextmanager
 def predicting(model: nn.Module) -> Iterator[nn.Module]:
     """Puts a model into evaluation mode, with a single output, within the block; afterwards both are as they were.
@@ -55,10 +60,12 @@ def probabilities(
     patch_size: Sequence[int],
     overlap: float = 0.5,
     mirror: Sequence[int] = (0, 1, 2),
+    activate: Callable[[Tensor], Tensor] = softmax,
     title: str | None = None,
 ) -> Generator[NDArray[np.float32], None, None]:
     """Averages the softmax over models and mirrors, blended over windows of the training patch: a slice (K, H, W) each.
 
+    ``activate`` makes probabilities of logits (B, K, D, H, W): of regions, which overlap, by ``torch.sigmoid``.
     Slices come from the bottom up, D of them, each as soon as the last window on it is done: what is held at a time is
     as deep as a window, however deep the image is (:func:`memory_needed`). ``mirror`` names the spatial axes (0 depth,
     1 height, 2 width) that may be flipped: all their subsets are, eight for three axes, one for none. An image smaller
@@ -80,7 +87,7 @@ def probabilities(
         where, remedy = "a prediction", "Give an image of one channel a leading axis."
         raise DataError.of("image", where, allowed="(C, D, H, W)", given=image_CDHW.shape, remedy=remedy)
     grid = _Grid.of(three(image_CDHW.shape[1:]), three(patch_size), overlap)
-    return _slices(models, image_CDHW, grid, flips=_flips(mirror), title=title)
+    return _slices(models, image_CDHW, grid, flips=_flips(mirror), activate=activate, title=title)
 
 
 def memory_needed(shape: Shape, patch_size: Shape, *, num_channels: int, num_outputs: int) -> int:
@@ -176,6 +183,7 @@ def _slices(
     grid: _Grid,
     *,
     flips: Sequence[tuple[int, ...]],
+    activate: Callable[[Tensor], Tensor],
     title: str | None,
 ) -> Generator[NDArray[np.float32], None, None]:
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))
@@ -184,7 +192,7 @@ def _slices(
     sums = _Sums(grid.patch, grid.size, device)
 
     def weighted(windows_BCDHW: Tensor) -> Tensor:
-        values = _weighted_softmax(models, windows_BCDHW.to(device), flips, weight)
+        values = _weighted_mean(models, windows_BCDHW.to(device), flips, activate, weight)
         sums.allocate(values.shape[1])
         return values
 
@@ -208,18 +216,21 @@ def _slices(
         yield from finished(grid.size[0])
 
 
-def _weighted_softmax(
-    models: Sequence[nn.Module], windows_BCDHW: Tensor, flips: Sequence[tuple[int, ...]], weight_DHW: Tensor
+def _weighted_mean(
+    models: Sequence[nn.Module],
+    windows_BCDHW: Tensor,
+    flips: Sequence[tuple[int, ...]],
+    activate: Callable[[Tensor], Tensor],
+    weight_DHW: Tensor,
 ) -> Tensor:
-    """Averages the softmax (B, K, D, H, W) over models and flips, and weighs its voxels."""
+    """Averages the probabilities (B, K, D, H, W) over models and flips, and weighs their voxels."""
     total: Tensor | None = None
     kind = windows_BCDHW.device.type
     with torch.inference_mode(), torch.autocast(kind, enabled=kind == "cuda"):
         for model, axes in product(models, flips):
-            logits = model(windows_BCDHW.flip(axes) if axes else windows_BCDHW)
-            softmax = logits.float().softmax(dim=1)
-            softmax = softmax.flip(axes) if axes else softmax
-            total = softmax if total is None else total.add_(softmax)
+            found = activate(model(windows_BCDHW.flip(axes) if axes else windows_BCDHW).float())
+            found = found.flip(axes) if axes else found
+            total = found if total is None else total.add_(found)
         assert total is not None
         return total.div_(len(models) * len(flips)).mul_(weight_DHW)
 

@@ -81,6 +81,20 @@ def most_probable(values_KHW: NDArray[np.float32]) -> NDArray[np.uint8]:
     return values_KHW.argmax(axis=0).astype(np.uint8)
 
 
+def topmost(values_KHW: NDArray[np.float32], numbers: Sequence[int]) -> NDArray[np.uint8]:
+    """Writes the number of each region where its probability is above 1/2, one after the other, onto zeros (H, W).
+
+    Reference: nnU-Net's ``regions_class_order``.
+
+    >>> topmost(np.array([[[0.9, 0.9, 0.5]], [[0.2, 0.7, 0.5]]], np.float32), (1, 4)).tolist()
+    [[1, 4, 0]]
+    """
+    label = np.zeros(values_KHW.shape[1:], np.uint8)
+    for number, values in zip(numbers, values_KHW, strict=True):
+        label[values > 1 / 2] = number
+    return label
+
+
 def _resample_depth(
     slices: Iterator[NDArray[np.float32]], old: int, new: int, *, nearest: bool
 ) -> Iterator[NDArray[np.float32]]:
