@@ -35,7 +35,7 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
     configs = [config_of(run) for run in runs]
     first = configs[0]
     for run, config in zip(runs, configs, strict=True):
-        for name in ("channels", "classes", "labels", "preparation"):
+        for name in ("channels", "classes", "labels", "geometry", "preparation"):
             if getattr(config.data, name) != getattr(first.data, name):
                 allowed, remedy = f"a run on the same data as {runs[0]}", "Average the folds of one data set."
                 raise StateError.of("data", f"run {run}", allowed=allowed, given=f"other {name}", remedy=remedy)
@@ -50,6 +50,7 @@ def load_trained(runs: Sequence[Path], *, device: str = "cpu") -> Trained:
         channels=first.data.channels,
         classes=first.data.classes,
         labels=first.data.meaning,
+        geometry=first.data.rule,
         postprocessing=tuple(sorted(set.intersection(*processed))) if len(processed) == len(runs) else (),
     )
 

@@ -7,11 +7,12 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import DataError, SettingError, few
 from dstlib.names import METHOD_NAMES
+from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS
 
@@ -49,6 +50,9 @@ only, as else whoever wrote it has any file read that you may read); links in th
 REGIONS = """predict and score these, which may overlap, in the place of the classes: brats (whole tumour, tumour core,
 enhancing tumour), or a file of JSON with nnU-Net's 'labels' and 'regions_class_order' (default: as the data set has
 it)"""
+GEOMETRIES = get_args(Geometry)
+GEOMETRY = """which transform of a NIfTI header counts where two disagree: itk as in ITK's programs and nnU-Net, sform
+(as in nibabel's), or qform (default: """
 DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
 DEFAULT = "(default: %(default)s)"
 ALL = "list every case, not ten at most of each kind of finding"
@@ -91,6 +95,7 @@ def read_config(
             folder=options.data,
             layout=options.layout,
             allow_outside=options.allow_outside,
+            geometry=options.geometry,
             regions=options.regions,
             modality=options.modality,
             made_for=recipe.modality,
@@ -150,6 +155,7 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
     option("--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)")
     option("--layout", help=LAYOUT)
     option("--allow-outside", action="store_true", help=OUTSIDE)
+    option("--geometry", choices=GEOMETRIES, help=f"{GEOMETRY}itk)")
     option("--regions", metavar="WHICH", help=REGIONS)
     modality = f"""normalise every channel as ct or as mri (z-score), or each as its name declares; of AMOS22's mixed
 scans, those to take (default: as declared; one must be {recipe.modality}, as this recipe is made for it)"""
@@ -218,6 +224,7 @@ def _command_parser() -> argparse.ArgumentParser:
     check.add_argument("--regions", metavar="WHICH", help=REGIONS)
     nnunet = "warn too of what nnU-Net stops at, or takes otherwise than meant (needs dstlib[itk])"
     check.add_argument("--for-nnunet", action="store_true", help=nnunet)
+    check.add_argument("--geometry", choices=GEOMETRIES, default="itk", help=f"{GEOMETRY}itk)")
     check.add_argument("--all", action="store_true", help=ALL)
     check.set_defaults(command=_check)
 
@@ -231,6 +238,7 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     predict.add_argument("--output", type=Path, required=True, metavar="DIR", help=where)
     again = "predict again what is there already; what other networks made of these images is removed first"
     predict.add_argument("--overwrite", action="store_true", help=again)
+    predict.add_argument("--geometry", choices=GEOMETRIES, help=f"{GEOMETRY}as the run was trained)")
     predict.add_argument("--no-mirror", action="store_true", help="one pass, not one per mirror image: up to 8× faster")
     predict.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
     predict.add_argument("--device", help=DEVICE)
@@ -249,6 +257,7 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     evaluate.add_argument("--regions", metavar="WHICH", help=REGIONS)
     partly = "score the cases that have a prediction (default: refuse, if a labelled case has none)"
     evaluate.add_argument("--allow-missing", action="store_true", help=partly)
+    evaluate.add_argument("--geometry", choices=GEOMETRIES, default="itk", help=f"{GEOMETRY}itk)")
     evaluate.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
     evaluate.add_argument(
@@ -280,6 +289,7 @@ def _check(options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.data.layouts.regions import with_regions
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
+    manifest = manifest.placed_by(options.geometry)
     manifest = with_regions(manifest, options.regions)
     from dstlib.zoo.e2enet.data.scans.integrity import check  # not for a set that is none
 
@@ -305,6 +315,8 @@ def _predict(options: argparse.Namespace) -> int:
     trained = load_trained(options.runs, device=execution.device)
     if execution.engine:
         trained = on_engine(trained)
+    if options.geometry:
+        trained = replace(trained, geometry=options.geometry)
     if options.no_mirror:
         trained = replace(trained, mirror=())
     if options.no_postprocessing:
@@ -332,6 +344,7 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder, predicted_files
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
+    manifest = manifest.placed_by(options.geometry)
     manifest = with_regions(manifest, options.regions)
     for line in manifest.told():
         print(on_one_line(line))

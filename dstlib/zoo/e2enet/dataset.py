@@ -23,7 +23,7 @@ from dstlib.zoo.e2enet.data.layouts.channels import (
 )
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry, Manifest
 from dstlib.zoo.e2enet.data.layouts.regions import with_regions
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
@@ -43,6 +43,7 @@ class DataSettings:
     - ``phantoms``: the kind and the number to draw where there is no folder.
     - ``layout``: decathlon, amos, btcv or nnunet; None to recognise it.
     - ``allow_outside``: whether dataset.json may name files outside of the folder.
+    - ``geometry``: the rule by which NIfTI headers are read; None for ITK's.
     - ``regions``: what to predict in the place of the classes: "brats", or a file that says it; None for the classes.
     - ``modality``: how every channel is normalised; None and "declared" for each as it is called.
     - ``made_for``: the modality of the recipe: where no channel is of it, ``modality`` must not be None.
@@ -60,6 +61,7 @@ class DataSettings:
     folder: Path | None = None
     layout: str | None = None
     allow_outside: bool = False
+    geometry: Geometry | None = None
     regions: str | None = None
     fold: str = "0"
     splits: Path | None = None
@@ -74,6 +76,7 @@ class Dataset:
     name: str
     modality: Modality | Literal["declared"]
     labels: Labels
+    geometry: Geometry
     preparation: Preparation
     train_on: Cases
     held_out: Cases
@@ -98,6 +101,7 @@ class Dataset:
             train_on=tuple(case.name for case in self.train_on.cases),
             held_out=tuple(case.name for case in self.held_out.cases),
             labels=None if self.labels == Labels.consecutive(len(self.classes)) else self.labels,
+            geometry=None if self.geometry == "sform" else self.geometry,
         )
 
     def absent_classes(self) -> list[str]:
@@ -143,6 +147,7 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
         name=manifest.name,
         modality=word,
         labels=manifest.labels,
+        geometry=settings.geometry or "itk",
         preparation=preparation,
         train_on=train_on,
         held_out=held_out,
@@ -157,6 +162,7 @@ def _read_manifest(settings: DataSettings) -> Manifest:
         manifest = replace(read_manifest(drawn, settings.layout), recognised="")
     else:
         manifest = read_manifest(settings.folder, settings.layout, allow_outside=settings.allow_outside)
+    manifest = manifest.placed_by(settings.geometry or "itk")
     manifest = with_regions(manifest, settings.regions)
     if manifest.layout != "amos":
         return manifest

@@ -16,6 +16,7 @@ from dstlib.errors import SettingError, printable, require
 from dstlib.profile import profile
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.baselines import build_model
+from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
 from dstlib.zoo.e2enet.inference.predict import Trained, outcome_table, predict_scans
@@ -25,7 +26,7 @@ from dstlib.zoo.e2enet.training.execution import Execution
 from dstlib.zoo.e2enet.training.log import Log
 from dstlib.zoo.e2enet.training.loop import interruptible, train
 from dstlib.zoo.e2enet.training.ranks import Ranks, process_group
-from dstlib.zoo.e2enet.training.records import ConfigRecord
+from dstlib.zoo.e2enet.training.records import CONFIG, ConfigRecord, config_of
 from dstlib.zoo.e2enet.training.run_directory import Run, open_run, read_checkpoint
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
 
@@ -107,7 +108,8 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
         remedy = "It counts the patches of all processes, and each takes as many."
         is_shared = size % ranks.num == 0
         require(is_shared, "--batch-size", "the command line", allowed=allowed, given=size, remedy=remedy)
-        data = open_dataset(config.data, workers=config.execution.workers, ranks=ranks)
+        settings = replace(config.data, geometry=_geometry(config))
+        data = open_dataset(settings, workers=config.execution.workers, ranks=ranks)
         network = replace(config.preset.network, in_channels=len(data.channels), num_classes=data.labels.num_outputs)
         config = replace(config, preset=replace(config.preset, network=network))
         # Before the directory is opened: settings that cannot be used must not leave a run behind.
@@ -117,6 +119,14 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
         finally:
             if training.sparsifier:
                 training.sparsifier.detach()
+
+
+def _geometry(config: RunConfig) -> Geometry | None:
+    """Returns the rule by which headers are read: as asked for, or as the run was begun that is resumed."""
+    asked, folder = config.data.geometry, config.folder
+    if asked is None and config.resume and folder is not None and (folder / CONFIG).exists():
+        return config_of(folder).data.rule
+    return asked
 
 
 def _start(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
@@ -218,6 +228,7 @@ def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) ->
         channels=data.channels,
         classes=data.classes,
         labels=data.labels,
+        geometry=data.geometry,
     )
     outcomes = predict_scans(trained, data.held_out_files, predictions)
     if any(outcome.error or outcome.odd for outcome in outcomes):

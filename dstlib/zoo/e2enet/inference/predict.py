@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from dstlib.bounds import is_out_of_memory, require_memory
 from dstlib.errors import DataError, SettingError, StateError, require
 from dstlib.files import alone_in, write_json
 from dstlib.report import abridge, align, on_one_line
-from dstlib.typed_json import read_json
+from dstlib.typed_json import OPTIONAL, read_json
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
-from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, refuse_copies
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry, refuse_copies
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, topmost
 from dstlib.zoo.e2enet.data.scans.geometry import Placement, box_shape
@@ -40,8 +40,9 @@ ENDING = ".nii.gz"
 class Trained:
     """All that a prediction needs: the networks of the folds, and how images were prepared for them.
 
-    ``labels`` says in which values the ``classes`` are written; by default class i has value i + 1. ``mirror`` names
-    the spatial axes to flip; ``postprocessing`` the classes of which the largest component is kept.
+    ``labels`` says in which values the ``classes`` are written; by default class i has value i + 1. ``geometry`` is the
+    rule by which headers are read. ``mirror`` names the spatial axes to flip; ``postprocessing`` the classes of which
+    the largest component is kept.
 
     Raises:
         SettingError: There is no network, or ``postprocessing`` names a class that there is not.
@@ -54,6 +55,7 @@ class Trained:
     channels: tuple[str, ...]
     classes: tuple[str, ...]
     labels: Labels = ORDINARY
+    geometry: Geometry = "itk"
     postprocessing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -174,7 +176,8 @@ def _predict_case(
     odd: tuple[str, ...] = ()
     try:
         if not kept:
-            examined = examine_scan(case, num_channels=len(trained.channels), labels=None)
+            placed = replace(case, geometry=trained.geometry)
+            examined = examine_scan(placed, num_channels=len(trained.channels), labels=None)
             odd = tuple(on_one_line(f"{fault.file.name} {fault.text}") for fault in examined.warnings)
             scan = sound(examined, case.name)
             label = predict_scan(trained, scan, progress=progress)
@@ -210,6 +213,7 @@ class _MadeBy:
     patch_size: tuple[int, int, int]
     mirror: tuple[int, ...]
     postprocessing: tuple[int, ...]
+    geometry: Geometry = field(default="sform", metadata={OPTIONAL: True})  # as of before
 
     @staticmethod
     def of(trained: Trained) -> "_MadeBy":
@@ -218,6 +222,7 @@ class _MadeBy:
             patch_size=trained.patch_size,
             mirror=tuple(trained.mirror),
             postprocessing=tuple(trained.postprocessing),
+            geometry=trained.geometry,
         )
 
 

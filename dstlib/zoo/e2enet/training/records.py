@@ -13,6 +13,7 @@ from dstlib.zoo.e2enet.data.cases import Shape
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.layouts.channels import Modality
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.data.layouts.names import repeated
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.training.settings import TrainSettings
@@ -26,8 +27,9 @@ _REMEDY = "Pass the folder of a run that a recipe has finished; --resume finishe
 class DataRecord:
     """The data of a run, without where the files lie: what settles the result.
 
-    ``labels`` is None where class i has the value i + 1, as in runs of before.
-    ``modality`` sums up how the channels are normalised, "declared" where not all alike as CT or as MRI.
+    ``modality`` sums up how the channels are normalised, "declared" where not all alike as CT or as MRI. ``labels`` is
+    None where class i has the value i + 1, and ``geometry`` where headers are read by the rule "sform": as in runs of
+    before.
 
     Raises:
         StateError: Two classes share a name.
@@ -41,6 +43,7 @@ class DataRecord:
     train_on: tuple[str, ...]
     held_out: tuple[str, ...]
     labels: Labels | None = field(default=None, metadata={OPTIONAL: True})
+    geometry: Geometry | None = field(default=None, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         _refuse_repeated(self.classes)
@@ -49,6 +52,11 @@ class DataRecord:
     def meaning(self) -> Labels:
         """What the values of label files mean."""
         return self.labels or Labels.consecutive(len(self.classes))
+
+    @property
+    def rule(self) -> Geometry:
+        """The rule by which NIfTI headers are read."""
+        return self.geometry or "sform"
 
 
 @dataclass(frozen=True, kw_only=True)

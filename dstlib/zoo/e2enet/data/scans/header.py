@@ -4,9 +4,10 @@ It may say so twice: by the *sform*, any affine, and by the *qform*, a rotation 
 code for what kind of place it is, 0 for none. Where the two differ, programs choose differently, and so do our rules:
 
 - ``itk``, as ITK's programs and nnU-Net: sizes always from ``pixdim``, axes and origin from one of the two. That is the
-  sform, if its axes are at right angles and its code is 1, or there is no qform, or both agree; else the qform. A sform
-  that is not at right angles, without a qform, they refuse, and we take as it is. Without either, axes lead left, back
-  and top from the origin.
+  sform, if its axes are at right angles and its code is 1, or there is no qform; else the qform. (Of two that agree ITK
+  may take the sform by any code: signs of singular vectors decide, and rounding is the difference.) A sform that is not
+  at right angles, without a qform, they refuse, and we take it as it is. Without either, axes lead left, back and top
+  from the origin.
 - ``sform``, as nibabel's programs: the sform, sizes and all; the qform where there is none. Without either, axes lead
   left, front and top about the middle.
 - ``qform``: the qform; where there is none, as ``itk``.
@@ -102,13 +103,10 @@ class Header:
 
     def itk_form(self) -> Form | None:
         """Finds the form that ITK's programs take axes and origin from; None where there is none, or they refuse it."""
-        sform, qform = self.form("sform"), self.form("qform")
-        if sform is not None and is_right(sform):
-            # Of two that agree ITK takes one or the other by a closer look; they differ by rounding.
-            agree = qform is not None and np.allclose(sform, qform, rtol=0, atol=1e-4 * self.in_mm)
-            if self.sform_code == 1 or qform is None or agree:
-                return "sform"
-        return None if qform is None else "qform"
+        sform, has_qform = self.form("sform"), self.qform_code > 0
+        if sform is not None and is_right(sform) and (self.sform_code == 1 or not has_qform):
+            return "sform"
+        return "qform" if has_qform else None
 
     def affine(self, geometry: Geometry) -> Affine:
         """Returns the place of the voxels by a rule, in mm."""

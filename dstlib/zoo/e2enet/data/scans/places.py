@@ -55,8 +55,11 @@ def _disagreement(header: Header, geometry: Geometry) -> list[str]:
         return []
     told = [f"{form} (code {header.code(form)}) {_shown(voxel_sizes(affine))} mm" for form, affine in forms.items()]
     told += [] if "qform" in forms else [f"pixdim {_shown(header.sizes)} mm"]
-    farthest = max(apart(a, b, header.shape) for a, b in combinations(places, 2))
-    text = f"has more than one place: voxels by its {', by its '.join(told)}; corners lie up to {farthest:.3g} mm apart"
+    pairs = [*combinations(places, 2)]
+    farthest = max(apart(a, b, header.shape) for a, b in pairs)
+    turned = max(_turn(a, b) for a, b in pairs)
+    text = f"has more than one place: voxels by its {', by its '.join(told)}"
+    text += f"; corners lie up to {farthest:.3g} mm apart, axes {turned:.3g} degrees"
     if "sform" in forms and not is_right(forms["sform"]):
         angles = _angles(forms["sform"])
         text += f". Its sform is sheared: axes meet at {', '.join(f'{angle:.4g}' for angle in angles)} degrees"
@@ -111,9 +114,24 @@ def _by(volume: Volume, rule: Geometry) -> Affine:
 
 def _angles(affine: Affine) -> list[float]:
     """Returns the angles between y and z, x and z, x and y, in degrees."""
-    axes = affine[:3, :3] / voxel_sizes(affine)
-    cosines = [axes[:, i] @ axes[:, j] for i, j in ((1, 2), (0, 2), (0, 1))]
-    return np.degrees(np.arccos(np.clip(cosines, -1, 1))).tolist()
+    axes = _axes(affine)
+    return [_degrees(axes[:, i], axes[:, j]) for i, j in ((1, 2), (0, 2), (0, 1))]
+
+
+def _turn(affine: Affine, other: Affine) -> float:
+    """Returns the largest angle between an axis of one and the same axis of the other, in degrees."""
+    return max(map(_degrees, _axes(affine).T, _axes(other).T))
+
+
+def _axes(affine: Affine) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        axes: NDArray[np.float64] = affine[:3, :3] / voxel_sizes(affine)
+    return axes
+
+
+def _degrees(axis: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Returns the angle between two directions: from sine and cosine, as a cosine alone loses what is below 1e-6."""
+    return math.degrees(math.atan2(float(np.linalg.norm(np.cross(axis, other))), float(axis @ other)))
 
 
 def _shown(sizes: NDArray[np.float64] | tuple[float, ...]) -> str:
