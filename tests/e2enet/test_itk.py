@@ -351,9 +351,14 @@ def test_a_segmentation_in_layers_is_refused(tmp_path):
         read_nrrd(file, None)
 
 
-def test_a_segmentation_in_one_layer_is_a_label(tmp_path):
-    file = nrrd(tmp_path / "a.seg.nrrd", space_origin="(10,20,30)\nSegment0_Name:=liver: right\nSegment0_LabelValue:=1")
-    assert_as_itk(read_nrrd(file, None), file)
+def test_a_segmentation_in_one_layer_is_a_label_and_its_names_are_told(tmp_path):
+    segments = [
+        f"Segment{i}_Name:={name}\nSegment{i}_LabelValue:={i + 1}" for i, name in enumerate(("liver: right", "b"))
+    ]
+    file = nrrd(tmp_path / "a.seg.nrrd", space_origin="\n".join(["(10,20,30)", *segments]))
+    volume = read_nrrd(file, None)
+    assert_as_itk(volume, file)
+    assert volume.odd == ("calls its values 'liver: right' 1, 'b' 2, by itself: do other files count so too?",)
 
 
 @settings(max_examples=150, deadline=None)

@@ -80,7 +80,8 @@ def read_nrrd(file: Path, dtype: DTypeLike | None) -> Volume:
     voxels = read_stored(_skipped(data, fields, stored), stored, dtype)
     if len(sizes) - (channels is not None) != 3:
         return Volume(voxels, np.eye(4))  # refused by its shape
-    return placed(voxels, *_place(fields, channels))
+    volume = placed(voxels, *_place(fields, channels))
+    return volume._replace(odd=(*volume.odd, *_segments(keys)))
 
 
 def _header(content: bytes) -> tuple[Mapping[str, str], Mapping[str, str], memoryview]:
@@ -104,6 +105,13 @@ def _header(content: bytes) -> tuple[Mapping[str, str], Mapping[str, str], memor
         elif not line.rstrip().endswith(":"):  # a field without a value
             raise ValueError(f"its header has a line {shown(line)}")
     return fields, keys, memoryview(content)[end + length :]
+
+
+def _segments(keys: Mapping[str, str]) -> list[str]:
+    """Says what 3D Slicer calls the values of a segmentation: it counts them in each file for itself."""
+    values = {name.removesuffix("_LabelValue"): value for name, value in keys.items() if name.endswith("_LabelValue")}
+    named = [f"{shown(keys.get(f'{segment}_Name', ''))} {value}" for segment, value in values.items()]
+    return [f"calls its values {', '.join(named)}, by itself: do other files count so too?"] if named else []
 
 
 def _dtype(fields: Mapping[str, str]) -> np.dtype[Any]:
