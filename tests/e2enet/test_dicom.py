@@ -274,6 +274,12 @@ def empty(folder):
     return "1 file(s) of it do not begin as DICOM does (IM_3.dcm, say)"
 
 
+def of_no_class(folder):
+    content = (folder / "IM_10").read_bytes()
+    (folder / "IM_10").write_bytes(content.replace(b"\x02\0\x02\0UI", b"\x02\0\x09\0UI"))
+    return "1 file(s) of it do not begin as DICOM does (IM_10, say)"
+
+
 def enormous(folder):
     for i in range(5):
         tags = slice_tags(i, np.array([10, 20, 30 + 2.5 * i]))

@@ -617,11 +617,18 @@ def test_scans_of_every_format_are_listed(tmp_path):
     assert [case.name for case in folder_cases(tmp_path, num_channels=1)] == list("abcdefghij")
 
 
-def test_a_folder_of_slices_is_one_scan(tmp_path):
+def test_a_folder_of_slices_is_one_scan(tmp_path, monkeypatch):
     write_slices(tmp_path / "liver" / "0001", tmp_path / "liver" / "more" / "0002")
     assert scan_files(tmp_path / "liver") == (tmp_path / "liver",)
     touch(tmp_path / "liver", "a.nii.gz")
     assert scan_files(tmp_path / "liver") == (tmp_path / "liver", tmp_path / "liver" / "a.nii.gz")
+    monkeypatch.chdir(tmp_path / "liver")
+    assert scan_files(Path(".")) == (tmp_path / "liver", Path("a.nii.gz"))  # whose name is that of the case
+
+
+def test_slices_with_nothing_in_them_are_no_reason_to_leave_their_folder_out(tmp_path):
+    touch(tmp_path, "case/1.dcm", "case/2.DCM")
+    assert scan_files(tmp_path) == (tmp_path / "case",)
 
 
 def test_two_formats_of_one_name_are_refused(tmp_path):

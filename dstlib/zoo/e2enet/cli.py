@@ -45,6 +45,7 @@ python -m dstlib.zoo.e2enet compare RUN... --beside amos            # a table wi
 python -m dstlib.zoo.e2enet phantoms amos DIR                       # procedural scans to try it all on
 """
 LAYOUT = "decathlon, amos, btcv or nnunet (default: recognised)"
+IMAGES = "NAME.nii.gz, NAME.nrrd, NAME.mha, NAME_0000.nii.gz per channel, or folders NAME of DICOM slices"
 OUTSIDE = """let dataset.json name files anywhere, by absolute paths or by '..' (default: below the folder of the set
 only, as else whoever wrote it has any file read that you may read); links in the folder are followed either way"""
 REGIONS = """predict and score these, which may overlap, in the place of the classes: brats (whole tumour, tumour core,
@@ -233,7 +234,7 @@ NAME.nii.gz in the geometry of their image. A file that cannot be read is report
 exit code 1. What is there already is kept, so an interrupted prediction is continued by repeating the command."""
     predict = commands.add_parser("predict", help="segment a folder of images", description=text)
     predict.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run; several are averaged")
-    predict.add_argument("--images", type=Path, required=True, metavar="DIR", help="NAME.nii.gz or NAME_0000.nii.gz")
+    predict.add_argument("--images", type=Path, required=True, metavar="DIR", help=IMAGES)
     where = "where the labels go: not the folder of images, nor one that another process predicts into"
     predict.add_argument("--output", type=Path, required=True, metavar="DIR", help=where)
     again = "predict again what is there already; what other networks made of these images is removed first"

@@ -17,7 +17,9 @@ MAX_PATH_BYTES, MAX_PART_BYTES = 4000, 255  # what Linux takes is the least of a
 ENDINGS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 _ENDING = re.compile("(" + "|".join(map(re.escape, ENDINGS)) + ")$", re.IGNORECASE)
-_DICOM_NAME = re.compile(r"(^[^.]+|\.dcm|\.dicom|\.ima|\.\d+)$", re.IGNORECASE)  # many have no ending, or a UID's
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+
+_PERHAPS_DICOM = re.compile(r"(^[^.]+|\.\d+)$")  # many have no ending, or that of a UID
 PREAMBLE = 128  # bytes before the letters that begin a DICOM file
 _REMEDY = "Restore the file from the data set's archive, or correct it by hand."
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
@@ -78,22 +80,28 @@ def scan_files(folder: Path) -> tuple[Path, ...]:
         return ()
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     found = [entry for entry in entries if _ENDING.search(entry.name) and entry.is_file()]
-    if any(is_dicom(entry) for entry in entries):
+    if any(_is_slice(entry) for entry in entries):
+        folder = folder.resolve() if folder.name in ("", "..") else folder  # as it names the scan
         return tuple(sorted([folder, *found]))
     return tuple(sorted([*found, *(entry for entry in entries if entry.is_dir() and holds_dicom(entry))]))
 
 
-def is_dicom(file: Path) -> bool:
-    """Says whether a file is DICOM's by its name and its first bytes; a folder is not."""
-    if not _DICOM_NAME.search(file.name) or not file.is_file():
-        return False
+def begins_as_dicom(file: Path) -> bool:
+    """Says whether the first bytes of a file are DICOM's."""
     with file.open("rb") as opened:
         return opened.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
 
 
 def holds_dicom(folder: Path) -> bool:
     """Says whether DICOM files lie in a folder, or below it: series lie in folders of studies and patients."""
-    return any(is_dicom(Path(at, name)) for at, _, names in os.walk(folder) for name in names if name[0] != ".")
+    return any(_is_slice(Path(at, name)) for at, _, names in os.walk(folder) for name in names if name[0] != ".")
+
+
+def _is_slice(file: Path) -> bool:
+    """Says whether a file is DICOM's by its ending, whatever is in it, or by what is in it, where it has none."""
+    if file.suffix.lower() in DICOM_ENDINGS:
+        return file.is_file()
+    return _PERHAPS_DICOM.search(file.name) is not None and file.is_file() and begins_as_dicom(file)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from dstlib.bounds import available_memory
 from dstlib.errors import shown
 from dstlib.files import open_file, read_whole
-from dstlib.zoo.e2enet.data.layouts.files import PREAMBLE, is_dicom
+from dstlib.zoo.e2enet.data.layouts.files import DICOM_ENDINGS, PREAMBLE, begins_as_dicom
 from dstlib.zoo.e2enet.data.scans.gdcm import MEMORY, PER_PIXEL, decoder
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.places import MAX_SHIFT
@@ -30,6 +30,7 @@ _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _SLICES = tuple(_STORAGE + kind for kind in ("2", "4", "128"))  # CT, MRI, PET
 _CAPTURE = _STORAGE + "7"  # as what programs write slices that they have made
 _FRAMES = tuple(_STORAGE + kind for kind in ("2.1", "2.2", "4.1", "4.4", "20", "128.1", "130"))
+_KNOWN = "1.2.840.10008."  # what all classes begin with
 _OTHERS = {  # by the beginnings of their classes
     "1.2.840.10008.1.3.10": "DICOMDIR",
     _STORAGE + "66.": "segmentation",
@@ -38,7 +39,6 @@ _OTHERS = {  # by the beginnings of their classes
     _STORAGE + "11.": "presentation state",
     _CAPTURE: "secondary capture",
 }
-_ENDINGS = (".dcm", ".dicom", ".ima")
 _UNPACKED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")  # transfer syntaxes of little endian
 _PIXELS = b"\xe0\x7f\x10\0"  # the tag that they lie behind
 _LONG = (b"OB", b"OW", b"UN", b"UT", b"SQ")  # elements whose lengths take four bytes
@@ -173,9 +173,11 @@ def _step(ordered: Sequence[Slice], heights: NDArray[np.float64]) -> float:
 
 def _files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Lists the files of slices, and counts what else there is, by what it is."""
-    below = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names if not name.startswith("."))
-    kinds = {file: _meta(file).get(_CLASS, "") for file in below if is_dicom(file)}
-    foreign = [file for file in below if file not in kinds and file.suffix.lower() in _ENDINGS]
+    found = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    below = [file for file in found if file.is_file()]
+    kinds = {file: _meta(file).get(_CLASS, "") for file in below if begins_as_dicom(file)}
+    foreign = [file for file in below if file not in kinds and file.suffix.lower() in DICOM_ENDINGS]
+    foreign += [file for file, kind in kinds.items() if not kind.startswith(_KNOWN)]
     if foreign:
         raise ValueError(f"{len(foreign)} file(s) of it do not begin as DICOM does ({foreign[0].name}, say)")
     if frames := [file for file, kind in kinds.items() if kind in _FRAMES]:
