@@ -1,6 +1,7 @@
 """From a stored scan to the prepared one and back: hand-worked cases, laws, and other people's formulas."""
 
 import json
+import tracemalloc
 from itertools import permutations, product
 
 import nibabel
@@ -12,6 +13,7 @@ from scipy import ndimage
 
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.typed_json import parse_json
+from dstlib.zoo.e2enet.data.preprocessing import preprocessor
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, ZScoreNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import (
     Preparation,
@@ -258,6 +260,27 @@ def test_slices_are_resampled_as_the_whole_volume_is(old, new, coarse, seed):
             whole = whole.take(before, axis + 1) * (1 - share) + whole.take(after, axis + 1) * share
     found = np.stack([*resample_slices(values.swapaxes(0, 1), old, new, coarse)], axis=1)
     np.testing.assert_array_equal(found, whole)
+
+
+RULES = [AS_IT_IS, ZScoreNormalization(), ZScoreNormalization(inside_mask=True)]
+large = st.tuples(*[st.integers(20, 50)] * 3)  # where small arrays, and what Python itself takes, do not count
+
+
+@given(large, st.sampled_from(RULES), spacings, spacings, orientations, st.integers(1, 3))
+@settings(max_examples=25, deadline=None)
+def test_an_image_takes_no_more_memory_than_was_asked_for(shape, rule, old, new, orientation, num_channels):
+    image = np.random.default_rng(0).uniform(1, 9, (num_channels, *shape)).astype(np.float32)
+    asked = (image, affine_of(*orientation, old), keeping(new, rule=rule, num_channels=num_channels))
+    told = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preprocessor, "require_memory", lambda num, *words, **more: told.append(num))
+        tracemalloc.start()
+        try:
+            prepare_image(*asked)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak <= told[0] + 300_000  # matrices of the splines
 
 
 # ---- intensities

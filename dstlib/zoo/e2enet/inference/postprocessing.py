@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 from scipy.ndimage import label as connected
 
+CHUNK = 1 << 22  # voxels counted at a time: bincount makes eight bytes of each
 NEIGHBOURS = np.ones((3, 3, 3), bool)  # voxels that share a corner are connected: 26 neighbours
 
 
@@ -44,9 +45,10 @@ def keep_largest(
         mask = np.isin(np.arange(256), numbers)[inside]
         components, num = connected(mask, structure=NEIGHBOURS)
         if num > 1:
-            flat = components.ravel()
-            sizes = np.bincount(flat)
+            flat, sizes = components.ravel(), np.zeros(num + 1, np.int64)
+            for start in range(0, flat.size, CHUNK):
+                sizes += np.bincount(flat[start : start + CHUNK], minlength=num + 1)
             sizes[0] = 0  # the background
-            largest = flat[(sizes[flat] == sizes.max()).argmax()]  # of several, the first in the volume
+            largest = flat[(sizes == sizes.max())[flat].argmax()]  # of several, the first in the volume
             inside[(components > 0) & (components != largest)] = 0
     return kept

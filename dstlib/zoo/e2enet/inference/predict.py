@@ -155,13 +155,14 @@ def predict_scan(trained: Trained, scan: Scan, *, progress: bool = False) -> NDA
 def _require_memory(trained: Trained, scan: Scan, placement: Placement) -> None:
     """Refuses a scan before the work, which may take hours, where memory would be out in the midst of it."""
     num_outputs = trained.labels.num_outputs
-    found = 2 * math.prod(scan.image.shape[1:])  # the label, and turned
+    num_voxels = math.prod(scan.image.shape[1:])
+    label, components = 2 * num_voxels, 9 * num_voxels  # as it is turned back, and where the largest are looked for
     planes = 4 * num_outputs * (math.prod(placement.shape[1:]) + math.prod(box_shape(placement.box)[1:]))
     windows = memory_needed(placement.shape, trained.patch_size, num_channels=len(scan.image), num_outputs=num_outputs)
     on_cpu = next(trained.models[0].parameters()).device.type == "cpu"
     size = "×".join(map(str, placement.shape))
     require_memory(
-        found + 3 * planes + windows * on_cpu,
+        label + max(components, 3 * planes + windows * on_cpu),
         "memory",
         f"a prediction of {size} voxels and {num_outputs} outputs",
         remedy="Predict this scan where there is more, or crop it.",

@@ -100,11 +100,17 @@ def prepare_image(
 
 def _require_memory(placement: Placement, num_channels: int) -> None:
     """Refuses an image whose voxels, as they are resampled, do not fit into memory."""
-    cropped, prepared = math.prod(box_shape(placement.box)), math.prod(placement.shape)
-    copies = cropped + 3 * max(cropped, prepared)  # of a channel, when it is normalised or resampled axis by axis
-    size, voxels = "×".join(map(str, placement.shape)), "×".join(f"{mm:.3g}" for mm in placement.stored_spacing)
+    stored, box, shape = placement.stored_shape, box_shape(placement.box), placement.shape
+    # Of a channel: as it is normalised, and as it goes axis by axis from one shape to the other, a coarse axis last.
+    late = [
+        max(old, new) if axis == placement.coarse else new
+        for axis, (old, new) in enumerate(zip(box, shape, strict=True))
+    ]
+    copies = 2 * math.prod(box) + 3 * max(math.prod(box), math.prod(late))
+    masks = math.prod(stored) + 2 * math.prod(box)
+    size, voxels = "×".join(map(str, shape)), "×".join(f"{mm:.3g}" for mm in placement.stored_spacing)
     require_memory(
-        4 * (num_channels * prepared + copies),
+        4 * (num_channels * math.prod(shape) + copies) + masks,
         "memory",
         f"an image of {size} voxels",
         remedy=f"Its file says that its voxels are {voxels} mm: is that right? Else prepare it where there is more.",
