@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nifti_headers import SHAPE, by_itk, by_nibabel, headers, placed, tilted, turned, write_nifti
 
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.scans.header import Header, apart, read_header
+from dstlib.zoo.e2enet.data.scans.header import Header, apart, header_at, read_header
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_scan, write_label
 from dstlib.zoo.e2enet.data.scans.places import MAX_SHIFT
 
@@ -149,3 +150,144 @@ def assert_label_on_image(folder, written):
         assert told or min(apart(place, of_itk, shape) for place in (scan.affine, *forms)) <= NEAR
         assert told or apart(scan.affine, of_itk, shape) <= MAX_SHIFT * min(scan.spacing)
     assert told or apart(scan.affine, of_nibabel, shape) <= MAX_SHIFT * min(scan.spacing)
+
+
+# ---- what is told
+
+
+def doubts(folder, geometry="itk", **written) -> list[str]:
+    file = write_nifti(folder / "a.nii", **written)
+    scan, defects, warnings = examine_scan(case_of(file, geometry), num_channels=1, labels=None)
+    assert scan is not None, defects
+    return [fault.text for fault in warnings]
+
+
+def test_what_agrees_is_not_told_of(tmp_path):
+    """Rounding of float32, of a quaternion, of sizes that were written with four digits."""
+    oblique = placed(turned(179.97, 12, 40), sizes=(0.7421875, 0.7421875, 1.25), origin=(190.1, -210.3, 800.7))
+    rounded = placed(turned(179.97, 12, 40), sizes=(0.7422, 0.7422, 1.25), origin=(190.1, -210.3, 800.7))
+    for codes in ((1, 1), (2, 1), (1, 0), (0, 1), (4, 4)):
+        assert doubts(tmp_path, sform=oblique, qform=oblique, codes=codes, voxels=voxels_of(200, 200, 60)) == []
+        assert doubts(tmp_path, sform=oblique, qform=rounded, codes=codes, voxels=voxels_of(200, 200, 60)) == []
+
+
+def voxels_of(*shape):
+    voxels = np.zeros(shape, np.int8)
+    voxels[0, 0, 0] = 1
+    return voxels
+
+
+def test_a_sform_without_sizes(tmp_path):
+    """A public cardiac set: the right millimetres are those of pixdim, which ITK's programs and nnU-Net take."""
+    forms = {"sform": placed(sizes=(-1, -1, 1)), "qform": placed(sizes=(1.5625, 1.5625, 10.0))}
+    (told,) = doubts(tmp_path, **forms)
+    assert told == (
+        "has more than one place: voxels by its sform (code 1) 1 × 1 × 1 mm, by its qform (code 1) 1.5625 × 1.5625 × "
+        "10 mm; corners lie up to 42 mm apart, axes 180 degrees. The axes of the sform with the sizes of pixdim are "
+        "used, as by ITK's programs and nnU-Net; --geometry sform or qform chooses"
+    )
+    assert read(tmp_path / "a.nii").spacing == (10.0, 1.5625, 1.5625)
+    assert read(tmp_path / "a.nii", "sform").spacing == (1.0, 1.0, 1.0)
+    assert doubts(tmp_path, "sform", **forms)[0].endswith("180 degrees. The sform is used, by --geometry sform")
+    assert doubts(tmp_path, "qform", **forms)[0].endswith("180 degrees. The qform is used, by --geometry qform")
+    (told,) = doubts(tmp_path, sform=placed(sizes=(1, 1, 1)), codes=(1, 0), sizes=(1.5625, 1.5625, 10.0))
+    assert "voxels by its sform (code 1) 1 × 1 × 1 mm, by its pixdim 1.5625 × 1.5625 × 10 mm; corners" in told
+
+
+def test_a_scan_that_was_moved_to_another(tmp_path):
+    (told,) = doubts(tmp_path, sform=placed(origin=(0, 0, 0)), qform=placed(origin=(0, 15, 0)), codes=(2, 1))
+    assert "1 × 1.5 × 2 mm; corners lie up to 15 mm apart, axes 0 degrees. The qform is used, as by ITK's" in told
+
+
+def test_a_tilted_gantry_is_named(tmp_path):
+    """As dcm2niix leaves its plain file: a sheared sform, an orthogonal qform, both of code 1."""
+    (told,) = doubts(tmp_path, sform=tilted(placed(), 16.0), qform=placed())
+    assert "Its sform is sheared: axes meet at 74, 90, 90 degrees, as dcm2niix leaves a CT with a tilted gantry" in told
+    assert "beside a file named _Tilt_1, which alone is in place: use that one. The qform is used" in told
+    (told,) = doubts(tmp_path, sform=tilted(placed(), 16.0), codes=(1, 0))
+    assert told.endswith("The sform is used; ITK's programs and nnU-Net's first reader refuse the file")
+    (told,) = doubts(tmp_path, sform=tilted(placed(), 0.02), codes=(1, 0))
+    assert "axes meet at 89.98, 90, 90 degrees. The sform is used; ITK's" in told  # no gantry, but refused all the same
+
+
+def test_units(tmp_path):
+    metres = placed(sizes=(0.001, 0.0015, 0.002), origin=(0.01, 0, 0))
+    (told,) = doubts(tmp_path, sform=metres, qform=metres, xyzt_units=1)
+    assert told == (
+        "is measured in metres, so its voxels are 1 × 1.5 × 2 mm; nibabel's programs take its numbers for mm"
+    )
+    np.testing.assert_allclose(read(tmp_path / "a.nii").spacing, (2.0, 1.5, 1.0), rtol=ROUND)
+    (told,) = doubts(tmp_path, sform=placed(), qform=placed(), xyzt_units=3)
+    assert told.startswith("is measured in micrometres, so its voxels are 0.001 × 0.0015 × 0.002 mm")
+    assert doubts(tmp_path, sform=placed(), qform=placed(), xyzt_units=0) == []
+
+
+def test_nifti_2_and_sizes_that_are_none(tmp_path):
+    assert doubts(tmp_path, sform=placed(), qform=placed(), version=2) == [
+        "is NIfTI-2, which ITK's programs do not read"
+    ]
+    (told,) = doubts(tmp_path, qform=placed(), codes=(0, 1), sizes=(0.0, 1.5, 2.0))
+    assert told == "says in pixdim that voxels are 0 × 1.5 × 2: what is no size counts as 1"
+
+
+def test_a_label_tells_what_its_image_does_not(tmp_path):
+    image, label = (tmp_path / name for name in ("image.nii", "label.nii"))
+    write_nifti(image, sform=placed(), qform=placed())
+    write_nifti(label, sform=placed(origin=(0, 0, 0)), qform=placed(), codes=(2, 1), voxels=np.ones(SHAPE, np.uint8))
+    case = CaseFiles(name="a", images=(image,), label=label)
+    scan, _, warnings = examine_scan(case, num_channels=1, labels=Labels.consecutive(1))
+    assert scan is not None
+    assert [fault.file for fault in warnings] == [label]
+    write_nifti(image, sform=placed(origin=(0, 0, 0)), qform=placed(), codes=(2, 1))
+    scan, _, warnings = examine_scan(case, num_channels=1, labels=Labels.consecutive(1))
+    assert [fault.file for fault in warnings] == [image]  # once
+
+
+IN_ITKS_PLACE = {"sform": placed(), "qform": placed()}
+TWO_FORMS = {"sform": tilted(placed(), 16.0), "qform": placed()}
+DIFFER, ALIKE = "and programs differ in what they read;", "reads both alike"
+IN_NIBABELS_PLACE = {"sform": tilted(placed(), 16.0), "codes": (2, 0)}
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "geometry", "told"),
+    [
+        (TWO_FORMS, IN_ITKS_PLACE, "itk", None),
+        (TWO_FORMS, IN_NIBABELS_PLACE, "sform", None),
+        (
+            TWO_FORMS,
+            IN_ITKS_PLACE,
+            "sform",
+            f"its sform lies on the qform of its image, {DIFFER} --geometry itk {ALIKE}",
+        ),
+        (
+            TWO_FORMS,
+            IN_NIBABELS_PLACE,
+            "itk",
+            f"its sform lies on the sform of its image, {DIFFER} --geometry sform {ALIKE}",
+        ),
+        (IN_NIBABELS_PLACE, IN_ITKS_PLACE, "itk", "the affines differ by more than rounding"),
+    ],
+)
+def test_a_label_in_the_place_of_the_other_form(tmp_path, image, label, geometry, told):
+    files = write_nifti(tmp_path / "image.nii", **image), write_nifti(tmp_path / "label.nii", **label)
+    case = CaseFiles(name="a", images=files[:1], label=files[1], geometry=geometry)
+    scan, defects, _ = examine_scan(case, num_channels=1, labels=Labels.consecutive(255))
+    if told is None:
+        assert scan is not None, defects
+    else:
+        (defect,) = defects
+        assert defect.text.startswith("lies 2.29 mm away from its image: ")  # 4 slices of 2 mm, times tan 16°
+        assert defect.text.endswith(told)
+
+
+def test_a_place_without_a_header(tmp_path):
+    """As scans of other formats have it: both forms, of code 1, in mm; a shear has no qform."""
+    for affine, codes in ((placed(turned(5, -170, 20)), (1, 1)), (tilted(placed()), (1, 0))):
+        write_label(tmp_path / "a.nii.gz", np.ones(SHAPE[::-1], np.uint8), header_at(affine, SHAPE))
+        found = nibabel.load(tmp_path / "a.nii.gz").header
+        assert (found["sform_code"], found["qform_code"]) == codes
+        assert found.get_xyzt_units()[0] == "mm"
+        assert apart(by_nibabel(tmp_path / "a.nii.gz"), affine, SHAPE) <= NEAR
+        of_itk = by_itk(tmp_path / "a.nii.gz")
+        assert of_itk is None if codes[1] == 0 else apart(of_itk, affine, SHAPE) <= NEAR

@@ -137,6 +137,39 @@ def test_labels_stored_as_floats_with_a_channel_and_scaled_integers(case):
     np.testing.assert_array_equal(scan.image[0], voxels.T)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "slope", "inter"),
+    [
+        (np.int16, 0.01, 0),
+        (np.int16, 0.1, -1024),
+        (np.float32, 0.99999994, 0),
+        (np.float32, 1, 0.0009),
+        (np.uint8, 0.5, 0),
+    ],
+)
+def test_labels_that_are_whole_numbers_but_for_rounding(case, dtype, slope, inter):
+    """As other programs write them: scaled, so that a voxel of 1 is read as 0.99999998, or computed in float32."""
+    label = np.random.default_rng(1).integers(0, 3, SHAPE)
+    stored = np.rint((label - inter) / slope) if np.issubdtype(dtype, np.integer) else label * np.float32(slope) + inter
+    image = nibabel.Nifti1Image(stored.astype(dtype), AFFINE)
+    content = bytearray(image.to_bytes())
+    if np.issubdtype(dtype, np.integer):
+        content[112:120] = np.array(
+            [slope, inter], "<f4"
+        ).tobytes()  # scl_slope and scl_inter, which nibabel would hide
+    case.label.write_bytes(gzip.compress(content))
+    np.testing.assert_array_equal(read(case).label, label.T)
+
+
+def test_a_refusal_prints_the_digits_that_offend(case):
+    save(case.label, np.full(SHAPE, 1.0011, np.float32))
+    assert refusal(case) == ["label.nii.gz has values that are not whole numbers: 1.0011"]
+    save(case.label, np.full(SHAPE, 1.00100001))
+    assert refusal(case) == ["label.nii.gz has values that are not whole numbers: 1.00100001"]
+    save(case.label, np.full(SHAPE, 3.0000002, np.float32))
+    assert refusal(case) == ["label.nii.gz has values 3.0000002, but the classes are numbered 0 to 2"]
+
+
 def test_rounded_headers_are_the_same_place(case):
     moved = AFFINE.copy()
     moved[1, 3] += 0.04  # mm: less than a tenth of the smallest voxel edge, 0.5 mm

@@ -1,12 +1,15 @@
 """Folders of images to folders of labels: geometry, resuming, and cases that cannot be read."""
 
+import json
 import re
 from dataclasses import replace
+from itertools import product
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from nifti_headers import by_itk, by_nibabel, placed, tilted, turned, write_nifti
 from torch import nn
 from torch.nn import functional
 
@@ -90,6 +93,56 @@ def test_a_prediction_lies_on_its_image(tmp_path, axes):
     assert found.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(np.asarray(found.dataobj), blocks())
     np.testing.assert_allclose(found.affine, affine)
+
+
+def test_a_prediction_lies_on_its_image_whatever_its_header_says(tmp_path):
+    """In SimpleITK and in nibabel, with any codes, forms that differ, a tilted gantry, other units, and channels."""
+    pytest.importorskip("SimpleITK")
+    forms = {"one": placed(), "other": placed(turned(0, 10, 0), origin=(1.0, 2.0, 3.0)), "tilted": tilted(placed())}
+    for name, codes in product(forms, product(range(5), range(5))):
+        file = tmp_path / "images" / f"{name}-{codes[0]}{codes[1]}.nii"
+        write_nifti(file, sform=forms[name], qform=placed(), codes=codes, voxels=blocks(), xyzt_units=codes[0] % 4)
+    outcomes = predict_folder(trained(), tmp_path / "images", tmp_path / "out", progress=False)
+    assert len(outcomes) == 75
+    for outcome in outcomes:
+        image = tmp_path / "images" / f"{outcome.name}.nii"
+        np.testing.assert_array_equal(by_itk(outcome.file), by_itk(image))
+        np.testing.assert_array_equal(by_nibabel(outcome.file), by_nibabel(image))
+        np.testing.assert_array_equal(nibabel.load(outcome.file).get_fdata(), blocks())
+
+
+def test_a_prediction_of_channels_in_one_file_lies_on_them(tmp_path):
+    pytest.importorskip("SimpleITK")
+    voxels = np.stack([blocks(), blocks()], -1)
+    image = write_nifti(tmp_path / "images" / "a.nii", sform=tilted(placed()), qform=placed(), voxels=voxels)
+    (outcome,) = predict_folder(trained(num_channels=2), tmp_path / "images", tmp_path / "out", progress=False)
+    np.testing.assert_array_equal(by_itk(outcome.file), by_itk(image))
+    np.testing.assert_array_equal(by_nibabel(outcome.file), by_nibabel(image))
+    assert nibabel.load(outcome.file).shape == blocks().shape
+
+
+def test_the_rule_of_the_training_places_a_scan_and_is_recorded(tmp_path):
+    """Where the sform states no sizes, the rule settles how a scan is resampled, and so the prediction."""
+    fine = np.kron(blocks(), np.ones((1, 1, 3), np.uint8))
+    write_nifti(
+        tmp_path / "images" / "a.nii", sform=placed(sizes=(1, 1, 1)), qform=placed(sizes=(1, 1, 3)), voxels=fine
+    )
+    found = {}
+    for rule in ("itk", "sform"):
+        by_rule = replace(trained(spacing=(1.0, 1.0, 1.0)), geometry=rule)
+        (outcome,) = predict_folder(by_rule, tmp_path / "images", tmp_path / rule, progress=False)
+        found[rule] = nibabel.load(outcome.file).get_fdata()
+        assert json.loads((tmp_path / rule / "prediction.json").read_text())["geometry"] == rule
+        assert "a.nii has more than one place" in outcome_table([outcome])
+    np.testing.assert_array_equal(found["sform"], fine)  # nothing is resampled
+    with pytest.raises(StateError, match="those of these networks and settings"):
+        predict_folder(by_rule, tmp_path / "images", tmp_path / "itk", progress=False)
+    record = tmp_path / "sform" / "prediction.json"
+    before = json.loads(record.read_text())
+    del before["geometry"]  # as a build wrote it that knew no rules, and read as nibabel does
+    record.write_text(json.dumps(before))
+    (outcome,) = predict_folder(by_rule, tmp_path / "images", tmp_path / "sform", progress=False)
+    assert outcome.kept
 
 
 def test_resampled_and_back_scores_one_in_the_original_geometry(tmp_path):

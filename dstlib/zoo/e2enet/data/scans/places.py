@@ -96,7 +96,7 @@ def why_elsewhere(volume: Volume, other: Volume, name: str) -> str:
             if agree(affine, place, shape):
                 rules = [rule for rule in get_args(Geometry) if agree(_by(volume, rule), _by(other, rule), shape)]
                 remedy = f"--geometry {rules[0]} reads both alike" if rules else "write the header of one anew"
-                return f"its {mine} is the {theirs} of {name}, as programs read either one or the other; {remedy}"
+                return f"its {mine} lies on the {theirs} of {name}, and programs differ in what they read; {remedy}"
     return "the affines differ by more than rounding"
 
 
