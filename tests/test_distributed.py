@@ -2,7 +2,9 @@
 
 import socket
 import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -41,8 +43,7 @@ def one_process(name):
     return model, sparsifier
 
 
-def train_rank(rank, port, wrap_first, name, folder):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def train_rank(rank, wrap_first, name, folder):
     model = small(seed=rank if wrap_first else 0).double()
     replica = DistributedDataParallel(model) if wrap_first else model  # takes the weights of rank 0
     if wrap_first:
@@ -57,12 +58,10 @@ def train_rank(rank, port, wrap_first, name, folder):
         loss(replica, x[half].double(), y[half]).backward()
         optimizer.step()
     torch.save((model.state_dict(), sparsifier.state_dict()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
-def diverge(rank, port, folder):
+def diverge(rank, folder):
     """Gradients that nobody reduces: the ranks must not part in silence."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = small()
     dstlib.sparsify(model, sparsity=0.7, method=replace(RIGL, interval=1), total_steps=20)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -74,12 +73,10 @@ def diverge(rank, port, folder):
     except StateError as error:
         message = str(error)
     torch.save(message, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
-def train_unevenly(rank, port, folder):
+def train_unevenly(rank, folder):
     """Rank 1 has four batches more, and ``Join`` lets rank 0 answer DDP meanwhile, but no mask check."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     distributed.PATIENCE = 0.5
     replica = DistributedDataParallel(small())
     sparsifier = dstlib.sparsify(replica, sparsity=0.7, method=tried("rigl"), total_steps=40)
@@ -92,12 +89,10 @@ def train_unevenly(rank, port, folder):
             optimizer.step()
     said = [str(w.message) for w in told if "did not come to compare" in str(w.message)]
     torch.save((sparsifier.step, said), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
-def train_alone(rank, port, says_so, folder):
+def train_alone(rank, says_so, folder):
     """Rank 0 trains a model of its own beside the other rank, which waits for it in vain or not at all."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     distributed.PATIENCE = 0.5
     alone = dist.new_group([0])
     told = []
@@ -114,15 +109,35 @@ def train_alone(rank, port, says_so, folder):
         assert sparsifier.step == STEPS
     dist.barrier()
     torch.save([str(w.message) for w in told], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
-def run(target, tmp_path, *args):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(target, args=(port, *args, str(tmp_path)), nprocs=2)
-    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def as_rank(target, rank, port, *args):
+    """Runs in one of the two processes, in a group that is the target's alone."""
+    address, patience = f"tcp://127.0.0.1:{port}", distributed.PATIENCE
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    try:
+        target(rank, *args)
+    finally:
+        distributed.PATIENCE = patience
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs a target on two ranks: in two processes, which load torch once for all tests."""
+    with ProcessPoolExecutor(2, mp.get_context("spawn")) as pool:
+
+        def both(target, tmp_path, *args):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            # a rank waits for the other in its group, so that each is in a process of its own
+            ranks = [pool.submit(as_rank, target, rank, port, *args, str(tmp_path)) for rank in (0, 1)]
+            for rank in as_completed(ranks):
+                rank.result()
+            return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+        yield both
 
 
 @pytest.mark.parametrize(
@@ -130,7 +145,7 @@ def run(target, tmp_path, *args):
     [(True, "rigl"), *((False, name) for name in TRIED)],
     ids=["wrapped before", *(f"wrapped after, {name}" for name in TRIED)],
 )
-def test_two_ranks_equal_one_process_with_the_doubled_batch(wrap_first, method, tmp_path):
+def test_two_ranks_equal_one_process_with_the_doubled_batch(run, wrap_first, method, tmp_path):
     (weights, masks), (other_weights, other_masks) = run(train_rank, tmp_path, wrap_first, method)
     model, sparsifier = one_process(method)
     for name, saved in sparsifier.state_dict()["weights"].items():
@@ -143,19 +158,19 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(wrap_first, method, 
         torch.testing.assert_close(weights[name], weight, rtol=1e-12, atol=1e-14)
 
 
-def test_ranks_that_part_say_so(tmp_path):
+def test_ranks_that_part_say_so(run, tmp_path):
     for message in run(diverge, tmp_path):
         assert "conv.weight" in message
         assert "step 1: expected the same on all 2 ranks" in message
 
 
-def test_a_rank_without_data_keeps_nobody_waiting(tmp_path):
+def test_a_rank_without_data_keeps_nobody_waiting(run, tmp_path):
     (early, _), (late, said) = run(train_unevenly, tmp_path)
     assert (early, late) == (6, 10)
     assert [line.partition(" did")[0] for line in said] == ["masks at step 8: rank 0"]
 
 
 @pytest.mark.parametrize("says_so", [True, False], ids=["a group of one", "the default group"])
-def test_a_rank_may_train_a_model_of_its_own(says_so, tmp_path):
+def test_a_rank_may_train_a_model_of_its_own(run, says_so, tmp_path):
     said, _ = run(train_alone, tmp_path, says_so)
     assert [line.partition(" did")[0] for line in said] == ([] if says_so else ["masks at step 1: rank 1"])

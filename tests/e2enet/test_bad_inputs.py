@@ -118,7 +118,7 @@ def test_check_names_the_file_and_what_is_wrong_with_it(damaged, kind, capsys):
     damage(damaged)
     assert command("check", damaged) == 1
     output = capsys.readouterr().out
-    assert re.match(r"AMOS: 7 cases, [123] defects? in 1 case, ", output)
+    assert re.search(r"^AMOS: 7 cases, [123] defects? in 1 case, ", output, re.MULTILINE)
     assert message in output
     assert set(re.findall(r"^(\S+) +DEFECT", output, re.MULTILINE)) == {"amos_0002"}
 
