@@ -27,6 +27,7 @@ AMOS, HIPPOCAMPUS = EXAMPLES / "e2enet_amos.py", EXAMPLES / "e2enet_hippocampus.
 KINDS = {"amos": AMOS, "btcv": EXAMPLES / "e2enet_btcv.py", "brats": EXAMPLES / "e2enet_brats.py"}
 KINDS["hippocampus"] = HIPPOCAMPUS
 SHORT = ("--epochs", "2", "--iterations", "2", "--interval", "1")
+PATCH = ("--patch-size", 16, 16, 16)
 TINY = ("--scans", "5", *SHORT)
 FILES = {"config.json", "metrics.csv", "log.jsonl", "checkpoint.pt", "model.pt", "scores.csv", "result.json"}
 FOLDERS = {"figures", "predictions"}
@@ -56,6 +57,11 @@ def small(tmp_path_factory):
         kind: write_phantoms(folder / kind, kind, num_scans=5, shape=shape, progress=False)
         for kind, shape in shapes.items()
     }
+
+
+def demo(folder):
+    """Options for a set of phantoms: each is prepared once for all tests, and patches are small."""
+    return "--data", folder, "--cache", folder.with_name(f"{folder.name}-cache"), "--preset", "demo", *PATCH
 
 
 def left_by(run):
@@ -107,10 +113,8 @@ def test_amos_in_a_process_of_its_own_leaves_all_it_promises(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_recipe_takes_its_layout_and_predicts_in_the_geometry_of_the_files(tmp_path, small, example, kind):
-    run, patch = tmp_path / "run", ("--patch-size", 16, 16, 16)
-    code, output, errors = example(
-        KINDS[kind], "--data", small[kind], "--preset", "demo", "--run-dir", run, *SHORT, *patch
-    )
+    run = tmp_path / "run"
+    code, output, errors = example(KINDS[kind], *demo(small[kind]), "--run-dir", run, *SHORT)
     assert code == 0, errors
     assert left_by(run) == FILES | FOLDERS
     config, result = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "result"))
@@ -132,7 +136,7 @@ def label_of(file):
 
 def test_the_weights_it_leaves_load_in_the_plain_network(tmp_path, small, example):
     run = tmp_path / "run"
-    assert example(AMOS, "--data", small["amos"], "--preset", "demo", "--run-dir", run, *SHORT)[0] == 0
+    assert example(AMOS, *demo(small["amos"]), "--run-dir", run, *SHORT)[0] == 0
     network = E2ENet(config_of(run).network)
     network.load_state_dict(torch.load(run / "model.pt", weights_only=True))
     sparse = [p for name, p in network.named_parameters() if name.startswith("fusion.") and p.ndim == 5]
@@ -143,7 +147,7 @@ def test_the_weights_it_leaves_load_in_the_plain_network(tmp_path, small, exampl
 
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(tmp_path, small, example, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ("--data", small["amos"], "--preset", "demo", *SHORT)
+    options = (*demo(small["amos"]), *SHORT)
     assert example(AMOS, "--run-dir", whole, *options)[0] == 0
     with monkeypatch.context() as patch:
         batches_watched(patch, interrupt_at(2))
@@ -167,7 +171,7 @@ def assert_same_runs(one, other):
 
 
 def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small):
-    options = ("--data", small["amos"], "--preset", "demo", *SHORT, "--cache", tmp_path / "cache")
+    options = (*demo(small["amos"]), *SHORT)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     in_a_process(AMOS, *options, "--run-dir", whole, check=True)
     script = (
@@ -189,7 +193,7 @@ def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small):
 
 
 def test_two_processes_train_as_one(tmp_path, small):
-    options = ("--data", small["amos"], "--preset", "demo", *SHORT, "--cache", tmp_path / "cache")
+    options = (*demo(small["amos"]), *SHORT)
     in_a_process(AMOS, *options, "--run-dir", tmp_path / "one", check=True)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = in_a_process(*launcher, AMOS, *options, "--run-dir", tmp_path / "two", check=False)
@@ -214,7 +218,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, small,
     def fail(iteration):
         raise KeyboardInterrupt
 
-    options = ("--data", small["amos"], "--preset", "demo", "--run-dir", tmp_path / "run", *SHORT)
+    options = (*demo(small["amos"]), "--run-dir", tmp_path / "run", *SHORT)
     with monkeypatch.context() as patch:
         batches_watched(patch, fail)
         assert example(AMOS, *options)[0] == 130
@@ -224,7 +228,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, small,
 
 def test_ctrl_c_in_the_last_iteration_is_heard(tmp_path, small, example, monkeypatch):
     batches_watched(monkeypatch, interrupt_at(3))
-    code, _, errors = example(AMOS, "--data", small["amos"], "--preset", "demo", "--run-dir", tmp_path / "run", *SHORT)
+    code, _, errors = example(AMOS, *demo(small["amos"]), "--run-dir", tmp_path / "run", *SHORT)
     assert code == 130
     assert "Stopped after iteration 4 of 4" in errors
 
@@ -234,10 +238,7 @@ def test_a_method_changes_what_is_counted_and_shown(tmp_path, small, example):
         run = tmp_path / name
         code, output, _ = example(
             AMOS,
-            "--data",
-            small["amos"],
-            "--preset",
-            "demo",
+            *demo(small["amos"]),
             "--run-dir",
             run,
             "--epochs",
@@ -254,10 +255,8 @@ def test_a_method_changes_what_is_counted_and_shown(tmp_path, small, example):
 
 
 def test_a_baseline_goes_through_the_same_command(tmp_path, small, example):
-    run, patch = tmp_path / "run", ("--patch-size", 16, 16, 16, "--epochs", 1, "--iterations", 1)
-    code, _, errors = example(
-        HIPPOCAMPUS, "--data", small["hippocampus"], "--preset", "demo", "--model", "nnunet", "--run-dir", run, *patch
-    )
+    run, short = tmp_path / "run", ("--epochs", 1, "--iterations", 1)
+    code, _, errors = example(HIPPOCAMPUS, *demo(small["hippocampus"]), "--model", "nnunet", "--run-dir", run, *short)
     assert code == 0, errors
     result = json.loads((run / "result.json").read_text())
     assert set(result["cost"]) == {"dense"}
@@ -270,11 +269,12 @@ def test_all_folds_at_once_are_judged_by_the_sets_own_validation_cases(tmp_path,
     manifest = json.loads((folder / "dataset.json").read_text())
     manifest["validation"] = [manifest["training"].pop()]
     (folder / "dataset.json").write_text(json.dumps(manifest))
-    flags = ("--data", folder, "--preset", "demo", "--fold", "all", "--epochs", 1, "--iterations", 1, "--interval", 1)
+    flags = (*demo(folder), "--fold", "all", "--epochs", 1, "--iterations", 1, "--interval", 1)
     code, output, errors = example(AMOS, *flags, "--method", "static", "--run-dir", tmp_path / "run")
     assert code == 0, errors
     assert "4 cases to train on, 1 held out" in output
-    hippocampus = ("--data", small["hippocampus"], *flags[2:], "--method", "static", "--run-dir", tmp_path / "none")
+    flags = (*demo(small["hippocampus"]), *flags[len(demo(folder)) :])
+    hippocampus = (*flags, "--method", "static", "--run-dir", tmp_path / "none")
     code, output, errors = example(HIPPOCAMPUS, *hippocampus)
     assert code == 0, errors
     assert "nothing is evaluated" in output
@@ -282,7 +282,7 @@ def test_all_folds_at_once_are_judged_by_the_sets_own_validation_cases(tmp_path,
 
 
 def test_fine_tuning_with_the_topology_kept(tmp_path, small, example):
-    options = ("--data", small["amos"], "--preset", "demo", *SHORT)
+    options = (*demo(small["amos"]), *SHORT)
     first, second = tmp_path / "first", tmp_path / "second"
     assert example(AMOS, *options, "--run-dir", first)[0] == 0
     code, _, errors = example(AMOS, *options, "--from", first, "--freeze-topology", "--run-dir", second)
@@ -303,7 +303,7 @@ def test_fine_tuning_with_the_topology_kept(tmp_path, small, example):
 
 
 def test_method_dense_is_sparsity_zero(tmp_path, small, example):
-    flags = ("--data", small["amos"], "--preset", "demo", "--epochs", 1, "--iterations", 1, "--method", "dense")
+    flags = (*demo(small["amos"]), "--epochs", 1, "--iterations", 1, "--method", "dense")
     assert example(AMOS, "--run-dir", tmp_path / "run", *flags)[0] == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["sparsity"] == 0
 
@@ -357,7 +357,7 @@ def test_data_that_is_not_there_is_one_line(tmp_path, example):
 def test_settings_that_cannot_be_used_are_one_line(tmp_path, small, example, monkeypatch, arguments, message):
     monkeypatch.setattr(run_module, "find_spec", lambda name: None)  # no tensorboard
     run = () if {"--run-dir", "--resume"} & set(arguments) else ("--run-dir", tmp_path / "a")
-    assert message in refused(example, AMOS, "--data", small["amos"], "--preset", "demo", *SHORT, *arguments, *run)
+    assert message in refused(example, AMOS, *demo(small["amos"]), *SHORT, *arguments, *run)
     assert not (tmp_path / "a").exists()
 
 
@@ -366,7 +366,7 @@ def test_too_few_phantoms_for_five_folds_are_refused(example):
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, small, example):
-    run, options = tmp_path / "run", ("--data", small["amos"], "--preset", "demo", *SHORT)
+    run, options = tmp_path / "run", (*demo(small["amos"]), *SHORT)
     (run / "figures").mkdir(parents=True)
     (run / "config.json").write_text('{"name": "e2enet_amos"}')
     assert "--resume" in refused(example, AMOS, "--run-dir", run, *options)
