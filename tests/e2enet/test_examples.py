@@ -1,6 +1,7 @@
 """The examples as a user runs them: what they print, leave behind, refuse, and survive."""
 
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel
@@ -20,6 +22,7 @@ from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.cli import HELP
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.training import loop as loop_module
+from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.records import config_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -170,44 +173,38 @@ def assert_same_runs(one, other):
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
-def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small):
+def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small, example, monkeypatch):
     options = (*demo(small["amos"]), *SHORT)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    in_a_process(AMOS, *options, "--run-dir", whole, check=True)
-    script = (
-        "import os, runpy, signal, sys\n"
-        "from dstlib.zoo.e2enet.training import loop\n"
-        "draw = loop.batches\n"
-        "def deadly(*arguments, start, **options):\n"
-        "    for i, batch in enumerate(draw(*arguments, start=start, **options), start):\n"
-        "        if i == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        yield batch\n"
-        "loop.batches = deadly\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    wrapper = f"import sys; sys.argv = sys.argv[1:]\n{script}"
-    done = in_a_process("-c", wrapper, AMOS, *options, "--run-dir", killed, check=False)
-    assert done.returncode == -signal.SIGKILL
-    in_a_process(AMOS, *options, "--run-dir", killed, "--resume", check=True)
+    assert example(AMOS, *options, "--run-dir", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        batches_watched(patch, lambda iteration: os.kill(os.getpid(), signal.SIGKILL) if iteration == 3 else None)
+        # a fork, as a process of its own would load all that this one has
+        child = multiprocessing.get_context("fork").Process(target=example, args=(AMOS, *options, "--run-dir", killed))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert example(AMOS, *options, "--run-dir", killed, "--resume")[0] == 0
     assert_same_runs(whole, killed)
 
 
-def test_two_processes_train_as_one(tmp_path, small):
+def test_two_processes_train_as_one(tmp_path, small, example):
     options = (*demo(small["amos"]), *SHORT)
-    in_a_process(AMOS, *options, "--run-dir", tmp_path / "one", check=True)
+    assert example(AMOS, *options, "--run-dir", tmp_path / "one")[0] == 0
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = in_a_process(*launcher, AMOS, *options, "--run-dir", tmp_path / "two", check=False)
     assert done.returncode == 0, done.stderr
     assert left_by(tmp_path / "two") == FILES | FOLDERS
     losses = [read_losses(tmp_path / name) for name in ("one", "two")]
-    refused_by_two = in_a_process(
-        *launcher, AMOS, *options, "--batch-size", 3, "--run-dir", tmp_path / "b", check=False
-    )
-    assert refused_by_two.returncode != 0
-    assert "expected a multiple of 2, the number of processes, got 3" in refused_by_two.stderr
-    assert not (tmp_path / "b").exists()
     # the same patches, but Dice and gradients are averaged in another order
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_patches_that_two_processes_cannot_share_are_refused(tmp_path, small, example, monkeypatch):
+    monkeypatch.setattr(run_module, "process_group", lambda device: nullcontext(Ranks(0, 2)))
+    error = refused(example, AMOS, *demo(small["amos"]), *SHORT, "--batch-size", 3, "--run-dir", tmp_path / "b")
+    assert "expected a multiple of 2, the number of processes, got 3" in error
+    assert not (tmp_path / "b").exists()
 
 
 def read_losses(run):
