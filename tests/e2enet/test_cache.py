@@ -193,6 +193,16 @@ def test_another_number_of_classes_is_checked_again(manifest, tmp_path):
         prepare(replace(manifest, classes=("liver",), labels=Labels.consecutive(1)), tmp_path)
 
 
+def test_regions_are_of_the_same_arrays_as_classes(manifest, tmp_path, reads):
+    cases, _ = prepare(manifest, tmp_path)
+    reads.clear()
+    labels = Labels(values=(1, 2), regions=((1, 2), (2,)), written=(1, 2))
+    regions, _ = prepare(replace(manifest, labels=labels), tmp_path)
+    assert reads == []
+    for classes, case in zip(cases.cases, regions.cases, strict=True):
+        assert case.class_voxels[1].size == sum(voxels.size for voxels in classes.class_voxels.values())
+
+
 def test_another_format_is_made_anew(manifest, tmp_path, reads, monkeypatch):
     prepare(manifest, tmp_path)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)

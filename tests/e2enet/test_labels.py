@@ -28,7 +28,7 @@ from dstlib.zoo.e2enet.data.layouts.regions import with_regions
 from dstlib.zoo.e2enet.data.preprocessing.normalization import RangeNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.data.preprocessing.resampling import topmost
-from dstlib.zoo.e2enet.data.scans.nifti import read_label
+from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_label
 from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing, evaluate_folder
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.predict import Trained, predict_scans
@@ -133,6 +133,22 @@ def test_what_no_prediction_says(labels):
 def test_labels_that_contradict_themselves(settings, text):
     with pytest.raises(DataError, match=text):
         Labels(**settings)
+
+
+def test_what_is_odd_about_a_label_with_voxels_to_ignore(tmp_path):
+    labels = Labels(values=(1,), ignored=9)
+    case = CaseFiles(name="a", images=(tmp_path / "a.nii.gz",), label=tmp_path / "label.nii.gz")
+    image = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
+    nibabel.Nifti1Image(image, np.eye(4)).to_filename(case.images[0])
+    for values, text in (
+        ([9] * 8, ["label.nii.gz is ignored everywhere: each voxel is 9"]),
+        ([0, 9] * 4, ["label.nii.gz has no foreground"]),
+        ([0] * 8, ["label.nii.gz has no foreground"]),
+        ([0, 9, 1, 0] * 2, []),
+    ):
+        write_label(case.label, np.array(values, np.uint8).reshape(2, 2, 2))
+        warnings = examine_scan(case, num_channels=1, labels=labels).warnings
+        assert [f"{warning.file.name} {warning.text}" for warning in warnings] == text
 
 
 # ---- tables
@@ -489,3 +505,5 @@ def test_a_training_on_regions_from_scans_to_scores(tmp_path, capsys):
     brats = run_recipe(config_of_run(data, tmp_path / "brats", "--regions", "brats", "--epochs", "1"))
     assert brats.classes == ("whole tumour", "tumour core", "enhancing tumour")
     assert load_trained([tmp_path / "brats"]).labels == BRATS
+    assert main(["compare", run, str(tmp_path / "brats"), "--beside", "brats"]) == 0
+    assert "over regions, which overlap, in run, brats; published ones over classes" in capsys.readouterr().out

@@ -200,6 +200,7 @@ def refusal(folder, **options):
         (decathlon, {"labels": {"0": "b", "1": ESCAPE}}, "class of data set"),
         (decathlon, {"labels": {"0": "b", "1": "=1+1"}}, "as formulas of spreadsheets do"),
         (decathlon, {"labels": {"0": "b", "1": "a", "2": "a"}}, "expected each name once, got a more than once"),
+        (decathlon, {"labels": {"0": "b", "1": "Left kidney", "2": "left  kidney"}}, "got Left kidney beside left"),
         (decathlon, {"modality": {"0": ESCAPE}}, "channel of data set"),
         (decathlon, {"test": ["imagesTs/.nii.gz"]}, "which is empty"),
         (decathlon, {"test": ["imagesTs/NUL.nii.gz"]}, "name of the case of"),

@@ -51,6 +51,16 @@ def test_a_run_is_not_overwritten(folder):
         pass
 
 
+def test_a_run_of_before_is_continued_where_nothing_new_is_asked_of_it(folder):
+    with open_run(folder, {**CONFIG, "labels": None}, resume=True):
+        pass
+    with (
+        pytest.raises(StateError, match=r"expected labels\.ignored nothing, got labels\.ignored 4"),
+        open_run(folder, {**CONFIG, "labels": {"ignored": 4}}, resume=True),
+    ):
+        pass
+
+
 def test_there_is_nothing_to_resume_in_an_empty_or_missing_folder(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(StateError, match="resume"), open_run(path, CONFIG, resume=True):

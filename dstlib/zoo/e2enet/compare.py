@@ -10,7 +10,7 @@ from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.evaluation.pt_score import Row
 from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
-from dstlib.zoo.e2enet.training.records import result_of
+from dstlib.zoo.e2enet.training.records import CONFIG, config_of, result_of
 
 
 def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = None, alpha: float = 0.5) -> str:
@@ -36,6 +36,9 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     if len({result.classes for result in results.values()}) > 1:
         classes = [f"{', '.join(result.classes)} in {run.name}" for run, result in results.items()]
         notes.append(f"mDice is over other classes: {', '.join(classes)}.")
+    overlapping = [run.name for run in runs if (run / CONFIG).exists() and config_of(run).data.meaning.regions]
+    if beside and overlapping:
+        notes.append(f"mDice is over regions, which overlap, in {', '.join(overlapping)}; published ones over classes.")
     return "\n".join(
         [comparison([*rows, *(PUBLISHED[beside] if beside else ())], alpha=alpha), *map(on_one_line, notes)]
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from dstlib.errors import DataError, few, require
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
-from dstlib.zoo.e2enet.data.layouts.names import file_name_fault, name_fault, one_file, refuse_name
+from dstlib.zoo.e2enet.data.layouts.names import file_name_fault, name_fault, one_file, read_alike, refuse_name
 
 MAX_CLASSES = 255  # a label is a byte, and 0 is the background
 
@@ -87,10 +87,9 @@ class Manifest:
         for what, names in (("class", self.classes), ("channel", self.channels)):
             for name in names:
                 refuse_name(name, what, where, fault=name_fault)
-        repeated = sorted({name for name in self.classes if self.classes.count(name) > 1})
-        remedy = "Rename one: scores are kept by the names of classes."
-        allowed, given = "each name once", f"{', '.join(repeated)} more than once"
-        require(not repeated, "classes", where, allowed=allowed, given=given, remedy=remedy, error=DataError)
+        alike, allowed = few(read_alike(self.classes)), "each name once"
+        remedy = "Rename one: scores are kept, and read, by the names of classes."
+        require(not alike, "classes", where, allowed=allowed, given=alike, remedy=remedy, error=DataError)
         refuse_copies(self.folder, self.cases)
 
     @property

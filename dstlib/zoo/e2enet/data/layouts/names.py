@@ -68,6 +68,19 @@ def one_file(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
+def read_alike(names: Sequence[str]) -> tuple[str, ...]:
+    """Lists the names that are read as others of them: they are the same, or differ in capitals or spaces alone.
+
+    >>> read_alike(("liver", "Liver", "left  kidney", "spleen", "spleen"))
+    ('liver beside Liver', 'spleen more than once')
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", one_file(name)).split()), []).append(name)
+    found = [list(dict.fromkeys(each)) for each in alike.values() if len(each) > 1]
+    return tuple(" beside ".join(each) if len(each) > 1 else f"{each[0]} more than once" for each in found)
+
+
 def repeated(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names that are there more than once, sorted.
 

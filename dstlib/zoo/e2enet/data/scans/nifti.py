@@ -128,7 +128,7 @@ def examine_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) 
     voxels = None if found.volume is None else np.ascontiguousarray(found.volume.voxels.T)
     scan = Scan(files.name, image, voxels, first[1].affine, first[1].header)
     placed = images if found.volume is None else {**images, files.label_files[0]: found.volume}
-    return Examined(scan, (), (*_oddities(files, scan, placed), *found.overlaps))
+    return Examined(scan, (), (*_oddities(files, scan, placed, labels), *found.overlaps))
 
 
 def read_label(path: Path, labels: Labels = _ANY, *, geometry: Geometry = "itk") -> Volume:
@@ -326,7 +326,7 @@ def _stack(channels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
 
 
-def _oddities(files: CaseFiles, scan: Scan, volumes: Mapping[Path, Volume]) -> list[Fault]:
+def _oddities(files: CaseFiles, scan: Scan, volumes: Mapping[Path, Volume], labels: Labels | None) -> list[Fault]:
     """Lists what is legal, but seldom meant; ``volumes`` are those of the images, and of the label if there is one."""
     odd: list[Fault] = []
     for file, volume in volumes.items():
@@ -339,6 +339,10 @@ def _oddities(files: CaseFiles, scan: Scan, volumes: Mapping[Path, Volume]) -> l
     for file in dict.fromkeys(files.images):
         if (times := files.images.count(file)) > 1:
             odd.append(Fault(file, f"is {times} of the channels"))
-    if scan.label is not None and files.label is not None and not scan.label.any():
-        odd.append(Fault(files.label, "has no foreground"))
+    if scan.label is not None and files.label is not None and labels is not None:
+        is_ignored = scan.label == (labels.ignored_number or 0)  # with none, the background
+        if is_ignored.all() and labels.ignored is not None:
+            odd.append(Fault(files.label, f"is ignored everywhere: each voxel is {labels.ignored}"))
+        elif (is_ignored | (scan.label == 0)).all():
+            odd.append(Fault(files.label, "has no foreground"))
     return odd
