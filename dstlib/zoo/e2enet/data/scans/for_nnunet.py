@@ -30,7 +30,7 @@ MIN_CASES = 5  # for as many folds
 _KEYS = ("labels", "channel_names", "numTraining", "file_ending")
 _BY_ITK, _BY_NIBABEL = (".nii.gz", ".nrrd", ".mha", ".gipl"), (".nii.gz", ".nii")
 _OTHERS = (".png", ".bmp", ".tif", ".tiff")
-_CONVERTERS = {"decathlon": "nnUNetv2_convert_MSD_dataset", "nnunet_v1": "nnUNetv2_convert_old_nnUNet_dataset"}
+_CONVERTERS = {"decathlon": "nnUNetv2_convert_MSD_dataset", "nnunet-v1": "nnUNetv2_convert_old_nnUNet_dataset"}
 _REFUSED = (RuntimeError, OSError, ValueError, TypeError, ImageFileError)  # of a file that cannot be opened
 
 
@@ -64,7 +64,7 @@ def nnunet_warnings(manifest: Manifest, *, progress: bool = True) -> tuple[Defec
         raise StateError.of("SimpleITK", "this Python", allowed="one for --for-nnunet", given="none", remedy=remedy)
     file = manifest.folder / "dataset.json"
     content = read_json(file) if file.is_file() else {}
-    if manifest.layout == "nnunet":
+    if _is_raw(manifest):
         texts = [*_of_folder(manifest.folder, content), *_of_entries(content), *_of_labels(content)]
     else:
         converter = _CONVERTERS.get(manifest.layout)
@@ -76,6 +76,10 @@ def nnunet_warnings(manifest: Manifest, *, progress: bool = True) -> tuple[Defec
     with _no_warnings_of_itk():
         found += _of_cases(manifest, content, progress=progress)
     return tuple(found)
+
+
+def _is_raw(manifest: Manifest) -> bool:
+    return manifest.layout == "nnunet"
 
 
 def _of_folder(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
@@ -123,14 +127,13 @@ def _of_cases(manifest: Manifest, content: Mapping[str, Any], *, progress: bool)
     reader = _reader(manifest, content, cases)
     if reader is None:
         return []
-    if reader is _NIBABEL and manifest.layout == "nnunet" and content.get("file_ending") != ".nii":
+    if reader is _NIBABEL and _is_raw(manifest) and content.get("file_ending") != ".nii":
         first = cases[0].images[0].name
         told = f"{WARNS} with all files read by nibabel, as ITK cannot open the first ({first}): repair its header"
         found.append(Defect(WHOLE_SET, told))
     has_foreground = not cases
     for case in tqdm(cases, "checking for nnU-Net", unit="case", disable=not progress):
-        is_raw = manifest.layout == "nnunet"
-        found += [Defect(case.name, text) for text in _of_case(case, reader, is_raw=is_raw)]
+        found += [Defect(case.name, text) for text in _of_case(case, reader, is_raw=_is_raw(manifest))]
         voxels = _voxels(case, reader)
         has_foreground |= voxels is None or bool((voxels > 0).any())
         if voxels is not None:
@@ -205,12 +208,12 @@ def _reader(manifest: Manifest, content: Mapping[str, Any], cases: Sequence[Case
     asked = content.get("overwrite_image_reader_writer", "None")
     if asked != "None":
         return {"SimpleITKIO": _ITK, "NibabelIO": _NIBABEL}.get(str(asked))
-    ending = str(content.get("file_ending", ".nii.gz")).lower() if manifest.layout == "nnunet" else ".nii.gz"
+    ending = str(content.get("file_ending", ".nii.gz")).lower() if _is_raw(manifest) else ".nii.gz"
     if ending in _BY_ITK and cases:
         try:
             _ITK.header(cases[0].images[0])
         except _REFUSED:
-            return _NIBABEL if ending in _BY_NIBABEL and manifest.layout == "nnunet" else _ITK
+            return _NIBABEL if ending in _BY_NIBABEL and _is_raw(manifest) else _ITK
         return _ITK
     return _NIBABEL if ending in _BY_NIBABEL else None
 
