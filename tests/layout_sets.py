@@ -15,14 +15,18 @@ SEQUENCES = {"_": ("flair", "t1", "t1ce", "t2"), "-": ("t2f", "t1n", "t1c", "t2w
 
 
 def volumes(seed: int, *, num_channels: int = 1, values: Sequence[int] = (1, 2)) -> tuple[list[np.ndarray], np.ndarray]:
-    """Draws the channels and the label (x, y, z) of one case, with each of the values; sizes differ between cases."""
+    """Draws the channels and the label (x, y, z) of one case, with each of the values.
+
+    Sizes, also of the foreground, and intensities differ from case to case.
+    """
     shape, rng = (18 + seed % 3, 20, 16 + 2 * (seed % 2)), np.random.default_rng(seed)
     grid = np.meshgrid(*map(np.arange, shape), indexing="ij")
     label = np.zeros(shape, np.uint8)
     for i, value in enumerate(values):
         centre = [n * (0.25 + 0.5 * ((i + 1) / (len(values) + 1))) for n in shape]
-        label[sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) < 9] = value
-    return [(rng.normal(100, 20, shape) + 60 * label).astype(np.int16) for _ in range(num_channels)], label
+        label[sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) < 3 + 4 * (seed % 3)] = value
+    level = 100 + 30 * (seed % 3)
+    return [(rng.normal(level, 20, shape) + 60 * label).astype(np.int16) for _ in range(num_channels)], label
 
 
 def save(file: Path, voxels: np.ndarray) -> None:

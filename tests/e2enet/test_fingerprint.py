@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
-    NUM_SAMPLES,
     Fingerprint,
     ScanFingerprint,
     join,
@@ -19,6 +18,7 @@ from dstlib.zoo.e2enet.data.preprocessing.fingerprint import (
     scan_fingerprint,
     target_spacing,
 )
+from dstlib.zoo.e2enet.data.preprocessing.intensities import NUM_VALUES
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, ZScoreNormalization
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
@@ -59,31 +59,53 @@ def test_one_scan_by_hand():
     assert found.spacing == (2.0, 3.0, 1.0)
     assert found.shape == (2, 2, 3)
     assert found.kept == 0.5
-    assert found.samples.tolist() == [[1, 12], [13, 24]]
+    assert [each.values.tolist() for each in found.intensities] == [[1, 12], [13, 24]]
+    assert [each.counts.tolist() for each in found.intensities] == [[1, 1], [1, 1]]
 
 
-def test_intensities_are_those_of_the_foreground():
-    scans = [scan_of(name, seed=seed, num_channels=2) for seed, name in enumerate("ab")]
+def test_intensities_are_those_of_the_foreground_and_scans_count_alike():
+    """As nnU-Net has it: a case of few foreground voxels counts as much as one of many."""
+    scans = [scan_of(name, seed=seed, num_channels=2, foreground=0.1 + 0.8 * seed) for seed, name in enumerate("ab")]
     result = fingerprint(iter(scans))
     assert result.num_channels == 2
     for channel, found in enumerate(result.intensities):
-        voxels = np.concatenate([scan.image[channel][scan.label > 0] for scan in scans])
-        assert (found.low, found.high) == pytest.approx(tuple(np.percentile(voxels, (0.5, 99.5))))
-        assert (found.mean, found.std) == pytest.approx((voxels.mean(), voxels.std()))
+        few, many = (scan.image[channel][scan.label > 0].astype(np.float64) for scan in scans)
+        assert len(few) * 5 < len(many)
+        alike = np.concatenate([np.repeat(few, len(many)), np.repeat(many, len(few))])
+        assert (found.low, found.high) == tuple(np.percentile(alike, (0.5, 99.5), method="inverted_cdf"))
+        assert (found.mean, found.std) == pytest.approx((alike.mean(), alike.std()))
 
 
-def test_large_foregrounds_are_sampled_by_the_name_of_the_case():
+def test_what_lies_outside_the_box_of_the_image_is_cropped_away():
+    scan = scan_of(foreground=1.0)
+    scan.image[:, 0] = 0
+    (found,) = scan_fingerprint(scan).intensities
+    assert found.values.min() > 0
+    assert found.counts.sum() == scan.image[0, 1:].size
+
+
+def test_whole_numbers_are_counted_to_the_last_voxel():
+    scan = scan_of(shape=(30, 40, 50), foreground=0.9)
+    scan.image[:] = np.rint(scan.image * 20)
+    (found,) = scan_fingerprint(scan).intensities
+    values, counts = np.unique(scan.image[0][scan.label > 0], return_counts=True)
+    assert counts.sum() > 5 * NUM_VALUES
+    assert np.array_equal(found.values, values)
+    assert np.array_equal(found.counts, counts)
+
+
+def test_large_foregrounds_of_other_numbers_are_sampled_by_the_name_of_the_case():
     scan = scan_of(shape=(30, 30, 30), foreground=0.9)
-    found, again = scan_fingerprint(scan), scan_fingerprint(scan)
-    assert found.samples.shape == (1, NUM_SAMPLES)
-    assert np.array_equal(found.samples, again.samples)
+    (found,), (again,) = scan_fingerprint(scan).intensities, scan_fingerprint(scan).intensities
+    assert found.counts.sum() == NUM_VALUES
+    assert np.array_equal(found.values, again.values)
     voxels = scan.image[0][scan.label > 0]
-    assert len(np.unique(found.samples)) > 0.99 * NUM_SAMPLES  # each voxel once: few of the float32 are equal
-    assert set(found.samples[0]) <= set(voxels)
+    assert len(found.values) > 0.99 * NUM_VALUES  # each voxel once: few of the float32 are equal
+    assert set(found.values) <= set(voxels)
     # The mean of 10,000 draws from a standard deviation of 29 lies within 5 of its standard errors, 1.4.
-    assert found.samples.mean() == pytest.approx(voxels.mean(), abs=1.5)
-    other = scan_fingerprint(replace(scan, name="b"))
-    assert not np.array_equal(found.samples, other.samples)
+    assert np.average(found.values, weights=found.counts) == pytest.approx(voxels.mean(), abs=1.5)
+    (other,) = scan_fingerprint(replace(scan, name="b")).intensities
+    assert not np.array_equal(found.values, other.values)
 
 
 @given(st.permutations("abcd"))
@@ -110,9 +132,11 @@ def test_scans_are_measured_one_after_the_other():
 def test_a_measured_scan_comes_back_from_json(num_channels, foreground, seed):
     found = scan_fingerprint(scan_of(num_channels=num_channels, foreground=foreground, seed=seed))
     again = ScanFingerprint.from_json(json.loads(json.dumps(found.to_json())))
-    assert again.samples.dtype == np.float32
-    assert np.array_equal(again.samples, found.samples)
-    assert {**vars(again), "samples": 0} == {**vars(found), "samples": 0}
+    for one, other in zip(again.intensities, found.intensities, strict=True):
+        assert np.array_equal(one.values, other.values)
+        assert np.array_equal(one.counts, other.counts)
+        assert (one.values.dtype, one.counts.dtype) == (np.float32, np.int32)
+    assert {**vars(again), "intensities": 0} == {**vars(found), "intensities": 0}
 
 
 def test_what_cannot_be_measured_is_refused():

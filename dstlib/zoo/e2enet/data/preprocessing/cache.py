@@ -45,7 +45,7 @@ from dstlib.zoo.e2enet.data.scans.formats import parts
 from dstlib.zoo.e2enet.data.scans.geometry import ORIENTATION
 from dstlib.zoo.e2enet.data.scans.nifti import Fault, examine_scan
 
-FORMAT = 4  # to be raised whenever the same scan would be prepared, or recorded, otherwise: old entries are then remade
+FORMAT = 5  # to be raised whenever the same scan would be prepared, or recorded, otherwise: old entries are then remade
 
 _ARRAYS = ("image.npy", "label.npy")
 _HEADER = 128  # bytes of a .npy file before its array, if that has few axes

@@ -1,20 +1,19 @@
 """What a data set is like, measured scan after scan, and the preparation that follows from it.
 
-Shapes: C channels, N sampled voxels; D depth, H height, W width in canonical order.
+Shapes: D depth, H height, W width in canonical order.
 """
 
-import base64
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Shape, Spacing, three
 from dstlib.zoo.e2enet.data.layouts.channels import Scheme
+from dstlib.zoo.e2enet.data.preprocessing.intensities import Intensities, count_intensities, describe
 from dstlib.zoo.e2enet.data.preprocessing.normalization import (
     CtNormalization,
     Normalization,
@@ -25,7 +24,6 @@ from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.data.scans.geometry import MAX_ANISOTROPY, box_around, box_shape, nonzero, uncropped
 from dstlib.zoo.e2enet.data.scans.nifti import Scan
 
-NUM_SAMPLES = 10_000  # foreground voxels of one scan
 MASKED_BELOW = 3 / 4  # of the image that the box takes: less, and MRI is normalised inside the patient's mask
 
 
@@ -36,7 +34,7 @@ class Fingerprint:
     - ``spacings``, ``shapes``: in mm and voxels along the canonical (D, H, W), the shape within the box.
     - ``kept``: the share of the scan that the box around its non-zero voxels takes.
     - ``intensities``: of the foreground, by which a CT is normalised: 0.5 and 99.5 percentiles, mean and standard
-      deviation, one entry per channel; none, if no scan has foreground.
+      deviation, in which scans count alike, one entry per channel; none, if no scan has foreground.
     """
 
     num_channels: int
@@ -48,18 +46,17 @@ class Fingerprint:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScanFingerprint:
-    """What one scan is like; ``samples`` (C, N) are the intensities of some of its foreground voxels."""
+    """What one scan is like; ``intensities`` are those of its foreground, one entry per channel."""
 
     name: str
     spacing: Spacing
     shape: Shape
     kept: float
-    samples: NDArray[np.float32]
+    intensities: tuple[Intensities, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what :meth:`from_json` reads; the samples as base64 of their bytes, so that none is rounded."""
-        samples = base64.b64encode(self.samples.astype("<f4").tobytes()).decode()
-        return {**vars(self), "samples": samples, "num_channels": len(self.samples)}
+        """Returns what :meth:`from_json` reads."""
+        return {**vars(self), "intensities": [channel.to_json() for channel in self.intensities]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ScanFingerprint":
@@ -68,39 +65,39 @@ class ScanFingerprint:
         Raises:
             KeyError, TypeError, ValueError: The content is damaged or foreign.
         """
-        samples = np.frombuffer(base64.b64decode(content["samples"], validate=True), "<f4")
         return cls(
             name=content["name"],
             spacing=three(content["spacing"]),
             shape=three(content["shape"]),
             kept=float(content["kept"]),
-            samples=samples.reshape(content["num_channels"], -1).astype(np.float32, copy=False),
+            intensities=tuple(map(Intensities.from_json, content["intensities"])),
         )
 
 
 def scan_fingerprint(scan: Scan) -> ScanFingerprint:
-    """Measures one labelled scan; the voxels sampled depend on its name alone.
+    """Measures one labelled scan, within the box of its voxels that are not 0; those drawn depend on its name alone.
 
     Raises:
         DataError: The scan has no label, or its affine no direction.
 
-    Reference: nnU-Net, which samples the same number of voxels per scan, with replacement.
+    Reference: nnU-Net's fingerprint, which crops likewise.
     """
     if scan.label is None:
         remedy = "Measure the scans to train on."
         raise DataError.of("scan", f"case {scan.name!r}", allowed="one with a label", given="none", remedy=remedy)
     placement = uncropped(three(scan.label.shape), scan.affine)
-    shape = box_shape(box_around(placement.turn(nonzero(scan.image))))
-    foreground = np.flatnonzero(scan.label)
-    if len(foreground) > NUM_SAMPLES:
-        draw = np.random.default_rng(zlib.crc32(scan.name.encode()))
-        foreground = np.sort(draw.choice(foreground, NUM_SAMPLES, replace=False, shuffle=False))
+    box = box_around(placement.turn(nonzero(scan.image)))
+    inside, shape = tuple(slice(*edges) for edges in box), box_shape(box)
+    foreground = placement.turn(scan.label)[inside] > 0
+    seed = zlib.crc32(scan.name.encode())
     return ScanFingerprint(
         name=scan.name,
         spacing=placement.stored_spacing,
         shape=shape,
         kept=float(np.prod(shape) / scan.label.size),
-        samples=np.stack([channel.ravel()[foreground] for channel in scan.image]),
+        intensities=tuple(
+            count_intensities(placement.turn(channel)[inside][foreground], seed=seed) for channel in scan.image
+        ),
     )
 
 
@@ -113,20 +110,15 @@ def join(scans: Iterable[ScanFingerprint]) -> Fingerprint:
     ordered = sorted(scans, key=lambda scan: scan.name)
     allowed, remedy = "at least one", "Name the labelled scans to train on."
     require(len(ordered) > 0, "scans", "the fingerprint", allowed=allowed, given="none", remedy=remedy, error=DataError)
-    samples = np.concatenate([scan.samples for scan in ordered], axis=1)
+    channels = zip(*(scan.intensities for scan in ordered), strict=True)
+    described = [describe(channel) for channel in channels]
     return Fingerprint(
-        num_channels=len(samples),
+        num_channels=len(described),
         spacings=tuple(scan.spacing for scan in ordered),
         shapes=tuple(scan.shape for scan in ordered),
         kept=tuple(scan.kept for scan in ordered),
-        intensities=tuple(_intensities(channel) for channel in samples) if samples.size else (),
+        intensities=tuple(each for each in described if each is not None),
     )
-
-
-def _intensities(voxels: NDArray[np.float32]) -> CtNormalization:
-    low, high = np.percentile(voxels.astype(np.float64), (0.5, 99.5)).tolist()
-    mean, std = (float(measure(dtype=np.float64)) for measure in (voxels.mean, voxels.std))
-    return CtNormalization(low=low, high=high, mean=mean, std=std)
 
 
 def plan_preparation(fingerprint: Fingerprint, *, schemes: Sequence[Scheme]) -> Preparation:
