@@ -369,6 +369,21 @@ def test_autocast_computes_in_the_type_of_the_weights(dtype: torch.dtype, first:
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=(1e-3 if first else 0.3) * most)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_lie_in_memory_as_torchs_do(name: str, samples: int):
+    """So that they can be viewed as vectors, one a sample."""
+    model, fast = _pair(name)
+    given = torch.randn(samples, *LAYERS[name][1][1:])
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert fast(given).stride() == model(given).stride()
+            assert torch.equal(fast(given).view(samples, -1), fast(given).reshape(samples, -1))
+    x = given.clone().requires_grad_()
+    fast(x).square().sum().backward()
+    assert x.grad.is_contiguous()
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("is_wide", [True, False], ids=["a layer", "an input"])
 def test_autocast_leaves_double_precision_alone(name: str, is_wide: bool):

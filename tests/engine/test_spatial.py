@@ -21,7 +21,14 @@ from dstlib.engine.ops import max_pool as pooling
 from dstlib.engine.ops.conv_transpose import conv_transpose
 from dstlib.engine.ops.feature_map import FeatureMap, Norm, activated
 from dstlib.engine.ops.instance_norm import InstanceNormProblem, instance_norm_backward
-from dstlib.engine.ops.layouts import ActivationProblem, LayoutProblem, materialise, to_channels_first, to_depth_last
+from dstlib.engine.ops.layouts import (
+    ActivationProblem,
+    LayoutProblem,
+    materialise,
+    to_channels_first,
+    to_depth_last,
+    to_images,
+)
 from dstlib.engine.ops.max_pool import max_pool
 from dstlib.engine.ops.patterns import Pattern, Weights
 from dstlib.errors import SettingError
@@ -98,6 +105,9 @@ def test_layouts_hold_the_same_values(size: Size, layout: str, seed: int):
     assert last.stride(2) == 1 or size[2] == 1
     assert first.is_contiguous()
     assert torch.equal(to_channels_first(last), x)
+    images = to_images(last[:1])
+    assert torch.equal(images, x[0].transpose(0, 1))
+    assert images.is_contiguous()
 
 
 @many
@@ -341,6 +351,7 @@ def test_operators_keep_torchs_rules():
         (layouts.ACTIVATION, ActivationProblem(**normed), [x, *norm]),
         (layouts.TO_CHANNELS_FIRST, LayoutProblem(), [x]),
         (layouts.TO_DEPTH_LAST, LayoutProblem(), [x.contiguous()]),
+        (layouts.TO_IMAGES, LayoutProblem(), [x]),
         (
             instance_norm.INSTANCE_NORM_BACKWARD,
             InstanceNormProblem(0.01),

@@ -238,7 +238,8 @@ def turned(x: Tensor) -> Tensor:
 
 
 def viewed(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], -1).view(x.shape)
+    """As a vector of each sample, which asks that they lie so in memory."""
+    return x.view(x.shape[0], -1).view(x.shape)
 
 
 def expanded(x: Tensor) -> Tensor:
@@ -481,7 +482,7 @@ MAKERS = {
     "half": Maker(ANY, _does(half)),
     "swapped": Maker((3, 4, 5), _does(swapped)),
     "turned": Maker(ANY, _does(turned)),
-    "viewed": Maker(ANY, _does(viewed)),
+    "viewed": Maker(ANY, _does(viewed), 2),
     "expanded": Maker(ANY, _does(expanded)),
     "every second": Maker(ANY, _does(every_second)),
     "channels last": Maker(MAPS, _does(channels_last)),

@@ -10,7 +10,7 @@ from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
 from dstlib.engine.ops.conv import Geometry, conv
 from dstlib.engine.ops.feature_map import FeatureMap
-from dstlib.engine.ops.layouts import to_channels_first
+from dstlib.engine.ops.layouts import to_channels_first, to_images
 
 
 class FastConv(FollowsKernels):
@@ -36,9 +36,10 @@ class FastConv(FollowsKernels):
         num_axes = len(self.kernel_size)
         if input.ndim == num_axes + 1:
             return self.compute(plan, input.unsqueeze(0)).squeeze(0)
-        source = FeatureMap(input.transpose(0, 1).unsqueeze(0)) if num_axes == 2 else feature_map(input)
-        y = to_channels_first(conv([source], self.weights(self), plan).raw)
-        return y.squeeze(0).transpose(0, 1) if num_axes == 2 else y
+        weights = self.weights(self)
+        if num_axes == 2:
+            return to_images(conv([FeatureMap(input.transpose(0, 1).unsqueeze(0))], weights, plan).raw)
+        return to_channels_first(conv([feature_map(input)], weights, plan).raw)
 
     def state(self) -> tuple[object, ...]:
         """Returns what the plan depends on."""

@@ -8,6 +8,7 @@ from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_ke
 from dstlib.engine.ops.conv import Triple
 from dstlib.engine.ops.conv_transpose import conv_transpose
 from dstlib.engine.ops.feature_map import FeatureMap
+from dstlib.engine.ops.layouts import to_channels_first
 
 
 class FastConvTranspose(FollowsKernels, nn.ConvTranspose3d):
@@ -20,7 +21,7 @@ class FastConvTranspose(FollowsKernels, nn.ConvTranspose3d):
 
     def compute(self, plan: Triple, input: Tensor) -> Tensor:
         """Computes it on the engine."""
-        return self.refine(plan, feature_map(input)).raw
+        return to_channels_first(self.refine(plan, feature_map(input)).raw)
 
     def refine(self, plan: Triple, x: FeatureMap) -> FeatureMap:
         """Computes the finer map."""

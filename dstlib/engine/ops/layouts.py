@@ -53,6 +53,17 @@ def to_channels_first(x: Tensor) -> Tensor:
     return TO_CHANNELS_FIRST(LayoutProblem(), [x])[0]
 
 
+def to_images(x: Tensor) -> Tensor:
+    """Returns the depths of one sample (1, C, N, H, W) as images (N, C, H, W), in torch's default order of memory.
+
+    >>> to_images(to_depth_last(torch.zeros(1, 2, 3, 4, 5))).stride()
+    (40, 20, 5, 1)
+    """
+    if x.shape[2] == 1 and x.is_contiguous():
+        return x.squeeze(2)
+    return TO_IMAGES(LayoutProblem(), [x])[0]
+
+
 def materialise(x: FeatureMap) -> Tensor:
     """Writes out what readers of a map see, depth last; for autograd the map's value itself.
 
@@ -87,6 +98,21 @@ def _to_channels_first(found: Kernels, problem: LayoutProblem, tensors: Tensors)
     x, out = tensors[0], buffer(tensors[0].numel()).resize_(tensors[0].shape)  # itself, no view: see placed()
     check(found.reorder_to_channels_first(_reorder(x, out), torch.get_num_threads()), "to_channels_first()")
     return [out]
+
+
+def _to_images(found: Kernels, problem: LayoutProblem, tensors: Tensors) -> list[Tensor]:
+    (x,) = tensors
+    out = buffer(x.numel()).resize_(_images(x).shape)
+    check(found.reorder_to_channels_first(_reorder(x, _volume(out)), torch.get_num_threads()), "to_images()")
+    return [out]
+
+
+def _images(x: Tensor) -> Tensor:
+    return x.squeeze(0).transpose(0, 1)
+
+
+def _volume(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def _activation(found: Kernels, problem: ActivationProblem, tensors: Tensors) -> list[Tensor]:
@@ -144,6 +170,17 @@ TO_CHANNELS_FIRST = Operator(
     _channels_first,
     _back_to_depth_last,
     plain=lambda problem, x: x[0].contiguous(),
+)
+TO_IMAGES = Operator(
+    "to_images",
+    LayoutProblem,
+    (
+        by_kernel("reorder", _to_images, accepts=lambda problem, x: x[0].stride(2) == 1),
+        by_torch(lambda problem, x: [_images(x[0]).contiguous()]),
+    ),
+    lambda problem, x: [x[0].new_empty(_images(x[0]).shape)],
+    lambda problem, kept, grads, wanted: [to_depth_last(_volume(grads[0]))],
+    plain=lambda problem, x: _images(x[0]).contiguous(),
 )
 ACTIVATION = Operator(
     "activation",
