@@ -23,6 +23,7 @@ import nibabel
 import numpy as np
 import small_runs
 import torch
+from dicom_files import slice_tags, write_slice
 from models import backward, small
 from mutations import (
     Mutate,
@@ -33,6 +34,7 @@ from mutations import (
     mutate_json_lines,
     mutate_nifti,
     mutate_state,
+    mutate_text_header,
     mutate_value,
     mutate_zip,
 )
@@ -315,6 +317,35 @@ def a_scan(scene: Path, prepared: Path, *, ending: str) -> None:
     small_runs.write_set(scene / "set", num_scans=1)
     for kind, folder in (("image", "imagesTr"), ("label", "labelsTr")):
         nibabel.load(scene / "set" / folder / "scan_0.nii.gz").to_filename(scene / f"{kind}{ending}")
+
+
+def a_scan_by_itk(scene: Path, prepared: Path, *, ending: str) -> None:
+    """An image and its label, in a format of ITK's."""
+    import SimpleITK
+
+    a_scan(scene, prepared, ending=".nii")
+    for kind in ("image", "label"):
+        image = SimpleITK.ReadImage(str(scene / f"{kind}.nii"))
+        for key in image.GetMetaDataKeys():
+            image.EraseMetaData(key)  # of NIfTI, of which the writers of other formats warn
+        SimpleITK.WriteImage(image, str(scene / f"{kind}{ending}"), True)
+
+
+def a_series(scene: Path, prepared: Path) -> None:
+    """An image in slices of DICOM."""
+    small_runs.write_set(scene / "set", num_scans=1)
+    nifti = nibabel.load(scene / "set" / "imagesTr" / "scan_0.nii.gz")
+    voxels = np.rint(np.asanyarray(nifti.dataobj))
+    for k in range(voxels.shape[2]):
+        tags = slice_tags(k, np.array([0, 0, 2.0 * k]), spacing=(1, 1), intercept=0)
+        write_slice(scene / "image" / f"{k}.dcm", voxels[:, :, k].T, tags)
+
+
+def read_a_series(scene: Path) -> Any:
+    """Reads an image in slices."""
+    scan = read_scan(CaseFiles(name="scan", images=(scene / "image",)), num_channels=1, labels=None)
+    finite = bool(np.isfinite(scan.image).all() and np.isfinite(scan.affine).all())
+    return {"finite": finite, "classes": [], "fits": True, "scan": digest(scan.image, scan.affine)}
 
 
 def read_a_scan(scene: Path, *, ending: str) -> Any:
@@ -767,6 +798,18 @@ FORMATS = (
             (".nii", (), (mutate_bytes, mutate_nifti)),
         )
     ),
+    *(
+        Format(
+            name=f"image{ending}",
+            file=f"image{ending}",
+            make=partial(a_scan_by_itk, ending=ending),
+            read=partial(read_a_scan, ending=ending),
+            craft=(mutate_text_header,),
+            law=_SCANS,
+        )
+        for ending in (".nrrd", ".mha")
+    ),
+    Format(name="slice.dcm", file="image/4.dcm", make=a_series, read=read_a_series, craft=(mutate_bytes,), law=_SCANS),
     Format(
         name="image.nii prepared",
         file="data/imagesTr/scan_0.nii",

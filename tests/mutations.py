@@ -7,6 +7,7 @@ import copy
 import gzip
 import io
 import json
+import re
 import struct
 import warnings
 import zipfile
@@ -439,6 +440,59 @@ def _zeros_in_gzip(num_bytes: int) -> bytes:
 
 
 _BOMB = _zeros_in_gzip(2**24)
+
+
+def mutate_text_header(rng: Random, content: bytes) -> Mutated:
+    """Changes a word, a line or the end of the header of an NRRD or MetaImage file, or some bytes of it."""
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, content)
+    end = next(at for at in (content.find(b"\n\n") + 1, content.find(b"LOCAL\n") + 5) if at > 4)
+    lines = content[:end].split(b"\n")
+    at = rng.randrange(len(lines))
+    words = re.split(rb"([ (),]+)", lines[at])
+    place = rng.randrange(len(words))
+    other = rng.choice((*_HEADER_WORDS, rng.choice(NUMBERS), rng.choice(HOSTILE)))
+    kind = rng.choice(("word", "word", "word", "word", "lost", "twice", "line"))
+    new = str(other).encode("utf-8", "replace")
+    if kind == "word":
+        lines[at] = b"".join([*words[:place], new, *words[place + 1 :]])
+    elif kind == "line":
+        lines[at] = lines[at].split(b" ")[0] + b" " + new
+    else:
+        lines[at : at + 1] = [] if kind == "lost" else [lines[at]] * 2
+    return b"\n".join(lines) + content[end:], f"line {at}, {kind}: {lines[at : at + 1]}"
+
+
+_HEADER_WORDS = (
+    *(
+        "none",
+        "nan",
+        "(1,0,0)",
+        "(0,0,0)",
+        "RAS",
+        "scanner-xyz",
+        "list",
+        "domain",
+        "gzip",
+        "raw",
+        "big",
+        "float",
+        "block",
+    ),
+    *(
+        "LOCAL",
+        "LIST",
+        "a.raw",
+        "True",
+        "False",
+        "MET_FLOAT",
+        "MET_CHAR",
+        "1 0 0 0 1 0 0 0 1",
+        "1000 1000 1000",
+        "9 9 0",
+    ),
+    *("sizes:", "space", "data file: a.raw", "byte skip: -1", "DimSize", "NDims", "HeaderSize", "CompressedData"),
+)
 
 
 # ---- archives
