@@ -203,6 +203,17 @@ def test_regions_are_of_the_same_arrays_as_classes(manifest, tmp_path, reads):
         assert case.class_voxels[1].size == sum(voxels.size for voxels in classes.class_voxels.values())
 
 
+def test_scans_by_each_rule_of_geometry_have_entries_of_their_own(manifest, tmp_path, reads):
+    prepare(manifest, tmp_path)
+    reads.clear()
+    prepare(manifest.placed_by("sform"), tmp_path)
+    assert reads == list("abcabc")
+    prepare(manifest, tmp_path)
+    assert reads == list("abcabc"), "the first are still there"
+    prepare(manifest.placed_by("sform"), tmp_path)
+    assert reads == list("abcabc")
+
+
 def test_another_format_is_made_anew(manifest, tmp_path, reads, monkeypatch):
     prepare(manifest, tmp_path)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)

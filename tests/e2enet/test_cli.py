@@ -134,6 +134,7 @@ def test_evaluating_what_a_run_predicted_gives_its_scores(work, tmp_path, comman
     result = json.loads((work / "fold0" / "result.json").read_text())
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert scores["cases"] == result["cases"]
+    assert scores["geometry"] == "itk"
     assert f"{result['mean_dice']:.3f}" in table
     assert "1 of the 5 labelled cases" in table
     assert table.count("hippocampus_") >= 4, "the other four are named"
@@ -236,6 +237,36 @@ def test_the_row_of_a_run_is_what_it_reported(work):
     assert row.dice == 100 * result["mean_dice"]
     assert row.params == result["cost"]["sparse"]["params"] / 1e6
     assert row.flops == result["cost"]["sparse"]["flops"]["paper"] / 1e9
+
+
+def test_runs_of_before_keep_the_rule_by_which_they_read_headers(work, tmp_path):
+    """A build that knew no rules read as nibabel does: such a run predicts so, and is continued so."""
+    assert json.loads((work / "fold0" / "config.json").read_text())["data"]["geometry"] == "itk"
+    assert load_trained([work / "fold0"]).geometry == "itk"
+    older = shutil.copytree(work / "fold0", tmp_path / "older")
+    for file, *keys in ((older / "config.json", "data"), (older / "predictions" / "prediction.json",)):
+        content = unsealed(json.loads(file.read_text()))
+        del (content[keys[0]] if keys else content)["geometry"]
+        file.write_text(json.dumps(content))
+    saved = torch.load(older / "checkpoint.pt", weights_only=True)
+    del saved["config"]["data"]["geometry"]
+    torch.save(saved, older / "checkpoint.pt")
+    assert load_trained([older]).geometry == "sform"
+    with pytest.raises(StateError, match="got other geometry"):
+        load_trained([work / "fold0", older])
+    options = (
+        "--data",
+        str(work / "data"),
+        "--cache",
+        str(work / "cache"),
+        *SHORT,
+        "--run-dir",
+        str(older),
+        "--resume",
+    )
+    run_recipe(read_config(HIPPOCAMPUS_RECIPE, options))
+    with pytest.raises(StateError, match=r"data\.geometry nothing, got data\.geometry itk"):
+        run_recipe(read_config(HIPPOCAMPUS_RECIPE, (*options, "--geometry", "itk")))
 
 
 def test_an_ensemble_is_of_runs_on_one_data_set(work, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from nifti_headers import write_nifti
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
@@ -184,6 +185,22 @@ def test_a_folder_is_scored_in_millimetres_of_its_files(tmp_path):
     np.testing.assert_array_equal(scores.scores["hd"], [[0.0, NAN], [3.0, NAN]])
     np.testing.assert_allclose(scores.volumes[0, 0], [0.024, 0.024])  # 8 voxels of 3 mm³
     assert scores.left_out == {}
+
+
+@pytest.mark.parametrize(("geometry", "millimetres", "millilitres"), [("itk", 10.0, 0.2), ("sform", 1.0, 0.008)])
+def test_millimetres_are_those_of_the_rule(tmp_path, geometry, millimetres, millilitres):
+    """Of a set whose sforms have no sizes: a slice is 10 mm by pixdim, and 1 mm by the sform."""
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[1:3, 1:3, 1:3] = 1
+    forms = {"sform": np.diag([-1.0, -1.0, 1.0, 1.0]), "qform": np.diag([1.0, 2.5, 10.0, 1.0])}
+    label_file = write_nifti(tmp_path / "label.nii", voxels=label, **forms)
+    content = write_nifti(tmp_path / "moved.nii", voxels=np.roll(label, 1, axis=2), **forms).read_bytes()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.nii.gz").write_bytes(gzip.compress(content))
+    files = [CaseFiles(name="x", images=(label_file,), label=label_file, geometry=geometry)]
+    scores = evaluate_folder(tmp_path / "out", files, CLASSES, progress=False)
+    np.testing.assert_allclose(scores.scores["hd95"], [[millimetres, NAN]])
+    np.testing.assert_allclose(scores.volumes[0, 0], millilitres)
 
 
 def test_what_cannot_be_scored_is_listed_with_the_reason(tmp_path):

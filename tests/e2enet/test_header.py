@@ -188,8 +188,8 @@ def test_a_sform_without_sizes(tmp_path):
     )
     assert read(tmp_path / "a.nii").spacing == (10.0, 1.5625, 1.5625)
     assert read(tmp_path / "a.nii", "sform").spacing == (1.0, 1.0, 1.0)
-    assert doubts(tmp_path, "sform", **forms)[0].endswith("180 degrees. The sform is used, by --geometry sform")
-    assert doubts(tmp_path, "qform", **forms)[0].endswith("180 degrees. The qform is used, by --geometry qform")
+    assert doubts(tmp_path, "sform", **forms)[0].endswith("180 degrees. The sform is used, as --geometry sform has it")
+    assert doubts(tmp_path, "qform", **forms)[0].endswith("180 degrees. The qform is used, as --geometry qform has it")
     (told,) = doubts(tmp_path, sform=placed(sizes=(1, 1, 1)), codes=(1, 0), sizes=(1.5625, 1.5625, 10.0))
     assert "voxels by its sform (code 1) 1 × 1 × 1 mm, by its pixdim 1.5625 × 1.5625 × 10 mm; corners" in told
 

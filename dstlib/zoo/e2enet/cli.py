@@ -374,7 +374,7 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
         print(on_one_line(f"Predictions without a label, which are not scored: {few(unlabelled)}."))
     if output:
         write_whole(output / "scores.csv", scores.csv().encode())
-        write_json(output / "scores.json", scores.to_json())
+        write_json(output / "scores.json", {**scores.to_json(), "geometry": options.geometry})
     return 1 if scores.left_out else 0
 
 

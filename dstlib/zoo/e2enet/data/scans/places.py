@@ -72,7 +72,7 @@ def _used(header: Header, geometry: Geometry) -> str:
     form = header.itk_form()
     if geometry != "itk" and (geometry == "sform" or header.form(geometry) is not None):
         form = geometry if header.form(geometry) is not None else "qform"
-        return f"The {form} is used, by --geometry {geometry}"
+        return f"The {form} is used, as --geometry {geometry} has it"
     if form is None:
         return "The sform is used; ITK's programs and nnU-Net's first reader refuse the file"
     affine = header.form(form)
