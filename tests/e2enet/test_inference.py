@@ -165,7 +165,7 @@ def test_slices_are_those_of_monais_sliding_window(shape, patch, overlap, seed):
         expected = sliding_window_inference(
             torch.from_numpy(image)[None],
             roi_size=patch,
-            sw_batch_size=inference.NUM_WINDOWS,
+            sw_batch_size=1,
             predictor=lambda windows: model(windows).softmax(dim=1),
             overlap=overlap,
             mode="gaussian",

@@ -223,8 +223,8 @@ def test_another_error_of_a_network_surfaces(tmp_path):
 @pytest.mark.parametrize(
     ("spacing", "left", "message"),
     [
-        # 4·(210 + 210 + 3·210) bytes for copies, 4·4·7·6·4 for the sums of the windows, and for the windows
-        (None, 10_000, r"memory of a prediction of 3×4×5 voxels and 3 outputs: .* 0\.0 GB of memory that are left"),
+        # 4·(60 + 2·60 + 3·60) bytes and some to prepare it; 4·80·(3 + 1) of sums, and 4·64·(1 + 5·3) of a window
+        (None, 4_000, r"memory of a prediction of 3×4×5 voxels and 3 outputs: .* 0\.0 GB of memory that are left"),
         ((1e-3, 1.5, 1.0), 1_000_000, r"memory of an image of 6000×4×5 voxels: .* its voxels are 2×1\.5×1 mm: is that"),
         ((1e-300, 1.5, 1.0), 10**18, r"memory of an image of \d+×4×5 voxels: "),
     ],
@@ -372,7 +372,7 @@ def test_a_stopped_replacement_leaves_nothing_of_the_networks_before(tmp_path, m
     images, out = images_of(tmp_path / "images", "a", "b"), tmp_path / "out"
     predict_folder(trained(), images, out, progress=False)
 
-    def stopped(*arguments, progress):
+    def stopped(*arguments, title):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -402,12 +402,12 @@ def test_a_second_prediction_into_a_folder_is_refused_before_it_begins(tmp_path,
     images, out = images_of(tmp_path / "images", "a"), tmp_path / "out"
     inside = []
 
-    def meanwhile(model, scan, progress):
+    def meanwhile(model, image, placement, title):
         for late in (trained(), other()):
             with pytest.raises(StateError, match="expected a folder that nobody else works in, got one in use by anot"):
                 predict_folder(late, images, out, overwrite=True, progress=False)
         inside.append(names(out))
-        return predict_scan(model, scan)
+        return predict_scan(model, image, placement)
 
     predict_scan = predict.predict_scan
     monkeypatch.setattr(predict, "predict_scan", meanwhile)

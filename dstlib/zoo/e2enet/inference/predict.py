@@ -28,7 +28,7 @@ from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry, refuse_
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, topmost
 from dstlib.zoo.e2enet.data.scans.geometry import Placement, box_shape
-from dstlib.zoo.e2enet.data.scans.nifti import Scan, examine_scan, sound, write_label
+from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, sound, write_label
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, probabilities, softmax
 
@@ -127,24 +127,27 @@ def predict_scans(
     return tuple(outcomes)
 
 
-def predict_scan(trained: Trained, scan: Scan, *, progress: bool = False) -> NDArray[np.uint8]:
-    """Segments one scan: the label (D, H, W), as its image is stored, by the numbers of classes in memory.
+def predict_scan(
+    trained: Trained, image_CDHW: NDArray[np.float32], placement: Placement, *, title: str | None = None
+) -> NDArray[np.uint8]:
+    """Segments one scan that was prepared: the label (D, H, W), as it is stored, by the numbers of classes in memory.
+
+    With a ``title``, a bar counts the windows.
 
     Raises:
-        DataError: The scan cannot be prepared, or needs more memory than is left; the result is not finite.
+        DataError: It needs more memory than is left, or the result is not finite.
     """
-    image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
-    _require_memory(trained, scan, placement)
+    _require_memory(trained, len(image_CDHW), placement)
     labels = trained.labels
     overlaps = labels.regions is not None
     with closing(
         probabilities(
             trained.models,
-            image,
+            image_CDHW,
             patch_size=trained.patch_size,
             mirror=trained.mirror,
             activate=torch.sigmoid if overlaps else softmax,
-            title=scan.name if progress else None,
+            title=title,
         )
     ) as slices:
         decide = partial(topmost, numbers=labels.written_numbers) if overlaps else most_probable
@@ -152,13 +155,13 @@ def predict_scan(trained: Trained, scan: Scan, *, progress: bool = False) -> NDA
     return keep_largest(label, trained.postprocessing, labels.members)
 
 
-def _require_memory(trained: Trained, scan: Scan, placement: Placement) -> None:
+def _require_memory(trained: Trained, num_channels: int, placement: Placement) -> None:
     """Refuses a scan before the work, which may take hours, where memory would be out in the midst of it."""
     num_outputs = trained.labels.num_outputs
-    num_voxels = math.prod(scan.image.shape[1:])
+    num_voxels = math.prod(placement.stored_shape)
     label, components = 2 * num_voxels, 9 * num_voxels  # as it is turned back, and where the largest are looked for
     planes = 4 * num_outputs * (math.prod(placement.shape[1:]) + math.prod(box_shape(placement.box)[1:]))
-    windows = memory_needed(placement.shape, trained.patch_size, num_channels=len(scan.image), num_outputs=num_outputs)
+    windows = memory_needed(placement.shape, trained.patch_size, num_channels=num_channels, num_outputs=num_outputs)
     on_cpu = next(trained.models[0].parameters()).device.type == "cpu"
     size = "×".join(map(str, placement.shape))
     require_memory(
@@ -181,8 +184,11 @@ def _predict_case(
             examined = examine_scan(placed, num_channels=len(trained.channels), labels=None)
             odd = tuple(on_one_line(f"{fault.file.name} {fault.text}") for fault in examined.warnings)
             scan = sound(examined, case.name)
-            label = predict_scan(trained, scan, progress=progress)
-            write_label(target, trained.labels.to_values(label), scan.place)
+            image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
+            place = scan.place
+            del examined, scan  # the image as stored, which the windows do not need: they may take hours, and gigabytes
+            label = predict_scan(trained, image, placement, title=case.name if progress else None)
+            write_label(target, trained.labels.to_values(label), place)
     except DataError as refused:
         error = str(refused)
     except (MemoryError, RuntimeError) as refused:  # one huge scan must not stop the others

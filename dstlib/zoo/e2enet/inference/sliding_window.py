@@ -22,7 +22,9 @@ from tqdm import tqdm
 from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Shape, three
 
-NUM_WINDOWS = 2  # at a time, as many as the patches of a training batch, whose memory is known to suffice
+# At a time on a GPU, as many as the patches of a training batch, whose memory is known to suffice. On a CPU it is one:
+# several are no faster, and each takes gigabytes within a network.
+NUM_WINDOWS = 2
 SIGMA = 1 / 8  # of the Gaussian weights, in patches
 
 
@@ -91,16 +93,16 @@ def probabilities(
 
 
 def memory_needed(shape: Shape, patch_size: Shape, *, num_channels: int, num_outputs: int) -> int:
-    """Computes the bytes that :func:`probabilities` holds of an image (D, H, W), but for what is inside of a network.
+    """Computes the bytes that :func:`probabilities` holds on a CPU of an image (D, H, W), beside what a network takes.
 
-    These are the sums of K outputs and of the weights, as deep as a window, and some copies of the windows at work.
+    These are the sums of K outputs and of the weights, as deep as a window, and some copies of the window at work.
     """
     height, width = (max(sizes) for sizes in zip(shape[1:], patch_size[1:], strict=True))
     sums = patch_size[0] * height * width * (num_outputs + 1)
     # five times: logits, softmax, one that is flipped, their sum, and what was there before
-    windows = NUM_WINDOWS * math.prod(patch_size) * (num_channels + 5 * num_outputs)
+    window = math.prod(patch_size) * (num_channels + 5 * num_outputs)
     slices = 2 * height * width * num_outputs
-    return 4 * (sums + windows + slices)
+    return 4 * (sums + window + slices)
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,9 @@ def _slices(
             stack.enter_context(predicting(model))
         hidden, total = title is None, len(grid.windows)
         bar = stack.enter_context(tqdm(total=total, desc=title, unit="window", disable=hidden, leave=False))
-        for first in range(0, total, NUM_WINDOWS):
-            batch = grid.windows[first : first + NUM_WINDOWS]
+        step = 1 if device.type == "cpu" else NUM_WINDOWS
+        for first in range(0, total, step):
+            batch = grid.windows[first : first + step]
             values = _with_room(partial(weighted, grid.read(image, batch)), sums)
             for window, value in zip(batch, values, strict=True):
                 yield from finished(window[0].start)
