@@ -338,6 +338,7 @@ def test_what_makes_no_volume(quick, tmp_path, damage):
     [
         ({"photometric": "MONOCHROME1"}, "has colours 'MONOCHROME1', but a slice has MONOCHROME2"),
         ({"photometric": "RGB", "samples": 3}, "has samples '3', but a slice has 1"),
+        ({"image_type": "ORIGINAL\\PRIMARY\\M\\MOSAIC"}, "IM_0 is a mosaic of several slices: convert it by dcm2niix"),
         ({"frames": 5}, "has frames '5', but a slice has 1"),
         ({"spacing": None}, "has spacing None, but a slice has 2 number(s)"),
         ({"spacing": "nan\\1"}, "but a slice has 2 number(s)"),

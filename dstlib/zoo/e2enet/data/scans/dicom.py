@@ -58,14 +58,8 @@ _TAGS = {
     "bits": "0028|0100",
     "spacing": "0028|0030",
 }
-_COUNTS = {
-    "position": 3,
-    "orientation": 6,
-    "spacing": 2,
-    "rows": 1,
-    "columns": 1,
-    "bits": 1,
-}  # of numbers that a slice needs
+# How many numbers a slice needs of each.
+_COUNTS = {"position": 3, "orientation": 6, "spacing": 2, "rows": 1, "columns": 1, "bits": 1}
 _ONLY = {"samples": "1", "colours": "MONOCHROME2", "frames": "1"}  # that a slice may say
 _ROUNDED = 1e-3  # by which directions may miss the length of 1 or a right angle: some are written in few digits
 _EQUAL = 1e-4  # by which those of two slices may differ: 0.05 mm at the far side of 500
@@ -218,6 +212,8 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def _slice(file: Path, tags: Mapping[str, str]) -> Slice:
     """Reads the header of a slice."""
+    if "MOSAIC" in tags.get("type", ""):
+        raise ValueError(f"{file.name} is a mosaic of several slices: convert it by dcm2niix")
     for name, only in _ONLY.items():
         if tags.get(name, only) != only:
             raise ValueError(f"{file.name} has {name} {shown(tags[name])}, but a slice has {only}")
