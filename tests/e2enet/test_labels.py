@@ -25,10 +25,11 @@ from dstlib.zoo.e2enet.data.layouts.label_table import read_table
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.regions import with_regions
+from dstlib.zoo.e2enet.data.preprocessing.fingerprint import scan_fingerprint
 from dstlib.zoo.e2enet.data.preprocessing.normalization import RangeNormalization
-from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, prepare_scan
 from dstlib.zoo.e2enet.data.preprocessing.resampling import topmost
-from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_label
+from dstlib.zoo.e2enet.data.scans.nifti import Scan, examine_scan, read_label
 from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing, evaluate_folder
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.predict import Trained, predict_scans
@@ -221,6 +222,25 @@ def test_regions_of_a_file(tmp_path):
         with_regions(manifest, str(file))
     with pytest.raises(DataError, match="No such file"):
         with_regions(manifest, str(tmp_path / "absent.json"))
+
+
+# ---- preparation
+
+
+def test_what_is_ignored_is_measured_and_resampled_as_nnunet_does():
+    """Its intensities count as foreground's, and its voxels go along as a class does."""
+    label = np.zeros((2, 2, 8), np.uint8)
+    label[..., 2:4], label[..., 4:] = 1, 2  # of which 2 is ignored
+    image = np.arange(32, dtype=np.float32).reshape(1, 2, 2, 8)
+    scan = Scan("a", image, label, np.diag([1.0, 1.0, 1.0, 1.0]))
+    labelled = replace(scan, label=np.minimum(label, 1))
+    assert scan_fingerprint(scan).to_json() == scan_fingerprint(labelled).to_json()
+    assert scan_fingerprint(scan).to_json() != scan_fingerprint(replace(scan, label=label * (label < 2))).to_json()
+    preparation = Preparation(spacing=(1.0, 1.0, 0.5), normalization=(RangeNormalization(kind="nonorm"),), crop=False)
+    found = prepare_scan(scan, preparation).label
+    assert found.shape == (2, 2, 16)
+    assert sorted(np.bincount(found[0, 0]).tolist()) == [4, 4, 8]
+    assert np.bincount(found.ravel())[2] == 8 * 4
 
 
 # ---- training
