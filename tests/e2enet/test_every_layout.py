@@ -265,6 +265,36 @@ def test_classes_of_ones_own_label_files_are_written_in_a_dataset_json(tmp_path)
     assert manifest.notes == (told,)
 
 
+REGIONS = {"labels": {"background": 0, "all": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+
+
+@pytest.mark.parametrize(("image", "label"), [("imaging", "segmentation"), ("ct", "combined_labels")])
+def test_names_of_files_alone_do_not_say_what_labels_mean(tmp_path, image, label):
+    """KiTS and AbdomenAtlas name their cases too: another set with such files has classes of its own."""
+    (voxels,), mask = volumes(0)
+    save(tmp_path / f"patient/{image}.nii.gz", voxels)
+    save(tmp_path / f"patient/{label}.nii.gz", mask)
+    with pytest.raises(DataError, match=f"what the values of {label} mean: at most 255 classes, got no 'labels'"):
+        read_manifest(tmp_path)
+    write_json(tmp_path / "dataset.json", REGIONS)
+    manifest = read_manifest(tmp_path)
+    assert (manifest.classes, manifest.labels.regions) == (("all", "core"), ((1, 2), (2,)))
+
+
+def test_a_dataset_json_chooses_masks_and_their_order(tmp_path):
+    write_json(totalsegmentator(tmp_path) / "dataset.json", {"labels": {"background": 0, "spleen": 1, "liver": 2}})
+    manifest = read_manifest(tmp_path)
+    assert [file.name for file in manifest.train[0].masks] == ["spleen.nii.gz", "liver.nii.gz"]
+    assert manifest.notes == ("1 case set apart for validation or test by meta.csv",)
+    write_json(tmp_path / "dataset.json", {"labels": {"0": "background", "1": "liver"}})
+    manifest = read_manifest(tmp_path)
+    assert manifest.classes == ("liver",)
+    assert "1 mask left out, as 'labels' of dataset.json does not name them: spleen" in manifest.notes
+    write_json(tmp_path / "dataset.json", {"labels": {"background": 0, "liver": 1, "ignore": 2}})
+    with pytest.raises(DataError, match="no regions, got regions, or values to ignore"):
+        read_manifest(tmp_path)
+
+
 def test_the_organs_of_abdomen_atlas():
     assert len(case_folders.ATLAS) == 25
     assert [case_folders.ATLAS[value] for value in (1, 9, 10, 25)] == [
@@ -301,6 +331,18 @@ def test_the_folders_of_cases_can_be_predicted(tmp_path, kind):
         (case.name, case.images) for case in sorted(manifest.cases, key=lambda case: case.name)
     ]
     assert all(case.label is None and not case.masks for case in cases)
+
+
+def test_other_sets_with_such_sequences_are_not_brats_unless_it_is_said(tmp_path):
+    brats(tmp_path, name="patient_{:03d}")
+    with pytest.raises(DataError, match="The layouts, as --layout names them, look so"):
+        read_manifest(tmp_path)
+    assert read_manifest(tmp_path, "brats").labels.values == (1, 2, 4)
+    write_json(tmp_path / "dataset.json", REGIONS)
+    assert read_manifest(tmp_path, "brats").classes == ("all", "core")
+    write_json(tmp_path / "dataset.json", {"labels": 3})
+    with pytest.raises(DataError, match="'labels' is 3"):
+        read_manifest(tmp_path, "brats")
 
 
 def test_a_sequence_that_lacks_is_named_and_years_are_not_mixed(tmp_path):

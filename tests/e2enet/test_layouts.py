@@ -280,6 +280,16 @@ def test_btcv_from_each_of_its_folders(tmp_path, inside):
     assert files(manifest.test[0], tmp_path / "RawData") == ["Testing/img/img0061.nii.gz"]
 
 
+def test_folders_img_and_label_alone_are_not_btcv(tmp_path):
+    """Many sets have such: BTCV's organs, and its CT, are those of files that are named as its own."""
+    touch(tmp_path, "img/patient1.nii.gz", "label/patient1.nii.gz")
+    assert "The layouts, as --layout names them" in refusal(tmp_path)
+    assert names(read_manifest(tmp_path, "btcv").train) == ["patient1"]
+    write_btcv(tmp_path)
+    found = read_manifest(tmp_path / "RawData").recognised
+    assert found == "img/img0001.nii.gz and label/label0001.nii.gz, without a dataset.json"
+
+
 def test_btcv_with_halves_of_cases(tmp_path):
     write_btcv(tmp_path)
     (tmp_path / "RawData/Training/img/img0001.nii.gz").unlink()
@@ -302,7 +312,7 @@ def test_btcv_without_images(tmp_path):
     assert "got no folders img and label in it" in refusal(tmp_path, "btcv")
     (tmp_path / "img").mkdir()
     (tmp_path / "label").mkdir()
-    assert f"got no NIfTI file in {tmp_path / 'img'}" in refusal(tmp_path)
+    assert f"got no NIfTI file in {tmp_path / 'img'}" in refusal(tmp_path, "btcv")
 
 
 # ---- nnU-Net
@@ -430,6 +440,14 @@ def test_a_label_too_many_is_named_where_the_numbers_differ(tmp_path):
     write_nnunet(tmp_path)
     touch(tmp_path, "labelsTr/y.nii.gz")
     assert "got 3, of which files are missing: y." in refusal(tmp_path)
+
+
+def test_what_lies_beside_is_named_where_the_numbers_differ(tmp_path):
+    write_nnunet(tmp_path, numTraining=3)
+    touch(tmp_path, *(f"imagesTr/x_9_000{i}.nii.gz.part" for i in (0, 1)))
+    message = refusal(tmp_path)
+    assert "expected 3, as dataset.json says under 'numTraining', got 2; 2 files in imagesTr left out" in message
+    assert "x_9_0000.nii.gz.part, x_9_0001.nii.gz.part" in message
 
 
 def test_image_names_without_a_channel(tmp_path):

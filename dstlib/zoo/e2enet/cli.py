@@ -44,7 +44,7 @@ python -m dstlib.zoo.e2enet evaluate PREDICTIONS --data DATA
 python -m dstlib.zoo.e2enet compare RUN... --beside amos            # a table with costs and PT scores
 python -m dstlib.zoo.e2enet phantoms amos DIR                       # procedural scans to try it all on
 """
-LAYOUT = "decathlon, amos, btcv or nnunet (default: recognised)"
+LAYOUT = "decathlon, amos, btcv, nnunet, nnunet-v1, monai, brats or case-folders (default: recognised by evidence)"
 IMAGES = "NAME.nii.gz, NAME.nrrd, NAME.mha, NAME_0000.nii.gz per channel, or folders NAME of DICOM slices"
 OUTSIDE = """let dataset.json name files anywhere, by absolute paths or by '..' (default: below the folder of the set
 only, as else whoever wrote it has any file read that you may read); links in the folder are followed either way"""
@@ -153,7 +153,12 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
 
     option = lines.add_argument_group("data").add_argument
     kind, number = recipe.phantoms
-    option("--data", type=Path, metavar="DIR", help=f"folder of the data set (default: procedural {kind} phantoms)")
+    option(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of the data set, or its data list (default: procedural {kind} phantoms)",
+    )
     option("--layout", help=LAYOUT)
     option("--allow-outside", action="store_true", help=OUTSIDE)
     option("--geometry", choices=GEOMETRIES, help=f"{GEOMETRY}itk)")
@@ -219,7 +224,7 @@ def _command_parser() -> argparse.ArgumentParser:
 
     text = "Read every scan of a data set and list what is wrong with it, before any training. Exit code 1 if so."
     check = commands.add_parser("check", help="list every defect of a data set", description=text)
-    check.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    check.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, or its data list (.json)")
     check.add_argument("--layout", help=LAYOUT)
     check.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
     check.add_argument("--regions", metavar="WHICH", help=REGIONS)

@@ -41,7 +41,7 @@ class DataSettings:
 
     - ``folder``: of a data set; None to draw phantoms.
     - ``phantoms``: the kind and the number to draw where there is no folder.
-    - ``layout``: decathlon, amos, btcv or nnunet; None to recognise it.
+    - ``layout``: one of ``data.layouts.detect.LAYOUTS``; None to recognise it.
     - ``allow_outside``: whether dataset.json may name files outside of the folder.
     - ``geometry``: the rule by which NIfTI headers are read; None for ITK's.
     - ``regions``: what to predict in the place of the classes: "brats", or a file that says it; None for the classes.

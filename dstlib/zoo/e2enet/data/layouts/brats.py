@@ -13,7 +13,8 @@ from types import MappingProxyType
 
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS
-from dstlib.zoo.e2enet.data.layouts.files import case_name, scan_files, subfolders
+from dstlib.zoo.e2enet.data.layouts.files import case_name, refuse_json, scan_files, subfolders
+from dstlib.zoo.e2enet.data.layouts.label_table import told_labels
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.left_out import count, listed
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
@@ -43,22 +44,35 @@ YEARS = (
 
 
 def brats_evidence(source: Source) -> str | None:
-    """Says by what a set is BraTS's: folders that hold the sequences under their own names."""
-    found = next(((folder, years) for folder in subfolders(source.folder) for years in _years_of(folder)), None)
+    """Says by what a set is BraTS's: folders that are named so, and hold the sequences under their own names."""
+    named = (folder for folder in subfolders(source.folder) if is_brats(folder.name))
+    found = next(((folder, years) for folder in named for years in _years_of(folder)), None)
     if found is None:
         return None
     folder, years = found
     return f"{folder.name}/{folder.name}{years.sequences[0]} and its like"
 
 
+def is_brats(name: str) -> bool:
+    """Says whether a case is named as those of BraTS, of which it is known what their labels mean."""
+    return name.casefold().startswith("brats")
+
+
 def years_of_files(cases: Sequence[Sequence[str]]) -> Years | None:
-    """Returns the years by whose sequences all images of a list are called, in the order of the channels."""
+    """Returns the years by whose sequences all images of a list are called, in the order of the channels.
+
+    None of images that are not named as those of BraTS.
+    """
+    if not all(is_brats(case_name(image)) for images in cases for image in images):
+        return None
     endings = {tuple(re.split("(?=[_-][^_-]+$)", case_name(image))[-1] for image in images) for images in cases}
     return next((years for years in YEARS if endings == {years.sequences}), None)
 
 
 def read_brats(source: Source) -> Manifest:
     """Reads which files a set of BraTS consists of. A scan without a NAME_seg is a test case, and a note says so.
+
+    Labels mean what the challenge says, or a dataset.json beside the folders, by which they may be regions too.
 
     Raises:
         DataError: Years are mixed, whose labels differ; or no scan has a label.
@@ -79,6 +93,10 @@ def read_brats(source: Source) -> Manifest:
         allowed, given = f"{cases[0].name}_seg or its like in some folder", f"none in {count(cases, 'folder')}"
         remedy = "Pass the folder of the training data; predict reads these: --images."
         raise DataError.of("labels", where, allowed=allowed, given=given, remedy=remedy)
+    told = told_labels(source.content)
+    if isinstance(told, str):
+        refuse_json(source.folder / source.list_name, allowed="labels", wrong=[told])
+    classes, labels = told or (tuple(years.classes.values()), Labels(values=tuple(years.classes)))
     bare = [case.name for case in cases if case.label is None]
     others = [folder.name for folder in subfolders(source.folder) if folder not in folders]
     notes = [f"{count(bare, 'case')} without a label, taken for testing: {listed(bare)}"] if bare else []
@@ -88,8 +106,8 @@ def read_brats(source: Source) -> Manifest:
         folder=source.folder,
         layout="brats",
         channels=TUMOUR_CHANNELS,
-        classes=tuple(years.classes.values()),
-        labels=Labels(values=tuple(years.classes)),
+        classes=classes,
+        labels=labels,
         train=train,
         test=tuple(case for case in cases if case.label is None),
         notes=tuple(notes),

@@ -4,6 +4,7 @@ RawData/Training/img/img0001.nii.gz belongs to RawData/Training/label/label0001.
 images without labels.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dstlib.zoo.e2enet.data.layouts.left_out import left_out
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.source import LIST, Source
 
+_NAMES = {folder: re.compile(folder + r"\d{4}\.") for folder in ("img", "label")}
 BTCV_ORGANS = (*AMOS_ORGANS[:9], "portal and splenic veins", *AMOS_ORGANS[9:12])
 
 
@@ -26,9 +28,14 @@ def training_folder(folder: Path) -> Path | None:
 
 
 def btcv_evidence(source: Source) -> str | None:
-    """Says by what a set is BTCV: folders of images and labels, and no list."""
+    """Says by what a set is BTCV: folders img and label, in which files are called so, and no list."""
     training = None if source.content else training_folder(source.folder)
-    return None if training is None else f"the folders img and label in {training}, without a {LIST}"
+    if training is None:
+        return None
+    names = [[f.name for f in scan_files(training / folder) if name.match(f.name)] for folder, name in _NAMES.items()]
+    if not all(names):
+        return None
+    return f"img/{names[0][0]} and label/{names[1][0]}, without a {LIST}"
 
 
 def read_btcv(source: Source) -> Manifest:

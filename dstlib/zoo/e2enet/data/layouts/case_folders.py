@@ -6,13 +6,14 @@ name the classes by themselves. The values of label files are known of KiTS and 
 """
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dstlib.errors import DataError, shown
-from dstlib.zoo.e2enet.data.layouts.decathlon import valued
+from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered, scan_files, subfolders
+from dstlib.zoo.e2enet.data.layouts.label_table import told_labels
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.left_out import count, listed, promised
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
@@ -72,8 +73,9 @@ def read_case_folders(source: Source) -> Manifest:
         allowed = f"folders with the same image ({', '.join(CHANNELS)}) and label ({', '.join((MASKS, *LABELS))})"
         given = f"images {', '.join(sorted(images)) or 'of no such name'}, labels {', '.join(sorted(labels)) or 'none'}"
         raise DataError.of("cases", str(folder), allowed=allowed, given=given, remedy="Rename files to one name each.")
-    classes = _classes(source, found, kind=labels.pop())
-    cases = {case.folder: _case_files(case, tuple(classes.values())) for case in found}
+    kind = labels.pop()
+    classes, meaning = _labels(source, found, kind=kind)
+    cases = {case.folder: _case_files(case, classes) for case in found}
     apart = _set_apart(folder)
     labelled = [case for case in cases.values() if case.label is not None]
     bare = [case for case in cases.values() if case.label is None]
@@ -83,8 +85,8 @@ def read_case_folders(source: Source) -> Manifest:
         folder=folder,
         layout="case-folders",
         channels=(_channel(source, images.pop()),),
-        classes=tuple(classes.values()),
-        labels=Labels(values=tuple(classes)),
+        classes=classes,
+        labels=meaning,
         train=train,
         validation=tuple(case for case in labelled if case.name in apart),
         test=tuple(bare),
@@ -104,6 +106,7 @@ def _notes(source: Source, found: list[_Folder], manifest: Manifest) -> list[str
     ]
     doubled = [case.folder.name for case in found if case.masks and case.label]
     notes = promised(source.content, {"numTraining": len(manifest.train)}, where=source.list_name)
+    unnamed = sorted({name for case in found for name in case.masks} - {*manifest.classes})
     if manifest.validation:
         notes.append(f"{count(manifest.validation, 'case')} set apart for validation or test by meta.csv")
     if names:
@@ -112,6 +115,9 @@ def _notes(source: Source, found: list[_Folder], manifest: Manifest) -> list[str
         notes.append(
             f"{count(others, 'folder')} left out, without an image {manifest.cases[0].images[0].name}: {listed(others)}"
         )
+    if unnamed:
+        told = f"as 'labels' of {source.list_name} does not name them: {listed(unnamed)}"
+        notes.append(f"{count(unnamed, 'mask')} left out, {told}")
     if doubled:
         notes.append(
             f"the label files of {count(doubled, 'case')} left out, as {MASKS} has the same by names: {listed(doubled)}"
@@ -132,30 +138,34 @@ def _cases(folder: Path) -> list[_Folder]:
     return cases
 
 
-def _classes(source: Source, found: list[_Folder], *, kind: str) -> dict[int, str]:
-    """Returns the classes by their values: as dataset.json says, as masks are called, or as it is known of the set.
+def _labels(source: Source, found: list[_Folder], *, kind: str) -> tuple[tuple[str, ...], Labels]:
+    """Returns the classes, and their values: as dataset.json says, as masks are called, or as it is known of the set.
 
     Raises:
         DataError: Nothing says so, or there are more than a byte holds.
     """
-    table, file = source.content.get("labels"), source.folder / source.list_name
-    if table is not None:
-        known = valued(table)
-    elif kind == MASKS:
-        names = sorted({name for case in found for name in case.masks})
-        known = dict(enumerate(names, start=1)) if len(names) <= MAX_CLASSES else None
-    elif kind == "combined_labels":
-        known = ATLAS
-    elif case_name(found[0].image) == "imaging":
-        known = KITS19 if (source.folder / "kits.json").is_file() else KITS
-    else:
-        known = None
-    if known is None:
-        allowed = f"names of the values of {kind}, at most {MAX_CLASSES}"
-        remedy = 'Write {"labels": {"0": "background", "1": "liver"}} into it, say, with your classes.'
-        given = "no 'labels'" if table is None else f"'labels' {shown(table)}"
-        raise DataError.of("classes", str(file), allowed=allowed, given=given, remedy=remedy)
-    return dict(known)
+    told = told_labels(source.content)
+    if isinstance(told, tuple) and (kind != MASKS or told[1].is_plain):
+        return told
+    names = {name for case in found for name in case.masks}
+    if told is None and kind == MASKS and len(names) <= MAX_CLASSES:
+        return tuple(sorted(names)), Labels.consecutive(len(names))
+    if told is None and (known := _known(source.folder, found[0], kind)):
+        return tuple(known.values()), Labels(values=tuple(known))
+    allowed = f"what the values of {kind} mean: at most {MAX_CLASSES} classes" + ", no regions" * (kind == MASKS)
+    given = "no 'labels'" if told is None else told if isinstance(told, str) else "regions, or values to ignore"
+    remedy = 'Write {"labels": {"0": "background", "1": "liver"}} into it, say, with your classes.'
+    file = source.folder / source.list_name
+    raise DataError.of("classes", str(file), allowed=allowed, given=given, remedy=remedy)
+
+
+def _known(folder: Path, case: _Folder, kind: str) -> Mapping[int, str] | None:
+    """Returns the classes by their values of the sets that name their cases, and files, as this one."""
+    if re.match(r"BDMAP_\d{8}$", case.folder.name) and kind == "combined_labels":
+        return ATLAS
+    if re.match(r"case_\d{5}$", case.folder.name) and (case_name(case.image), kind) == ("imaging", "segmentation"):
+        return KITS19 if (folder / "kits.json").is_file() else KITS
+    return None
 
 
 def _case_files(case: _Folder, classes: tuple[str, ...]) -> CaseFiles:

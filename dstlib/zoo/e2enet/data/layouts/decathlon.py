@@ -11,7 +11,8 @@ from typing import Any
 
 from dstlib.errors import shown
 from dstlib.zoo.e2enet.data.layouts.files import channel_file, numbered, refuse_json, wrong_name
-from dstlib.zoo.e2enet.data.layouts.labels import MAX_VALUE, Labels
+from dstlib.zoo.e2enet.data.layouts.label_table import valued
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.left_out import PARTS, left_out, listed, promised
 from dstlib.zoo.e2enet.data.layouts.lists import COUNTS, Entry, is_data_list, listed_images, names_of, read_lists
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
@@ -112,21 +113,6 @@ def _sorted(cases: list[CaseFiles]) -> tuple[CaseFiles, ...]:
 def _folds(training: list[tuple[str, Entry]]) -> tuple[tuple[str, ...], ...]:
     numbers = sorted({entry.fold for _, entry in training if entry.fold is not None})
     return tuple(tuple(sorted(name for name, entry in training if entry.fold == number)) for number in numbers)
-
-
-def valued(table: object) -> dict[int, str] | None:
-    """Returns the foreground classes by their values, ascending; None of a table without the background's 0 or theirs.
-
-    >>> valued({"0": "background", "4": "enhancing tumour", "1": "necrotic core"})
-    {1: 'necrotic core', 4: 'enhancing tumour'}
-    """
-    if not isinstance(table, dict) or "0" not in table or len(table) > MAX_CLASSES + 1:
-        return None
-    holds = all(key in _VALUES and isinstance(name, str) for key, name in table.items())
-    return {int(key): table[key] for key in sorted(table, key=int) if key != "0"} if holds and len(table) > 1 else None
-
-
-_VALUES = {str(value) for value in range(MAX_VALUE + 1)}
 
 
 def _wrong_tables(content: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from dstlib.errors import few, shown
 from dstlib.zoo.e2enet.data.layouts.labels import MAX_VALUE, Labels
@@ -9,6 +10,9 @@ from dstlib.zoo.e2enet.data.layouts.labels import MAX_VALUE, Labels
 IGNORE = "ignore"  # the name that nnU-Net reserves
 _EXAMPLE = '{"background": 0, "liver": 1}'
 _REGIONS = '{"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3]} with "regions_class_order": [1, 2]'
+
+
+_VALUES = {str(value) for value in range(MAX_VALUE + 1)}
 
 
 def read_table(table: object, order: object) -> tuple[tuple[str, ...], Labels] | str:
@@ -88,3 +92,28 @@ def table_notes(classes: tuple[str, ...], labels: Labels) -> list[str]:
             f"no prediction says {of} at once, as value {value} does: by 'regions_class_order' it says {instead}"
         )
     return notes
+
+
+def valued(table: object) -> dict[int, str] | None:
+    """Returns the foreground classes by their values, ascending; None of a table without the background's 0 or theirs.
+
+    >>> valued({"0": "background", "4": "enhancing tumour", "1": "necrotic core"})
+    {1: 'necrotic core', 4: 'enhancing tumour'}
+    """
+    if not isinstance(table, dict) or "0" not in table or len(table) > MAX_VALUE + 1:
+        return None
+    holds = all(key in _VALUES and isinstance(name, str) for key, name in table.items())
+    return {int(key): table[key] for key in sorted(table, key=int) if key != "0"} if holds and len(table) > 1 else None
+
+
+def told_labels(content: Mapping[str, Any]) -> tuple[tuple[str, ...], Labels] | str | None:
+    """Reads the labels of a dataset.json that lists no files, numbered as the Decathlon's or named as nnU-Net's.
+
+    None where it has none, and text where something is wrong with them.
+    """
+    table = content.get("labels")
+    if table is None:
+        return None
+    if (classes := valued(table)) is not None:
+        return tuple(classes.values()), Labels(values=tuple(classes))
+    return read_table(table, content.get("regions_class_order"))

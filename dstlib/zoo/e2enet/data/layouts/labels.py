@@ -71,6 +71,11 @@ class Labels:
         return Labels(values=tuple(range(1, num_classes + 1)))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether each value is a class of its own, and none is ignored."""
+        return self.regions is None and self.ignored is None
+
+    @property
     def num_classes(self) -> int:
         """How many classes, or regions, scores are kept of."""
         return len(self.values) if self.regions is None else len(self.regions)

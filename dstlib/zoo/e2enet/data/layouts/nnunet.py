@@ -57,7 +57,6 @@ def read_nnunet(source: Source) -> Manifest:
         refuse_json(folder / "dataset.json", allowed="entries of nnU-Net v2 that can be read here", wrong=wrong)
     ending, listed = content.get("file_ending", ".nii.gz"), content.get("dataset")
     train = _listed(folder, listed) if listed else _found(folder, len(channels), ending)
-    _check_number(folder, train, content.get("numTraining", len(train)))
     manifest = Manifest(
         name=content.get("name") or re.sub(r"^Dataset\d+_", "", folder.resolve().name),
         folder=folder,
@@ -70,14 +69,17 @@ def read_nnunet(source: Source) -> Manifest:
     )
     why = f"{source.list_name} does not list them" if listed else "no case of nnU-Net's has them"
     notes = (*table_notes(*table), *promised(content, {"numTest": len(manifest.test)}, where=source.list_name))
-    return replace(manifest, notes=(*notes, *left_out(manifest, [folder / part for part in PARTS], why=why)))
+    beside = left_out(manifest, [folder / part for part in PARTS], why=why)
+    _check_number(folder, train, content.get("numTraining", len(train)), beside)
+    return replace(manifest, notes=(*notes, *beside))
 
 
-def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int) -> None:
+def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int, beside: list[str]) -> None:
     if len(train) == expected:
         return
     partial = [case.name for case in train if not all(exists(f) for f in (*case.images, case.label) if f)]
     given = f"{len(train)}" + (f", of which files are missing: {few(partial)}" if partial else "")
+    given += "".join(f"; {note}" for note in beside)
     allowed = f"{expected}, as dataset.json says under 'numTraining'"
     remedy = "Restore or remove files, or correct the number."
     raise DataError.of("training cases", str(folder), allowed=allowed, given=given, remedy=remedy)
