@@ -362,11 +362,11 @@ def test_too_few_phantoms_for_five_folds_are_refused(example):
     assert "--fold all" in refused(example, AMOS, "--scans", "2")
 
 
-def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, small, example):
+def test_a_run_is_not_overwritten_and_another_programs_is_not_resumed(tmp_path, small, example):
     run, options = tmp_path / "run", (*demo(small["amos"]), *SHORT)
     (run / "figures").mkdir(parents=True)
     (run / "config.json").write_text('{"name": "e2enet_amos"}')
     assert "--resume" in refused(example, AMOS, "--run-dir", run, *options)
-    assert "training.seed 3" in refused(example, AMOS, "--run-dir", run, *options, "--seed", 3, "--resume")
+    assert "name of config.json of run" in refused(example, AMOS, "--run-dir", run, *options, "--resume")
     assert "figures" in left_by(run)
     assert "no-such-run" in refused(example, AMOS, "--run-dir", tmp_path / "no-such-run", *options, "--resume")
