@@ -447,6 +447,14 @@ def break_axes_in_a_plane(case):
     return "image.nii.gz has axes that lie in one plane"
 
 
+def break_rotation(case):
+    """ITK makes a rotation of it, nibabel refuses it."""
+    content = bytearray(nibabel.Nifti1Image(np.zeros(SHAPE, np.float32), AFFINE).to_bytes())
+    content[252:260] = np.array([1, 0], "<i2").tobytes() + np.float32(1.5).tobytes()  # qform_code, sform_code, b
+    case.images[0].write_bytes(gzip.compress(content))
+    return "image.nii.gz has a quaternion (1.5, 0.0, 0.0) in its qform, which is longer than 1 and no rotation"
+
+
 def break_affine_of_nan(case):
     for file in (case.images[0], case.label):
         place(file, np.diag([0.5, np.nan, 3.0, 1.0]))

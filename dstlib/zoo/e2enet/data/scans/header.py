@@ -40,6 +40,8 @@ Four = tuple[float, float, float, float]
 METRES, MICROMETRES = 1, 3  # codes of units; all others are mm, or taken for it
 MAX_COSINE = 1e-4  # between two axes that ITK takes to be at a right angle
 
+EPSILON = 2.0**-23  # of float32
+
 _OF_SPACE = 0b111  # the bits of xyzt_units that tell them
 _QUATERNION, _OFFSET = ("quatern_b", "quatern_c", "quatern_d"), ("qoffset_x", "qoffset_y", "qoffset_z")
 _ROWS = ("srow_x", "srow_y", "srow_z")
@@ -73,6 +75,11 @@ class Header:
     def is_placed(self) -> bool:
         """Whether one of the two forms is there."""
         return self.sform_code > 0 or self.qform_code > 0
+
+    @property
+    def is_rotation(self) -> bool:
+        """Whether the qform turns, by a quaternion no longer than 1: a longer one nibabel refuses, and ITK shortens."""
+        return self.qform_code <= 0 or not sum(each * each for each in self.quaternion) > 1 + 3 * EPSILON
 
     @property
     def in_mm(self) -> float:

@@ -211,10 +211,12 @@ def _read_volume(file: Path, dtype: DTypeLike | None, geometry: Geometry) -> Vol
             return f"cannot be read: it ends after {len(content)} of {promised.num_bytes} bytes"
         if is_packed and len(content) > promised.num_bytes:
             return f"cannot be read: it unpacks to more than the {promised.num_bytes} bytes that its header promises"
+        header = read_header(promised.header)
+        if header.sform_code <= 0 and not header.is_rotation:
+            return f"has a quaternion {header.quaternion} in its qform, which is longer than 1 and no rotation"
         nifti = promised.kind.from_bytes(content)
         with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
             voxels = np.asanyarray(nifti.dataobj, dtype=dtype)
-        header = read_header(promised.header)
         return Volume(voxels, header.affine(geometry), header=header)
     except FileNotFoundError:
         return "is missing" + (": variables of the environment stay as they are written" if "$" in str(file) else "")

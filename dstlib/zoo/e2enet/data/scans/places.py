@@ -130,8 +130,8 @@ def _axes(affine: Affine) -> NDArray[np.float64]:
 
 
 def _degrees(axis: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Returns the angle between two directions: from sine and cosine, as a cosine alone loses what is below 1e-6."""
-    return math.degrees(math.atan2(float(np.linalg.norm(np.cross(axis, other))), float(axis @ other)))
+    """Returns the angle between two directions, by the diagonals of their rhombus: a cosine loses small angles."""
+    return math.degrees(2 * math.atan2(float(np.linalg.norm(axis - other)), float(np.linalg.norm(axis + other))))
 
 
 def _shown(sizes: NDArray[np.float64] | tuple[float, ...]) -> str:
