@@ -155,23 +155,28 @@ def test_a_read_only_image_is_read():
     st.tuples(*[st.integers(1, 14)] * 3),
     st.tuples(*[st.integers(1, 8)] * 3),
     st.floats(0, 0.9),
+    st.sampled_from([(), (2,), (0, 1)]),
     st.integers(0, 2**16),
 )
 @settings(max_examples=60)
-def test_slices_are_those_of_monais_sliding_window(shape, patch, overlap, seed):
+def test_slices_are_those_of_monais_sliding_window(shape, patch, overlap, mirror, seed):
     image = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
-    model = Convolves(seed)
+    model, flips = Convolves(seed), inference._flips(mirror)
+
+    def mean_softmax(windows):
+        return sum(model(windows.flip(axes)).softmax(dim=1).flip(axes) for axes in flips) / len(flips)
+
     with torch.inference_mode():
         expected = sliding_window_inference(
             torch.from_numpy(image)[None],
             roi_size=patch,
             sw_batch_size=1,
-            predictor=lambda windows: model(windows).softmax(dim=1),
+            predictor=mean_softmax,
             overlap=overlap,
             mode="gaussian",
             sigma_scale=inference.SIGMA,
         )
-    found = probabilities([model], image, patch_size=patch, overlap=overlap, mirror=())
+    found = probabilities([model], image, patch_size=patch, overlap=overlap, mirror=mirror)
     np.testing.assert_array_equal(found, expected[0].numpy())
 
 

@@ -19,6 +19,7 @@ def run(name: str, *options: str) -> str:
 HELPFUL = (
     "conv.py",
     "e2enet_inference.py",
+    "prediction_memory.py",
     "training_step.py",
     "linear.py",
     "linear_training.py",
@@ -55,3 +56,12 @@ def test_a_short_soak_says_what_it_saw(tmp_path):
     assert printed.endswith("memory stays within 100 MB\ncounts exact\n")
     results = json.loads((tmp_path / "soak.json").read_text())["results"]
     assert {row["part"] for row in results if "part" in row} == {"train", "reload"}
+
+
+@pytest.mark.long
+def test_the_memory_of_a_small_prediction_is_measured(tmp_path):
+    options = ["--size", "24", "24", "40", "--patch", "16", "--out", str(tmp_path)]
+    assert "peak of the process: " in run("prediction_memory.py", *options)
+    assert "Stopped after 2 windows." in run("prediction_memory.py", *options, "--stop-after", "2")
+    (result,) = json.loads((tmp_path / "prediction_memory.json").read_text())["results"]
+    assert result["peak_bytes"] > 1e8  # torch alone takes as much
