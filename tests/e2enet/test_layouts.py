@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.cli import LAYOUT
 from dstlib.zoo.e2enet.data.layouts import detect
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS, modalities, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import LAYOUTS, folder_cases, read_manifest
@@ -513,6 +514,13 @@ def test_entries_of_two_layouts_are_told_apart_by_the_labels(tmp_path, labels, l
     """A set that was converted, and kept what it had before."""
     write_nnunet(tmp_path, **{key: DECATHLON[key] for key in ("modality", "training")}, labels=labels)
     assert read_manifest(tmp_path).layout == layout
+
+
+def test_every_layout_is_named_by_the_help_of_its_option_and_by_the_page_of_data_sets():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    named = LAYOUT.split(" (")[0].replace(" or ", ", ").split(", ")
+    assert named == [*LAYOUTS]
+    assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")][: len(LAYOUTS)] == [*LAYOUTS]
 
 
 def test_two_layouts_that_fit_are_both_named(tmp_path):
