@@ -207,7 +207,9 @@ def _slices(
         for model in models:
             stack.enter_context(predicting(model))
         hidden, total = title is None, len(grid.windows)
-        bar = stack.enter_context(tqdm(total=total, desc=title, unit="window", disable=hidden, leave=False))
+        # in the line of whatever bar there is: another line takes control sequences, which a log would keep
+        bar = tqdm(total=total, desc=title, unit="window", disable=hidden, leave=False, position=0)
+        stack.enter_context(bar)
         step = 1 if device.type == "cpu" else NUM_WINDOWS
         for first in range(0, total, step):
             batch = grid.windows[first : first + step]
