@@ -7,6 +7,7 @@ python tests/kill_points.py run --random 30 # at random moments instead, up to t
 import argparse
 import builtins
 import contextlib
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import stat
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,7 +50,7 @@ def draw(folder: Path) -> None:
 
 def predict(folder: Path, *, run: Path, images: Path) -> None:
     """Predicts a folder of images."""
-    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert command(["predict", str(run), "--images", str(images), "--output", str(folder / "out")]) == 0
 
 
@@ -139,6 +141,8 @@ def in_a_process(work: Work, folder: Path, *, at: int | None = None, seconds: fl
             work(folder)
             with contextlib.suppress(OSError):
                 answer.write_text(json.dumps(points.passed))
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     if seconds is not None:

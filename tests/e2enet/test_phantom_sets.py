@@ -174,6 +174,13 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path):
     assert nibabel.load(folder / "imagesTr" / "hippocampus_001.nii.gz").shape
 
 
+def test_what_a_process_left_that_was_killed_behind_the_renaming_is_cleared_too(tmp_path):
+    folder = write_phantoms(tmp_path / "set", "hippocampus", num_scans=1, progress=False)
+    (tmp_path / ".set-building").mkdir()
+    write_phantoms(folder, "hippocampus", num_scans=1, progress=False)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_link_in_the_place_where_a_set_is_built_is_not_followed(tmp_path):
     (tmp_path / "mine" / "set").mkdir(parents=True)
     (tmp_path / ".set-building").symlink_to(tmp_path / "mine")

@@ -130,7 +130,7 @@ def write_phantoms(
     """
     folder, plan = Path(folder), _plan(kind, num_scans, seed, shape)
     try:
-        if _holds(folder, plan):
+        if _holds(folder, plan) and not _is_left(_place(folder)):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _building(folder) as built:
@@ -157,13 +157,22 @@ class _Plan:
     version: int = VERSION
 
 
+def _place(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-building")
+
+
+def _is_left(place: Path) -> bool:
+    """Tells whether a process that was killed behind its last renaming has left something to clear."""
+    return place.is_dir() and not place.is_symlink() and os.access(place, os.W_OK)
+
+
 @contextmanager
 def _building(folder: Path) -> Iterator[Path]:
     """Gives a place beside a folder, so that the last step is one renaming, to one process at a time.
 
     An interruption removes it, a reader never meets it, and what a killed process left there is cleared.
     """
-    place = folder.with_name(f".{folder.name}-building")
+    place = _place(folder)
     if place.is_symlink():
         raise OSError(errno.ELOOP, f"{place} is a link")
     make_folder(place, what="phantoms")
