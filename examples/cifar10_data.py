@@ -5,6 +5,7 @@ Shapes: N images, B images of a batch, C channels, H, W height and width.
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ SIZE, NUM_CLASSES = 32, 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
 BINARY = "cifar-10-batches-bin"
 RECORD = 1 + 3 * SIZE * SIZE  # a label, then the red, green and blue plane
+MOST_PACKED = 64  # bytes of an npz that one of the file may stand for; whole numbers take a tenth of that
 RESTORE = "Restore the file, or leave --data out for procedural images."
 
 
@@ -135,6 +137,11 @@ def _arrays(path: Path) -> Mapping[str, NDArray[np.generic]]:
     if not path.is_file():
         _refuse("file", path, allowed="a file", given="none")
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        most = MOST_PACKED * path.stat().st_size + 2**20
+        if unpacked > most:
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
         with np.load(path, allow_pickle=False) as npz:
             held = {name: npz[name] for name in ("jpeg", "offsets", "labels")}
     except Exception as error:  # of zip, zlib and numpy alike: each damage has an exception of its own
@@ -143,13 +150,15 @@ def _arrays(path: Path) -> Mapping[str, NDArray[np.generic]]:
         )
     for name, array in held.items():
         if (
-            array.ndim != 1
+            not isinstance(array, np.ndarray)  # bytes, of what is no npy
+            or array.ndim != 1
             or array.dtype.kind not in "iu"
             or not len(array)
             or (name == "jpeg") > (array.itemsize == 1)
         ):
             allowed = "one row of uint8" if name == "jpeg" else "one row of whole numbers"
-            _refuse(name, path, allowed=allowed, given=f"{array.dtype} of shape {array.shape}")
+            given = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "something else"
+            _refuse(name, path, allowed=allowed, given=given)
     return held
 
 

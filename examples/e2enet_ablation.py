@@ -14,10 +14,9 @@ may be stopped at any time and given again. The table is printed after each cell
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ from dstlib.command_line import make_parser, run_command
 from dstlib.errors import StateError
 from dstlib.files import make_folder, write_json
 from dstlib.report import align
+from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.cli import read_config
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.recipes import RECIPES, Recipe
@@ -41,6 +41,14 @@ class Cell:
     name: str
     network: Mapping[str, object]
     options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the cells of a folder have in common: the recipe, and the options that it was given."""
+
+    recipe: str
+    options: tuple[str, ...]
 
 
 DENSE, NNUNET = ("--sparsity", "0"), ("--model", "nnunet")
@@ -84,7 +92,7 @@ def main() -> None:
     from dstlib.zoo.e2enet.compare import row_of
 
     grid = tables(preset.network, preset.training.interval)
-    refuse_other_grid(options.runs, {"recipe": options.recipe, "options": rest})
+    refuse_other_grid(options.runs, Grid(options.recipe, tuple(rest)))
     for title in options.tables:
         rows: dict[str, list[Row]] = {}
         for cell in grid[title]:
@@ -107,15 +115,17 @@ def command_line() -> argparse.ArgumentParser:
     return lines
 
 
-def refuse_other_grid(folder: Path, asked: dict[str, object]) -> None:
+def refuse_other_grid(folder: Path, asked: Grid) -> None:
     """Checks that the cells of a folder are of one grid: other settings want another folder."""
     record = folder / "grid.json"
     if not record.exists():
         make_folder(folder)
-        write_json(record, asked)
-    elif (held := json.loads(record.read_text())) != asked:
+        write_json(record, asdict(asked))
+    elif (
+        held := read_json(record, Grid, remedy="Remove it where the runs are those asked for, or give another --runs.")
+    ) != asked:
         remedy = "Give the same options to continue it, or another --runs."
-        raise StateError.of("grid", f"folder {folder}", allowed=held, given=asked, remedy=remedy)
+        raise StateError.of("grid", f"folder {folder}", allowed=asdict(held), given=asdict(asked), remedy=remedy)
 
 
 def run_cell(recipe: Recipe, cell: Cell, path: Path, arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,6 +59,11 @@ from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
 from dstlib.zoo.e2enet.data.scans.nifti import read_scan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import cifar10_data
+import e2enet_ablation
 
 
 def keeps_all(value: Any, sound: Any) -> str:
@@ -668,6 +674,46 @@ def resume_transformers(scene: Path) -> Any:
     return {"last": Path(str(last)).name, **_going_on(model, optimizer.optimizer, sparse.sparsifier)}
 
 
+# ---- examples
+
+
+def an_npz(scene: Path, prepared: Path) -> None:
+    """Some images as JPEG, as the example of CIFAR-10 reads them."""
+    from PIL import Image
+
+    files = []
+    for grey in range(0, 200, 50):
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), (grey,) * 3).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    content = np.frombuffer(b"".join(files), np.uint8)
+    np.savez(scene / "few.npz", jpeg=content, offsets=np.cumsum([0, *map(len, files)]), labels=np.arange(len(files)))
+
+
+def read_an_npz(scene: Path) -> Any:
+    """Reads images and labels."""
+    images, labels = cifar10_data.read_npz(scene / "few.npz")
+    return {"images": digest(images), "labels": labels.tolist(), "sizes": [list(images.shape), len(labels)]}
+
+
+def images_and_labels(value: Any, sound: Any) -> str:
+    """The law of images: each has a label, of ten classes, and 32 x 32 pixels."""
+    (num, *size), labels = value["sizes"]
+    fits = num == labels and size == [3, 32, 32] and all(0 <= label < 10 for label in value["labels"])
+    return "" if fits else "images and labels do not fit"
+
+
+def a_grid(scene: Path, prepared: Path) -> None:
+    """The record of a grid of ablations."""
+    ask_for_a_grid(scene)
+
+
+def ask_for_a_grid(scene: Path) -> Any:
+    """Continues a grid, where it is the same."""
+    e2enet_ablation.refuse_other_grid(scene / "runs", e2enet_ablation.Grid("amos", ("--epochs", "1")))
+    return "the same grid"
+
+
 # ---- the table
 
 _JSON = (mutate_bytes, mutate_json, mutate_json)
@@ -828,6 +874,16 @@ FORMATS = (
         law=_SCANS,
         may_write=("out", "out/*"),
     ),
+    Format(
+        name="cifar10 npz",
+        file="few.npz",
+        make=an_npz,
+        read=read_an_npz,
+        damage=(mutate_bytes,),
+        craft=(mutate_zip,),
+        law=images_and_labels,
+    ),
+    Format(name="ablation grid.json", file="runs/grid.json", make=a_grid, read=ask_for_a_grid, damage=_JSON),
     Format(name="phantoms.json", file="set/phantoms.json", make=some_phantoms, read=make_phantoms, damage=_JSON),
     Format(
         name="compact",

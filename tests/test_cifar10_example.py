@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +138,15 @@ def test_every_cut_of_an_npz_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"contents of file .*damaged or cut short"):
             data.read_npz(path)
+
+
+@pytest.mark.parametrize("content", [b"no array", bytes(2**26)], ids=["no array", "a bomb"])
+def test_a_member_that_is_no_array_or_unpacks_without_end_is_refused(tmp_path, content):
+    path = npz(tmp_path / "cifar10_train.npz", [0, 1], offsets=None)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("offsets.npy", content)
+    with pytest.raises(DataError, match=r"offsets of file .*something else|contents of file .*67,\d+,\d+ bytes"):
+        data.read_npz(path)
 
 
 def test_a_jpeg_that_is_cut_short_is_refused(tmp_path):

@@ -422,3 +422,6 @@ def test_a_grid_is_run_once_and_shown_in_the_papers_layout(ablation, work, tmp_p
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
     with pytest.raises(StateError, match=r"grid of folder .*another --runs"):
         ablation.run(*options, "--val-iterations", 1)
+    (tmp_path / "grid.json").write_text('{"recipe": "hippocampus"')
+    with pytest.raises(StateError, match=r"grid.json.*another --runs"):
+        ablation.run(*options)
