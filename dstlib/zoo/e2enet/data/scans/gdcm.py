@@ -118,19 +118,30 @@ def _short(error: Exception) -> str:
 
 
 def _limit(num_bytes: int) -> None:
-    """Allows this process so much more memory, and some more time."""
+    """Allows this process so much more memory, and some more time, as far as the system has such limits."""
     try:
         import resource
     except ImportError:  # Windows has none
         return
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     used = resource.getrusage(resource.RUSAGE_SELF)
-    for limit, value in (
-        (resource.RLIMIT_AS, taken + num_bytes),
-        (resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS),
-    ):
+    limits = {resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime) + SECONDS}
+    if (taken := _taken()) is not None:
+        limits[resource.RLIMIT_AS] = taken + num_bytes
+    for limit, value in limits.items():
         _, highest = resource.getrlimit(limit)
         resource.setrlimit(limit, (value if highest == resource.RLIM_INFINITY else min(value, highest), highest))
+
+
+def _taken(statm: Path = Path("/proc/self/statm")) -> int | None:
+    """Returns how many bytes of addresses this process has; None where nothing says so, as on macOS.
+
+    >>> _taken(Path("no such file")) is None
+    True
+    """
+    try:
+        return int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
 
 
 def _reader(file: str) -> Any:
