@@ -251,6 +251,13 @@ def test_cases_that_meta_csv_sets_apart_are_validation_cases(tmp_path):
     assert manifest.notes == ("1 case set apart for validation or test by meta.csv",)
 
 
+@pytest.mark.parametrize("content", [b"image_id;split\ns0001;\xff", b"image_id;split\n" + 200_000 * b"0"])
+def test_a_meta_csv_that_is_no_table_is_refused(tmp_path, content):
+    (totalsegmentator(tmp_path) / "meta.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"content of .*meta\.csv: expected a table in UTF-8"):
+        read_manifest(tmp_path)
+
+
 def test_classes_of_ones_own_label_files_are_written_in_a_dataset_json(tmp_path):
     (image,), label = volumes(0)
     save(tmp_path / "p1/image.nii.gz", image)

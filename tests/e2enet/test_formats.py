@@ -269,6 +269,17 @@ def test_a_scan_changes_with_each_of_its_files(small, tmp_path):
     assert parts(tmp_path / "absent.nhdr") == [tmp_path / "absent.nhdr"]
 
 
+def test_a_scan_is_what_is_read_of_it(tmp_path):
+    """Neither what a file manager leaves beside slices, nor a file that a header may not name."""
+    (tmp_path / "f").mkdir()
+    for name in ("IM_0", ".DS_Store"):
+        (tmp_path / "f" / name).write_bytes(b"")
+    assert parts(tmp_path / "f") == [tmp_path / "f" / "IM_0"]
+    for name in ("../secret.raw", "/etc/passwd", "a\0b", "a" * 300):
+        (tmp_path / "a.mhd").write_text(f"NDims = 3\nElementDataFile = {name}\n")
+        assert parts(tmp_path / "a.mhd") == [tmp_path / "a.mhd"]
+
+
 def test_a_changed_slice_is_prepared_anew(tmp_path):
     write_slice(tmp_path / "f" / "0", np.zeros((3, 3)), slice_tags(0, np.zeros(3)))
     files = CaseFiles(name="f", images=(tmp_path / "f",))

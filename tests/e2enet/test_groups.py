@@ -75,6 +75,12 @@ def test_a_pattern_finds_the_patient_in_each_name():
     assert len(set(groups.values())) == 7
 
 
+def test_a_pattern_may_be_longer_than_names_of_files():
+    names = [f"P{number:03d}_{time}" for number in range(100) for time in ("before", "after")]
+    pattern = f"^({'|'.join(sorted({name[:4] for name in names}))})_"
+    assert read_groups(pattern, names) == {name: name[:4] for name in names}
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

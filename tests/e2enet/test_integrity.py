@@ -60,6 +60,14 @@ def test_a_sound_set(folder):
     assert found.table() == "toy: 4 cases, 0 defects, 0 warnings"
 
 
+def test_nothing_in_the_table_is_obeyed_by_a_terminal(folder):
+    """Names of files that are left out come from whoever packed the set."""
+    (folder / "imagesTr" / "notes\x1b[2J\n.txt").touch()
+    table = findings(folder).table()
+    assert r"no scan has such a name: notes\x1b[2J\n.txt" in table
+    assert table.count("\n") == 2
+
+
 def test_the_table(folder):
     (folder / "imagesTr/b.nii.gz").unlink()
     save(folder / "labelsTr/b.nii.gz", np.full(SHAPE, 9, np.uint8))

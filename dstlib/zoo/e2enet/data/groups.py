@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 
 from dstlib.errors import DataError, SettingError, few
@@ -28,7 +29,7 @@ def read_groups(text: str, names: Sequence[str]) -> dict[str, str]:
     {'P01_before': 'P01', 'P01_after': 'P01', 'P02_before': 'P02'}
     """
     file = Path(text)
-    if file.suffix.lower() not in _ENDINGS and not file.is_file():
+    if file.suffix.lower() not in _ENDINGS and not isfile(text):  # of a long pattern Path would raise an error
         return _by_pattern(text, names)
     where, remedy = f"groups {file}", 'It is JSON, {"case": "patient"}, or a CSV with the columns case and patient.'
     if file.suffix.lower() == ".json":

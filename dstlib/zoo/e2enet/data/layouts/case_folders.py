@@ -6,12 +6,15 @@ name the classes by themselves. The values of label files are known of KiTS and 
 """
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dstlib.errors import DataError
+from dstlib.files import read_whole
+from dstlib.typed_json import MAX_BYTES
 from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered, scan_files, subfolders
 from dstlib.zoo.e2enet.data.layouts.label_table import told_labels
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
@@ -60,8 +63,8 @@ def read_case_folders(source: Source) -> Manifest:
     off for validation or test, as TotalSegmentator's does, are validation cases.
 
     Raises:
-        DataError: Cases have different kinds of images or labels, none has a label, or the values of label files mean
-            nothing that is known.
+        DataError: Cases have different kinds of images or labels, none has a label, the values of label files mean
+            nothing that is known, or meta.csv is no table.
 
     Reference: Wasserthal et al., *TotalSegmentator* (2023); Heller et al., *KiTS19* and *KiTS21*; Qu et al.,
     *AbdomenAtlas-8K* (2023), and version 1.1 for its 25 classes.
@@ -184,10 +187,19 @@ def _channel(source: Source, image: str) -> str:
 
 
 def _set_apart(folder: Path) -> set[str]:
-    """Returns the cases that a meta.csv, as TotalSegmentator's, sets apart for validation and test."""
+    """Returns the cases that a meta.csv, as TotalSegmentator's, sets apart for validation and test.
+
+    Raises:
+        DataError: It is no table.
+    """
+    file = folder / "meta.csv"
     try:
-        with (folder / "meta.csv").open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter=";"))
+        content = read_whole(file, max_bytes=MAX_BYTES).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=";"))
     except FileNotFoundError:
         return set()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        allowed, given = "a table in UTF-8, as TotalSegmentator's", getattr(error, "strerror", None) or str(error)
+        remedy = "Restore it; or rename it, if it sets no case apart."
+        raise DataError.of("content", str(file), allowed=allowed, given=given, remedy=remedy) from error
     return {row["image_id"] for row in rows if row.get("split") in ("val", "test") and row.get("image_id")}

@@ -93,8 +93,16 @@ def begins_as_dicom(file: Path) -> bool:
 
 
 def holds_dicom(folder: Path) -> bool:
-    """Says whether DICOM files lie in a folder, or below it: series lie in folders of studies and patients."""
-    return any(_is_slice(Path(at, name)) for at, _, names in os.walk(folder) for name in names if name[0] != ".")
+    """Says whether DICOM files lie in a folder, or below it."""
+    return any(map(_is_slice, files_below(folder)))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yields the files that may be slices in a folder, or below it, as series lie in folders of studies and patients.
+
+    Hidden files are left out: whoever looks into a folder on macOS leaves a .DS_Store there.
+    """
+    return (Path(at, name) for at, _, names in os.walk(folder) for name in names if not name.startswith("."))
 
 
 def _is_slice(file: Path) -> bool:

@@ -6,7 +6,6 @@ are compared. Source: DICOM PS3.3, section C.7.6.2 (image plane); lengths are in
 """
 
 import math
-import os
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from dstlib.bounds import available_memory
 from dstlib.errors import shown
 from dstlib.files import open_file, read_whole
-from dstlib.zoo.e2enet.data.layouts.files import DICOM_ENDINGS, PREAMBLE, begins_as_dicom
+from dstlib.zoo.e2enet.data.layouts.files import DICOM_ENDINGS, PREAMBLE, begins_as_dicom, files_below
 from dstlib.zoo.e2enet.data.scans.gdcm import MEMORY, PER_PIXEL, decoder
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.places import MAX_SHIFT
@@ -167,8 +166,7 @@ def _step(ordered: Sequence[Slice], heights: NDArray[np.float64]) -> float:
 
 def _files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Lists the files of slices, and counts what else there is, by what it is."""
-    found = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names if not name.startswith("."))
-    below = [file for file in found if file.is_file()]
+    below = sorted(file for file in files_below(folder) if file.is_file())
     kinds = {file: _meta(file).get(_CLASS, "") for file in below if begins_as_dicom(file)}
     foreign = [file for file in below if file not in kinds and file.suffix.lower() in DICOM_ENDINGS]
     foreign += [file for file, kind in kinds.items() if not kind.startswith(_KNOWN)]

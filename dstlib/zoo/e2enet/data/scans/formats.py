@@ -9,7 +9,7 @@ from pathlib import Path
 from numpy.typing import DTypeLike
 
 from dstlib.files import open_file
-from dstlib.zoo.e2enet.data.layouts.files import is_scan_name
+from dstlib.zoo.e2enet.data.layouts.files import files_below, is_scan_name, path_fault
 from dstlib.zoo.e2enet.data.scans.dicom import read_series
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.metaimage import read_metaimage
@@ -39,10 +39,11 @@ def parts(scan: Path) -> list[Path]:
     If one of them changes, it is another scan.
     """
     if scan.is_dir():
-        return sorted(Path(at, name) for at, _, names in os.walk(scan) for name in names)
+        return sorted(files_below(scan))
     beside = None
     if other_reader(scan):
         with suppress(OSError), open_file(scan) as file:
             beside = _BESIDE.search(file.read(_HEADER))
     name = "LOCAL" if beside is None else os.fsdecode(beside[1])
-    return [scan] if name in ("", "LOCAL") else [scan, scan.parent / name]
+    is_beside = name not in ("", "LOCAL") and path_fault(name, allow_outside=False) is None  # or it is never opened
+    return [scan, scan.parent / name] if is_beside else [scan]

@@ -17,7 +17,7 @@ from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
 from dstlib.errors import few
-from dstlib.report import abridge
+from dstlib.report import abridge, on_one_line
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
 from dstlib.zoo.e2enet.data.layouts.channels import name_oddity, scheme_of
@@ -66,7 +66,7 @@ class Findings:
         rows = [(d.case, "DEFECT", d.text) for d in self.defects] + [(w.case, "warning", w.text) for w in self.warnings]
         if rows:
             width, kind_width = max(4, *(len(case) for case, _, _ in rows)), max(len(kind) for _, kind, _ in rows)
-            told = [f"{case:<{width}}  {kind:<{kind_width}}  {text}" for case, kind, text in rows]
+            told = [on_one_line(f"{case:<{width}}  {kind:<{kind_width}}  {text}") for case, kind, text in rows]
             names = [case for case, _, _ in rows]
             lines += ["case", *(told if whole else abridge(told, names, whole="--all lists them"))]
         return "\n".join(lines)
