@@ -105,7 +105,10 @@ DEFECTS = {
     "no voxel": (lambda d: rewrite(d / IMAGE, lambda v: v[:0]), "has shape (0,), but an image is"),
     "a channel too many": (lambda d: rewrite(d / IMAGE, lambda v: np.stack([v, v], -1)), "has 2 channel(s)"),
     "complex numbers": (lambda d: rewrite(d / IMAGE, lambda v: v.astype("c8")), "complex64, not numbers"),
-    "voxels without a size": (lambda d: patched(d / IMAGE, 280, bytes(16)), "sizes are positive and finite"),
+    "voxels without a size": (
+        lambda d: (patched(d / IMAGE, 252, bytes(2)), patched(d / IMAGE, 280, bytes(16))),  # no qform, half a sform
+        "sizes are positive and finite",
+    ),
     "no label": (lambda d: (d / LABEL).unlink(), f"{LABEL} is missing"),
     "no image": (lambda d: (d / IMAGE).unlink(), f"{IMAGE} is missing"),
     "a folder in its place": (lambda d: ((d / IMAGE).unlink(), (d / IMAGE).mkdir()), "Is a directory"),
@@ -182,8 +185,8 @@ MANIFESTS = {
     "a case twice": (listed(lambda c: c["training"].append(c["training"][0])), "amos_0001 2 times"),
     "no case": (listed(lambda c: c["training"].clear()), "lists at least one case"),
     "a case without files": (listed(lambda c: c["training"].append(1)), "entry 5 of 'training' is 1 but"),
-    "labels with a gap": (listed(lambda c: c["labels"].pop("3")), "numbers its names from 0"),
-    "none": (lambda d: (d / "dataset.json").unlink(), "The layouts look so:"),
+    "labels without a background": (listed(lambda c: c["labels"].pop("0")), "from 0 up, as in"),
+    "none": (lambda d: (d / "dataset.json").unlink(), "as --layout names them, look so:"),
     "no folder": (shutil.rmtree, "no such folder"),
 }
 
@@ -196,6 +199,19 @@ def test_a_foreign_or_damaged_data_set_is_one_error(damaged, kind, capsys):
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert message in errors
+
+
+def test_a_value_that_dataset_json_does_not_name_is_a_defect_of_each_label(damaged, capsys):
+    listed(lambda content: content["labels"].pop("3"))(damaged)
+    assert command("check", damaged) == 1
+    assert "amos_0001.nii.gz has values 3, but the classes are numbered 0, 1, 2, 4," in capsys.readouterr().out
+
+
+def test_one_form_that_is_none_leaves_the_other(damaged, capsys):
+    patched(damaged / IMAGE, 280, bytes(16))
+    assert command("check", damaged) == 0
+    told = capsys.readouterr().out
+    assert "The sform is none, as an axis of it has no length. The qform is used, as by ITK's programs" in told
 
 
 def test_the_others_are_predicted_and_a_repetition_makes_what_is_missing(damaged, trained, tmp_path, capsys):

@@ -55,10 +55,14 @@ def _disagreement(header: Header, geometry: Geometry) -> list[str]:
         return []
     told = [f"{form} (code {header.code(form)}) {_shown(voxel_sizes(affine))} mm" for form, affine in forms.items()]
     told += [] if "qform" in forms else [f"pixdim {_shown(header.sizes)} mm"]
+    text = f"has more than one place: voxels by its {', by its '.join(told)}"
+    if no_place := [
+        form for form, affine in forms.items() if not (np.isfinite(affine).all() and voxel_sizes(affine).all())
+    ]:
+        return [f"{text}. The {no_place[0]} is none, as an axis of it has no length. {_used(header, geometry)}"]
     pairs = [*combinations(places, 2)]
     farthest = max(apart(a, b, header.shape) for a, b in pairs)
     turned = max(_turn(a, b) for a, b in pairs)
-    text = f"has more than one place: voxels by its {', by its '.join(told)}"
     text += f"; corners lie up to {farthest:.3g} mm apart, axes {turned:.3g} degrees"
     if "sform" in forms and not is_right(forms["sform"]):
         angles = _angles(forms["sform"])
