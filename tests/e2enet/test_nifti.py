@@ -629,7 +629,7 @@ def test_what_does_not_fit_into_memory_is_refused(case, ending, monkeypatch):
     save(file, np.zeros((100, 100, 100), np.int16))
     case = CaseFiles(name="b", images=(file,))
     for limit, fits in ((6_000_352, True), (6_000_351, False)):  # 2 bytes as stored, 4 as read
-        monkeypatch.setattr("dstlib.zoo.e2enet.data.scans.nifti.available_memory", lambda limit=limit: limit)
+        monkeypatch.setattr("dstlib.zoo.e2enet.data.scans.unpacking.available_memory", lambda limit=limit: limit)
         examined = examine_scan(case, num_channels=1, labels=None)
         assert (examined.scan is not None) == fits
     assert examined.defects[0].text == "cannot be read: it asks for 6000352 bytes of memory, of which 6000351 are left"

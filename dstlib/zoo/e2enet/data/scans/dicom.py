@@ -23,6 +23,7 @@ from dstlib.zoo.e2enet.data.scans.gdcm import MEMORY, PER_PIXEL, decoder
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.places import MAX_SHIFT
 from dstlib.zoo.e2enet.data.scans.stored import LPS_TO_RAS, affine_of
+from dstlib.zoo.e2enet.data.scans.unpacking import refuse_memory
 
 _CLASS, _SYNTAX = 2, 16  # elements of what a file says first
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -101,9 +102,7 @@ def read_series(folder: Path, dtype: DTypeLike | None) -> Volume:
         _refuse_several(slices, left_out)
         ordered, affine = place(slices)
         rows, columns = slices[0].shape
-        memory = MEMORY + rows * columns * (PER_PIXEL + 4 * len(slices))
-        if memory > (left := available_memory()):
-            raise ValueError(f"it asks for {memory} bytes of memory, of which {left} are left")
+        refuse_memory(MEMORY + rows * columns * (PER_PIXEL + 4 * len(slices)))
         voxels = np.empty((len(slices), rows, columns), np.float32)
         for at, each in enumerate(ordered):
             _refuse_length(each)

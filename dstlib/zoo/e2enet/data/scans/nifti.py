@@ -1,11 +1,12 @@
-"""NIfTI files to arrays, and labels back to NIfTI files: every defect found, every number kept.
+"""Scans to arrays, and labels to NIfTI files: every defect found, every number kept.
+
+Files of NIfTI are read here, those of other formats by what :mod:`~dstlib.zoo.e2enet.data.scans.formats` finds.
 
 A file's (x, y, z[, channel]) becomes (channel, D, H, W) = (channel, z, y, x), and nothing else changes: that is
 the stored order. Shapes: C channels, D, H, W as stored.
 """
 
 import gzip
-import io
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -32,12 +33,12 @@ from dstlib.zoo.e2enet.data.scans.formats import other_reader
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.header import Header, header_at, label_header, read_header
 from dstlib.zoo.e2enet.data.scans.places import place_doubts
+from dstlib.zoo.e2enet.data.scans.unpacking import first_unpacked, refuse_memory, refuse_ratio, unpacked
 
 # What nibabel, gzip and numpy raise on a file that is foreign, empty, truncated or of no number type.
 _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, TypeError, OverflowError)
 
 _HEADER = 540  # bytes of the longer one, that of NIfTI-2
-_MAX_RATIO = 1032  # of packing: deflate's own limit
 _ANY, _MASK = Labels.consecutive(MAX_VALUE), Labels.consecutive(1)
 
 
@@ -197,20 +198,16 @@ def _read_volume(file: Path, dtype: DTypeLike | None, geometry: Geometry) -> Vol
             return reader(file, dtype)
         content = read_whole(file, max_bytes=available_memory())
         is_packed = file.suffix.lower() == ".gz"
-        promised = _promise(_unpacked(content, _HEADER) if is_packed else content)
+        promised = _promise(first_unpacked(content, _HEADER) if is_packed else content)
         if promised.wrong:
             return promised.wrong
-        if is_packed and promised.num_bytes > _MAX_RATIO * len(content):
-            return f"cannot be read: its {len(content)} bytes cannot unpack to the {promised.num_bytes} of its header"
-        if promised.memory > (left := available_memory()):
-            return f"cannot be read: it asks for {promised.memory} bytes of memory, of which {left} are left"
         if is_packed:
-            # One byte more than there is: to the very end, where the checksum is, of which nibabel stops short.
-            content = _unpacked(content, promised.num_bytes + 1)
+            refuse_ratio(content, promised.num_bytes)
+        refuse_memory(promised.memory)
+        if is_packed:  # to the very end, of which nibabel stops short
+            content = unpacked(content, "gzip", promised.num_bytes)
         if len(content) < promised.num_bytes:
             return f"cannot be read: it ends after {len(content)} of {promised.num_bytes} bytes"
-        if is_packed and len(content) > promised.num_bytes:
-            return f"cannot be read: it unpacks to more than the {promised.num_bytes} bytes that its header promises"
         header = read_header(promised.header)
         if header.sform_code <= 0 and not header.is_rotation:
             return f"has a quaternion {header.quaternion} in its qform, which is longer than 1 and no rotation"
@@ -222,12 +219,6 @@ def _read_volume(file: Path, dtype: DTypeLike | None, geometry: Geometry) -> Vol
         return "is missing" + (": variables of the environment stay as they are written" if "$" in str(file) else "")
     except _UNREADABLE as error:
         return f"cannot be read: {error}"
-
-
-def _unpacked(content: bytes, num_bytes: int) -> bytes:
-    """Returns the first bytes of packed ones, or all, where there are no more."""
-    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        return file.read(num_bytes)
 
 
 class _Promise(NamedTuple):

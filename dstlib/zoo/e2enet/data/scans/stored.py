@@ -4,13 +4,10 @@ They are not left to ITK's readers: those allocate whatever a header claims, and
 voxels, it returns what was in memory before. What both make of a sound file is the same, and tested to be.
 """
 
-import gzip
-import io
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -22,8 +19,8 @@ from dstlib.files import read_whole
 from dstlib.zoo.e2enet.data.layouts.files import path_fault
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
 from dstlib.zoo.e2enet.data.scans.header import is_right
+from dstlib.zoo.e2enet.data.scans.unpacking import Packing, refuse_memory, refuse_ratio, unpacked
 
-MAX_RATIO = 1032  # of packing: deflate's own limit
 MAX_AXES = 16  # of NRRD; MetaImage has ten at most
 MAX_HEADER = 2**24  # bytes: 3D Slicer writes some hundred per segment
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
@@ -38,7 +35,7 @@ class Stored:
 
     dtype: np.dtype[Any]
     sizes: tuple[int, ...]
-    packing: Literal["gzip", "zlib"] | None
+    packing: Packing | None
     channels: int | None = None
 
     @property
@@ -54,39 +51,17 @@ def read_stored(content: bytes | memoryview, stored: Stored, dtype: DTypeLike | 
         ValueError: There are fewer than the header promises, they do not fit into memory, or their checksum is another.
     """
     num_bytes = stored.num_bytes
-    if stored.packing and num_bytes > MAX_RATIO * len(content):
-        raise ValueError(f"its {len(content)} bytes cannot unpack to the {num_bytes} of its header")
-    memory = (num_bytes if stored.packing else 0) + math.prod(stored.sizes) * np.dtype(dtype or "u1").itemsize
-    if memory > (left := available_memory()):
-        raise ValueError(f"it asks for {memory} bytes of memory, of which {left} are left")
-    content = _unpacked(content, stored.packing, num_bytes)
+    if stored.packing:
+        refuse_ratio(content, num_bytes)
+    refuse_memory((num_bytes if stored.packing else 0) + math.prod(stored.sizes) * np.dtype(dtype or "u1").itemsize)
+    if stored.packing:
+        content = unpacked(content, stored.packing, num_bytes)
     if len(content) < num_bytes:
         raise ValueError(f"it ends after {len(content)} of {num_bytes} bytes of voxels")
     voxels: NDArray[Any] = np.ndarray(stored.sizes, stored.dtype, buffer=content, order="F")
     with np.errstate(over="ignore"):  # beyond float32 is reported, not warned of
         voxels = np.asarray(voxels, dtype=dtype or stored.dtype.newbyteorder("="))
     return voxels if stored.channels is None else np.moveaxis(voxels, stored.channels, -1)
-
-
-def _unpacked(content: bytes | memoryview, packing: str | None, num_bytes: int) -> bytes | memoryview:
-    if packing is None:
-        return content
-    try:
-        if packing == "gzip":
-            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-                unpacked = file.read(num_bytes + 1)  # one more than there is: to the very end, where the checksum is
-            is_whole = True
-        else:
-            unpacking = zlib.decompressobj()
-            unpacked = unpacking.decompress(content, num_bytes + 1)
-            is_whole = unpacking.eof or len(unpacked) > num_bytes
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(str(error)) from error
-    if len(unpacked) > num_bytes:
-        raise ValueError(f"it unpacks to more than the {num_bytes} bytes that its header promises")
-    if not is_whole:
-        raise ValueError(f"it ends after {len(unpacked)} of {num_bytes} bytes of voxels")
-    return unpacked
 
 
 def placed(voxels: NDArray[Any], affine: NDArray[np.float64], unplaced: str | None) -> Volume:
