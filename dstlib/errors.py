@@ -123,3 +123,12 @@ def few(names: Sequence[str], *, most: int = 10) -> str:
     """
     told = ", ".join(names[:most])
     return told if len(names) <= most else f"{told} and {len(names) - most} more"
+
+
+def number_of(number: int, noun: str) -> str:
+    """Counts things in words.
+
+    >>> number_of(1, "scan"), number_of(0, "scan")
+    ('1 scan', '0 scans')
+    """
+    return f"{number} {noun}" + "s" * (number != 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from dstlib.errors import printable
+from dstlib.errors import number_of, printable
 
 MOST_OF_A_KIND, MOST_KINDS = 10, 20  # lines that are told
 
@@ -74,7 +74,7 @@ class Summary:
         num_dense = sum(row.num_active for row in dense)
         num_all = sum(row.num_total for row in self.rows) + self.num_other
         sparse = (
-            f"{num_sparse_rows} sparse weight{'s' * (num_sparse_rows != 1)}: {self.num_active:,} of "
+            f"{number_of(num_sparse_rows, 'sparse weight')}: {self.num_active:,} of "
             f"{self.num_sparse:,} entries active (density {self.density:.4f}, sparsity {1 - self.density:.4f})"
         )
         whole = (
@@ -99,7 +99,7 @@ def _zeros_of(dense: Iterable[Row]) -> Iterator[str]:
     num_active, num_total = sum(row.num_active for row in rows), sum(row.num_total for row in rows)
     if rows:
         yield (
-            f"{len(rows)} dense weight{'s' * (len(rows) != 1)} with zeros: {num_active:,} of {num_total:,} entries "
+            f"{number_of(len(rows), 'dense weight')} with zeros: {num_active:,} of {num_total:,} entries "
             f"are not zero (density {num_active / num_total:.4f})"
         )
 

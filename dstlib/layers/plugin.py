@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.axes import AXES, Axis, Triple
-from dstlib.errors import SelectionError, require
+from dstlib.errors import SelectionError, number_of, require
 from dstlib.layers.shift import channel_groups, shift
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -164,7 +164,7 @@ def _reason(conv: nn.Module, sizes: Sequence[int], axis: Axis, *, flatten: bool)
         (conv.groups > 1, f"grouped: {conv.groups} groups of channels that do not meet"),
         (max(conv.dilation) > 1, f"dilated: by {_times(conv.dilation)}"),
         (conv.padding_mode != "zeros", f"padded by {conv.padding_mode!r}, where a shift lets zeros in"),
-        (few, f"{conv.in_channels} input channel{'s' * (conv.in_channels > 1)} for {len(sizes)} sizes"),
+        (few, f"{number_of(conv.in_channels, 'input channel')} for {len(sizes)} sizes"),
         ("weight" not in conv._parameters, "its weight is computed from other parameters"),
         (flatten and not is_half, f"{_times(kernel)}, padded by {padding} along {axis}: not half an odd kernel"),
     )

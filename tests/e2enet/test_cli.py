@@ -230,6 +230,7 @@ def test_missing_predictions_are_an_error_unless_allowed(work, tmp_path, command
     next(predictions.glob("hippo*.nii.gz")).unlink()
     code, _, errors = command(*evaluate, "--allow-missing")
     assert code == 2, "nothing is left to score"
+    assert "--allow-missing" not in errors, "it was passed"
 
 
 def test_the_row_of_a_run_is_what_it_reported(work):

@@ -239,6 +239,25 @@ def _no_memory():
     raise torch.OutOfMemoryError("no room")
 
 
+@pytest.mark.parametrize("fails", [1, 2])
+def test_sums_are_made_whole_after_memory_was_out_for_one_of_them(fails, monkeypatch):
+    zeros, calls = torch.zeros, []
+
+    def full(*sizes, **where):
+        calls.append(sizes)
+        if len(calls) == fails:
+            raise torch.OutOfMemoryError("no room")
+        return zeros(*sizes, **where)
+
+    monkeypatch.setattr(torch, "zeros", full)
+    sums = inference._Sums((2, 2, 2), (2, 2, 2), torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        sums.allocate(3)
+    sums.allocate(3)
+    sums.add((slice(0, 2),) * 3, torch.full((3, 2, 2, 2), 4.0), torch.full((2, 2, 2), 2.0))
+    assert [values.unique().tolist() for _, values in sums.take(2)] == [[2.0], [2.0]]
+
+
 def test_sums_that_move_half_way_change_nothing():
     patch, shape = (4, 4, 4), (9, 6, 5)
     image = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)

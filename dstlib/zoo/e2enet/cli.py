@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import DataError, SettingError, few
 from dstlib.names import METHOD_NAMES
-from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
+from dstlib.zoo.e2enet.data.layouts.manifest import Geometry, Manifest
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS
 
@@ -289,14 +289,19 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     return lines
 
 
-def _check(options: argparse.Namespace) -> int:
-    from dstlib.report import on_one_line
+def _manifest_of(options: argparse.Namespace) -> Manifest:
+    """Reads which cases the data set of a command line consists of, and what is asked of them."""
     from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
     from dstlib.zoo.e2enet.data.layouts.regions import with_regions
 
     manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
-    manifest = manifest.placed_by(options.geometry)
-    manifest = with_regions(manifest, options.regions)
+    return with_regions(manifest.placed_by(options.geometry), options.regions)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from dstlib.report import on_one_line
+
+    manifest = _manifest_of(options)
     from dstlib.zoo.e2enet.data.scans.integrity import check  # not for a set that is none
 
     for line in manifest.guess:
@@ -345,13 +350,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     from dstlib.files import write_json, write_whole
     from dstlib.report import on_one_line
-    from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
-    from dstlib.zoo.e2enet.data.layouts.regions import with_regions
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder, predicted_files
 
-    manifest = read_manifest(options.data, options.layout, allow_outside=options.allow_outside)
-    manifest = manifest.placed_by(options.geometry)
-    manifest = with_regions(manifest, options.regions)
+    manifest = _manifest_of(options)
     for line in manifest.told():
         print(on_one_line(line))
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
@@ -360,7 +361,7 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     missing = [name for name in labelled if name not in predicted]
     if missing and not (cases and options.allow_missing):
         allowed = f"one for each of the {len(labelled)} labelled cases of {manifest.name}"
-        remedy = "Predict these first, or pass --allow-missing to score those that are there."
+        remedy = "Predict these first" + (", or pass --allow-missing to score those that are there." if cases else ".")
         given = f"none of {few(missing)}"
         raise DataError.of("predictions", str(options.predictions), allowed=allowed, given=given, remedy=remedy)
     scores = evaluate_folder(

@@ -6,7 +6,6 @@ Shapes: C channels, D depth (slices), H height, W width.
 import errno
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from dstlib.errors import DataError, few
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
+from dstlib.zoo.e2enet.data.layouts.names import repeated
 
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]  # mm
@@ -189,9 +189,9 @@ class Cases:
     cases: tuple[Case, ...]
 
     def __post_init__(self) -> None:
-        where, counts = f"data set {self.name!r}", Counter(case.name for case in self.cases)
-        if repeated := sorted(name for name, count in counts.items() if count > 1):
-            given = f"{few(repeated)} more than once"
+        where = f"data set {self.name!r}"
+        if twice := repeated([case.name for case in self.cases]):
+            given = f"{few(twice)} more than once"
             remedy = "Rename or remove the copies: folds are drawn over names."
             raise DataError.of("case names", where, allowed="one case per name", given=given, remedy=remedy)
         num_channels = len(self.channels)

@@ -73,7 +73,7 @@ def evaluate_folder(
     predicted = predicted_files(predictions)
     pairs = [_Pair(case, predicted.get(case.name)) for case in files]
     work = partial(_score_files, labels=labels, scoring=scoring)
-    remedy = "Try again with fewer workers."
+    remedy = "Try again with fewer workers (--workers)."
     scored_pairs = share(work, pairs, workers=workers, where=where, remedy=remedy, lost=_lost)
     with (
         closing(scored_pairs),

@@ -151,9 +151,9 @@ class _Sums:
 
     def allocate(self, num_outputs: int) -> None:
         """Makes room at the first call, when the number of outputs is known."""
-        if not len(self._values_DKHW):
-            self._values_DKHW = torch.zeros(self._depth, num_outputs, *self._plane, device=self.device)
+        if not len(self._values_DKHW):  # the last to be made: there may be memory for the weights alone
             self._weights_DHW = torch.zeros(self._depth, *self._plane, device=self.device)
+            self._values_DKHW = torch.zeros(self._depth, num_outputs, *self._plane, device=self.device)
 
     def move(self, device: torch.device) -> None:
         """Moves what is there to the memory of another device."""

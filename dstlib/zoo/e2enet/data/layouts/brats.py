@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from dstlib.errors import DataError
+from dstlib.errors import DataError, number_of
 from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS
 from dstlib.zoo.e2enet.data.layouts.files import case_name, refuse_json, scan_files, subfolders
 from dstlib.zoo.e2enet.data.layouts.label_table import told_labels
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.layouts.left_out import count, listed
+from dstlib.zoo.e2enet.data.layouts.left_out import listed
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.source import Source
 
@@ -90,7 +90,7 @@ def read_brats(source: Source) -> Manifest:
     cases = [_case(folder, years) for folder in folders]
     train = tuple(case for case in cases if case.label is not None)
     if not train:
-        allowed, given = f"{cases[0].name}_seg or its like in some folder", f"none in {count(cases, 'folder')}"
+        allowed, given = f"{cases[0].name}_seg or its like in some folder", f"none in {number_of(len(cases), 'folder')}"
         remedy = "Pass the folder of the training data; predict reads these: --images."
         raise DataError.of("labels", where, allowed=allowed, given=given, remedy=remedy)
     told = told_labels(source.content)
@@ -99,8 +99,8 @@ def read_brats(source: Source) -> Manifest:
     classes, labels = told or (tuple(years.classes.values()), Labels(values=tuple(years.classes)))
     bare = [case.name for case in cases if case.label is None]
     others = [folder.name for folder in subfolders(source.folder) if folder not in folders]
-    notes = [f"{count(bare, 'case')} without a label, taken for testing: {listed(bare)}"] if bare else []
-    notes += [f"{count(others, 'folder')} left out, without the sequences: {listed(others)}"] if others else []
+    notes = [f"{number_of(len(bare), 'case')} without a label, taken for testing: {listed(bare)}"] if bare else []
+    notes += [f"{number_of(len(others), 'folder')} left out, without the sequences: {listed(others)}"] if others else []
     return Manifest(
         name=source.folder.resolve().name,
         folder=source.folder,

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dstlib.errors import DataError
+from dstlib.errors import DataError, number_of
 from dstlib.files import read_whole
 from dstlib.typed_json import MAX_BYTES
 from dstlib.zoo.e2enet.data.layouts.files import case_name, numbered, scan_files, subfolders
 from dstlib.zoo.e2enet.data.layouts.label_table import told_labels
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
-from dstlib.zoo.e2enet.data.layouts.left_out import count, listed, promised
+from dstlib.zoo.e2enet.data.layouts.left_out import listed, promised
 from dstlib.zoo.e2enet.data.layouts.manifest import MAX_CLASSES, CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.layouts.source import Source
 
@@ -111,20 +111,18 @@ def _notes(source: Source, found: list[_Folder], manifest: Manifest) -> list[str
     notes = promised(source.content, {"numTraining": len(manifest.train)}, where=source.list_name)
     unnamed = sorted({name for case in found for name in case.masks} - {*manifest.classes})
     if manifest.validation:
-        notes.append(f"{count(manifest.validation, 'case')} set apart for validation or test by meta.csv")
+        notes.append(f"{number_of(len(manifest.validation), 'case')} set apart for validation or test by meta.csv")
     if names:
-        notes.append(f"{count(names, 'case')} without a label, taken for testing: {listed(names)}")
+        notes.append(f"{number_of(len(names), 'case')} without a label, taken for testing: {listed(names)}")
     if others:
-        notes.append(
-            f"{count(others, 'folder')} left out, without an image {manifest.cases[0].images[0].name}: {listed(others)}"
-        )
+        image = manifest.cases[0].images[0].name
+        notes.append(f"{number_of(len(others), 'folder')} left out, without an image {image}: {listed(others)}")
     if unnamed:
         told = f"as 'labels' of {source.list_name} does not name them: {listed(unnamed)}"
-        notes.append(f"{count(unnamed, 'mask')} left out, {told}")
+        notes.append(f"{number_of(len(unnamed), 'mask')} left out, {told}")
     if doubled:
-        notes.append(
-            f"the label files of {count(doubled, 'case')} left out, as {MASKS} has the same by names: {listed(doubled)}"
-        )
+        told = f"as {MASKS} has the same by names: {listed(doubled)}"
+        notes.append(f"the label files of {number_of(len(doubled), 'case')} left out, {told}")
     return notes
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstlib.errors import few
+from dstlib.errors import few, number_of
 from dstlib.zoo.e2enet.data.layouts.files import case_name, is_scan_name, scan_files
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
 
@@ -33,13 +33,14 @@ def left_out(manifest: Manifest, folders: Sequence[Path], *, why: str) -> list[s
         beside = _beside(folder, taken)
         where = folder.relative_to(manifest.folder) if folder.is_relative_to(manifest.folder) else folder
         if beside.scans:
-            told.append(f"{count(beside.scans, 'scan')} in {where} left out, as {why}: {listed(beside.scans)}")
+            told.append(f"{number_of(len(beside.scans), 'scan')} in {where} left out, as {why}: {listed(beside.scans)}")
         if beside.others:
-            count_others = count(beside.others, "file")
-            told.append(f"{count_others} in {where} left out, as no scan has such a name: {listed(beside.others)}")
+            others = number_of(len(beside.others), "file")
+            told.append(f"{others} in {where} left out, as no scan has such a name: {listed(beside.others)}")
         hidden += beside.hidden
     if hidden:
-        told.append(f"{count(hidden, 'hidden file')} left out, as macOS leaves such beside scans: {listed(hidden)}")
+        files = number_of(len(hidden), "hidden file")
+        told.append(f"{files} left out, as macOS leaves such beside scans: {listed(hidden)}")
     return told
 
 
@@ -56,15 +57,6 @@ def promised(content: Mapping[str, Any], found: Mapping[str, int], *, where: str
         for key, number in numbers.items()
         if type(number) is int and number != found[key]
     ]
-
-
-def count(files: Sequence[object], noun: str) -> str:
-    """Counts things in words.
-
-    >>> count(["a"], "scan"), count([], "scan")
-    ('1 scan', '0 scans')
-    """
-    return f"{len(files)} {noun}" + "s" * (len(files) != 1)
 
 
 def listed(files: Sequence[Path | str]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
-from dstlib.errors import few
+from dstlib.errors import few, number_of
 from dstlib.report import abridge, on_one_line
 from dstlib.zoo.e2enet.data.cases import Spacing, three
 from dstlib.zoo.e2enet.data.layouts.amos import modalities
@@ -60,9 +60,9 @@ class Findings:
     def table(self, *, whole: bool = False) -> str:
         """Returns a line per finding, defects first: ten at most of a kind, unless the ``whole`` list is asked for."""
         num_bad = len({defect.case for defect in self.defects})
-        head = f"{self.manifest_name}: {_count(self.num_cases, 'case')}, {_count(len(self.defects), 'defect')}"
-        head += f" in {_count(num_bad, 'case')}" if num_bad else ""
-        lines = [f"{head}, {_count(len(self.warnings), 'warning')}"]
+        head = f"{self.manifest_name}: {number_of(self.num_cases, 'case')}, {number_of(len(self.defects), 'defect')}"
+        head += f" in {number_of(num_bad, 'case')}" if num_bad else ""
+        lines = [f"{head}, {number_of(len(self.warnings), 'warning')}"]
         rows = [(d.case, "DEFECT", d.text) for d in self.defects] + [(w.case, "warning", w.text) for w in self.warnings]
         if rows:
             width, kind_width = max(4, *(len(case) for case, _, _ in rows)), max(len(kind) for _, kind, _ in rows)
@@ -162,7 +162,7 @@ def _orientations(cases: Sequence[_Facts]) -> list[str]:
     if len(by_code) < 2:
         return []
     counts = sorted(by_code.items(), key=lambda item: (-len(item[1]), item[0]))
-    told = ", ".join(f"{code} in {_count(len(names), 'case')} ({names[0]}, say)" for code, names in counts)
+    told = ", ".join(f"{code} in {number_of(len(names), 'case')} ({names[0]}, say)" for code, names in counts)
     return [f"orientations are mixed: {told}; preparing the cases brings them into one"]
 
 
@@ -175,7 +175,3 @@ def _spacings(cases: Sequence[_Facts]) -> list[str]:
             low, high = sizes[at], sizes[to]
             texts.append(f"spacing towards {towards} goes from {low:g} mm ({at}) to {high:g} mm ({to}): is one wrong?")
     return texts
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
