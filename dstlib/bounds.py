@@ -19,7 +19,10 @@ _GROUPS = {  # where limits of the second version are, and of the first: of all,
     ),
 }
 # What torch's CPU allocator, C++, cuDNN and cuBLAS say within a RuntimeError, which torch raises for all of them.
-_OUT = ("DefaultCPUAllocator", "std::bad_alloc", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT = (
+    *("DefaultCPUAllocator", "std::bad_alloc", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+    "Storage size calculation overflowed",  # more bytes than there are numbers for
+)
 
 
 def require_memory(

@@ -115,6 +115,13 @@ def test_the_count_of_others_is_half_the_papers_convention() -> None:
     assert flops / 2e9 == pytest.approx(printed, rel=0.005)  # theirs has other classes, hence another head
 
 
+@pytest.mark.parametrize("extent", [2**44 + 1, 2**63 - 1])
+def test_a_network_that_no_memory_holds_is_refused_in_words(extent: int) -> None:
+    config = replace(TINY, kernel_size=(extent, 3, 3))
+    with pytest.raises(SettingError, match=r"size of the network: expected one whose weights fit into memory"):
+        small("e2enet", config=config)
+
+
 def test_nnunet_follows_levels_and_strides_but_keeps_its_own_widths() -> None:
     """The plan for the hippocampus: 4 stages of 32, 64, 128, 256."""
     config = E2ENetConfig(channels=(16, 32, 64, 96), strides=((1, 2, 2), (2, 2, 2), (2, 2, 2)), heads=3)

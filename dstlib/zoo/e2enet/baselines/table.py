@@ -10,6 +10,7 @@ from types import MappingProxyType
 from torch import nn
 
 from dstlib.axes import Triple
+from dstlib.bounds import is_out_of_memory
 from dstlib.errors import SettingError, require, similar
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
@@ -59,7 +60,8 @@ def build_model(
     ``width`` multiplies the channels of the published networks; "e2enet" and "vnet" allow only 1.
 
     Raises:
-        SettingError: No such baseline, one that cannot be built, or a setting that it does not allow.
+        SettingError: No such baseline, one that cannot be built, or a setting that it does not allow, or its weights
+            do not fit into memory.
 
     >>> tiny = E2ENetConfig(channels=(8, 16), strides=((2, 2, 2),), heads=1)
     >>> net = build_model("nnunet", in_channels=1, num_classes=3, patch_size=(8, 8, 8), config=tiny)
@@ -73,9 +75,14 @@ def build_model(
         allowed = f"one of {', '.join(key for key, baseline in BASELINES.items() if baseline.build)}"
         remedy = f"Not runnable: {BASELINES[name].reason}"
         raise SettingError.of("name", where, allowed=allowed, given=given, remedy=remedy)
-    return build(
-        Request(in_channels=in_channels, num_classes=num_classes, patch_size=patch_size, config=config, width=width)
-    )
+    asked = Request(in_channels=in_channels, num_classes=num_classes, patch_size=patch_size, config=config, width=width)
+    try:
+        return build(asked)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        allowed, remedy = "one whose weights fit into memory", "Choose smaller kernels, or fewer channels."
+        raise SettingError.of("size", where, allowed=allowed, given=error, remedy=remedy) from error
 
 
 def _e2enet(request: Request) -> E2ENet:
