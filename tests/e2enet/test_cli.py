@@ -93,9 +93,11 @@ def test_predict_goes_on_past_a_damaged_file_and_is_continued(work, tmp_path, co
     code, table, _ = command("predict", *runs, "--images", images, "--output", output, "--device", "cpu")
     assert code == 0
     assert "0 predicted, 2 kept" in table
+    (images / "scan.img").touch()
     code, table, _ = command("predict", work / "fold1", "--images", images, "--output", output, "--overwrite")
     assert code == 0
     assert "2 predicted, 0 kept" in table
+    assert f"Note: 1 file in {images.name} left out, as no scan has such a name: scan.img." in table
 
 
 def test_output_that_is_a_file_is_refused_before_any_work(work, tmp_path, command):

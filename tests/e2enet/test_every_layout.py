@@ -18,6 +18,7 @@ from dstlib.zoo.e2enet.data.division import divide
 from dstlib.zoo.e2enet.data.layouts import case_folders
 from dstlib.zoo.e2enet.data.layouts.detect import folder_cases, read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.data.layouts.left_out import left_out_of_images
 from dstlib.zoo.e2enet.data.layouts.lists import names_of
 from dstlib.zoo.e2enet.data.preprocessing.cache import prepared_cases
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_case_label
@@ -268,7 +269,7 @@ def test_classes_of_ones_own_label_files_are_written_in_a_dataset_json(tmp_path)
     write_json(tmp_path / "dataset.json", {"labels": table, "channel_names": {"0": "PET"}, "numTraining": 2})
     manifest = read_manifest(tmp_path)
     assert (manifest.layout, manifest.classes, manifest.channels) == ("case-folders", ("liver", "cyst"), ("PET",))
-    told = "dataset.json promises 2 cases under 'numTraining', but 1 are there: were any dropped?"
+    told = "dataset.json promises 2 cases under 'numTraining', but there are 1: were any dropped?"
     assert manifest.notes == (told,)
 
 
@@ -326,6 +327,9 @@ def test_scans_of_one_patient_are_known_by_their_names(tmp_path):
 def test_scans_of_one_patient_are_held_out_together(tmp_path):
     for time in (0, 1):
         brats(tmp_path, separator="-", enhancing=3, name="BraTS-GLI-{:05d}-00" + str(time))
+    division = divide(read_manifest(tmp_path), fold="0")
+    told = f"Note: by their names the {2 * NUM_CASES} scans are of {NUM_CASES} patients, of whom each is in one fold."
+    assert division.notes == (told,)
     folds = [divide(read_manifest(tmp_path), fold=str(k)).held_out for k in range(5)]
     assert [name[-3:] for held_out in folds for name in held_out] == ["000", "001"] * NUM_CASES
 
@@ -338,6 +342,39 @@ def test_the_folders_of_cases_can_be_predicted(tmp_path, kind):
         (case.name, case.images) for case in sorted(manifest.cases, key=lambda case: case.name)
     ]
     assert all(case.label is None and not case.masks for case in cases)
+    (tmp_path / "patient").mkdir()
+    (told,) = left_out_of_images(tmp_path, cases)  # and not the folders of the cases
+    others = ", ".join(sorted({"patient", "meta.csv"} & {file.name for file in tmp_path.iterdir()}))
+    assert told.endswith(f" in {tmp_path.name} left out, as no scan has such a name: {others}")
+
+
+def test_what_lies_beside_images_is_told_and_what_belongs_to_them_is_not(tmp_path):
+    images, (voxels,) = tmp_path / "images", volumes(0)[0]
+    save(images / "scan.nii.gz", voxels)
+    (images / "series" / "below").mkdir(parents=True)
+    (images / "series" / "below" / "1.dcm").touch()
+    cases = folder_cases(images, num_channels=1)
+    assert [case.name for case in cases] == ["scan", "series"]
+    assert left_out_of_images(images, cases) == []
+    for name in ("other.img", "other.hdr", "._scan.nii.gz"):
+        (images / name).touch()
+    assert left_out_of_images(images, cases) == [
+        "2 files in images left out, as no scan has such a name: other.hdr, other.img",
+        "1 hidden file left out, as macOS leaves such beside scans: ._scan.nii.gz",
+    ]
+    series = images / "series" / "below"
+    assert left_out_of_images(series, folder_cases(series, num_channels=1)) == [], "whoever reads the series says so"
+
+
+def test_a_folder_within_imagestr_that_the_list_leads_into_is_not_left_out(tmp_path):
+    content = json.loads((decathlon(tmp_path) / "dataset.json").read_text())
+    entry = content["training"][0]
+    moved = entry["image"].replace("imagesTr/", "imagesTr/p1/")
+    (tmp_path / "imagesTr" / "p1").mkdir()
+    (tmp_path / entry["image"]).rename(tmp_path / moved)
+    content["training"][0]["image"] = moved
+    write_json(tmp_path / "dataset.json", content)
+    assert read_manifest(tmp_path).notes == ()
 
 
 def test_other_sets_with_such_sequences_are_not_brats_unless_it_is_said(tmp_path):

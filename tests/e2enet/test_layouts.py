@@ -137,7 +137,7 @@ def test_no_scan_of_a_part_goes_unsaid(tmp_path_factory, listed, there, number):
     manifest, lost = read_manifest(folder), len(there - listed)
     scans = "1 scan" if lost == 1 else f"{lost} scans"
     assert any(note.startswith(f"{scans} in imagesTr left out") for note in manifest.notes) == (lost > 0)
-    told = f"dataset.json promises {number} cases under 'numTraining', but {len(listed)} are there"
+    told = f"dataset.json promises {number} cases under 'numTraining', but there are {len(listed)}: "
     assert any(note.startswith(told) for note in manifest.notes) == (number != len(listed))
 
 

@@ -316,8 +316,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from dstlib.report import on_one_line
     from dstlib.zoo.e2enet.checkpoint import load_trained, on_engine
-    from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_folder
+    from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
+    from dstlib.zoo.e2enet.data.layouts.left_out import left_out_of_images
+    from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_scans
     from dstlib.zoo.e2enet.training.execution import Execution, chosen_device, usual_precision
 
     _refuse_run(options.output)
@@ -332,7 +335,10 @@ def _predict(options: argparse.Namespace) -> int:
         trained = replace(trained, mirror=())
     if options.no_postprocessing:
         trained = replace(trained, postprocessing=())
-    outcomes = predict_folder(trained, options.images, options.output, overwrite=options.overwrite)
+    cases = folder_cases(options.images, num_channels=len(trained.channels))
+    for note in left_out_of_images(options.images, cases):
+        print(on_one_line(f"Note: {note}."))
+    outcomes = predict_scans(trained, cases, options.output, overwrite=options.overwrite)
     print(outcome_table(outcomes, whole=options.all))
     return 1 if any(outcome.error for outcome in outcomes) else 0
 

@@ -49,8 +49,12 @@ def divide(manifest: Manifest, *, fold: str = "0", splits: Path | None = None, g
     else:
         train, held_out = _drawn(manifest, fold, patients)
     notes = (*_left_out(manifest, {*train, *held_out}, splits), *_mixed(patients, train, held_out))
-    if manifest.folds and splits is None and fold != "all":
+    is_of_set = splits is None and fold != "all"
+    if is_of_set and manifest.folds:
         notes = (f"Note: the {len(manifest.folds)} folds are those that the set's own list gives.", *notes)
+    elif is_of_set and groups is None and patients is not None:
+        whole = f"the {len(patients)} scans are of {len({*patients.values()})} patients, of whom each is in one fold"
+        notes = (f"Note: by their names {whole}.", *notes)
     return Division(train=train, held_out=held_out, notes=notes)
 
 

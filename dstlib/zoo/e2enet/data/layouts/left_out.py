@@ -7,7 +7,7 @@ from typing import Any
 
 from dstlib.errors import few, number_of
 from dstlib.zoo.e2enet.data.layouts.files import case_name, is_scan_name, scan_files
-from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 
 PARTS = ("imagesTr", "labelsTr", "imagesVa", "labelsVa", "imagesTs", "labelsTs")
 _NAMED = 3  # of all the files that are left out
@@ -27,11 +27,20 @@ def left_out(manifest: Manifest, folders: Sequence[Path], *, why: str) -> list[s
 
     ``why`` is the reason for the scans. What goes with a file of the set by its name, as x.raw with x.mhd, is no loss.
     """
-    taken = {file for case in manifest.cases for file in (*case.images, case.label) if file is not None}
+    return _told(manifest.cases, folders, below=manifest.folder, why=why)
+
+
+def left_out_of_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]:
+    """Says which files and folders lie beside the images that are to be predicted, and are in none of these cases."""
+    return _told(cases, [folder], below=folder.parent, why="no case has them")
+
+
+def _told(cases: Sequence[CaseFiles], folders: Sequence[Path], *, below: Path, why: str) -> list[str]:
+    taken = {file for case in cases for file in (*case.images, case.label) if file is not None}
     told, hidden = [], []
-    for folder in (each for each in folders if each.is_dir()):
+    for folder in (each for each in folders if each.is_dir() and each not in taken):
         beside = _beside(folder, taken)
-        where = folder.relative_to(manifest.folder) if folder.is_relative_to(manifest.folder) else folder
+        where = folder.relative_to(below) if folder.is_relative_to(below) else folder
         if beside.scans:
             told.append(f"{number_of(len(beside.scans), 'scan')} in {where} left out, as {why}: {listed(beside.scans)}")
         if beside.others:
@@ -48,11 +57,11 @@ def promised(content: Mapping[str, Any], found: Mapping[str, int], *, where: str
     """Says where a JSON promises another number of cases than there are, by its keys (numTraining, say).
 
     >>> promised({"numTraining": 260, "numTest": 0}, {"numTraining": 208, "numTest": 0}, where="dataset.json")
-    ["dataset.json promises 260 cases under 'numTraining', but 208 are there: were any dropped?"]
+    ["dataset.json promises 260 cases under 'numTraining', but there are 208: were any dropped?"]
     """
     numbers = {key: content.get(key) for key in found}
     return [
-        f"{where} promises {number} cases under {key!r}, but {found[key]} are there: "
+        f"{where} promises {number} cases under {key!r}, but there are {found[key]}: "
         + ("were any dropped?" if number > found[key] else "is the number out of date?")
         for key, number in numbers.items()
         if type(number) is int and number != found[key]
@@ -71,7 +80,8 @@ def listed(files: Sequence[Path | str]) -> str:
 def _beside(folder: Path, taken: set[Path]) -> _Beside:
     entries, scans = sorted(folder.iterdir()), {*scan_files(folder)}
     hidden = [entry for entry in entries if entry.name.startswith(".") and is_scan_name(entry.name)]
-    rest = [entry for entry in entries if not entry.name.startswith(".") and entry not in taken]
+    known = {above for file in taken for above in (file, *file.parents)}
+    rest = [entry for entry in entries if not entry.name.startswith(".") and entry not in known]
     stems = tuple(f"{case_name(file)}." for file in taken if file.parent == folder)
     others = [entry for entry in rest if entry not in scans and not entry.name.startswith(stems)]
     return _Beside([entry for entry in rest if entry in scans], others, hidden)

@@ -105,7 +105,7 @@ class Manifest:
 
     def told(self) -> tuple[str, ...]:
         """Returns the lines that whoever uses the set should read first: the guess, if there was any, and the notes."""
-        return (*self.guess, *(f"Note: {note}." for note in self.notes))
+        return (*self.guess, *(f"Note: {note}" + "." * (not note.endswith("?")) for note in self.notes))
 
     def placed_by(self, geometry: Geometry) -> "Manifest":
         """Returns the same set, but that headers are read by this rule."""
