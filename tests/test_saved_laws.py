@@ -95,6 +95,7 @@ def exchanged(mask):
 # what is changed, and how the refusal begins
 WEIGHT = {
     "a negative step": ({"step": -1}, "step"),
+    "a step without end": ({"step": 2**64}, "step"),
     "a fractional step": ({"step": 10.0}, "step"),
     "a step that is a truth value": ({"step": True}, "step"),
     "no step": ({"step": None}, "step"),

@@ -29,6 +29,7 @@ _SAVED = {
     **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach")},
     "ranked": "densities",
 }
+MOST_STEPS = 2**53  # that no training takes, and that a history and any float still count
 _BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
 _WHOLE = "the saved state"
 
@@ -184,8 +185,8 @@ def _check_steps(saved: MaskedWeight, plan: Plan) -> None:
     """Checks the counters of one weight; an update waits for a gradient, and may follow that of others."""
     name, step, updated_at, traced_at = saved.weight.name, saved.step, saved.updated_at, saved.traced_at
     for what, value in (("step", step), ("updated_at", updated_at), ("traced_at", traced_at)):
-        if type(value) is not int or value < 0:
-            raise _misfit(what, name, "a whole number from 0 up", value)
+        if type(value) is not int or not 0 <= value < MOST_STEPS:
+            raise _misfit(what, name, f"a whole number from 0 up to {MOST_STEPS:,}", value)
     if updated_at and not isinstance(plan.clock, Never) and plan.clock.latest(updated_at) == 0:
         first = plan.clock.start + plan.clock.interval
         raise _misfit("updated_at", name, f"0, or {first} and later, as the first update is at {first}", updated_at)
