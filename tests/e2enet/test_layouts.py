@@ -473,7 +473,7 @@ def test_an_unknown_folder_is_told_how_each_layout_looks(tmp_path):
     touch(tmp_path, "scans/a.dcm", ".hidden")
     message = refusal(tmp_path)
     assert message.startswith(
-        f"data set of {tmp_path}: expected a folder with a dataset.json, or BTCV's, got no dataset"
+        f"data set of {tmp_path}: expected a folder with a dataset.json, or of another layout, got no dataset"
     )
     assert "got no dataset.json in it, but scans/. The layouts, as --layout names them, look so:" in message
     for layout in LAYOUTS:

@@ -193,5 +193,5 @@ def _refuse_folder(source: Source) -> NoReturn:
             remedy = f"Did you mean {better[0]}? {remedy}"
     else:
         given = "a file" if folder.exists() else "no such folder"
-    allowed = "a folder with a dataset.json, or BTCV's"
+    allowed = "a folder with a dataset.json, or of another layout"
     raise DataError.of("data set", str(folder), allowed=allowed, given=given, remedy=remedy)

@@ -54,7 +54,7 @@ def read_nnunet(source: Source) -> Manifest:
     channels = numbered(content.get("channel_names"))
     table = read_table(content.get("labels"), content.get("regions_class_order"))
     if wrong or channels is None or isinstance(table, str):
-        refuse_json(folder / "dataset.json", allowed="entries of nnU-Net v2 that can be read here", wrong=wrong)
+        refuse_json(folder / source.list_name, allowed="entries of nnU-Net v2 that can be read here", wrong=wrong)
     ending, listed = content.get("file_ending", ".nii.gz"), content.get("dataset")
     train = _listed(folder, listed) if listed else _found(folder, len(channels), ending)
     manifest = Manifest(
@@ -70,19 +70,20 @@ def read_nnunet(source: Source) -> Manifest:
     why = f"{source.list_name} does not list them" if listed else "no case of nnU-Net's has them"
     notes = (*table_notes(*table), *promised(content, {"numTest": len(manifest.test)}, where=source.list_name))
     beside = left_out(manifest, [folder / part for part in PARTS], why=why)
-    _check_number(folder, train, content.get("numTraining", len(train)), beside)
+    _check_number(source, train, beside)
     return replace(manifest, notes=(*notes, *beside))
 
 
-def _check_number(folder: Path, train: tuple[CaseFiles, ...], expected: int, beside: list[str]) -> None:
+def _check_number(source: Source, train: tuple[CaseFiles, ...], beside: list[str]) -> None:
+    expected = source.content.get("numTraining", len(train))
     if len(train) == expected:
         return
     partial = [case.name for case in train if not all(exists(f) for f in (*case.images, case.label) if f)]
     given = f"{len(train)}" + (f", of which files are missing: {few(partial)}" if partial else "")
     given += "".join(f"; {note}" for note in beside)
-    allowed = f"{expected}, as dataset.json says under 'numTraining'"
+    allowed = f"{expected}, as {source.list_name} says under 'numTraining'"
     remedy = "Restore or remove files, or correct the number."
-    raise DataError.of("training cases", str(folder), allowed=allowed, given=given, remedy=remedy)
+    raise DataError.of("training cases", str(source.folder), allowed=allowed, given=given, remedy=remedy)
 
 
 def channel_cases(files: tuple[Path, ...], *, num_channels: int) -> tuple[CaseFiles, ...]:

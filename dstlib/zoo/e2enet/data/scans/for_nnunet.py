@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dstlib.errors import StateError, few
 from dstlib.zoo.e2enet.data.layouts.files import read_json
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
+from dstlib.zoo.e2enet.data.layouts.source import LIST
 from dstlib.zoo.e2enet.data.scans.integrity import WHOLE_SET, Defect
 
 STOPS, WARNS = "nnU-Net stops", "nnU-Net goes on"
@@ -62,7 +63,7 @@ def nnunet_warnings(manifest: Manifest, *, progress: bool = True) -> tuple[Defec
     if find_spec("SimpleITK") is None:
         remedy = "pip install 'dstlib[itk]', as nnU-Net reads by it."
         raise StateError.of("SimpleITK", "this Python", allowed="one for --for-nnunet", given="none", remedy=remedy)
-    file = manifest.folder / "dataset.json"
+    file = manifest.folder / LIST
     content = read_json(file) if file.is_file() else {}
     if _is_raw(manifest):
         texts = [*_of_folder(manifest.folder, content), *_of_entries(content), *_of_labels(content)]
