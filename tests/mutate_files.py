@@ -50,7 +50,6 @@ _LATE = ("SIGALRM", "SIGXCPU")
 GOOD, FAULTS = ("refused", "equal", "remade", "another"), ("silent", "raw", "outside")
 # all but tab and newlines, and what a bar of progress returns by
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_BAR = re.compile(r"(?<=\r)[^\r\n\x1b]*\x1b\[A")  # a bar of progress below another one, which goes up again
 
 
 class Result(NamedTuple):
@@ -138,7 +137,7 @@ def _judge(of: Format, scene: Path, *, expected: Any, is_crafted: bool) -> tuple
             verdict, outcome = ("silent", f"{broken}: {outcome}") if broken else ("another", outcome)
         else:
             verdict = "silent"
-    shown = _BAR.sub("", printed.getvalue()) + (outcome if verdict == "refused" else "")
+    shown = printed.getvalue() + (outcome if verdict == "refused" else "")
     if found := _CONTROL.search(shown):
         return "raw", f"{found.group()!r} on the screen: {printed.getvalue() + outcome!r}"
     return verdict, outcome
