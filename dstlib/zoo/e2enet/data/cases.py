@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dstlib.errors import DataError, few
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
-from dstlib.zoo.e2enet.data.layouts.names import repeated
+from dstlib.zoo.e2enet.data.layouts.names import refuse_repeated
 
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]  # mm
@@ -190,10 +190,8 @@ class Cases:
 
     def __post_init__(self) -> None:
         where = f"data set {self.name!r}"
-        if twice := repeated([case.name for case in self.cases]):
-            given = f"{few(twice)} more than once"
-            remedy = "Rename or remove the copies: folds are drawn over names."
-            raise DataError.of("case names", where, allowed="one case per name", given=given, remedy=remedy)
+        names, remedy = [case.name for case in self.cases], "Rename or remove the copies: folds are drawn over names."
+        refuse_repeated(names, "case names", where, allowed="one case per name", remedy=remedy)
         num_channels = len(self.channels)
         if odd := [f"{len(case.image)} in {case.name}" for case in self.cases if len(case.image) != num_channels]:
             allowed = f"{num_channels} per case ({', '.join(self.channels)})"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstlib.errors import DataError, few, require
+from dstlib.errors import DataError
 from dstlib.report import abridge, align, on_one_line
-from dstlib.zoo.e2enet.data.layouts.names import repeated
+from dstlib.zoo.e2enet.data.layouts.names import refuse_repeated
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
 SIDES = ("label", "prediction")
@@ -49,10 +49,8 @@ class Evaluation:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        allowed, given = "each name once", f"{', '.join(repeated(self.classes))} more than once"
-        remedy = "Rename one: scores are kept by the names of classes."
-        is_known = not repeated(self.classes)
-        require(is_known, "classes", "an evaluation", allowed=allowed, given=given, remedy=remedy, error=DataError)
+        allowed, remedy = "each name once", "Rename one: scores are kept by the names of classes."
+        refuse_repeated(self.classes, "classes", "an evaluation", allowed=allowed, remedy=remedy)
 
     @property
     def dice(self) -> NDArray[np.float64]:
@@ -212,14 +210,8 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
                     "Pool the folds of one training, on one data set; without --pool, each has a row of its own.",
                 )
                 raise DataError.of(what, "the runs to pool", allowed=allowed, given=found, remedy=remedy)
-    twice = repeated(names)
-    given, remedy = (
-        f"{few(twice)} more than once",
-        "Pool folds that hold out different cases; without --pool, each has a row of its own.",
-    )
-    require(
-        not twice, "cases", "the runs to pool", allowed="each case once", given=given, remedy=remedy, error=DataError
-    )
+    remedy = "Pool folds that hold out different cases; without --pool, each has a row of its own."
+    refuse_repeated(names, "cases", "the runs to pool", allowed="each case once", remedy=remedy)
     scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
     volumes = np.concatenate([e.volumes for e in evaluations])
     left_out = {name: why for e in evaluations for name, why in e.left_out.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dstlib.errors import StateError, require
+from dstlib.errors import StateError
 from dstlib.typed_json import OPTIONAL, read_json
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.cases import Shape
@@ -14,7 +14,7 @@ from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.layouts.channels import Modality
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
-from dstlib.zoo.e2enet.data.layouts.names import repeated
+from dstlib.zoo.e2enet.data.layouts.names import refuse_repeated
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
@@ -183,6 +183,5 @@ def sha256_of(file: Path) -> str:
 
 def _refuse_repeated(classes: Sequence[str]) -> None:
     """Refuses two classes of one name: what a run says of its classes, it says by their names."""
-    given, remedy = f"{', '.join(repeated(classes))} more than once", "Restore the file: no run writes such."
-    is_known = not repeated(classes)
-    require(is_known, "classes", "a run", allowed="each name once", given=given, remedy=remedy, error=StateError)
+    allowed, remedy = "each name once", "Restore the file: no run writes such."
+    refuse_repeated(classes, "classes", "a run", allowed=allowed, remedy=remedy, error=StateError)

@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from dstlib.errors import DataError, shown
+from dstlib.errors import DataError, DstlibError, few, require, shown
 
 MAX_BYTES = 200  # of the 255 that file systems take: endings come on top
 
@@ -88,6 +88,18 @@ def repeated(names: Sequence[str]) -> tuple[str, ...]:
     ('liver',)
     """
     return tuple(sorted(name for name, count in Counter(names).items() if count > 1))
+
+
+def refuse_repeated(
+    names: Sequence[str], what: str, where: str, *, allowed: str, remedy: str, error: type[DstlibError] = DataError
+) -> None:
+    """Refuses names of which one is there more than once.
+
+    Raises:
+        DataError: One is; or an error of another class, ``error``.
+    """
+    twice = repeated(names)
+    require(not twice, what, where, allowed=allowed, given=f"{few(twice)} more than once", remedy=remedy, error=error)
 
 
 def refuse_name(name: str, what: str, where: str, *, fault: Callable[[str], str | None]) -> None:
