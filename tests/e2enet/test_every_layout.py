@@ -348,7 +348,7 @@ def test_the_folders_of_cases_can_be_predicted(tmp_path, kind):
     assert told.endswith(f" in {tmp_path.name} left out, as no scan has such a name: {others}")
 
 
-def test_what_lies_beside_images_is_told_and_what_belongs_to_them_is_not(tmp_path):
+def test_what_lies_beside_images_is_told_and_what_belongs_to_them_is_not(tmp_path, monkeypatch):
     images, (voxels,) = tmp_path / "images", volumes(0)[0]
     save(images / "scan.nii.gz", voxels)
     (images / "series" / "below").mkdir(parents=True)
@@ -363,7 +363,10 @@ def test_what_lies_beside_images_is_told_and_what_belongs_to_them_is_not(tmp_pat
         "1 hidden file left out, as macOS leaves such beside scans: ._scan.nii.gz",
     ]
     series = images / "series" / "below"
-    assert left_out_of_images(series, folder_cases(series, num_channels=1)) == [], "whoever reads the series says so"
+    monkeypatch.chdir(series)
+    for folder in (series, Path()):
+        cases = folder_cases(folder, num_channels=1)
+        assert left_out_of_images(folder, cases) == [], "whoever reads the series says so"
 
 
 def test_a_folder_within_imagestr_that_the_list_leads_into_is_not_left_out(tmp_path):

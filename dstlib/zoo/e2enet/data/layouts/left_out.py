@@ -38,7 +38,9 @@ def left_out_of_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]:
 def _told(cases: Sequence[CaseFiles], folders: Sequence[Path], *, below: Path, why: str) -> list[str]:
     taken = {file for case in cases for file in (*case.images, case.label) if file is not None}
     told, hidden = [], []
-    for folder in (each for each in folders if each.is_dir() and each not in taken):
+    for folder in folders:
+        if not folder.is_dir() or {folder, folder.resolve()} & taken:  # none, or a scan itself: a series of slices
+            continue
         beside = _beside(folder, taken)
         where = folder.relative_to(below) if folder.is_relative_to(below) else folder
         if beside.scans:
