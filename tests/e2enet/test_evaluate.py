@@ -237,6 +237,12 @@ def test_a_folder_without_predictions_is_refused(tmp_path):
     files = folder(tmp_path, {"x": None, "y": None})
     with pytest.raises(DataError, match=r"got none of 2\.(.|\n)*x: no prediction x\.nii\.gz\n  y: no prediction"):
         evaluate_folder(tmp_path / "out", files, CLASSES, progress=False)
+    for name in "xy":
+        (tmp_path / "out" / f"{name}.nii.gz").touch()
+    with pytest.raises(
+        DataError, match=r"mend what is there\.\n  x: .* or leave the case out: \S+x\.nii\.gz cannot be read"
+    ):
+        evaluate_folder(tmp_path / "out", files, CLASSES, progress=False)
 
 
 def test_predictions_of_other_programs_have_other_endings(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstlib.errors import DataError, StateError
+from dstlib.errors import DataError, StateError, number_of
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
@@ -51,8 +51,8 @@ def refusal(case, **numbers) -> list[str]:
     with pytest.raises(DataError) as error:
         read(case, **numbers)
     head, *rows = str(error.value).splitlines()
-    assert head.startswith("files of case 'b': expected an image and a label that are readable and fit each other, got")
-    assert f"got {len(rows)} defect(s). Repair or restore these files, or take the case out" in head
+    assert head.startswith("files of case 'b': expected files that can be read and fit each other, got")
+    assert f"got {number_of(len(rows), 'defect')}. Repair or restore these, or leave the case out:" in head
     return [row.strip().removeprefix(f"{case.images[0].parent}/") for row in rows]
 
 

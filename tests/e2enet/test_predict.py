@@ -162,9 +162,9 @@ def test_an_unreadable_file_is_reported_and_the_others_go_on(tmp_path):
     assert [outcome.error is None for outcome in outcomes] == [True, False, True]
     assert names(tmp_path / "out") == ["a.nii.gz", "c.nii.gz", "prediction.json"]
     lines = outcome_table(outcomes).splitlines()
-    assert lines[0].split() == ["case", "error"]
-    assert lines[2].startswith("b ")
-    assert "b.nii.gz cannot be read" in lines[2]
+    assert lines[0].split() == ["case", "finding"]
+    file = tmp_path / "images" / "b.nii.gz"
+    assert lines[2].startswith(f"b     {file} cannot be read: "), "the fault, first"
     assert lines[-1] == "2 predicted, 0 kept as they were, 1 failed"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstlib.errors import SettingError, few, require, shown
+from dstlib.errors import SettingError, few, number_of, require, shown
 from dstlib.zoo.e2enet.data.groups import read_groups
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
 from dstlib.zoo.e2enet.data.splits import Fold, parted, read_splits, refuse_fold, split
@@ -109,7 +109,8 @@ def _left_out(manifest: Manifest, taken: set[str], splits: Path | None) -> list[
         told = f"{len(train)} of the {len(manifest.train)} training cases are in neither part of the fold in {splits}"
         notes.append(f"Note: {told} ({few(train)}).")
     if apart:
-        told = f"Note: {len(apart)} labelled cases that the set sets apart for validation take no part"
+        cases = number_of(len(apart), "labelled case")
+        told = f"Note: left out: {cases} that the set sets apart for validation"
         notes.append(f"{told} ({few(apart)}): --fold all holds out these, and trains on all others.")
     return notes
 

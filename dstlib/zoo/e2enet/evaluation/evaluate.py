@@ -86,8 +86,8 @@ def evaluate_folder(
     if not scored:
         lines = abridge([on_one_line(f"{name}: {reason}") for name, reason in reasons.items()], [*reasons])
         listed = "".join(f"\n  {line}" for line in lines)
-        allowed, given = "a label and a NAME.nii.gz for some case", f"none of {len(files)}"
-        remedy = f"Predict into this folder first.{listed}"
+        allowed, given = "a label and a prediction for some case that can be scored", f"none of {len(files)}"
+        remedy = f"Predict into this folder first, or mend what is there.{listed}"
         raise DataError.of("predictions", str(predictions), allowed=allowed, given=given, remedy=remedy)
     values, volumes = zip(*scored.values(), strict=True)
     scores = dict(zip(scoring.metrics, np.stack(values, axis=1), strict=True))
@@ -168,7 +168,7 @@ def _score_files(
     try:
         return _score(pair.case, pair.prediction, labels=labels, scoring=scoring)
     except DataError as error:
-        return str(error).replace("\n", " ")
+        return " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -28,7 +28,7 @@ from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Geometry, refuse_
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation, place_back, prepare_image
 from dstlib.zoo.e2enet.data.preprocessing.resampling import most_probable, topmost
 from dstlib.zoo.e2enet.data.scans.geometry import Placement, box_shape
-from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, sound, write_label
+from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, write_label
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, probabilities, softmax
 
@@ -183,7 +183,9 @@ def _predict_case(
             placed = replace(case, geometry=trained.geometry)
             examined = examine_scan(placed, num_channels=len(trained.channels), labels=None)
             odd = tuple(on_one_line(f"{fault.file.name} {fault.text}") for fault in examined.warnings)
-            scan = sound(examined, case.name)
+            if examined.scan is None:
+                return Outcome(name=case.name, file=None, error="; ".join(map(str, examined.defects)))
+            scan = examined.scan
             image, placement = prepare_image(scan.image, scan.affine, trained.preparation)
             place = scan.place
             del examined, scan  # the image as stored, which the windows do not need: they may take hours, and gigabytes
@@ -206,7 +208,7 @@ def outcome_table(outcomes: Sequence[Outcome], *, whole: bool = False) -> str:
     counts = f"{len(outcomes) - len(failed) - num_kept} predicted, {num_kept} kept as they were, {len(failed)} failed"
     if not failed and not odd:
         return counts
-    cells = [("case", "error"), *((name, " ".join(text.split())) for name, text in (*failed, *odd))]
+    cells = [("case", "finding"), *((name, " ".join(text.split())) for name, text in (*failed, *odd))]
     head, rule, *lines = align(cells, left=(0, 1))
     told = lines if whole else abridge(lines, [name for name, _ in (*failed, *odd)], whole="--all lists them")
     return "\n".join([head, rule, *told, counts])

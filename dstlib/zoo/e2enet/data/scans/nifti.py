@@ -22,7 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
 from dstlib.bounds import available_memory
-from dstlib.errors import DataError
+from dstlib.errors import DataError, number_of
 from dstlib.files import read_whole, write_whole
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.data.cases import Spacing, three
@@ -94,17 +94,9 @@ def read_scan(files: CaseFiles, *, num_channels: int, labels: Labels | None) -> 
     Raises:
         DataError: The message lists every defect of the case.
     """
-    return sound(examine_scan(files, num_channels=num_channels, labels=labels), files.name)
-
-
-def sound(examined: Examined, name: str) -> Scan:
-    """Returns the scan of a case that was examined.
-
-    Raises:
-        DataError: It has defects; the message lists them.
-    """
+    examined = examine_scan(files, num_channels=num_channels, labels=labels)
     if examined.scan is None:
-        _refuse(f"case {name!r}", examined.defects)
+        _refuse(f"case {files.name!r}", examined.defects)
     return examined.scan
 
 
@@ -186,9 +178,9 @@ def write_label(path: Path, label: NDArray[np.uint8], place: Header) -> None:
 
 def _refuse(where: str, faults: Sequence[Fault]) -> NoReturn:
     listed = "".join(f"\n  {fault}" for fault in faults)
-    allowed = "an image and a label that are readable and fit each other"
-    remedy = f"Repair or restore these files, or take the case out of the data set:{listed}"
-    raise DataError.of("files", where, allowed=allowed, given=f"{len(faults)} defect(s)", remedy=remedy)
+    allowed, given = "files that can be read and fit each other", number_of(len(faults), "defect")
+    remedy = f"Repair or restore these, or leave the case out:{listed}"
+    raise DataError.of("files", where, allowed=allowed, given=given, remedy=remedy)
 
 
 def _read_volume(file: Path, dtype: DTypeLike | None, geometry: Geometry) -> Volume | str:
