@@ -378,6 +378,9 @@ def test_a_folder_within_imagestr_that_the_list_leads_into_is_not_left_out(tmp_p
     content["training"][0]["image"] = moved
     write_json(tmp_path / "dataset.json", content)
     assert read_manifest(tmp_path).notes == ()
+    (tmp_path / "imagesTr" / "p1" / "other.nii.gz").touch()
+    told = "1 scan in imagesTr/p1 left out, as dataset.json does not list them: other.nii.gz"
+    assert read_manifest(tmp_path).notes == (told,)
 
 
 def test_other_sets_with_such_sequences_are_not_brats_unless_it_is_said(tmp_path):

@@ -25,9 +25,12 @@ class _Beside:
 def left_out(manifest: Manifest, folders: Sequence[Path], *, why: str) -> list[str]:
     """Says which scans, hidden files and files of other kinds lie in the folders of a set and are in none of its cases.
 
-    ``why`` is the reason for the scans. What goes with a file of the set by its name, as x.raw with x.mhd, is no loss.
+    Folders in these in which cases lie are looked into too. ``why`` is the reason for the scans. What goes with a file
+    by its name, as x.raw with x.mhd, is no loss.
     """
-    return _told(manifest.cases, folders, below=manifest.folder, why=why)
+    holding = {file.parent for file in _taken(manifest.cases)}
+    inside = sorted(each for each in holding if {*each.parents} & {*folders})
+    return _told(manifest.cases, [*folders, *inside], below=manifest.folder, why=why)
 
 
 def left_out_of_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]:
@@ -36,8 +39,7 @@ def left_out_of_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]:
 
 
 def _told(cases: Sequence[CaseFiles], folders: Sequence[Path], *, below: Path, why: str) -> list[str]:
-    taken = {file for case in cases for file in (*case.images, case.label) if file is not None}
-    told, hidden = [], []
+    taken, told, hidden = _taken(cases), [], []
     for folder in folders:
         if not folder.is_dir() or {folder, folder.resolve()} & taken:  # none, or a scan itself: a series of slices
             continue
@@ -53,6 +55,10 @@ def _told(cases: Sequence[CaseFiles], folders: Sequence[Path], *, below: Path, w
         files = number_of(len(hidden), "hidden file")
         told.append(f"{files} left out, as macOS leaves such beside scans: {listed(hidden)}")
     return told
+
+
+def _taken(cases: Sequence[CaseFiles]) -> set[Path]:
+    return {file for case in cases for file in (*case.images, case.label) if file is not None}
 
 
 def promised(content: Mapping[str, Any], found: Mapping[str, int], *, where: str) -> list[str]:
@@ -82,7 +88,8 @@ def listed(files: Sequence[Path | str]) -> str:
 def _beside(folder: Path, taken: set[Path]) -> _Beside:
     entries, scans = sorted(folder.iterdir()), {*scan_files(folder)}
     hidden = [entry for entry in entries if entry.name.startswith(".") and is_scan_name(entry.name)]
-    known = {above for file in taken for above in (file, *file.parents)}
+    holding = {above for each in {file.parent for file in taken} for above in (each, *each.parents)}
+    known = taken | holding
     rest = [entry for entry in entries if not entry.name.startswith(".") and entry not in known]
     stems = tuple(f"{case_name(file)}." for file in taken if file.parent == folder)
     others = [entry for entry in rest if entry not in scans and not entry.name.startswith(stems)]
