@@ -304,6 +304,17 @@ def test_an_input_is_never_written_over(tmp_path):
     assert image.read_bytes() == content
 
 
+def test_the_folder_above_folders_of_cases_takes_no_predictions(tmp_path):
+    """They would be taken for the images the next time, in the place of the cases."""
+    image = write_image(tmp_path / "set" / "case_00000" / "imaging.nii.gz", blocks())
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SettingError, match="where case_00000 is an input"):
+        predict_folder(trained(), tmp_path / "set", tmp_path / "set", progress=False)
+    assert sorted(tmp_path.rglob("*")) == files
+    (outcome,) = predict_folder(trained(), tmp_path / "set", tmp_path, progress=False)
+    assert (outcome.name, image.is_file()) == ("case_00000", True)
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(DataError, match="images of"):
         predict_folder(trained(), tmp_path / "nowhere", tmp_path / "out", progress=False)

@@ -269,9 +269,15 @@ def _digest(model: nn.Module) -> str:
 def _refuse_inputs(files: Sequence[CaseFiles], output: Path) -> None:
     """Refuses the folder of an input: a prediction would replace it, or be taken for one the next time."""
     inputs = [file for case in files for file in (*case.images, *case.label_files)]
+    of_cases = [image.parent for case in files for image in case.images if image.parent.name == case.name]
     folder = output.resolve()
     found = next(
-        (file for file in inputs if folder in (file.resolve(), file.parent.resolve(), file.resolve().parent)), None
+        (
+            file
+            for file in (*inputs, *of_cases)
+            if folder in (file.resolve(), file.parent.resolve(), file.resolve().parent)
+        ),
+        None,
     )
     if found is not None:
         allowed, remedy = "another folder than that of the images and labels", "Choose one for the predictions alone."
