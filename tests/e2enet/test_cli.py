@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -215,6 +216,18 @@ def test_runs_of_other_classes_are_told_apart(work, tmp_path, command):
     code, _, errors = command("compare", work / "fold0", other, "--pool")
     assert code == 2
     assert "classes of the runs to pool" in errors
+
+
+def test_runs_on_other_data_sets_and_by_other_rules_are_told_apart(work, tmp_path, command):
+    assert "Scores are" not in command("compare", work / "fold0", work / "fold1")[1]
+    other = shutil.copytree(work / "fold1", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["data"] |= {"name": "Other", "geometry": "sform"}
+    (other / "config.json").write_text(json.dumps(unsealed(config)))
+    code, table, _ = command("compare", work / "fold0", other)
+    assert code == 0
+    assert re.search(r"Scores are on other data sets: \S+ in fold0, Other in other\.", table)
+    assert "by other rules: --geometry itk in fold0, --geometry sform in other." in table
 
 
 def test_missing_predictions_are_an_error_unless_allowed(work, tmp_path, command):

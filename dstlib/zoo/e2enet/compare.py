@@ -36,7 +36,13 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     if len({result.classes for result in results.values()}) > 1:
         classes = [f"{', '.join(result.classes)} in {run.name}" for run, result in results.items()]
         notes.append(f"mDice is over other classes: {', '.join(classes)}.")
-    overlapping = [run.name for run in runs if (run / CONFIG).exists() and config_of(run).data.meaning.regions]
+    of_runs = {run.name: config_of(run).data for run in runs if (run / CONFIG).exists()}
+    sources = {name: data.name for name, data in of_runs.items()}
+    rules = {name: f"--geometry {data.rule}" for name, data in of_runs.items()}
+    for what, told in (("on other data sets", sources), ("in millimetres by other rules", rules)):
+        if len({*told.values()}) > 1:
+            notes.append(f"Scores are {what}: {', '.join(f'{each} in {name}' for name, each in told.items())}.")
+    overlapping = [name for name, data in of_runs.items() if data.meaning.regions]
     if beside and overlapping:
         notes.append(f"mDice is over regions, which overlap, in {', '.join(overlapping)}; published ones over classes.")
     return "\n".join(
