@@ -1,5 +1,6 @@
 """Folders of DICOM slices: one volume in its place, or the reason why there is none."""
 
+import locale
 import shutil
 import sys
 from contextlib import nullcontext
@@ -100,7 +101,16 @@ def test_numbers_with_a_sign_and_without(quick, tmp_path, signed):
     assert read_series(tmp_path, None).voxels[1, 0, 0] == (-1 if signed else 65535)
 
 
+@pytest.fixture
+def same_locale():
+    """Puts the locale back: GDCM sets that of the whole process to C when it writes a position."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
+@pytest.mark.usefixtures("same_locale")
 def test_packed_pictures(quick, tmp_path, kind):
     pixels = np.random.default_rng(0).integers(-1000, 1000, (64, 48)).astype(np.int16)
     for i in range(2):
