@@ -30,7 +30,7 @@ def decathlon_evidence(source: Source) -> str | None:
     Where nnU-Net's entries are there too, labels that are numbered; where no listed file is there at all, the entries.
     """
     keys = decathlon_keys(source)
-    if keys is None or source.list_name != LIST or is_data_list(source.content):
+    if keys is None:
         return None
     images = listed_images(source.content)
     found = next((image for image in images if (source.folder / image).exists()), None)
@@ -40,11 +40,13 @@ def decathlon_evidence(source: Source) -> str | None:
 
 
 def decathlon_keys(source: Source) -> str | None:
-    """Names the Decathlon's entries that a list has; None where it has none, or nnU-Net v2's labels."""
+    """Names the Decathlon's entries that a dataset.json has; None with none, nnU-Net v2's labels, or MONAI's lists."""
     content = source.content
     keys = [key for key in ("modality", "labels", "training") if key in content]
     of_nnunet = "channel_names" in content or "file_ending" in content
     if not {"modality", "training"} & {*keys} or (of_nnunet and numbered(content.get("labels")) is None):
+        return None
+    if source.list_name != LIST or is_data_list(content):
         return None
     return f"{', '.join(map(repr, keys))} in {source.list_name}"
 

@@ -4,7 +4,7 @@ An entry is a file to predict, or {"image": FILE, "label": FILE}; MONAI's may ho
 and the fold in which the case is held out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -36,8 +36,7 @@ def read_lists(content: Mapping[str, Any], *, allow_outside: bool) -> tuple[dict
         if not isinstance(listed, list):
             wrong.append(f"{part!r} is {shown(listed)} but a list of files")
             continue
-        for i, given in enumerate(listed):
-            entry = _entry(given, needs_label=part == "training")
+        for i, given, entry in _parsed(part, listed):
             if isinstance(entry, str):
                 wrong.append(f"entry {i} of {part!r} is {shown(given)} but {entry}")
                 continue
@@ -53,16 +52,21 @@ def read_lists(content: Mapping[str, Any], *, allow_outside: bool) -> tuple[dict
     return parts, wrong
 
 
+def listed_entries(content: Mapping[str, Any]) -> list[Entry]:
+    """Returns the entries of all lists, to tell a layout by; what is none is passed over, and no path is judged."""
+    lists = [(part, content.get(part)) for part in COUNTS.values()]
+    parsed = [entry for part, listed in lists if isinstance(listed, list) for _, _, entry in _parsed(part, listed)]
+    return [entry for entry in parsed if isinstance(entry, Entry)]
+
+
 def listed_images(content: Mapping[str, Any]) -> list[str]:
     """Returns the first image of each case that the lists name; what is no entry is passed over here."""
-    parts, _ = read_lists(content, allow_outside=True)
-    return [entry.images[0] for entries in parts.values() for entry in entries]
+    return [entry.images[0] for entry in listed_entries(content)]
 
 
 def is_data_list(content: Mapping[str, Any]) -> bool:
     """Says whether lists hold what MONAI's do and the Decathlon's do not: several images to a case, or folds."""
-    parts, _ = read_lists(content, allow_outside=True)
-    return any(len(entry.images) > 1 or entry.fold is not None for entries in parts.values() for entry in entries)
+    return any(len(entry.images) > 1 or entry.fold is not None for entry in listed_entries(content))
 
 
 def names_of(cases: Sequence[Sequence[str]]) -> list[str]:
@@ -93,6 +97,12 @@ def _common_name(images: Sequence[str]) -> str:
     shared = first[: next((i for i, c in enumerate(first) if last[i : i + 1] != c), len(first))]
     end = max(shared.rfind(separator) for separator in _SEPARATORS)
     return shared[:end].rstrip(_SEPARATORS) if end > 0 else PurePath(images[0]).parent.name
+
+
+def _parsed(part: str, listed: Sequence[object]) -> Iterator[tuple[int, object, Entry | str]]:
+    """Yields what a list holds: its number, as it is given, and the entry that it is, or what it should be."""
+    for i, given in enumerate(listed):
+        yield i, given, _entry(given, needs_label=part == "training")
 
 
 def _entry(given: object, *, needs_label: bool) -> Entry | str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dstlib.zoo.e2enet.data.layouts.brats import years_of_files
 from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CHANNELS, read_decathlon
-from dstlib.zoo.e2enet.data.layouts.lists import is_data_list, read_lists
+from dstlib.zoo.e2enet.data.layouts.lists import is_data_list, listed_entries
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
 from dstlib.zoo.e2enet.data.layouts.source import LIST, Source
 
@@ -33,8 +33,7 @@ def read_monai(source: Source) -> Manifest:
 
     Reference: MONAI's ``load_decathlon_datalist``, and ``datafold_read`` of its tutorials for the folds.
     """
-    parts, _ = read_lists(source.content, allow_outside=True)
-    images = [entry.images for entries in parts.values() for entry in entries]
+    images = [entry.images for entry in listed_entries(source.content)]
     content = dict(source.content)
     modality, num_channels = content.get("modality"), max(map(len, images), default=1)
     names = [modality] if isinstance(modality, str) else list(modality.values()) if isinstance(modality, dict) else []

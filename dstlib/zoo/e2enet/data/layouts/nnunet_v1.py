@@ -7,15 +7,15 @@ from pathlib import Path
 
 from dstlib.zoo.e2enet.data.layouts.decathlon import decathlon_keys, read_decathlon
 from dstlib.zoo.e2enet.data.layouts.files import channel_file
-from dstlib.zoo.e2enet.data.layouts.lists import is_data_list, listed_images
+from dstlib.zoo.e2enet.data.layouts.lists import listed_images
 from dstlib.zoo.e2enet.data.layouts.manifest import Manifest
-from dstlib.zoo.e2enet.data.layouts.source import LIST, Source
+from dstlib.zoo.e2enet.data.layouts.source import Source
 
 
 def nnunet_v1_evidence(source: Source) -> str | None:
     """Says by what a set is nnU-Net v1's: the Decathlon's entries, and a listed image that is there by channels."""
     keys = decathlon_keys(source)
-    if keys is None or source.list_name != LIST or is_data_list(source.content):
+    if keys is None:
         return None
     files = (channel_file(Path(image), 0) for image in listed_images(source.content))
     found = next((file for file in files if (source.folder / file).exists()), None)
