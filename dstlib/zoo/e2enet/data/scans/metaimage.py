@@ -27,6 +27,7 @@ from dstlib.zoo.e2enet.data.scans.stored import (
     read_beside,
     read_stored,
     whole_numbers,
+    within_space,
 )
 
 _TYPES = {
@@ -127,12 +128,11 @@ def _place(fields: Mapping[str, str], num_axes: int) -> tuple[NDArray[np.float64
     axes = np.eye(num_axes)
     if matrix is not None:
         axes = np.reshape(numbers(matrix_name, matrix, count=num_axes**2), (num_axes, num_axes)).T
-    if num_axes == 4 and (axes[3, :3].any() or axes[:3, 3].any()):
-        raise ValueError("its fourth axis leads through space: save one file per time")
+    directions = within_space(axes)
     if not np.allclose(np.linalg.norm(axes, axis=0), 1, rtol=0, atol=MAX_STRETCH):
         raise ValueError(f"its {matrix_name!r} is {shown(matrix)}, whose rows are not of length 1")
     sizes = numbers(spacing_name, spacing, count=num_axes) if spacing is not None else [1.0] * num_axes
     origin = numbers(offset_name, offset, count=num_axes) if offset is not None else [0.0] * num_axes
     lacking = [name for name, value in ((matrix_name, matrix), (offset_name, offset)) if value is None]
-    affine = affine_of(axes[:3, :3] * np.array(sizes[:3]), origin[:3], LPS_TO_RAS)
+    affine = affine_of(directions * np.array(sizes[:3]), origin[:3], LPS_TO_RAS)
     return affine, f"states no {' and no '.join(lacking)}" if lacking else None

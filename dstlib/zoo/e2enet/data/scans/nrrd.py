@@ -29,6 +29,7 @@ from dstlib.zoo.e2enet.data.scans.stored import (
     read_beside,
     read_stored,
     whole_numbers,
+    within_space,
 )
 
 _TYPES = {
@@ -177,14 +178,12 @@ def _place(fields: Mapping[str, str], channels: int | None) -> tuple[NDArray[np.
     if num not in (3, 4) or origin is None or any(len(vector) != num for vector in (*vectors, origin)):
         given = f"{shown(fields.get('spacedirections'))} from {shown(fields.get('spaceorigin'))}"
         raise ValueError(f"its 'space directions' and 'space origin' are {given} but three vectors, and a place")
-    steps = np.array(vectors).T
-    if num == 4 and (steps[3, :3].any() or steps[:3, 3].any()):
-        raise ValueError("its fourth axis leads through space: save one file per time")
+    steps = within_space(np.array(vectors).T)
     to_ras = _TO_RAS.get((space or "").lower())
     if to_ras is None:
         named = f"is in the space {shown(space)}" if space else "states no space by name"
-        return affine_of(steps[:3, :3], origin[:3], LPS_TO_RAS), f"{named}, which is none of a patient"
-    return affine_of(steps[:3, :3], origin[:3], to_ras), None if "spaceorigin" in fields else "states no origin"
+        return affine_of(steps, origin[:3], LPS_TO_RAS), f"{named}, which is none of a patient"
+    return affine_of(steps, origin[:3], to_ras), None if "spaceorigin" in fields else "states no origin"
 
 
 def _refuse_units(fields: Mapping[str, str]) -> None:

@@ -132,6 +132,17 @@ def whole_numbers(field: str, text: str, *, low: int, high: int, count: int | No
     return found
 
 
+def within_space(steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the steps (3, 3) along the axes of space, a column each, of as many axes or of one more.
+
+    Raises:
+        ValueError: The fourth axis leads through space.
+    """
+    if len(steps) == 4 and (steps[3, :3].any() or steps[:3, 3].any()):
+        raise ValueError("its fourth axis leads through space: save one file per time")
+    return steps[:3, :3]
+
+
 def affine_of(steps: NDArray[np.float64], origin: ArrayLike, to_ras: NDArray[np.float64]) -> NDArray[np.float64]:
     """Makes an affine of the steps (3, 3) along each axis, a column each, and the place of the first voxel."""
     affine = np.eye(4)
