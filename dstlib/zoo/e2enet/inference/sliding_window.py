@@ -97,12 +97,17 @@ def memory_needed(shape: Shape, patch_size: Shape, *, num_channels: int, num_out
 
     These are the sums of K outputs and of the weights, as deep as a window, and some copies of the window at work.
     """
-    height, width = (max(sizes) for sizes in zip(shape[1:], patch_size[1:], strict=True))
+    _, height, width = _padded(shape, patch_size)
     sums = patch_size[0] * height * width * (num_outputs + 1)
     # five times: logits, softmax, one that is flipped, their sum, and what was there before
     window = math.prod(patch_size) * (num_channels + 5 * num_outputs)
     slices = 2 * height * width * num_outputs
     return 4 * (sums + window + slices)
+
+
+def _padded(shape: Shape, patch: Shape) -> Shape:
+    """Returns the size of an image that is padded to that of a patch where it is smaller."""
+    return three(max(sizes) for sizes in zip(shape, patch, strict=True))
 
 
 @dataclass(frozen=True)
@@ -115,13 +120,13 @@ class _Grid:
 
     @staticmethod
     def of(shape: Shape, patch: Shape, overlap: float) -> "_Grid":
-        size = [max(sizes) for sizes in zip(shape, patch, strict=True)]
+        size = _padded(shape, patch)
         steps = [p if n == p else max(1, int(p * (1 - overlap))) for n, p in zip(size, patch, strict=True)]
         return _Grid(shape, patch, dense_patch_slices(size, patch, steps))
 
     @property
     def size(self) -> Shape:
-        return three(max(sizes) for sizes in zip(self.shape, self.patch, strict=True))
+        return _padded(self.shape, self.patch)
 
     @property
     def before(self) -> Shape:
