@@ -225,12 +225,9 @@ def _command_parser() -> argparse.ArgumentParser:
     text = "Read every scan of a data set and list what is wrong with it, before any training. Exit code 1 if so."
     check = commands.add_parser("check", help="list every defect of a data set", description=text)
     check.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, or its data list (.json)")
-    check.add_argument("--layout", help=LAYOUT)
-    check.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
-    check.add_argument("--regions", metavar="WHICH", help=REGIONS)
+    _add_set_options(check)
     nnunet = "warn too of what nnU-Net stops at, or takes otherwise than meant (needs dstlib[itk])"
     check.add_argument("--for-nnunet", action="store_true", help=nnunet)
-    check.add_argument("--geometry", choices=GEOMETRIES, default="itk", help=f"{GEOMETRY}itk)")
     check.add_argument("--all", action="store_true", help=ALL)
     check.set_defaults(command=_check)
 
@@ -258,12 +255,9 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     evaluate = commands.add_parser("evaluate", help="score predictions", description=text)
     evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz, NAME.nii, ...")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set with the labels")
-    evaluate.add_argument("--layout", help=LAYOUT)
-    evaluate.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
-    evaluate.add_argument("--regions", metavar="WHICH", help=REGIONS)
+    _add_set_options(evaluate)
     partly = "score the cases that have a prediction (default: refuse, if a labelled case has none)"
     evaluate.add_argument("--allow-missing", action="store_true", help=partly)
-    evaluate.add_argument("--geometry", choices=GEOMETRIES, default="itk", help=f"{GEOMETRY}itk)")
     evaluate.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
     evaluate.add_argument(
@@ -287,6 +281,14 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     phantoms.add_argument("--seed", type=int, default=0, help=DEFAULT)
     phantoms.set_defaults(command=_phantoms)
     return lines
+
+
+def _add_set_options(command: argparse.ArgumentParser) -> None:
+    """Adds what is asked of a data set beside its folder."""
+    command.add_argument("--layout", help=LAYOUT)
+    command.add_argument("--allow-outside", action="store_true", help=OUTSIDE)
+    command.add_argument("--regions", metavar="WHICH", help=REGIONS)
+    command.add_argument("--geometry", choices=GEOMETRIES, default="itk", help=f"{GEOMETRY}itk)")
 
 
 def _manifest_of(options: argparse.Namespace) -> Manifest:
