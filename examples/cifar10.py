@@ -2,6 +2,7 @@
 
     python examples/cifar10.py                                         # procedural images, rigl at 90 %
     python examples/cifar10.py --data cifar10 --method set --sparsity 0.95 --seed 1
+    python examples/cifar10.py --data cifar10 --optimizer adamw        # with a learning rate and decay of its own
     python examples/cifar10.py --data cifar-10-batches-bin --method dense
     python examples/cifar10.py --data cifar10 --preset published       # WRN-22-2, 97,656 steps: wants a GPU
 
@@ -17,7 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from cifar10_settings import CHOICES, PRESETS, UPDATES, Settings
+from cifar10_settings import CHOICES, PRESETS, UPDATES, Settings, with_optimizer
 
 from dstlib.command_line import make_parser, run_command
 from dstlib.errors import SettingError, require
@@ -31,7 +32,7 @@ HELP = {
     "interval": f"steps between mask updates (default: the method's, or a {UPDATES}th of the run if that is shorter)",
     "epochs": "passes over the training images",
     "batch_size": "images a step",
-    "optimizer": "sgd has Nesterov's momentum 0.9",
+    "optimizer": "sgd has Nesterov's momentum 0.9; another than the preset's brings its own learning rate and decay",
     "learning_rate": "at its highest",
     "weight_decay": "of all weights",
     "schedule": "cosine: to 0; step: a fifth at each 30.72 %% of the run, which is each 30,000 of 97,656 steps",
@@ -82,6 +83,7 @@ def chosen(options: argparse.Namespace) -> Settings:
     """Returns the preset with the settings of the command line."""
     preset = PRESETS[options.preset or ("vit" if options.model == "vit" else "quick")]
     given = {field.name: getattr(options, field.name) for field in fields(Settings)}
+    preset = with_optimizer(preset, given["optimizer"] or preset.optimizer)
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 

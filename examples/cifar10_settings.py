@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from dstlib.errors import require
@@ -71,3 +71,18 @@ PRESETS: Mapping[str, Settings] = MappingProxyType(
         "vit": Settings(model="vit", optimizer="adamw", learning_rate=1e-3, weight_decay=0.05),
     }
 )
+
+# learning rate and weight decay of the small network, the best of a few on the dense one and chosen for no method
+CHOSEN: Mapping[str, tuple[float, float]] = MappingProxyType({"sgd": (0.05, 5e-4), "adamw": (4e-3, 0.2)})
+
+
+def with_optimizer(settings: Settings, optimizer: str) -> Settings:
+    """Returns the settings with an optimizer; with another than theirs, its learning rate and weight decay, too.
+
+    >>> with_optimizer(PRESETS["quick"], "adamw").weight_decay, with_optimizer(PRESETS["vit"], "adamw").learning_rate
+    (0.2, 0.001)
+    """
+    if optimizer == settings.optimizer:
+        return settings
+    learning_rate, weight_decay = CHOSEN[optimizer]
+    return replace(settings, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay)

@@ -429,6 +429,26 @@ def test_presets_give_way_to_options():
     assert chosen("--crop", "0", "--preset", "published").crop == 0
 
 
+def test_another_optimizer_brings_its_own_rates_in_the_example_and_the_grid(grid, tmp_path, monkeypatch):
+    def chosen(*arguments):
+        return cifar10.chosen(cifar10.parser().parse_args(arguments))
+
+    rates = settings_of.CHOSEN
+    for optimizer, (rate, decay) in rates.items():
+        settings = chosen("--optimizer", optimizer)
+        assert (settings.optimizer, settings.learning_rate, settings.weight_decay) == (optimizer, rate, decay)
+    assert rates["sgd"] == (settings_of.Settings().learning_rate, settings_of.Settings().weight_decay)
+    assert chosen("--preset", "vit", "--optimizer", "adamw") == settings_of.PRESETS["vit"]
+    assert chosen("--preset", "published", "--optimizer", "sgd") == settings_of.PRESETS["published"]
+    assert chosen("--optimizer", "adamw", "--learning-rate", "0.5").learning_rate == 0.5
+
+    asked = []
+    monkeypatch.setattr(grid, "run_grid", lambda todo, folder, *, workers: asked.extend(s for s, _ in todo))
+    monkeypatch.setattr(grid, "report", lambda results, options: None)
+    grid.main(["--methods", "set", "--sparsities", "0.9", "--optimizer", "adamw", "--results", str(tmp_path)])
+    assert {(s.optimizer, s.learning_rate, s.weight_decay) for s in asked} == {("adamw", *rates["adamw"])}
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

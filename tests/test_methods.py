@@ -20,7 +20,6 @@ from dstlib.masking import (
     random,
     sign_balanced,
     uniform,
-    uniform_fan_out,
     zeros,
 )
 from dstlib.methods import find_method
@@ -48,7 +47,7 @@ def test_published_settings(method, drop, grow, fraction, interval, stop) -> Non
     ("method", "granularity", "distribution", "grown_init"),
     [
         (STATIC, Element(), erk, zeros),
-        (SET, Element(), erk, uniform_fan_out),
+        (SET, Element(), erk, zeros),
         (RIGL, Element(), erk, zeros),
         (GMP, Element(), uniform, zeros),
         (DSFF, Kernel(), uniform, zeros),

@@ -22,9 +22,9 @@ def zeros(site: Site) -> Tensor:
 
 
 def uniform_fan_out(site: Site) -> Tensor:
-    """Starts uniformly in ±√(6 / number of outputs).
+    """Starts uniformly in ±√(6 / number of outputs): far above trained weights where outputs are few.
 
-    Reference: Mocanu et al. 2018 (SET).
+    Reference: Glorot & Bengio 2010, with the outputs for both sides.
     """
     bound = (6 / site.weight.shape[0]) ** 0.5
     return ((2 * site.rand() - 1) * bound).to(site.weight.dtype)
