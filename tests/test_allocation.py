@@ -121,7 +121,7 @@ def models(draw: st.DrawFn, granularities: Sequence[str] = (), kinds: Sequence[s
                 drop_GU=drop_GU.to(dtype),
                 grow_GU=grow_GU.to(dtype),
                 num_planned=int(active_GU.sum()),
-                is_last=i == num_accounts - 1,
+                is_output=i == num_accounts - 1,
             )
         )
     return found
@@ -789,28 +789,28 @@ def test_a_threshold_that_cannot_drop_enough_stays_finite() -> None:
 # Neuron ablation
 
 
-def ablation_reference(a: Account, percent: int, share: Fraction) -> tuple[list[int], list[int]]:
+def ablation_reference(
+    a: Account, percent: int, share: Fraction, *, all_gradients: bool
+) -> tuple[list[int], list[int]]:
     """Targets and kept per neuron, in whole numbers and fractions, from the definition."""
     active, drop, grow = a.active_GU.tolist(), a.drop_GU.tolist(), a.grow_GU.tolist()
     num_neurons, num_inputs = len(active), len(active[0])
     everywhere = [(g, u) for g in range(num_neurons) for u in range(num_inputs)]
-    alive = [g for g in range(num_neurons) if any(active[g])]
-    fewest = math.ceil(Fraction(a.num_planned, num_inputs))
-    gone = sorted((g for g in range(num_neurons) if g not in alive), key=lambda g: (-sum(map(Fraction, grow[g])), g))
-    alive = sorted(alive + gone[: max(fewest - len(alive), 0)])
-    ones = [(g, u) for g, u in everywhere if active[g][u]]
-    num_moved = len(ones) * percent // 100
-    survivors = sorted(ones, key=lambda at: (-drop[at[0]][at[1]], at))[: len(ones) - num_moved]
-    would_grow = [(g, u) for g, u in everywhere if g in alive and not active[g][u]]
+    largest_first = sorted((at for at in everywhere if active[at[0]][at[1]]), key=lambda at: (-drop[at[0]][at[1]], at))
+    num_moved = len(largest_first) * percent // 100
+    num_kept = len(largest_first) - num_moved
+    would_grow = [(g, u) for g, u in everywhere if all_gradients or not active[g][u]]
     would_grow = sorted(would_grow, key=lambda at: (-grow[at[0]][at[1]], at))[:num_moved]
-    salient = [sum(h == g for h, _ in survivors + would_grow) for g in range(num_neurons)]
-    if not a.is_last:
-        fan_in = max(sum(row) for row in active)
-        worthy = [g for g in alive if salient[g] >= max(1, share * fan_in)]
-        alive = sorted(alive, key=lambda g: (-salient[g], g))[: max(len(worthy), fewest, 1)]
-    new_fan_in = min(a.num_planned // len(alive), num_inputs)
-    target = [new_fan_in if g in alive else 0 for g in range(num_neurons)]
-    return target, [min(sum(h == g for h, _ in survivors), n) for g, n in enumerate(target)]
+    salient = [sum(h == g for h, _ in {*largest_first[:num_kept], *would_grow}) for g in range(num_neurons)]
+    alive = list(range(num_neurons))
+    if not a.is_output:
+        least = max(1, math.floor(share * (a.num_planned // num_neurons)))
+        beyond = math.ceil(Fraction(a.num_planned, num_inputs))  # the neurons that are needed, and one more
+        alive = [g for g in alive if salient[g] >= min(least, sorted(salient)[::-1][min(beyond, num_neurons - 1)])]
+    fan_in = a.num_planned // len(alive)
+    target = [fan_in if g in alive else 0 for g in range(num_neurons)]
+    kept = [at for at in largest_first if at[0] in alive][:num_kept]
+    return target, [min(sum(h == g for h, _ in kept), n) for g, n in enumerate(target)]
 
 
 @st.composite
@@ -835,46 +835,79 @@ def layers(draw: st.DrawFn, constant: bool = True) -> Account:
         drop_GU=scores_like(active_GU, kind, draw(seeds)),
         grow_GU=scores_like(active_GU, kind, draw(seeds)),
         num_planned=num_planned,
-        is_last=draw(st.sampled_from([False, False, True])),
+        is_output=draw(st.sampled_from([False, False, True])),
     )
 
 
 #         weights                 gradients
 #      9  8  .  .  .  .       0  0  0  1  0  0
 #      7  1  .  .  .  .       0  0  5  0  0  0
-#      2  3  .  .  .  .       0  0  0  0  0  4
+#      2  3  .  .  .  .       6  0  0  0  0  4
 ABLATED = Account(
     name="w",
     active_GU=torch.tensor([[True, True, False, False, False, False]] * 3),
     drop_GU=torch.tensor([[9.0, 8, 0, 0, 0, 0], [7, 1, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0]]),
-    grow_GU=torch.tensor([[0.0, 0, 0, 1, 0, 0], [0, 0, 5, 0, 0, 0], [0, 0, 0, 0, 0, 4]]),
+    grow_GU=torch.tensor([[0.0, 0, 0, 1, 0, 0], [0, 0, 5, 0, 0, 0], [6, 0, 0, 0, 0, 4]]),
     num_planned=6,
 )
 
 
 @pytest.mark.parametrize(
-    ("fraction", "share", "is_last", "target", "keep"),
+    ("fraction", "share", "is_output", "target", "keep"),
     [
         (0.0, 0.95, False, [2, 2, 2], [2, 2, 2]),  # all are salient
-        (0.34, 0.5, False, [2, 2, 2], [2, 1, 1]),  # 1 and 2 go, 5 and 4 would come: 2, 2 and 2 salient
-        (0.5, 0.5, False, [2, 2, 2], [2, 1, 0]),  # 9 8 7 stay, 5 4 1 would come: 3, 2 and 1
-        (0.5, 0.95, False, [3, 3, 0], [2, 1, 0]),  # 2 are needed, so the third goes and the others take 3
-        (0.5, 1.0, False, [3, 3, 0], [2, 1, 0]),
-        (0.5, 0.95, True, [2, 2, 2], [2, 1, 0]),  # the last layer keeps its neurons
-        (0.67, 0.95, False, [6, 0, 0], [2, 0, 0]),  # 9 8 stay; 5 4 1 and a 0, the first, would come: 4, 1, 1
+        (0.34, 1.0, False, [2, 2, 2], [2, 1, 1]),  # 1 and 2 go, 5 and 4 would come: 2, 2 and 2 salient
+        (0.5, 0.99, False, [2, 2, 2], [2, 1, 0]),  # 9 8 7 stay, 5 4 1 would come: 3, 2 and 1, and floor(1.98) is 1
+        (0.5, 1.0, False, [3, 3, 0], [2, 1, 0]),  # 2 are needed, so the third goes and the others take 3
+        (0.5, 1.0, True, [2, 2, 2], [2, 1, 0]),  # an output layer keeps its neurons
+        (0.67, 1.0, False, [2, 2, 2], [2, 0, 0]),  # 9 8 stay; 5 4 1 and a 0, the first, would come: 4, 1, 1, and a tie
         (1.0, 0.3, False, [2, 2, 2], [0, 0, 0]),  # 5 4 1 0 0 0 would come, the zeros to the first: 4, 1, 1
-        (1.0, 0.6, False, [6, 0, 0], [0, 0, 0]),
     ],
 )
-def test_ablation_by_hand(fraction: float, share: float, is_last: bool, target: list[int], keep: list[int]) -> None:
-    a = replace(ABLATED, is_last=is_last)
+def test_ablation_by_hand(fraction: float, share: float, is_output: bool, target: list[int], keep: list[int]) -> None:
+    a = replace(ABLATED, is_output=is_output)
     found = NeuronAblation(share)([a], Terms(num_total=6, drop_fraction=fraction))
     assert (targets(found), kept(found)) == ([target], [keep])
-    assert ablation_reference(a, round(100 * fraction), Fraction(repr(share))) == (target, keep)
+    given, exact_share = round(100 * fraction), Fraction(repr(share))
+    assert ablation_reference(a, given, exact_share, all_gradients=False) == (target, keep)
 
 
-def test_no_neuron_takes_more_inputs_than_there_are() -> None:
-    """Three neurons of 2 of 3 inputs, two of them without a salient weight: one cannot take 6, so two stay."""
+def test_what_ablated_neurons_lose_is_part_of_what_is_dropped() -> None:
+    """The third neuron's two weights are the 2 of floor(0.34·6): none of the others goes on top."""
+    a = replace(ABLATED, grow_GU=torch.tensor([[0.0, 0, 3, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 1, 0, 0, 0]]))
+    found = NeuronAblation(1.0)([a], Terms(num_total=6, drop_fraction=0.34))
+    assert (targets(found), kept(found)) == ([[3, 3, 0]], [[2, 2, 0]])
+
+
+def test_gradients_of_active_weights_count_on_request_and_once() -> None:
+    """9, 8 and 7 would stay, and of the 3 largest gradients 6, 5 and 4 the last neuron has two: 2, 2 and 2 salient."""
+    terms = Terms(num_total=6, drop_fraction=0.5)
+    program = NeuronAblation(1.0, ranks_active_gradients=True)
+    assert targets(program([ABLATED], terms)) == [[2, 2, 2]]
+    a = replace(ABLATED, grow_GU=torch.tensor([[0.0, 0, 0, 1, 0, 0], [6, 0, 0, 0, 0, 0], [0, 0, 5, 4, 0, 0]]))
+    assert targets(program([a], terms)) == [[3, 0, 3]]  # 7 and 6 are one weight: 2, 1 and 2
+    assert targets(NeuronAblation(1.0)([ABLATED], terms)) == [[3, 3, 0]]  # 5, 4 and 1 would come: 3, 2 and 1
+
+
+@pytest.mark.parametrize(
+    ("share", "fan_in", "least"), [(0.95, 19, 18), (0.95, 1, 1), (0.3, 4, 1), (0.3, 6, 1), (0.3, 7, 2)]
+)
+def test_the_least_number_of_salient_weights_is_rounded_down(share: float, fan_in: int, least: int) -> None:
+    """The last of three neurons has as many as it takes, or one fewer; the others have all."""
+    active_GU = torch.arange(3 * fan_in)[None].expand(3, -1) < fan_in
+    for num_salient in (least, least - 1):
+        drop_GU = active_GU * 2.0
+        drop_GU[2, num_salient:] *= 0.5
+        grow_GU = torch.zeros(3, 3 * fan_in)
+        grow_GU[0, fan_in:] = 1.0
+        num_moved = fan_in - num_salient
+        a = Account(name="w", active_GU=active_GU, drop_GU=drop_GU, grow_GU=grow_GU, num_planned=3 * fan_in)
+        found = NeuronAblation(share)([a], Terms(num_total=3 * fan_in, drop_fraction=num_moved / (3 * fan_in)))
+        assert bool(found.budgets[0].num_target_G[2]) == (num_salient == least)
+
+
+def test_more_neurons_stay_than_hold_the_weights_without_room() -> None:
+    """Three neurons of 2 of 3 inputs, two of them with less than a salient share: 2 hold 6, so all 3 stay."""
     a = Account(
         name="w",
         active_GU=torch.tensor([[True, True, False]] * 3),
@@ -882,68 +915,59 @@ def test_no_neuron_takes_more_inputs_than_there_are() -> None:
         grow_GU=torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 1]]),
         num_planned=6,
     )
-    found = NeuronAblation(0.95)([a], Terms(num_total=6, drop_fraction=0.67))
-    assert targets(found) == [[3, 0, 3]]  # the first two tie, each with one that would grow; the lower stays
+    assert targets(NeuronAblation(1.0)([a], Terms(num_total=6, drop_fraction=0.67))) == [[2, 2, 2]]
 
 
-def test_neurons_come_back_where_a_rising_density_needs_them() -> None:
-    """One neuron of 3 inputs is left of 3; 5 planned take two, and the third has the larger gradient."""
-    active_GU = torch.tensor([[False] * 3, [True] * 3, [False] * 3])
-    grow_GU = torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 0, 3]])
-    a = Account(name="w", active_GU=active_GU, drop_GU=active_GU.float(), grow_GU=grow_GU, num_planned=5)
-    found = NeuronAblation()([a], Terms(num_total=5, drop_fraction=0.0))
-    assert (targets(found), kept(found)) == ([[0, 2, 2]], [[0, 2, 0]])
-    with_last = NeuronAblation()([replace(a, is_last=True, num_planned=9)], Terms(num_total=9, drop_fraction=0.0))
-    assert targets(with_last) == [[3, 3, 3]]
+def test_neurons_come_back_by_their_gradients() -> None:
+    """Two of three neurons are left; the third has the largest of the gradients that count."""
+    active_GU = torch.tensor([[False] * 4, [True, True, False, False], [True, True, False, False]])
+    grow_GU = torch.tensor([[0.0, 5, 0, 0], [0, 0, 3, 0], [0, 0, 1, 0]])
+    a = Account(name="w", active_GU=active_GU, drop_GU=active_GU.float(), grow_GU=grow_GU, num_planned=4)
+    terms = Terms(num_total=4, drop_fraction=0.25)
+    assert targets(NeuronAblation()([a], terms)) == [[1, 1, 1]]
+    assert targets(NeuronAblation()([a], replace(terms, drop_fraction=0.0))) == [[0, 2, 2]]
+    with_outputs = NeuronAblation()([replace(a, is_output=True)], replace(terms, drop_fraction=0.0))
+    assert targets(with_outputs) == [[1, 1, 1]]
 
 
 def test_a_decimal_share_of_the_fan_in_is_what_its_digits_say() -> None:
-    """0.55 · 100 is 55.00000000000001, and 55 salient weights of 100 are enough."""
-    active_GU = torch.arange(200)[None].expand(2, -1) < 100
-    drop_GU = torch.zeros(2, 200)
-    drop_GU[0, :100], drop_GU[1, :55] = 2.0, 2.0
-    grow_GU = torch.zeros(2, 200)
-    grow_GU[0, 100:] = 1.0  # the 45 that would grow are the first neuron's
-    a = Account(name="w", active_GU=active_GU, drop_GU=drop_GU, grow_GU=grow_GU, num_planned=200)
-    terms = Terms(num_total=200, drop_fraction=0.225)
-    assert targets(NeuronAblation(0.55)([a], terms)) == [[100, 100]]
-    assert targets(NeuronAblation(0.551)([a], terms)) == [[200, 0]]
+    """0.29 · 100 is 28.999999999999996, and 28 salient weights of 100 are too few."""
+    active_GU = torch.arange(300)[None].expand(3, -1) < 100
+    drop_GU, grow_GU = torch.zeros(3, 300), torch.zeros(3, 300)
+    drop_GU[:2, :100], drop_GU[2, :28] = 2.0, 2.0
+    grow_GU[0, 100:] = 1.0  # the 72 that would grow are the first neuron's
+    a = Account(name="w", active_GU=active_GU, drop_GU=drop_GU, grow_GU=grow_GU, num_planned=300)
+    terms = Terms(num_total=300, drop_fraction=0.24)
+    assert targets(NeuronAblation(0.29)([a], terms)) == [[150, 150, 0]]
+    assert targets(NeuronAblation(0.28)([a], terms)) == [[100, 100, 100]]
 
 
-@given(layers() | layers(constant=False), percents, st.sampled_from([0.0, 0.3, 0.5, 0.55, 0.95, 1.0]))
-def test_ablation_equals_plain_python(a: Account, percent: int, share: float) -> None:
-    found = NeuronAblation(share)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100))
-    expected = ablation_reference(a, percent, Fraction(repr(share)))
+@given(layers() | layers(constant=False), percents, st.sampled_from([0.0, 0.3, 0.5, 0.55, 0.95, 1.0]), st.booleans())
+def test_ablation_equals_plain_python(a: Account, percent: int, share: float, everywhere: bool) -> None:
+    terms = Terms(num_total=a.num_planned, drop_fraction=percent / 100)
+    found = NeuronAblation(share, ranks_active_gradients=everywhere)([a], terms)
+    expected = ablation_reference(a, percent, Fraction(repr(share)), all_gradients=everywhere)
     assert (targets(found), kept(found)) == tuple([part] for part in expected)
 
 
-@given(layers(constant=False), percents, st.sampled_from([0.3, 0.95, 1.0]))
-def test_the_plan_of_a_layer_is_met_at_any_density(a: Account, percent: int, share: float) -> None:
-    """Where it falls or rises too, to less than one unit per neuron."""
+@given(layers() | layers(constant=False), percents, st.sampled_from([0.3, 0.95, 1.0]))
+def test_ablation_laws(a: Account, percent: int, share: float) -> None:
+    """Where the density falls or rises, too, to less than one unit per neuron."""
     (budget,) = NeuronAblation(share)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100)).budgets
     after_G = carried_out(a, budget).sum(dim=1)
-    assert len(after_G[after_G > 0].unique()) == 1
-    assert a.num_planned - int((after_G > 0).sum()) < int(after_G.sum()) <= a.num_planned
-    came_back_G = (after_G > 0) & (a.active_GU.sum(dim=1) == 0)
-    assert int(came_back_G.sum()) == max(
-        -(-a.num_planned // a.active_GU.shape[1]) - int(a.active_GU.any(dim=1).sum()), 0
-    )
-
-
-@given(layers(), percents, st.sampled_from([0.3, 0.95, 1.0]))
-def test_ablation_laws(a: Account, percent: int, share: float) -> None:
-    (budget,) = NeuronAblation(share)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100)).budgets
-    after_GU = carried_out(a, budget)
-    before_G, after_G = a.active_GU.sum(dim=1), after_GU.sum(dim=1)
-    alive_G = after_G > 0
-    assert bool((budget.num_kept_G <= before_G).all())
+    num_alive, num_neurons = int((after_G > 0).sum()), len(after_G)
+    assert bool((budget.num_kept_G <= a.active_GU.sum(dim=1)).all())
     assert bool((budget.num_kept_G <= budget.num_target_G).all())
-    assert not bool((alive_G & (before_G == 0)).any())  # ablated neurons do not come back
-    assert len(after_G[alive_G].unique()) == 1  # a constant fan-in, and at least one neuron
-    assert int(after_G.max()) >= int(before_G.max())
-    assert a.num_planned - int(alive_G.sum()) < int(after_G.sum()) <= a.num_planned
-    if a.is_last or percent == 0:
-        assert torch.equal(alive_G, before_G > 0)
+    assert len(after_G[after_G > 0].unique()) == 1  # a constant fan-in
+    assert a.num_planned - num_alive < int(after_G.sum()) <= a.num_planned
+    assert num_alive >= min(a.num_planned // a.active_GU.shape[1] + 1, num_neurons)
+    if a.is_output:
+        assert num_alive == num_neurons
+    # those of ablated neurons are among the weights that go: beside them, those beyond the new fan-in alone
+    num_active = int(a.active_GU.sum())
+    num_left = int(a.active_GU[after_G > 0].sum())
+    cut = bool((budget.num_kept_G == budget.num_target_G).any())
+    assert cut or int(budget.num_kept_G.sum()) == min(num_active - num_active * percent // 100, num_left)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), seeds, percents)
@@ -956,15 +980,14 @@ def test_a_dense_layer_keeps_its_neurons(num_neurons: int, num_inputs: int, seed
 
 
 @given(layers(), seeds, st.integers(0, 60))
-def test_over_many_updates_neurons_go_one_way(a: Account, seed: int, percent: int) -> None:
-    """Scores are random at each; what is planned stays, as it does at a constant density."""
+def test_over_many_updates_no_layer_dies_out(a: Account, seed: int, percent: int) -> None:
+    """Scores are random at each, and the share is the strictest; what is planned stays, at a constant density."""
     for step in range(8):
-        (budget,) = NeuronAblation(0.95)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100)).budgets
+        (budget,) = NeuronAblation(1.0)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100)).budgets
         after_GU = carried_out(a, budget)
-        before_G, after_G = a.active_GU.sum(dim=1), after_GU.sum(dim=1)
-        assert not bool(((after_G > 0) & (before_G == 0)).any())
-        assert int(after_G.max()) >= int(before_G.max())
-        assert a.num_planned - int((after_G > 0).sum()) < int(after_G.sum()) <= a.num_planned
+        num_alive = int(after_GU.any(dim=1).sum())
+        assert num_alive >= min(2, len(after_GU))
+        assert a.num_planned - num_alive < int(after_GU.sum()) <= a.num_planned
         drop_GU, grow_GU = (scores_like(after_GU, "signed", seed + 2 * step + i) for i in range(2))
         a = replace(a, active_GU=after_GU, drop_GU=drop_GU, grow_GU=grow_GU)
 

@@ -84,7 +84,7 @@ def test_an_account_counts_its_units() -> None:
     score = torch.zeros(3, 4)
     account = Account(name="w", active_GU=score > 0, drop_GU=score, grow_GU=score, num_planned=6)
     assert account.num_units == 12
-    assert not account.is_last
+    assert not account.is_output
 
 
 # Exchange

@@ -151,23 +151,22 @@ def test_decompressing_starts_the_state_of_the_optimizer_afresh():
     assert dense.count(True) > 4
 
 
-def test_neurons_that_were_ablated_stay_so_and_the_others_share_their_inputs():
+def test_neurons_are_ablated_and_the_others_share_their_inputs():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     method = replace(dstlib.METHODS["srigl"], interval=2, allocate=dstlib.masking.NeuronAblation(0.9))
     sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.75, method=method, total_steps=60)
     num_planned = {n: int(m.sum()) for n, m in sparsifier.masks.items()}
-    gone = torch.zeros(24, dtype=torch.bool)
+    num_gone = set()
     for step in range(60):
         x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), x[:, :4].argmax(dim=1)).backward()
         optimizer.step()
         fan_in = sparsifier.masks["0.weight"].sum(dim=1)
-        assert (fan_in[gone] == 0).all(), "for good"
-        gone |= fan_in == 0
-        assert fan_in[~gone].unique().numel() == 1, "constant fan-in"
-        assert num_planned["0.weight"] - int((~gone).sum()) < int(fan_in.sum()) <= num_planned["0.weight"]
-        assert (sparsifier.masks["2.weight"].sum(dim=1) == num_planned["2.weight"] // 4).all(), "never the last"
-    assert gone.any(), "else nothing is shown"
+        assert fan_in[fan_in > 0].unique().numel() == 1, "constant fan-in"
+        assert num_planned["0.weight"] - int((fan_in > 0).sum()) < int(fan_in.sum()) <= num_planned["0.weight"]
+        assert (sparsifier.masks["2.weight"].sum(dim=1) == num_planned["2.weight"] // 4).all(), "never the outputs"
+        num_gone.add(int((fan_in == 0).sum()))
+    assert len(num_gone) > 1, "else nothing is shown"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dstlib.errors import require
 from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms, num_dropped
-from dstlib.masking.counts import apportion, round_up
+from dstlib.masking.counts import apportion, round_down
 from dstlib.masking.selection import select_top
 
 Rescale = Callable[[Tensor, Tensor], Tensor]
@@ -148,22 +148,34 @@ class AdaptiveThreshold:
 
 @dataclass(frozen=True)
 class NeuronAblation:
-    """Constant fan-in over the neurons that are worth it; the others lose all their inputs, for good.
+    """Constant fan-in over the neurons that are worth it; the others lose all their inputs.
 
-    The weakest f·A active weights of the layer are dropped, wherever they sit. A neuron whose salient weights
-    (survivors, and the f·A inactive ones that would grow first) are fewer than ``min_share`` of the fan-in is
-    ablated, and the fan-in of the others rises as far as the layer's number of weights allows. The last layer
-    keeps all neurons. Only where a layer is to hold more weights than its neurons have inputs do some come back,
-    by their mean growth score. Groups are neurons: for the granularity ``FanIn``.
+    Salient are the n - K largest of the n active weights of a layer, K being floor(f·n), and the K inactive ones that
+    would grow first, wherever they sit. A neuron with fewer of them than floor(``min_share`` · k), or with none, is
+    ablated; k is the fan-in that all neurons would have. The K weights that are dropped are those of ablated neurons
+    and the smallest of the others, whose fan-in rises as far as the layer's number of weights allows. All neurons
+    are looked at anew each time, so that one may come back. More stay than are needed to hold the weights, with all
+    that are salient alike, whatever ``min_share``; of an output layer, all. Groups are neurons: for the granularity
+    ``FanIn``.
+
+    With ``ranks_active_gradients``, the K of the gradient are sought among all weights, as in the authors' program.
+    One that is active and would stay anyway counts once, so that fewer are salient than in the paper.
 
     Raises:
         SettingError: ``min_share`` is none.
 
     Reference: Lasby et al. 2024 (SRigL), section 3: min_share γ = 0.3 for convolutional networks, 0.95 for
     vision transformers.
+
+    >>> weights = torch.tensor([[9.0, 8, 0, 0, 0, 0], [7, 6, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0]])
+    >>> gradients = torch.tensor([[0.0, 0, 3, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 1, 0, 0, 0]])
+    >>> account = Account(name="fc", active_GU=weights > 0, drop_GU=weights, grow_GU=gradients, num_planned=6)
+    >>> NeuronAblation(1.0)([account], Terms(num_total=6, drop_fraction=0.34)).budgets[0]
+    Budget(num_kept_G=tensor([2, 2, 0]), num_target_G=tensor([3, 3, 0]))
     """
 
     min_share: float = 0.3
+    ranks_active_gradients: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -179,26 +191,25 @@ class NeuronAblation:
         return Allocation(tuple(self._budget(account, terms.drop_fraction) for account in accounts))
 
     def _budget(self, account: Account, drop_fraction: float) -> Budget:
-        active_GU = account.active_GU
-        fan_in_G = active_GU.sum(dim=1)
-        num_moved = num_dropped(fan_in_G.sum(), drop_fraction)
-        survivors_GU = _layer_top(account.drop_GU, active_GU, int(fan_in_G.sum() - num_moved))
-        alive_G = fan_in_G > 0
-        num_needed = -(-account.num_planned // active_GU.shape[1])  # no neuron takes more than all inputs
-        if num_needed > int(alive_G.sum()):
-            back_G = account.grow_GU.double().mean(dim=1).masked_fill(alive_G, torch.inf)
-            alive_G = _layer_top(back_G, torch.ones_like(alive_G), num_needed)
-        candidates_GU = ~active_GU & alive_G[:, None]
-        num_grown = min(int(num_moved), int(candidates_GU.sum()))
-        salient_G = (survivors_GU | _layer_top(account.grow_GU, candidates_GU, num_grown)).sum(dim=1)
-        if not account.is_last:
-            least = max(1, round_up(self.min_share * int(fan_in_G.max())))
-            num_worthy = int((alive_G & (salient_G >= least)).sum())
-            num_alive = min(max(num_worthy, num_needed, 1), int(alive_G.sum()))
-            alive_G = _layer_top(salient_G.double(), alive_G, num_alive)
-        fan_in = min(account.num_planned // int(alive_G.sum()), active_GU.shape[1])
-        num_target_G = alive_G * fan_in
-        return Budget(torch.minimum(survivors_GU.sum(dim=1), num_target_G), num_target_G)
+        active_GU, num_active = account.active_GU, account.active_GU.sum()
+        num_moved = int(num_dropped(num_active, drop_fraction))
+        num_kept = int(num_active) - num_moved
+        alive_G = torch.ones_like(active_GU[:, 0]) if account.is_output else self._worthy(account, num_kept, num_moved)
+        left_GU = active_GU & alive_G[:, None]
+        kept_GU = _layer_top(account.drop_GU, left_GU, min(num_kept, int(left_GU.sum())))
+        num_target_G = alive_G * (account.num_planned // int(alive_G.sum()))
+        return Budget(torch.minimum(kept_GU.sum(dim=1), num_target_G), num_target_G)
+
+    def _worthy(self, account: Account, num_kept: int, num_moved: int) -> Tensor:
+        """Marks the neurons that stay."""
+        active_GU, (num_neurons, num_inputs) = account.active_GU, account.active_GU.shape
+        candidates_GU = torch.ones_like(active_GU) if self.ranks_active_gradients else ~active_GU
+        would_grow_GU = _layer_top(account.grow_GU, candidates_GU, min(num_moved, int(candidates_GU.sum())))
+        salient_G = (_layer_top(account.drop_GU, active_GU, num_kept) | would_grow_GU).sum(dim=1)
+        num_needed = -(-account.num_planned // num_inputs)  # no neuron takes more than all inputs
+        most_first_G = salient_G.sort(descending=True).values
+        least = max(1, round_down(self.min_share * (account.num_planned // num_neurons)))
+        return salient_G >= min(least, int(most_first_G[min(num_needed, num_neurons - 1)]))
 
 
 def share_out(allocate: Allocator, accounts: Sequence[Account], terms: Terms) -> Allocation:

@@ -27,7 +27,7 @@ class Account:
 
     ``drop_GU`` and ``grow_GU`` are the unit scores. ``num_planned`` is the number of units, over all groups,
     that its own density asks for, and ``num_planned_before`` that at its last update, where it was another.
-    ``is_last``: no other sparse weight of the model comes after it.
+    ``is_output``: its outputs are those of the model, or may be, and none of them may go.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Account:
     grow_GU: Tensor
     num_planned: int
     num_planned_before: int | None = None
-    is_last: bool = False
+    is_output: bool = False
 
     @property
     def num_units(self) -> int:

@@ -163,8 +163,11 @@ SRIGL = Method(
     name="srigl",
     reference="Lasby et al. 2024, Dynamic sparse training with structured sparsity, ICLR: constant fan-in with "
     "neuron ablation, γ = 0.3 as for convolutional networks; replace(SRIGL, allocate=NeuronAblation(0.95)) for "
-    "vision transformers. Deviates: an ablated neuron stays so, where the published code looks at all neurons anew, "
-    "and γ is of the present fan-in, which rises as neurons go.",
+    "vision transformers. As in the published code, all neurons are looked at anew at each update, γ is of the "
+    "fan-in before any was ablated, rounded down, and more stay than hold the weights. Deviates from the code: of "
+    "the gradients those of inactive weights count, as in the paper (NeuronAblation(ranks_active_gradients=True): "
+    "all), a layer's weights are the nearest number that its fan-in allows, and of what a neuron keeps beyond its "
+    "fan-in the smallest go.",
     grow=masking.gradient,
     granularity=masking.FanIn(),
     allocate=masking.NeuronAblation(0.3),

@@ -171,7 +171,7 @@ def _account(site: Site, plan: Plan, drop: Tensor, grow: Tensor | None = None) -
         drop_GU=drop_GU,
         grow_GU=drop_GU if grow is None else _unit_score(site, grow, plan),
         num_planned=_num_planned(plan, site.name, active_GU, site.step),
-        is_last=site.name == list(plan.densities)[-1],
+        is_output=site.name == list(plan.densities)[-1],
     )
 
 

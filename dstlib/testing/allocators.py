@@ -138,7 +138,7 @@ def _accounts(shapes: Sequence[tuple[int, int]], scores: str, density: float) ->
                 drop_GU=drop_GU.abs(),
                 grow_GU=grow_GU.abs(),
                 num_planned=num_groups * num_units(num_all, density),
-                is_last=i == len(shapes) - 1,
+                is_output=i == len(shapes) - 1,
             )
         )
     return tuple(accounts)
