@@ -1,9 +1,13 @@
 """Weights of other libraries' layers: which axis counts outputs, and which of several matrices is which."""
 
+import math
 from dataclasses import replace
 
+import einops
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import assert_zero_outside
 from torch import nn
 
@@ -136,8 +140,8 @@ def test_experts_take_the_number_that_they_are_and_no_other():
     assert len(select(model, split={"*_proj": 3})[0].views) == 3
     with pytest.raises(SelectionError, match="3 matrices by its making"):
         select(model, split={"up_proj": 2})
-    with pytest.raises(SelectionError, match="no order of axes, which is known, got 'e i o'"):
-        select(model, split={"up_proj": "e i o"})
+    with pytest.raises(SelectionError, match="none, as its axes are known, got 'e i o'"):
+        select(model, axes={"up_proj": "e i o"})
 
 
 def test_experts_change_their_masks_each_within_itself():
@@ -161,18 +165,57 @@ def test_axes_that_nobody_knows_are_asked_for_where_they_matter():
     element = dstlib.sparsify(Stack(), sparsity=0.5, method="static", include=["*", "weights"])
     assert int(element.masks["weights"].sum()) > 0
     for granularity in (FanIn(), Channel(), NM(2, 4), Kernel(), Block(1, 4)):
-        with pytest.raises(SettingError, match=r"of weights, \(3, 8, 12\).*split=\{\"weights\": \"e o i\"\}"):
+        with pytest.raises(SettingError, match=r"of weights, \(3, 8, 12\).*axes=\{\"weights\": \"e o i\"\}"):
             sparsified(Stack(), granularity, include=["*", "weights"])
     for order, outputs in {"e o i": 1, "e i o": 2}.items():
-        masks = sparsified(Stack(), FanIn(), include=["*", "weights"], split={"weights": order}).masks
+        masks = sparsified(Stack(), FanIn(), include=["*", "weights"], axes={"weights": order}).masks
         per_output = masks["weights"].sum(dim=3 - outputs)
         assert per_output.unique().tolist() == [masks["weights"].shape[3 - outputs] // 2]
 
 
-@pytest.mark.parametrize("order", ["", "o i", "i o e", "e i i", "e o", "x i o", "e  o  x"])
-def test_an_order_of_axes_that_does_not_fit_is_refused(order):
-    with pytest.raises(SelectionError, match="the order of its 3 axes, where e counts matrices"):
-        select(Stack(), include=["*", "weights"], split={"weights": order})
+@pytest.mark.parametrize(
+    "axes", ["", "o i", "e i i", "e o", "e  o  x", "e o i x", "... o i", "o ... i", "e o i x ...", "(e o) i k", 3]
+)
+def test_axes_that_do_not_fit_are_refused(axes):
+    with pytest.raises(SelectionError, match="a name for each of its 3 axes: o, i, and others that count matrices"):
+        select(Stack(), include=["*", "weights"], axes={"weights": axes})
+
+
+def test_axes_that_were_given_as_a_split_are_sent_to_where_they_belong_now():
+    with pytest.raises(SelectionError, match=r"State axes by axes=\{'weights': 'e o i'\}"):
+        select(Stack(), include=["*", "weights"], split={"weights": "e o i"})
+    with pytest.raises(SettingError, match="axes of sparsify"):
+        dstlib.sparsify(Stack(), sparsity=0.5, axes="e o i")
+    with pytest.raises(SelectionError, match=r"glob 'head' of the sparse weights, by axes=.*no match"):
+        select(Stack(), include=("weights",), axes={"head": "o i"})
+
+
+@given(st.permutations(["o", "i", "e", "f"]), st.integers(2, 4), st.integers(0, 2), st.data())
+def test_the_matrices_along_named_axes_hold_each_entry_once_at_its_output_and_input(order, num_axes, num_taps, data):
+    """Whatever the order, as einops has it: the entry at (e, f, o, i, k) is that of matrix e.f at (o, i, k)."""
+    names = [name for name in order if name in "oief"[:num_axes]]
+    sizes = {name: data.draw(st.integers(1, 4)) for name in names}
+    taps = [f"k{number}" for number in range(num_taps)]
+    x = torch.arange(math.prod(sizes.values()) * 2**num_taps).view(*sizes.values(), *[2] * num_taps)
+    layer = nn.ParameterDict({"raw": x.float()})
+    (weight,) = select(layer, include=("raw",), axes={"raw": " ".join([*names, *["..."] * bool(num_taps)])})
+    counting = [name for name in names if name in "ef"]
+    turned = einops.rearrange(x, f"{' '.join(names + taps)} -> ({' '.join(counting)}) o i {' '.join(taps)}")
+    assert len(weight.views) == len(turned)
+    for view, matrix in zip(weight.views, turned, strict=True):
+        assert torch.equal(view.of(x), matrix)
+        assert view.of(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr(), "a mask is written through"
+
+
+def test_named_axes_and_a_number_of_matrices_go_together():
+    (weight,) = select(
+        nn.ParameterDict({"raw": torch.zeros(8, 6)}), include=("raw",), axes={"raw": "i o"}, split={"raw": 2}
+    )
+    assert [tuple(view.of(weight.parameter).shape) for view in weight.views] == [(3, 8), (3, 8)]
+    with pytest.raises(SelectionError, match="no split, as ParameterDict is 2 matrices by its making"):
+        select(
+            nn.ParameterDict({"raw": torch.zeros(2, 6, 4)}), include=("raw",), axes={"raw": "e o i"}, split={"raw": 3}
+        )
 
 
 def shapes_of(layer):

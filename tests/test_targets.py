@@ -12,8 +12,8 @@ from torch import nn
 
 import dstlib
 from dstlib import NM, RIGL, Block, FanIn, Kernel, SelectionError, SettingError, uniform
+from dstlib.methods import find_method
 from dstlib.targets import plain_name, select
-from dstlib.targets.views import fused_parts
 
 
 def reasons(model, **kwargs):
@@ -390,12 +390,111 @@ def test_other_layers_stay_joint():
     }
 
 
-def test_owners_that_alternate_between_the_three_stay_joint():
-    linear = nn.Linear(8, 24)
-    assert fused_parts("attn.qkv_proj", linear.weight, Attention()) == "qkv"
-    code_gen = type("CodeGenAttention", (nn.Module,), {"__module__": "transformers.models.codegen.modeling_codegen"})
-    assert fused_parts("attn.qkv_proj", linear.weight, code_gen()) == ""
+class Heads(nn.Module):
+    """Says of its heads what attention modules say, and holds one fused projection."""
+
+    def __init__(self, num_rows, name="qkv_proj", width=8, **numbers):
+        super().__init__()
+        self.add_module(name, nn.Linear(width, num_rows))
+        for key, number in numbers.items():
+            setattr(self, key, number)
+
+
+@pytest.mark.parametrize(
+    ("owner", "heights"),
+    [
+        (Heads(16, head_dim=2, num_heads=4, num_kv_heads=2), [8, 4, 4]),
+        (Heads(16, head_dim=2, num_key_value_heads=2), [8, 4, 4]),
+        (Heads(12, head_dim=2, num_attention_heads=4, kv_heads=1), [8, 2, 2]),
+        (Heads(36, head_dim=3, num_heads=4), [12, 12, 12]),
+        (Heads(20, name="in_proj_qkv", key_dim=6, value_dim=8), [6, 6, 8]),
+        (Heads(16, head_dim=2, num_heads=3, num_kv_heads=2), None),
+        (Heads(16, head_dim=2), None),
+        (Heads(17, head_dim=2, num_heads=4, num_kv_heads=2), None),
+        (Heads(18, head_dim=2, num_kv_heads=2), None),
+        (Heads(16, name="mlp", head_dim=2, num_heads=4, num_kv_heads=2), None),
+    ],
+)
+def test_grouped_queries_keys_and_values_are_of_their_own_heights(owner, heights):
+    (found,) = parts(owner).values() or [None]
+    if heights is None:
+        assert found is None
+    else:
+        assert [last - first for first, last in found.values()] == heights
+        assert [first for first, _ in found.values()] == [0, heights[0], heights[0] + heights[1]]
+
+
+def rows_of(owner):
+    """Of each part of the only weight, the rows that it holds."""
+    (weight,) = select(owner)
+    numbers = torch.arange(weight.parameter.shape[0])[:, None].expand_as(weight.parameter)
+    return {view.name.rpartition(".")[2]: view.of(numbers)[:, 0].tolist() for view in weight.views}
+
+
+def owned(kind, *args, **numbers):
+    return type(kind, (Heads,), {"__module__": "transformers.models.some.modeling_some"})(*args, **numbers)
+
+
+def test_rows_that_alternate_head_by_head_are_of_the_part_that_they_feed():
+    neox = owned("GPTNeoXAttention", 12, name="query_key_value", head_size=2)
+    assert rows_of(neox) == {"q": [0, 1, 6, 7], "k": [2, 3, 8, 9], "v": [4, 5, 10, 11]}
+    falcon = owned("FalconAttention", 16, name="query_key_value", head_dim=2, num_heads=4, num_kv_heads=2)
+    assert rows_of(falcon) == {"q": [0, 1, 2, 3, 8, 9, 10, 11], "k": [4, 5, 12, 13], "v": [6, 7, 14, 15]}
+    of_one = owned("FalconAttention", 12, name="query_key_value", head_dim=2, num_heads=4, num_kv_heads=1)
+    assert rows_of(of_one) == {"q": list(range(8)), "k": [8, 9], "v": [10, 11]}
+    code_gen = owned("CodeGenAttention", 24, num_attention_heads=8, head_dim=1)
+    assert rows_of(code_gen)["v"] == [2, 3, 8, 9, 14, 15, 20, 21]
+    delta = owned(
+        "Qwen3NextGatedDeltaNet", 24, "in_proj_qkvz", head_k_dim=2, head_v_dim=1, num_k_heads=2, num_v_heads=8
+    )
+    assert rows_of(delta)["v"] == [4, 5, 6, 7, 16, 17, 18, 19]
     assert parts(nn.Sequential(torch.compile(Attention())))["0.qkv.weight"]
+
+
+def test_a_matrix_of_alternating_rows_is_written_through():
+    neox = owned("GPTNeoXAttention", 12, name="query_key_value", head_size=2)
+    (weight,) = select(neox)
+    whole = torch.zeros(12, 8)
+    for number, view in enumerate(weight.views, start=1):
+        view.write(whole, torch.full_like(view.of(whole), number))
+    assert whole[:, 0].tolist() == [1, 1, 2, 2, 3, 3] * 2
+
+
+def test_zeros_of_alternating_rows_are_kept():
+    neox = owned("GPTNeoXAttention", 24, name="query_key_value", head_size=2)
+    rest = torch.zeros(24, 8, dtype=torch.bool)
+    rest[:, ::2] = True
+    with torch.no_grad():
+        neox.query_key_value.weight.mul_(rest)
+    method = replace(dstlib.STATIC, distribution=uniform)
+    assert torch.equal(next(iter(dstlib.sparsify(neox, sparsity=0.5, method=method).masks.values())), rest)
+
+
+@pytest.mark.parametrize("method", ["rigl", "topkast", "srigl", "dsr", "mest", "srste"])
+def test_alternating_parts_train_with_the_counts_of_parts_that_lie_one_above_the_other(method):
+    """The same numbers in another order: all that is chosen is the same, row by row."""
+    torch.manual_seed(0)
+    order = torch.tensor([0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11])  # of the stacked rows, in the order of the heads
+    alternating = owned("GPTNeoXAttention", 12, head_size=2)
+    above = owned("Attention", 12, head_dim=2, num_heads=2)
+    with torch.no_grad():
+        for mine, theirs in zip(above.parameters(), alternating.parameters(), strict=True):
+            mine.copy_(theirs[order])
+    masks = []
+    for owner, rows in ((alternating, slice(None)), (above, order)):
+        optimizer = torch.optim.SGD(owner.parameters(), lr=0.1, momentum=0.9)
+        chosen = replace(find_method(method), interval=1, init=dstlib.masking.magnitude)
+        sparsifier = dstlib.sparsify(owner, optimizer, sparsity=0.5, method=chosen, total_steps=12)
+        target = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))[:, rows]
+        for step in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+            (owner.qkv_proj(x) - target).square().sum().backward()
+            optimizer.step()
+        masks.append(sparsifier.masks["qkv_proj.weight"].clone())
+    assert masks[0].any()
+    assert not masks[0].all()
+    assert torch.equal(masks[0][order], masks[1])
 
 
 def test_a_budget_for_all_three_starves_the_queries_and_one_each_does_not():
@@ -455,8 +554,8 @@ def test_split_by_globs_of_which_the_last_wins():
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ({"heads": 2}, r"glob 'heads' of the sparse weights, as a split: expected a match"),
-        ({"embed": 2}, r"glob 'embed' of the sparse weights, as a split"),
+        ({"heads": 2}, r"glob 'heads' of the sparse weights, by split=: expected a match"),
+        ({"embed": 2}, r"glob 'embed' of the sparse weights, by split="),
         ({"head": 3}, r"split 'head' of head\.weight: expected a divisor of its 10 rows, got 3"),
         ({"head": 0}, r"split 'head' of head\.weight: expected a divisor of its 10 rows, got 0"),
         ({"head": 20}, r"divisor of its 10 rows, got 20"),

@@ -27,7 +27,8 @@ def sparsify(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
-    split: Mapping[str, int | str] | None = None,
+    split: Mapping[str, int] | None = None,
+    axes: Mapping[str, str] | None = None,
     seed: int = 0,
     process_group: ProcessGroup | None = None,
     state: Mapping[str, Kind] | None = None,
@@ -40,9 +41,9 @@ def sparsify(
     is asked for by its full name, or by a glob whose last part is written out ("*.experts.w1"), if it matches no
     others. ``overrides`` maps globs to sparsities of their own, outside the budget of the others; of several that
     match, the last wins. ``split`` maps globs to the number of matrices stacked in a weight, each to compete for
-    itself: known fused projections (``qkv``, say) are split without it, and 1 keeps one together; or to the order
-    of a raw parameter's axes ("e i o": several matrices of inputs × outputs). A call that leaves most of the
-    matrices' entries dense warns.
+    itself: known fused projections (``qkv``, say) are split without it, and 1 keeps one together. ``axes`` maps globs
+    to the axes of raw parameters, as in einops ("e i o": several matrices of inputs × outputs; docs/networks.md). A
+    call that leaves most of the matrices' entries dense warns.
     Weights that already hold the zeros of such a plan keep them: their places become the first masks.
     ``process_group`` are the ranks that hold a replica of the model, whose masks are compared at each update; by
     default all. ``state`` says what an optimizer keeps under a key, where that is not known: a "moment", an
@@ -61,7 +62,8 @@ def sparsify(
     >>> int((model[0].weight != 0).sum() + (model[2].weight != 0).sum())  # a tenth of 64·32 + 32·10
     237
     """
-    _check_types(model, include=include, exclude=exclude, overrides=overrides or {}, split=split or {}, seed=seed)
+    by_glob = {"overrides": overrides or {}, "split": split or {}, "axes": axes or {}}
+    _check_types(model, include=include, exclude=exclude, by_glob=by_glob, seed=seed)
     _check_optimizers(optimizers, model)
     check_stated(state or {})
     plan = make_plan(
@@ -72,6 +74,7 @@ def sparsify(
         include=(include,) if isinstance(include, str) else tuple(include),
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         split=split or {},
+        axes=axes or {},
         overrides=overrides or {},
         seed=seed,
     )
@@ -86,7 +89,7 @@ def sparsify(
 
 
 def _check_types(
-    model: object, *, include: object, exclude: object, overrides: object, split: object, seed: object
+    model: object, *, include: object, exclude: object, by_glob: Mapping[str, object], seed: object
 ) -> None:
     """Checks what would else fail far from the call."""
 
@@ -101,9 +104,15 @@ def _check_types(
     check(isinstance(model, nn.Module), "model", "an nn.Module", model, "Pass the module itself.")
     check(are_globs(include), "include", "a glob or several", include, 'Pass "encoder.*", say; "*" is all.')
     check(are_globs(exclude), "exclude", "a glob or several", exclude, 'Pass "head", say; () is none.')
-    by_glob, splits = (isinstance(x, Mapping) and are_globs(list(x)) for x in (overrides, split))
-    check(by_glob, "overrides", "globs with their sparsities", overrides, 'Pass {"head": 0.0}, say.')
-    check(splits, "split", "globs with numbers of matrices, or axes", split, 'Pass {"*.fused": 3}, say.')
+    examples = {
+        "overrides": ("sparsities", '{"head": 0.0}'),
+        "split": ("numbers of matrices", '{"*.fused": 3}'),
+        "axes": ("orders of axes", '{"*.experts.w1": "e i o"}'),
+    }
+    for what, given in by_glob.items():
+        values, example = examples[what]
+        are_keys = isinstance(given, Mapping) and are_globs(list(given))
+        check(are_keys, what, f"globs with their {values}", given, f"Pass {example}, say.")
     check(type(seed) is int, "seed", "a whole number", seed, "The same seed gives the same masks; pass 0, say.")
 
 

@@ -28,12 +28,12 @@ def take_places(m: MaskedWeight, granularity: Granularity, *, may_cut: bool = Fa
     fits = all(bool((occupied_GU.sum(dim=1) <= active_GU.sum(dim=1)).all()) for occupied_GU, active_GU in units)
     if not (fits or may_cut):
         return False
-    for (weight, mask), (occupied_GU, active_GU) in zip(views, units, strict=True):
+    for view, (weight, mask), (occupied_GU, active_GU) in zip(m.weight.views, views, units, strict=True):
         num_G = active_GU.sum(dim=1)
         size_GU = unit_score(weight.abs().nan_to_num(), mask.shape, granularity)
         kept_GU = select_top(size_GU, torch.minimum(num_G, occupied_GU.sum(dim=1)), among_GU=occupied_GU)
         filled_GU = select_top(active_GU.float(), num_G - kept_GU.sum(dim=1), among_GU=~occupied_GU)
-        mask.copy_(unit_mask(kept_GU | filled_GU, granularity, mask.shape))
+        view.write(m.mask, unit_mask(kept_GU | filled_GU, granularity, mask.shape))
     return fits
 
 

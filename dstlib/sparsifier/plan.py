@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from string import ascii_lowercase
 
 from torch import Tensor, nn
 
@@ -66,7 +67,8 @@ def make_plan(
     total_steps: int | None,
     include: Sequence[str],
     exclude: Sequence[str],
-    split: Mapping[str, int | str],
+    split: Mapping[str, int],
+    axes: Mapping[str, str],
     overrides: Mapping[str, float],
     seed: int,
 ) -> Plan:
@@ -82,7 +84,7 @@ def make_plan(
         method.grow is not momentum, "grow", f"method {method.name}", allowed=allowed, given="momentum", remedy=remedy
     )
     model = unwrap(model)
-    weights = select(model, include=include, exclude=exclude, split=split)
+    weights = select(model, include=include, exclude=exclude, split=split, axes=axes)
     meta = [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]
     require(
         not meta,
@@ -177,12 +179,12 @@ def _check_folds(weight: Weight, method: Method) -> None:
                 f"{view.name}, {tuple(matrix.shape)}",
                 allowed="Element(), as nothing says which of its axes counts the outputs",
                 given="one that tells outputs from inputs",
-                remedy=f'State the axes, by split={{"{weight.name}": "{_example(weight)}"}}, say, or exclude it.',
+                remedy=f'State the axes, by axes={{"{weight.name}": "{_example(weight)}"}}, say, or exclude it.',
             )
 
 
 def _example(weight: Weight) -> str:
-    return " ".join(["e"] * (weight.parameter.ndim - 2) + ["o", "i"])
+    return " ".join([*ascii_lowercase[4:][: weight.parameter.ndim - 2], "o", "i"])
 
 
 def _checked_density(name: str, density: float | None, method: Method) -> float:

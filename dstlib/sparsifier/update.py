@@ -46,21 +46,22 @@ def update_masks(
             site = make_site(m, view, plan, step, grad, momentum)
             account = _account(site, plan, *_scores(site, plan))
             before = _num_planned(plan, site.name, account.active_GU, m.updated_at)
-            scored.append((site, replace(account, num_planned_before=before)))
-    shared = [account for _, account in scored if account.name not in plan.own]
+            scored.append((m, view, site, replace(account, num_planned_before=before)))
+    shared = [account for *_, account in scored if account.name not in plan.own]
     budgets: dict[str, Budget] = {}
     if method.allocate is not None and shared:
         num_total = _shared_total(shared, masked, plan)
         terms = Terms(num_total=num_total, drop_fraction=plan.drop_fraction(step), memory=memory)
         allocation = masking.share_out(method.allocate, shared, terms)
         budgets, memory = _by_name(allocation.budgets, shared, num_total, method.name), allocation.memory
-    for site, account in scored:
+    for m, view, site, account in scored:
         budget = budgets.get(site.name) or plan.budget(site.name, account.active_GU, step)
         change = _exchange(site, account, budget, plan)
+        view.write(m.mask, change.mask)
         if site.grad is not None:
-            site.weight.copy_(torch.where(change.grown, method.grown_init(site), site.weight))
+            view.write(m.parameter.detach(), torch.where(change.grown, method.grown_init(site), site.weight))
         for observe in observers:
-            observe(site, change)
+            observe(replace(site, weight=view.of(m.parameter.detach()), mask=view.of(m.mask)), change)
     return memory
 
 
@@ -76,7 +77,7 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
     for m, view in views_of(masked):
         site = make_site(m, view, plan, 0)
         account = _account(site, plan, init(site))
-        _exchange(site, account, _first_budget(account), plan)
+        view.write(m.mask, _exchange(site, account, _first_budget(account), plan).mask)
     return plan
 
 
@@ -97,7 +98,7 @@ def gather(m: MaskedWeight, plan: Plan, grad: Tensor) -> None:
         m.trace = torch.zeros_like(m.parameter, dtype=torch.promote_types(m.parameter.dtype, torch.float32))
     for view in m.weight.views:
         site = make_site(m, view, plan, step, grad)
-        view.of(m.trace).mul_(trace.decay).add_(trace.of(site))
+        view.write(m.trace, view.of(m.trace) * trace.decay + trace.of(site))
     m.traced_at = step
 
 
@@ -113,7 +114,7 @@ def spread_reach(m: MaskedWeight, plan: Plan, step: int) -> None:
         num_extra_G = (~active_GU).sum(dim=1).clamp(max=masking.num_units(active_GU.shape[1], storage.extra))
         grow_GU = _unit_score(site, plan.method.grow(site), plan)
         extra_GU = masking.select_top(grow_GU, num_extra_G, among_GU=~active_GU)
-        view.of(m.reach).copy_(masking.unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
+        view.write(m.reach, masking.unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
 
 
 def pull_hidden(m: MaskedWeight, plan: Plan, scale: float) -> None:
@@ -125,7 +126,7 @@ def pull_hidden(m: MaskedWeight, plan: Plan, scale: float) -> None:
     for view in m.weight.views:
         pull = scale * storage.decay(plan.densities[view.name])
         if pull:
-            view.of(grad).add_(view.of(m.hidden), alpha=pull)
+            view.write(grad, view.of(grad).add(view.of(m.hidden), alpha=pull))
 
 
 def views_of(masked: Iterable[MaskedWeight]) -> Iterator[tuple[MaskedWeight, MatrixView]]:
@@ -184,13 +185,11 @@ def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
 
 
 def _exchange(site: Site, account: Account, budget: Budget, plan: Plan) -> MaskUpdate:
-    """Changes the mask of a site as its scores and budget say."""
+    """Returns the mask of a site changed as its scores and budget say."""
     method = plan.method
-    change = masking.exchange(
+    return masking.exchange(
         site.mask, account.drop_GU, account.grow_GU, granularity=method.granularity, budget=budget, regrow=method.regrow
     )
-    site.mask.copy_(change.mask)
-    return change
 
 
 def _shared_total(accounts: Sequence[Account], masked: Iterable[MaskedWeight], plan: Plan) -> int:
@@ -246,12 +245,13 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
     num_all = sum(groups[n].numel() for n in shared)
     for num_total in masking.falling(num_all, num_last, init.rounds) if shared else [0]:
         scored = _score_together(masked, plan, init)
-        accounts = [account for _, account in scored if account.name not in fixed]
+        accounts = [account for *_, account in scored if account.name not in fixed]
         terms = Terms(num_total=max(num_total, sum(groups[n][0] for n in shared)), drop_fraction=0.0)
         given = init.allocate(accounts, terms).budgets if accounts else ()
         budgets = _by_name(given, accounts, terms.num_total, init.name)
-        for site, account in scored:
-            _exchange(site, account, budgets.get(site.name) or _first_budget(account), plan)
+        for m, view, site, account in scored:
+            budget = budgets.get(site.name) or _first_budget(account)
+            view.write(m.mask, _exchange(site, account, budget, plan).mask)
         for m in masked:
             zero_outside_(m.parameter, m.mask)
     for m in masked:
@@ -260,7 +260,9 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
     return with_densities(replace(plan, densities_from_model=True, method=method), masked)
 
 
-def _score_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) -> list[tuple[Site, Account]]:
+def _score_together(
+    masked: Sequence[MaskedWeight], plan: Plan, init: AtInit
+) -> list[tuple[MaskedWeight, MatrixView, Site, Account]]:
     scores = init.scores([m.parameter for m in masked])
     scored = []
     for m, score in zip(masked, scores, strict=True):
@@ -274,7 +276,7 @@ def _score_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
             )
         for view in m.weight.views:
             site = make_site(m, view, plan, 0)
-            scored.append((site, _account(site, plan, view.of(score))))
+            scored.append((m, view, site, _account(site, plan, view.of(score))))
     return scored
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from dstlib.targets.fused import fused
 from dstlib.targets.layouts import layout_of, overriding
-from dstlib.targets.views import MatrixView, chunks, fused_parts, stacked, transposed_groups
+from dstlib.targets.views import MatrixView, chunks, stacked, transposed_groups
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -211,11 +212,7 @@ def _foreign(candidate: Candidate) -> Weight | None:
             return candidate.weight(views=views, can_split=False)
         reason = f"mixed by {layout.mixer}, where zeros of one stay dense: {_BY_NAME}"
         return candidate.weight(reason, views=views, on_request=frozenset({candidate.name}), can_split=False)
-    matrix = MatrixView(candidate.name, transposed=layout.transposed)
-    weight = matrix.of(parameter)
-    parts = fused_parts(candidate.module_name, weight, candidate.owner)
-    views = chunks(candidate.name, parts, len(weight), transposed=layout.transposed) if parts else (matrix,)
-    return candidate.weight(views=views)
+    return candidate.weight(views=_projections(candidate, transposed=layout.transposed))
 
 
 def _other(candidate: Candidate) -> Weight | None:
@@ -251,9 +248,14 @@ def _matrix(candidate: Candidate) -> Weight:
         reason = f"grouped transposed convolution: {_BY_NAME}" if module.groups > 1 else ""
         on_request = candidate.names if reason else frozenset()
         return candidate.weight(reason, views=views, on_request=on_request, can_split=False)
-    is_linear = isinstance(module, nn.Linear)
-    parts = fused_parts(candidate.module_name, candidate.parameter, candidate.owner) if is_linear else ""
-    return candidate.weight(views=chunks(candidate.name, parts, len(candidate.parameter)) if parts else ())
+    return candidate.weight(views=_projections(candidate, transposed=False) if isinstance(module, nn.Linear) else ())
+
+
+def _projections(candidate: Candidate, *, transposed: bool) -> tuple[MatrixView, ...]:
+    """Returns the projections that a linear layer holds, or its one matrix."""
+    matrix = MatrixView(candidate.name, transposed=transposed)
+    weight, owner = matrix.of(candidate.parameter), candidate.owner
+    return fused(candidate.name, candidate.module_name, weight, owner, transposed=transposed) or (matrix,)
 
 
 def _standardizes_weight(bases: Iterable[type], cls: type) -> bool:

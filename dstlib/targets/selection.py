@@ -17,11 +17,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, StateError, require, similar
 from dstlib.targets.eligibility import Candidate, Weight, overlaps, weight_of
-from dstlib.targets.views import MatrixView, chunks, stacked
+from dstlib.targets.views import MatrixView, along_axes, chunks
 
 NOT_INCLUDED, EXCLUDED = "not included", "excluded"  # reasons of the user
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_NO_SPLIT: Mapping[str, int | str] = MappingProxyType({})
+_NO_SPLIT: Mapping[str, int] = MappingProxyType({})
+_NO_AXES: Mapping[str, str] = MappingProxyType({})
 
 
 class Masked(Protocol):
@@ -92,21 +93,23 @@ def select(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    split: Mapping[str, int | str] = _NO_SPLIT,
+    split: Mapping[str, int] = _NO_SPLIT,
+    axes: Mapping[str, str] = _NO_AXES,
 ) -> tuple[Weight, ...]:
     """Returns every parameter with two axes or more, sparse or dense, in the model's order; tied ones once.
 
     Globs match whole qualified names of parameters ("head.weight") or of their modules ("head"). A name
     written out in full asks for that weight, and turns on those that are dense only by default; so does a glob
-    whose last part is written out ("*.experts.up_proj"), if it matches no others. ``split`` maps globs to the
-    number of matrices of equal height that are stacked in a weight, each to compete for itself, or to the order
-    of its axes ("e i o": several matrices behind one another, each inputs × outputs); of several that match, the
-    last wins. By default the well-known fused projections are split into queries, keys and values; 1 keeps them
-    together.
+    whose last part is written out ("*.experts.up_proj"), if it matches no others. ``axes`` maps globs to the axes
+    of raw parameters, as in einops: "o" are outputs, "i" inputs, "..." at the end the taps of a kernel, and every
+    other name counts matrices ("e i o": several matrices, each inputs × outputs). ``split`` maps globs to the number
+    of matrices of equal height that are stacked in a weight, each to compete for itself. Of several globs that
+    match, the last wins. By default the well-known fused projections are split into queries, keys and values; 1
+    keeps them together.
 
     Raises:
         SelectionError: A glob matches nothing, a weight asked for by its full name cannot be sparse, one cannot be
-            split so, or nothing is left to be sparse.
+            split so or has other axes, or nothing is left to be sparse.
     """
     weights = list(_all_weights(model))
     for pattern in (*include, *exclude) if weights else ():
@@ -120,9 +123,11 @@ def select(
         allowed = "at least one Linear, Conv, ConvTranspose or attention weight to make sparse"
         remedy = "Look at include= and exclude=."
         raise SelectionError.of("weights", "the model", allowed=allowed, given=f"none ({reasons})", remedy=remedy)
-    for pattern in split:
-        check_matches(pattern, [weight for weight in chosen if not weight.reason], "the sparse weights, as a split")
-    return tuple(weight if weight.reason else _split(weight, split) for weight in chosen)
+    sparse = [weight for weight in chosen if not weight.reason]
+    for kind, patterns in {"split": split, "axes": axes}.items():
+        for pattern in patterns:
+            check_matches(pattern, sparse, f"the sparse weights, by {kind}=")
+    return tuple(weight if weight.reason else _split(_turned(weight, axes), split) for weight in chosen)
 
 
 def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
@@ -175,14 +180,51 @@ def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str], aski
     return replace(weight, reason=reason)
 
 
-def _split(weight: Weight, split: Mapping[str, int | str]) -> Weight:
-    """Returns the weight as so many matrices, each of as many rows, or as those along its axes."""
+def _turned(weight: Weight, axes: Mapping[str, str]) -> Weight:
+    """Returns the weight as the matrices along its axes, which a user names."""
+    matching = [pattern for pattern in axes if weight.matches(pattern)]
+    if not matching:
+        return weight
+    stated, num_axes = axes[matching[-1]], weight.parameter.ndim
+    names = str(stated).split()
+    has_taps = names[-1:] == ["..."]
+    names = names[: len(names) - has_taps]
+    fits = (
+        len(names) + has_taps <= num_axes
+        and (has_taps or len(names) == num_axes)
+        and len(set(names)) == len(names)
+        and {"o", "i"} <= set(names)
+        and all(name.isidentifier() for name in names)
+    )
+    unknown = f"a name for each of its {num_axes} axes: o, i, and others that count matrices"
+    require(
+        isinstance(stated, str) and fits and not weight.knows_axes,
+        f"axes {matching[-1]!r}",
+        weight.name,
+        allowed="none, as its axes are known" if weight.knows_axes else unknown,
+        given=repr(stated),
+        remedy='Write "i o" for inputs × outputs, "e o i" for several of outputs × inputs, "o i ..." for a kernel.',
+        error=SelectionError,
+    )
+    views = along_axes(weight.name, weight.parameter.shape, names)
+    return replace(weight, views=views, knows_axes=True, can_split=len(views) == 1)
+
+
+def _split(weight: Weight, split: Mapping[str, int]) -> Weight:
+    """Returns the weight as so many matrices, each of as many rows."""
     matching = [pattern for pattern in split if weight.matches(pattern)]
     if not matching:
         return weight
     num, turned = split[matching[-1]], weight.views[0].transposed
-    if isinstance(num, str):
-        return _turned(weight, num, matching[-1])
+    require(
+        not isinstance(num, str),
+        f"split {matching[-1]!r}",
+        weight.name,
+        allowed="a number of matrices",
+        given=repr(num),
+        remedy=f"State axes by axes={{{matching[-1]!r}: {num!r}}}.",
+        error=SelectionError,
+    )
     if len(weight.views) == num > 1 and not weight.can_split:
         return weight
     num_rows = weight.parameter.shape[1 if turned else 0]
@@ -198,24 +240,6 @@ def _split(weight: Weight, split: Mapping[str, int | str]) -> Weight:
     )
     parts = chunks(weight.name, range(num), num_rows, transposed=turned)
     return replace(weight, views=parts if num > 1 else (MatrixView(weight.name, transposed=turned),))
-
-
-def _turned(weight: Weight, order: str, pattern: str) -> Weight:
-    """Returns the weight as the matrices along its axes, in an order that the user states."""
-    axes = order.split()
-    fits = len(axes) == weight.parameter.ndim and set(axes[:-2]) <= {"e"} and sorted(axes[-2:]) == ["i", "o"]
-    unknown = f"the order of its {weight.parameter.ndim} axes, where e counts matrices and o and i are the last two"
-    require(
-        fits and not weight.knows_axes,
-        f"split {pattern!r}",
-        weight.name,
-        allowed="no order of axes, which is known" if weight.knows_axes else unknown,
-        given=repr(order),
-        remedy='Write "i o" for one of inputs × outputs, "e o i" for several of outputs × inputs.',
-        error=SelectionError,
-    )
-    views = stacked(weight.name, weight.parameter.shape, transposed=axes[-1] == "o")
-    return replace(weight, views=views, knows_axes=True)
 
 
 def _all_weights(model: nn.Module) -> Iterator[Weight]:

@@ -1,59 +1,74 @@
 """Matrix views: the matrices within a parameter, each to compete for itself, so that no neighbour starves it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from torch import Size, Tensor, nn
-
-# Linear layers that hold several projections one above the other, by the last part of their name, lower case.
-# Not "query_key_value" (GPT-NeoX, BLOOM, Falcon, Persimmon): its rows alternate between the three, head by head.
-_FUSED = {
-    "qkv": ("qkv", "to_qkv", "qkv_proj", "in_proj", "in_proj_qkv", "wqkv", "c_attn", "w_pack"),
-    "kv": ("kv", "to_kv", "kv_proj", "wkv", "c_attn"),
-    "qk": ("qk", "to_qk", "qk_proj", "wqk"),
-}
-# Owners of a layer of such a name whose rows alternate head by head all the same: no range of rows is the queries.
-_ALTERNATING = (
-    "timm.models.tiny_vit.Attention",
-    "timm.models.maxxvit.AttentionCl",
-    "lightglue.SelfBlock",
-    ".CodeGenAttention",
-    ".DisentangledSelfAttention",
-    ".GPTBigCodeAttention",
-)
+from torch import Size, Tensor
 
 
 @dataclass(frozen=True)
 class MatrixView:
     """A matrix within a parameter, turned to (O, I, *K): outputs, inputs, kernel taps.
 
-    ``at`` says which of several that lie behind one another along the first axes; ``rows`` are its outputs and
-    ``columns`` its inputs, from and up to, after it was turned; None: all of them.
+    ``at`` says which of several it is that lie along other axes: a place on each of those, None on its own two and
+    those of the taps; axes at the end may be left out. ``rows`` are its outputs and ``columns`` its inputs, from and
+    up to, after it was turned; None: all of them. Where outputs alternate, ``rows`` are those of each ``every``.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     transposed: bool = False
-    at: tuple[int, ...] = ()
+    at: tuple[int | None, ...] = ()
     columns: tuple[int, int] | None = None
+    every: int | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """Returns this matrix of ``x``, a tensor of the parameter's shape, sharing its memory."""
-        matrix = x[self.at] if self.at else x
+        """Returns this matrix of ``x``, a tensor of the parameter's shape; it shares memory unless rows alternate."""
+        return self._parts(x).flatten(0, 1) if self.every else self._parts(x)
+
+    def write(self, x: Tensor, matrix: Tensor) -> None:
+        """Writes this matrix into ``x``, a tensor of the parameter's shape."""
+        parts = self._parts(x)
+        parts.copy_(matrix.unflatten(0, parts.shape[:2]) if self.every else matrix)
+
+    def _parts(self, x: Tensor) -> Tensor:
+        """Returns the matrix, where rows alternate as (H, O / H, I, *K), sharing the memory of ``x``."""
+        matrix = x[tuple(slice(None) if place is None else place for place in self.at)] if self.at else x
         matrix = matrix.transpose(0, 1) if self.transposed else matrix
-        matrix = matrix if self.rows is None else matrix[slice(*self.rows)]
-        return matrix if self.columns is None else matrix[:, slice(*self.columns)]
+        matrix = matrix if self.columns is None else matrix[:, slice(*self.columns)]
+        if self.every:
+            assert self.rows is not None
+            return matrix.unflatten(0, (-1, self.every))[:, slice(*self.rows)]
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
+
+
+def along_axes(name: str, shape: Size, axes: Sequence[str]) -> tuple[MatrixView, ...]:
+    """Returns the views of the matrices in a parameter whose axes have these names: o, i, and others that count them.
+
+    Axes that are left out at the end are kernel taps.
+
+    >>> [(view.name, view.at, view.transposed) for view in along_axes("up", Size((2, 4, 8)), ("e", "i", "o"))]
+    [('up.0', (0, None, None), True), ('up.1', (1, None, None), True)]
+    """
+    counting = [number for number, axis in enumerate(axes) if axis not in ("o", "i")]
+    is_turned = axes.index("i") < axes.index("o")
+    if not counting:
+        return (MatrixView(name, transposed=is_turned),)
+    views = []
+    for places in product(*(range(shape[number]) for number in counting)):
+        at = tuple(dict(zip(counting, places, strict=True)).get(number) for number in range(len(axes)))
+        views.append(MatrixView(".".join((name, *map(str, places))), transposed=is_turned, at=at))
+    return tuple(views)
 
 
 def stacked(name: str, shape: Size, *, transposed: bool) -> tuple[MatrixView, ...]:
     """Returns the views of matrices that lie behind one another, (*, O, I), or (*, I, O) where they are transposed.
 
-    >>> [(view.name, view.at) for view in stacked("experts.up", Size((2, 4, 8)), transposed=False)]
-    [('experts.up.0', (0,)), ('experts.up.1', (1,))]
+    >>> [view.name for view in stacked("experts.up", Size((2, 4, 8)), transposed=False)]
+    ['experts.up.0', 'experts.up.1']
     """
-    places = product(*map(range, shape[:-2]))
-    return tuple(MatrixView(".".join((name, *map(str, at))), transposed=transposed, at=at) for at in places)
+    return along_axes(name, shape, (*("e",) * (len(shape) - 2), *("io" if transposed else "oi")))
 
 
 def chunks(name: str, parts: Iterable[object], num_rows: int, *, transposed: bool = False) -> tuple[MatrixView, ...]:
@@ -79,21 +94,3 @@ def transposed_groups(name: str, num_groups: int, num_in: int) -> tuple[MatrixVi
     size = num_in // num_groups
     spans = ((i * size, (i + 1) * size) for i in range(num_groups))
     return tuple(MatrixView(f"{name}.{i}", transposed=True, columns=span) for i, span in enumerate(spans))
-
-
-def fused_parts(module_name: str, weight: Tensor, owner: nn.Module | None) -> str:
-    """Returns the projections that a linear layer of this name holds, a letter each, or "" where it holds one.
-
-    ``weight`` is (O, I). Only those of equal height, each as high as the layer is wide: grouped queries, which are
-    higher than their keys, stay joint, and so do layers whose rows alternate between the projections.
-
-    >>> import torch
-    >>> fused_parts("blocks.0.attn.qkv", torch.empty(24, 8), None), fused_parts("attn.qkv", torch.empty(16, 8), None)
-    ('qkv', '')
-    """
-    cls = type(owner)
-    if f"{cls.__module__}.{cls.__qualname__}".endswith(_ALTERNATING):
-        return ""
-    last = module_name.rpartition(".")[2].lower()
-    fits = (parts for parts, names in _FUSED.items() if last in names and len(weight) == len(parts) * weight.shape[1])
-    return next(fits, "")

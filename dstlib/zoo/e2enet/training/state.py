@@ -169,6 +169,7 @@ def refuse_denser(model: nn.Module, settings: TrainSettings, *, what: str, where
         include=[E2ENet.FUSION],
         exclude=[],
         split={},
+        axes={},
         overrides={},
         seed=settings.seed,
     )
