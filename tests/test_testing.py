@@ -41,6 +41,7 @@ from dstlib.masking import (
     NormalFanIn,
     Sampled,
     SampledRemoval,
+    TiesByChance,
     Trace,
     WeightAndGradient,
     er,
@@ -49,6 +50,7 @@ from dstlib.masking import (
     gradient,
     lamp,
     link_prediction,
+    link_prediction_by_paths,
     link_prediction_l3,
     magnitude,
     magnitude_l2,
@@ -87,9 +89,10 @@ from dstlib.testing.laws import global_state, world
 NORMAL = Drawn(lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float32))
 CRITERIA = [
     *(magnitude, magnitude_l2, gradient, momentum, saliency, relative_importance, random, sign_balanced),
-    *(plain_gradient, moved, traced, traced_magnitude, link_prediction, link_prediction_l3, NORMAL),
+    *(plain_gradient, moved, traced, traced_magnitude, NORMAL),
     *(WeightAndGradient(0.01), Sampled(magnitude), Sampled(relative_importance, Linear(1.0, 3.0))),
-    *(SampledRemoval(magnitude), Sampled(link_prediction)),
+    *(link_prediction, link_prediction_by_paths, link_prediction_l3),
+    *(SampledRemoval(magnitude), Sampled(link_prediction), TiesByChance(link_prediction_by_paths)),
 ]
 GRANULARITIES = [Element(), Kernel(), Channel(), Block(1, 1), Block(4, 2), Block(5, 7), FanIn(), NM(2, 4), NM(1, 16)]
 CURVES = [

@@ -17,10 +17,9 @@ from dstlib.masking.criteria import (
     Drawn,
     Sampled,
     SampledRemoval,
+    TiesByChance,
     WeightAndGradient,
     gradient,
-    link_prediction,
-    link_prediction_l3,
     magnitude,
     magnitude_l2,
     momentum,
@@ -36,10 +35,11 @@ from dstlib.masking.criteria import (
 from dstlib.masking.distribution import Distribution, er, erk, uniform, uniform_dense_first
 from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granularity, Kernel
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
+from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
 from dstlib.masking.storage import DenseStorage, OverDensity, Trace
-from dstlib.masking.update import MaskUpdate, exchange, unit_mask, unit_score, update_mask
+from dstlib.masking.update import MaskUpdate, exchange, keep, unit_mask, unit_score, update_mask
 
 __all__ = [
     "NM",
@@ -69,6 +69,7 @@ __all__ = [
     "SampledRemoval",
     "Site",
     "Terms",
+    "TiesByChance",
     "Trace",
     "WeightAndGradient",
     "er",
@@ -77,8 +78,10 @@ __all__ = [
     "falling",
     "global_units",
     "gradient",
+    "keep",
     "lamp",
     "link_prediction",
+    "link_prediction_by_paths",
     "link_prediction_l3",
     "magnitude",
     "magnitude_l2",

@@ -13,7 +13,8 @@ class Site:
     """A sparse weight, its dense gradient, and what else a criterion may look at.
 
     Tensors are (O, I, *K): outputs, inputs, kernel taps; transposed convolutions are turned that way round,
-    and each of the three matrices of an attention's in_proj is a site of its own. ``grad`` is the full
+    and each of the three matrices of an attention's in_proj is a site of its own. ``mask`` marks the active
+    entries; where growth is scored, those that the update keeps, as it drops first. ``grad`` is the full
     gradient of the step, reduced over ranks, accumulated and unscaled; None at initialisation.
     ``momentum`` is the optimizer's first moment, None where it keeps none. ``trace`` is what the method's
     ``trace`` has gathered over the steps before; None where it gathers nothing. ``step`` is the optimizer step,

@@ -76,8 +76,25 @@ def update_mask(
     return exchange(mask, drop_GU, grow_GU, granularity=granularity, budget=budget)
 
 
+def keep(active_GU: Tensor, drop_GU: Tensor, budget: Budget) -> Tensor:
+    """Marks what an update keeps, the best active units of each group as many as the budget says, (G, U).
+
+    >>> budget = Budget(torch.tensor([1]), torch.tensor([2]))
+    >>> keep(torch.tensor([[True, True, False]]), torch.tensor([[1.0, 3.0, 5.0]]), budget)
+    tensor([[False,  True, False]])
+    """
+    return select_top(drop_GU, budget.num_kept_G, among_GU=active_GU)
+
+
 def exchange(
-    mask: Tensor, drop_GU: Tensor, grow_GU: Tensor, *, granularity: Granularity, budget: Budget, regrow: bool = True
+    mask: Tensor,
+    drop_GU: Tensor,
+    grow_GU: Tensor,
+    *,
+    granularity: Granularity,
+    budget: Budget,
+    regrow: bool = True,
+    kept_GU: Tensor | None = None,
 ) -> MaskUpdate:
     """Keeps the best active units by one score and grows others by another, as many as the budget says.
 
@@ -86,7 +103,8 @@ def exchange(
     dropped stays instead, by the drop score. Only a target that is then still not met is filled up by units
     without a reason, the lower index first.
 
-    Without ``regrow``, units that are dropped now come after all others that have a reason.
+    Without ``regrow``, units that are dropped now come after all others that have a reason. ``kept_GU`` is what
+    :func:`keep` has found, where it was asked before: growth may be scored by what is left.
 
     >>> from dstlib.masking import Element
     >>> mask, score = torch.tensor([[True, True, False, False]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]])
@@ -100,7 +118,7 @@ def exchange(
     """
     active_GU = granularity.fold(mask)[..., 0]
     num_active_G, num_units = count(active_GU), active_GU.shape[1]
-    new_GU = select_top(drop_GU, budget.num_kept_G, among_GU=active_GU)
+    new_GU = keep(active_GU, drop_GU, budget) if kept_GU is None else kept_GU
     worth_GU = _worth_growing(grow_GU, ~new_GU)
     num_left_G = budget.num_target_G - budget.num_kept_G
     is_asked_G = (budget.num_kept_G < num_active_G) & (num_left_G > 0) & (budget.num_target_G < num_units)

@@ -176,10 +176,11 @@ SRIGL = Method(
 CHT = Method(
     name="cht",
     reference="Zhang et al. 2024, Epitopological learning and Cannistraci-Hebb network shape intelligence "
-    "brain-inspired theory for ultra-sparse advantage in deep learning, ICLR. Deviates: links are predicted by "
-    "CH2-L3n, where the paper has the path-based CH3-L3p; random first masks, no removal of dead neurons, an update "
-    "each 100 steps, until 75 % of the run.",
-    grow=masking.link_prediction,
+    "brain-inspired theory for ultra-sparse advantage in deep learning, ICLR: links are removed, then predicted by "
+    "CH3-L3p from those that are left; ties and links without a score by chance. Deviates: random first masks, where "
+    "the paper correlates inputs; no removal of dead neurons at an update, which needs to know what layers follow "
+    "each other; an update each 100 steps, not each epoch, until 75 % of the run.",
+    grow=masking.TiesByChance(masking.link_prediction_by_paths),
     distribution=masking.uniform,
     drop_fraction=Constant(0.3),
 )
@@ -188,9 +189,11 @@ CHTS = replace(
     CHT,
     name="chts",
     reference="Zhang et al. 2025, Brain network science modelling of sparse neural networks enables transformers and "
-    "LLMs to perform as fully connected, arXiv:2501.19107, section 3.1: links are kept by draws with p ∝ score^T, T = "
-    "δ/(1-δ) for δ from 0.5 to 0.75, and grown by draws. Deviates: T rises linearly, not δ; masks and interval as cht.",
-    drop=masking.Sampled(masking.relative_importance, Linear(1.0, 3.0)),
+    "LLMs to perform as fully connected, NeurIPS, arXiv:2501.19107, section 3.1: links are kept by draws with p ∝ "
+    "|w|^T (α = 1; Sampled(relative_importance, ...) is α = 0) and grown by draws with p ∝ CH2-L3n. T = δ/(1-δ) rises "
+    "from 1 to 3, δ from 0.5 to 0.75, and linearly as in the authors' code, where appendix H has δ rise so, up to "
+    "0.9 for transformers. Deviates: as cht, and in grown weights that start from 0, not from what they once were.",
+    drop=masking.Sampled(masking.magnitude, Linear(1.0, 3.0)),
     grow=masking.Sampled(masking.link_prediction),
 )
 

@@ -44,22 +44,27 @@ def update_masks(
     for m, grad, momentum in due:
         for view in m.weight.views:
             site = make_site(m, view, plan, step, grad, momentum)
-            account = _account(site, plan, *_scores(site, plan))
-            before = _num_planned(plan, site.name, account.active_GU, m.updated_at)
-            scored.append((m, view, site, replace(account, num_planned_before=before)))
-    shared = [account for *_, account in scored if account.name not in plan.own]
+            scored.append((m, view, site, _unit_score(site, _drop_score(site, plan), plan)))
+    accounts = []
+    if method.allocate is not None:
+        accounts = [_account_at_update(m, s, d, plan) for m, _, s, d in scored if s.name not in plan.own]
     budgets: dict[str, Budget] = {}
-    if method.allocate is not None and shared:
-        num_total = _shared_total(shared, masked, plan)
+    if method.allocate is not None and accounts:
+        num_total = _shared_total(accounts, masked, plan)
         terms = Terms(num_total=num_total, drop_fraction=plan.drop_fraction(step), memory=memory)
-        allocation = masking.share_out(method.allocate, shared, terms)
-        budgets, memory = _by_name(allocation.budgets, shared, num_total, method.name), allocation.memory
-    for m, view, site, account in scored:
-        budget = budgets.get(site.name) or plan.budget(site.name, account.active_GU, step)
-        change = _exchange(site, account, budget, plan)
+        allocation = masking.share_out(method.allocate, accounts, terms)
+        budgets, memory = _by_name(allocation.budgets, accounts, num_total, method.name), allocation.memory
+    for m, view, site, drop_GU in scored:
+        active_GU = method.granularity.fold(site.mask)[..., 0]
+        budget = budgets.get(site.name) or plan.budget(site.name, active_GU, step)
+        kept_GU = masking.keep(active_GU, drop_GU, budget)
+        left = replace(site, mask=masking.unit_mask(kept_GU, method.granularity, site.mask.shape))
+        grow_GU = _unit_score(site, _grow_score(left, plan), plan)
+        change = _exchange(site, plan, drop_GU, grow_GU, budget, kept_GU)
         view.write(m.mask, change.mask)
         if site.grad is not None:
-            view.write(m.parameter.detach(), torch.where(change.grown, method.grown_init(site), site.weight))
+            grown = method.grown_init(replace(site, mask=change.mask))
+            view.write(m.parameter.detach(), torch.where(change.grown, grown, site.weight))
         for observe in observers:
             observe(replace(site, weight=view.of(m.parameter.detach()), mask=view.of(m.mask)), change)
     return memory
@@ -76,8 +81,9 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
         return _prune_together(masked, plan, init)
     for m, view in views_of(masked):
         site = make_site(m, view, plan, 0)
-        account = _account(site, plan, init(site))
-        view.write(m.mask, _exchange(site, account, _first_budget(account), plan).mask)
+        account = _account(site, plan, _unit_score(site, init(site), plan))
+        change = _exchange(site, plan, account.drop_GU, account.grow_GU, _first_budget(account))
+        view.write(m.mask, change.mask)
     return plan
 
 
@@ -155,22 +161,35 @@ def make_site(
     )
 
 
-def _scores(site: Site, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Returns what a site is dropped and grown by; without a gradient, magnitude and no reason at all."""
-    if site.grad is None:
-        return masking.magnitude(site), torch.zeros_like(site.weight)
-    return plan.method.drop(site), plan.method.grow(site)
+def _drop_score(site: Site, plan: Plan) -> Tensor:
+    """Returns what a site is dropped by; without a gradient, magnitude."""
+    return masking.magnitude(site) if site.grad is None else plan.method.drop(site)
 
 
-def _account(site: Site, plan: Plan, drop: Tensor, grow: Tensor | None = None) -> Account:
+def _grow_score(site: Site, plan: Plan) -> Tensor:
+    """Returns what a site is grown by; without a gradient, no reason at all."""
+    return torch.zeros_like(site.weight) if site.grad is None else plan.method.grow(site)
+
+
+def _account_at_update(m: MaskedWeight, site: Site, drop_GU: Tensor, plan: Plan) -> Account:
+    """Returns a site as allocators see it, before anything is dropped: what is left depends on what they say.
+
+    Growth is scored again then. Both times the same numbers are drawn.
+    """
+    again = torch.Generator("cpu").set_state(site.generator.get_state())
+    grow_GU = _unit_score(site, _grow_score(replace(site, generator=again), plan), plan)
+    account = _account(site, plan, drop_GU, grow_GU)
+    return replace(account, num_planned_before=_num_planned(plan, site.name, account.active_GU, m.updated_at))
+
+
+def _account(site: Site, plan: Plan, drop_GU: Tensor, grow_GU: Tensor | None = None) -> Account:
     """Returns a site as allocators see it; a single score says what is kept and what is grown."""
     active_GU = plan.method.granularity.fold(site.mask)[..., 0]
-    drop_GU = _unit_score(site, drop, plan)
     return Account(
         name=site.name,
         active_GU=active_GU,
         drop_GU=drop_GU,
-        grow_GU=drop_GU if grow is None else _unit_score(site, grow, plan),
+        grow_GU=drop_GU if grow_GU is None else grow_GU,
         num_planned=_num_planned(plan, site.name, active_GU, site.step),
         is_output=site.name == list(plan.densities)[-1],
     )
@@ -184,11 +203,13 @@ def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
         raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
 
 
-def _exchange(site: Site, account: Account, budget: Budget, plan: Plan) -> MaskUpdate:
+def _exchange(
+    site: Site, plan: Plan, drop_GU: Tensor, grow_GU: Tensor, budget: Budget, kept_GU: Tensor | None = None
+) -> MaskUpdate:
     """Returns the mask of a site changed as its scores and budget say."""
-    method = plan.method
+    grain, regrow = plan.method.granularity, plan.method.regrow
     return masking.exchange(
-        site.mask, account.drop_GU, account.grow_GU, granularity=method.granularity, budget=budget, regrow=method.regrow
+        site.mask, drop_GU, grow_GU, granularity=grain, budget=budget, regrow=regrow, kept_GU=kept_GU
     )
 
 
@@ -251,7 +272,8 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
         budgets = _by_name(given, accounts, terms.num_total, init.name)
         for m, view, site, account in scored:
             budget = budgets.get(site.name) or _first_budget(account)
-            view.write(m.mask, _exchange(site, account, budget, plan).mask)
+            change = _exchange(site, plan, account.drop_GU, account.grow_GU, budget)
+            view.write(m.mask, change.mask)
         for m in masked:
             zero_outside_(m.parameter, m.mask)
     for m in masked:
@@ -276,7 +298,7 @@ def _score_together(
             )
         for view in m.weight.views:
             site = make_site(m, view, plan, 0)
-            scored.append((m, view, site, _account(site, plan, view.of(score))))
+            scored.append((m, view, site, _account(site, plan, _unit_score(site, view.of(score), plan))))
     return scored
 
 
