@@ -27,6 +27,7 @@ from dstlib.masking.criteria import (
     plain_gradient,
     random,
     relative_importance,
+    relative_shares,
     saliency,
     sign_balanced,
     traced,
@@ -35,10 +36,12 @@ from dstlib.masking.criteria import (
 from dstlib.masking.distribution import Distribution, er, erk, uniform, uniform_dense_first
 from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granularity, Kernel
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
+from dstlib.masking.in_turn import InTurn, best_units, places
 from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
 from dstlib.masking.storage import DenseStorage, OverDensity, Trace
+from dstlib.masking.surgeon import prune_by_surgeon
 from dstlib.masking.update import MaskUpdate, exchange, keep, unit_mask, unit_score, update_mask
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "GlobalRank",
     "Granularity",
     "GrownInit",
+    "InTurn",
     "Kernel",
     "MaskUpdate",
     "NeuronAblation",
@@ -72,6 +76,7 @@ __all__ = [
     "TiesByChance",
     "Trace",
     "WeightAndGradient",
+    "best_units",
     "er",
     "erk",
     "exchange",
@@ -89,9 +94,12 @@ __all__ = [
     "momentum_share",
     "moved",
     "num_units",
+    "places",
     "plain_gradient",
+    "prune_by_surgeon",
     "random",
     "relative_importance",
+    "relative_shares",
     "round_down",
     "saliency",
     "select_top",

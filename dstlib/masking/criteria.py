@@ -120,9 +120,17 @@ def relative_importance(site: Site) -> Tensor:
     tensor([[1.8000, 0.0000],
             [0.7000, 1.5000]])
     """
-    size_ON = (_wide(site.weight).abs() * site.mask).flatten(1)
-    share_ON = size_ON / _nonzero(size_ON.sum(dim=1, keepdim=True)) + size_ON / _nonzero(size_ON.sum(dim=0))
-    return share_ON.view(site.weight.shape)
+    return relative_shares((_wide(site.weight).abs() * site.mask).flatten(1)).view(site.weight.shape)
+
+
+def relative_shares(size: Tensor) -> Tensor:
+    """Returns each entry's share of its row plus that of its column, of the last two axes of sizes; 0 of nothing.
+
+    >>> relative_shares(torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
+    tensor([[1.7500, 0.0000],
+            [1.2500, 0.0000]])
+    """
+    return size / _nonzero(size.sum(dim=-1, keepdim=True)) + size / _nonzero(size.sum(dim=-2, keepdim=True))
 
 
 def random(site: Site) -> Tensor:

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 from dstlib import masking
 from dstlib.errors import require
-from dstlib.masking import NM, Allocator, AtInit, Criterion, DenseStorage, Distribution, Granularity, GrownInit, Trace
+from dstlib.masking import (
+    NM,
+    Allocator,
+    AtInit,
+    Criterion,
+    DenseStorage,
+    Distribution,
+    Granularity,
+    GrownInit,
+    InTurn,
+    Trace,
+)
 from dstlib.schedules import Clock, Constant, Cosine, Curve, Every, Never
 
 
@@ -55,7 +66,7 @@ class Method:
     allocate: Allocator | None = None
     interval: int | None = 100
     stop: float = 0.75
-    init: Criterion | AtInit = masking.random
+    init: Criterion | AtInit | InTurn = masking.random
     grown_init: GrownInit = masking.zeros
     trace: Trace | None = None
     storage: DenseStorage | None = None
@@ -102,7 +113,9 @@ def _check_kinds(m: Method, check: _Check) -> None:
     some = "dstlib.masking has some, as has .schedules."
     for name in ("drop", "grow", "distribution", "drop_fraction", "ramp", "surplus", "grown_init"):
         check(name, callable(getattr(m, name)), "a function", some)
-    check("init", callable(m.init) or isinstance(m.init, AtInit), "a criterion, or one of dstlib.at_init", some)
+    check(
+        "init", callable(m.init) or isinstance(m.init, AtInit | InTurn), "a criterion, or one of dstlib.at_init", some
+    )
     check("allocate", m.allocate is None or callable(m.allocate), "an allocator, or None", some)
     trace, storage = "Pass dstlib.masking.Trace(steps=8), say.", "Pass dstlib.masking.DenseStorage(), say."
     check("trace", isinstance(m.trace, Trace | None), "a Trace, or None", trace)
@@ -134,7 +147,7 @@ def _check_together(m: Method, check: _Check) -> None:
     check("surplus", m.allocate is None or not has_surplus, "none, with an allocator", "Use one of the two.")
     check(
         "init",
-        not isinstance(m.init, AtInit) or (m.ramp == Constant(1.0) and not has_surplus),
+        not isinstance(m.init, AtInit | InTurn) or (m.ramp == Constant(1.0) and not has_surplus),
         "a criterion, as the first masks are not those of the target density",
         "Use ramp=Constant(1.0) and no surplus.",
     )

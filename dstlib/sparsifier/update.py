@@ -4,6 +4,7 @@ Changes masks and grown weights in place; clearing what fell outside is the call
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dstlib import masking
 from dstlib.errors import ScoreError, require
-from dstlib.masking import NM, Account, AtInit, Budget, MaskUpdate, Site, Terms
+from dstlib.masking import NM, Account, AtInit, Budget, InTurn, MaskUpdate, Site, Terms
 from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight, groups_of
@@ -79,6 +80,8 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
     init = plan.method.init
     if isinstance(init, AtInit):
         return _prune_together(masked, plan, init)
+    if isinstance(init, InTurn):
+        return _prune_in_turn(masked, plan, init)
     for m, view in views_of(masked):
         site = make_site(m, view, plan, 0)
         account = _account(site, plan, _unit_score(site, init(site), plan))
@@ -280,6 +283,33 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
         m.densities = tuple(float(fold(view.of(m.mask))[0, :, 0].double().mean()) for view in m.weight.views)
     method = replace(plan.method, init=masking.random)  # lets go of the model
     return with_densities(replace(plan, densities_from_model=True, method=method), masked)
+
+
+def _prune_in_turn(masked: Sequence[MaskedWeight], plan: Plan, init: InTurn) -> Plan:
+    """Prunes one weight after the other, each as it is once those before it are pruned."""
+    by_name, grain, unseen = {m.weight.name: m for m in masked}, plan.method.granularity, []
+    matrices = {n: {v.name: v.parts(m.parameter.detach()) for v in m.weight.views} for n, m in by_name.items()}
+    for name, known in init.looks(matrices):
+        m = by_name[name]
+        for view in m.weight.views:
+            weight, inputs = view.of(m.parameter.detach()), known[view.name]
+            num_kept = plan.num_target(view.name, grain.fold(weight).shape[1], 0)
+            if inputs is None:  # those of the weights before it were reached as long as these were dense
+                unseen.append(view.name)
+                view.write(m.mask, masking.best_units(weight.abs(), grain, num_kept))
+                continue
+            mask, weight = init.prune(weight, inputs, grain, num_kept)
+            view.write(m.mask, mask)
+            view.write(m.parameter, weight)
+        zero_outside_(m.parameter, m.mask)
+    if unseen:
+        names = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+        warnings.warn(
+            f"{names}: no inputs reach it any more, as weights before it are pruned by {init.name}, so magnitude alone "
+            "decided. Pass more batches.",
+            stacklevel=2,
+        )
+    return replace(plan, method=replace(plan.method, init=masking.random))  # lets go of the model
 
 
 def _score_together(

@@ -3,6 +3,7 @@
 from dstlib.targets.coverage import coverage, shortfall
 from dstlib.targets.eligibility import Weight
 from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
+from dstlib.targets.products import moments_in_turn
 from dstlib.targets.selection import Masked, check_matches, find_weights, plain_name, select, unwrap
 from dstlib.targets.views import MatrixView
 
@@ -17,6 +18,7 @@ __all__ = [
     "find_masked",
     "find_outside",
     "find_weights",
+    "moments_in_turn",
     "plain_name",
     "refuse_outside",
     "select",

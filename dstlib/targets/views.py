@@ -25,14 +25,14 @@ class MatrixView:
 
     def of(self, x: Tensor) -> Tensor:
         """Returns this matrix of ``x``, a tensor of the parameter's shape; it shares memory unless rows alternate."""
-        return self._parts(x).flatten(0, 1) if self.every else self._parts(x)
+        return self.parts(x).flatten(0, 1) if self.every else self.parts(x)
 
     def write(self, x: Tensor, matrix: Tensor) -> None:
         """Writes this matrix into ``x``, a tensor of the parameter's shape."""
-        parts = self._parts(x)
+        parts = self.parts(x)
         parts.copy_(matrix.unflatten(0, parts.shape[:2]) if self.every else matrix)
 
-    def _parts(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor) -> Tensor:
         """Returns the matrix, where rows alternate as (H, O / H, I, *K), sharing the memory of ``x``."""
         matrix = x[tuple(slice(None) if place is None else place for place in self.at)] if self.at else x
         matrix = matrix.transpose(0, 1) if self.transposed else matrix

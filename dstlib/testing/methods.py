@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from dstlib.masking import NM, AtInit, num_units, random
+from dstlib.masking import NM, AtInit, InTurn, num_units, random
 from dstlib.methods.method import Method
 from dstlib.testing.laws import Law, Rules, expect, hold, laws
 from dstlib.testing.small import HALFWAY, OPTIMIZERS, Moment, Run, Setting, Trial
@@ -54,7 +54,7 @@ def method_laws(method: Method, *, sparsity: float | None = None, width: int = 1
     scaled = replace(
         method,
         interval=method.interval and min(method.interval, 2),
-        init=random if isinstance(method.init, AtInit) else method.init,
+        init=random if isinstance(method.init, AtInit | InTurn) else method.init,
     )
     sparsity = _legal_sparsity(method) if sparsity is None else sparsity
     setting = Setting(method=scaled, sparsity=sparsity, width=width)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.masking import AtInit, Criterion, MaskUpdate, Site
+from dstlib.masking import AtInit, Criterion, InTurn, MaskUpdate, Site
 from dstlib.methods.method import Method
 from dstlib.sparsifier.api import sparsify
 from dstlib.testing.laws import world
@@ -233,7 +233,7 @@ class Trial:
 def _watched(setting: Setting) -> tuple[Run, set[str]]:
     drew: set[str] = set()
     m = setting.method
-    assert not isinstance(m.init, AtInit)
+    assert not isinstance(m.init, AtInit | InTurn)
     drop, grow, init = _Spy("drop", m.drop, drew), _Spy("grow", m.grow, drew), _Spy("init", m.init, drew)
     num_changed: dict[str, int] = {"drop": 0, "grow": 0, "init": 0}
 
