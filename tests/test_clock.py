@@ -21,7 +21,7 @@ clocks = st.builds(Every, interval=intervals, start=starts, stop=st.integers(0, 
     ("clock", "due", "last"),
     [
         (Every(interval=100, stop=300), [100, 200, 300], 300),
-        (Every(interval=100, stop=299), [100, 200], 200),  # T_end is the last update, not the stop
+        (Every(interval=100, stop=299), [100, 200], 200),
         (Every(interval=100, stop=250), [100, 200], 200),
         (Every(interval=100, start=50, stop=250), [150, 250], 250),
         (Every(interval=100, start=200, stop=450), [300, 400], 400),  # no update at the start itself
@@ -37,29 +37,45 @@ def test_due_and_last(clock: Every, due: list[int], last: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clock", "progress"),
+    ("clock", "shares"),  # of the way to the stop, and to the last update
     [
-        (Every(interval=100, stop=250), {0: 0.0, 1: 0.005, 100: 0.5, 200: 1.0, 250: 1.0, 9999: 1.0}),
-        (Every(interval=100, start=100, stop=300), {0: 0.0, 100: 0.0, 150: 0.25, 200: 0.5, 300: 1.0}),
-        (Every(interval=100), {0: 0.0, 100: 0.0, 10**9: 0.0}),  # without an end there is no way to measure
-        (Every(interval=100, start=10, stop=50), {0: 0.0, 10: 0.0, 11: 1.0}),  # no update: at the end at once
+        (
+            Every(interval=100, stop=250),
+            {0: (0.0, 0.0), 1: (0.004, 0.005), 100: (0.4, 0.5), 200: (0.8, 1.0), 250: (1.0, 1.0), 9999: (1.0, 1.0)},
+        ),
+        (
+            Every(interval=100, start=100, stop=340),
+            {0: (0.0, 0.0), 100: (0.0, 0.0), 160: (0.25, 0.3), 300: (200 / 240, 1.0), 340: (1.0, 1.0)},
+        ),
+        (Every(interval=100, stop=160.5), {100: (100 / 160.5, 1.0)}),  # T_end need be no whole number
+        (Every(interval=100), {0: (0.0, 0.0), 10**9: (0.0, 0.0)}),  # without an end there is no way to measure
+        (Every(interval=100, start=10, stop=50), {0: (0.0, 0.0), 10: (0.0, 0.0), 11: (1 / 40, 1.0)}),  # no update
+        (Every(interval=100, start=10, stop=5), {10: (0.0, 0.0), 11: (1.0, 1.0)}),
     ],
 )
-def test_progress(clock: Every, progress: dict[int, float]) -> None:
-    assert {step: clock.progress(step) for step in progress} == progress
+def test_progress_and_approach(clock: Every, shares: dict[int, tuple[float, float]]) -> None:
+    assert {step: (clock.progress(step), clock.approach(step)) for step in shares} == shares
 
 
 @given(clocks)
-def test_the_last_update_ends_the_way(clock: Every) -> None:
+def test_the_last_update_ends_the_way_of_what_has_to_arrive(clock: Every) -> None:
     due = [step for step in range(1, 1001) if clock.due(step)]
     assert clock.last == (due[-1] if due else clock.start)
     assert all(b - a == clock.interval for a, b in itertools.pairwise(due))
-    assert [clock.progress(step) == 1.0 for step in due] == [step == clock.last for step in due]
+    assert [clock.approach(step) == 1.0 for step in due] == [step == clock.last for step in due]
+
+
+@given(clocks)
+def test_what_fades_is_gone_at_the_stop_alone(clock: Every) -> None:
+    due = [step for step in range(1, 1001) if clock.due(step)]
+    assert [clock.progress(step) == 1.0 for step in due] == [step == clock.stop for step in due]
 
 
 @given(clocks, st.integers(0, 1000), st.integers(0, 1000))
-def test_progress_never_turns_back_nor_leaves_the_unit_interval(clock: Every, a: int, b: int) -> None:
-    assert 0.0 <= clock.progress(min(a, b)) <= clock.progress(max(a, b)) <= 1.0
+def test_no_way_turns_back_nor_leaves_the_unit_interval(clock: Every, a: int, b: int) -> None:
+    for way in (clock.progress, clock.approach):
+        assert 0.0 <= way(min(a, b)) <= way(max(a, b)) <= 1.0
+    assert clock.progress(a) <= clock.approach(a)  # the last update comes before the stop, or at it
 
 
 @given(intervals, starts)
@@ -72,7 +88,7 @@ def test_without_an_end_the_updates_go_on(interval: int, start: int) -> None:
 @given(st.integers(0, 10**12))
 def test_never(step: int) -> None:
     assert not Never().due(step)
-    assert Never().progress(step) == 1.0
+    assert Never().progress(step) == Never().approach(step) == 1.0
 
 
 @pytest.mark.parametrize("interval", [0, -100])

@@ -71,7 +71,10 @@ def test_static_never_changes() -> None:
     ("method", "total_steps", "clock"),
     [
         (RIGL, 100_000, Every(interval=100, stop=75_000)),
-        (SET, 1001, Every(interval=100, stop=750)),
+        (SET, 1001, Every(interval=100, stop=750.75)),
+        (replace(SET, interval=0.05), 1010, Every(interval=50, stop=757.5)),
+        (replace(SET, interval=0.29), 100, Every(interval=29, stop=75)),
+        (replace(SET, interval=0.05), 19, Every(interval=1, stop=14.25)),
         (DSFF, 250_000, Every(interval=1200, stop=250_000)),
         (RIGL, None, Every(interval=100)),
         # 0.57 · 100 is 56.99999999999999 in floating point, and 0.29 · 100 is 28.999999999999996
@@ -83,22 +86,30 @@ def test_clock_of_a_run(method: Method, total_steps: int | None, clock: Every) -
     assert method.clock(total_steps) == clock
 
 
-@given(st.integers(1, 100), st.integers(1, 10**4), st.integers(0, 99))
-def test_the_stop_is_the_floor_of_the_share(percent: int, hundreds: int, more: int) -> None:
-    for total_steps in (100 * hundreds, 100 * hundreds + more):
-        clock = replace(RIGL, stop=percent / 100).clock(total_steps)
-        assert isinstance(clock, Every)
-        assert clock.stop == percent * total_steps // 100
+@given(st.integers(1, 100), st.integers(1, 10**6))
+def test_the_stop_is_the_share_of_the_run(percent: int, total_steps: int) -> None:
+    clock = replace(RIGL, stop=percent / 100, interval=1).clock(total_steps)
+    assert isinstance(clock, Every)
+    assert clock.stop == pytest.approx(percent * total_steps / 100, rel=1e-15, abs=0)  # a rounding of a float
+    assert clock.last == percent * total_steps // 100  # a whole number is not missed by a hair
 
 
-def test_the_drop_fraction_of_rigl_ends_at_the_last_update() -> None:
-    clock = RIGL.clock(1000)  # stops at 750: the last update is at 700
-    fractions = {step: RIGL.drop_fraction(clock.progress(step)) for step in range(1, 1001) if clock.due(step)}
-    assert list(fractions) == [100, 200, 300, 400, 500, 600, 700]
-    assert fractions[700] == 0.0
-    assert sorted(fractions.values(), reverse=True) == list(fractions.values())
-    # cos(π/7) = 0.9009689; seven digits are written
-    assert fractions[100] == pytest.approx(0.15 * (1 + 0.9009689), rel=0, abs=1e-8)
+@pytest.mark.parametrize(
+    ("total_steps", "fractions"),
+    [
+        (200, {100: 0.075}),
+        (260, {100: 0.1440}),
+        (999, {100: 0.2870, 200: 0.2503, 600: 0.0284, 700: 0.0032}),
+    ],
+)
+def test_the_drop_fraction_of_rigl_is_measured_against_the_end_of_its_time(
+    total_steps: int, fractions: dict[int, float]
+) -> None:
+    """The paper's α/2·(1 + cos(πt/T_end)), T_end = 0.75 of the run; four digits are written."""
+    clock = RIGL.clock(total_steps)
+    found = {step: RIGL.drop_fraction(clock.progress(step)) for step in range(1, total_steps + 1) if clock.due(step)}
+    assert list(found) == [*range(100, 3 * total_steps // 4 + 1, 100)]
+    assert {step: found[step] for step in fractions} == pytest.approx(fractions, rel=0, abs=5e-5)
 
 
 # Density on its way

@@ -12,7 +12,7 @@ from dstlib.masking.allocation import (
     share_out,
 )
 from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms, spend
-from dstlib.masking.counts import num_units, round_down
+from dstlib.masking.counts import num_units, round_down, whole_if_near
 from dstlib.masking.criteria import (
     Drawn,
     Sampled,
@@ -117,5 +117,6 @@ __all__ = [
     "unit_mask",
     "unit_score",
     "update_mask",
+    "whole_if_near",
     "zeros",
 ]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dstlib.errors import require
-from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms, num_dropped
+from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms
 from dstlib.masking.counts import apportion, round_down
 from dstlib.masking.selection import select_top
 
@@ -80,7 +80,7 @@ class GlobalRank:
         budgets = []
         for account, num_target in zip(accounts, _even(accounts, counts), strict=True):
             stays_G = torch.minimum(account.active_GU.sum(dim=1), num_target)
-            budgets.append(Budget(stays_G - num_dropped(stays_G, terms.drop_fraction), num_target))
+            budgets.append(Budget(stays_G - terms.num_dropped(stays_G), num_target))
         return Allocation(tuple(budgets))
 
 
@@ -98,7 +98,7 @@ def momentum_share(accounts: Sequence[Account], terms: Terms) -> Allocation:
     exactly, where the published code lets rounding move the density.
     """
     active = {a.name: a.active_GU.sum(dim=1) for a in accounts}
-    kept = {a.name: active[a.name] - num_dropped(active[a.name], terms.drop_fraction) for a in accounts}
+    kept = {a.name: active[a.name] - terms.num_dropped(active[a.name]) for a in accounts}
     shares = {a.name: float(a.grow_GU[a.active_GU].double().mean()) if a.active_GU.any() else 0.0 for a in accounts}
     return _regrow(accounts, terms, kept, shares)
 
@@ -188,11 +188,11 @@ class NeuronAblation:
         )
 
     def __call__(self, accounts: Sequence[Account], terms: Terms) -> Allocation:
-        return Allocation(tuple(self._budget(account, terms.drop_fraction) for account in accounts))
+        return Allocation(tuple(self._budget(account, terms) for account in accounts))
 
-    def _budget(self, account: Account, drop_fraction: float) -> Budget:
+    def _budget(self, account: Account, terms: Terms) -> Budget:
         active_GU, num_active = account.active_GU, account.active_GU.sum()
-        num_moved = int(num_dropped(num_active, drop_fraction))
+        num_moved = int(terms.num_dropped(num_active))
         num_kept = int(num_active) - num_moved
         alive_G = torch.ones_like(active_GU[:, 0]) if account.is_output else self._worthy(account, num_kept, num_moved)
         left_GU = active_GU & alive_G[:, None]

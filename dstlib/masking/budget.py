@@ -55,13 +55,22 @@ class Terms:
     """What weights that share a budget have to meet together.
 
     ``num_total`` units, at least one per group, are active in all of them after the update; ``drop_fraction`` is
-    the share of active units to exchange; ``memory`` is the number that the allocator returned at its last update,
-    0 at first.
+    the share of active units to exchange, whose numbers ``num_dropped`` counts, rounded down or, by ``round_up``, up;
+    ``memory`` is the number that the allocator returned at its last update, 0 at first.
     """
 
     num_total: int
     drop_fraction: float
     memory: float = 0.0
+    round_up: bool = False
+
+    def num_dropped(self, num_active: Tensor) -> Tensor:
+        """Computes how many of so many active units to exchange, elementwise.
+
+        >>> Terms(num_total=9, drop_fraction=0.3).num_dropped(torch.tensor([9, 2]))
+        tensor([2, 0])
+        """
+        return num_dropped(num_active, self.drop_fraction, round_up=self.round_up)
 
 
 @dataclass(frozen=True)
@@ -75,34 +84,43 @@ class Allocation:
 Allocator = Callable[[Sequence[Account], Terms], Allocation]
 
 
-def num_dropped(num_active: Tensor, drop_fraction: float) -> Tensor:
-    """Computes floor(f·A), elementwise.
+def num_dropped(num_active: Tensor, drop_fraction: float, *, round_up: bool = False) -> Tensor:
+    """Computes floor(f·A), or ceil(f·A) with ``round_up``, elementwise.
 
     Raises:
         SettingError: The fraction lies outside [0, 1].
 
     >>> num_dropped(torch.tensor([100, 7]), 0.29)
     tensor([29,  2])
+    >>> num_dropped(torch.tensor([100, 7]), 0.29, round_up=True)
+    tensor([29,  3])
     """
     allowed = "a number in [0, 1]"
     remedy = "Look at the method's drop_fraction curve."
     require(
         0 <= drop_fraction <= 1, "drop fraction", "a mask update", allowed=allowed, given=drop_fraction, remedy=remedy
     )
+    if round_up:
+        return (num_active.double() * (drop_fraction / NUDGE)).ceil().long()
     return (num_active.double() * (drop_fraction * NUDGE)).floor().long()
 
 
 def spend(
-    num_active_G: Tensor, *, num_target: int | Tensor, drop_fraction: float, num_kept: int | None = None
+    num_active_G: Tensor,
+    *,
+    num_target: int | Tensor,
+    drop_fraction: float,
+    num_kept: int | None = None,
+    round_up: bool = False,
 ) -> Budget:
     """Returns the budget of a weight by itself: of A active units per group, min(A - floor(f·A), target) are kept.
 
-    ``num_kept``, where given, is a lower ceiling than the target on what is kept.
+    ``num_kept``, where given, is a lower ceiling than the target on what is kept; with ``round_up``, ceil(f·A) go.
 
     >>> spend(torch.tensor([10]), num_target=8, drop_fraction=0.3)
     Budget(num_kept_G=tensor([7]), num_target_G=tensor([8]))
     """
     num_target_G = torch.as_tensor(num_target, device=num_active_G.device).expand_as(num_active_G)
     ceiling_G = num_target_G if num_kept is None else num_target_G.clamp(max=num_kept)
-    num_kept_G = torch.minimum(num_active_G - num_dropped(num_active_G, drop_fraction), ceiling_G)
+    num_kept_G = torch.minimum(num_active_G - num_dropped(num_active_G, drop_fraction, round_up=round_up), ceiling_G)
     return Budget(num_kept_G, num_target_G)

@@ -28,6 +28,16 @@ def round_up(product: float) -> int:
     return math.ceil(product / NUDGE)
 
 
+def whole_if_near(product: float) -> float:
+    """Returns a product of a count and a decimal share; a whole number where binary fractions alone keep it from one.
+
+    >>> whole_if_near(0.57 * 100), whole_if_near(0.75 * 999)
+    (57, 749.25)
+    """
+    nearest = round(product)
+    return nearest if abs(product - nearest) <= nearest * (NUDGE - 1) else product
+
+
 def num_units(num_total: int, density: float) -> int:
     """Counts the active units out of ``num_total``: the nearest integer, halves up, and at least one.
 

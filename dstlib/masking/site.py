@@ -18,7 +18,7 @@ class Site:
     gradient of the step, reduced over ranks, accumulated and unscaled; None at initialisation.
     ``momentum`` is the optimizer's first moment, None where it keeps none. ``trace`` is what the method's
     ``trace`` has gathered over the steps before; None where it gathers nothing. ``step`` is the optimizer step,
-    from 1; 0 at initialisation. ``progress`` is the share of the way to the last update, in [0, 1].
+    from 1; 0 at initialisation. ``progress`` is the share of the time in which masks change, in [0, 1].
     ``generator`` depends on the seed, the step and the name alone, so ranks, devices and resumed runs draw
     alike.
     """

@@ -29,8 +29,9 @@ class Method:
     """A method of sparse training: how masks start and change.
 
     At each update the lowest-scoring share ``drop_fraction(progress)`` of the active units, by ``drop``, is
-    dropped, and the highest by ``grow`` fill the target up. ``interval`` counts optimizer steps between updates;
-    None means that the topology never changes. ``stop`` is the share of the run after which it is fixed.
+    dropped, and the highest by ``grow`` fill the target up. ``interval`` counts optimizer steps between updates, or is
+    a share of the run, such as 0.05; None means that the topology never changes. ``stop`` is the share of the run after
+    which it is fixed.
     ``init`` chooses the first mask; ``grown_init`` gives grown weights their values.
 
     **Densities.** The density of a weight moves from ``start_density`` (``ramp`` = 0; 1 is dense) to its final
@@ -39,9 +40,13 @@ class Method:
     it, each keeps its own number.
 
     **Details.** ``trace`` gathers gradients between updates for ``drop`` and ``grow`` to read. ``storage`` keeps
-    the weights that are not active, under the mask. ``regrow=False`` bars what an update drops from growing in
-    it, ``skip_step`` leaves the optimizer's step out at an update, ``reset_state`` starts the optimizer's state
-    of a weight afresh when its number of active units rises.
+    the weights that are not active, under the mask. ``round_up`` drops ceil(f·A) units instead of floor(f·A), so that
+    a few move too. ``regrow=False`` bars what an update drops from growing in it, ``skip_step`` leaves the optimizer's
+    step out at an update, ``reset_state`` starts the optimizer's state of a weight afresh when its number of active
+    units rises.
+
+    **Progress.** A drop fraction is a curve of ``Every.progress``, measured against ``stop`` as papers do; ``ramp``
+    and ``surplus`` are curves of ``Every.approach``, measured against the last update, by which they have arrived.
 
     Raises:
         SettingError: A part is not of its kind, or out of range, or parts exclude each other.
@@ -64,13 +69,14 @@ class Method:
     start_density: float = 1.0
     surplus: Curve = Constant(0.0)
     allocate: Allocator | None = None
-    interval: int | None = 100
+    interval: int | float | None = 100
     stop: float = 0.75
     init: Criterion | AtInit | InTurn = masking.random
     grown_init: GrownInit = masking.zeros
     trace: Trace | None = None
     storage: DenseStorage | None = None
     regrow: bool = True
+    round_up: bool = False
     skip_step: bool = False
     reset_state: bool = False
 
@@ -87,8 +93,15 @@ class Method:
         """Returns when this method updates in a run of ``total_steps`` optimizer steps (None: of unknown length)."""
         if self.interval is None:
             return Never()
-        stop = None if total_steps is None else masking.round_down(self.stop * total_steps)
-        return Every(interval=self.interval, stop=stop)
+        interval = self.interval
+        if isinstance(interval, float):
+            where, remedy = f"method {self.name}", "Pass total_steps=, or replace(method, interval=100), say."
+            given, allowed = f"{interval:g} of a run of unknown length", "a number of steps, or total_steps as well"
+            require(total_steps is not None, "interval", where, allowed=allowed, given=given, remedy=remedy)
+            interval = max(masking.round_down(interval * (total_steps or 0)), 1)
+        return Every(
+            interval=interval, stop=None if total_steps is None else masking.whole_if_near(self.stop * total_steps)
+        )
 
     def density(self, target: float, progress: float, start: float | None = None) -> float:
         """Computes the density of a weight on its way from ``start``, or else ``start_density``, to ``target``."""
@@ -120,15 +133,16 @@ def _check_kinds(m: Method, check: _Check) -> None:
     trace, storage = "Pass dstlib.masking.Trace(steps=8), say.", "Pass dstlib.masking.DenseStorage(), say."
     check("trace", isinstance(m.trace, Trace | None), "a Trace, or None", trace)
     check("storage", isinstance(m.storage, DenseStorage | None), "a DenseStorage, or None", storage)
-    for name in ("regrow", "skip_step", "reset_state"):
+    for name in ("regrow", "round_up", "skip_step", "reset_state"):
         check(name, type(getattr(m, name)) is bool, "True or False", "It is an option of the update.")
     folds = isinstance(m.granularity, Granularity) and not isinstance(m.granularity, type)
     check("granularity", folds, "a value that folds and unfolds", "Pass dstlib.Element(), say.")
 
 
 def _check_numbers(m: Method, check: _Check) -> None:
-    is_interval = m.interval is None or (type(m.interval) is int and m.interval >= 1)
-    check("interval", is_interval, "a whole number of steps from 1 up, or None", "None fixes the topology.")
+    is_steps, is_share = type(m.interval) is int and m.interval >= 1, type(m.interval) is float and 0 < m.interval < 1
+    allowed = "a whole number of steps from 1 up, a share of the run in (0, 1), or None"
+    check("interval", m.interval is None or is_steps or is_share, allowed, "None fixes the topology.")
     check("stop", 0 < m.stop <= 1, "a share of the run in (0, 1]", "Pass 0.75; interval=None fixes the topology.")
     starts = "1 starts dense; a ramp leads from it."
     check("start_density", 0 < m.start_density <= 1, "a density in (0, 1]", starts)

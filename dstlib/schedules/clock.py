@@ -9,21 +9,23 @@ from dstlib.errors import require
 class Every:
     """Mask updates after each ``interval`` optimizer steps, later than ``start`` and no later than ``stop``.
 
-    Steps count from 1. Without a ``stop`` the updates never end and the progress stays 0, since an end is
-    what it would be measured against. T_end of the literature, the last step with an update, is ``last``:
-    curves end there, whether or not ``interval`` divides the range.
+    Steps count from 1. ``stop`` is T_end of the literature, the end of the time in which masks change; it need not be
+    a whole number, nor a step with an update. What fades, such as a share to drop, is measured against it, by
+    ``progress``, as papers do: so a lone update still exchanges something. What has to arrive, such as a density, is
+    measured against ``last``, the last update, by ``approach``. Without a ``stop`` the updates never end, and both
+    stay 0, since an end is what they would be measured against.
 
     Raises:
         SettingError: The interval is less than 1.
 
     >>> clock = Every(interval=100, stop=250)
-    >>> [step for step in range(1, 400) if clock.due(step)], clock.progress(100)
-    ([100, 200], 0.5)
+    >>> [step for step in range(1, 400) if clock.due(step)], clock.progress(200), clock.approach(200)
+    ([100, 200], 0.8, 1.0)
     """
 
     interval: int
     start: int = 0
-    stop: int | None = None
+    stop: float | None = None
 
     def __post_init__(self) -> None:
         allowed = "a whole number of optimizer steps, at least 1"
@@ -35,7 +37,7 @@ class Every:
         """The last step with an update; ``start`` where there is none at all; None where they never end."""
         if self.stop is None:
             return None
-        return self.start + max(self.stop - self.start, 0) // self.interval * self.interval
+        return self.start + int(max(self.stop - self.start, 0) // self.interval) * self.interval
 
     def latest(self, step: int) -> int:
         """Returns the last step with an update up to this one, itself included; 0 if there is none."""
@@ -48,12 +50,19 @@ class Every:
         return 0 < step == self.latest(step)
 
     def progress(self, step: int) -> float:
-        """Computes the share of the way from ``start`` to the last update, in [0, 1]."""
-        if self.last is None:
+        """Computes the share of the way from ``start`` to ``stop``, in [0, 1]."""
+        return self._share(step, self.stop)
+
+    def approach(self, step: int) -> float:
+        """Computes the share of the way from ``start`` to the last update, in [0, 1]; 1 from there on."""
+        return self._share(step, self.last)
+
+    def _share(self, step: int, end: float | None) -> float:
+        if end is None:
             return 0.0
-        if self.last == self.start:
+        if end <= self.start:
             return 1.0 if step > self.start else 0.0
-        return min(max((step - self.start) / (self.last - self.start), 0.0), 1.0)
+        return min(max((step - self.start) / (end - self.start), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,10 @@ class Never:
         return False
 
     def progress(self, step: int) -> float:
+        """Returns 1: nothing fades from the first step on."""
+        return 1.0
+
+    def approach(self, step: int) -> float:
         """Returns 1: the target density holds from the first step on."""
         return 1.0
 

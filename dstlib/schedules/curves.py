@@ -1,8 +1,9 @@
 """Curves: how much, by the progress of a run.
 
-A curve is any callable of one number, the progress of a run in [0, 1]; the ones here are frozen values, so
-they print, compare, pickle and vary by :func:`dataclasses.replace`. Progress outside [0, 1] counts as the
-nearer end, and the value at the end is reached exactly.
+A curve is any callable of one number in [0, 1], the progress of a run: towards T_end for a share to drop, towards the
+last update for a ramp (see :class:`dstlib.schedules.Every`). The ones here are frozen values, so they print, compare,
+pickle and vary by :func:`dataclasses.replace`. Progress outside [0, 1] counts as the nearer end, and the value at the
+end is reached exactly.
 """
 
 import math

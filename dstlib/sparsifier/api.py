@@ -15,6 +15,7 @@ from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import check_stated, parameter_ids, refuse_unsupported
 from dstlib.sparsifier.plan import Plan, make_plan
 from dstlib.sparsifier.sparsifier import Sparsifier
+from dstlib.sparsifier.standstill import refuse_no_update, warn_of_standstill
 from dstlib.targets import unwrap
 
 
@@ -78,11 +79,13 @@ def sparsify(
         overrides=overrides or {},
         seed=seed,
     )
+    refuse_no_update(plan)
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
     _check_unmasked(sparse)
     owners = [m for m in unwrap(model).modules() if any(id(p) in sparse for p in m._parameters.values())]
     sparsifier = Sparsifier(plan, optimizers, unwrap(model), process_group, state)
     keep(sparsifier, owners)
+    warn_of_standstill(sparsifier.plan)
     if optimizers:
         _warn_of_unheld(plan, optimizers)
     return sparsifier

@@ -1,6 +1,5 @@
 """The plan of a sparse training: which weights are sparse, and how dense each is to become. Changes nothing."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from dstlib.targets import Weight, check_matches, select, shortfall, unwrap
 class Plan:
     """All that a sparsifier needs to know beforehand.
 
-    ``weights`` are all parameters with two axes or more, sparse or dense, ``num_dense`` counts the entries of all
-    others; ``densities`` are the final ones, by matrix view, ``starts`` those that a ramp leads from, and ``own``
-    names the views whose sparsity was overridden, which no allocator moves. ``densities_from_model``: they
-    came of a look at the model, not of the settings alone.
+    ``total_steps`` are those of the run, None if unknown. ``weights`` are all parameters with two axes or more, sparse
+    or dense, ``num_dense`` counts the entries of all others; ``densities`` are the final ones, by matrix view,
+    ``starts`` those that a ramp leads from, and ``own`` names the views whose sparsity was overridden, which no
+    allocator moves. ``densities_from_model``: they came of a look at the model, not of the settings alone.
     """
 
     method: Method
@@ -33,13 +32,14 @@ class Plan:
     starts: Mapping[str, float]
     num_dense: int
     seed: int
+    total_steps: int | None = None
     own: frozenset[str] = frozenset()
     densities_from_model: bool = False
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
         """Counts the active units, of ``num_total`` in each group, of a matrix view after an update at ``step``."""
-        density = self._density(name, step)
-        return num_units(num_total, self.method.with_surplus(density, self.clock.progress(step)))
+        density = self.density(name, step)
+        return num_units(num_total, self.method.with_surplus(density, self.clock.approach(step)))
 
     def budget(self, name: str, active_GU: Tensor, step: int) -> Budget:
         """Returns what a matrix view keeps and grows by itself at an update at ``step``."""
@@ -48,15 +48,17 @@ class Plan:
             active_GU.sum(dim=1),
             num_target=self.num_target(name, num_total, step),
             drop_fraction=self.drop_fraction(step),
-            num_kept=num_units(num_total, self._density(name, step)),
+            num_kept=num_units(num_total, self.density(name, step)),
+            round_up=self.method.round_up,
         )
 
     def drop_fraction(self, step: int) -> float:
         """Returns the share of the active units to exchange at ``step``."""
         return self.method.drop_fraction(self.clock.progress(step))
 
-    def _density(self, name: str, step: int) -> float:
-        return self.method.density(self.densities[name], self.clock.progress(step), self.starts[name])
+    def density(self, name: str, step: int) -> float:
+        """Returns the density of a matrix view after an update at ``step``, before any surplus."""
+        return self.method.density(self.densities[name], self.clock.approach(step), self.starts[name])
 
 
 def make_plan(
@@ -121,6 +123,7 @@ def make_plan(
         own=own,
         num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
         seed=seed,
+        total_steps=total_steps,
     )
 
 
@@ -223,15 +226,6 @@ def _make_clock(method: Method, total_steps: int | None) -> Clock:
         return clock
     if clock.stop is None:
         _check_without_end(method)
-    require(
-        clock.stop is None or clock.last != clock.start,
-        "total_steps",
-        "sparsify()",
-        allowed=f"enough for an update each {method.interval} steps within the first {method.stop:.0%} of the "
-        f"run, {math.ceil(clock.interval / method.stop)} or so",
-        given=total_steps,
-        remedy='Lengthen the run, shorten the interval by replace(method, interval=...), or choose method="static".',
-    )
     return clock
 
 

@@ -26,6 +26,7 @@ from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, 
 from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.saved import check_saved, save
+from dstlib.sparsifier.standstill import tell_of_standstill
 from dstlib.sparsifier.state import MaskedWeight, clear_all
 from dstlib.sparsifier.summary import summarize
 from dstlib.targets import Weight, find_weights
@@ -68,6 +69,7 @@ class Sparsifier:
         self._meanings = StateMeanings(state or {})
         self._next_question = float(_UNSTEPPED)  # at which step it is asked whether all weights take steps
         self._left_out: set[MaskedWeight] = set()  # by the optimizer that took over from theirs
+        self._moved = False  # whether any update has changed a mask
         self._behind: set[MaskedWeight] = set()  # those of which was told that they end at another density
         self._num_unheard = 0  # backward passes since the last step
         self._next_look = 2.0  # so many, and a weight is looked at; infinite once something was found
@@ -280,6 +282,7 @@ class Sparsifier:
                 loaded.tell_of_misfit(outside)
             if self.plan.densities_from_model:
                 self._plan = update.with_densities(self.plan, self._masked)
+        self._moved = any(m.updated_at > 0 for m in self._masked)  # what earlier updates did is not known
         self._left_out = {m for m in self._masked if m.updated_at > m.step}  # they have followed the others
         self._frozen, self._memory = bool(state["frozen"]), float(state["memory"])
         self.apply_masks()
@@ -491,6 +494,9 @@ class Sparsifier:
             if behind:
                 self._behind.update(behind)
                 tell_of_end(behind, self.plan)
+            if not self._moved:
+                tell_of_standstill(self.plan)
+                self._moved = True  # as far as anyone has to be told
 
     def _is_due(self, m: MaskedWeight) -> bool:
         """Whether an update is due, or overdue for want of a gradient."""
@@ -551,6 +557,9 @@ class Sparsifier:
                 m.clear(kept)
                 if grad is not None:
                     m.start_grown(kept, old, grad)
+            self._moved = self._moved or any(
+                not torch.equal(m.mask, old) for m, old in zip(weights, masks, strict=True)
+            )
 
     def _frozen_at(self, weights: Sequence[MaskedWeight]) -> dict[MaskedWeight, int]:
         """Returns the frozen weights, each with the step at which it is: of its optimizer, or else of these weights."""

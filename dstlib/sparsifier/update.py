@@ -52,7 +52,8 @@ def update_masks(
     budgets: dict[str, Budget] = {}
     if method.allocate is not None and accounts:
         num_total = _shared_total(accounts, masked, plan)
-        terms = Terms(num_total=num_total, drop_fraction=plan.drop_fraction(step), memory=memory)
+        fraction = plan.drop_fraction(step)
+        terms = Terms(num_total=num_total, drop_fraction=fraction, memory=memory, round_up=method.round_up)
         allocation = masking.share_out(method.allocate, accounts, terms)
         budgets, memory = _by_name(allocation.budgets, accounts, num_total, method.name), allocation.memory
     for m, view, site, drop_GU in scored:

@@ -139,7 +139,7 @@ def _sparsify(model: nn.Module, optimizer: Optimizer, settings: TrainSettings) -
     clock = method.clock(settings.num_iterations)
     if isinstance(clock, Every) and clock.last == clock.start:  # in the words of the command line, not sparsify()'s
         given = f"{settings.interval}, in a training of {settings.num_iterations} iterations"
-        allowed, remedy = f"at most {clock.stop}", "Lower --interval, or raise --epochs or --iterations."
+        allowed, remedy = f"at most {int(clock.stop or 0)}", "Lower --interval, or raise --epochs or --iterations."
         raise SettingError.of("interval", f"method {method.name}", allowed=allowed, given=given, remedy=remedy)
     include = E2ENet.FUSION
     if not isinstance(model, E2ENet):
