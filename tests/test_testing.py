@@ -39,8 +39,10 @@ from dstlib.masking import (
     Kernel,
     NeuronAblation,
     NormalFanIn,
+    ReceptiveField,
     Sampled,
     SampledRemoval,
+    SmallWorld,
     TiesByChance,
     Trace,
     WeightAndGradient,
@@ -92,6 +94,7 @@ CRITERIA = [
     *(plain_gradient, moved, traced, traced_magnitude, NORMAL),
     *(WeightAndGradient(0.01), Sampled(magnitude), Sampled(relative_importance, Linear(1.0, 3.0))),
     *(link_prediction, link_prediction_by_paths, link_prediction_l3),
+    *(ReceptiveField(0.25), ReceptiveField(0.0, equal=False), SmallWorld(0.25)),
     *(SampledRemoval(magnitude), Sampled(link_prediction), TiesByChance(link_prediction_by_paths)),
 ]
 GRANULARITIES = [Element(), Kernel(), Channel(), Block(1, 1), Block(4, 2), Block(5, 7), FanIn(), NM(2, 4), NM(1, 16)]

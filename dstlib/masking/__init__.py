@@ -42,6 +42,7 @@ from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
 from dstlib.masking.storage import DenseStorage, OverDensity, Trace
 from dstlib.masking.surgeon import prune_by_surgeon
+from dstlib.masking.topologies import ReceptiveField, SmallWorld
 from dstlib.masking.update import MaskUpdate, exchange, keep, unit_mask, unit_score, update_mask
 
 __all__ = [
@@ -69,9 +70,11 @@ __all__ = [
     "NeuronAblation",
     "NormalFanIn",
     "OverDensity",
+    "ReceptiveField",
     "Sampled",
     "SampledRemoval",
     "Site",
+    "SmallWorld",
     "Terms",
     "TiesByChance",
     "Trace",

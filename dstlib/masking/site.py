@@ -19,6 +19,7 @@ class Site:
     ``momentum`` is the optimizer's first moment, None where it keeps none. ``trace`` is what the method's
     ``trace`` has gathered over the steps before; None where it gathers nothing. ``step`` is the optimizer step,
     from 1; 0 at initialisation. ``progress`` is the share of the time in which masks change, in [0, 1].
+    ``num_target`` is how many entries are to be active, known where a first mask is chosen; None elsewhere.
     ``generator`` depends on the seed, the step and the name alone, so ranks, devices and resumed runs draw
     alike.
     """
@@ -32,6 +33,7 @@ class Site:
     generator: torch.Generator
     trace: Tensor | None = None
     progress: float = 0.0
+    num_target: int | None = None
 
     def __repr__(self) -> str:
         return f"Site({self.name!r}, step {self.step}, shape {tuple(self.weight.shape)})"

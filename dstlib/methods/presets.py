@@ -192,9 +192,11 @@ CHTS = replace(
     "LLMs to perform as fully connected, NeurIPS, arXiv:2501.19107, section 3.1: links are kept by draws with p ∝ "
     "|w|^T (α = 1; Sampled(relative_importance, ...) is α = 0) and grown by draws with p ∝ CH2-L3n. T = δ/(1-δ) rises "
     "from 1 to 3, δ from 0.5 to 0.75, and linearly as in the authors' code, where appendix H has δ rise so, up to "
-    "0.9 for transformers. Deviates: as cht, and in grown weights that start from 0, not from what they once were.",
+    "0.9 for transformers. Deviates: as cht, and in grown weights that start from 0, not from what they once were; "
+    "first masks are its bipartite receptive fields, r = 0.25.",
     drop=masking.Sampled(masking.magnitude, Linear(1.0, 3.0)),
     grow=masking.Sampled(masking.link_prediction),
+    init=masking.ReceptiveField(0.25),
 )
 
 TOPKAST = Method(

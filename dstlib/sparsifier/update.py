@@ -85,6 +85,9 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
         return _prune_in_turn(masked, plan, init)
     for m, view in views_of(masked):
         site = make_site(m, view, plan, 0)
+        active_GUE = plan.method.granularity.fold(site.mask)
+        num_target = _num_planned(plan, view.name, active_GUE[..., 0], 0) * active_GUE.shape[2]
+        site = replace(site, num_target=num_target)
         account = _account(site, plan, _unit_score(site, init(site), plan))
         change = _exchange(site, plan, account.drop_GU, account.grow_GU, _first_budget(account))
         view.write(m.mask, change.mask)
