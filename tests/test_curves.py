@@ -9,14 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import SettingError
-from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear, Sigmoid
 
 values = st.floats(0.0, 1.0)
 progress = st.floats(0.0, 1.0)
 between = st.builds(Linear, values, values) | st.builds(Cosine, values, values) | st.builds(Cubic, values, values)
+between |= st.builds(Sigmoid, values, values, st.floats(1e-3, 1e3))
 powers = st.builds(InversePower, values, st.floats(0.5, 5.0))
 # values lie in [0, 1] and each curve takes at most four roundings, of 1.1e-16 each
 ROUNDING = 5e-16
+S_SHAPE = [(1 / (1 + math.exp(-y)) - 1 / (1 + math.exp(4))) / (1 - 2 / (1 + math.exp(4))) for y in (-2, 0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,9 @@ ROUNDING = 5e-16
         (Cubic(0.0, 0.8), (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.4625, 0.7, 0.7875, 0.8)),
         # and from s_i = 0.5: s_f + (s_i - s_f) / 8
         (Cubic(0.5, 0.9), (0.0, 0.5, 1.0), (0.5, 0.85, 0.9)),
+        # CHTss, 1/(1 + e^-y) with y = k(2p - 1), here at -2, 0 and 2, less its value at -4, over the whole of its way
+        (Sigmoid(0.0, 1.0, 4.0), (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, *S_SHAPE, 1.0)),
+        (Sigmoid(0.5, 0.9), (0.0, 0.5, 1.0), (0.5, 0.7, 0.9)),
         (InversePower(0.4), (0.0, 0.5, 1.0), (0.4, 0.2, 0.0)),
         (InversePower(0.4, power=3), (0.0, 0.5, 1.0), (0.4, 0.05, 0.0)),
     ],
@@ -83,7 +88,9 @@ def test_cosine_and_its_mirror_image_add_up(start: float, p: float) -> None:
     assert Cosine(start)(p) + Cosine(start)(1 - p) == pytest.approx(start, rel=0, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("curve", [Constant(0.3), Linear(0.4), Cosine(0.3), Cubic(0.0, 1.0), InversePower(0.4)])
+@pytest.mark.parametrize(
+    "curve", [Constant(0.3), Linear(0.4), Cosine(0.3), Cubic(0.0, 1.0), Sigmoid(0.0, 1.0), InversePower(0.4)]
+)
 def test_a_curve_is_a_value(curve: Constant | Linear | Cosine | Cubic | InversePower) -> None:
     copy = pickle.loads(pickle.dumps(curve))
     assert copy == curve
@@ -125,3 +132,9 @@ def test_phases_end_sparse(a: float, phase: float, b: float, p: float) -> None:
 def test_phases_that_contradict_each_other_are_refused(given: tuple[float, float, float]) -> None:
     with pytest.raises(SettingError, match="of Alternating: expected 0 ≤ warmup"):
         Alternating(*given)
+
+
+@pytest.mark.parametrize("steepness", [0.0, -1.0, math.inf, math.nan])
+def test_a_sigmoid_rises(steepness: float) -> None:
+    with pytest.raises(SettingError, match=r"^steepness of Sigmoid: expected a number above 0"):
+        Sigmoid(0.0, 1.0, steepness)

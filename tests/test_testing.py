@@ -71,7 +71,7 @@ from dstlib.masking import (
     uniform_fan_in,
 )
 from dstlib.masking.update import zero_outside_each_
-from dstlib.schedules import Alternating, Constant, Cosine, Cubic, InversePower, Linear
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, InversePower, Linear, Sigmoid
 from dstlib.testing import (
     LawError,
     check_allocator,
@@ -101,6 +101,7 @@ GRANULARITIES = [Element(), Kernel(), Channel(), Block(1, 1), Block(4, 2), Block
 CURVES = [
     Constant(0.3),
     Linear(0.4, 0.1),
+    Sigmoid(0.0, 1.0),
     Cosine(0.5, end=0.001),
     Cubic(0.0, 1.0),
     InversePower(0.4, 3.0),

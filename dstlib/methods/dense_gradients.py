@@ -52,7 +52,8 @@ def find_reading(method: Method, layers: Mapping[str, torch.Size] | None = None)
     steps: set[int | None] = {0}
     for name, shape in (layers or {"layer": torch.Size((8, 6))}).items():
         of_all = any(_needs(criterion, method, name, shape) for criterion in (method.grow, method.grown_init))
-        if of_all or _needs(method.drop, method, name, shape, among_active=True):
+        of_active = [method.drop] if method.prune is None else [method.drop, method.prune]
+        if of_all or any(_needs(criterion, method, name, shape, among_active=True) for criterion in of_active):
             steps.add(1)
         if method.trace is not None and _needs(method.trace.of, method, name, shape):
             steps.add(method.trace.steps)

@@ -39,6 +39,9 @@ class Method:
     dropped again at the next. ``allocate`` shares the active units out among the weights at each update; without
     it, each keeps its own number.
 
+    ``prune`` scores what a density that falls takes first, on its own; the drop fraction is then of what is left, and
+    ``drop`` sees that alone. Without it, what is dropped counts towards the fall, by ``drop``.
+
     **Details.** ``trace`` gathers gradients between updates for ``drop`` and ``grow`` to read. ``storage`` keeps
     the weights that are not active, under the mask. ``round_up`` drops ceil(f·A) units instead of floor(f·A), so that
     a few move too. ``regrow=False`` bars what an update drops from growing in it, ``skip_step`` leaves the optimizer's
@@ -61,6 +64,7 @@ class Method:
     name: str
     reference: str
     drop: Criterion = masking.magnitude
+    prune: Criterion | None = None
     grow: Criterion = masking.random
     granularity: Granularity = masking.Element()
     distribution: Distribution = masking.erk
@@ -129,6 +133,7 @@ def _check_kinds(m: Method, check: _Check) -> None:
     check(
         "init", callable(m.init) or isinstance(m.init, AtInit | InTurn), "a criterion, or one of dstlib.at_init", some
     )
+    check("prune", m.prune is None or callable(m.prune), "a criterion, or None", some)
     check("allocate", m.allocate is None or callable(m.allocate), "an allocator, or None", some)
     trace, storage = "Pass dstlib.masking.Trace(steps=8), say.", "Pass dstlib.masking.DenseStorage(), say."
     check("trace", isinstance(m.trace, Trace | None), "a Trace, or None", trace)
@@ -157,6 +162,8 @@ def _check_together(m: Method, check: _Check) -> None:
         f"None, as {m.granularity} fixes the number of each weight",
         "Choose another granularity to move units between weights.",
     )
+    by_itself = "Its scores by drop say what goes; leave out one of the two."
+    check("prune", m.prune is None or m.allocate is None, "none, with an allocator, which prunes by itself", by_itself)
     has_surplus = m.surplus != Constant(0.0)
     check("surplus", m.allocate is None or not has_surplus, "none, with an allocator", "Use one of the two.")
     check(

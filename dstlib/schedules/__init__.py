@@ -1,6 +1,18 @@
 """When and how much: curves over progress, and the clock. Knows no tensor."""
 
 from dstlib.schedules.clock import Clock, Every, Never
-from dstlib.schedules.curves import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear
+from dstlib.schedules.curves import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear, Sigmoid
 
-__all__ = ["Alternating", "Clock", "Constant", "Cosine", "Cubic", "Curve", "Every", "InversePower", "Linear", "Never"]
+__all__ = [
+    "Alternating",
+    "Clock",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Curve",
+    "Every",
+    "InversePower",
+    "Linear",
+    "Never",
+    "Sigmoid",
+]

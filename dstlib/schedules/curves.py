@@ -87,6 +87,40 @@ class Cubic:
 
 
 @dataclass(frozen=True)
+class Sigmoid:
+    """An S from ``start`` to ``end``: slow at both ends, fast between, the more so the steeper.
+
+    Raises:
+        SettingError: The steepness is not above 0.
+
+    Reference: Zhang et al. 2025 (CHTss, arXiv:2501.19107), section 3.3, k = 6: σ(k(2p - 1)), stretched as in the
+    authors' code so that both ends are reached exactly.
+
+    >>> [round(Sigmoid(0.0, 1.0)(progress), 3) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    [0.0, 0.045, 0.5, 0.955, 1.0]
+    """
+
+    start: float
+    end: float
+    steepness: float = 6.0
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.steepness < math.inf,
+            "steepness",
+            "Sigmoid",
+            allowed="a number above 0",
+            given=self.steepness,
+            remedy="6 is the paper's; towards 0 it becomes a straight line.",
+        )
+
+    def __call__(self, progress: float) -> float:
+        # σ(2x) - 1/2 = tanh(x) / 2
+        weight = (1 + math.tanh(self.steepness * (_clamp(progress) - 0.5)) / math.tanh(self.steepness / 2)) / 2
+        return self.start * (1 - weight) + self.end * weight
+
+
+@dataclass(frozen=True)
 class InversePower:
     """A power of what is left: ``start`` · (1 - progress)^``power``.
 

@@ -45,10 +45,11 @@ def update_masks(
     for m, grad, momentum in due:
         for view in m.weight.views:
             site = make_site(m, view, plan, step, grad, momentum)
-            scored.append((m, view, site, _unit_score(site, _drop_score(site, plan), plan)))
+            pruned = _prune(site, plan)
+            scored.append((m, view, site, pruned, _unit_score(pruned, _drop_score(pruned, plan), plan)))
     accounts = []
     if method.allocate is not None:
-        accounts = [_account_at_update(m, s, d, plan) for m, _, s, d in scored if s.name not in plan.own]
+        accounts = [_account_at_update(m, s, d, plan) for m, _, s, _, d in scored if s.name not in plan.own]
     budgets: dict[str, Budget] = {}
     if method.allocate is not None and accounts:
         num_total = _shared_total(accounts, masked, plan)
@@ -56,8 +57,8 @@ def update_masks(
         terms = Terms(num_total=num_total, drop_fraction=fraction, memory=memory, round_up=method.round_up)
         allocation = masking.share_out(method.allocate, accounts, terms)
         budgets, memory = _by_name(allocation.budgets, accounts, num_total, method.name), allocation.memory
-    for m, view, site, drop_GU in scored:
-        active_GU = method.granularity.fold(site.mask)[..., 0]
+    for m, view, site, pruned, drop_GU in scored:
+        active_GU = method.granularity.fold(pruned.mask)[..., 0]
         budget = budgets.get(site.name) or plan.budget(site.name, active_GU, step)
         kept_GU = masking.keep(active_GU, drop_GU, budget)
         left = replace(site, mask=masking.unit_mask(kept_GU, method.granularity, site.mask.shape))
@@ -166,6 +167,18 @@ def make_site(
         trace=part(m.trace),
         progress=plan.clock.progress(step),
     )
+
+
+def _prune(site: Site, plan: Plan) -> Site:
+    """Returns a site with what the method's ``prune`` leaves of it, as its density falls."""
+    method = plan.method
+    if method.prune is None or site.grad is None:
+        return site
+    active_GU = method.granularity.fold(site.mask)[..., 0]
+    num_target = plan.num_target(site.name, active_GU.shape[1], site.step)
+    num_left_G = active_GU.sum(dim=1).clamp(max=num_target)
+    left_GU = masking.select_top(_unit_score(site, method.prune(site), plan), num_left_G, among_GU=active_GU)
+    return replace(site, mask=masking.unit_mask(left_GU, method.granularity, site.mask.shape))
 
 
 def _drop_score(site: Site, plan: Plan) -> Tensor:
