@@ -1,6 +1,9 @@
 """What is said where most of a model's matrices would stay dense, and that nothing is said elsewhere."""
 
+import ast
+import re
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -83,6 +86,81 @@ def test_a_glob_that_would_match_others_too_is_written_out():
     assert not said(nn.Sequential(*depthwise[2:], nn.Conv2d(64, 4, 1)), include=["*", "0.weight", "1.weight"])
 
 
+class Recurrent(nn.Module):
+    """Words, read both ways: of 99.6 % of its entries the layer type says that they stay dense by default."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(width, 32, num_layers=2, bidirectional=True), nn.Linear(64, 4)
+
+
+class Experts(nn.Module):
+    """Stacked experts of a user, in either order, and one bias for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 16, 32)), nn.Parameter(torch.randn(32, 4, 16))
+        self.bias = nn.Parameter(torch.randn(4, 32))
+
+
+def experts():
+    return nn.ModuleDict({"layers": nn.ModuleList([Experts(), Experts()]), "head": nn.Linear(16, 8)})
+
+
+def advice(text):
+    """The settings that a warning names, as they are passed."""
+    found = {key: re.search(rf"{key}=(\[.*?\]|{{.*?}})", text) for key in ("include", "axes")}
+    return {key: ast.literal_eval(match[1]) for key, match in found.items() if match}
+
+
+@pytest.mark.parametrize("method", ["rigl", "srigl", "srste", "cht", "dsff", "topkast"])
+@pytest.mark.parametrize("make", [Recurrent, experts])
+def test_what_is_advised_is_taken_and_leaves_nothing_to_warn_of(make, method):
+    """By methods that ask for nothing more, and by those that ask which axis counts the outputs."""
+    sparsity = 0.5 if isinstance(dstlib.METHODS[method].granularity, dstlib.NM) else 0.8
+    asked = {"sparsity": sparsity, "method": method, "total_steps": 4000}
+    texts = [text for text in said(make(), **asked) if text.startswith("Only")]
+    assert len(texts) == 1
+    settings = advice(texts[0])
+    if "axes" in settings:
+        assert settings["axes"] == {"layers.*.up": "e o i", "layers.*.down": "e o i"}
+        settings["axes"] = {"layers.*.up": "e i o", "layers.*.down": "o e i"}  # as a user knows them
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {weight.name for weight in select(model, include=settings["include"]) if not weight.reason}
+    assert not [text for text in said(model, **asked, **settings) if text.startswith("Only") or "nothing says" in text]
+    num_all = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert sum(model.get_parameter(name).numel() for name in names) > 0.9 * num_all
+
+
+def test_what_the_granularity_cannot_take_is_not_advised():
+    model = nn.Sequential(nn.GRU(6, 8), nn.Linear(8, 4))
+    method = replace(dstlib.STATIC, granularity=dstlib.NM(2, 4), distribution=dstlib.uniform)
+    (text,) = said(model, method=method)
+    assert advice(text) == {"include": ["*", "0.weight_hh_l0"]}
+    assert "0.weight_ih_l0 (144 entries): recurrent" in text
+
+
+@pytest.mark.parametrize(("axes", "warns"), [(None, True), ({"layers.*.up": "e i o", "layers.*.down": "o e i"}, False)])
+def test_axes_that_nobody_knows_are_told_of_where_they_are_taken_for_those_of_a_kernel(axes, warns):
+    texts = said(experts(), include=["*", "layers.*.up", "layers.*.down"], axes=axes)
+    assert len(texts) == warns
+    if warns:
+        assert texts[0].startswith(
+            "layers.0.up, (4, 16, 32), and 3 more: nothing says which of its axes are the outputs"
+        )
+        assert "axes={'layers.*.up': 'e o i', 'layers.*.down': 'e o i'}, say" in texts[0]
+
+
+def test_of_a_matrix_the_axes_matter_to_what_tells_them_apart_alone():
+    asked = {"include": ["*", "layers.*.mix"]}
+    assert not said(Raw([40]), **asked)
+    assert (
+        "axes={'layers.0.mix': 'o i'}" in said(Raw([40]), method=replace(dstlib.STATIC, granularity=dstlib.FanIn()))[0]
+    )
+
+
 @pytest.mark.parametrize(
     ("glob", "asks"),
     [
@@ -134,5 +212,5 @@ def test_it_is_said_exactly_where_less_than_half_becomes_sparse(kinds):
         assert text.startswith(f"Only {num_sparse / (num_sparse + num_dense):.1%} ")
         assert "left out" not in text
         assert "frozen" not in text
-    weights = select(model, exclude=exclude)
-    assert shortfall(weights, ("*",)) == (texts[0] if texts else "")
+    said_here = shortfall(select(model, exclude=exclude), ("*",), tells_axes=False, fits=lambda weight: True)
+    assert said_here == (texts[0] if texts else "")

@@ -146,7 +146,7 @@ def test_experts_take_the_number_that_they_are_and_no_other():
 
 def test_experts_change_their_masks_each_within_itself():
     model = Experts(True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     method = replace(dstlib.RIGL, interval=1)
     sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.8, method=method, total_steps=12)
     before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
@@ -280,6 +280,22 @@ def test_the_layers_of_torch_geometric_lie_as_the_table_says():
     assert shapes_of(geometric.ARMAConv(4, 6, num_stacks=2, num_layers=2)) == arma
     attention = geometric.RGATConv(4, 6, 3, heads=2, dim=5, attention_mode="multiplicative-self-attention")
     assert shapes_of(attention) == {"weight": {(12, 4)}, "q": {(10, 12)}, "k": {(10, 12)}}
+
+
+def test_a_linear_layer_whose_owner_multiplies_by_it_turned_is_turned():
+    """MobileBERT's head puts the weight of a layer below the embedding's, as inputs × outputs."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "hidden_size": 24, "embedding_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 20, "intra_bottleneck_size": 12, "true_hidden_size": 12}
+    model = transformers.MobileBertForMaskedLM(transformers.MobileBertConfig(**sizes)).eval()
+    head = {w.name: w for w in select(model)}["cls.predictions.dense.weight"]
+    assert head.views[0].of(head.parameter).shape == (30, 16)
+    ids = torch.arange(6)[None]
+    before = model(input_ids=ids).logits
+    with torch.no_grad():
+        head.views[0].of(head.parameter)[3] += 1
+    moved = (model(input_ids=ids).logits != before)[0].any(dim=0)
+    assert moved.nonzero().flatten().tolist() == [3], "a row is an output, here a word"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # both classes are to go with diffusers 1.0

@@ -2,17 +2,16 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
-from string import ascii_lowercase
 
 from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, SettingError, require
-from dstlib.masking import NM, Budget, momentum, num_units, spend
+from dstlib.masking import NM, Budget, Element, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
-from dstlib.targets import Weight, check_matches, select, shortfall, unwrap
+from dstlib.targets import Weight, check_matches, example_axes, select, shortfall, unknown_axes, unwrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,9 @@ def make_plan(
         )
         starts = _densities(weights, method, method.start_density, overrides)[0]
         starts |= {name: max(method.start_density, densities[name]) for name in own}
-    if message := shortfall(weights, include):
+    tells_axes = not isinstance(method.granularity, Element)
+    left_out = shortfall(weights, include, tells_axes=tells_axes, fits=lambda weight: _fits(weight, method))
+    for message in filter(None, (left_out, unknown_axes(weights))):
         warnings.warn(message, stacklevel=3)
     return Plan(
         method=method,
@@ -182,12 +183,17 @@ def _check_folds(weight: Weight, method: Method) -> None:
                 f"{view.name}, {tuple(matrix.shape)}",
                 allowed="Element(), as nothing says which of its axes counts the outputs",
                 given="one that tells outputs from inputs",
-                remedy=f'State the axes, by axes={{"{weight.name}": "{_example(weight)}"}}, say, or exclude it.',
+                remedy=f'State the axes, by axes={{"{weight.name}": "{example_axes(weight)}"}}, say, or exclude it.',
             )
 
 
-def _example(weight: Weight) -> str:
-    return " ".join([*ascii_lowercase[4:][: weight.parameter.ndim - 2], "o", "i"])
+def _fits(weight: Weight, method: Method) -> bool:
+    """Whether the granularity divides a weight, as far as its axes are known."""
+    try:
+        _check_folds(replace(weight, knows_axes=True), method)
+    except SettingError:
+        return not weight.knows_axes
+    return True
 
 
 def _checked_density(name: str, density: float | None, method: Method) -> float:

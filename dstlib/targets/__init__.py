@@ -1,6 +1,6 @@
 """Which parameters can be sparse, which are asked for, and the matrices that each one holds."""
 
-from dstlib.targets.coverage import coverage, shortfall
+from dstlib.targets.coverage import coverage, example_axes, shortfall, unknown_axes
 from dstlib.targets.eligibility import Weight
 from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
 from dstlib.targets.products import moments_in_turn
@@ -15,6 +15,7 @@ __all__ = [
     "check_matches",
     "coverage",
     "describe_outside",
+    "example_axes",
     "find_masked",
     "find_outside",
     "find_weights",
@@ -23,5 +24,6 @@ __all__ = [
     "refuse_outside",
     "select",
     "shortfall",
+    "unknown_axes",
     "unwrap",
 ]

@@ -4,7 +4,7 @@ What the user left out or froze counts neither as sparse nor as dense: it stays 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import groupby
 
@@ -22,10 +22,13 @@ def coverage(weights: Iterable[Weight]) -> Fraction:
     return Fraction(_num_entries(w for w in counted if not w.reason), num_all) if num_all else Fraction(1)
 
 
-def shortfall(weights: Sequence[Weight], include: Sequence[str]) -> str:
+def shortfall(
+    weights: Sequence[Weight], include: Sequence[str], *, tells_axes: bool, fits: Callable[[Weight], bool]
+) -> str:
     """Says which weights stay dense, why, and what makes them sparse; "" where at least half of all entries are.
 
-    ``include`` is what the user asked for, which is said with what more there is to ask for.
+    ``include`` is what the user asked for, which is said with what more there is to ask for. ``tells_axes``: the
+    method tells outputs from inputs, so that they must be known. ``fits`` says whether it could take a weight.
     """
     share = coverage(weights)
     if share >= Fraction(1, 2):
@@ -33,13 +36,47 @@ def shortfall(weights: Sequence[Weight], include: Sequence[str]) -> str:
     kinds = sorted(_dense_kinds(weights), key=_num_entries, reverse=True)
     least = _LEAST * sum(map(_num_entries, kinds))
     named = [kind for kind in kinds[:_NUM_NAMED] if _num_entries(kind) >= least]
-    globs = [glob for kind in named if kind[0].on_request for glob in _globs(kind, weights)]
-    remedy = f"include={[*include, *globs]} makes sparse what can be. " if globs else ""
+    asked = [weight for kind in named for weight in kind if weight.on_request and fits(weight)]
+    remedy = f"include={[*include, *_globs(asked, weights)]} makes sparse what can be" if asked else ""
+    if unknown := [weight for weight in asked if _needs_axes(weight, tells_axes=tells_axes)]:
+        remedy += f", with {_axes(unknown, weights)}"
+    remedy += ". " if remedy else ""
     return (
         f"Only {float(share):.1%} of the entries of this model's matrices become sparse. The largest that stay dense:\n"
         + "".join(f"  {_line(kind)}\n" for kind in named)
         + f"{remedy}What is to stay dense, name in exclude=, and this is not said of it."
     )
+
+
+def unknown_axes(weights: Iterable[Weight]) -> str:
+    """Says which sparse weights of three axes or more are taken for one kernel, as nothing names their axes."""
+    unknown = [weight for weight in weights if not weight.reason and _needs_axes(weight, tells_axes=False)]
+    if not unknown:
+        return ""
+    first = unknown[0]
+    several = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    return (
+        f"{first.name}, {tuple(first.parameter.shape)},{several}: nothing says which of its axes are the outputs and "
+        "the inputs, and which count matrices, so all of it is taken for one kernel, outputs × inputs × taps, by what "
+        f"shares out density and by criteria. Pass {_axes(unknown, weights)}."
+    )
+
+
+def _needs_axes(weight: Weight, *, tells_axes: bool) -> bool:
+    """Whether the user has to name a weight's axes: of two, only if outputs and inputs are told apart."""
+    return not weight.knows_axes and (tells_axes or weight.parameter.ndim > 2)
+
+
+def example_axes(weight: Weight) -> str:
+    """Returns a name for each axis of a weight.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> example_axes(Weight("up", "Experts", nn.Parameter(torch.zeros(3, 4, 5)), ()))
+    'e o i'
+    """
+    num = weight.parameter.ndim - 2
+    return " ".join([*(["e"] if num == 1 else [f"e{number}" for number in range(num)]), "o", "i"])
 
 
 def _counts(weight: Weight) -> bool:
@@ -64,10 +101,25 @@ def _glob(weight: Weight) -> str:
     return re.sub(r"\d+", "*", weight.name)
 
 
-def _globs(kind: Sequence[Weight], weights: Sequence[Weight]) -> list[str]:
-    """Returns what to include so that a kind becomes sparse: one glob, or the names where it matches others too."""
-    glob = _glob(kind[0])
-    return [glob] if len(kind) > 1 and asks_for(glob, weights) else [weight.name for weight in kind]
+def _globs(asked: Sequence[Weight], weights: Sequence[Weight]) -> list[str]:
+    """Returns what to include so that these become sparse: globs, or the names where one matches others too."""
+    names = {weight.name for weight in asked}
+    globs: dict[str, None] = {}
+    for weight in asked:
+        owner, _, key = weight.name.rpartition(".")
+        glob = re.sub(r"\d+", "*", owner) + f".{key}" if owner else key
+        matched = {w.name for w in weights if w.matches(glob)}
+        is_short = len(matched) > 1 and matched <= names and asks_for(glob, weights)
+        globs[glob if is_short else weight.name] = None
+    return list(globs)
+
+
+def _axes(unknown: Sequence[Weight], weights: Sequence[Weight]) -> str:
+    """Says how the axes of weights are named."""
+    example = {glob: example_axes(next(w for w in unknown if w.matches(glob))) for glob in _globs(unknown, weights)}
+    return (
+        f"axes={example}, say: in their order, o for outputs, i for inputs, other names where an axis counts matrices"
+    )
 
 
 def _line(kind: Sequence[Weight]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dstlib.targets.fused import fused
-from dstlib.targets.layouts import layout_of, overriding
+from dstlib.targets.layouts import is_turned_by_owner, layout_of, overriding
 from dstlib.targets.views import MatrixView, chunks, stacked, transposed_groups
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -248,7 +248,10 @@ def _matrix(candidate: Candidate) -> Weight:
         reason = f"grouped transposed convolution: {_BY_NAME}" if module.groups > 1 else ""
         on_request = candidate.names if reason else frozenset()
         return candidate.weight(reason, views=views, on_request=on_request, can_split=False)
-    return candidate.weight(views=_projections(candidate, transposed=False) if isinstance(module, nn.Linear) else ())
+    if not isinstance(module, nn.Linear):
+        return candidate.weight()
+    is_turned = is_turned_by_owner(candidate.owner, candidate.module_name.rpartition(".")[2])
+    return candidate.weight(views=_projections(candidate, transposed=is_turned))
 
 
 def _projections(candidate: Candidate, *, transposed: bool) -> tuple[MatrixView, ...]:

@@ -59,6 +59,15 @@ _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         f"{_GRAPH_CONVS}.arma_conv.ARMAConv": Layout(("weight", "init_weight", "root_weight"), transposed=True),
     }
 )
+# Linear layers whose weight another module takes and multiplies by as inputs × outputs, by that module and their name.
+_TURNED_BY_OWNER = frozenset(
+    {("transformers.models.mobilebert.modeling_mobilebert.MobileBertLMPredictionHead", "dense")}  # beside the embedding
+)
+
+
+def is_turned_by_owner(owner: nn.Module | None, name: str) -> bool:
+    """Whether the module that owns a linear layer of this name multiplies by its weight as inputs × outputs."""
+    return any((f"{cls.__module__}.{cls.__qualname__}", name) in _TURNED_BY_OWNER for cls in type(owner).__mro__)
 
 
 def layout_of(module: nn.Module, key: str, parameter: Tensor) -> Layout | None:
