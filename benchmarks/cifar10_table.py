@@ -19,6 +19,8 @@ COLOURS = {
     "static": "#999999",
     "set": "#edae49",
     "rigl": "#d1495b",
+    "rigl-cold": "#f0a5ad",
+    "rigl-warm": "#7d1128",
     "granet": "#0b4f6c",
     "srigl": "#66a182",
     "dsff": "#8d6a9f",

@@ -26,7 +26,7 @@ from dstlib.report import align
 
 HELP = {
     "model": "small: five convolutions; wrn: wide residual networks; vit: a vision transformer, by timm",
-    "method": "dense, or the name of a method of dstlib",
+    "method": "dense, or of dstlib; rigl-cold: Adam's moments of grown weights start at zero; rigl-warm: they warm up",
     "sparsity": "share of the weights that stay off",
     "distribution": "how layers share the density: erk or uniform (default: the method's)",
     "interval": f"steps between mask updates (default: the method's, or a {UPDATES}th of the run if that is shorter)",

@@ -4,15 +4,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from dstlib.errors import require
 from dstlib.names import METHOD_NAMES
 
 UPDATES = 60  # mask updates that a short run would have, if they went on to its end
+# methods of dstlib with other starts of grown weights, to be told apart under AdamW
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {"rigl-cold": ("rigl", {"grown_state": "birth"}), "rigl-warm": ("rigl", {"grown_warmup": 10})}
+)
 CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
     {
         "model": ("small", "wrn-16-1", "wrn-22-2", "vit"),
-        "method": ("dense", *METHOD_NAMES),
+        "method": ("dense", *METHOD_NAMES, *VARIANTS),
         "distribution": (None, "erk", "uniform"),
         "optimizer": ("sgd", "adamw"),
         "schedule": ("cosine", "step"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cifar10_data import NUM_CLASSES, Images, augmented, batch_indices, normalized
 from cifar10_models import MODELS
-from cifar10_settings import UPDATES, Settings
+from cifar10_settings import UPDATES, VARIANTS, Settings
 from torch import nn
 from torch.nn import functional
 
@@ -44,7 +44,8 @@ def learning_rate(settings: Settings, step: int, total_steps: int) -> float:
 
 def method_of(settings: Settings, total_steps: int) -> dstlib.Method:
     """Returns the method as this run uses it: intervals are for long runs, so the same rule shortens all of them."""
-    method = dstlib.METHODS[settings.method]
+    name, changed = VARIANTS.get(settings.method, (settings.method, {}))
+    method = replace(dstlib.METHODS[name], **changed)
     if method.interval is not None:
         scaled = min(method.interval, max(1, total_steps // UPDATES))
         method = replace(method, interval=settings.interval or scaled)

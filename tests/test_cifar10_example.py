@@ -337,6 +337,9 @@ def test_short_runs_shorten_all_intervals_alike():
     assert interval("rigl", 2343, 7) == 7
     uniform = training.method_of(settings_of.Settings(method="rigl", distribution="uniform"), 100)
     assert uniform.distribution is dstlib.masking.uniform
+    cold, warm = (training.method_of(settings_of.Settings(method=f"rigl-{how}"), 2343) for how in ("cold", "warm"))
+    assert cold == replace(dstlib.RIGL, interval=39, grown_state="birth")
+    assert warm == replace(dstlib.RIGL, interval=39, grown_warmup=10)
     assert training.method_of(settings_of.Settings(method="dsff"), 100).distribution is dstlib.DSFF.distribution
 
 

@@ -6,6 +6,7 @@ class per method and nothing to register. The field's methods are in :mod:`dstli
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from dstlib import masking
 from dstlib.errors import require
@@ -22,6 +23,8 @@ from dstlib.masking import (
     Trace,
 )
 from dstlib.schedules import Clock, Constant, Cosine, Curve, Every, Never
+
+GrownState = Literal["birth", "mean", "gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,12 @@ class Method:
     a few move too. ``regrow=False`` bars what an update drops from growing in it, ``skip_step`` leaves the optimizer's
     step out at an update, ``reset_state`` starts the optimizer's state of a weight afresh when its number of active
     units rises.
+
+    **Grown weights** start in what an optimizer divides its steps by, such as Adam's second moment, as ``grown_state``
+    says: "mean", the mean of the active ones in the layer; "gradient", that and more where the own gradient is larger
+    than theirs; "birth", what the optimizer itself begins with, which under Adam's old step count makes steps of up to
+    six learning rates. Under any optimizer, the k-th move of a grown weight is k / ``grown_warmup`` of what it makes
+    it, until it is all of it or weights grow anew.
 
     **Progress.** A drop fraction is a curve of ``Every.progress``, measured against ``stop`` as papers do; ``ramp``
     and ``surplus`` are curves of ``Every.approach``, measured against the last update, by which they have arrived.
@@ -83,6 +92,8 @@ class Method:
     round_up: bool = False
     skip_step: bool = False
     reset_state: bool = False
+    grown_state: GrownState = "gradient"
+    grown_warmup: int = 0
 
     def __post_init__(self) -> None:
         def check(name: str, holds: bool, allowed: str, remedy: str) -> None:
@@ -140,6 +151,9 @@ def _check_kinds(m: Method, check: _Check) -> None:
     check("storage", isinstance(m.storage, DenseStorage | None), "a DenseStorage, or None", storage)
     for name in ("regrow", "round_up", "skip_step", "reset_state"):
         check(name, type(getattr(m, name)) is bool, "True or False", "It is an option of the update.")
+    states = get_args(GrownState)
+    what = "What an optimizer divides its steps by starts so; SGD keeps nothing of the kind."
+    check("grown_state", m.grown_state in states, f"one of {', '.join(states)}", what)
     folds = isinstance(m.granularity, Granularity) and not isinstance(m.granularity, type)
     check("granularity", folds, "a value that folds and unfolds", "Pass dstlib.Element(), say.")
 
@@ -149,6 +163,8 @@ def _check_numbers(m: Method, check: _Check) -> None:
     allowed = "a whole number of steps from 1 up, a share of the run in (0, 1), or None"
     check("interval", m.interval is None or is_steps or is_share, allowed, "None fixes the topology.")
     check("stop", 0 < m.stop <= 1, "a share of the run in (0, 1]", "Pass 0.75; interval=None fixes the topology.")
+    is_length = type(m.grown_warmup) is int and m.grown_warmup >= 0
+    check("grown_warmup", is_length, "a whole number of steps from 0 up", "10 are enough; 0 warms nothing up.")
     starts = "1 starts dense; a ramp leads from it."
     check("start_density", 0 < m.start_density <= 1, "a density in (0, 1]", starts)
 
@@ -164,6 +180,8 @@ def _check_together(m: Method, check: _Check) -> None:
     )
     by_itself = "Its scores by drop say what goes; leave out one of the two."
     check("prune", m.prune is None or m.allocate is None, "none, with an allocator, which prunes by itself", by_itself)
+    given = "0, with dense storage"
+    check("grown_warmup", not (m.grown_warmup and m.storage), given, "There hidden weights have moved all along.")
     has_surplus = m.surplus != Constant(0.0)
     check("surplus", m.allocate is None or not has_surplus, "none, with an allocator", "Use one of the two.")
     check(

@@ -24,12 +24,14 @@ class Meaning:
     A "moment" is zero at birth, an "accumulator" (a step size, too) has the value ``birth``: a number, or a function
     of the parameter's group. "weights" are a copy of the weights: born as what they copy. "other" is not of single
     entries, such as a preconditioner, and is left alone. ``first`` gives what the entries of a grown weight start
-    from where an optimizer makes it of its first gradient.
+    from where an optimizer makes it of its first gradient. ``power`` is that of the gradient's size with which grows
+    what steps are divided by, 2 for a mean of squares; None: steps are not divided by it.
     """
 
     kind: Kind
     birth: float | Callable[[Mapping[str, Any]], float] = 0.0
     first: Callable[[Tensor], Tensor] | None = None
+    power: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Known:
 
 
 MOMENT = Meaning("moment")
+SQUARES = Meaning("moment", power=2)
 WEIGHTS = Meaning("weights")
 OTHER = Meaning("other")
 
 
-def _setting(name: str) -> Meaning:
+def _setting(name: str, power: int | None = None) -> Meaning:
     """Returns an accumulator that is born as a setting of its group."""
-    return Meaning("accumulator", lambda group: float(group[name]))
+    return Meaning("accumulator", lambda group: float(group[name]), power=power)
 
 
 def _all(meaning: Meaning, keys: str) -> dict[str, Meaning]:
@@ -61,16 +64,19 @@ def _vsgd(prior: str) -> Meaning:
 
 
 # What torch calls its moments, and everyone after it; those quantised in a way that zero is the code of zero, too.
-MOMENTS = _all(
-    MOMENT,
-    "exp_avg exp_avg_sq max_exp_avg_sq exp_avg_var max_exp_avg_var exp_inf exp_avg_diff exp_avg_slow exp_avg_lr "
-    "exp_avg_grad exp_hessian_diag_sq neg_exp_avg grok_exp_avg momentum momentum_buffer momentum_buffer.* moments "
-    "pos_momentum neg_momentum square_avg grad_avg acc_delta sum grad_sum_sq grad_buffer i_buffer d_buffer "
-    "previous_grad last_grad approx_hessian update exp_avg::quantized exp_avg_sq::quantized",
-)
+MOMENTS = {
+    **_all(SQUARES, "exp_avg_sq max_exp_avg_sq exp_avg_var max_exp_avg_var square_avg sum grad_sum_sq"),
+    "exp_inf": Meaning("moment", power=1),
+    **_all(
+        MOMENT,
+        "exp_avg exp_avg_diff exp_avg_slow exp_avg_lr exp_avg_grad exp_hessian_diag_sq neg_exp_avg grok_exp_avg "
+        "momentum momentum_buffer momentum_buffer.* moments pos_momentum neg_momentum grad_avg acc_delta grad_buffer "
+        "i_buffer d_buffer previous_grad last_grad approx_hessian update exp_avg::quantized exp_avg_sq::quantized",
+    ),
+}
 
 KNOWN = (
-    Known("torch 2.13", ("torch.optim.adagrad.Adagrad",), {"sum": _setting("initial_accumulator_value")}),
+    Known("torch 2.13", ("torch.optim.adagrad.Adagrad",), {"sum": _setting("initial_accumulator_value", 2)}),
     Known("torch 2.13", ("torch.optim.rprop.Rprop",), {"step_size": _setting("lr"), "prev": MOMENT}),
     Known("torch 2.13", ("torch.optim.asgd.ASGD",), {"ax": WEIGHTS}),
     Known(
@@ -79,7 +85,7 @@ KNOWN = (
         _all(WEIGHTS, "lookahead_slow_buff slow_param slow_params backup_params old_p trac"),
     ),
     Known("wrappers around torch's optimizers: schedulefree 1.4.1", ("torch.optim.*",), _all(WEIGHTS, "z x y")),
-    Known("timm 1.0.31", ("timm.optim.rmsprop_tf.RMSpropTF",), {"square_avg": Meaning("accumulator", 1.0)}),
+    Known("timm 1.0.31", ("timm.optim.rmsprop_tf.RMSpropTF",), {"square_avg": Meaning("accumulator", 1.0, power=2)}),
     Known("timm 1.0.31", ("timm.optim.adan.Adan",), {"neg_pre_grad": Meaning("moment", first=torch.neg)}),
     Known(
         "timm 1.0.31, pytorch_optimizer 4.1.0",
@@ -93,6 +99,7 @@ KNOWN = (
         {
             **_all(WEIGHTS, "*schedule_free_z_* *msam_z_* *weight_decay_to_init_* *weight_decay_to_ema_exp_avg_*"),
             **_all(OTHER, "*_soap_* *_lather_* *_suds_exp_avg_*"),  # in a rotated basis
+            "*_exp_avg_sq_*": SQUARES,
             **_all(MOMENT, "*_exp_avg_* *_momentum_* *_fisher_approx_* *_old_grad_*"),
         },
     ),
@@ -117,7 +124,7 @@ KNOWN = (
     Known(
         "torch_optimizer 0.3.0, pytorch_optimizer 4.1.0",
         ("torch_optimizer.*.Yogi", "pytorch_optimizer.*.Yogi"),
-        _all(_setting("initial_accumulator"), "exp_avg exp_avg_sq"),
+        {"exp_avg": _setting("initial_accumulator"), "exp_avg_sq": _setting("initial_accumulator", 2)},
     ),
     Known(
         "torch_optimizer 0.3.0, pytorch_optimizer 4.1.0",
@@ -134,7 +141,7 @@ KNOWN = (
     Known(
         "dadaptation 3.2, pytorch_optimizer 4.1.0",
         ("*.DAdaptAdaGrad",),
-        {**_all(Meaning("accumulator", 1e-6), "alphak alpha_k"), "sk": MOMENT},
+        {**_all(Meaning("accumulator", 1e-6, power=2), "alphak alpha_k"), "sk": MOMENT},
     ),
     Known("prodigyopt 1.1.2, pytorch_optimizer 4.1.0", ("*.Prodigy",), {"p0": WEIGHTS}),
     Known("pytorch_optimizer 4.1.0", ("*.VSGD",), {"mug": MOMENT, "bg": _vsgd("pbg2"), "bhg": _vsgd("pbhg2")}),
@@ -161,7 +168,12 @@ KNOWN = (
             **_all(WEIGHTS, "ema param_buffer shadow prev_param pbar mov_avg_param"),
         },
     ),
-    Known("bitsandbytes 0.50.2", ("bitsandbytes.*",), _all(MOMENT, "state1 state2")),
+    Known(
+        "bitsandbytes 0.50.2: with one state",
+        tuple(f"bitsandbytes.*.{name}*" for name in ("RMSprop", "Adagrad")),
+        {"state1": SQUARES},
+    ),
+    Known("bitsandbytes 0.50.2", ("bitsandbytes.*",), {"state1": MOMENT, "state2": SQUARES}),
     Known(
         "torch 2.13, timm 1.0.31, torch_optimizer 0.3.0, pytorch_optimizer 4.1.0, schedulefree 1.4.1, bitsandbytes "
         "0.50.2, torchao 0.18.0, dadaptation 3.2, prodigyopt 1.1.2, lion-pytorch 0.2.5, galore-torch 1.0, "

@@ -22,10 +22,12 @@ from torch.optim import LBFGS, Optimizer
 from dstlib.errors import SettingError, require
 from dstlib.masking.update import bit_patterns, zero_outside_
 from dstlib.sparsifier.known_optimizers import MOMENT, MOMENTS, OTHER, Kind, Meaning, known
+from dstlib.targets import MatrixView
 
 _MOMENTA = ("momentum_buffer", "exp_avg")  # SGD, RMSprop, Muon · Adam and its kin
 _SHELVES = ("trac",)  # names under which state is kept by parameter: pytorch_optimizer's TRAC
 _COUNTS = {"step": 0, "mu_product": 1}  # what Adam and NAdam correct by, as it is before the first step
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # numbers that are no codes of others
 _CONTAINERS = (Mapping, list, tuple, deque)
 _WORDS = {
     "moment": "moments",
@@ -107,6 +109,33 @@ class Kept:
         else:
             return
         self.values.copy_(torch.where(where, first.to(self.values.dtype), self.values))
+
+    def start_beside(self, view: MatrixView, grown: Tensor, stayed: Tensor, grad: Tensor | None) -> None:
+        """Starts what steps are divided by, in one matrix of the weight, as large as it is where weights stayed.
+
+        That is its mean over them, times the size of the own gradient to the ``power``, over the mean of theirs, where
+        that is more than 1; without a gradient, the mean. All boolean and other tensors have the weight's shape. What
+        is kept in codes, or not of the weight's shape, starts as at birth, and so does all where no weight stayed.
+
+        >>> squares, stayed = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[True, False, False]])
+        >>> kept = Kept("exp_avg_sq", squares, Meaning("moment", power=2), 0.0)
+        >>> kept.start_beside(MatrixView("weight"), ~stayed, stayed, torch.tensor([[1.0, 0.5, 3.0]])); squares
+        tensor([[ 4.,  4., 36.]])
+        """
+        if self.meaning.power is None or self.values.shape != grown.shape or self.values.dtype not in _PLAIN:
+            return
+        device = self.values.device
+        values, grown, stayed = (view.of(x.to(device)) for x in (self.values, grown, stayed))
+        typical = _mean_where(stayed, values)
+        if grad is not None:
+            sizes = view.of(grad).to(device).float().abs().pow(self.meaning.power)
+            relative = sizes / _mean_where(stayed, sizes)
+            typical = typical * torch.where(relative.isfinite(), relative, 1.0).clamp(min=1.0)
+        values.copy_(torch.where(grown & stayed.any(), typical.to(values.dtype), values))
+
+
+def _mean_where(where: Tensor, x: Tensor) -> Tensor:
+    return torch.where(where, x, 0).sum(dtype=torch.float32) / where.sum()
 
 
 class StateMeanings:
@@ -280,7 +309,7 @@ def observe(values: Tensor, mask: Tensor) -> Meaning | None:
 
     >>> mask = torch.tensor([True, True, False, False])
     >>> observe(torch.tensor([0.3, 0.2, 1.0, 1.0]), mask)
-    Meaning(kind='accumulator', birth=1.0, first=None)
+    Meaning(kind='accumulator', birth=1.0, first=None, power=None)
     >>> observe(torch.tensor([0.3, 0.2, 0.0, 0.1]), mask).kind, observe(torch.zeros(4), mask)
     ('other', None)
     """

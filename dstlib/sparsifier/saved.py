@@ -26,11 +26,12 @@ from dstlib.torch_files import check_seal, checksum
 VERSION = 2
 # the fields of MaskedWeight that a run depends on, by their key in a saved state
 _SAVED = {
-    **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach")},
+    **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach", "young")},
     "ranked": "densities",
 }
+_LATER = {"young": None}  # those that earlier builds did not save, as what they had was this
 MOST_STEPS = 2**53  # that no training takes, and that a history and any float still count
-_BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None}
+_BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None, "young": None}
 _WHOLE = "the saved state"
 
 
@@ -154,7 +155,7 @@ def _num_planned(masked: Iterable[MaskedWeight], plan: Plan) -> int:
 
 
 def _check_fields(saved: Any, name: str) -> None:
-    if not isinstance(saved, Mapping) or set(saved) != set(_SAVED):
+    if not isinstance(saved, Mapping) or {*saved, *_LATER} != set(_SAVED):
         given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
         raise _misfit("fields", name, ", ".join(_SAVED), given)
 
@@ -162,7 +163,7 @@ def _check_fields(saved: Any, name: str) -> None:
 def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight:
     weight = current.weight
     _check_fields(saved, weight.name)
-    theirs = MaskedWeight(weight, **{field: saved[key] for key, field in _SAVED.items()})
+    theirs = MaskedWeight(weight, **{field: {**_LATER, **saved}[key] for key, field in _SAVED.items()})
     _check_steps(theirs, plan)
     densities, num_densities = theirs.densities, len(weight.views) if plan.densities_from_model else 0
     if (
@@ -200,17 +201,20 @@ def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
     _check_tensor("mask", saved.mask, name, shape, is_bool=True)
     for what, tensor, is_there in (
         ("trace", saved.trace, traces and (saved.trace is not None or None)),
+        ("young", saved.young, plan.method.grown_warmup > 0 and (saved.young is not None or None)),
         ("hidden", saved.hidden, storage is not None),
         ("reach", saved.reach, storage is not None and storage.extra is not None),
     ):
         if is_there:
-            _check_tensor(what, tensor, name, shape, is_bool=what == "reach")
+            _check_tensor(what, tensor, name, shape, is_bool=what in ("reach", "young"))
         elif tensor is not None:
             raise _misfit(what, name, "nothing", _described(tensor))
     if saved.trace is not None and saved.traced_at == 0:
         raise _misfit("trace", name, "nothing, as traced_at is 0", _described(saved.trace))
     if saved.hidden is not None and (num := count_outside(saved.hidden, ~saved.mask)):
         raise _misfit("hidden", name, "zeros inside the mask", f"{num} others")
+    if saved.young is not None and bool((saved.young & ~saved.mask).any()):
+        raise _misfit("young", name, "a part of the mask", "more")
     if saved.reach is not None and bool((saved.mask & ~saved.reach).any()):
         raise _misfit("reach", name, "all that the mask has, and more", "less")
 

@@ -463,6 +463,9 @@ class Sparsifier:
             for m in ready:
                 if m.reveal():
                     update.pull_hidden(m, self.plan, scale)
+        if warmup := self.plan.method.grown_warmup:
+            for m in weights:
+                m.note_young(self._kept(m), warmup)
         # an update may leave the step out
         for m in ready:
             grad = m.parameter.grad  # one that is set by hand may be a single number, expanded
@@ -474,6 +477,9 @@ class Sparsifier:
 
     def _end_step(self, weights: Sequence[MaskedWeight]) -> None:
         """Does all that comes after the step: zeros in the weights and the optimizers' state, one more step counted."""
+        for m in weights:
+            if m.before:
+                m.slow_young(self._kept(m), self.plan.method.grown_warmup)
         # under dense storage the masks are chosen by the weights as they are after the step
         stepped = [m for m in weights if m.is_revealed and m.is_stepping]
         try:
@@ -556,7 +562,8 @@ class Sparsifier:
                 kept = self._kept(m)
                 m.clear(kept)
                 if grad is not None:
-                    m.start_grown(kept, old, grad)
+                    m.start_grown(kept, old, grad, self.plan.method.grown_state)
+                m.young = m.mask & ~old if grad is not None and self.plan.method.grown_warmup else None
             self._moved = self._moved or any(
                 not torch.equal(m.mask, old) for m, old in zip(weights, masks, strict=True)
             )

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from dstlib.masking import Granularity
 from dstlib.masking.update import count_outside, factor, zero_outside_, zero_outside_each_
+from dstlib.methods.method import GrownState
 from dstlib.sparsifier.optimizer_state import Kept
 from dstlib.targets import Weight
+
+_TENSORS = ("trace", "hidden", "reach", "young")  # of a MaskedWeight, beside its mask
 
 
 @dataclass(eq=False)
@@ -22,7 +25,10 @@ class MaskedWeight:
     come to. ``hidden`` are the values under the mask, zero inside it, and ``reach`` marks what receives gradients:
     both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values.
     ``densities`` are those of the matrix views that came of a look at the model, where the method's ``init`` takes
-    one. ``version`` is the parameter's when it was last seen to be zero outside the mask, ``lost_at`` the last step
+    one. ``young`` marks what the last update has grown, as long as it warms up; ``before`` is what it was, in the
+    parameter and in copies of it, before the step that has begun.
+
+    ``version`` is the parameter's when it was last seen to be zero outside the mask, ``lost_at`` the last step
     that found something else's non-zeros there.
     """
 
@@ -37,17 +43,19 @@ class MaskedWeight:
     reach: Tensor | None = None
     is_revealed: bool = False
     densities: tuple[float, ...] = ()
+    young: Tensor | None = None
+    before: list[Tensor] = field(default_factory=list)
     version: int = -1
     lost_at: int = -1
     _factor: tuple[Tensor, int, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_factor": None}
+        return {**vars(self), "_factor": None, "before": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes masks as copies: tensors that were sent to another process share their memory with the sender."""
         self.__dict__.update(state)
-        for name in ("mask", "trace", "hidden", "reach"):
+        for name in ("mask", *_TENSORS):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.clone())
 
@@ -94,7 +102,7 @@ class MaskedWeight:
         if self.mask.device == (device := self.parameter.device):
             return
         self.mask = self.mask.to(device)
-        for name in ("trace", "hidden", "reach"):
+        for name in _TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
 
@@ -102,11 +110,41 @@ class MaskedWeight:
         """Writes zeros outside the mask, and makes what optimizers keep for the weight there as it is at birth."""
         clear_all([(self, kept)])
 
-    def start_grown(self, kept: Iterable[Kept], old: Tensor, grad: Tensor) -> None:
-        """Starts what optimizers make of the weight, or of its first gradient, where it has grown since an old mask."""
-        if self.hidden is None:
-            for k in kept:
-                k.start(self.mask & ~old, self.parameter.detach(), grad)
+    def start_grown(self, kept: Iterable[Kept], old: Tensor, grad: Tensor, how: GrownState) -> None:
+        """Starts what optimizers keep for the weight where it has grown since an old mask, if not as at birth."""
+        if self.hidden is not None:
+            return
+        grown, stayed = self.mask & ~old, self.mask & old
+        for k in kept:
+            k.start(grown, self.parameter.detach(), grad)
+            if how != "birth":
+                for view in self.weight.views:
+                    k.start_beside(view, grown, stayed, grad if how == "gradient" else None)
+
+    def note_young(self, kept: Iterable[Kept], warmup: int) -> None:
+        """Notes, before a step, where it begins from for what has grown and warms up; forgets what has warmed up."""
+        self.before = []
+        if self.young is None:
+            return
+        if self.begun - self.updated_at + 1 >= warmup:  # at full length from this step on
+            self.young = None
+            return
+        self.young = self.young & self.mask  # zeros that something else wrote may have moved it
+        self.before = [x[self.young.to(x.device)] for x in self._moving(kept)]
+
+    def slow_young(self, kept: Iterable[Kept], warmup: int) -> None:
+        """Takes back, after a step, what moves of weights that warm up have in excess of their share."""
+        share = (self.begun - self.updated_at + 1) / warmup
+        for x, before in zip(self._moving(kept), self.before, strict=False):  # copies may be born in the step
+            assert self.young is not None
+            young = self.young.to(x.device)
+            x[young] = torch.lerp(before, x[young], share)
+        self.before = []
+
+    def _moving(self, kept: Iterable[Kept]) -> list[Tensor]:
+        """Returns the weight and the copies of it that optimizers keep."""
+        copies = (k.values for k in kept if k.meaning.kind == "weights" and k.values.shape == self.mask.shape)
+        return [self.parameter.detach(), *copies]
 
     def num_outside(self) -> int:
         """Counts the non-zeros outside the mask; there are none unless revealed, or something else wrote them."""
@@ -145,9 +183,10 @@ class MaskedWeight:
         self.mask.copy_(saved.mask)
         self.step = self.begun = saved.step
         self.updated_at, self.traced_at, self.densities = saved.updated_at, saved.traced_at, saved.densities
-        self.trace, self.hidden, self.reach = (
-            None if x is None else x.detach().clone().to(device) for x in (saved.trace, saved.hidden, saved.reach)
-        )
+        for name in _TENSORS:
+            tensor = getattr(saved, name)
+            setattr(self, name, None if tensor is None else tensor.detach().clone().to(device))
+        self.before = []
         self.is_revealed = False
 
 
