@@ -29,6 +29,7 @@ from dstlib.masking import (
     NM,
     AdaptiveThreshold,
     Allocation,
+    AmongSome,
     Block,
     Budget,
     Channel,
@@ -71,7 +72,7 @@ from dstlib.masking import (
     uniform_fan_in,
 )
 from dstlib.masking.update import zero_outside_each_
-from dstlib.schedules import Alternating, Constant, Cosine, Cubic, InversePower, Linear, Sigmoid
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Cycles, InversePower, Linear, Sigmoid
 from dstlib.testing import (
     LawError,
     check_allocator,
@@ -96,6 +97,7 @@ CRITERIA = [
     *(link_prediction, link_prediction_by_paths, link_prediction_l3),
     *(ReceptiveField(0.25), ReceptiveField(0.0, equal=False), SmallWorld(0.25)),
     *(SampledRemoval(magnitude), Sampled(link_prediction), TiesByChance(link_prediction_by_paths)),
+    AmongSome(gradient),
 ]
 GRANULARITIES = [Element(), Kernel(), Channel(), Block(1, 1), Block(4, 2), Block(5, 7), FanIn(), NM(2, 4), NM(1, 16)]
 CURVES = [
@@ -106,6 +108,7 @@ CURVES = [
     Cubic(0.0, 1.0),
     InversePower(0.4, 3.0),
     Alternating(),
+    Cycles(),
 ]
 ALLOCATORS = [
     *(global_units, lamp, GlobalRank(may_empty=True), momentum_share, AdaptiveThreshold()),
@@ -158,6 +161,8 @@ def test_the_lists_above_are_complete():
     no_criteria = {"AtInit", "Trace", "DenseStorage", "OverDensity"}
     other = {
         "NormalFanIn",
+        "Times",
+        "relative_shares",
         "falling",
         "share_out",
         "stored",

@@ -14,6 +14,7 @@ from dstlib.masking.allocation import (
 from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms, spend
 from dstlib.masking.counts import num_units, round_down, whole_if_near
 from dstlib.masking.criteria import (
+    AmongSome,
     Drawn,
     Sampled,
     SampledRemoval,
@@ -33,7 +34,7 @@ from dstlib.masking.criteria import (
     traced,
     traced_magnitude,
 )
-from dstlib.masking.distribution import Distribution, er, erk, uniform, uniform_dense_first
+from dstlib.masking.distribution import Distribution, Times, er, erk, uniform, uniform_dense_first
 from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granularity, Kernel
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
 from dstlib.masking.in_turn import InTurn, best_units, places
@@ -51,6 +52,7 @@ __all__ = [
     "AdaptiveThreshold",
     "Allocation",
     "Allocator",
+    "AmongSome",
     "AtInit",
     "Block",
     "Budget",
@@ -77,6 +79,7 @@ __all__ = [
     "SmallWorld",
     "Terms",
     "TiesByChance",
+    "Times",
     "Trace",
     "WeightAndGradient",
     "best_units",

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from dstlib.errors import ScoreError, require
+from dstlib.masking.counts import round_down
+from dstlib.masking.selection import count, select_top
 from dstlib.masking.site import Criterion, Site
 from dstlib.schedules.curves import Curve
 
@@ -160,6 +162,42 @@ class Drawn:
         with torch.device("cpu"):  # the generator is the CPU's
             scores = self.draw(site.weight.shape, site.generator)
         return scores.to(site.weight.device, torch.float32)
+
+
+@dataclass(frozen=True)
+class AmongSome:
+    """Scores a random part of the inactive weights by a criterion, and the others like the lowest of all: not to grow.
+
+    The part is as large as the active weights are many, times ``per_active``, or all that are inactive. Active weights
+    are scored too.
+
+    Raises:
+        SettingError: ``per_active`` is no number above 0.
+
+    Reference: Heddes et al. 2024 (GSE), whose subset is drawn uniformly, or by the activations and gradients of outputs
+    and inputs; its size is that times the number of active weights, 1 in the published commands.
+
+    >>> from dstlib.masking import site_generator
+    >>> w = torch.tensor([[1.0, 2.0, 0.0, 0.0, 0.0, 0.0]])
+    >>> site = Site(name="fc", weight=w, mask=w != 0, grad=torch.arange(6.0)[None], momentum=None, step=1,
+    ...             generator=site_generator(0, 1, "fc"))
+    >>> AmongSome(gradient)(site)  # two of four
+    tensor([[0., 1., 0., 3., 0., 5.]])
+    """
+
+    criterion: Criterion
+    per_active: float = 1.0
+
+    def __post_init__(self) -> None:
+        remedy = "1 looks at as many as are active."
+        fits = 0 < self.per_active < float("inf")
+        require(fits, "per_active", "AmongSome", allowed="a number above 0", given=self.per_active, remedy=remedy)
+
+    def __call__(self, site: Site) -> Tensor:
+        score, inactive_1N = self.criterion(site), ~site.mask.flatten()[None]
+        num_1 = torch.clamp(count(inactive_1N), max=round_down(self.per_active * int(site.mask.sum())))
+        some = select_top(site.rand().flatten()[None], num_1, among_GU=inactive_1N).view(site.mask.shape)
+        return score.where(some | site.mask, score.min())
 
 
 def sign_balanced(site: Site) -> Tensor:

@@ -7,10 +7,25 @@ that add up exactly, and rounding n·(k/n) gives k back.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dstlib.masking.counts import apportion, round_down
 
 Distribution = Callable[[Mapping[str, Sequence[int]], float], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Times:
+    """A density ``factor`` times another one, 1 at most: where a ramp leads from, by where it leads.
+
+    >>> Times(3)(0.25), Times(3)(0.5)
+    (0.75, 1.0)
+    """
+
+    factor: float
+
+    def __call__(self, density: float) -> float:
+        return min(self.factor * density, 1.0)
 
 
 def uniform(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:

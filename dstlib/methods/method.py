@@ -37,10 +37,10 @@ class Method:
     which it is fixed.
     ``init`` chooses the first mask; ``grown_init`` gives grown weights their values.
 
-    **Densities.** The density of a weight moves from ``start_density`` (``ramp`` = 0; 1 is dense) to its final
-    value (``ramp`` = 1). ``surplus(progress)`` is the share of units beyond it that are grown at an update and
-    dropped again at the next. ``allocate`` shares the active units out among the weights at each update; without
-    it, each keeps its own number.
+    **Densities.** The density of a weight moves from ``start_density`` (``ramp`` = 0) to its final one (``ramp`` = 1):
+    1 starts dense, ``Times(3)`` at three times the final one. ``surplus(progress)`` is the share of units beyond it
+    that are grown at an update and dropped again at the next. ``allocate`` shares the active units out among the
+    weights at each update; without it, each keeps its own number.
 
     ``prune`` scores what a density that falls takes first, on its own; the drop fraction is then of what is left, and
     ``drop`` sees that alone. Without it, what is dropped counts towards the fall, by ``drop``.
@@ -79,7 +79,7 @@ class Method:
     distribution: Distribution = masking.erk
     drop_fraction: Curve = Cosine(0.3)
     ramp: Curve = Constant(1.0)
-    start_density: float = 1.0
+    start_density: float | Callable[[float], float] = 1.0
     surplus: Curve = Constant(0.0)
     allocate: Allocator | None = None
     interval: int | float | None = 100
@@ -121,7 +121,12 @@ class Method:
     def density(self, target: float, progress: float, start: float | None = None) -> float:
         """Computes the density of a weight on its way from ``start``, or else ``start_density``, to ``target``."""
         way = self._within("ramp", self.ramp(progress), "0 is the starting density, 1 the target.")
-        return (1 - way) * (self.start_density if start is None else start) + way * target
+        return (1 - way) * (self.starting_density(target) if start is None else start) + way * target
+
+    def starting_density(self, target: float) -> float:
+        """Computes the density that a ramp to ``target`` leads from."""
+        start = self.start_density
+        return start(target) if callable(start) else start
 
     def with_surplus(self, density: float, progress: float) -> float:
         """Computes the density that holds until the next update, where ``density`` stays after it."""
@@ -166,7 +171,8 @@ def _check_numbers(m: Method, check: _Check) -> None:
     is_length = type(m.grown_warmup) is int and m.grown_warmup >= 0
     check("grown_warmup", is_length, "a whole number of steps from 0 up", "10 are enough; 0 warms nothing up.")
     starts = "1 starts dense; a ramp leads from it."
-    check("start_density", 0 < m.start_density <= 1, "a density in (0, 1]", starts)
+    is_density = callable(m.start_density) or 0 < m.start_density <= 1
+    check("start_density", is_density, "a density in (0, 1], or what makes it from the final one", starts)
 
 
 def _check_together(m: Method, check: _Check) -> None:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from dstlib import masking
 from dstlib.errors import require, similar
 from dstlib.methods.method import Method
-from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Linear, Sigmoid
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Cycles, Linear, Sigmoid
 
 STATIC = Method(
     name="static",
@@ -119,6 +119,48 @@ RIGL_ITOP = replace(
     drop_fraction=Cosine(0.5),
     interval=4000,
     stop=1.0,
+)
+
+GSE = Method(
+    name="gse",
+    reference="Heddes et al. 2024, Always-sparse training by growing connections with guided stochastic exploration, "
+    "arXiv:2401.06898: only as many inactive weights as there are active ones, drawn at random, compete to grow by "
+    "gradient; until 60 % of the run. Deviates: they are drawn uniformly, one of the paper's three ways; each layer "
+    "exchanges its own share, where the published code ranks all layers together; an update each 100 steps, not 1000.",
+    grow=masking.AmongSome(masking.gradient),
+    drop_fraction=Cosine(0.2),
+    stop=0.6,
+    regrow=False,
+)
+
+SEFT = Method(
+    name="seft",
+    reference="Xiao et al. 2025, Leave it to the specialist: repair sparse LLMs with sparse fine-tuning via sparsity "
+    "evolution, arXiv:2505.24037: from the zeros of a pruned model, what matters least to the loss is dropped, and "
+    "what has the largest gathered gradient grows. The authors' program was not found: f, falling linearly from 0.2, "
+    "five steps of gradients and an update each 100 steps are those of the program of SpIEL (Ansell et al. 2024), on "
+    "which it builds. Deviates: all active weights train, where the paper trains a sparse part of the change.",
+    drop=masking.saliency,
+    grow=masking.traced_magnitude,
+    distribution=masking.uniform,
+    drop_fraction=Linear(0.2),
+    stop=1.0,
+    trace=masking.Trace(steps=5),
+)
+
+CYCLIC = Method(
+    name="cyclic",
+    reference="Li et al. 2024, Pushing the limits of sparsity: a bag of tricks for extreme pruning, arXiv:2411.13545 "
+    "(EAST), its cyclic sparsity: twice, for a fifth of the run each, the density rises by a cosine to three times the "
+    "final one and falls back. Deviates: each update exchanges a share as well, each 100 steps throughout, where the "
+    "published code does so after the cycles, each 4000. Its other parts, activations that fade from DyReLU to ReLU "
+    "and blocks that share weights, belong to the network.",
+    grow=masking.gradient,
+    drop_fraction=Cosine(0.5, end=0.005),
+    ramp=Cycles(),
+    start_density=masking.Times(3),
+    stop=1.0,
+    round_up=True,
 )
 
 GRANET = Method(
@@ -239,8 +281,8 @@ SRSTE = replace(
 )
 
 # in the order of docs/methods.md: one density throughout; one that moves; structure, links, weights that live on
-_SPARSE = (STATIC, SET, SET_ITOP, RIGL, RIGL_ITOP, SNFS, DSR, MEST, MEST_SOFT)
-_RAMPED = (GRANET, GRANET_SPARSE, GMP, GMP_GLOBAL, ACDC)
+_SPARSE = (STATIC, SET, SET_ITOP, RIGL, RIGL_ITOP, GSE, SEFT, SNFS, DSR, MEST, MEST_SOFT)
+_RAMPED = (GRANET, GRANET_SPARSE, GMP, GMP_GLOBAL, ACDC, CYCLIC)
 _OTHERS = (SRIGL, CHT, CHTS, CHTSS, TOPKAST, SRSTE, DSFF)
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (*_SPARSE, *_RAMPED, *_OTHERS)})

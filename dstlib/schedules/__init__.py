@@ -1,7 +1,7 @@
 """When and how much: curves over progress, and the clock. Knows no tensor."""
 
 from dstlib.schedules.clock import Clock, Every, Never
-from dstlib.schedules.curves import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear, Sigmoid
+from dstlib.schedules.curves import Alternating, Constant, Cosine, Cubic, Curve, Cycles, InversePower, Linear, Sigmoid
 
 __all__ = [
     "Alternating",
@@ -10,6 +10,7 @@ __all__ = [
     "Cosine",
     "Cubic",
     "Curve",
+    "Cycles",
     "Every",
     "InversePower",
     "Linear",

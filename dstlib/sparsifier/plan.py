@@ -100,17 +100,17 @@ def make_plan(
         check_sparsity(value, where)
     densities, own = _densities(weights, method, 1 - sparsity, overrides)
     starts = dict.fromkeys(densities, 1.0)
-    if method.start_density < 1:
+    if (start := method.starting_density(1 - sparsity)) < 1:
         require(
-            method.start_density >= 1 - sparsity,
+            1 - sparsity <= start,
             "start_density",
             f"method {method.name}",
             allowed=f"at least the density at the end, {1 - sparsity:g}",
-            given=f"{method.start_density:g}",
+            given=f"{start:g}",
             remedy="Raise it by replace(method, start_density=...), or the sparsity.",
         )
-        starts = _densities(weights, method, method.start_density, overrides)[0]
-        starts |= {name: max(method.start_density, densities[name]) for name in own}
+        starts = _densities(weights, method, start, overrides)[0]
+        starts |= {name: max(method.starting_density(densities[name]), densities[name]) for name in own}
     tells_axes = not isinstance(method.granularity, Element)
     left_out = shortfall(weights, include, tells_axes=tells_axes, fits=lambda weight: _fits(weight, method))
     for message in filter(None, (left_out, unknown_axes(weights))):

@@ -64,7 +64,8 @@ def method_laws(method: Method, *, sparsity: float | None = None, width: int = 1
 def _legal_sparsity(method: Method) -> float:
     if isinstance(method.granularity, NM):
         return 1 - method.granularity.n / method.granularity.m
-    return max(0.75, 1 - method.start_density / 2) if method.start_density < 1 else 0.75
+    start = method.start_density
+    return 0.75 if callable(start) or start == 1 else max(0.75, 1 - start / 2)
 
 
 def _whole_units(trials: Trials, moment: Moment) -> None:
