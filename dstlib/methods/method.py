@@ -47,9 +47,9 @@ class Method:
 
     **Details.** ``trace`` gathers gradients between updates for ``drop`` and ``grow`` to read. ``storage`` keeps
     the weights that are not active, under the mask. ``round_up`` drops ceil(f·A) units instead of floor(f·A), so that
-    a few move too. ``regrow=False`` bars what an update drops from growing in it, ``skip_step`` leaves the optimizer's
-    step out at an update, ``reset_state`` starts the optimizer's state of a weight afresh when its number of active
-    units rises.
+    a few move too. ``regrow=False`` bars what an update drops from growing in it, ``early_stop`` ends the updates of a
+    weight once more than this share of what grows had just been dropped, ``skip_step`` leaves the optimizer's step out
+    at an update, ``reset_state`` starts the optimizer's state of a weight afresh when its number of active units rises.
 
     **Grown weights** start in what an optimizer divides its steps by, such as Adam's second moment, as ``grown_state``
     says: "mean", the mean of the active ones in the layer; "gradient", that and more where the own gradient is larger
@@ -89,6 +89,7 @@ class Method:
     trace: Trace | None = None
     storage: DenseStorage | None = None
     regrow: bool = True
+    early_stop: float | None = None
     round_up: bool = False
     skip_step: bool = False
     reset_state: bool = False
@@ -170,6 +171,8 @@ def _check_numbers(m: Method, check: _Check) -> None:
     check("stop", 0 < m.stop <= 1, "a share of the run in (0, 1]", "Pass 0.75; interval=None fixes the topology.")
     is_length = type(m.grown_warmup) is int and m.grown_warmup >= 0
     check("grown_warmup", is_length, "a whole number of steps from 0 up", "10 are enough; 0 warms nothing up.")
+    share, ends = "a share in [0, 1), or None", "0.9 ends what hardly moves; None ends nothing."
+    check("early_stop", m.early_stop is None or 0 <= m.early_stop < 1, share, ends)
     starts = "1 starts dense; a ramp leads from it."
     is_density = callable(m.start_density) or 0 < m.start_density <= 1
     check("start_density", is_density, "a density in (0, 1], or what makes it from the final one", starts)
@@ -189,6 +192,12 @@ def _check_together(m: Method, check: _Check) -> None:
     given = "0, with dense storage"
     check("grown_warmup", not (m.grown_warmup and m.storage), given, "There hidden weights have moved all along.")
     has_surplus = m.surplus != Constant(0.0)
+    check(
+        "early_stop",
+        m.early_stop is None or (m.allocate is None and m.ramp == Constant(1.0) and not has_surplus),
+        "None, as the number of active units moves",
+        "Use ramp=Constant(1.0), no surplus and no allocator.",
+    )
     check("surplus", m.allocate is None or not has_surplus, "none, with an allocator", "Use one of the two.")
     check(
         "init",

@@ -221,7 +221,8 @@ CHT = Method(
     "brain-inspired theory for ultra-sparse advantage in deep learning, ICLR: links are removed, then predicted by "
     "CH3-L3p from those that are left; ties and links without a score by chance. Deviates: random first masks, where "
     "the paper correlates inputs; no removal of dead neurons at an update, which needs to know what layers follow "
-    "each other; an update each 100 steps, not each epoch, until 75 % of the run.",
+    "each other; an update each 100 steps, not each epoch, until 75 % of the run. Options of its authors' code: "
+    "replace(CHT, early_stop=0.9), drop_fraction=Cosine(0.3).",
     grow=masking.TiesByChance(masking.link_prediction_by_paths),
     distribution=masking.uniform,
     drop_fraction=Constant(0.3),

@@ -27,11 +27,11 @@ VERSION = 2
 # the fields of MaskedWeight that a run depends on, by their key in a saved state
 _SAVED = {
     **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach", "young")},
-    "ranked": "densities",
+    **{"settled": "settled", "ranked": "densities"},
 }
-_LATER = {"young": None}  # those that earlier builds did not save, as what they had was this
+_LATER = {"young": None, "settled": ()}  # those that earlier builds did not save, as what they had was this
 MOST_STEPS = 2**53  # that no training takes, and that a history and any float still count
-_BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None, "young": None}
+_BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None, "young": None, "settled": ()}
 _WHOLE = "the saved state"
 
 
@@ -165,6 +165,7 @@ def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight
     _check_fields(saved, weight.name)
     theirs = MaskedWeight(weight, **{field: {**_LATER, **saved}[key] for key, field in _SAVED.items()})
     _check_steps(theirs, plan)
+    theirs.settled = _check_settled(theirs, plan)
     densities, num_densities = theirs.densities, len(weight.views) if plan.densities_from_model else 0
     if (
         not isinstance(densities, Sequence)
@@ -194,6 +195,16 @@ def _check_steps(saved: MaskedWeight, plan: Plan) -> None:
     gathers = plan.method.trace is not None
     if not (traced_at <= step + 1 if gathers else traced_at == 0):
         raise _misfit("traced_at", name, f"a step up to {step + 1}" if gathers else "0: no trace", traced_at)
+
+
+def _check_settled(saved: MaskedWeight, plan: Plan) -> tuple[bool, ...]:
+    """Returns of which views the updates have ended, if the method ends any and there was one."""
+    settled, can_end = saved.settled, plan.method.early_stop is not None and saved.updated_at > 0
+    num_views = len(saved.weight.views) if can_end else 0
+    is_right = isinstance(settled, Sequence) and all(type(ends) is bool for ends in settled)
+    if not is_right or len(settled) not in (0, num_views):
+        raise _misfit("settled", saved.weight.name, f"nothing, or {num_views} truth values", settled)
+    return tuple(settled)
 
 
 def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:

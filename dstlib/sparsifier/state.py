@@ -25,7 +25,8 @@ class MaskedWeight:
     come to. ``hidden`` are the values under the mask, zero inside it, and ``reach`` marks what receives gradients:
     both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values.
     ``densities`` are those of the matrix views that came of a look at the model, where the method's ``init`` takes
-    one. ``young`` marks what the last update has grown, as long as it warms up; ``before`` is what it was, in the
+    one. ``settled`` says of which of them the method's ``early_stop`` has ended the updates; empty: of none.
+    ``young`` marks what the last update has grown, as long as it warms up; ``before`` is what it was, in the
     parameter and in copies of it, before the step that has begun.
 
     ``version`` is the parameter's when it was last seen to be zero outside the mask, ``lost_at`` the last step
@@ -43,6 +44,7 @@ class MaskedWeight:
     reach: Tensor | None = None
     is_revealed: bool = False
     densities: tuple[float, ...] = ()
+    settled: tuple[bool, ...] = ()
     young: Tensor | None = None
     before: list[Tensor] = field(default_factory=list)
     version: int = -1
@@ -183,6 +185,7 @@ class MaskedWeight:
         self.mask.copy_(saved.mask)
         self.step = self.begun = saved.step
         self.updated_at, self.traced_at, self.densities = saved.updated_at, saved.traced_at, saved.densities
+        self.settled = saved.settled
         for name in _TENSORS:
             tensor = getattr(saved, name)
             setattr(self, name, None if tensor is None else tensor.detach().clone().to(device))

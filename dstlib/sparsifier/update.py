@@ -43,7 +43,7 @@ def update_masks(
     method = plan.method
     scored = []
     for m, grad, momentum in due:
-        for view in m.weight.views:
+        for view in _unsettled(m):
             site = make_site(m, view, plan, step, grad, momentum)
             pruned = _prune(site, plan)
             scored.append((m, view, site, pruned, _unit_score(pruned, _drop_score(pruned, plan), plan)))
@@ -65,6 +65,8 @@ def update_masks(
         grow_GU = _unit_score(site, _grow_score(left, plan), plan)
         change = _exchange(site, plan, drop_GU, grow_GU, budget, kept_GU)
         view.write(m.mask, change.mask)
+        if _is_last(change, kept_GU, site, plan):
+            _settle(m, view)
         if site.grad is not None:
             grown = method.grown_init(replace(site, mask=change.mask))
             view.write(m.parameter.detach(), torch.where(change.grown, grown, site.weight))
@@ -167,6 +169,27 @@ def make_site(
         trace=part(m.trace),
         progress=plan.clock.progress(step),
     )
+
+
+def _unsettled(m: MaskedWeight) -> list[MatrixView]:
+    """Returns the views whose updates the method's ``early_stop`` has not ended."""
+    settled = m.settled or (False,) * len(m.weight.views)
+    return [view for view, ends in zip(m.weight.views, settled, strict=True) if not ends]
+
+
+def _settle(m: MaskedWeight, view: MatrixView) -> None:
+    """Notes that a view has had its last update."""
+    left = _unsettled(m)
+    m.settled = tuple(v is view or v not in left for v in m.weight.views)
+
+
+def _is_last(change: MaskUpdate, kept_GU: Tensor, site: Site, plan: Plan) -> bool:
+    """Whether too much of what grew, where there was a reason to grow, had just been dropped."""
+    if plan.method.early_stop is None or site.grad is None:
+        return False
+    new_GU, grown_GU = (plan.method.granularity.fold(mask)[..., 0] for mask in (change.mask, change.grown))
+    came_GU = new_GU & ~kept_GU & ~change.idle_G[:, None]
+    return float((came_GU & ~grown_GU).sum() / came_GU.sum().clamp(min=1)) > plan.method.early_stop
 
 
 def _prune(site: Site, plan: Plan) -> Site:
