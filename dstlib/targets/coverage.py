@@ -48,7 +48,7 @@ def shortfall(
     )
 
 
-def unknown_axes(weights: Iterable[Weight]) -> str:
+def unknown_axes(weights: Sequence[Weight]) -> str:
     """Says which sparse weights of three axes or more are taken for one kernel, as nothing names their axes."""
     unknown = [weight for weight in weights if not weight.reason and _needs_axes(weight, tells_axes=False)]
     if not unknown:
