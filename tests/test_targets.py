@@ -470,9 +470,16 @@ def test_zeros_of_alternating_rows_are_kept():
     assert torch.equal(next(iter(dstlib.sparsify(neox, sparsity=0.5, method=method).masks.values())), rest)
 
 
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", ["rigl", "topkast", "srigl", "dsr", "mest", "srste"])
-def test_alternating_parts_train_with_the_counts_of_parts_that_lie_one_above_the_other(method):
-    """The same numbers in another order: all that is chosen is the same, row by row."""
+def test_alternating_parts_train_with_the_counts_of_parts_that_lie_one_above_the_other(method, optimizer):
+    """The same numbers in another order: all that is chosen, and all that comes of it, is the same, row by row."""
     torch.manual_seed(0)
     order = torch.tensor([0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11])  # of the stacked rows, in the order of the heads
     alternating = owned("GPTNeoXAttention", 12, head_size=2)
@@ -480,21 +487,23 @@ def test_alternating_parts_train_with_the_counts_of_parts_that_lie_one_above_the
     with torch.no_grad():
         for mine, theirs in zip(above.parameters(), alternating.parameters(), strict=True):
             mine.copy_(theirs[order])
-    masks = []
+    masks, weights = [], []
     for owner, rows in ((alternating, slice(None)), (above, order)):
-        optimizer = torch.optim.SGD(owner.parameters(), lr=0.1, momentum=0.9)
+        stepping = OPTIMIZERS[optimizer](owner.parameters())
         chosen = replace(find_method(method), interval=1, init=dstlib.masking.magnitude)
-        sparsifier = dstlib.sparsify(owner, optimizer, sparsity=0.5, method=chosen, total_steps=12)
+        sparsifier = dstlib.sparsify(owner, stepping, sparsity=0.5, method=chosen, total_steps=12)
         target = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))[:, rows]
         for step in range(6):
-            optimizer.zero_grad()
+            stepping.zero_grad()
             x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
             (owner.qkv_proj(x) - target).square().sum().backward()
-            optimizer.step()
+            stepping.step()
         masks.append(sparsifier.masks["qkv_proj.weight"].clone())
+        weights.append(owner.qkv_proj.weight.detach())
     assert masks[0].any()
     assert not masks[0].all()
     assert torch.equal(masks[0][order], masks[1])
+    assert torch.equal(weights[0][order], weights[1])
 
 
 def test_a_budget_for_all_three_starves_the_queries_and_one_each_does_not():

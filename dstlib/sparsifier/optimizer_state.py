@@ -131,7 +131,7 @@ class Kept:
             sizes = view.of(grad).to(device).float().abs().pow(self.meaning.power)
             relative = sizes / _mean_where(stayed, sizes)
             typical = typical * torch.where(relative.isfinite(), relative, 1.0).clamp(min=1.0)
-        values.copy_(torch.where(grown & stayed.any(), typical.to(values.dtype), values))
+        view.write(self.values, torch.where(grown & stayed.any(), typical.to(values.dtype), values))
 
 
 def _mean_where(where: Tensor, x: Tensor) -> Tensor:

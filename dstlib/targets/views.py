@@ -24,7 +24,10 @@ class MatrixView:
     every: int | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """Returns this matrix of ``x``, a tensor of the parameter's shape; it shares memory unless rows alternate."""
+        """Returns this matrix of ``x``, a tensor of the parameter's shape, to be read.
+
+        A copy where rows alternate, a view elsewhere: what is to change goes by ``write``.
+        """
         return self.parts(x).flatten(0, 1) if self.every else self.parts(x)
 
     def write(self, x: Tensor, matrix: Tensor) -> None:
