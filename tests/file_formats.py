@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from shutil import copytree, ignore_patterns
+from shutil import copyfile, copytree, ignore_patterns
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +25,7 @@ import numpy as np
 import small_runs
 import torch
 from dicom_files import slice_tags, write_slice
+from golden.masks.write import LikeLlama, net
 from models import backward, small
 from mutations import (
     Mutate,
@@ -48,7 +49,8 @@ from dstlib.export import compact
 from dstlib.history import History
 from dstlib.integrations.nnunet_checkpoint import export_checkpoint
 from dstlib.integrations.training import HostedTraining, Settings
-from dstlib.torch_files import checksum
+from dstlib.pruned import read_weights
+from dstlib.torch_files import checksum, load_weights
 from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.checkpoint import load_trained
@@ -438,6 +440,32 @@ def read_compact(scene: Path) -> Any:
         "masks": shapes(masks),
         "outside": sum(int(own[name][~mask].count_nonzero()) for name, mask in masks.items()),
         "rest": digest(own, masks),
+    }
+
+
+# ---- masks of other tools
+
+
+def a_pruned_file(scene: Path, prepared: Path, *, name: str) -> None:
+    """A file that another tool wrote, or a folder of it."""
+    path = Path(__file__).parent / "golden" / "masks" / name
+    copytree(path, scene / name) if path.is_dir() else copyfile(path, scene / name)
+
+
+def read_pruned(scene: Path, *, file: str, model: Callable[[], nn.Module]) -> Any:
+    """Starts a training from the masks in a file, and loads the weights in it if there are any."""
+    plain = model()
+    own = plain.state_dict()
+    if file != "rigl_torch.pt":  # which has none
+        found = {name: x.to(own[name].dtype) for name, x in read_weights(scene / file).items() if name in own}
+        load_weights(plain, own | found, what=file, where="a scene", remedy="Copy it again.")
+    sparsifier = dstlib.sparsify(plain, masks=scene / file, method="static")
+    sparsifier.detach()
+    masks, weights = sparsifier.masks, dict(plain.named_parameters())
+    return {
+        "fits": all(m.dtype == torch.bool and m.shape == weights[name].shape for name, m in masks.items()),
+        "outside": sum(int(weights[name][~mask].count_nonzero()) for name, mask in masks.items()),
+        "rest": digest(masks, {name: x.detach() for name, x in weights.items()}),
     }
 
 
@@ -894,6 +922,33 @@ FORMATS = (
         craft=(in_compact(mutate_json), in_compact(mutate_json)),
         # not the masks: a file that says it has fewer, with the right checksum, is one that was saved without them
         law=same("shapes", "loaded", "outside"),
+    ),
+    *(
+        Format(
+            name=f"masks of {tool}",
+            file=file,
+            make=partial(a_pruned_file, name=file),
+            read=partial(read_pruned, file=file, model=net),
+            damage=(mutate_bytes,),
+            craft=_RESAVED,
+            law=same("fits", "outside"),
+        )
+        for tool, file in (("NNCF", "nncf_magnitude.pt"), ("rigl-torch", "rigl_torch.pt"))
+    ),
+    *(
+        Format(
+            name=f"{folder} {file}",
+            file=f"{folder}/{file}",
+            make=partial(a_pruned_file, name=folder),
+            read=partial(read_pruned, file=folder, model=LikeLlama),
+            craft=mutations,  # neither of the two files has a checksum
+            law=same("fits", "outside"),
+        )
+        for folder, file, mutations in (
+            ("sparse_bitmask", "model.safetensors", (mutate_bytes, in_header(mutate_json))),
+            ("sparse_24_bitmask", "model.safetensors", (mutate_bytes, in_header(mutate_json))),
+            ("sparse_bitmask", "config.json", (mutate_bytes, mutate_json)),
+        )
     ),
     Format(
         name="decisions.json",

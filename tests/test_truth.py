@@ -123,11 +123,13 @@ def test_the_advice_on_assigned_parameters_costs_them_nothing():
     saved = copy.deepcopy(model.state_dict())
     step(model, sgd(model), 6)
     model.load_state_dict(saved, assign=True)
-    with pytest.raises(StateError, match=r"To go on from here: detach\(\), a new optimizer, and sparsify\(\)"):
+    with pytest.raises(
+        StateError, match=r"To go on from here: detach\(\), a new optimizer, and sparsify\(model, masks"
+    ):
         step(model, sgd(model))
     sparsifier.detach()
     optimizer = sgd(model)
-    again = sparse(model, seed=5)
+    again = sparse(model, seed=5, sparsity=None, masks="from-zeros")
     assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
     step(model, optimizer)
     assert again.density == real_density(model) == 0.25
@@ -326,7 +328,7 @@ def test_sparse_weights_without_their_masks_keep_all_they_have(first, grain):
 def test_a_dense_start_says_that_zeros_will_train():
     model = mlp()
     sparse(model).detach()
-    with pytest.warns(UserWarning, match="method gmp starts from dense weights"):
+    with pytest.warns(UserWarning, match="by the plan of method gmp dense weights come first there"):
         sparse(model, method=GMP, total_steps=1000)
 
 

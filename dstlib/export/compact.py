@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dstlib.bounds import available_memory, require_memory
+from dstlib.bounds import require_memory
 from dstlib.errors import StateError, require, shown
-from dstlib.files import read_whole, write_whole
+from dstlib.files import write_whole
 from dstlib.masking.update import count_outside
+from dstlib.safetensors_files import MAX_HEADER, read_safetensors
 from dstlib.targets import Masked, plain_name, refuse_outside, unwrap
 from dstlib.typed_json import parse_json
 
@@ -35,7 +36,6 @@ _TYPES = (  # that the format has
 )
 _COPY_AGAIN = "Copy the file again from where it was written."
 _NUM_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # of each byte
-_MAX_HEADER = 100_000_000  # bytes, as of the safetensors package
 _MAX_AXES = 64  # of torch
 
 
@@ -272,28 +272,14 @@ def _read(path: Path) -> tuple[dict[str, _Entry], dict[str, Tensor]]:
     Raises:
         StateError: It is no compact file, is damaged, or its entries do not fit its tensors, or not the memory.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     where = str(path)
-    try:
-        # not mapped: what happens to the file later is no longer of interest. Half, as the tensors are copied.
-        content = read_whole(path, max_bytes=available_memory() // 2)
-        stored = load(content)
-    # Of a type or a shape that torch does not have, which error that is depends.
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        given = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
-        allowed = "a whole safetensors file"
-        raise StateError.of("file", where, allowed=allowed, given=given, remedy=_COPY_AGAIN) from error
-    of_header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-    del content
-    header = parse_json(of_header, dict[str, Any], where=where, remedy=_COPY_AGAIN, max_bytes=_MAX_HEADER)
-    described = _described((header.get("__metadata__") or {}).get("dstlib", "{}"), where)
+    stored, texts = read_safetensors(path, remedy=_COPY_AGAIN)
+    described = _described(texts.get("dstlib", "{}"), where)
     if _checksum(described.entries, stored) != described.checksum:
         allowed, given = "the contents that were written", "others: the file is damaged"
         raise StateError.of("file", where, allowed=allowed, given=given, remedy=_COPY_AGAIN)
     text = described.entries.encode()
-    entries = parse_json(text, dict[str, _Entry], where=where, remedy=_COPY_AGAIN, max_bytes=_MAX_HEADER)
+    entries = parse_json(text, dict[str, _Entry], where=where, remedy=_COPY_AGAIN, max_bytes=MAX_HEADER)
     _check_entries(entries, stored, where)
     return entries, stored
 
@@ -301,11 +287,11 @@ def _read(path: Path) -> tuple[dict[str, _Entry], dict[str, Tensor]]:
 def _described(text: str, where: str) -> _Description:
     """Reads what a file says of itself, if it is one of this format."""
     remedy = "Load it the way it was saved; save_compact() writes compact files."
-    found = parse_json(text.encode(), dict[str, Any], where=where, remedy=remedy, max_bytes=_MAX_HEADER)
+    found = parse_json(text.encode(), dict[str, Any], where=where, remedy=remedy, max_bytes=MAX_HEADER)
     if (version := found.get("format")) != FORMAT:
         given = "a file of another kind" if version is None else shown(version)
         raise StateError.of("file", where, allowed=FORMAT, given=given, remedy=remedy)
-    return parse_json(text.encode(), _Description, where=where, remedy=_COPY_AGAIN, max_bytes=_MAX_HEADER)
+    return parse_json(text.encode(), _Description, where=where, remedy=_COPY_AGAIN, max_bytes=MAX_HEADER)
 
 
 def _check_entries(entries: Mapping[str, _Entry], stored: Mapping[str, Tensor], where: str) -> None:

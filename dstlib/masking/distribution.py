@@ -74,6 +74,19 @@ def erk(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]
     return _proportional(shapes, density, {n: sum(s) / math.prod(s) for n, s in shapes.items()})
 
 
+def in_proportion(densities: Mapping[str, float]) -> Distribution:
+    """Makes a distribution in proportion to densities that weights have, such as those of masks that were pruned.
+
+    >>> in_proportion({"a": 0.5, "b": 0.25})({"a": (8, 4), "b": (2, 8)}, 1 / 3)
+    {'a': 0.40625, 'b': 0.1875}
+    """
+
+    def spread(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+        return _proportional(shapes, density, {name: densities[name] for name in shapes})
+
+    return spread
+
+
 def _proportional(
     shapes: Mapping[str, Sequence[int]], density: float, propensity: Mapping[str, float]
 ) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -10,6 +12,7 @@ from torch.optim import Optimizer
 from dstlib.errors import SelectionError, require
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
+from dstlib.sparsifier.door import FROM_ZEROS, Masks, take
 from dstlib.sparsifier.hooks import keep, listeners
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import check_stated, parameter_ids, refuse_unsupported
@@ -22,7 +25,8 @@ from dstlib.targets import unwrap
 def sparsify(
     model: nn.Module,
     *optimizers: Optimizer,
-    sparsity: float,
+    sparsity: float | None = None,
+    masks: Masks | None = None,
     method: str | Method = "rigl",
     total_steps: int | None = None,
     include: str | Sequence[str] = "*",
@@ -46,6 +50,13 @@ def sparsify(
     to the axes of raw parameters, as in einops ("e i o": several matrices of inputs × outputs; docs/networks.md). A
     call that leaves most of the matrices' entries dense warns.
     Weights that already hold the zeros of such a plan keep them: their places become the first masks.
+
+    ``masks`` says where to start from, whatever plan it came of: "from-zeros" at the non-zeros of the weights at hand;
+    masks by parameter name; or a path, or what was loaded of it: a state of dstlib, torch.nn.utils.prune, rigl-torch,
+    NNCF or compressed-tensors, or a checkpoint from whose zeros they are taken (docs/your_own.md). The layers then have
+    the densities of their masks, and ``sparsity`` may be left out; where it is higher than theirs, the method has to
+    prune, and its ramp leads there from the masks. Weights without a mask, or without zeros, stay dense.
+
     ``process_group`` are the ranks that hold a replica of the model, whose masks are compared at each update; by
     default all. ``state`` says what an optimizer keeps under a key, where that is not known: a "moment", an
     "accumulator", "weights" or "other" (docs/optimizers.md). Passing the optimizers is optional; it lets mistakes be
@@ -53,7 +64,8 @@ def sparsify(
 
     Raises:
         SettingError: A setting is out of range.
-        SelectionError: Weights do not exist, cannot be sparse or are sparse already.
+        SelectionError: Weights do not exist, cannot be sparse or are sparse already; or masks do not fit them.
+        StateError: A file of masks is missing, damaged or of another model.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -62,7 +74,11 @@ def sparsify(
     >>> model(torch.randn(8, 64)).sum().backward(); optimizer.step()
     >>> int((model[0].weight != 0).sum() + (model[2].weight != 0).sum())  # a tenth of 64·32 + 32·10
     237
+    >>> sparsifier.detach()
+    >>> sparsify(model, masks="from-zeros", method="rigl", total_steps=1000)
+    Sparsifier(rigl, 2 weights, 237 of 2,368 active, step 0)
     """
+    _check_masks(masks)
     by_glob = {"overrides": overrides or {}, "split": split or {}, "axes": axes or {}}
     _check_types(model, include=include, exclude=exclude, by_glob=by_glob, seed=seed)
     _check_optimizers(optimizers, model)
@@ -71,6 +87,7 @@ def sparsify(
         model,
         find_method(method),
         sparsity=sparsity,
+        masks=None if masks is None else partial(take, masks),
         total_steps=total_steps,
         include=(include,) if isinstance(include, str) else tuple(include),
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
@@ -117,6 +134,19 @@ def _check_types(
         are_keys = isinstance(given, Mapping) and are_globs(list(given))
         check(are_keys, what, f"globs with their {values}", given, f"Pass {example}, say.")
     check(type(seed) is int, "seed", "a whole number", seed, "The same seed gives the same masks; pass 0, say.")
+
+
+def _check_masks(masks: object) -> None:
+    """Checks what kind of thing the masks are, and that a word is one that is known, or a path."""
+    is_word = isinstance(masks, str) and Path(masks).name == masks and not Path(masks).exists()
+    require(
+        isinstance(masks, str | Path | Mapping | nn.Module | None) and (not is_word or masks == FROM_ZEROS),
+        "masks",
+        "sparsify()",
+        allowed=f'"{FROM_ZEROS}", masks by name, or the path of a file or folder',
+        given=repr(masks) if isinstance(masks, str) else type(masks).__name__,
+        remedy=f'masks="{FROM_ZEROS}" goes on from the zeros of the weights in the model.',
+    )
 
 
 def _warn_of_unheld(plan: Plan, optimizers: Sequence[Optimizer]) -> None:

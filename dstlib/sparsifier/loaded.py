@@ -10,21 +10,30 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from dstlib.masking import Granularity, select_top, unit_mask, unit_score
 from dstlib.sparsifier.state import MaskedWeight
 
 _STATE = "the state that was saved with these weights, sparsifier.load_state_dict(state)"
+_GO_ON = 'masks="from-zeros" to sparsify(), without sparsity='
 
 
-def take_places(m: MaskedWeight, granularity: Granularity, *, may_cut: bool = False) -> bool:
+def take_places(
+    m: MaskedWeight, granularity: Granularity, *, places: Tensor | None = None, may_cut: bool = False
+) -> bool:
     """Moves a mask to where the weight's non-zeros are, if it has room for all of them; returns whether it has.
 
-    Each group keeps its number of active units. What room is left stays with units that were active before. If a mask
-    without the room ``may_cut``, it moves to the largest units; else it stays as it is.
+    ``places`` may say instead what it is to have. Each group keeps its number of active units. What room is left stays
+    with units that were active before. If a mask without the room ``may_cut``, it moves to the largest units; else it
+    stays as it is.
     """
+    wanted = m.parameter.detach() != 0 if places is None else places
     views = [(view.of(m.parameter.detach()), view.of(m.mask)) for view in m.weight.views]
-    units = [(granularity.fold(w != 0).any(dim=-1), granularity.fold(mask)[..., 0]) for w, mask in views]
+    units = [
+        (granularity.fold(view.of(wanted)).any(dim=-1), granularity.fold(view.of(m.mask))[..., 0])
+        for view in m.weight.views
+    ]
     fits = all(bool((occupied_GU.sum(dim=1) <= active_GU.sum(dim=1)).all()) for occupied_GU, active_GU in units)
     if not (fits or may_cut):
         return False
@@ -58,9 +67,9 @@ def tell_of_regrowth(masked: Iterable[MaskedWeight], method: str) -> None:
     if not sparse:
         return
     warnings.warn(
-        f"sparsify(): {_named(sparse)} already held zeros, at more than half of their entries, but method {method} "
-        f"starts from dense weights, so these zeros will train. To resume a run, load {_STATE}; to go on from a sparse "
-        'model, choose a method that keeps its density, such as "rigl".',
+        f"sparsify(): {_named(sparse)} already held zeros, at more than half of their entries, but by the plan of "
+        f"method {method} dense weights come first there, so these zeros will train. To go on from a sparse model, "
+        f"pass {_GO_ON}; to resume a run, load {_STATE}.",
         stacklevel=2,
     )
 
@@ -69,8 +78,18 @@ def tell_of_no_room(outside: Mapping[MaskedWeight, int]) -> None:
     """Warns of weights that were sparse already, and whose non-zeros do not fit the first masks."""
     warnings.warn(
         f"sparsify(): {_named(list(outside))} already held zeros, but more non-zeros than the plan has room for: "
-        f"{sum(outside.values()):,} of them, the smallest, are zero now. Sparse weights keep their places under the "
-        f"sparsity, distribution and granularity that they have; to resume a run, load {_STATE}.",
+        f"{sum(outside.values()):,} of them, the smallest, are zero now. To go on from them as they are, load them "
+        f"again and pass {_GO_ON}; to resume a run, load {_STATE}.",
+        stacklevel=2,
+    )
+
+
+def tell_of_other_masks(outside: Mapping[MaskedWeight, int], where: str) -> None:
+    """Warns of weights that were sparse already, with non-zeros where the masks that were given have none."""
+    warnings.warn(
+        f"sparsify(): {_named(list(outside))} already held zeros, but not those of {where}: {sum(outside.values()):,} "
+        "non-zeros outside them are zero now. If these masks belong to other weights, load the weights again and pass "
+        f"{_GO_ON}.",
         stacklevel=2,
     )
 
@@ -81,8 +100,8 @@ def tell_of_loss(outside: Mapping[MaskedWeight, int], step: int) -> None:
         f"step {step}: {sum(outside.values()):,} non-zeros outside the masks of {_named(list(outside))}, which this "
         "step sets to zero. Something wrote to the weights since the step before: weights were loaded without the "
         "masks that belong to them, an average was swapped in, or an optimizer moves weights outside of its step(). "
-        f"After loading, load {_STATE}, or load before sparsify(); around an optimizer that moves weights at other "
-        "times, call sparsifier.before_step() and after_step().",
+        f'After loading, load {_STATE}; or load before sparsify(), and pass masks="from-zeros" where they are sparse; '
+        "around an optimizer that moves weights at other times, call sparsifier.before_step() and after_step().",
         stacklevel=2,
     )
 

@@ -1,17 +1,23 @@
 """The plan of a sparse training: which weights are sparse, and how dense each is to become. Changes nothing."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from numbers import Real
+from typing import Literal
 
 from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, SettingError, require
-from dstlib.masking import NM, Budget, Element, momentum, num_units, spend
+from dstlib.masking import NM, AtInit, Budget, Element, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
+from dstlib.sparsifier.given import GivenMasks, agrees, check_room, count, following
 from dstlib.targets import Weight, check_matches, example_axes, select, shortfall, unknown_axes, unwrap
+
+Take = Callable[[nn.Module, Sequence[Weight]], tuple[GivenMasks, tuple[Weight, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +27,8 @@ class Plan:
     ``total_steps`` are those of the run, None if unknown. ``weights`` are all parameters with two axes or more, sparse
     or dense, ``num_dense`` counts the entries of all others; ``densities`` are the final ones, by matrix view,
     ``starts`` those that a ramp leads from, and ``own`` names the views whose sparsity was overridden, which no
-    allocator moves. ``densities_from_model``: they came of a look at the model, not of the settings alone.
+    allocator moves. ``densities_from``: they came of the settings alone, of a look at the model, or of masks. ``given``
+    are masks to start from, until they are taken; ``sparsity_from_masks``: they alone say how sparse weights become.
     """
 
     method: Method
@@ -33,7 +40,9 @@ class Plan:
     seed: int
     total_steps: int | None = None
     own: frozenset[str] = frozenset()
-    densities_from_model: bool = False
+    densities_from: Literal["settings", "look", "masks"] = "settings"
+    given: GivenMasks | None = None
+    sparsity_from_masks: bool = False
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
         """Counts the active units, of ``num_total`` in each group, of a matrix view after an update at ``step``."""
@@ -64,7 +73,8 @@ def make_plan(
     model: nn.Module,
     method: Method,
     *,
-    sparsity: float,
+    sparsity: float | None,
+    masks: Take | None = None,
     total_steps: int | None,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -74,6 +84,8 @@ def make_plan(
     seed: int,
 ) -> Plan:
     """Checks every setting and resolves it against the model.
+
+    ``masks`` finds the masks to start from, given the model and its weights; they may stand for the sparsity.
 
     Raises:
         SettingError: A number is out of range, or settings contradict each other.
@@ -96,26 +108,24 @@ def make_plan(
         remedy="Call model.to_empty(device=...) and initialise it first.",
         error=SelectionError,
     )
-    for where, value in {"sparsify()": sparsity, **{f"override {k!r}": v for k, v in overrides.items()}}.items():
+    given = None
+    if masks is not None:
+        _check_starts(method)
+        given, weights = masks(model, weights)
+    asked = {} if given is not None and sparsity is None else {"sparsify()": sparsity}
+    for where, value in {**asked, **{f"override {k!r}": v for k, v in overrides.items()}}.items():
         check_sparsity(value, where)
-    densities, own = _densities(weights, method, 1 - sparsity, overrides)
-    starts = dict.fromkeys(densities, 1.0)
-    if (start := method.starting_density(1 - sparsity)) < 1:
-        require(
-            1 - sparsity <= start,
-            "start_density",
-            f"method {method.name}",
-            allowed=f"at least the density at the end, {1 - sparsity:g}",
-            given=f"{start:g}",
-            remedy="Raise it by replace(method, start_density=...), or the sparsity.",
-        )
-        starts = _densities(weights, method, start, overrides)[0]
-        starts |= {name: max(method.starting_density(densities[name]), densities[name]) for name in own}
+    density = None if sparsity is None else 1 - sparsity
+    if given is not None:
+        densities, starts, own = _spread_by_masks(given, weights, method, density, overrides)
+    else:
+        assert density is not None, "it was checked"
+        densities, starts, own = _spread(weights, method, density, overrides)
     tells_axes = not isinstance(method.granularity, Element)
     left_out = shortfall(weights, include, tells_axes=tells_axes, fits=lambda weight: _fits(weight, method))
     for message in filter(None, (left_out, unknown_axes(weights))):
         warnings.warn(message, stacklevel=3)
-    return Plan(
+    plan = Plan(
         method=method,
         clock=_make_clock(method, total_steps),
         weights=weights,
@@ -125,17 +135,73 @@ def make_plan(
         num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
         seed=seed,
         total_steps=total_steps,
+        densities_from="settings" if given is None else "masks",
+        given=given,
+        sparsity_from_masks=sparsity is None,
     )
+    if given is not None:
+        check_room(given, plan.weights, method, partial(plan.num_target, step=0), apart=plan.own)
+    return plan
 
 
-def check_sparsity(value: float, where: str) -> None:
+def _spread(
+    weights: Sequence[Weight], method: Method, density: float, overrides: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float], frozenset[str]]:
+    """Returns the densities by matrix view, those that a ramp leads from, and which were overridden."""
+    densities, own = _densities(weights, method, density, overrides)
+    starts = dict.fromkeys(densities, 1.0)
+    if (start := method.starting_density(density)) < 1:
+        require(
+            density <= start,
+            "start_density",
+            f"method {method.name}",
+            allowed=f"at least the density at the end, {density:g}",
+            given=f"{start:g}",
+            remedy="Raise it by replace(method, start_density=...), or the sparsity.",
+        )
+        starts = _densities(weights, method, start, overrides)[0]
+        starts |= {name: max(method.starting_density(densities[name]), densities[name]) for name in own}
+    return densities, starts, own
+
+
+def _spread_by_masks(
+    given: GivenMasks, weights: Sequence[Weight], method: Method, density: float | None, overrides: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float], frozenset[str]]:
+    """Returns the same where training starts from masks: theirs, or what a ramp leads to from there."""
+    for weight in weights:
+        if not weight.reason:
+            _check_folds(weight, method)
+    apart = {view.name for w in weights for view in w.views if any(map(w.matches, overrides))}
+    counts = count(given, weights, method, may_fill=density is not None, apart=apart)
+    by_masks = replace(method, distribution=following(counts, given, method, is_asked=density is not None))
+    densities, own = _densities(weights, by_masks, density or 0.0, overrides)
+    for name in own:
+        if agrees(densities[name], [counts[name]], given, method, f"an override, {name}"):
+            densities[name] = counts[name].density
+    # where the settings ask for more than is not zero, the rest of it is active from the start
+    return densities, {name: max(c.density, densities[name]) for name, c in counts.items()}, own
+
+
+def _check_starts(method: Method) -> None:
+    """Checks that a method can start from masks."""
+    way = [method.ramp(step / 1000) for step in range(1001)]
+    allowed = "one that takes its first masks as they are, and whose ramp never turns back"
+    for holds, given in (
+        (not isinstance(method.init, AtInit), "first masks by a look at the dense model"),
+        (all(a <= b for a, b in pairwise(way)), "a ramp with denser phases"),
+    ):
+        remedy = 'Choose another method, such as "rigl", or pass no masks.'
+        require(holds, "method", f"sparsify(masks=) with {method.name}", allowed=allowed, given=given, remedy=remedy)
+
+
+def check_sparsity(value: float | None, where: str) -> None:
     """Checks that a sparsity is a share of the weights.
 
     Raises:
         SettingError: It is none.
     """
     require(
-        isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1,
+        value is not None and isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1,
         "sparsity",
         where,
         allowed="a number in [0, 1)",

@@ -8,7 +8,6 @@ Shapes: G groups, U units per group.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dstlib.masking.update import count_outside, is_mask
 from dstlib.schedules import Never
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight, groups_of
+from dstlib.sparsifier.update import with_densities
 from dstlib.targets import MatrixView
 from dstlib.torch_files import check_seal, checksum
 
@@ -27,9 +27,10 @@ VERSION = 2
 # the fields of MaskedWeight that a run depends on, by their key in a saved state
 _SAVED = {
     **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach", "young")},
-    **{"settled": "settled", "ranked": "densities"},
+    **{"settled": "settled", "starts": "starts", "ranked": "densities"},
 }
-_LATER = {"young": None, "settled": ()}  # those that earlier builds did not save, as what they had was this
+# those that earlier builds did not save, as what they had was this
+_LATER = {"young": None, "settled": (), "starts": ()}
 MOST_STEPS = 2**53  # that no training takes, and that a history and any float still count
 _BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None, "young": None, "settled": ()}
 _WHOLE = "the saved state"
@@ -58,6 +59,11 @@ def at_step_0(state: Any, *, frozen: bool | None = None) -> dict[str, Any]:
     return _sealed(begun if frozen is None else {**begun, "frozen": frozen})
 
 
+def is_state(state: Mapping[str, Any]) -> bool:
+    """Whether this is what ``state_dict`` of a sparsifier returned, whole or damaged."""
+    return isinstance(state.get("weights"), Mapping) and {"version", "num_planned"} <= state.keys()
+
+
 def masks_of(state: Any) -> dict[str, Tensor]:
     """Returns the masks of a state by the names of their weights.
 
@@ -82,16 +88,22 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
         given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
         raise _misfit("names of the weights", _WHOLE, f"the {len(names)} at hand", given)
     planned = _num_planned(masked, plan)
-    # a look at another batch may leave units idle, or use them, that do not divide into groups
-    idle = sum(num_groups - 1 for num_groups, _ in groups_of(masked, plan.method.granularity).values())
-    if abs(planned - state["num_planned"]) > (idle if plan.densities_from_model else 0):
+    # a look at another batch may leave units idle, or use them, that do not divide into groups; masks round in each
+    least = {"settings": None, "look": 1, "masks": 0}[plan.densities_from]
+    numbers = [num_groups for num_groups, _ in groups_of(masked, plan.method.granularity).values()]
+    slack = 0 if least is None else sum(num_groups - least for num_groups in numbers)
+    if abs(planned - state["num_planned"]) > slack and not plan.sparsity_from_masks:
         raise _misfit("sparsity", _WHOLE, f"{planned} active units at the end", state["num_planned"])
     all_saved = [_check_weight(weights[m.weight.name], m, plan) for m in masked]
+    if plan.densities_from == "masks":
+        plan = with_densities(plan, all_saved)
+        if (planned := _num_planned(masked, plan)) != state["num_planned"]:
+            raise _misfit("num_planned", _WHOLE, f"{planned}, as its densities have it", state["num_planned"])
     latest = 1 + max((saved.step for saved in all_saved), default=0)  # of a step that has begun
     for saved in all_saved:
         if saved.updated_at > latest:
             raise _misfit("updated_at", saved.weight.name, f"a step up to {latest}", saved.updated_at)
-    if plan.method.allocate is not None and not plan.densities_from_model:
+    if plan.method.allocate is not None and plan.densities_from != "look":
         _check_shared_total(all_saved, plan)
     check_seal(state, _without_seal(state), where=_WHOLE)
     return all_saved
@@ -166,18 +178,22 @@ def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight
     theirs = MaskedWeight(weight, **{field: {**_LATER, **saved}[key] for key, field in _SAVED.items()})
     _check_steps(theirs, plan)
     theirs.settled = _check_settled(theirs, plan)
-    densities, num_densities = theirs.densities, len(weight.views) if plan.densities_from_model else 0
-    if (
-        not isinstance(densities, Sequence)
-        or len(densities) != num_densities
-        or not all(isinstance(d, float) and 0 < d <= 1 for d in densities)
+    num_views, has_look, has_masks = (
+        len(weight.views),
+        plan.densities_from != "settings",
+        plan.densities_from == "masks",
+    )
+    for what, densities, num in (
+        ("ranked densities", theirs.densities, num_views if has_look else 0),
+        ("starting densities", theirs.starts, num_views if has_masks else 0),
     ):
-        raise _misfit("ranked densities", weight.name, f"{num_densities} of them", densities)
-    theirs.densities = tuple(densities)
+        is_sequence = isinstance(densities, Sequence) and len(densities) == num
+        if not is_sequence or not all(isinstance(d, float) and 0 < d <= 1 for d in densities):
+            raise _misfit(what, weight.name, f"{num} of them", densities)
+    theirs.densities, theirs.starts = tuple(theirs.densities), tuple(theirs.starts)
     _check_tensors(theirs, current.mask.shape, plan)
-    if plan.densities_from_model:
-        found = zip(weight.views, densities, strict=True)
-        plan = replace(plan, densities={**plan.densities, **{view.name: density for view, density in found}})
+    if has_look:
+        plan = with_densities(plan, [theirs])
     for view in weight.views:
         _check_view(theirs, view, plan)
     return theirs
@@ -253,7 +269,7 @@ def _check_view(saved: MaskedWeight, view: MatrixView, plan: Plan) -> None:
             given = f"from {int(num_G[num_G > 0].min())} to {int(num_G.max())}"
             raise _misfit("mask", view.name, "one number of inputs for all neurons that have any", given)
         return
-    if plan.densities_from_model and shares and saved.updated_at == 0 and num_groups > 1:
+    if plan.densities_from == "look" and shares and saved.updated_at == 0 and num_groups > 1:
         return  # a look at the model may share out its first masks as it likes
     num_target = plan.num_target(view.name, num_all, saved.updated_at)
     if bool((num_G != num_target).any()):
@@ -301,5 +317,5 @@ def _described(value: object) -> object:
 
 
 def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:
-    remedy = "Build the same model and call sparsify() with the settings it was saved under."
+    remedy = "Build the same model, call sparsify() with the settings it was saved under, and load weights after that."
     return StateError.of(what, where, allowed=allowed, given=given, remedy=remedy)

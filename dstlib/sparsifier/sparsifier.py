@@ -20,6 +20,7 @@ from dstlib.report import Summary
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_end
+from dstlib.sparsifier.given import GivenMasks, is_shared_out
 from dstlib.sparsifier.hooks import forget, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
@@ -280,7 +281,7 @@ class Sparsifier:
             outside = {m: m.num_outside() - m.num_hidden_outside() for m in self._outside()}
             if outside := {m: num for m, num in outside.items() if num}:
                 loaded.tell_of_misfit(outside)
-            if self.plan.densities_from_model:
+            if self.plan.densities_from != "settings":
                 self._plan = update.with_densities(self.plan, self._masked)
         self._moved = any(m.updated_at > 0 for m in self._masked)  # what earlier updates did is not known
         self._left_out = {m for m in self._masked if m.updated_at > m.step}  # they have followed the others
@@ -327,18 +328,12 @@ class Sparsifier:
             for m in self._masked:
                 m.hidden = m.parameter.detach().clone()
         kept = {m: self._kept(m) for m in self._masked}  # as long as no mask is chosen, none is seen in what varies
-        is_drawn = plan.method.init is random
-        plan = update.choose_first_masks(self._masked, plan)
-        loaded.tell_of_regrowth(self._masked, plan.method.name)
-        # weights that are sparse already keep their places, or the largest of them
-        grain, cut = plan.method.granularity, {}
-        for m in self._masked:
-            if m.num_outside():
-                may_cut = is_drawn and loaded.is_sparse_already(m)
-                if not loaded.take_places(m, grain, may_cut=may_cut) and may_cut:
-                    cut[m] = m.num_outside()
-        if cut:
-            loaded.tell_of_no_room(cut)
+        is_drawn, given = plan.method.init is random, plan.given
+        plan = replace(update.choose_first_masks(self._masked, plan), given=None)
+        if given is None:
+            self._keep_places(plan, may_cut=is_drawn)
+        else:
+            self._take_given(plan, given)
         for m in self._masked:
             if m.hidden is not None:
                 m.reveal()
@@ -346,6 +341,34 @@ class Sparsifier:
                 m.hide()
             m.clear(kept[m])
         return plan
+
+    def _keep_places(self, plan: Plan, *, may_cut: bool) -> None:
+        """Lets weights that are sparse already keep their places; masks that ``may_cut`` them keep the largest."""
+        loaded.tell_of_regrowth(self._masked, plan.method.name)
+        grain, cut = plan.method.granularity, {}
+        for m in self._masked:
+            if m.num_outside():
+                is_cut = may_cut and loaded.is_sparse_already(m)
+                if not loaded.take_places(m, grain, may_cut=is_cut) and is_cut:
+                    cut[m] = m.num_outside()
+        if cut:
+            loaded.tell_of_no_room(cut)
+
+    def _take_given(self, plan: Plan, given: GivenMasks) -> None:
+        """Starts from masks that were given; what room the plan has beside them stays with those that were chosen."""
+        for m in self._masked:
+            places = given.masks[m.weight.name]
+            if is_shared_out(plan.method) and m.weight.views[0].name not in plan.own:
+                m.mask.copy_(places)
+            else:
+                fits = loaded.take_places(m, plan.method.granularity, places=places)
+                assert fits, "the plan has checked it"
+            m.densities, m.starts = (
+                tuple(of[view.name] for view in m.weight.views) for of in (plan.densities, plan.starts)
+            )
+        sparse = [m for m in self._masked if loaded.is_sparse_already(m)]
+        if lost := {m: num for m in sparse if (num := m.num_outside())}:
+            loaded.tell_of_other_masks(lost, given.where)
 
     def _check_owned(self, weights: Iterable[MaskedWeight]) -> None:
         """Checks that the model still computes with these weights as they are; warns of those that are gone."""
@@ -362,8 +385,8 @@ class Sparsifier:
             more = f" ({len(others)} more like it)" if others else ""
             warnings.warn(
                 f"{name}: sparse until now, but {loss.story}{more}. For a layer that was replaced or fused "
-                "to be sparse, too, call sparsify() with include= of its name: the others keep their masks. summary() "
-                "counts what is.",
+                "to be sparse, too, call sparsify() with include= of its name: the others keep their masks; if it "
+                'holds its zeros already, with masks="from-zeros" as well. summary() counts what is.',
                 stacklevel=2,
             )
         for name in reshaped:
@@ -650,8 +673,8 @@ def _replaced(name: str, given: str) -> StateError:
         allowed="the one that was made sparse",
         given=given,
         remedy="Call sparsify() after load_state_dict(assign=True), weight_norm, add_depth_shift, FSDP and the like. "
-        "To go on from here: detach(), a new optimizer, and sparsify() with the settings of before, under which "
-        "weights that are sparse keep their places.",
+        'To go on from here: detach(), a new optimizer, and sparsify(model, masks="from-zeros"), which keeps all '
+        "that is not zero.",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from dstlib.errors import SettingError
 from dstlib.masking import num_units, round_down
 from dstlib.masking.counts import round_up
-from dstlib.schedules import Every
+from dstlib.schedules import Constant, Every
 from dstlib.sparsifier.plan import Plan
 
 _MOST_INTERVALS = 10  # in the shortest run that is looked for; if ten updates move nothing, the run is not too short
@@ -52,7 +52,9 @@ def warn_of_standstill(plan: Plan) -> None:
     if not isinstance(clock, Every) or _is_dense(plan, sizes) or _moves(plan, sizes):
         return
     most = max(plan.drop_fraction(step) for step in _updates(clock))
-    if enough := _enough_steps(plan, sizes):
+    if plan.sparsity_from_masks and method.ramp != Constant(1.0):
+        remedy = "It prunes: pass sparsity= as well, higher than that of the masks"
+    elif enough := _enough_steps(plan, sizes):
         remedy = f"Give the run more steps, such as total_steps={enough}, or shorten the interval"
     else:
         remedy = "Give replace(method, ...) a higher drop_fraction, or round_up=True"

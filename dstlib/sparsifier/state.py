@@ -25,9 +25,10 @@ class MaskedWeight:
     come to. ``hidden`` are the values under the mask, zero inside it, and ``reach`` marks what receives gradients:
     both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values.
     ``densities`` are those of the matrix views that came of a look at the model, where the method's ``init`` takes
-    one. ``settled`` says of which of them the method's ``early_stop`` has ended the updates; empty: of none.
-    ``young`` marks what the last update has grown, as long as it warms up; ``before`` is what it was, in the
-    parameter and in copies of it, before the step that has begun.
+    one, or of the masks it was given, and ``starts`` those that a ramp leads from then. ``settled`` says of which of
+    them the method's ``early_stop`` has ended the updates; empty: of none. ``young`` marks what the last update has
+    grown, as long as it warms up; ``before`` is what it was, in the parameter and in copies of it, before the step that
+    has begun.
 
     ``version`` is the parameter's when it was last seen to be zero outside the mask, ``lost_at`` the last step
     that found something else's non-zeros there.
@@ -47,6 +48,7 @@ class MaskedWeight:
     settled: tuple[bool, ...] = ()
     young: Tensor | None = None
     before: list[Tensor] = field(default_factory=list)
+    starts: tuple[float, ...] = ()
     version: int = -1
     lost_at: int = -1
     _factor: tuple[Tensor, int, Tensor] | None = field(default=None, init=False, repr=False)
@@ -184,8 +186,8 @@ class MaskedWeight:
         device = self.parameter.device
         self.mask.copy_(saved.mask)
         self.step = self.begun = saved.step
-        self.updated_at, self.traced_at, self.densities = saved.updated_at, saved.traced_at, saved.densities
-        self.settled = saved.settled
+        self.updated_at, self.traced_at = saved.updated_at, saved.traced_at
+        self.densities, self.starts, self.settled = saved.densities, saved.starts, saved.settled
         for name in _TENSORS:
             tensor = getattr(saved, name)
             setattr(self, name, None if tensor is None else tensor.detach().clone().to(device))

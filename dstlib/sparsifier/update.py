@@ -98,9 +98,10 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
 
 
 def with_densities(plan: Plan, masked: Sequence[MaskedWeight]) -> Plan:
-    """Returns the plan with the densities that came of a look at the model."""
+    """Returns the plan with the densities that came of a look at the model, and the starts of a ramp if they did."""
     densities = {view.name: d for m in masked for view, d in zip(m.weight.views, m.densities, strict=True)}
-    return replace(plan, densities=densities)
+    starts = {view.name: d for m in masked if m.starts for view, d in zip(m.weight.views, m.starts, strict=True)}
+    return replace(plan, densities={**plan.densities, **densities}, starts={**plan.starts, **starts})
 
 
 def gather(m: MaskedWeight, plan: Plan, grad: Tensor) -> None:
@@ -322,7 +323,7 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
     for m in masked:
         m.densities = tuple(float(fold(view.of(m.mask))[0, :, 0].double().mean()) for view in m.weight.views)
     method = replace(plan.method, init=masking.random)  # lets go of the model
-    return with_densities(replace(plan, densities_from_model=True, method=method), masked)
+    return with_densities(replace(plan, densities_from="look", method=method), masked)
 
 
 def _prune_in_turn(masked: Sequence[MaskedWeight], plan: Plan, init: InTurn) -> Plan:

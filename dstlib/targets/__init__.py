@@ -4,11 +4,24 @@ from dstlib.targets.coverage import coverage, example_axes, shortfall, unknown_a
 from dstlib.targets.eligibility import Weight
 from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
 from dstlib.targets.products import moments_in_turn
-from dstlib.targets.selection import Masked, check_matches, find_weights, plain_name, select, unwrap
+from dstlib.targets.selection import (
+    EXCLUDED,
+    NOT_INCLUDED,
+    WITHOUT_MASK,
+    Masked,
+    check_matches,
+    find_weights,
+    plain_name,
+    select,
+    unwrap,
+)
 from dstlib.targets.views import MatrixView
 
 __all__ = [
     "BELONGING",
+    "EXCLUDED",
+    "NOT_INCLUDED",
+    "WITHOUT_MASK",
     "Masked",
     "MatrixView",
     "Weight",

@@ -9,7 +9,7 @@ from fractions import Fraction
 from itertools import groupby
 
 from dstlib.targets.eligibility import Weight
-from dstlib.targets.selection import EXCLUDED, NOT_INCLUDED, asks_for
+from dstlib.targets.selection import EXCLUDED, NOT_INCLUDED, WITHOUT_MASK, asks_for
 
 _NUM_NAMED = 4
 _LEAST = Fraction(1, 20)  # of the dense entries, that are named: not the tokens and scales beside an embedding
@@ -80,7 +80,7 @@ def example_axes(weight: Weight) -> str:
 
 
 def _counts(weight: Weight) -> bool:
-    return weight.reason not in (NOT_INCLUDED, EXCLUDED) and weight.parameter.requires_grad
+    return weight.reason not in (NOT_INCLUDED, EXCLUDED, WITHOUT_MASK) and weight.parameter.requires_grad
 
 
 def _num_entries(weights: Iterable[Weight]) -> int:

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
 
 from dstlib.targets.fused import fused
 from dstlib.targets.layouts import is_turned_by_owner, layout_of, overriding
@@ -120,6 +121,8 @@ def _computed(candidate: Candidate) -> Weight | None:
         makers = [type(h).__name__ for h in hooks if weight in (getattr(h, n, "") for n in ("name", "_tensor_name"))]
         maker, owner = " and ".join(makers) or "a hook", candidate.module_name
     reason = f"{weight} is computed from it at each forward, by {maker}"
+    if any(isinstance(hook, BasePruningMethod) for hook in candidate.module._forward_pre_hooks.values()):
+        reason += f' (torch.nn.utils.prune.remove(layer, "{weight}") makes it plain, zeros and all)'
     stands_for = frozenset({f"{owner}.{weight}" if owner else weight, owner} - {""})
     return candidate.weight(reason, stands_for=stands_for)
 

@@ -9,8 +9,9 @@ from dstlib.masking.update import count_outside, is_mask
 from dstlib.targets.selection import plain_name, unwrap
 
 BELONGING = (
-    "The state that was saved with these weights belongs to them: sparsifier.load_state_dict(state). From an average "
-    "over moving masks, sparsifier.mask_model(average) takes what it gathered outside the present ones."
+    "The state that was saved with these weights belongs to them: sparsifier.load_state_dict(state). Without it, "
+    'detach() and sparsify(model, masks="from-zeros") go on from their own zeros. From an average over moving masks, '
+    "and from nothing else, sparsifier.mask_model(average) takes what it gathered outside the present ones."
 )
 
 
@@ -56,8 +57,9 @@ def refuse_outside(found: Mapping[str, int], where: str, otherwise: str) -> None
     Traceback (most recent call last):
     dstlib.errors.StateError: weights of save(): expected zeros outside their masks, got 1,234 that are not zero, in \
 0.weight, 2.weight. The state that was saved with these weights belongs to them: sparsifier.load_state_dict(state). \
-From an average over moving masks, sparsifier.mask_model(average) takes what it gathered outside the present ones. \
-Without masks, all of them are saved.
+Without it, detach() and sparsify(model, masks="from-zeros") go on from their own zeros. From an average over moving \
+masks, and from nothing else, sparsifier.mask_model(average) takes what it gathered outside the present ones. Without \
+masks, all of them are saved.
     """
     if found:
         remedy = f"{BELONGING} {otherwise}"

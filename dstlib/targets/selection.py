@@ -19,7 +19,7 @@ from dstlib.errors import SelectionError, StateError, require, similar
 from dstlib.targets.eligibility import Candidate, Weight, overlaps, weight_of
 from dstlib.targets.views import MatrixView, along_axes, chunks
 
-NOT_INCLUDED, EXCLUDED = "not included", "excluded"  # reasons of the user
+NOT_INCLUDED, EXCLUDED, WITHOUT_MASK = "not included", "excluded", "no zeros in the masks given"  # reasons of the user
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NO_SPLIT: Mapping[str, int] = MappingProxyType({})
 _NO_AXES: Mapping[str, str] = MappingProxyType({})

@@ -429,7 +429,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(tmp_path, mo
         monkeypatch.setattr("dstlib.bounds.available_memory", lambda limit=limit: limit)
         with nullcontext() if fits else pytest.raises(StateError, match=r"such as x of .* 0\.0 GB of memory"):
             load_compact(tmp_path / "m")
-    monkeypatch.setattr("dstlib.export.compact.available_memory", lambda: 100)
+    monkeypatch.setattr("dstlib.safetensors_files.available_memory", lambda: 100)
     with pytest.raises(StateError, match=r"bytes, of 50 at most"):
         load_compact(tmp_path / "m")
 
