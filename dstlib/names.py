@@ -3,5 +3,5 @@
 METHOD_NAMES = (  # of dstlib.METHODS, in their order
     *("static", "set", "set_itop", "rigl", "rigl_itop", "gse", "seft", "snfs", "dsr", "mest", "mest_soft"),
     *("granet", "granet_sparse", "gmp", "gmp_global", "acdc", "cyclic"),
-    *("srigl", "cht", "chts", "chtss", "topkast", "srste", "dsff"),
+    *("srigl", "cht", "chts", "chtss", "topkast", "srste", "sste", "dsff"),
 )

@@ -41,6 +41,7 @@ from dstlib.masking.in_turn import InTurn, best_units, places
 from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
+from dstlib.masking.soft import best_scale, harden, soften
 from dstlib.masking.storage import DenseStorage, OverDensity, Trace
 from dstlib.masking.surgeon import prune_by_surgeon
 from dstlib.masking.topologies import ReceptiveField, SmallWorld
@@ -82,6 +83,7 @@ __all__ = [
     "Times",
     "Trace",
     "WeightAndGradient",
+    "best_scale",
     "best_units",
     "er",
     "erk",
@@ -89,6 +91,7 @@ __all__ = [
     "falling",
     "global_units",
     "gradient",
+    "harden",
     "in_proportion",
     "keep",
     "lamp",
@@ -113,6 +116,7 @@ __all__ = [
     "share_out",
     "sign_balanced",
     "site_generator",
+    "soften",
     "spend",
     "stored",
     "traced",

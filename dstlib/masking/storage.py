@@ -57,14 +57,17 @@ class DenseStorage:
 
     ``extra`` is the density of further units, beyond the active ones, that receive gradients; None: all of
     them do (a straight-through gradient). ``decay`` maps the density of a weight to the strength of the pull:
-    its product with the weight is added to the gradient of what learns without being active.
+    its product with the weight is added to the gradient of what learns without being active. ``soft`` shows the active
+    weights less than they are, by the largest hidden one of their group, times a number that is fixed at the start: so
+    the model does not jump where two weights change places.
 
     Raises:
-        SettingError: ``extra`` lies outside (0, 1].
+        SettingError: ``extra`` lies outside (0, 1], or ``soft`` is neither True nor False.
     """
 
     extra: float | None = None
     decay: Callable[[float], float] = Constant(0.0)
+    soft: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -75,3 +78,6 @@ class DenseStorage:
             given=self.extra,
             remedy="None lets all weights learn; without dense storage none outside the mask do.",
         )
+        is_bool = type(self.soft) is bool
+        remedy = "True is the soft threshold of S-STE."
+        require(is_bool, "soft", "DenseStorage", allowed="True or False", given=repr(self.soft), remedy=remedy)

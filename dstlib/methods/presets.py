@@ -281,10 +281,20 @@ SRSTE = replace(
     storage=masking.DenseStorage(decay=Constant(2e-4)),
 )
 
+SSTE = replace(
+    SRSTE,
+    name="sste",
+    reference="Hu et al. 2024, S-STE: continuous pruning function for efficient 2:4 sparse pre-training, NeurIPS: a "
+    "straight-through gradient, and of four weights the two largest are shown less the size of the third, times a "
+    "number that is fixed for each weight at the start. Deviates: gradients are not sampled (MVUE), nor products in "
+    "FP8: both are the kernels' matter.",
+    storage=masking.DenseStorage(soft=True),
+)
+
 # in the order of docs/methods.md: one density throughout; one that moves; structure, links, weights that live on
 _SPARSE = (STATIC, SET, SET_ITOP, RIGL, RIGL_ITOP, GSE, SEFT, SNFS, DSR, MEST, MEST_SOFT)
 _RAMPED = (GRANET, GRANET_SPARSE, GMP, GMP_GLOBAL, ACDC, CYCLIC)
-_OTHERS = (SRIGL, CHT, CHTS, CHTSS, TOPKAST, SRSTE, DSFF)
+_OTHERS = (SRIGL, CHT, CHTS, CHTSS, TOPKAST, SRSTE, SSTE, DSFF)
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (*_SPARSE, *_RAMPED, *_OTHERS)})
 

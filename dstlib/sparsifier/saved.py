@@ -27,10 +27,10 @@ VERSION = 2
 # the fields of MaskedWeight that a run depends on, by their key in a saved state
 _SAVED = {
     **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach", "young")},
-    **{"settled": "settled", "starts": "starts", "ranked": "densities"},
+    **{"settled": "settled", "starts": "starts", "ranked": "densities", "scales": "scales"},
 }
 # those that earlier builds did not save, as what they had was this
-_LATER = {"young": None, "settled": (), "starts": ()}
+_LATER: Mapping[str, Any] = {"young": None, "settled": (), "starts": (), "scales": ()}
 MOST_STEPS = 2**53  # that no training takes, and that a history and any float still count
 _BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None, "young": None, "settled": ()}
 _WHOLE = "the saved state"
@@ -238,7 +238,17 @@ def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
             raise _misfit(what, name, "nothing", _described(tensor))
     if saved.trace is not None and saved.traced_at == 0:
         raise _misfit("trace", name, "nothing, as traced_at is 0", _described(saved.trace))
-    if saved.hidden is not None and (num := count_outside(saved.hidden, ~saved.mask)):
+    is_soft = storage is not None and storage.soft
+    num_scales = len(saved.weight.views) if is_soft else 0
+    scales = saved.scales if isinstance(saved.scales, Sequence) else None
+    if (
+        scales is None
+        or len(scales) != num_scales
+        or not all(isinstance(x, float) and 0 < x < math.inf for x in scales)
+    ):
+        raise _misfit("scales", name, f"{num_scales} of them", saved.scales)
+    saved.scales = tuple(scales)
+    if not is_soft and saved.hidden is not None and (num := count_outside(saved.hidden, ~saved.mask)):
         raise _misfit("hidden", name, "zeros inside the mask", f"{num} others")
     if saved.young is not None and bool((saved.young & ~saved.mask).any()):
         raise _misfit("young", name, "a part of the mask", "more")

@@ -327,6 +327,7 @@ class Sparsifier:
         if plan.method.storage is not None:
             for m in self._masked:
                 m.hidden = m.parameter.detach().clone()
+                m.soft = plan.method.granularity if plan.method.storage.soft else None
         kept = {m: self._kept(m) for m in self._masked}  # as long as no mask is chosen, none is seen in what varies
         is_drawn, given = plan.method.init is random, plan.given
         plan = replace(update.choose_first_masks(self._masked, plan), given=None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstlib.masking import Granularity
+from dstlib.masking import Granularity, best_scale, harden, soften
 from dstlib.masking.update import count_outside, factor, zero_outside_, zero_outside_each_
 from dstlib.methods.method import GrownState
 from dstlib.sparsifier.optimizer_state import Kept
@@ -23,7 +23,9 @@ class MaskedWeight:
     ``step`` counts the steps that its optimizer has taken, ``begun`` those that have begun; ``updated_at`` is the
     step of the last mask update. ``trace`` is what the method's trace has gathered, ``traced_at`` the step it has
     come to. ``hidden`` are the values under the mask, zero inside it, and ``reach`` marks what receives gradients:
-    both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values.
+    both under dense storage only. While ``is_revealed``, the parameter itself holds the hidden values. If they are
+    ``soft``, by the groups of this granularity, it holds the softened values else, times ``scales``, one for each
+    matrix view, and ``hidden`` are the values inside the mask, too.
     ``densities`` are those of the matrix views that came of a look at the model, where the method's ``init`` takes
     one, or of the masks it was given, and ``starts`` those that a ramp leads from then. ``settled`` says of which of
     them the method's ``early_stop`` has ended the updates; empty: of none. ``young`` marks what the last update has
@@ -43,6 +45,8 @@ class MaskedWeight:
     traced_at: int = 0
     hidden: Tensor | None = None
     reach: Tensor | None = None
+    soft: Granularity | None = None
+    scales: tuple[float, ...] = ()
     is_revealed: bool = False
     densities: tuple[float, ...] = ()
     settled: tuple[bool, ...] = ()
@@ -165,9 +169,25 @@ class MaskedWeight:
         if self.is_revealed:
             return False
         assert self.hidden is not None
-        self.parameter.copy_(torch.where(self.mask, self.parameter, self.hidden))
+        inside = self.parameter if self.soft is None or not self.scales else self._hardened(self.soft, self.hidden)
+        self.parameter.copy_(torch.where(self.mask, inside, self.hidden))
         self.is_revealed = True
         return True
+
+    def _hardened(self, soft: Granularity, hidden: Tensor) -> Tensor:
+        """Returns the active values: those put aside, but where something else has written what is shown since."""
+        shown, values = self._softened(soft, hidden), torch.zeros_like(hidden)
+        for view, scale in zip(self.weight.views, self.scales, strict=True):
+            written = view.of(self.parameter.detach()) / scale
+            view.write(values, harden(written, view.of(self.mask), view.of(hidden), soft))
+        return torch.where(self.parameter == shown, hidden, values)
+
+    def _softened(self, soft: Granularity, values: Tensor) -> Tensor:
+        """Returns what is shown of the values."""
+        shown = torch.zeros_like(values)
+        for view, scale in zip(self.weight.views, self.scales, strict=True):
+            view.write(shown, scale * soften(view.of(values), view.of(self.mask), soft))
+        return shown
 
     def undo_out_of_reach(self) -> None:
         """Takes back what weight decay did to revealed values that were not to learn."""
@@ -177,9 +197,16 @@ class MaskedWeight:
 
     def hide(self) -> None:
         """Puts aside what the mask covers, if it was revealed; the parameter is the caller's to clear."""
-        if self.is_revealed:
-            self.hidden = zero_outside_(self.parameter.detach().clone(), ~self.mask)
-            self.is_revealed = False
+        if not self.is_revealed:
+            return
+        self.hidden, self.is_revealed = self.parameter.detach().clone(), False
+        if self.soft is None:
+            zero_outside_(self.hidden, ~self.mask)
+            return
+        if not self.scales:
+            views = [(view.of(self.hidden), view.of(self.mask)) for view in self.weight.views]
+            self.scales = tuple(best_scale(values, soften(values, mask, self.soft)) for values, mask in views)
+        self.parameter.copy_(self._softened(self.soft, self.hidden))
 
     def restore(self, saved: "MaskedWeight") -> None:
         """Takes over what was saved, on the weight's device."""
@@ -188,6 +215,7 @@ class MaskedWeight:
         self.step = self.begun = saved.step
         self.updated_at, self.traced_at = saved.updated_at, saved.traced_at
         self.densities, self.starts, self.settled = saved.densities, saved.starts, saved.settled
+        self.scales = saved.scales
         for name in _TENSORS:
             tensor = getattr(saved, name)
             setattr(self, name, None if tensor is None else tensor.detach().clone().to(device))

@@ -140,10 +140,11 @@ def pull_hidden(m: MaskedWeight, plan: Plan, scale: float) -> None:
     assert storage is not None
     assert grad is not None
     assert m.hidden is not None
+    hidden = m.hidden if m.soft is None else m.hidden.masked_fill(m.mask, 0.0)
     for view in m.weight.views:
         pull = scale * storage.decay(plan.densities[view.name])
         if pull:
-            view.write(grad, view.of(grad).add(view.of(m.hidden), alpha=pull))
+            view.write(grad, view.of(grad).add(view.of(hidden), alpha=pull))
 
 
 def views_of(masked: Iterable[MaskedWeight]) -> Iterator[tuple[MaskedWeight, MatrixView]]:
