@@ -39,6 +39,7 @@ from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granu
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
 from dstlib.masking.in_turn import InTurn, best_units, places
 from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
+from dstlib.masking.scaling import INIT_SCALES, InitScale, density_factor, fan_in_factor
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
 from dstlib.masking.soft import best_scale, harden, soften
@@ -48,6 +49,7 @@ from dstlib.masking.topologies import ReceptiveField, SmallWorld
 from dstlib.masking.update import MaskUpdate, exchange, keep, unit_mask, unit_score, update_mask
 
 __all__ = [
+    "INIT_SCALES",
     "NM",
     "Account",
     "AdaptiveThreshold",
@@ -68,6 +70,7 @@ __all__ = [
     "Granularity",
     "GrownInit",
     "InTurn",
+    "InitScale",
     "Kernel",
     "MaskUpdate",
     "NeuronAblation",
@@ -85,10 +88,12 @@ __all__ = [
     "WeightAndGradient",
     "best_scale",
     "best_units",
+    "density_factor",
     "er",
     "erk",
     "exchange",
     "falling",
+    "fan_in_factor",
     "global_units",
     "gradient",
     "harden",

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dstlib.errors import SelectionError, require
+from dstlib.masking import INIT_SCALES, InitScale
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
 from dstlib.sparsifier.door import FROM_ZEROS, Masks, take
@@ -37,6 +39,7 @@ def sparsify(
     seed: int = 0,
     process_group: ProcessGroup | None = None,
     state: Mapping[str, Kind] | None = None,
+    init_scale: InitScale | None = None,
 ) -> Sparsifier:
     """Makes a model sparse now, and keeps it sparse under any torch optimizer that steps on its weights.
 
@@ -60,7 +63,9 @@ def sparsify(
     ``process_group`` are the ranks that hold a replica of the model, whose masks are compared at each update; by
     default all. ``state`` says what an optimizer keeps under a key, where that is not known: a "moment", an
     "accumulator", "weights" or "other" (docs/optimizers.md). Passing the optimizers is optional; it lets mistakes be
-    found now rather than at the first step.
+    found now rather than at the first step. ``init_scale`` makes up for the inputs that the first masks take away:
+    "fan_in" multiplies the weights of each output by √(all inputs / active inputs), "density" those of each layer by
+    1 / √density; weights that hold zeros already, as those of a sparse checkpoint, keep their values.
 
     Raises:
         SettingError: A setting is out of range.
@@ -83,6 +88,7 @@ def sparsify(
     _check_types(model, include=include, exclude=exclude, by_glob=by_glob, seed=seed)
     _check_optimizers(optimizers, model)
     check_stated(state or {})
+    _check_scale(init_scale, find_method(method))
     plan = make_plan(
         model,
         find_method(method),
@@ -96,6 +102,7 @@ def sparsify(
         overrides=overrides or {},
         seed=seed,
     )
+    plan = replace(plan, init_scale=init_scale)
     refuse_no_update(plan)
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
     _check_unmasked(sparse)
@@ -146,6 +153,26 @@ def _check_masks(masks: object) -> None:
         allowed=f'"{FROM_ZEROS}", masks by name, or the path of a file or folder',
         given=repr(masks) if isinstance(masks, str) else type(masks).__name__,
         remedy=f'masks="{FROM_ZEROS}" goes on from the zeros of the weights in the model.',
+    )
+
+
+def _check_scale(init_scale: object, method: Method) -> None:
+    """Checks that a scale of the first weights is known, and goes with the method."""
+    require(
+        init_scale is None or init_scale in INIT_SCALES,
+        "init_scale",
+        "sparsify()",
+        allowed=f"None, or one of {', '.join(INIT_SCALES)}",
+        given=repr(init_scale),
+        remedy='Pass "fan_in" for weights that have just been initialised; None leaves them as they are.',
+    )
+    require(
+        init_scale is None or method.storage is None,
+        "init_scale",
+        f"sparsify() with method {method.name}",
+        allowed="None, as hidden weights compete with active ones by magnitude",
+        given=repr(init_scale),
+        remedy="Leave it out, or choose a method without dense storage.",
     )
 
 

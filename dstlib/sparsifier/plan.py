@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, SettingError, require
-from dstlib.masking import NM, AtInit, Budget, Element, momentum, num_units, spend
+from dstlib.masking import NM, AtInit, Budget, Element, InitScale, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
 from dstlib.sparsifier.given import GivenMasks, agrees, check_room, count, following
@@ -29,6 +29,7 @@ class Plan:
     ``starts`` those that a ramp leads from, and ``own`` names the views whose sparsity was overridden, which no
     allocator moves. ``densities_from``: they came of the settings alone, of a look at the model, or of masks. ``given``
     are masks to start from, until they are taken; ``sparsity_from_masks``: they alone say how sparse weights become.
+    ``init_scale`` is that of the first weights.
     """
 
     method: Method
@@ -43,6 +44,7 @@ class Plan:
     densities_from: Literal["settings", "look", "masks"] = "settings"
     given: GivenMasks | None = None
     sparsity_from_masks: bool = False
+    init_scale: InitScale | None = None
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
         """Counts the active units, of ``num_total`` in each group, of a matrix view after an update at ``step``."""

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dstlib.errors import SettingError, StateError
-from dstlib.masking import random
+from dstlib.masking import INIT_SCALES, random
 from dstlib.masking.update import zero_outside_, zero_outside_each_
 from dstlib.report import Summary
 from dstlib.sparsifier import loaded, optimizer_state, update
@@ -335,6 +335,10 @@ class Sparsifier:
             self._keep_places(plan, may_cut=is_drawn)
         else:
             self._take_given(plan, given)
+        if plan.init_scale is not None:
+            for m in self._masked:  # not those that hold these zeros already
+                if m.num_outside() and not loaded.is_sparse_already(m):
+                    m.rescale(kept[m], INIT_SCALES[plan.init_scale])
         for m in self._masked:
             if m.hidden is not None:
                 m.reveal()

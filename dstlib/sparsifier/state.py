@@ -1,6 +1,6 @@
 """Masks in training: a sparse weight with its mask and its counters."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +117,12 @@ class MaskedWeight:
     def clear(self, kept: Iterable[Kept]) -> None:
         """Writes zeros outside the mask, and makes what optimizers keep for the weight there as it is at birth."""
         clear_all([(self, kept)])
+
+    def rescale(self, kept: Iterable[Kept], factor: Callable[[Tensor], Tensor]) -> None:
+        """Multiplies the weight, and the copies of it that optimizers keep, by factors of its masks."""
+        for x in self._moving(kept):
+            for view in self.weight.views:
+                view.write(x, (view.of(x).float() * factor(view.of(self.mask)).to(x.device)).to(x.dtype))
 
     def start_grown(self, kept: Iterable[Kept], old: Tensor, grad: Tensor, how: GrownState) -> None:
         """Starts what optimizers keep for the weight where it has grown since an old mask, if not as at birth."""
