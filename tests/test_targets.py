@@ -460,6 +460,27 @@ def test_a_matrix_of_alternating_rows_is_written_through():
     assert whole[:, 0].tolist() == [1, 1, 2, 2, 3, 3] * 2
 
 
+def test_a_state_of_joint_parts_says_how_it_is_loaded():
+    """As builds saved them that knew no alternating rows."""
+    torch.manual_seed(0)
+    joint, apart, again = (owned("GPTNeoXAttention", 24, name="query_key_value", head_size=2) for _ in range(3))
+    asked = {"sparsity": 0.5, "method": "static"}
+    saved = dstlib.sparsify(joint, **asked, split={"query_key_value": 1}).state_dict()
+    sparsifier = dstlib.sparsify(apart, **asked)
+    apart.load_state_dict(joint.state_dict())
+    with pytest.raises(dstlib.StateError, match=r"one matrix then, with split=\{\"query_key_value.weight\": 1\}"):
+        sparsifier.load_state_dict(saved)
+    sparsifier = dstlib.sparsify(again, **asked, split={"query_key_value.weight": 1})
+    again.load_state_dict(joint.state_dict())
+    sparsifier.load_state_dict(saved)
+    assert torch.equal(sparsifier.masks["query_key_value.weight"], saved_mask(saved))
+
+
+def saved_mask(state):
+    (weight,) = state["weights"].values()
+    return weight["mask"]
+
+
 def test_zeros_of_alternating_rows_are_kept():
     neox = owned("GPTNeoXAttention", 24, name="query_key_value", head_size=2)
     rest = torch.zeros(24, 8, dtype=torch.bool)

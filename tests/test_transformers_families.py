@@ -40,6 +40,7 @@ REASONS = re.compile(
     r"|its forward standardises the weight, which would undo the zeros"
     r"|frozen \(requires_grad is False\)|empty)"
 )
+MADE_BY = re.compile("^__init__$|_init_weights|resize")
 # Of a dozen families every weight is reached: one for each way in which matrices lie.
 DOZEN = (
     *("bert", "convbert", "deberta", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "mixtral", "mobilebert"),
@@ -75,10 +76,9 @@ def kind_of(model, name):
 
 @cache
 def source_of(cls):
-    """The code of a class, but for what makes it and its first weights."""
-    made_by = ("__init__", "_init_weights")
-    methods = [method for name, method in vars(cls).items() if inspect.isfunction(method) and name not in made_by]
-    return "".join(map(inspect.getsource, methods))
+    """The code of a class, but for what makes it, its first weights, and a larger vocabulary."""
+    methods = {name: method for name, method in vars(cls).items() if inspect.isfunction(method)}
+    return "".join(inspect.getsource(method) for name, method in methods.items() if not MADE_BY.search(name))
 
 
 def is_plain(model, name):
@@ -90,6 +90,19 @@ def is_plain(model, name):
     mine = [cls for cls in type(owner).__mro__ if cls.__module__.startswith("transformers.models")]
     taken = re.compile(rf"\.{re.escape(child)}\.weight\b(?!\.(dtype|device))")
     return is_torch and not any(taken.search(source_of(cls)) for cls in mine)
+
+
+def call_alone(layer):
+    """Calls a layer by itself, or stacked experts with what a router gives them, at the first width that it takes."""
+    widths = {width for p in layer._parameters.values() if p is not None for width in p.shape}
+    routed = torch.tensor([[0, 1], [1, 0], [0, 1]]), torch.full((3, 2), 0.5)
+    for width in sorted(widths):
+        for others in ((), routed):
+            try:
+                layer(torch.randn(3, width), *others)
+            except Exception:  # another width, or it is called otherwise
+                continue
+            return
 
 
 def examine(name, *scales):
@@ -109,6 +122,11 @@ def examine(name, *scales):
                 here.is_whole = True
             except Exception:  # the guessed inputs were not those: what ran until then counts
                 here.is_whole = False
+            left = [w.name for w in weights if not w.reason and w.name not in roles.uses]
+            layers = {n.rpartition(".")[0] for n in left if not is_plain(model, n)}
+            with torch.no_grad(), roles:
+                for layer in layers:
+                    call_alone(model.get_submodule(layer))
         for weight in weights:
             if weight.reason:
                 here.unknown += [f"{weight.name}: {weight.reason}"] if not REASONS.fullmatch(weight.reason) else []

@@ -20,7 +20,7 @@ from dstlib.schedules import Never
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight, groups_of
 from dstlib.sparsifier.update import with_densities
-from dstlib.targets import MatrixView
+from dstlib.targets import MatrixView, Weight
 from dstlib.torch_files import check_seal, checksum
 
 VERSION = 2
@@ -285,7 +285,7 @@ def _check_view(saved: MaskedWeight, view: MatrixView, plan: Plan) -> None:
     if bool((num_G != num_target).any()):
         allowed = f"{num_target * num_groups} active units, as its sparsity asks for at step {saved.updated_at}"
         allowed += f", {num_target} in each of its {num_groups} groups" if num_groups > 1 else ""
-        raise _misfit("mask", view.name, allowed, int(num_G.sum()))
+        raise _misfit("mask", view.name, allowed, int(num_G.sum()), _of_joint_parts(saved.weight))
 
 
 def _is_of_units(mask: Tensor, grain: Granularity) -> bool:
@@ -326,6 +326,12 @@ def _described(value: object) -> object:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _misfit(what: str, where: str, allowed: str, given: object) -> StateError:
+def _of_joint_parts(weight: Weight) -> str:
+    """Says how to load what was saved while the parts of a weight were one matrix, as by builds that knew no parts."""
+    is_split = weight.can_split and len(weight.views) > 1
+    return f' If its parts were one matrix then, with split={{"{weight.name}": 1}}.' if is_split else ""
+
+
+def _misfit(what: str, where: str, allowed: str, given: object, more: str = "") -> StateError:
     remedy = "Build the same model, call sparsify() with the settings it was saved under, and load weights after that."
-    return StateError.of(what, where, allowed=allowed, given=given, remedy=remedy)
+    return StateError.of(what, where, allowed=allowed, given=given, remedy=remedy + more)
