@@ -115,7 +115,9 @@ def test_seft_starts_from_the_zeros_of_a_pruned_model_and_moves_them_by_sensitiv
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=replace(SEFT, interval=8), total_steps=16)
+        sparsifier = dstlib.sparsify(
+            model, optimizer, masks="from-zeros", method=replace(SEFT, interval=8), total_steps=16
+        )
     assert torch.equal(sparsifier.masks["weight"], ~zeros)
     weight = model.weight.detach().clone()
     grads = [torch.randn(12, 20) for _ in range(8)]
