@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dstlib.layers.shift import LearnedShift, Shift
+from dstlib.targets import is_hooked
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def own_modules(trace: Trace) -> set[str]:
     for name, times in calls.items():
         module = trace.root.get_submodule(name)
         has_state = isinstance(module, Shift) or any(True for _ in (*module.parameters(), *module.buffers()))
-        has_hooks = module._forward_hooks or module._forward_pre_hooks
+        has_hooks = is_hooked(module) or module._forward_pre_hooks
         is_shared = any(uses[id(p)] > 1 for p in module.parameters())
         is_read = any(other.startswith(f"{name}.") for other in read)
         if not (has_hooks or is_shared or is_read or (has_state and times > 1)):

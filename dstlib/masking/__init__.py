@@ -39,6 +39,7 @@ from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granu
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
 from dstlib.masking.in_turn import InTurn, best_units, places
 from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
+from dstlib.masking.outputs import fill_outputs, leave_for_outputs, num_outputs
 from dstlib.masking.scaling import INIT_SCALES, InitScale, density_factor, fan_in_factor
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
@@ -94,12 +95,14 @@ __all__ = [
     "exchange",
     "falling",
     "fan_in_factor",
+    "fill_outputs",
     "global_units",
     "gradient",
     "harden",
     "in_proportion",
     "keep",
     "lamp",
+    "leave_for_outputs",
     "link_prediction",
     "link_prediction_by_paths",
     "link_prediction_l3",
@@ -108,6 +111,7 @@ __all__ = [
     "momentum",
     "momentum_share",
     "moved",
+    "num_outputs",
     "num_units",
     "places",
     "plain_gradient",

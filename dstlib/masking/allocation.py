@@ -26,6 +26,7 @@ from torch import Tensor
 from dstlib.errors import require
 from dstlib.masking.budget import Account, Allocation, Allocator, Budget, Terms
 from dstlib.masking.counts import apportion, round_down
+from dstlib.masking.outputs import leave_for_outputs
 from dstlib.masking.selection import select_top
 
 Rescale = Callable[[Tensor, Tensor], Tensor]
@@ -218,6 +219,7 @@ def share_out(allocate: Allocator, accounts: Sequence[Account], terms: Terms) ->
     A weight whose growth scores are all equal, such as an expert that no token has reached, has no say in what its
     units are worth, and would lose them to others for good. It exchanges none and keeps its number; as its own plan
     falls it gives up the same share, and takes more only where the others have no room for a total that rises.
+    Output layers get a unit for each output, if there are so many.
 
     >>> scores = {"reached": torch.tensor([[4.0, 3.0, 0.0]]), "idle": torch.tensor([[2.0, 1.0, 0.0]])}
     >>> accounts = [
@@ -232,14 +234,14 @@ def share_out(allocate: Allocator, accounts: Sequence[Account], terms: Terms) ->
     """
     idle = [account for account in accounts if account.is_idle]
     if not idle:
-        return allocate(accounts, terms)
+        return leave_for_outputs(allocate(accounts, terms), accounts)
     awake = [account for account in accounts if not account.is_idle]
     standing = [_standing(a, num) for a, num in zip(idle, _numbers_of_idle(idle, awake, terms), strict=True)]
     if not awake:
         return Allocation(tuple(standing), terms.memory)
     num_left = terms.num_total - sum(int(budget.num_target_G.sum()) for budget in standing)
     num_total = min(num_left, sum(account.num_units for account in awake))  # what does not divide finds no room
-    found = allocate(awake, replace(terms, num_total=num_total))
+    found = leave_for_outputs(allocate(awake, replace(terms, num_total=num_total)), awake)
     budgets = (*standing, *found.budgets)
     if len(found.budgets) == len(awake):  # else it is for the caller to refuse
         place = {account.name: i for i, account in enumerate((*idle, *awake))}

@@ -27,7 +27,8 @@ class Account:
 
     ``drop_GU`` and ``grow_GU`` are the unit scores. ``num_planned`` is the number of units, over all groups,
     that its own density asks for, and ``num_planned_before`` that at its last update, where it was another.
-    ``is_output``: its outputs are those of the model, or may be, and none of them may go.
+    ``is_output``: its outputs are those of the model, or may be, and none of them may go; ``num_outputs`` is how many
+    units they need, one for each, where an update could leave one without.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Account:
     num_planned: int
     num_planned_before: int | None = None
     is_output: bool = False
+    num_outputs: int = 0
 
     @property
     def num_units(self) -> int:

@@ -36,6 +36,7 @@ def sparsify(
     overrides: Mapping[str, float] | None = None,
     split: Mapping[str, int] | None = None,
     axes: Mapping[str, str] | None = None,
+    keep_neurons: str | Sequence[str] | None = None,
     seed: int = 0,
     process_group: ProcessGroup | None = None,
     state: Mapping[str, Kind] | None = None,
@@ -60,6 +61,8 @@ def sparsify(
     the densities of their masks, and ``sparsity`` may be left out; where it is higher than theirs, the method has to
     prune, and its ramp leads there from the masks. Weights without a mask, or without zeros, stay dense.
 
+    ``keep_neurons`` are globs of the layers that keep a weight for each of their neurons; by default those that the
+    outputs of the model come from, found in the second step, in what autograd records: no class loses all its weights.
     ``process_group`` are the ranks that hold a replica of the model, whose masks are compared at each update; by
     default all. ``state`` says what an optimizer keeps under a key, where that is not known: a "moment", an
     "accumulator", "weights" or "other" (docs/optimizers.md). Passing the optimizers is optional; it lets mistakes be
@@ -84,8 +87,9 @@ def sparsify(
     Sparsifier(rigl, 2 weights, 237 of 2,368 active, step 0)
     """
     _check_masks(masks)
+    globs = {"include": include, "exclude": exclude, "keep_neurons": () if keep_neurons is None else keep_neurons}
     by_glob = {"overrides": overrides or {}, "split": split or {}, "axes": axes or {}}
-    _check_types(model, include=include, exclude=exclude, by_glob=by_glob, seed=seed)
+    _check_types(model, globs=globs, by_glob=by_glob, seed=seed)
     _check_optimizers(optimizers, model)
     check_stated(state or {})
     _check_scale(init_scale, find_method(method))
@@ -101,6 +105,7 @@ def sparsify(
         axes=axes or {},
         overrides=overrides or {},
         seed=seed,
+        keep_neurons=(keep_neurons,) if isinstance(keep_neurons, str) else keep_neurons,
     )
     plan = replace(plan, init_scale=init_scale)
     refuse_no_update(plan)
@@ -115,9 +120,7 @@ def sparsify(
     return sparsifier
 
 
-def _check_types(
-    model: object, *, include: object, exclude: object, by_glob: Mapping[str, object], seed: object
-) -> None:
+def _check_types(model: object, *, globs: Mapping[str, object], by_glob: Mapping[str, object], seed: object) -> None:
     """Checks what would else fail far from the call."""
 
     def are_globs(value: object) -> bool:
@@ -129,8 +132,9 @@ def _check_types(
         require(holds, what, "sparsify()", allowed=allowed, given=repr(shown), remedy=remedy)
 
     check(isinstance(model, nn.Module), "model", "an nn.Module", model, "Pass the module itself.")
-    check(are_globs(include), "include", "a glob or several", include, 'Pass "encoder.*", say; "*" is all.')
-    check(are_globs(exclude), "exclude", "a glob or several", exclude, 'Pass "head", say; () is none.')
+    hints = {"include": 'Pass "encoder.*", say; "*" is all.'}
+    for what, given in globs.items():
+        check(are_globs(given), what, "a glob or several", given, hints.get(what, 'Pass "head", say; () is none.'))
     examples = {
         "overrides": ("sparsities", '{"head": 0.0}'),
         "split": ("numbers of matrices", '{"*.fused": 3}'),

@@ -42,27 +42,34 @@ class Replicas:
             StateError: Masks differ, on every rank: gradients were not reduced before the optimizer step, or ranks
                 were given other seeds or weights.
         """
-        if not (changed and dist.is_available() and dist.is_initialized()):
-            return
-        rank, num_ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
-        if rank < 0 or num_ranks == 1:
+        if not changed or not self._are_several():
             return
         mine = {m.weight.name: zlib.crc32(m.mask.cpu().contiguous().numpy().tobytes()) for m in changed}
         step = max(m.step for m in changed) + 1
-        theirs = self._exchange(rank, num_ranks, mine, step)
+        theirs = self._exchange(mine, step)
         differing = [name for name in mine if any(other.get(name) != mine[name] for other in theirs)]
         if differing or any(set(other) != set(mine) for other in theirs):
             raise StateError.of(
                 "masks",
                 f"{', '.join(differing) or 'some weights'} at step {step}",
-                allowed=f"the same on all {num_ranks} ranks",
+                allowed=f"the same on all {dist.get_world_size(self._group)} ranks",
                 given="different ones",
                 remedy="Give every rank the same seed, weights and reduced gradients (DistributedDataParallel does "
                 "the last two); if ranks train models of their own, pass process_group= to sparsify().",
             )
 
-    def _exchange(self, rank: int, num_ranks: int, mine: Mapping[str, int], step: int) -> list[dict[str, int]]:
+    def tell(self, mine: Mapping[str, int], step: int) -> list[dict[str, int]]:
+        """Returns the numbers that the other ranks have for the same weights, and lets them have these."""
+        return self._exchange(mine, step) if self._are_several() else []
+
+    def _are_several(self) -> bool:
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        return dist.get_rank(self._group) >= 0 and dist.get_world_size(self._group) > 1
+
+    def _exchange(self, mine: Mapping[str, int], step: int) -> list[dict[str, int]]:
         """Leaves what is mine, and returns what the other ranks have left for the same check."""
+        rank, num_ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         group = self._group or dist.distributed_c10d._get_default_group()
         store = dist.distributed_c10d._get_process_group_store(group)
         self._num_checks += 1

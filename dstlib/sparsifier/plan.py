@@ -14,6 +14,7 @@ from dstlib.errors import SelectionError, SettingError, require
 from dstlib.masking import NM, AtInit, Budget, Element, InitScale, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
+from dstlib.sparsifier.asked import unmet
 from dstlib.sparsifier.given import GivenMasks, agrees, check_room, count, following
 from dstlib.targets import Weight, check_matches, example_axes, select, shortfall, unknown_axes, unwrap
 
@@ -30,6 +31,8 @@ class Plan:
     allocator moves. ``densities_from``: they came of the settings alone, of a look at the model, or of masks. ``given``
     are masks to start from, until they are taken; ``sparsity_from_masks``: they alone say how sparse weights become.
     ``init_scale`` is that of the first weights.
+    ``outputs`` names the weights whose neurons are to be kept; None: those that the model's outputs come from, which
+    are found.
     """
 
     method: Method
@@ -45,6 +48,7 @@ class Plan:
     given: GivenMasks | None = None
     sparsity_from_masks: bool = False
     init_scale: InitScale | None = None
+    outputs: frozenset[str] | None = None
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
         """Counts the active units, of ``num_total`` in each group, of a matrix view after an update at ``step``."""
@@ -84,6 +88,7 @@ def make_plan(
     axes: Mapping[str, str],
     overrides: Mapping[str, float],
     seed: int,
+    keep_neurons: Sequence[str] | None = None,
 ) -> Plan:
     """Checks every setting and resolves it against the model.
 
@@ -110,6 +115,8 @@ def make_plan(
         remedy="Call model.to_empty(device=...) and initialise it first.",
         error=SelectionError,
     )
+    for pattern in keep_neurons or ():
+        check_matches(pattern, weights, "the model, as a layer whose neurons are kept")
     given = None
     if masks is not None:
         _check_starts(method)
@@ -124,8 +131,9 @@ def make_plan(
         assert density is not None, "it was checked"
         densities, starts, own = _spread(weights, method, density, overrides)
     tells_axes = not isinstance(method.granularity, Element)
+    rounded = "" if given is not None or density is None else unmet(weights, densities, method.granularity, 1 - density)
     left_out = shortfall(weights, include, tells_axes=tells_axes, fits=lambda weight: _fits(weight, method))
-    for message in filter(None, (left_out, unknown_axes(weights))):
+    for message in filter(None, (rounded, left_out, unknown_axes(weights))):
         warnings.warn(message, stacklevel=3)
     plan = Plan(
         method=method,
@@ -134,6 +142,7 @@ def make_plan(
         densities=densities,
         starts=starts,
         own=own,
+        outputs=_matching(weights, keep_neurons),
         num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
         seed=seed,
         total_steps=total_steps,
@@ -194,6 +203,12 @@ def _check_starts(method: Method) -> None:
     ):
         remedy = 'Choose another method, such as "rigl", or pass no masks.'
         require(holds, "method", f"sparsify(masks=) with {method.name}", allowed=allowed, given=given, remedy=remedy)
+
+
+def _matching(weights: Sequence[Weight], patterns: Sequence[str] | None) -> frozenset[str] | None:
+    if patterns is None:
+        return None
+    return frozenset(weight.name for weight in weights if any(weight.matches(pattern) for pattern in patterns))
 
 
 def check_sparsity(value: float | None, where: str) -> None:

@@ -43,9 +43,14 @@ def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: fl
         fields = {key: getattr(m, field) for key, field in _SAVED.items()}
         weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
     num_planned = _num_planned(masked, plan)
-    return _sealed(
-        {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "weights": weights}
-    )
+    outputs = {} if plan.outputs is not None else _outputs(masked)
+    whole = {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "outputs": outputs}
+    return _sealed({**whole, "weights": weights})
+
+
+def _outputs(masked: Iterable[MaskedWeight]) -> dict[str, bool | None]:
+    """Returns whether outputs come from weights, where that is known; None: not yet, and they are to be filled then."""
+    return {m.weight.name: m.is_output for m in masked if m.is_output is not None or m.is_to_fill}
 
 
 def at_step_0(state: Any, *, frozen: bool | None = None) -> dict[str, Any]:
@@ -99,6 +104,7 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
         plan = with_densities(plan, all_saved)
         if (planned := _num_planned(masked, plan)) != state["num_planned"]:
             raise _misfit("num_planned", _WHOLE, f"{planned}, as its densities have it", state["num_planned"])
+    _check_outputs(state, all_saved, plan)
     latest = 1 + max((saved.step for saved in all_saved), default=0)  # of a step that has begun
     for saved in all_saved:
         if saved.updated_at > latest:
@@ -107,6 +113,22 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
         _check_shared_total(all_saved, plan)
     check_seal(state, _without_seal(state), where=_WHOLE)
     return all_saved
+
+
+def _check_outputs(state: Mapping[str, Any], all_saved: Sequence[MaskedWeight], plan: Plan) -> None:
+    """Takes over which weights are known to be outputs, or not; states that are older than this say nothing of it."""
+    outputs = state.get("outputs", {})
+    names = {saved.weight.name for saved in all_saved}
+    if (
+        not isinstance(outputs, Mapping)
+        or not set(outputs) <= names
+        or not set(outputs.values()) <= {True, False, None}
+    ):
+        raise _misfit("outputs", _WHOLE, "weights that are outputs, or are not", outputs)
+    for saved in all_saved:
+        name = saved.weight.name
+        saved.is_output = outputs.get(name) if plan.outputs is None else name in plan.outputs
+        saved.is_to_fill = name in outputs and outputs[name] is None
 
 
 def _sealed(state: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from dstlib.sparsifier.given import GivenMasks, is_shared_out
 from dstlib.sparsifier.hooks import forget, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
+from dstlib.sparsifier.outputs import PATIENCE, OutputSearch, short_of_outputs, tell_of_short
 from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.saved import check_saved, save
@@ -66,6 +67,10 @@ class Sparsifier:
             for w in plan.weights
             if not w.reason
         ]
+        for m in self._masked:
+            m.is_output = None if plan.outputs is None else m.weight.name in plan.outputs
+        self._search = OutputSearch(plan)
+        self._twins: WeakSet[nn.Module] = WeakSet()  # of the model, which compute with its weights
         self._process_group = process_group
         self._meanings = StateMeanings(state or {})
         self._next_question = float(_UNSTEPPED)  # at which step it is asked whether all weights take steps
@@ -80,6 +85,8 @@ class Sparsifier:
             self._meet(optimizer, self._held_by(optimizer))
         with torch.no_grad():
             self._plan = self._start(plan)
+        if short := short_of_outputs((m for m in self._masked if m.is_output), self.plan):
+            tell_of_short(short)
         listen(self)
 
     @property
@@ -233,7 +240,7 @@ class Sparsifier:
         def reads(name: str) -> bool:
             return name in masked and self._reads(masked[name])
 
-        return accelerate(
+        fast = accelerate(
             model,
             example_input,
             masks=self.masks,
@@ -242,6 +249,8 @@ class Sparsifier:
             decisions=decisions,
             layers=layers,
         )
+        self._twins.add(fast)
+        return fast
 
     def freeze(self) -> None:
         """Fixes the topology from now on: zeros hold, masks no longer change."""
@@ -250,6 +259,7 @@ class Sparsifier:
     def detach(self) -> None:
         """Stops listening to optimizers, for good. The weights keep the zeros they have at this moment."""
         self._attached = False
+        self._search.end()
         forget(self)
 
     @torch.no_grad()
@@ -286,6 +296,9 @@ class Sparsifier:
         self._moved = any(m.updated_at > 0 for m in self._masked)  # what earlier updates did is not known
         self._left_out = {m for m in self._masked if m.updated_at > m.step}  # they have followed the others
         self._frozen, self._memory = bool(state["frozen"]), float(state["memory"])
+        self._search.end()
+        self._search = OutputSearch(self.plan)
+        self._look_for_outputs()
         self.apply_masks()
 
     def __repr__(self) -> str:
@@ -297,16 +310,18 @@ class Sparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but the optimizers, which are met again when they step: copies follow the copied model."""
-        left_out = {"_optimizers", "_looked_at", "_by_id", "_by_name", "_held", "_replicas"}
+        left_out = {"_optimizers", "_looked_at", "_by_id", "_by_name", "_held", "_replicas", "_search", "_twins"}
         state = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**state, "_process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._connect()
+        self._search, self._twins = OutputSearch(self.plan), WeakSet()
         if self._attached:
             listen(self)
             keep(self, self._ownership.owners)
+            self._look_for_outputs()
 
     def _connect(self) -> None:
         """Makes all that belongs to this process and these very objects, which no copy takes along."""
@@ -354,8 +369,10 @@ class Sparsifier:
         for m in self._masked:
             if m.num_outside():
                 is_cut = may_cut and loaded.is_sparse_already(m)
-                if not loaded.take_places(m, grain, may_cut=is_cut) and is_cut:
+                is_taken = loaded.take_places(m, grain, may_cut=is_cut)
+                if not is_taken and is_cut:
                     cut[m] = m.num_outside()
+                m.is_to_fill = not (is_taken or is_cut) and m.is_output is None and m.hidden is None
         if cut:
             loaded.tell_of_no_room(cut)
 
@@ -477,6 +494,7 @@ class Sparsifier:
         changed += [m for m in written if m.begun > 0]
         for m in weights:
             m.begin_step()
+        changed += self._settle_outputs(weights, optimizer_state.loss_scale(optimizer))
         # an update that is due waits for the next step at which the weight has a gradient
         ready = [m for m in weights if m.parameter.grad is not None]
         if self.plan.method.interval is not None and not self.frozen:
@@ -522,6 +540,8 @@ class Sparsifier:
                 m.hide()
                 m.step = m.begun
             clear_all((m, self._kept(m)) for m in weights)
+        if self._search.is_wanted:
+            self._look_for_outputs()
         last = last_update(self.plan)
         if not self.frozen and any(m.step == last for m in weights):
             behind = find_behind([m for m in self._masked if m not in self._behind], self.plan)
@@ -531,6 +551,35 @@ class Sparsifier:
             if not self._moved:
                 tell_of_standstill(self.plan)
                 self._moved = True  # as far as anyone has to be told
+
+    def _look_for_outputs(self) -> None:
+        """Watches the coming forward passes for what feeds what, if some weights have taken a step and nobody knows."""
+        model = self._ownership.model
+        self._search.is_wanted = any(m.is_output is None for m in self._masked)
+        if self._search.is_wanted and model is not None and any(m.step for m in self._masked):
+            self._search.begin(model, self._twins)
+
+    def _settle_outputs(self, weights: Sequence[MaskedWeight], scale: float) -> list[MaskedWeight]:
+        """Says which of the weights are outputs, at their second step; returns those whose first masks are filled."""
+        if not self._search.is_on:
+            return []
+        is_late = self.step >= PATIENCE
+        asked = [m for m in (self._masked if is_late else weights) if m.is_output is None and (m.step or is_late)]
+        if not asked:
+            return []
+        self._search.settle(asked, self.plan, self._replicas)
+        if all(m.is_output is not None for m in self._masked):
+            self._search.end()
+        filled = []
+        for m in asked:
+            if m.is_to_fill and m.is_output and not self.frozen and m.parameter.grad is not None:
+                grad, old, kept = _full_gradient(m, scale), m.mask.clone(), self._kept(m)
+                update.fill_first_masks(m, grad, self.plan, step=m.step + 1, observers=self.observers)
+                m.clear(kept)
+                m.start_grown(kept, old, grad, self.plan.method.grown_state)
+                filled.append(m)
+            m.is_to_fill = False
+        return filled
 
     def _is_due(self, m: MaskedWeight) -> bool:
         """Whether an update is due, or overdue for want of a gradient."""

@@ -30,7 +30,8 @@ class MaskedWeight:
     one, or of the masks it was given, and ``starts`` those that a ramp leads from then. ``settled`` says of which of
     them the method's ``early_stop`` has ended the updates; empty: of none. ``young`` marks what the last update has
     grown, as long as it warms up; ``before`` is what it was, in the parameter and in copies of it, before the step that
-    has begun.
+    has begun. ``is_output`` says whether outputs of the model come from it, or may; None as long as nobody has
+    looked, while ``is_to_fill`` says that an output which its first mask left without a weight is to have one.
 
     ``version`` is the parameter's when it was last seen to be zero outside the mask, ``lost_at`` the last step
     that found something else's non-zeros there.
@@ -53,6 +54,8 @@ class MaskedWeight:
     young: Tensor | None = None
     before: list[Tensor] = field(default_factory=list)
     starts: tuple[float, ...] = ()
+    is_output: bool | None = None
+    is_to_fill: bool = False
     version: int = -1
     lost_at: int = -1
     _factor: tuple[Tensor, int, Tensor] | None = field(default=None, init=False, repr=False)
@@ -222,6 +225,7 @@ class MaskedWeight:
         self.updated_at, self.traced_at = saved.updated_at, saved.traced_at
         self.densities, self.starts, self.settled = saved.densities, saved.starts, saved.settled
         self.scales = saved.scales
+        self.is_output, self.is_to_fill = saved.is_output, saved.is_to_fill
         for name in _TENSORS:
             tensor = getattr(saved, name)
             setattr(self, name, None if tensor is None else tensor.detach().clone().to(device))

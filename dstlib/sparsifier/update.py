@@ -63,16 +63,24 @@ def update_masks(
         kept_GU = masking.keep(active_GU, drop_GU, budget)
         left = replace(site, mask=masking.unit_mask(kept_GU, method.granularity, site.mask.shape))
         grow_GU = _unit_score(site, _grow_score(left, plan), plan)
-        change = _exchange(site, plan, drop_GU, grow_GU, budget, kept_GU)
-        view.write(m.mask, change.mask)
+        change = _exchange(m, site, plan, drop_GU, grow_GU, budget, kept_GU)
         if _is_last(change, kept_GU, site, plan):
             _settle(m, view)
-        if site.grad is not None:
-            grown = method.grown_init(replace(site, mask=change.mask))
-            view.write(m.parameter.detach(), torch.where(change.grown, grown, site.weight))
-        for observe in observers:
-            observe(replace(site, weight=view.of(m.parameter.detach()), mask=view.of(m.mask)), change)
+        _carry_out(m, view, site, change, plan, observers)
     return memory
+
+
+def fill_first_masks(m: MaskedWeight, grad: Tensor, plan: Plan, *, step: int, observers: Sequence[Observer]) -> None:
+    """Gives each output that the first mask has left without a weight one by chance, for the smallest of others."""
+    for view in m.weight.views:
+        site = make_site(m, view, plan, step, grad)
+        if bool(site.mask.flatten(1).any(dim=1).all()):
+            continue
+        nothing = torch.zeros_like(site.mask)
+        stays = MaskUpdate(site.mask.clone(), nothing, nothing, idle_G=nothing.new_zeros(1))
+        drop_GU, grow_GU = (_unit_score(site, score(site), plan) for score in (masking.magnitude, masking.random))
+        change = masking.fill_outputs(stays, drop_GU, grow_GU, granularity=plan.method.granularity)
+        _carry_out(m, view, site, change, plan, observers)
 
 
 def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
@@ -91,8 +99,8 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
         active_GUE = plan.method.granularity.fold(site.mask)
         num_target = _num_planned(plan, view.name, active_GUE[..., 0], 0) * active_GUE.shape[2]
         site = replace(site, num_target=num_target)
-        account = _account(site, plan, _unit_score(site, init(site), plan))
-        change = _exchange(site, plan, account.drop_GU, account.grow_GU, _first_budget(account))
+        account = _account(m, site, plan, _unit_score(site, init(site), plan))
+        change = _exchange(m, site, plan, account.drop_GU, account.grow_GU, _first_budget(account))
         view.write(m.mask, change.mask)
     return plan
 
@@ -223,11 +231,11 @@ def _account_at_update(m: MaskedWeight, site: Site, drop_GU: Tensor, plan: Plan)
     """
     again = torch.Generator("cpu").set_state(site.generator.get_state())
     grow_GU = _unit_score(site, _grow_score(replace(site, generator=again), plan), plan)
-    account = _account(site, plan, drop_GU, grow_GU)
+    account = _account(m, site, plan, drop_GU, grow_GU)
     return replace(account, num_planned_before=_num_planned(plan, site.name, account.active_GU, m.updated_at))
 
 
-def _account(site: Site, plan: Plan, drop_GU: Tensor, grow_GU: Tensor | None = None) -> Account:
+def _account(m: MaskedWeight, site: Site, plan: Plan, drop_GU: Tensor, grow_GU: Tensor | None = None) -> Account:
     """Returns a site as allocators see it; a single score says what is kept and what is grown."""
     active_GU = plan.method.granularity.fold(site.mask)[..., 0]
     return Account(
@@ -236,7 +244,8 @@ def _account(site: Site, plan: Plan, drop_GU: Tensor, grow_GU: Tensor | None = N
         drop_GU=drop_GU,
         grow_GU=drop_GU if grow_GU is None else grow_GU,
         num_planned=_num_planned(plan, site.name, active_GU, site.step),
-        is_output=site.name == list(plan.densities)[-1],
+        is_output=m.is_output is not False,
+        num_outputs=masking.num_outputs(plan.method.granularity, site.mask.shape) if m.is_output else 0,
     )
 
 
@@ -249,13 +258,35 @@ def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
 
 
 def _exchange(
-    site: Site, plan: Plan, drop_GU: Tensor, grow_GU: Tensor, budget: Budget, kept_GU: Tensor | None = None
+    m: MaskedWeight,
+    site: Site,
+    plan: Plan,
+    drop_GU: Tensor,
+    grow_GU: Tensor,
+    budget: Budget,
+    kept_GU: Tensor | None = None,
 ) -> MaskUpdate:
-    """Returns the mask of a site changed as its scores and budget say."""
+    """Returns the mask of a site changed as its scores and budget say; no output of the model loses all its weights."""
     grain, regrow = plan.method.granularity, plan.method.regrow
-    return masking.exchange(
+    change = masking.exchange(
         site.mask, drop_GU, grow_GU, granularity=grain, budget=budget, regrow=regrow, kept_GU=kept_GU
     )
+    if not m.is_output:
+        return change
+    may_grow = site.grad is not None or site.step == 0  # nothing grows in a frozen weight
+    return masking.fill_outputs(change, drop_GU, grow_GU, granularity=grain, may_grow=may_grow)
+
+
+def _carry_out(
+    m: MaskedWeight, view: MatrixView, site: Site, change: MaskUpdate, plan: Plan, observers: Sequence[Observer]
+) -> None:
+    """Changes the mask of a site, starts what has grown, and lets observers see it."""
+    view.write(m.mask, change.mask)
+    if site.grad is not None:
+        grown = plan.method.grown_init(replace(site, mask=change.mask))
+        view.write(m.parameter.detach(), torch.where(change.grown, grown, site.weight))
+    for observe in observers:
+        observe(replace(site, weight=view.of(m.parameter.detach()), mask=view.of(m.mask)), change)
 
 
 def _shared_total(accounts: Sequence[Account], masked: Iterable[MaskedWeight], plan: Plan) -> int:
@@ -313,11 +344,11 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
         scored = _score_together(masked, plan, init)
         accounts = [account for *_, account in scored if account.name not in fixed]
         terms = Terms(num_total=max(num_total, sum(groups[n][0] for n in shared)), drop_fraction=0.0)
-        given = init.allocate(accounts, terms).budgets if accounts else ()
+        given = masking.leave_for_outputs(init.allocate(accounts, terms), accounts).budgets if accounts else ()
         budgets = _by_name(given, accounts, terms.num_total, init.name)
         for m, view, site, account in scored:
             budget = budgets.get(site.name) or _first_budget(account)
-            change = _exchange(site, plan, account.drop_GU, account.grow_GU, budget)
+            change = _exchange(m, site, plan, account.drop_GU, account.grow_GU, budget)
             view.write(m.mask, change.mask)
         for m in masked:
             zero_outside_(m.parameter, m.mask)
@@ -370,7 +401,7 @@ def _score_together(
             )
         for view in m.weight.views:
             site = make_site(m, view, plan, 0)
-            scored.append((m, view, site, _account(site, plan, _unit_score(site, view.of(score), plan))))
+            scored.append((m, view, site, _account(m, site, plan, _unit_score(site, view.of(score), plan))))
     return scored
 
 

@@ -2,6 +2,7 @@
 
 from dstlib.targets.coverage import coverage, example_axes, shortfall, unknown_axes
 from dstlib.targets.eligibility import Weight
+from dstlib.targets.outputs import PassWatch, is_hooked
 from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
 from dstlib.targets.products import moments_in_turn
 from dstlib.targets.selection import (
@@ -24,6 +25,7 @@ __all__ = [
     "WITHOUT_MASK",
     "Masked",
     "MatrixView",
+    "PassWatch",
     "Weight",
     "check_matches",
     "coverage",
@@ -32,6 +34,7 @@ __all__ = [
     "find_masked",
     "find_outside",
     "find_weights",
+    "is_hooked",
     "moments_in_turn",
     "plain_name",
     "refuse_outside",

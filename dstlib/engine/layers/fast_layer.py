@@ -17,6 +17,7 @@ from dstlib.engine.layers.feature_map import Pending, write_out
 from dstlib.engine.layers.watch import Watch
 from dstlib.engine.ops.operator import is_followed
 from dstlib.errors import SettingError
+from dstlib.targets import is_hooked
 
 _KINDS = (Tensor, nn.Parameter)
 
@@ -206,7 +207,7 @@ def has_hooks(*modules: nn.Module | None) -> bool:
         if each is not None:
             own = each.__dict__
             if (
-                own["_forward_hooks"]
+                (own["_forward_hooks"] and is_hooked(each))
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]

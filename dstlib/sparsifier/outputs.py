@@ -1,0 +1,107 @@
+"""Which sparse weights the outputs of a model come from: found in the second step of each, and told where it cannot be.
+
+Nobody says so at ``sparsify``, and no input is known there. In the forward passes between the first step of a weight
+and its second, modules are watched; the graph that autograd recorded then says which weights feed others. Where it
+does not, as within a model that was compiled as a whole, a weight is taken for an output.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from dstlib.masking import NeuronAblation, num_outputs, num_units
+from dstlib.sparsifier.distributed import Replicas
+from dstlib.sparsifier.plan import Plan
+from dstlib.sparsifier.state import MaskedWeight
+from dstlib.targets import PassWatch
+
+PATIENCE = 10  # steps, after which all that is not known is told
+_UNSEEN, _INNER, _JOINT, _OUTPUT = range(4)  # what ranks tell each other: the highest counts
+_CODES = {False: _INNER, None: _JOINT, True: _OUTPUT}
+
+
+class OutputSearch:
+    """Looks for the outputs of a model among its weights, until all are settled.
+
+    ``is_wanted``: nothing is settled, and modules are not watched yet.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.is_wanted = plan.outputs is None
+        self._parameters = [weight.parameter for weight in plan.weights]
+        self._watch: PassWatch | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether modules are watched."""
+        return self._watch is not None
+
+    def begin(self, model: nn.Module, twins: Iterable[nn.Module]) -> None:
+        """Watches a model, its modules that hold weights, sparse or not, and other models that compute with them."""
+        wanted = {id(p) for p in self._parameters}
+        owners = (m for m in model.modules() if any(id(p) in wanted for p in m._parameters.values()))
+        self._watch, self.is_wanted = PassWatch([model, *owners, *twins]), False
+
+    def end(self) -> None:
+        """Watches no more."""
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
+
+    def settle(self, weights: Sequence[MaskedWeight], plan: Plan, replicas: Replicas) -> None:
+        """Says of each weight whether outputs come from it, the same on all ranks; warns of those that may be."""
+        if self._watch is None:
+            return
+        found = self._watch.outputs(self._parameters)
+        keys = {m.weight.name: id(m.parameter) for m in weights}
+        codes = {name: _CODES[found[key]] if key in found else _UNSEEN for name, key in keys.items()}
+        for theirs in replicas.tell(codes, max(m.step for m in weights) + 1):
+            codes = {name: max(code, theirs.get(name, _UNSEEN)) for name, code in codes.items()}
+        for m in weights:
+            m.is_output = codes[m.weight.name] != _INNER
+        unknown = [m.weight.name for m in weights if codes[m.weight.name] in (_UNSEEN, _JOINT)]
+        if unknown and isinstance(plan.method.allocate, NeuronAblation):
+            _tell_of_unknown(unknown, plan)
+        known = [m for m in weights if codes[m.weight.name] == _OUTPUT]
+        if short := short_of_outputs(known, plan):
+            tell_of_short(short)
+
+
+def short_of_outputs(masked: Iterable[MaskedWeight], plan: Plan) -> dict[str, tuple[int, int]]:
+    """Returns output layers whose active units will be fewer than their outputs need, with both numbers."""
+    short = {}
+    for m in masked:
+        for view in m.weight.views:
+            shape = view.of(m.mask).shape
+            num_needed, num_all = num_outputs(plan.method.granularity, shape), 0
+            if num_needed and (plan.method.allocate is None or view.name in plan.own):
+                num_all = plan.method.granularity.fold(view.of(m.mask)).shape[1]
+                num_active = num_units(num_all, plan.densities[view.name])
+                if num_active < num_needed:
+                    short[view.name] = (num_active, num_needed)
+    return short
+
+
+def tell_of_short(short: Mapping[str, tuple[int, int]]) -> None:
+    """Warns of output layers that cannot have a weight for each output."""
+    cases = [f"{name} with {num_active:,} for {needed:,}" for name, (num_active, needed) in short.items()]
+    more = f", and {len(cases) - 3} more" if len(cases) > 3 else ""
+    (first, *_) = short
+    warnings.warn(
+        f"Fewer active units than outputs in {', '.join(cases[:3])}{more}: some outputs have no weight, and are the "
+        f'same for every input. Give such a layer a sparsity of its own, by overrides={{"{first}": 0.5}}, say, or '
+        "leave it out by exclude=.",
+        stacklevel=2,
+    )
+
+
+def _tell_of_unknown(names: Sequence[str], plan: Plan) -> None:
+    more = f" and {len(names) - 3} more weights" if len(names) > 3 else ""
+    warnings.warn(
+        f"{', '.join(names[:3])}{more}: nothing shows whether the model's outputs come from them, so method "
+        f"{plan.method.name} ablates no neuron there. A forward pass shows it that autograd records operation by "
+        "operation, not one that is compiled, or checkpointed with use_reentrant=True. Name the output layers by "
+        'keep_neurons=["head"], say, and the others are ablated.',
+        stacklevel=2,
+    )

@@ -1,0 +1,148 @@
+"""Which weights a model's outputs come from: those from which autograd's graph ends without another weight.
+
+Names and the order of registration tell nothing of it. What modules return in a pass that autograd records leads back
+through every operation, and each operation shows which parameters it read.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves
+
+# operations on entries one by one, or that only put tensors together: behind one, a parameter is still to be used
+_BY_ENTRY = frozenset(("Add", "Sub", "Mul", "Div", "Where", "Lerp", "Cat", "Stack", "WeightNormInterface"))
+
+# Looked up by the hook, so that copied and pickled modules carry no more than a function's name.
+_WATCHES: WeakKeyDictionary[nn.Module, "WeakSet[PassWatch]"] = WeakKeyDictionary()
+
+
+class PassWatch:
+    """Notes what some modules return in the first pass that autograd records, until it is told to stop.
+
+    Nodes of autograd's graph are kept meanwhile, but not what they have saved for a backward pass that has run.
+
+    >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+    >>> watch = PassWatch(net.modules())
+    >>> _ = net(torch.ones(1, 2))
+    >>> names = {id(p): n for n, p in net.named_parameters()}
+    >>> {names[key]: is_output for key, is_output in watch.outputs([net[0].weight, net[2].weight]).items()}
+    {'0.weight': False, '2.weight': True}
+    >>> watch.stop()
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules: WeakSet[nn.Module] = WeakSet(modules)
+        self._seen: dict[int, list[Node]] = {}
+        for module in self._modules:
+            _WATCHES.setdefault(module, WeakSet()).add(self)
+            if note_pass not in module._forward_hooks.values():
+                module.register_forward_hook(note_pass)
+
+    def note(self, module: nn.Module, output: object) -> None:
+        """Takes what a module returned, if it is the first such time."""
+        if id(module) not in self._seen and (nodes := list(_nodes_of(output))):
+            self._seen[id(module)] = nodes
+
+    def stop(self) -> None:
+        """Lets go of all."""
+        self._seen.clear()
+        for module in self._modules:
+            if watches := _WATCHES.get(module):
+                watches.discard(self)
+            if not watches:
+                for key in [key for key, hook in module._forward_hooks.items() if hook is note_pass]:
+                    del module._forward_hooks[key]
+        self._modules.clear()
+
+    def outputs(self, parameters: Iterable[Tensor]) -> dict[int, bool | None]:
+        """Tells of parameters, by identity, whether outputs come from them; those that were not seen are left out.
+
+        None where one operation read several that none follows, so that nothing tells which of them comes last: one
+        that was compiled as a whole.
+        """
+        roots = [node for nodes in self._seen.values() for node in nodes]
+        return find_outputs(roots, parameters)
+
+
+def note_pass(module: nn.Module, args: object, output: object) -> None:
+    """Tells those who watch a module what it returned; a forward hook."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return  # a checkpoint that is computed again, within a backward pass, shows a piece without what follows
+    for watch in _WATCHES.get(module, ()):
+        watch.note(module, output)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has forward hooks of others."""
+    hooks = module._forward_hooks
+    return bool(hooks) and any(hook is not note_pass for hook in hooks.values())
+
+
+def find_outputs(roots: Iterable[Node], parameters: Iterable[Tensor]) -> dict[int, bool | None]:
+    """Tells of each parameter that the graph above some nodes reads whether outputs come from it, by identity."""
+    wanted = {id(p) for p in parameters}
+    users, leaves = _reversed(roots, wanted)
+    uses = {key: set(_operations(leaf, users)) for key, leaf in leaves.items()}
+    followed = _above(source for nodes in uses.values() for node in nodes for source, _ in node.next_functions)
+    ends = {key: nodes - followed for key, nodes in uses.items() if nodes}
+    return {key: _is_output(nodes, [uses[other] for other in uses if other != key]) for key, nodes in ends.items()}
+
+
+def _is_output(ends: set[Node], others: list[set[Node]]) -> bool | None:
+    is_alone = any(not any(node in used for used in others) for node in ends)
+    return is_alone or (None if ends else False)
+
+
+def _nodes_of(output: object) -> Iterator[Node]:
+    """Yields the nodes of the tensors in what a module returned, whatever it is made of."""
+    found = tree_leaves(output)
+    for each in found:
+        parts = [each] if isinstance(each, Tensor) else tree_leaves(dict(getattr(each, "__dict__", {})))
+        yield from (x.grad_fn for x in parts if isinstance(x, Tensor) and x.grad_fn is not None)
+
+
+def _reversed(roots: Iterable[Node], wanted: set[int]) -> tuple[dict[Node, list[Node]], dict[int, Node]]:
+    """Returns who reads what each node of a graph gives, and the nodes of parameters, by identity."""
+    users: dict[Node, list[Node]] = {}
+    leaves: dict[int, Node] = {}
+    waiting, seen = list(roots), set(roots)
+    while waiting:
+        node = waiting.pop()
+        if id(variable := getattr(node, "variable", None)) in wanted and isinstance(variable, Tensor):
+            leaves[id(variable)] = node
+        for source, _ in node.next_functions:
+            if source is not None:
+                users.setdefault(source, []).append(node)
+                if source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+    return users, leaves
+
+
+def _operations(leaf: Node, users: Mapping[Node, list[Node]]) -> Iterator[Node]:
+    """Yields the operations that a parameter enters together with others, behind casts, views and products by entry."""
+    waiting, seen = list(users.get(leaf, ())), {leaf}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if len(node.next_functions) > 1 and node.name().partition("Backward")[0] not in _BY_ENTRY:
+            yield node
+        else:
+            waiting += users.get(node, ())
+
+
+def _above(nodes: Iterable[Node | None]) -> set[Node]:
+    """Returns nodes and all that they come from."""
+    waiting = [node for node in nodes if node is not None]
+    found: set[Node] = set(waiting)
+    while waiting:
+        for source, _ in waiting.pop().next_functions:
+            if source is not None and source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
