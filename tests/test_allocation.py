@@ -645,11 +645,16 @@ def momentum_reference(accounts: list[Account], terms: Terms) -> tuple[list[int]
     """Targets and kept of single groups."""
     percent = round(100 * terms.drop_fraction)
     active = [int(a.active_GU.sum()) for a in accounts]
-    keep = [n - n * percent // 100 for n in active]
     means = []
     for a, n in zip(accounts, active, strict=True):
         total = sum(g for g, on in zip(_flat(a.grow_GU), _flat(a.active_GU), strict=True) if on)
         means.append(total / n)
+    keep = []
+    for a, n, mean in zip(accounts, active, means, strict=True):
+        share = Fraction(percent, 100)
+        if 10 * (a.num_units - n) < 2 * a.num_units and mean > sum(means) / len(means):  # nearly full, and growing
+            share = min(share, Fraction(a.num_units - n, a.num_units))
+        keep.append(n - int(share * n))
     sure = [max(n, 1) for n in keep]
     names = [a.name for a in accounts]
     if sum(sure) > terms.num_total:

@@ -9,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import SettingError
-from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear, Sigmoid
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Curve, InversePower, Linear, Sigmoid, Stages
 
 values = st.floats(0.0, 1.0)
 progress = st.floats(0.0, 1.0)
-between = st.builds(Linear, values, values) | st.builds(Cosine, values, values) | st.builds(Cubic, values, values)
-between |= st.builds(Sigmoid, values, values, st.floats(1e-3, 1e3))
+between = (
+    st.builds(Linear, values, values)
+    | st.builds(Cosine, values, values)
+    | st.builds(Cubic, values, values, st.floats(0.01, 1.0))
+    | st.builds(Sigmoid, values, values, st.floats(1e-3, 1e3))
+)
 powers = st.builds(InversePower, values, st.floats(0.5, 5.0))
 # values lie in [0, 1] and each curve takes at most four roundings, of 1.1e-16 each
 ROUNDING = 5e-16
@@ -38,6 +42,15 @@ S_SHAPE = [(1 / (1 + math.exp(-y)) - 1 / (1 + math.exp(4))) / (1 - 2 / (1 + math
         # CHTss, 1/(1 + e^-y) with y = k(2p - 1), here at -2, 0 and 2, less its value at -4, over the whole of its way
         (Sigmoid(0.0, 1.0, 4.0), (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, *S_SHAPE, 1.0)),
         (Sigmoid(0.5, 0.9), (0.0, 0.5, 1.0), (0.5, 0.7, 0.9)),
+        # the same, done at 0.4 of the way
+        (Cubic(0.0, 0.8, until=0.4), (0.0, 0.1, 0.2, 0.3, 0.4, 0.9), (0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8)),
+        # MEST on CIFAR-10: a fifth, from epoch 90 of 160 on a tenth, from epoch 120 on nothing
+        (
+            Stages((0.2, 0.1, 0.0), at=(90 / 120, 1.0)),
+            (0.0, 89 / 120, 90 / 120, 119 / 120, 1.0),
+            (0.2, 0.2, 0.1, 0.1, 0),
+        ),
+        (Stages((0.4,), at=()), (0.0, 1.0), (0.4, 0.4)),
         (InversePower(0.4), (0.0, 0.5, 1.0), (0.4, 0.2, 0.0)),
         (InversePower(0.4, power=3), (0.0, 0.5, 1.0), (0.4, 0.05, 0.0)),
     ],
@@ -101,6 +114,21 @@ def test_a_curve_is_a_value(curve: Constant | Linear | Cosine | Cubic | InverseP
         setattr(curve, field, 0.7)
 
 
+@pytest.mark.parametrize(
+    ("values", "at"),
+    [((0.2, 0.1), ()), ((), ()), ((0.2,), (0.5,)), ((0.3, 0.2, 0.1), (0.6, 0.5)), ((0.2, 0.1), (1.5,))],
+)
+def test_stages_that_do_not_follow_each_other_are_refused(values: tuple[float, ...], at: tuple[float, ...]) -> None:
+    with pytest.raises(SettingError, match="values, at of Stages: expected for each value but the first"):
+        Stages(values, at)
+
+
+@pytest.mark.parametrize("until", [0.0, -0.5, 1.5, math.nan])
+def test_a_cubic_ends_on_its_way(until: float) -> None:
+    with pytest.raises(SettingError, match=r"until of Cubic: expected a share of the way in \(0, 1\]"):
+        Cubic(0.0, 1.0, until=until)
+
+
 # Alternating phases (AC/DC)
 
 
@@ -119,6 +147,15 @@ def test_phases_by_hand(curve: Alternating, sparse: str) -> None:
     assert "".join(str(int(curve((k + 0.5) / 10))) for k in range(10)) == sparse
 
 
+def test_the_last_dense_phase_takes_what_it_is_given() -> None:
+    """AC/DC on ImageNet, of 100 epochs: pruned at 10, 20, ..., 70 and 85, dense again five later, and at 75."""
+    pruned, restored = [*range(10, 71, 10), 85], [*range(15, 66, 10), 75]
+    curve = Alternating(warmup=0.1, phase=0.05, settle=0.85, last_dense=0.1)
+    values = [curve(epoch / 100) for epoch in range(101)]
+    assert [epoch for epoch in range(1, 101) if values[epoch] > values[epoch - 1]] == pruned
+    assert [epoch for epoch in range(1, 101) if values[epoch] < values[epoch - 1]] == restored
+
+
 @given(st.floats(0, 1), st.floats(0.001, 1), st.floats(0, 1), progress)
 def test_phases_end_sparse(a: float, phase: float, b: float, p: float) -> None:
     warmup, settle = sorted((a, b))
@@ -128,8 +165,11 @@ def test_phases_end_sparse(a: float, phase: float, b: float, p: float) -> None:
     assert curve(p) == (1.0 if p >= settle else 0.0 if p < warmup else curve(p))
 
 
-@pytest.mark.parametrize("given", [(0.5, 0.1, 0.4), (-0.1, 0.1, 0.5), (0.1, 0.0, 0.5), (0.1, 0.1, 1.1)])
-def test_phases_that_contradict_each_other_are_refused(given: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [(0.5, 0.1, 0.4), (-0.1, 0.1, 0.5), (0.1, 0.0, 0.5), (0.1, 0.1, 1.1), (0.5, 0.1, 0.6, 0.2), (0.1, 0.1, 0.6, -0.1)],
+)
+def test_phases_that_contradict_each_other_are_refused(given: tuple[float, ...]) -> None:
     with pytest.raises(SettingError, match="of Alternating: expected 0 ≤ warmup"):
         Alternating(*given)
 

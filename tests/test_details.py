@@ -9,7 +9,7 @@ from models import assert_same, backward, small, train
 
 import dstlib
 from dstlib import SettingError
-from dstlib.masking import NormalFanIn, Trace, traced_magnitude, uniform_fan_in, uniform_fan_out
+from dstlib.masking import NormalFanIn, Trace, num_units, traced_magnitude, uniform_fan_in, uniform_fan_out
 from dstlib.schedules import Constant, Linear
 
 SGD = {"lr": 0.1, "momentum": 0.9}
@@ -151,7 +151,7 @@ def test_a_surplus_lasts_until_the_next_update_and_ends_with_the_last():
     """MEST's soft bound: more between updates than after the last."""
     method = replace(dstlib.METHODS["mest_soft"], surplus=Linear(0.5, 0.0), interval=4, stop=1.0)
     model, optimizer, sparsifier = built(method, sparsity=0.75)
-    target = {n: round(d * sparsifier.masks[n].numel()) for n, d in sparsifier.plan.densities.items()}
+    target = {n: num_units(sparsifier.masks[n].numel(), d) for n, d in sparsifier.plan.densities.items()}
     totals = []
     for step in range(16):
         train(model, optimizer, 1, start=step)

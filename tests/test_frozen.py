@@ -19,6 +19,7 @@ TOTAL = 24
 SPARE = ["gmp", "gmp_global", "granet", "granet_sparse", "acdc", "mest_soft"]
 METHODS = {
     **{name: dstlib.METHODS[name] for name in (*SPARE, "rigl", "snfs", "dsr", "topkast")},
+    "granet": replace(dstlib.METHODS["granet"], ramp=Cubic(0.0, 1.0), stop=0.75),  # whose density falls to the end
     "gmp of kernels": replace(dstlib.GMP, granularity=Kernel()),
     "gmp by fan-in": replace(dstlib.GMP, granularity=FanIn()),
     "movement": replace(dstlib.GMP, drop=traced, trace=Trace(of=moved)),

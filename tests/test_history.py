@@ -25,6 +25,8 @@ def built(name="rigl", **changes):
     method = replace(dstlib.METHODS[name], **changes)
     if method.interval is not None:
         method = replace(method, interval=2)
+    if name == "acdc":  # of which 16 steps are too few for the phases of the paper
+        method = replace(method, ramp=dstlib.schedules.Alternating())
     include = ["up"] if isinstance(method.granularity, NM) else "*"
     with torch.no_grad():
         sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, total_steps=16, include=include)

@@ -15,7 +15,7 @@ from dstlib.schedules import Constant, Cosine, Linear
 
 INTERVAL = 3
 MOVING = [method for method in METHODS.values() if method is not STATIC]
-_EXAMPLE = r"such as (?:total_steps=)?(\d+)"
+_EXAMPLE = r"(?:such as (?:total_steps=)?|of the way, )(\d+)"
 
 
 def standstills(caught: list[warnings.WarningMessage]) -> list[str]:

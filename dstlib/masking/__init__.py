@@ -34,7 +34,16 @@ from dstlib.masking.criteria import (
     traced,
     traced_magnitude,
 )
-from dstlib.masking.distribution import Distribution, Times, er, erk, in_proportion, uniform, uniform_dense_first
+from dstlib.masking.distribution import (
+    Distribution,
+    Times,
+    er,
+    erk,
+    in_proportion,
+    uniform,
+    uniform_dense_ends,
+    uniform_dense_first,
+)
 from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granularity, Kernel
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
 from dstlib.masking.in_turn import InTurn, best_units, places
@@ -131,6 +140,7 @@ __all__ = [
     "traced",
     "traced_magnitude",
     "uniform",
+    "uniform_dense_ends",
     "uniform_dense_first",
     "uniform_fan_in",
     "uniform_fan_out",

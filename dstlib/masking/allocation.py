@@ -93,14 +93,21 @@ def momentum_share(accounts: Sequence[Account], terms: Terms) -> Allocation:
     """Lets each weight drop its fraction, and grows it where the mean growth score of active units is large.
 
     With growth by the magnitude of momentum, this is the redistribution of SNFS. A weight that is full leaves
-    the rest to the others, by their shares.
+    the rest to the others, by their shares. One that is nearly full, to more than 0.8, and has more than the mean
+    share, drops no larger a part than is inactive in it.
 
-    Reference: Dettmers & Zettlemoyer 2019 (SNFS), Algorithm 1. Deviates: shares are whole numbers that add up
-    exactly, where the published code lets rounding move the density.
+    Reference: Dettmers & Zettlemoyer 2019 (SNFS), Algorithm 1; the bound of nearly full weights is that of the authors'
+    program. Deviates: shares are whole numbers that add up exactly, where that lets rounding move the density.
     """
-    active = {a.name: a.active_GU.sum(dim=1) for a in accounts}
-    kept = {a.name: active[a.name] - terms.num_dropped(active[a.name]) for a in accounts}
     shares = {a.name: float(a.grow_GU[a.active_GU].double().mean()) if a.active_GU.any() else 0.0 for a in accounts}
+    mean = sum(shares.values()) / len(accounts)
+    kept = {}
+    for a in accounts:
+        active_G = a.active_GU.sum(dim=1)
+        inactive = (a.num_units - int(active_G.sum())) / a.num_units
+        is_bound = inactive < 0.2 and shares[a.name] > mean
+        own = replace(terms, drop_fraction=min(inactive, terms.drop_fraction)) if is_bound else terms
+        kept[a.name] = active_G - own.num_dropped(active_G)
     return _regrow(accounts, terms, kept, shares)
 
 

@@ -48,6 +48,28 @@ def uniform_dense_first(shapes: Mapping[str, Sequence[int]], density: float) -> 
     return {name: 1.0 if i == 0 else density for i, name in enumerate(shapes)}
 
 
+def uniform_dense_ends(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """Keeps the first and the last weight dense, and gives the others the same density, by which the total is met.
+
+    Where the two ends hold more than half of what is to be active, they are weights like all others: every density is
+    the same.
+
+    Reference: Yuan et al. 2021 (MEST), whose profiles leave stem and head out. Deviates: they do not make up for them.
+
+    >>> uniform_dense_ends({"stem": (2, 2), "body": (8, 8), "head": (2, 2)}, 0.25)
+    {'stem': 1.0, 'body': 0.15625, 'head': 1.0}
+    >>> uniform_dense_ends({"one": (8, 8), "other": (8, 2)}, 0.25)
+    {'one': 0.25, 'other': 0.25}
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    ends = set(list(shapes)[:1] + list(shapes)[-1:])
+    num_ends, num_active = sum(sizes[name] for name in ends), density * sum(sizes.values())
+    if num_ends > num_active / 2:
+        return dict.fromkeys(shapes, density)
+    others = min((num_active - num_ends) / max(sum(sizes.values()) - num_ends, 1), 1.0)
+    return {name: 1.0 if name in ends else others for name in shapes}
+
+
 def er(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
     """Spreads density by Erdős-Rényi: ∝ (out + in) / (out · in).
 

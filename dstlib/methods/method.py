@@ -22,7 +22,7 @@ from dstlib.masking import (
     InTurn,
     Trace,
 )
-from dstlib.schedules import Clock, Constant, Cosine, Curve, Every, Never
+from dstlib.schedules import Alternating, Clock, Constant, Cosine, Curve, Every, Never
 
 GrownState = Literal["birth", "mean", "gradient"]
 
@@ -33,8 +33,8 @@ class Method:
 
     At each update the lowest-scoring share ``drop_fraction(progress)`` of the active units, by ``drop``, is
     dropped, and the highest by ``grow`` fill the target up. ``interval`` counts optimizer steps between updates, or is
-    a share of the run, such as 0.05; None means that the topology never changes. ``stop`` is the share of the run after
-    which it is fixed.
+    a share of the run, such as 0.05, and is never longer than a phase of an ``Alternating`` ramp; None means that the
+    topology never changes. ``stop`` is the share of the run after which it is fixed.
     ``init`` chooses the first mask; ``grown_init`` gives grown weights their values.
 
     **Densities.** The density of a weight moves from ``start_density`` (``ramp`` = 0) to its final one (``ramp`` = 1):
@@ -115,9 +115,12 @@ class Method:
             given, allowed = f"{interval:g} of a run of unknown length", "a number of steps, or total_steps as well"
             require(total_steps is not None, "interval", where, allowed=allowed, given=given, remedy=remedy)
             interval = max(masking.round_down(interval * (total_steps or 0)), 1)
-        return Every(
-            interval=interval, stop=None if total_steps is None else masking.whole_if_near(self.stop * total_steps)
-        )
+        if total_steps is None:
+            return Every(interval=interval)
+        stop = masking.whole_if_near(self.stop * total_steps)
+        if isinstance(self.ramp, Alternating):  # updates that come more seldom would meet one kind of phase alone
+            interval = min(interval, max(int(stop / self.ramp.num_phases), 1))
+        return Every(interval=interval, stop=stop)
 
     def density(self, target: float, progress: float, start: float | None = None) -> float:
         """Computes the density of a weight on its way from ``start``, or else ``start_density``, to ``target``."""

@@ -1,7 +1,8 @@
 """The methods of the field, each a value with its source. A variant is ``dataclasses.replace``.
 
 What they have in common is one clock and one way of counting, so that they compare: updates each 100 optimizer
-steps until 75 % of the run, unless the paper's point is another. Where a preset deviates from its paper, its
+steps until 75 % of the run, unless the paper's point is another. What an update drops is rounded as the authors'
+program does. Where a preset deviates from its paper, its
 ``reference`` says so.
 
 >>> from dataclasses import replace
@@ -17,7 +18,7 @@ from types import MappingProxyType
 from dstlib import masking
 from dstlib.errors import require, similar
 from dstlib.methods.method import Method
-from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Cycles, Linear, Sigmoid
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Cycles, Linear, Sigmoid, Stages
 
 STATIC = Method(
     name="static",
@@ -52,13 +53,13 @@ GMP = Method(
 
 DSFF = Method(
     name="dsff",
-    reference="Wu et al. 2024, E2ENet: dynamic sparse feature fusion, NeurIPS, arXiv:2312.04727. Deviates: "
-    "drops floor(f·A) kernels where the published code rounds up.",
+    reference="Wu et al. 2024, E2ENet: dynamic sparse feature fusion, NeurIPS, arXiv:2312.04727.",
     granularity=masking.Kernel(),
     distribution=masking.uniform,
     drop_fraction=Cosine(0.5, end=0.001),
     interval=1200,
     stop=1.0,
+    round_up=True,
 )
 
 SNFS = Method(
@@ -66,12 +67,14 @@ SNFS = Method(
     reference="Dettmers & Zettlemoyer 2019, Sparse networks from scratch: faster training without losing "
     "performance, arXiv:1907.04840. Momentum is a trace of the dense gradient, as the optimizer's is masked. "
     "Deviates: an update each 100 steps, not each epoch, until 75 % of the run; what a full layer leaves goes to the "
-    "others by their shares, not evenly.",
+    "others by their shares, not evenly; under Adam, too, momentum is the mean gradient, where the authors' program "
+    "takes m/√v, which would need a second dense trace.",
     grow=masking.traced_magnitude,
     distribution=masking.uniform,
-    drop_fraction=Cosine(0.5),
+    drop_fraction=Cosine(0.5, end=0.005),
     allocate=masking.momentum_share,
     trace=masking.Trace(decay=0.9),
+    round_up=True,
 )
 
 DSR = Method(
@@ -87,17 +90,22 @@ DSR = Method(
 MEST = Method(
     name="mest",
     reference="Yuan et al. 2021, MEST: accurate and fast memory-economic sparse training framework on the edge, "
-    "NeurIPS: elastic mutation (EM). Deviates: the mutation rate falls by a cosine from 0.3.",
+    "NeurIPS: elastic mutation (EM) of a fifth of the active weights, from 9/16 of the run on of a tenth, until 3/4, "
+    "stem and head dense, as the authors' scripts have it. Deviates: an update each 100 steps, not each 5 epochs; the "
+    "other layers make up for stem and head.",
     drop=masking.WeightAndGradient(0.01),
+    distribution=masking.uniform_dense_ends,
+    drop_fraction=Stages((0.2, 0.1, 0.0), at=(0.75, 1.0)),
 )
 
 MEST_SOFT = replace(
     MEST,
     name="mest_soft",
     reference="Yuan et al. 2021, MEST: elastic mutation with a soft memory bound (EM&S). New weights come on top of "
-    "the target, and the weakest of all go at the next update. Deviates: as mest; its surplus falls likewise.",
+    "the target, half as many as there are, then a quarter, as the authors have it at 90 %, and the weakest of all go "
+    "at the next update. Deviates: as mest.",
     drop_fraction=Constant(0.0),
-    surplus=Cosine(0.3),
+    surplus=Stages((0.5, 0.25, 0.0), at=(0.75, 1.0)),
 )
 
 SET_ITOP = replace(
@@ -106,19 +114,21 @@ SET_ITOP = replace(
     reference="Liu et al. 2021, Do we actually need dense over-parameterization? In-time over-parameterization in "
     "sparse training, ICML: SET with long intervals and α = 0.5, to the end of the run.",
     drop=masking.magnitude,
-    drop_fraction=Cosine(0.5),
+    drop_fraction=Cosine(0.5, end=0.005),
     grown_init=masking.zeros,
     interval=1500,
     stop=1.0,
+    round_up=True,
 )
 
 RIGL_ITOP = replace(
     RIGL,
     name="rigl_itop",
     reference="Liu et al. 2021, In-time over-parameterization, ICML: RigL with long intervals and α = 0.5.",
-    drop_fraction=Cosine(0.5),
+    drop_fraction=Cosine(0.5, end=0.005),
     interval=4000,
     stop=1.0,
+    round_up=True,
 )
 
 GSE = Method(
@@ -166,12 +176,16 @@ CYCLIC = Method(
 GRANET = Method(
     name="granet",
     reference="Liu et al. 2021, Sparse training via boosting pruning plasticity with neuroregeneration, NeurIPS, "
-    "Algorithm 1, from dense: weights of all layers are pruned together along the cubic ramp, then each layer "
-    "exchanges its weakest half, falling by a cosine. Deviates: an update each 100 steps, for 75 % of the run.",
+    "Algorithm 1, from dense: weights of all layers are pruned together along the cubic ramp, which ends halfway, "
+    "while each layer exchanges its weakest half, falling by a cosine to the end of the run. The authors' program ends "
+    "the ramp at 0.3 of the run on ImageNet, at 0.69 on CIFAR: replace(GRANET, ramp=Cubic(0.0, 1.0, until=0.3)). "
+    "Deviates: an update each 100 steps, where it takes 1000 to 4000.",
     grow=masking.gradient,
-    drop_fraction=Cosine(0.5),
-    ramp=Cubic(0.0, 1.0),
+    drop_fraction=Cosine(0.5, end=0.005),
+    ramp=Cubic(0.0, 1.0, until=0.5),
     allocate=masking.global_units,
+    stop=1.0,
+    round_up=True,
 )
 
 GRANET_SPARSE = replace(
@@ -191,12 +205,14 @@ GMP_GLOBAL = replace(
 ACDC = Method(
     name="acdc",
     reference="Peste et al. 2021, AC/DC: alternating compressed/decompressed training of deep neural networks, "
-    "NeurIPS, Algorithm 1, pruning all layers together. Deviates: phases are tenths of the run and begin at the "
-    "next update, so give a run of many intervals.",
+    "NeurIPS, Algorithm 1, pruning all layers together: a tenth of the run dense, then twentieths sparse and dense in "
+    "turn, the last dense one twice as long, and sparse from 0.85 on, as on ImageNet. The interval is a phase. "
+    "Deviates: where 20 updates do not divide the run, a phase begins at the next one.",
     grow=masking.magnitude,  # chooses nothing: what grows is everything
     drop_fraction=Constant(0.0),
-    ramp=Alternating(),
+    ramp=Alternating(warmup=0.1, phase=0.05, settle=0.85, last_dense=0.1),
     allocate=masking.global_units,
+    interval=0.05,
     stop=1.0,
     reset_state=True,
 )

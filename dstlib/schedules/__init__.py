@@ -1,7 +1,18 @@
 """When and how much: curves over progress, and the clock. Knows no tensor."""
 
 from dstlib.schedules.clock import Clock, Every, Never
-from dstlib.schedules.curves import Alternating, Constant, Cosine, Cubic, Curve, Cycles, InversePower, Linear, Sigmoid
+from dstlib.schedules.curves import (
+    Alternating,
+    Constant,
+    Cosine,
+    Cubic,
+    Curve,
+    Cycles,
+    InversePower,
+    Linear,
+    Sigmoid,
+    Stages,
+)
 
 __all__ = [
     "Alternating",
@@ -16,4 +27,5 @@ __all__ = [
     "Linear",
     "Never",
     "Sigmoid",
+    "Stages",
 ]

@@ -70,19 +70,27 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Cubic:
-    """A cubic from ``start`` to ``end``: fast first, slow at the end.
+    """A cubic from ``start`` to ``end``: fast first, slow at the end, and there from ``until`` on, a share of the way.
+
+    Raises:
+        SettingError: ``until`` is no share in (0, 1].
 
     Reference: Zhu & Gupta 2017, eq. 1: s_f + (s_i - s_f)(1 - (t - t0)/(nΔt))³.
 
-    >>> Cubic(0.0, 1.0)(0.5)
-    0.875
+    >>> Cubic(0.0, 1.0)(0.5), Cubic(0.0, 1.0, until=0.5)(0.25), Cubic(0.0, 1.0, until=0.5)(0.5)
+    (0.875, 0.875, 1.0)
     """
 
     start: float
     end: float
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        allowed, remedy = "a share of the way in (0, 1]", "Pass 0.5 to arrive halfway."
+        require(0 < self.until <= 1, "until", "Cubic", allowed=allowed, given=self.until, remedy=remedy)
 
     def __call__(self, progress: float) -> float:
-        weight = (1 - _clamp(progress)) ** 3
+        weight = (1 - _clamp(progress / self.until)) ** 3
         return self.start * weight + self.end * (1 - weight)
 
 
@@ -118,6 +126,38 @@ class Sigmoid:
         # σ(2x) - 1/2 = tanh(x) / 2
         weight = (1 + math.tanh(self.steepness * (_clamp(progress) - 0.5)) / math.tanh(self.steepness / 2)) / 2
         return self.start * (1 - weight) + self.end * weight
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One value after the other: the first at first, each further one from its share of the way ``at`` on.
+
+    Raises:
+        SettingError: Not one share less than there are values, or not in order within [0, 1].
+
+    Reference: Yuan et al. 2021 (MEST), whose programs exchange a fifth, then a tenth, then nothing.
+
+    >>> [Stages((0.2, 0.1, 0.0), at=(0.75, 1.0))(progress) for progress in (0.0, 0.7, 0.75, 1.0)]
+    [0.2, 0.2, 0.1, 0.0]
+    """
+
+    values: tuple[float, ...]
+    at: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        in_order = list(self.at) == sorted(self.at) and all(0 <= share <= 1 for share in self.at)
+        require(
+            in_order and len(self.values) == len(self.at) + 1,
+            "values, at",
+            "Stages",
+            allowed="for each value but the first the share of the way at which it begins, in order, in [0, 1]",
+            given=(self.values, self.at),
+            remedy="Stages((0.2, 0.1), at=(0.5,)) halves 0.2 halfway.",
+        )
+
+    def __call__(self, progress: float) -> float:
+        p = _clamp(progress)
+        return self.values[sum(share <= p for share in self.at)]
 
 
 @dataclass(frozen=True)
@@ -174,34 +214,44 @@ class Cycles:
 class Alternating:
     """0 and 1 in turn: 0 until ``warmup``, then 1, 0, 1, ... for ``phase`` each, and 1 from ``settle`` on.
 
-    A dense phase that would reach past ``settle`` ends there.
+    A dense phase that would reach past ``settle`` ends there, and before it the last one takes ``last_dense`` at least.
 
     Raises:
-        SettingError: Not 0 ≤ warmup ≤ settle ≤ 1, or no phase.
+        SettingError: Not 0 ≤ warmup ≤ settle ≤ 1, no phase, or a last dense phase that begins before the warm-up ends.
 
     Reference: Peste et al. 2021 (AC/DC), section 3: a dense warm-up, alternating phases, a long sparse end.
 
     >>> [Alternating()(progress) for progress in (0.0, 0.1, 0.2, 0.3, 0.99)]
     [0.0, 1.0, 0.0, 1.0, 1.0]
+    >>> imagenet = Alternating(warmup=0.1, phase=0.05, settle=0.85, last_dense=0.1)
+    >>> [imagenet(progress) for progress in (0.65, 0.7, 0.75, 0.8, 0.85)]
+    [0.0, 1.0, 0.0, 0.0, 1.0]
     """
 
     warmup: float = 0.1
     phase: float = 0.1
     settle: float = 0.75
+    last_dense: float = 0.0
 
     def __post_init__(self) -> None:
+        before = self.settle - self.last_dense
         require(
-            0 <= self.warmup <= self.settle <= 1 and self.phase > 0,
-            "warmup, phase, settle",
+            0 <= self.warmup <= before <= self.settle <= 1 and self.phase > 0,
+            "warmup, phase, settle, last_dense",
             "Alternating",
-            allowed="0 ≤ warmup ≤ settle ≤ 1 and a phase above 0",
-            given=(self.warmup, self.phase, self.settle),
+            allowed="0 ≤ warmup ≤ settle - last_dense ≤ settle ≤ 1 and a phase above 0",
+            given=(self.warmup, self.phase, self.settle, self.last_dense),
             remedy="All are shares of the run.",
         )
 
+    @property
+    def num_phases(self) -> int:
+        """How many phases a whole run has room for: with fewer updates than that, some phase has none."""
+        return math.ceil(1 / self.phase - 1e-9)
+
     def __call__(self, progress: float) -> float:
+        # 1e-9: (0.3 - 0.1) / 0.1 is a hair below 2, and so may be an end of the last dense phase
         p = _clamp(progress)
-        if p < self.warmup:
+        if p < self.warmup or self.settle - self.last_dense <= p + 1e-9 < self.settle:
             return 0.0
-        # 1e-9 of a phase: (0.3 - 0.1) / 0.1 is a hair below 2
         return 1.0 if p >= self.settle or int((p - self.warmup) / self.phase + 1e-9) % 2 == 0 else 0.0

@@ -20,7 +20,7 @@ from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import check_stated, parameter_ids, refuse_unsupported
 from dstlib.sparsifier.plan import Plan, make_plan
 from dstlib.sparsifier.sparsifier import Sparsifier
-from dstlib.sparsifier.standstill import refuse_no_update, warn_of_standstill
+from dstlib.sparsifier.standstill import refuse_no_update, refuse_skipped_phases, warn_of_standstill
 from dstlib.targets import unwrap
 
 
@@ -109,6 +109,7 @@ def sparsify(
     )
     plan = replace(plan, init_scale=init_scale)
     refuse_no_update(plan)
+    refuse_skipped_phases(plan)
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
     _check_unmasked(sparse)
     owners = [m for m in unwrap(model).modules() if any(id(p) in sparse for p in m._parameters.values())]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from dstlib.errors import SettingError
 from dstlib.masking import num_units, round_down
 from dstlib.masking.counts import round_up
-from dstlib.schedules import Constant, Every
+from dstlib.schedules import Alternating, Constant, Every
 from dstlib.sparsifier.plan import Plan
 
 _MOST_INTERVALS = 10  # in the shortest run that is looked for; if ten updates move nothing, the run is not too short
@@ -76,6 +76,27 @@ def tell_of_standstill(plan: Plan) -> None:
             "needs more updates to adapt, or gradients are zero: shorten the interval, or look at drop, grow and "
             "allocate.",
             stacklevel=2,
+        )
+
+
+def refuse_skipped_phases(plan: Plan) -> None:
+    """Refuses a run with fewer updates than a ramp that alternates has phases: it might be dense until its end.
+
+    Raises:
+        SettingError: There are too few.
+    """
+    clock, ramp = plan.clock, plan.method.ramp
+    if not isinstance(ramp, Alternating) or not isinstance(clock, Every) or clock.last is None:
+        return
+    num_updates = (clock.last - clock.start) // clock.interval
+    if num_updates < ramp.num_phases:
+        raise SettingError.of(
+            "total_steps",
+            f"sparsify() with method {plan.method.name}",
+            allowed=f"enough for {ramp.num_phases} updates, one for each phase of {ramp.phase:g} of the way, "
+            f"{round_up(ramp.num_phases / plan.method.stop)} or more",
+            given=plan.total_steps,
+            remedy="Lengthen the run, or the phases by replace(method, ramp=dstlib.schedules.Alternating(...)).",
         )
 
 
