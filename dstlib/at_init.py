@@ -139,7 +139,7 @@ def wanda(
     ``forward`` runs the model on one of the batches; by default a mapping is passed by name, a tuple by place, anything
     else as the only argument. It is called on all batches, again for each weight, in eval mode and without gradients,
     so that each weight is seen as it is fed once those before it are pruned. ``batches`` can be gone through again and
-    again, as a list can, or a loader; an iterator is read into a list.
+    again, as a list can, or a loader; an iterator is read into a list. Of several ranks, all take the same batches.
     Scores are compared within each output, over its inputs and kernel taps; ``per_output=False`` compares all of a
     weight with each other, as whole channels always are. The norms of a convolution are those of its patches.
 

@@ -83,14 +83,15 @@ def _root_of_inverse(moments_PNN: Tensor, damping: float) -> tuple[Tensor, Tenso
 def _blocks(granularity: Granularity, shape: torch.Size, num_kept: int, least: int) -> Iterator[tuple[slice, Tensor]]:
     """Yields ranges of input channels that hold whole units, each with the units to keep in each of its groups."""
     num_groups, num_units, num_elements = granularity.fold(torch.empty(shape, device="meta")).shape
-    ids_GU1 = torch.arange(num_groups * num_units).view(num_groups, num_units, 1)
+    dtype = torch.int32 if shape.numel() < 2**31 else torch.int64
+    ids_GU1 = torch.arange(num_groups * num_units, dtype=dtype).view(num_groups, num_units, 1)
     ids = granularity.unfold(ids_GU1.repeat(1, 1, num_elements), shape)
     size = _size_of_blocks(granularity, ids, num_units, least)
     num_seen_G, num_given_G = torch.zeros(2, num_groups, dtype=torch.long)
     for start in range(0, shape[1], size):
         channels = slice(start, min(start + size, shape[1]))
         ids_HU = granularity.fold(ids[:, channels])[..., 0]
-        group_H = ids_HU[:, 0] // num_units
+        group_H = ids_HU[:, 0].long() // num_units
         num_seen_G[group_H] += ids_HU.shape[1]
         num_H = num_kept * num_seen_G[group_H] // num_units - num_given_G[group_H]
         num_given_G[group_H] += num_H
@@ -109,7 +110,7 @@ def _size_of_blocks(granularity: Granularity, ids: Tensor, num_units: int, least
                 return False
             if shape[-1] != num_elements or (groups and shape[1] != num_units):
                 return False
-        folded = [granularity.fold(part) for part in ids.split(size, dim=1)]
+        folded = (granularity.fold(part) for part in ids.split(size, dim=1))
         return all(bool((x == x[..., :1]).all() and (x // num_units == x[:, :1] // num_units).all()) for x in folded)
 
     wholes = (size for size in range(1, min(least + 1, num_in)) if holds(size, groups=True))
