@@ -92,7 +92,7 @@ class Roles(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in LOOKS or not tree_any(lambda x: self.places(x) is not None, (args, kwargs)):
             return out
-        if packet in MOVES and (moved := self._move(func, args, kwargs)) is not None:
+        if packet in MOVES and (moved := self._move(func, args, kwargs, out)) is not None:
             for x, places in zip(tree_flatten(out)[0], tree_flatten(moved)[0], strict=True):
                 self._places[id(x)] = x, places
         elif not self._multiply(packet, args):
@@ -102,10 +102,10 @@ class Roles(TorchDispatchMode):
                         self.others.setdefault(name, set()).add(str(packet).removeprefix("aten."))
         return out
 
-    def _move(self, func, args, kwargs):
+    def _move(self, func, args, kwargs, out):
         packet = func.overloadpacket
-        if packet in (aten._to_copy, aten.clone, aten.detach, aten.alias, aten.lift_fresh):
-            return self.places(args[0])
+        if packet in (aten._to_copy, aten.clone):  # which may lay the entries out anew
+            return torch.empty_strided(out.shape, out.stride(), dtype=torch.int64).copy_(self.places(args[0]))
         if packet in (aten.cat, aten.stack) and any(self.places(x) is None for x in args[0]):
             return None
         if packet in (aten.index, aten.index_select, aten.gather) and self.places(args[0]) is None:

@@ -21,7 +21,9 @@ VOCABULARY, EXPERTS, IMAGE = 199, 8, 256
 MOST_PARAMETERS = 25_000_000
 SCALES = ((16, 2), (64, 9), (4, 1))  # widths divided by, layers at most; the first that runs to its end
 HEADS = ("SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION")
-_DEPTH = re.compile(r"((num|n)_(.*_)?(layers?|blocks|hidden_groups)|depth|.*_layers|.*_depth|layers)")
+_DEPTH = re.compile(
+    r"((num|n)_(?!feat_extract)(.*_)?(layers?|blocks|hidden_groups)|depth|(?!num_).*_layers|.*_depth|layers)"
+)
 _TOKEN = re.compile(r".*(token_id|token_index|_idx|_token)s?|.*_id")
 _EXPERTS = re.compile(r"(moe_)?(num|n)(_.*)?_experts(_per_layer)?")
 _TYPES = re.compile(r".*(layer|block|mixer|attention)s?_(block_)?types?|layers_block_type")
@@ -41,7 +43,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"prediction_length": 8},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "bamba": {"hidden_size": 256, "mamba_n_heads": 8, "mamba_d_head": 64},
-    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dory": {  # an attention and a perceptron count one each
+        **{"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
+        "layer_types": ["full_attention", "mlp"] * 3,
+    },
+    "granitemoehybrid": {"hidden_size": 256, "mamba_n_heads": 8, "mamba_d_head": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 2, "intermediate_size": 128, "layer_types": None},
     "glm5_next_text": {"index_topk": 16},
     "nemotron": {"num_key_value_heads": 8},
@@ -152,6 +158,8 @@ def _smaller(key: str, value: Any, beside: dict[str, Any], divisor: int, layers:
     if isinstance(value, list | tuple):
         if _TYPES.fullmatch(key):
             return (list(dict.fromkeys(value)) + list(value))[:layers]
+        if len(value) == beside.get("num_hidden_layers"):
+            value = value[:layers]
         return [_smaller(key, v, beside, divisor, 1, has_sections) for v in value]
     if type(value) is not int:
         return value
@@ -163,6 +171,8 @@ def _smaller(key: str, value: Any, beside: dict[str, Any], divisor: int, layers:
         return 1
     if _DEPTH.fullmatch(key):
         return min(value, layers)
+    if key in ("num_frames", "frames_per_clip"):
+        return min(value, 8)
     if key == "depths":
         return 1
     if _EXPERTS.fullmatch(key):
