@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -331,3 +332,51 @@ def test_the_networks_of_the_fixtures_are_those_that_were_pruned():
     assert [name for name, p in Net().named_parameters() if p.ndim > 1] == list(WEIGHTS)
     state = torch.load(MASKS / "nncf_magnitude.pt", weights_only=True)
     assert all(torch.equal(state[name], x) for name, x in net().named_parameters())
+
+
+# ---- models of the transformer library
+
+
+def test_a_pruned_transformer_goes_on_from_the_folder_that_it_was_saved_in(tmp_path):
+    """Its layers store (inputs, outputs), and its queries, keys and values are one parameter."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config)
+    layers = {name: layer for name, layer in theirs.named_modules() if type(layer).__name__ == "Conv1D"}
+    for layer in layers.values():
+        prune.l1_unstructured(layer, "weight", 0.75)
+        prune.remove(layer, "weight")
+    theirs.save_pretrained(tmp_path)
+    expected = {f"{name}.weight": layer.weight.detach() != 0 for name, layer in layers.items()}
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    method = replace(dstlib.RIGL, interval=2)
+    for masks in ("from-zeros", tmp_path, tmp_path / "model.safetensors"):
+        sparsifier = sparsify(model, masks, exclude=["*wte", "*wpe", "lm_head"], method=method, total_steps=1000)
+        assert_same(sparsifier.masks, expected)
+        sparsifier.detach()
+    assert_same(dict(model.named_parameters()), dict(theirs.named_parameters()))
+    sparsifier = sparsify(model, "from-zeros", method=method, total_steps=1000)
+    tokens = torch.randint(0, 20, (2, 8), generator=generator(0))
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    moved = [name for name, mask in sparsifier.masks.items() if not torch.equal(mask, expected[name])]
+    assert len(moved) > len(expected) // 2
+    assert all(int(mask.sum()) == int(expected[name].sum()) for name, mask in sparsifier.masks.items())
+
+
+@pytest.mark.parametrize("name", ["sparse_bitmask", "sparse_24_bitmask"])
+def test_a_compressed_transformer_is_loaded_without_the_release_that_wrote_it(name):
+    transformers = pytest.importorskip("transformers")
+    config = json.loads((MASKS / name / "config.json").read_text())
+    del config["quantization_config"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(torch.bfloat16)
+    model.load_state_dict(read_weights(MASKS / name))
+    assert_same(dict(model.state_dict()), zeros_of(name))
+    sparsifier = sparsify(model, MASKS / name)
+    assert len(sparsifier.masks) == 7
+    assert_same(dict(model.state_dict()), zeros_of(name))

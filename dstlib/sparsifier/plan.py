@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, SettingError, require
-from dstlib.masking import NM, AtInit, Budget, Element, InitScale, momentum, num_units, spend
+from dstlib.masking import NM, AtInit, Budget, Element, InitScale, InTurn, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
 from dstlib.sparsifier.asked import unmet
@@ -198,7 +198,7 @@ def _check_starts(method: Method) -> None:
     way = [method.ramp(step / 1000) for step in range(1001)]
     allowed = "one that takes its first masks as they are, and whose ramp never turns back"
     for holds, given in (
-        (not isinstance(method.init, AtInit), "first masks by a look at the dense model"),
+        (not isinstance(method.init, AtInit | InTurn), "first masks by a look at the dense model"),
         (all(a <= b for a, b in pairwise(way)), "a ramp with denser phases"),
     ):
         remedy = 'Choose another method, such as "rigl", or pass no masks.'

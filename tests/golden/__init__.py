@@ -9,6 +9,7 @@
     checkpoint/    a run of the E2ENet recipe that was stopped, to be resumed
     trained/       the same run at its end, to predict with
     recipe.json    the masks and weights that it came to, and the labels that it predicts
+    masks/         what other tools wrote, by ``masks/write.py``: no results of dstlib
 
 **What may differ between machines.** Of the runs, nothing: all that they sum up are multiples of a power of two, and
 small enough for float32 to hold them exactly in any order; torch draws whole numbers alike everywhere. The engine
