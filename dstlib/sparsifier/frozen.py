@@ -50,6 +50,21 @@ def tell_of_end(behind: Sequence[MaskedWeight], plan: Plan) -> None:
     )
 
 
+def tell_of_early_end(masked: Sequence[MaskedWeight], plan: Plan, step: int) -> None:
+    """Warns of weights that are fixed at this step at another density than that of their last update."""
+    last = last_update(plan)
+    early = [m for m in masked if _planned(m, plan, m.updated_at) != _planned(m, plan, last)]
+    if early:
+        num_active, num_all = sum(int(m.mask.sum()) for m in masked), sum(m.mask.numel() for m in masked)
+        num_units = sum(size.numel() for size in groups_of(masked, plan.method.granularity).values())
+        num_planned = sum(num for m in masked for num in _planned(m, plan, last).values())
+        warnings.warn(
+            f"freeze() at step {step:,}: the density stays at {num_active / num_all:.4f}, on its way to "
+            f"{num_planned / num_units:.4f} by method {plan.method.name}. Call finish() instead to go there first.",
+            stacklevel=3,
+        )
+
+
 def _story(m: MaskedWeight, plan: Plan) -> str:
     last, groups = last_update(plan), groups_of([m], plan.method.granularity)
     density = sum(_planned(m, plan, last).values()) / sum(size.numel() for size in groups.values())

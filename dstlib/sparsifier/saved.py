@@ -17,6 +17,7 @@ from dstlib.errors import StateError
 from dstlib.masking import Granularity, NeuronAblation, num_units, unit_mask
 from dstlib.masking.update import count_outside, is_mask
 from dstlib.schedules import Never
+from dstlib.sparsifier.frozen import last_update
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight, groups_of
 from dstlib.sparsifier.update import with_densities
@@ -106,8 +107,9 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
             raise _misfit("num_planned", _WHOLE, f"{planned}, as its densities have it", state["num_planned"])
     _check_outputs(state, all_saved, plan)
     latest = 1 + max((saved.step for saved in all_saved), default=0)  # of a step that has begun
+    end = last_update(plan) if state["frozen"] else 0  # of a plan that finish() has brought to its end
     for saved in all_saved:
-        if saved.updated_at > latest:
+        if saved.updated_at > latest and saved.updated_at != end:
             raise _misfit("updated_at", saved.weight.name, f"a step up to {latest}", saved.updated_at)
     if plan.method.allocate is not None and plan.densities_from != "look":
         _check_shared_total(all_saved, plan)

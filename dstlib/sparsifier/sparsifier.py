@@ -17,9 +17,10 @@ from dstlib.errors import SettingError, StateError
 from dstlib.masking import INIT_SCALES, random
 from dstlib.masking.update import zero_outside_, zero_outside_each_
 from dstlib.report import Summary
+from dstlib.schedules import Every
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.distributed import Replicas
-from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_end
+from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_early_end, tell_of_end
 from dstlib.sparsifier.given import GivenMasks, is_shared_out
 from dstlib.sparsifier.hooks import forget, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
@@ -253,8 +254,34 @@ class Sparsifier:
         return fast
 
     def freeze(self) -> None:
-        """Fixes the topology from now on: zeros hold, masks no longer change."""
+        """Fixes the topology from now on: zeros hold, masks no longer change.
+
+        Warns where the density is on its way to another one, as in a dense phase of AC/DC; ``finish`` goes there first.
+        """
+        if not self._frozen:
+            tell_of_early_end(self._masked, self.plan, self.step)
         self._frozen = True
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Brings the plan to its end now, for a run that is cut short: final densities, and masks that stay.
+
+        Each weight is pruned by magnitude to the density that it has after the last update, as one that is frozen
+        midway, and nothing grows, as there is no gradient; where weights share their units, each gives up its part.
+        Optimizers' state is masked like the weights. Call it between steps, and train on, save or export.
+
+        >>> from dstlib import sparsify
+        >>> model = nn.Linear(20, 10)
+        >>> sparsifier = sparsify(model, sparsity=0.9, method="gmp", total_steps=1000)
+        >>> sparsifier.density, sparsifier.finish(), sparsifier.density
+        (1.0, None, 0.1)
+        """
+        clock = self.plan.clock
+        if isinstance(clock, Every) and clock.last is not None and not self._frozen:
+            last = clock.last
+            if due := [m for m in self._masked if m.updated_at < last]:
+                self._update_at(last, due, {})
+        self.freeze()
 
     def detach(self) -> None:
         """Stops listening to optimizers, for good. The weights keep the zeros they have at this moment."""
