@@ -14,6 +14,7 @@ from torch import nn
 import dstlib
 from dstlib import DSFF, GMP, RIGL, SET, StateError
 from dstlib.masking import FanIn, uniform
+from dstlib.torch_files import checksum
 
 METHODS = {
     "rigl": replace(RIGL, interval=3),
@@ -173,3 +174,32 @@ def test_a_state_is_a_snapshot():
     copy = {n: w["mask"].clone() for n, w in state["weights"].items()}
     train(model, optimizer, 6)
     assert_same(copy, {n: w["mask"] for n, w in state["weights"].items()})
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by", "message"),
+    [
+        (("rigl", 400), ("set", 400), "method of the saved state: expected 'set', got 'rigl'"),
+        (("rigl", 400), ("rigl", 800), "total_steps of the saved state: expected 800, got 400"),
+        (("static", None), ("static", 400), "total_steps of the saved state: expected 400, got None"),
+    ],
+)
+def test_a_state_knows_its_method_and_the_length_of_its_run(saved_by, loaded_by, message):
+    def built(method, total_steps):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(20, 20)
+        return model, dstlib.sparsify(model, sparsity=0.5, method=method, total_steps=total_steps)
+
+    (_, theirs), (_, ours) = built(*saved_by), built(*loaded_by)
+    before = {name: mask.clone() for name, mask in ours.masks.items()}
+    with pytest.raises(dstlib.StateError, match=message):
+        ours.load_state_dict(theirs.state_dict())
+    assert all(torch.equal(mask, before[name]) for name, mask in ours.masks.items())
+    ours.detach()
+    state = {
+        key: value for key, value in theirs.state_dict().items() if key not in ("method", "total_steps", "checksum")
+    }
+    state["checksum"] = checksum(state)  # as earlier builds saved it
+    _, again = built(*saved_by)
+    again.load_state_dict(state)
+    assert all(torch.equal(mask, theirs.masks[name]) for name, mask in again.masks.items())

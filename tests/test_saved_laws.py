@@ -99,7 +99,7 @@ WEIGHT = {
     "a fractional step": ({"step": 10.0}, "step"),
     "a step that is a truth value": ({"step": True}, "step"),
     "no step": ({"step": None}, "step"),
-    "an update before there is one": ({"updated_at": 1}, "updated_at"),
+    "an update before there is one": ({"updated_at": 1}, "(updated_at|masks)"),  # acdc may have had one at step 1
     "a negative update": ({"updated_at": -3}, "updated_at"),
     "an update to come": ({"updated_at": 1200}, "(updated_at|mask)"),
     "a trace to come": ({"traced_at": 1200}, "traced_at"),

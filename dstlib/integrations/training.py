@@ -204,7 +204,10 @@ class HostedTraining:
             raise
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.sparsifier.load_state_dict(state["sparsifier"])
+        ours = state["sparsifier"]
+        if state["total_steps"] != self._total_steps:
+            ours = saved.of_length(ours, self._total_steps)
+        self.sparsifier.load_state_dict(ours)
         if state["total_steps"] != self._total_steps and self.sparsifier.step > 0:
             warnings.warn(
                 f"The masks were saved in a training of {state['total_steps']} optimizer steps, which now has "

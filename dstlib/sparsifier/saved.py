@@ -35,6 +35,7 @@ _LATER: Mapping[str, Any] = {"young": None, "settled": (), "starts": (), "scales
 MOST_STEPS = 2**53  # that no training takes, and that a history and any float still count
 _BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None, "young": None, "settled": ()}
 _WHOLE = "the saved state"
+_RUN = ("method", "total_steps")
 
 
 def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: float) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: fl
     num_planned = _num_planned(masked, plan)
     outputs = {} if plan.outputs is not None else _outputs(masked)
     whole = {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "outputs": outputs}
-    return _sealed({**whole, "weights": weights})
+    run = {"method": plan.method.name, "total_steps": plan.total_steps}
+    return _sealed({**whole, **run, "weights": weights})
 
 
 def _outputs(masked: Iterable[MaskedWeight]) -> dict[str, bool | None]:
@@ -61,8 +63,18 @@ def at_step_0(state: Any, *, frozen: bool | None = None) -> dict[str, Any]:
         StateError: The state is damaged.
     """
     weights = {name: {**weight, **_BEGUN} for name, weight in _weights_of(state).items()}
-    begun = {**state, "weights": weights}
+    begun = {key: value for key, value in state.items() if key not in _RUN} | {"weights": weights}
     return _sealed(begun if frozen is None else {**begun, "frozen": frozen})
+
+
+def of_length(state: Any, total_steps: int | None) -> dict[str, Any]:
+    """Returns a state for a run of another length, which goes on from it by its own schedule.
+
+    Raises:
+        StateError: The state is damaged.
+    """
+    _weights_of(state)
+    return _sealed({**state, "total_steps": total_steps})
 
 
 def is_state(state: Mapping[str, Any]) -> bool:
@@ -93,6 +105,7 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
         missing, extra = sorted(set(names) - set(weights)), sorted(map(str, set(weights) - set(names)))
         given = f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} extra ({', '.join(extra[:3])})"
         raise _misfit("names of the weights", _WHOLE, f"the {len(names)} at hand", given)
+    _check_run(state, plan)
     planned = _num_planned(masked, plan)
     # a look at another batch may leave units idle, or use them, that do not divide into groups; masks round in each
     least = {"settings": None, "look": 1, "masks": 0}[plan.densities_from]
@@ -167,6 +180,14 @@ def _check_contents(state: Any) -> None:
     version = state.get("version")
     if type(version) is not int or version != VERSION:
         raise _misfit("version", _WHOLE, str(VERSION), version)
+
+
+def _check_run(state: Mapping[str, Any], plan: Plan) -> None:
+    """Checks that a state is of the same method, by name, in a run as long; those of earlier builds do not say."""
+    for what, here in (("method", plan.method.name), ("total_steps", plan.total_steps)):
+        there = state.get(what, here)
+        if type(there) is not type(here) or there != here:
+            raise _misfit(what, _WHOLE, repr(here), repr(there))
 
 
 def _check_numbers(state: Mapping[str, Any], plan: Plan) -> None:

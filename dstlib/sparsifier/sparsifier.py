@@ -304,11 +304,12 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes masks and steps from ``state_dict`` of a sparsifier of the same settings, and applies them.
 
-        Method, total_steps and seed are not in the state: give ``sparsify`` the same ones, and the run goes on
-        as if it had never stopped.
+        Give ``sparsify`` the same method, total_steps and seed, and the run goes on as if it had never stopped. The
+        seed is not in the state, nor are settings of the method other than its name.
 
         Raises:
-            StateError: The state is damaged, or of another model, granularity or sparsity; nothing has changed then.
+            StateError: The state is damaged, or of another model, method, total_steps, granularity or sparsity; nothing
+                has changed then.
         """
         all_saved = check_saved(state, self._masked, self.plan)
         with torch.no_grad():
