@@ -89,11 +89,10 @@ def test_gse_grows_the_largest_gradients_of_what_was_drawn_and_nothing_that_was_
     num_dropped = int(0.2 * (1 + np.cos(np.pi / 6)) / 2 * num_active)  # progress: 1 of 6 steps, 60 % of 10
     weakest = weight[before].abs().sort().values[:num_dropped]
     assert torch.equal(weight[update.dropped].abs().sort().values, weakest)
-    kept = before & ~update.dropped
     site = Site(
         name="weight",
         weight=weight,
-        mask=kept,
+        mask=before,
         grad=grad,
         momentum=None,
         step=step,

@@ -168,8 +168,8 @@ class Drawn:
 class AmongSome:
     """Scores a random part of the inactive weights by a criterion, and the others like the lowest of all: not to grow.
 
-    The part is as large as the active weights are many, times ``per_active``, or all that are inactive. Active weights
-    are scored too.
+    The part is as large as the active weights are many, times ``per_active``, or all that are inactive: both as they
+    were before the update dropped anything. Active weights are scored too.
 
     Raises:
         SettingError: ``per_active`` is no number above 0.
@@ -194,10 +194,11 @@ class AmongSome:
         require(fits, "per_active", "AmongSome", allowed="a number above 0", given=self.per_active, remedy=remedy)
 
     def __call__(self, site: Site) -> Tensor:
-        score, inactive_1N = self.criterion(site), ~site.mask.flatten()[None]
-        num_1 = torch.clamp(count(inactive_1N), max=round_down(self.per_active * int(site.mask.sum())))
-        some = select_top(site.rand().flatten()[None], num_1, among_GU=inactive_1N).view(site.mask.shape)
-        return score.where(some | site.mask, score.min())
+        active = site.mask if site.mask_before is None else site.mask_before  # what goes now takes no place in the part
+        score, inactive_1N = self.criterion(site), ~active.flatten()[None]
+        num_1 = torch.clamp(count(inactive_1N), max=round_down(self.per_active * int(active.sum())))
+        some = select_top(site.rand().flatten()[None], num_1, among_GU=inactive_1N).view(active.shape)
+        return score.where(some | active, score.min())
 
 
 def sign_balanced(site: Site) -> Tensor:

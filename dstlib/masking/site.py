@@ -14,11 +14,12 @@ class Site:
 
     Tensors are (O, I, *K): outputs, inputs, kernel taps; transposed convolutions are turned that way round,
     and each of the three matrices of an attention's in_proj is a site of its own. ``mask`` marks the active
-    entries; where growth is scored, those that the update keeps, as it drops first. ``grad`` is the full
-    gradient of the step, reduced over ranks, accumulated and unscaled; None at initialisation.
-    ``momentum`` is the optimizer's first moment, None where it keeps none. ``trace`` is what the method's
-    ``trace`` has gathered over the steps before; None where it gathers nothing. ``step`` is the optimizer step,
-    from 1; 0 at initialisation. ``progress`` is the share of the time in which masks change, in [0, 1].
+    entries; where growth is scored, those that the update keeps, as it drops first, and ``mask_before`` marks
+    those that were active until then. ``grad`` is the full gradient of the step, reduced over ranks, accumulated
+    and unscaled; None at initialisation. ``momentum`` is the optimizer's first moment, None where it keeps none.
+    ``trace`` is what the method's ``trace`` has gathered over the steps before; None where it gathers nothing.
+    ``step`` is the optimizer step, from 1; 0 at initialisation. ``progress`` is the share of the time in which
+    masks change, in [0, 1].
     ``num_target`` is how many entries are to be active, known where a first mask is chosen; None elsewhere.
     ``generator`` depends on the seed, the step and the name alone, so ranks, devices and resumed runs draw
     alike.
@@ -34,6 +35,7 @@ class Site:
     trace: Tensor | None = None
     progress: float = 0.0
     num_target: int | None = None
+    mask_before: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Site({self.name!r}, step {self.step}, shape {tuple(self.weight.shape)})"

@@ -225,8 +225,7 @@ SRIGL = Method(
     "fan-in before any was ablated, rounded down, and more stay than hold the weights. Deviates from the code: of "
     "the gradients those of inactive weights count, as in the paper (NeuronAblation(ranks_active_gradients=True): "
     "all), a layer's weights are the nearest number that its fan-in allows, and of what a neuron keeps beyond its "
-    'fan-in the smallest go. The code starts the weights for their sparse fan-in: init_scale="fan_in" of sparsify() '
-    "does, which is not the default, as no method may scale weights that were loaded.",
+    "fan-in the smallest go.",
     grow=masking.gradient,
     granularity=masking.FanIn(),
     allocate=masking.NeuronAblation(0.3),

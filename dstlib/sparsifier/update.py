@@ -61,7 +61,8 @@ def update_masks(
         active_GU = method.granularity.fold(pruned.mask)[..., 0]
         budget = budgets.get(site.name) or plan.budget(site.name, active_GU, step)
         kept_GU = masking.keep(active_GU, drop_GU, budget)
-        left = replace(site, mask=masking.unit_mask(kept_GU, method.granularity, site.mask.shape))
+        kept = masking.unit_mask(kept_GU, method.granularity, site.mask.shape)
+        left = replace(site, mask=kept, mask_before=site.mask)
         grow_GU = _unit_score(site, _grow_score(left, plan), plan)
         change = _exchange(m, site, plan, drop_GU, grow_GU, budget, kept_GU)
         if _is_last(change, kept_GU, site, plan):

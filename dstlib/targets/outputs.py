@@ -4,7 +4,6 @@ Names and the order of registration tell nothing of it. What modules return in a
 through every operation, and each operation shows which parameters it read.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -84,13 +83,17 @@ def is_hooked(module: nn.Module) -> bool:
 
 def find_outputs(roots: Iterable[Node], parameters: Iterable[Tensor]) -> dict[int, bool | None]:
     """Tells of each parameter that the graph above some nodes reads whether outputs come from it, by identity."""
-    keys = [id(p) for p in parameters]
-    users, leaves = _reversed(roots, set(keys))
-    uses = {key: set(_operations(leaves[key], users)) for key in keys if key in leaves}
+    wanted = {id(p) for p in parameters}
+    users, leaves = _reversed(roots, wanted)
+    uses = {key: set(_operations(leaf, users)) for key, leaf in leaves.items()}
     followed = _above(source for nodes in uses.values() for node in nodes for source, _ in node.next_functions)
-    num_readers = Counter(node for nodes in uses.values() for node in nodes)
     ends = {key: nodes - followed for key, nodes in uses.items() if nodes}
-    return {key: any(num_readers[n] == 1 for n in nodes) or (None if nodes else False) for key, nodes in ends.items()}
+    return {key: _is_output(nodes, [uses[other] for other in uses if other != key]) for key, nodes in ends.items()}
+
+
+def _is_output(ends: set[Node], others: list[set[Node]]) -> bool | None:
+    is_alone = any(not any(node in used for used in others) for node in ends)
+    return is_alone or (None if ends else False)
 
 
 def _nodes_of(output: object) -> Iterator[Node]:
