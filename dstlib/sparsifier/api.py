@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dstlib.sparsifier.door import FROM_ZEROS, Masks, take
 from dstlib.sparsifier.hooks import keep, listeners
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import check_stated, parameter_ids, refuse_unsupported
-from dstlib.sparsifier.plan import Plan, make_plan
+from dstlib.sparsifier.plan import Plan, Settings, make_plan
 from dstlib.sparsifier.sparsifier import Sparsifier
 from dstlib.sparsifier.standstill import refuse_no_update, refuse_skipped_phases, warn_of_standstill
 from dstlib.targets import unwrap
@@ -93,21 +92,20 @@ def sparsify(
     _check_optimizers(optimizers, model)
     check_stated(state or {})
     _check_scale(init_scale, find_method(method))
-    plan = make_plan(
-        model,
-        find_method(method),
+    settings = Settings(
         sparsity=sparsity,
         masks=None if masks is None else partial(take, masks),
         total_steps=total_steps,
-        include=(include,) if isinstance(include, str) else tuple(include),
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        include=_several(include),
+        exclude=_several(exclude),
         split=split or {},
         axes=axes or {},
         overrides=overrides or {},
         seed=seed,
-        keep_neurons=(keep_neurons,) if isinstance(keep_neurons, str) else keep_neurons,
+        keep_neurons=None if keep_neurons is None else _several(keep_neurons),
+        init_scale=init_scale,
     )
-    plan = replace(plan, init_scale=init_scale)
+    plan = make_plan(model, find_method(method), settings)
     refuse_no_update(plan)
     refuse_skipped_phases(plan)
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
@@ -119,6 +117,10 @@ def sparsify(
     if optimizers:
         _warn_of_unheld(plan, optimizers)
     return sparsifier
+
+
+def _several(globs: str | Sequence[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def _check_types(model: object, *, globs: Mapping[str, object], by_glob: Mapping[str, object], seed: object) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from numbers import Real
@@ -19,6 +19,27 @@ from dstlib.sparsifier.given import GivenMasks, agrees, check_room, count, follo
 from dstlib.targets import Weight, check_matches, example_axes, select, shortfall, unknown_axes, unwrap
 
 Take = Callable[[nn.Module, Sequence[Weight]], tuple[GivenMasks, tuple[Weight, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is asked of a sparse training, as ``sparsify`` takes it, but for the model and the method.
+
+    Globs are tuples here. ``masks`` finds the masks to start from, given the model and its weights; they may stand for
+    the sparsity.
+    """
+
+    sparsity: float | None
+    masks: Take | None = None
+    total_steps: int | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    split: Mapping[str, int] = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    keep_neurons: tuple[str, ...] | None = None
+    init_scale: InitScale | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +96,8 @@ class Plan:
         return self.method.density(self.densities[name], self.clock.approach(step), self.starts[name])
 
 
-def make_plan(
-    model: nn.Module,
-    method: Method,
-    *,
-    sparsity: float | None,
-    masks: Take | None = None,
-    total_steps: int | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    split: Mapping[str, int],
-    axes: Mapping[str, str],
-    overrides: Mapping[str, float],
-    seed: int,
-    keep_neurons: Sequence[str] | None = None,
-) -> Plan:
+def make_plan(model: nn.Module, method: Method, settings: Settings) -> Plan:
     """Checks every setting and resolves it against the model.
-
-    ``masks`` finds the masks to start from, given the model and its weights; they may stand for the sparsity.
 
     Raises:
         SettingError: A number is out of range, or settings contradict each other.
@@ -103,8 +108,8 @@ def make_plan(
     require(
         method.grow is not momentum, "grow", f"method {method.name}", allowed=allowed, given="momentum", remedy=remedy
     )
-    model = unwrap(model)
-    weights = select(model, include=include, exclude=exclude, split=split, axes=axes)
+    model, s = unwrap(model), settings
+    weights = select(model, include=s.include, exclude=s.exclude, split=s.split, axes=s.axes)
     meta = [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]
     require(
         not meta,
@@ -115,12 +120,12 @@ def make_plan(
         remedy="Call model.to_empty(device=...) and initialise it first.",
         error=SelectionError,
     )
-    for pattern in keep_neurons or ():
+    for pattern in s.keep_neurons or ():
         check_matches(pattern, weights, "the model, as a layer whose neurons are kept")
-    given = None
-    if masks is not None:
+    sparsity, overrides, given = s.sparsity, s.overrides, None
+    if s.masks is not None:
         _check_starts(method)
-        given, weights = masks(model, weights)
+        given, weights = s.masks(model, weights)
     asked = {} if given is not None and sparsity is None else {"sparsify()": sparsity}
     for where, value in {**asked, **{f"override {k!r}": v for k, v in overrides.items()}}.items():
         check_sparsity(value, where)
@@ -132,23 +137,24 @@ def make_plan(
         densities, starts, own = _spread(weights, method, density, overrides)
     tells_axes = not isinstance(method.granularity, Element)
     rounded = "" if given is not None or density is None else unmet(weights, densities, method.granularity, 1 - density)
-    left_out = shortfall(weights, include, tells_axes=tells_axes, fits=lambda weight: _fits(weight, method))
+    left_out = shortfall(weights, s.include, tells_axes=tells_axes, fits=lambda weight: _fits(weight, method))
     for message in filter(None, (rounded, left_out, unknown_axes(weights))):
         warnings.warn(message, stacklevel=3)
     plan = Plan(
         method=method,
-        clock=_make_clock(method, total_steps),
+        clock=_make_clock(method, s.total_steps),
         weights=weights,
         densities=densities,
         starts=starts,
         own=own,
-        outputs=_matching(weights, keep_neurons),
+        outputs=_matching(weights, s.keep_neurons),
         num_dense=sum(p.numel() for p in model.parameters() if p.ndim < 2),
-        seed=seed,
-        total_steps=total_steps,
+        seed=s.seed,
+        total_steps=s.total_steps,
         densities_from="settings" if given is None else "masks",
         given=given,
         sparsity_from_masks=sparsity is None,
+        init_scale=s.init_scale,
     )
     if given is not None:
         check_room(given, plan.weights, method, partial(plan.num_target, step=0), apart=plan.own)

@@ -16,7 +16,7 @@ from dstlib.masking.update import MaskUpdate
 from dstlib.schedules import Constant, Every
 from dstlib.sparsifier import Sparsifier
 from dstlib.sparsifier.api import sparsify
-from dstlib.sparsifier.plan import make_plan
+from dstlib.sparsifier.plan import Settings, make_plan
 from dstlib.sparsifier.saved import at_step_0
 from dstlib.torch_files import load_weights
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
@@ -161,18 +161,10 @@ def refuse_denser(model: nn.Module, settings: TrainSettings, *, what: str, where
     is_constant = method.ramp == Constant(1.0) and method.surplus == Constant(0.0)
     if settings.sparsity == 0 or not isinstance(model, E2ENet) or not is_constant:
         return
-    plan = make_plan(
-        model,
-        method,
-        sparsity=settings.sparsity,
-        total_steps=settings.num_iterations,
-        include=[E2ENet.FUSION],
-        exclude=[],
-        split={},
-        axes={},
-        overrides={},
-        seed=settings.seed,
+    asked = Settings(
+        sparsity=settings.sparsity, total_steps=settings.num_iterations, include=(E2ENet.FUSION,), seed=settings.seed
     )
+    plan = make_plan(model, method, asked)
     num_active = num_planned = 0
     views = ((weight.parameter, view) for weight in plan.weights if not weight.reason for view in weight.views)
     for parameter, view in views:
