@@ -32,8 +32,17 @@ class Case:
             mask[-1, 0] = torch.arange(mask[-1, 0].numel()).view(mask[-1, 0].shape) == 0
         if self.kind != "hidden":
             weight.masked_fill_(~mask, 0.0)
-        tensors = {"weight": weight, "mask": mask, "grad": grad, "momentum": momentum, "trace": trace}
-        return Site(name="layer", step=7, progress=0.25, generator=site_generator(0, 7, "layer"), **tensors)
+        return Site(
+            name="layer",
+            weight=weight,
+            mask=mask,
+            grad=grad,
+            momentum=momentum,
+            step=7,
+            generator=site_generator(0, 7, "layer"),
+            trace=trace,
+            progress=0.25,
+        )
 
     def _tensor(self, seed: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
