@@ -44,6 +44,9 @@ def num_outputs(granularity: Granularity, shape: torch.Size) -> int:
     >>> num_outputs(Block(2, 1), torch.Size((4, 2))), num_outputs(FanIn(), torch.Size((4, 2)))
     (2, 0)
     """
+    num_groups, _, num_elements = granularity.fold(torch.empty(shape, device="meta")).shape
+    if num_groups > 1 or num_elements == 1:  # most often the shape tells
+        return shape[0] if num_groups == 1 else 0
     output_U = outputs_of_units(granularity, shape)
     return 0 if output_U is None else len(output_U.unique())
 
