@@ -18,6 +18,9 @@ import dstlib
 from dstlib import NM, Method
 from dstlib.command_line import make_parser
 from dstlib.masking import uniform
+from dstlib.schedules import Every
+
+STEPS = 1_000  # of the run that intervals may be a share of
 
 
 class Prepared:
@@ -31,7 +34,7 @@ class Prepared:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
         method = replace(method, interval=interval)
         self.sparsifier = dstlib.sparsify(
-            self.model, self.optimizer, sparsity=sparsity, method=method, total_steps=1_000, exclude=exclude
+            self.model, self.optimizer, sparsity=sparsity, method=method, total_steps=STEPS, exclude=exclude
         )
         self.step()  # makes the optimizer's state
 
@@ -66,10 +69,12 @@ def main() -> None:
     for name in args.methods:
         method = dstlib.METHODS[name]
         static, ordinary, update = measure(method, args.repeats)
-        per_step = ordinary + (update / method.interval if method.interval else 0.0)
+        clock = method.clock(STEPS)
+        interval = clock.interval if isinstance(clock, Every) else None
+        per_step = ordinary + (update / interval if interval else 0.0)
         print(
             f"{name:14} {static:8.1f} ms {ordinary:11.1f} ms {ordinary / static:10.2f} {update / 1e3:10.2f} s "
-            f"{method.interval or '–':>9} {per_step / static:13.2f}",
+            f"{interval or '–':>9} {per_step / static:13.2f}",
             flush=True,
         )
 

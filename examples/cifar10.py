@@ -29,7 +29,7 @@ HELP = {
     "method": "dense, or of dstlib; rigl-cold: Adam's moments of grown weights start at zero; rigl-warm: they warm up",
     "sparsity": "share of the weights that stay off",
     "distribution": "how layers share the density: erk or uniform (default: the method's)",
-    "interval": f"steps between mask updates (default: the method's, or a {UPDATES}th of the run if that is shorter)",
+    "interval": f"steps between mask updates (default: the method's, in steps at most a {UPDATES}th of the run)",
     "epochs": "passes over the training images",
     "batch_size": "images a step",
     "optimizer": "sgd has Nesterov's momentum 0.9; another than the preset's brings its own learning rate and decay",

@@ -47,7 +47,7 @@ def method_of(settings: Settings, total_steps: int) -> dstlib.Method:
     name, changed = VARIANTS.get(settings.method, (settings.method, {}))
     method = replace(dstlib.METHODS[name], **changed)
     if method.interval is not None:
-        scaled = min(method.interval, max(1, total_steps // UPDATES))
+        scaled = min(method.interval, max(1, total_steps // UPDATES))  # a share of the run, below 1, stays what it is
         method = replace(method, interval=settings.interval or scaled)
     return replace(method, distribution=DISTRIBUTIONS.get(settings.distribution, method.distribution))
 
