@@ -9,7 +9,19 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dstlib.masking import NM, Block, Channel, Element, FanIn, Granularity, Kernel, unit_mask, update_mask
+from dstlib.masking import (
+    NM,
+    Block,
+    Channel,
+    Diagonal,
+    Element,
+    FanIn,
+    Granularity,
+    Kernel,
+    SharedFanIn,
+    unit_mask,
+    update_mask,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 percents = st.sampled_from([0, 1, 10, 29, 30, 50, 57, 58, 99, 100]) | st.integers(0, 100)
@@ -44,6 +56,9 @@ def folds(draw: st.DrawFn) -> tuple[Granularity, torch.Size]:
             [
                 *((plain, (out, into)) for plain in (Element(), Kernel(), Channel(), FanIn())),
                 (Block(p, q), (out * p, into * q)),
+                (SharedFanIn(p), (out * p, into)),
+                (Diagonal(), (out, into * q)),
+                (Diagonal(), (out * p, into)),
                 (NM(1, q), (out, into * q)),
             ]
         )

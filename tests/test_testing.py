@@ -33,6 +33,7 @@ from dstlib.masking import (
     Block,
     Budget,
     Channel,
+    Diagonal,
     Drawn,
     Element,
     FanIn,
@@ -43,9 +44,11 @@ from dstlib.masking import (
     ReceptiveField,
     Sampled,
     SampledRemoval,
+    SharedFanIn,
     SmallWorld,
     TiesByChance,
     Trace,
+    Transposable,
     WeightAndGradient,
     er,
     erk,
@@ -98,8 +101,12 @@ CRITERIA = [
     *(ReceptiveField(0.25), ReceptiveField(0.0, equal=False), SmallWorld(0.25)),
     *(SampledRemoval(magnitude), Sampled(link_prediction), TiesByChance(link_prediction_by_paths)),
     AmongSome(gradient),
+    Transposable(magnitude, 1, 1),
 ]
-GRANULARITIES = [Element(), Kernel(), Channel(), Block(1, 1), Block(4, 2), Block(5, 7), FanIn(), NM(2, 4), NM(1, 16)]
+GRANULARITIES = [
+    *(Element(), Kernel(), Channel(), Block(1, 1), Block(4, 2), Block(5, 7)),
+    *(FanIn(), SharedFanIn(1), SharedFanIn(2), Diagonal(), NM(2, 4), NM(1, 16)),
+]
 CURVES = [
     Constant(0.3),
     Linear(0.4, 0.1),
@@ -162,6 +169,7 @@ def test_the_lists_above_are_complete():
     other = {
         "NormalFanIn",
         "Times",
+        "in_proportion",
         "relative_shares",
         "falling",
         "share_out",
@@ -193,7 +201,12 @@ VARIANTS = {
     "channels": replace(SET, granularity=Channel(), distribution=uniform),
     "blocks": replace(RIGL, granularity=Block(4, 4)),
     "fan-in": replace(SET, granularity=FanIn()),
+    "shared fan-in": replace(SET, granularity=SharedFanIn(4)),
+    "diagonals": replace(RIGL, granularity=Diagonal()),
     "n:m": replace(RIGL, granularity=NM(1, 4), distribution=uniform),
+    "transposable n:m": replace(
+        METHODS["srste"], init=Transposable(magnitude, 2, 4), grow=Transposable(magnitude, 2, 4)
+    ),
     "blocks that move": replace(METHODS["granet"], granularity=Block(2, 4)),
     "trace of steps": replace(RIGL, grow=traced_magnitude, trace=Trace(steps=3), interval=7),
     "movement": replace(RIGL, drop=traced, trace=Trace(of=moved, decay=0.9)),

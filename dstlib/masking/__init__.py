@@ -44,7 +44,7 @@ from dstlib.masking.distribution import (
     uniform_dense_ends,
     uniform_dense_first,
 )
-from dstlib.masking.granularity import NM, Block, Channel, Element, FanIn, Granularity, Kernel
+from dstlib.masking.granularity import NM, Block, Channel, Diagonal, Element, FanIn, Granularity, Kernel, SharedFanIn
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
 from dstlib.masking.in_turn import InTurn, best_units, places
 from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
@@ -56,6 +56,7 @@ from dstlib.masking.soft import best_scale, harden, soften
 from dstlib.masking.storage import DenseStorage, OverDensity, Trace
 from dstlib.masking.surgeon import prune_by_surgeon
 from dstlib.masking.topologies import ReceptiveField, SmallWorld
+from dstlib.masking.transposable import Transposable, transposable_mask
 from dstlib.masking.update import MaskUpdate, exchange, keep, unit_mask, unit_score, update_mask
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "Channel",
     "Criterion",
     "DenseStorage",
+    "Diagonal",
     "Distribution",
     "Drawn",
     "Element",
@@ -89,12 +91,14 @@ __all__ = [
     "ReceptiveField",
     "Sampled",
     "SampledRemoval",
+    "SharedFanIn",
     "Site",
     "SmallWorld",
     "Terms",
     "TiesByChance",
     "Times",
     "Trace",
+    "Transposable",
     "WeightAndGradient",
     "best_scale",
     "best_units",
@@ -139,6 +143,7 @@ __all__ = [
     "stored",
     "traced",
     "traced_magnitude",
+    "transposable_mask",
     "uniform",
     "uniform_dense_ends",
     "uniform_dense_first",

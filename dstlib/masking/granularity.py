@@ -126,6 +126,67 @@ class FanIn(_InOrder):
 
 
 @dataclass(frozen=True)
+class SharedFanIn:
+    """Outputs in groups of ``out``, one after the other, read the same inputs, each with weights of its own.
+
+    A unit is what a group has of one input, at one tap; units of a group compete, and all groups keep the same number.
+
+    Raises:
+        SettingError: ``out`` is less than 1.
+
+    Reference: Ullah et al. 2026 (HASTE), group-shared fixed fan-in. Its groups are of labels that resemble each other:
+    order the outputs so.
+
+    >>> tuple(SharedFanIn(2).fold(torch.zeros(4, 3, 5, 5)).shape)
+    (2, 75, 2)
+    """
+
+    out: int
+
+    def __post_init__(self) -> None:
+        remedy = "Pass SharedFanIn(16), say."
+        require(self.out >= 1, "out", "SharedFanIn", allowed="1 or more", given=self.out, remedy=remedy)
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """Turns (O, I, *K) into (O/out, I·K, out)."""
+        _check_divides(x_OIK.shape[0], self.out, f"output channels for {self}")
+        return rearrange(x_OIK, "(o p) i ... -> o (i ...) p", p=self.out)
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """Inverts ``fold``."""
+        return rearrange(x_GUE, "o n p -> (o p) n").reshape(shape)
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal that goes on at the other side, with all taps: of as many entries as the shorter side is long.
+
+    Where there are more inputs than outputs, diagonal d holds the weights from input (o + d) mod I to each output o;
+    else those from each input i to output (i + d) mod O. All of them compete; any shape folds.
+
+    Reference: Tyagi et al. 2025 (DynaDiag), whose program numbers them so.
+
+    >>> x = torch.tensor([[0, 1, 2], [10, 11, 12]])
+    >>> Diagonal().fold(x).squeeze(0)
+    tensor([[ 0, 11],
+            [ 1, 12],
+            [ 2, 10]])
+    """
+
+    def fold(self, x_OIK: Tensor) -> Tensor:
+        """Turns (O, I, *K) into (1, max(O, I), min(O, I)·K)."""
+        x_OIK = x_OIK.reshape(*x_OIK.shape[:2], -1)
+        x_SLK = x_OIK if x_OIK.shape[0] < x_OIK.shape[1] else x_OIK.transpose(0, 1)
+        return rearrange(_slanted(x_SLK, 1), "s l k -> 1 l (s k)")
+
+    def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
+        """Inverts ``fold``."""
+        num_out, num_in = shape[:2]
+        x_SLK = _slanted(rearrange(x_GUE, "1 l (s k) -> s l k", s=min(num_out, num_in)), -1)
+        return (x_SLK if num_out < num_in else x_SLK.transpose(0, 1)).reshape(shape)
+
+
+@dataclass(frozen=True)
 class NM:
     """``n`` of every ``m`` consecutive inputs stay active (2:4 on recent GPUs); the sparsity is 1 - n/m.
 
@@ -152,6 +213,17 @@ class NM:
         """Inverts ``fold``."""
         x = rearrange(x_GUE, "(o i k) m 1 -> o (i m) k", o=shape[0], i=shape[1] // self.m)
         return x.reshape(shape)
+
+
+def _slanted(x_SLK: Tensor, by: int) -> Tensor:
+    """Turns row s round by s places, to the left (``by`` = 1) or back (-1), (S, L, K), S ≤ L: x[s, (l + by·s) mod L].
+
+    Of rows that are written twice, each one is read a place further on: no index of each entry.
+    """
+    _, num_long, num_taps = x_SLK.shape
+    twice = torch.cat([x_SLK, x_SLK], dim=1).contiguous()
+    strides = ((2 * num_long + by) * num_taps, num_taps, 1)
+    return twice.as_strided(x_SLK.shape, strides, 0 if by > 0 else num_long * num_taps)
 
 
 def _check_divides(size: int, divisor: int, what: str) -> None:
