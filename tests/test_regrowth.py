@@ -240,6 +240,40 @@ def test_a_run_that_stops_while_weights_warm_up_goes_on_as_if_it_had_not(make):
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+class LooksAhead(SGD):
+    """Takes its gradient where a first gradient leads to, and its step from where it was, as SAM does."""
+
+    def step(self, closure):
+        (weight,) = self.param_groups[0]["params"]
+        closure()
+        with torch.no_grad():
+            ahead = 8.0 * weight.grad
+            weight += ahead
+            closure()
+            weight -= ahead
+        super().step()
+
+
+def test_a_step_that_asks_for_gradients_elsewhere_warms_up_from_where_it_was():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    model.weight.data.copy_(torch.randint(-4, 5, (8, 8)))  # so that sums are exact
+    optimizer = LooksAhead(model.parameters(), lr=0.5)
+    method = replace(SET, interval=4, grown_warmup=4)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, total_steps=40)
+
+    def closure():
+        model.weight.grad = torch.ones(8, 8)
+
+    old = before = torch.empty(0)
+    for _ in range(4):
+        old, before = sparsifier.masks["weight"].clone(), model.weight.detach().clone()
+        optimizer.step(closure)
+    grown = sparsifier.masks["weight"] & ~old
+    assert grown.any()
+    assert set((before - model.weight.detach())[grown].tolist()) == {0.5 / 4}  # from zero, the first move of four
+
+
 def test_a_step_that_overflows_warms_nothing_up():
     model = small()
     optimizer = AdamW(model.parameters(), lr=0.01)

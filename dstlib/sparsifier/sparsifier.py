@@ -522,12 +522,12 @@ class Sparsifier:
         changed += [m for m in written if m.begun > 0]
         for m in weights:
             m.begin_step()
-        changed += self._settle_outputs(weights, optimizer_state.loss_scale(optimizer))
+        scale = optimizer_state.loss_scale(optimizer)
+        changed += self._settle_outputs(weights, scale)
         # an update that is due waits for the next step at which the weight has a gradient
         ready = [m for m in weights if m.parameter.grad is not None]
         if self.plan.method.interval is not None and not self.frozen:
             _refuse_graph(ready)
-        scale = optimizer_state.loss_scale(optimizer)
         if self.plan.method.trace is not None and not self.frozen:
             for m in ready:
                 update.gather(m, self.plan, _full_gradient(m, scale))
@@ -668,7 +668,8 @@ class Sparsifier:
                 m.clear(kept)
                 if grad is not None:
                     m.start_grown(kept, old, grad, self.plan.method.grown_state)
-                m.young = m.mask & ~old if grad is not None and self.plan.method.grown_warmup else None
+                is_young = grad is not None and self.plan.method.grown_warmup > 0
+                m.young, m.before = m.mask & ~old if is_young else None, []
             self._moved = self._moved or any(
                 not torch.equal(m.mask, old) for m, old in zip(weights, masks, strict=True)
             )

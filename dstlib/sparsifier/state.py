@@ -112,7 +112,7 @@ class MaskedWeight:
         self.begun = self.step + 1
         if self.mask.device == (device := self.parameter.device):
             return
-        self.mask = self.mask.to(device)
+        self.mask, self.before = self.mask.to(device), []
         for name in _TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
@@ -139,15 +139,15 @@ class MaskedWeight:
                     k.start_beside(view, grown, stayed, grad if how == "gradient" else None)
 
     def note_young(self, kept: Iterable[Kept], warmup: int) -> None:
-        """Notes, before a step, where it begins from for what has grown and warms up; forgets what has warmed up."""
-        self.before = []
-        if self.young is None:
+        """Notes, as a step begins, where it begins from for what has grown and warms up; forgets what has warmed up."""
+        if self.young is None or self.begun - self.updated_at + 1 >= warmup:  # at full length from this step on
+            self.young, self.before = None, []
             return
-        if self.begun - self.updated_at + 1 >= warmup:  # at full length from this step on
-            self.young = None
-            return
-        self.young = self.young & self.mask  # zeros that something else wrote may have moved it
-        self.before = [x[self.young.to(x.device)] for x in self._moving(kept)]
+        young = self.young & self.mask  # zeros that something else wrote may have moved it
+        if self.before and torch.equal(young, self.young):
+            return  # begun before: a closure that is called again looks from where the weight does not stay
+        self.young = young
+        self.before = [x[young.to(x.device)] for x in self._moving(kept)]
 
     def slow_young(self, kept: Iterable[Kept], warmup: int) -> None:
         """Takes back, after a step, what moves of weights that warm up have in excess of their share."""
