@@ -53,13 +53,13 @@ GMP = Method(
 
 DSFF = Method(
     name="dsff",
-    reference="Wu et al. 2024, E2ENet: dynamic sparse feature fusion, NeurIPS, arXiv:2312.04727.",
+    reference="Wu et al. 2024, E2ENet: dynamic sparse feature fusion, NeurIPS, arXiv:2312.04727. Deviates: "
+    "drops floor(f·A) kernels where the published code rounds up.",
     granularity=masking.Kernel(),
     distribution=masking.uniform,
     drop_fraction=Cosine(0.5, end=0.001),
     interval=1200,
     stop=1.0,
-    round_up=True,
 )
 
 SNFS = Method(

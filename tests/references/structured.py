@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .bench import MOMENTUM, RATE, Layer, Moment, Outcome
-from .counts import Shapes, best, cosine, erk, nearest, round_down, round_up, uniform
+from .counts import Shapes, best, cosine, erk, nearest, round_down, uniform
 from .exchange import odds_of_return, per_layer
 
 Degrees = tuple[np.ndarray, np.ndarray]
@@ -21,13 +21,13 @@ def kernels(shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 @per_layer
 def dsff(layer: Layer, at: Moment) -> Outcome:
-    """Wu et al. 2024: whole kernels go by their L1 norm, and come by chance."""
+    """Wu et al. 2024: whole kernels go by their L1 norm, floor(f·A) of A, and come by chance."""
     f, taps = cosine(0.5, at.step / at.end, 0.001), tuple(range(2, layer.w.ndim))
     norm, active = layer.size.sum(taps), layer.mask.any(taps)
     num = int(active.sum())
     kept, score = (
         np.broadcast_to(np.expand_dims(x, taps), layer.w.shape)
-        for x in (best(norm, num - round_up(f * num), active), norm)
+        for x in (best(norm, num - round_down(f * num), active), norm)
     )
 
     def kernels_are_whole(mask: np.ndarray) -> None:
