@@ -24,7 +24,7 @@ def zeros(site: Site) -> Tensor:
 def uniform_fan_out(site: Site) -> Tensor:
     """Starts uniformly in ±√(6 / number of outputs): far above trained weights where outputs are few.
 
-    Reference: Glorot & Bengio 2010, with the outputs for both sides.
+    Reference: He et al. 2015, by outputs: variance 2 / number of outputs. Deviates: kernel taps are not counted.
     """
     bound = (6 / site.weight.shape[0]) ** 0.5
     return ((2 * site.rand() - 1) * bound).to(site.weight.dtype)
