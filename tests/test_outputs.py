@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import generator, seeds
+from strategies import folds, generator, seeds
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +34,7 @@ from dstlib.masking import (
     num_outputs,
     unit_mask,
 )
+from dstlib.masking.outputs import outputs_of_units
 from dstlib.targets.outputs import PassWatch, note_pass
 
 # Outputs without a weight
@@ -487,3 +488,10 @@ def test_an_output_layer_too_sparse_for_its_outputs_is_told_of() -> None:
     with pytest.warns(UserWarning, match="Fewer active units than outputs"):
         optimizer.step()
     assert int(sparsifier.masks["2.weight"].any(dim=1).sum()) == 12  # one each, as far as they go
+
+
+@given(folds())
+def test_the_shape_tells_as_many_outputs_as_the_units_do(fold):
+    grain, shape = fold
+    output_U = outputs_of_units(grain, shape)
+    assert num_outputs(grain, shape) == (0 if output_U is None else len(output_U.unique()))
