@@ -13,7 +13,7 @@ from strategies import seeds
 from torch import nn
 
 import dstlib
-from dstlib import NM, SettingError
+from dstlib import NM, ScoreError, SettingError
 from dstlib.masking import Transposable, magnitude, transposable_mask
 
 
@@ -117,3 +117,13 @@ def test_a_weight_that_does_not_divide_is_named():
         dstlib.sparsify(nn.Linear(8, 10), sparsity=0.5, method=method)
     with pytest.raises(SettingError, match=r"n and m of Transposable: expected 1 ≤ n ≤ m, got \(5, 4\)"):
         Transposable(magnitude, 5, 4)
+
+
+@pytest.mark.parametrize("m", [4, 6])  # by patterns, and by paths
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_scores_that_no_mask_is_best_for_are_refused_by_name(value, m):
+    """NaN would end in some mask, or in paths without end, and the check of scores sees 0 and 1 alone."""
+    score = torch.ones(m, m)
+    score[1, 1] = value
+    with pytest.raises(ScoreError, match="scores of head: expected finite numbers, 0 or more"):
+        transposable_mask(score, 2, m, "head")

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dstlib.errors import SettingError, require
+from dstlib.errors import ScoreError, SettingError, require
 from dstlib.masking.site import Criterion, Site
 
 _LEVELS = 2**40  # scores are whole numbers up to this: sums along a path are exact, and equal on every device
@@ -31,6 +31,7 @@ class Transposable:
 
     Raises:
         SettingError: Not 1 ≤ n ≤ m; or outputs or inputs of a weight are no multiple of m.
+        ScoreError: The criterion's scores are negative, or not finite.
 
     Reference: Hubara et al. 2021, Accelerated sparse neural training: a provable and efficient method to find N:M
     transposable masks, NeurIPS. Deviates: the exact solution at each update, where their program takes a greedy one
@@ -65,6 +66,7 @@ def transposable_mask(score: Tensor, n: int, m: int, name: str = "scores") -> Te
 
     Raises:
         SettingError: Outputs or inputs are no multiple of m.
+        ScoreError: Scores are negative, or not finite.
 
     Reference: minimum-cost flow by successive shortest paths, here of all squares at once; as a flow, Hubara et al.
     2021.
@@ -78,6 +80,9 @@ def transposable_mask(score: Tensor, n: int, m: int, name: str = "scores") -> Te
         given, allowed = f"{num_out} × {num_in}", f"multiples of {m}, as squares of {m} × {m} are masked"
         remedy = "Leave this weight out by exclude=."
         raise SettingError.of("outputs and inputs", name, allowed=allowed, given=given, remedy=remedy)
+    if not bool(((score >= 0) & score.isfinite()).all()):  # among which no path is the shortest
+        given, remedy = "others", "Look at the criterion, and at whether the loss has diverged."
+        raise ScoreError.of("scores", name, allowed="finite numbers, 0 or more", given=given, remedy=remedy)
     squares = rearrange(score.reshape(num_out, num_in, -1), "(o p) (i q) k -> (o i k) p q", p=m, q=m)
     chosen = torch.cat([_best(part, n) for part in squares.split(max(_SQUARES // m**2, 1))])
     chosen = rearrange(chosen, "(o i k) p q -> (o p) (i q) k", o=num_out // m, i=num_in // m)
