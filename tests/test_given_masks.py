@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import assert_same, assert_zero_outside, small, train
 from strategies import generator, random_mask
@@ -108,7 +108,7 @@ def test_every_preset_starts_from_masks_or_says_why_not(name):
             dstlib.sparsify(model, **options)
         return
     if name in ("gmp", "gmp_global"):
-        with pytest.warns(UserWarning, match="no mask will ever change.*pass sparsity= as well, higher than"):
+        with pytest.warns(UserWarning, match="no mask will ever change.*pass a sparsity= that is higher than"):
             sparsifier = dstlib.sparsify(model, **options)
     else:
         sparsifier = quiet_sparsify(model, **options)
@@ -204,6 +204,7 @@ def test_masks_that_a_granularity_can_have_are_taken_as_they_are_and_all_others_
     weight = nn.Conv2d(4, 6, 1, bias=False) if made_for == NM(2, 4) else nn.Conv2d(4, 6, 2, bias=False)
     torch.nn.init.normal_(weight.weight, generator=generator(seed))
     mask = random_mask(made_for, weight.weight.shape, seed, data.draw(st.sampled_from([0.3, 0.6])))
+    assume(not bool(mask.all()))  # which is told of
     before = weight.weight.detach().clone()
     units = grain.fold(mask)
     is_whole = torch.equal(units.any(dim=-1), units.all(dim=-1))
@@ -274,6 +275,49 @@ def test_neurons_that_srigl_ablated_stay_so():
         quiet_sparsify(layer, masks={"weight": mask}, method="srigl")
 
 
+def sparse_by_zeros():
+    """Two layers of rows with different numbers of zeros, at half."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12, bias=False), nn.ReLU(), nn.Linear(12, 8, bias=False))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.mul_(torch.rand_like(layer.weight) < 0.5)
+    return model
+
+
+def test_the_advice_for_rows_of_different_numbers_can_be_followed_under_srigl():
+    model, srigl = sparse_by_zeros(), dstlib.METHODS["srigl"]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SelectionError, match=r"Or pass sparsity= and replace\(method, allocate=None\)"):
+        quiet_sparsify(model, masks="from-zeros", method=srigl, total_steps=1000)
+    method = replace(srigl, allocate=None)
+    sparsifier = quiet_sparsify(model, masks="from-zeros", sparsity=0.2, method=method, total_steps=1000)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items()), "nothing was lost"
+    assert all(len(mask.sum(dim=1).unique()) == 1 for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.2, 0.5], ids=["theirs", "lower", "nearly theirs"])
+def test_a_pruning_that_starts_where_it_ends_is_advised_to_prune_further(sparsity):
+    with pytest.warns(UserWarning, match=r"pass a sparsity= that is higher than that of the masks"):
+        dstlib.sparsify(sparse_by_zeros(), masks="from-zeros", sparsity=sparsity, method="gmp", total_steps=1000)
+
+
+@pytest.mark.parametrize("method", ["acdc", "cyclic"])
+def test_no_advice_for_a_method_that_masks_do_not_suit_leads_to_a_call_without_them(method):
+    """Its random first masks would cut weights that were loaded."""
+    with pytest.raises(SettingError, match=r"never becomes denser again.*such as \"rigl\"\.$"):
+        quiet_sparsify(sparse_by_zeros(), masks="from-zeros", method=method, total_steps=1000)
+
+
+def test_masks_without_zeros_as_of_a_dense_phase_are_told_of():
+    model = sparse_by_zeros()
+    full = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match=r"masks have no zeros, so all weights stay dense.*sparsity= as well"):
+        dstlib.sparsify(model, masks=full, method="rigl", total_steps=1000).detach()
+    sparsifier = quiet_sparsify(model, masks=full, sparsity=0.8, method="gmp", total_steps=1000)  # as advised
+    assert sparsifier.density == 1.0
+
+
 # ---- names, shapes, types, and where they lie
 
 
@@ -286,10 +330,13 @@ def test_neurons_that_srigl_ablated_stay_so():
         ({"head.weight": torch.full((3, 6), torch.nan)}, r"expected 0 and 1, got 18 others in torch\.float32"),
         ({"head.weight": torch.ones(3, 6).to_sparse()}, r"expected a dense tensor of truth values"),
         ({"head.weight": torch.ones(3, 6, device="meta")}, r"expected a dense tensor of truth values.*on meta"),
-        ({"head.weight": [True] * 18}, r"content of masks: expected masks by the names of weights.*got dict"),
+        (
+            {"head.weight": [True] * 18},
+            r"expected tensors of masks by .*got dict with head.weight \(list\)",
+        ),
         ({"head.weight": torch.zeros(3, 6)}, r"mask head\.weight of masks: expected active units, got none"),
         ({"norm.weight": torch.ones(6)}, r"weights to be sparse of masks: .* got none of their masks"),
-        ({}, r"content of masks: expected masks by the names of weights"),
+        ({}, r"content of masks: expected tensors of masks by .*got dict with nothing in it"),
         ("from_zeros", r"masks of sparsify\(\): expected \"from-zeros\", masks by name"),
         (0.9, r"masks of sparsify\(\): expected \"from-zeros\", masks by name, .* got float"),
         ("from-zeros", r'weights to be sparse of masks="from-zeros": .*got none with zeros. Load the sparse weights'),

@@ -19,7 +19,9 @@ from dstlib.torch_files import read_torch
 from dstlib.typed_json import read_json
 
 _COPY_AGAIN = "Copy it again from where it was written."
-_KNOWN = "masks by the names of weights, a state of torch.nn.utils.prune, rigl-torch, NNCF or compressed-tensors"
+_KNOWN = (
+    "tensors of masks by the names of weights, a state of torch.nn.utils.prune, rigl-torch, NNCF or compressed-tensors"
+)
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,10 @@ def _is_plain(state: State) -> bool:
 
 
 def _described(content: Any) -> str:
-    keys = f" with the keys {few([str(key)[:60] for key in content], most=5)}" if isinstance(content, Mapping) else ""
-    return f"{type(content).__name__}{keys}"
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    parts = [f"{str(key)[:60]} ({type(part).__name__})" for key, part in content.items()]
+    return f"{type(content).__name__} with {few(parts, most=5) or 'nothing in it'}"
 
 
 # ---- files and folders

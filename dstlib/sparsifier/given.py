@@ -160,6 +160,8 @@ def _count(
     live_G = num_G[num_G > 0] if is_shared_out else num_G
     least, most = int(live_G.min()), int(live_G.max())
     fill = " Or pass sparsity=: zeros fill up the groups that have less than it leaves." if given.of_zeros else ""
+    if fill and is_shared_out:  # groups that share units out have one number of them, or none
+        fill = " Or pass sparsity= and replace(method, allocate=None): zeros fill up the groups that have less."
     allowed = f"one number of active units in each group of {grain}"
     check(least == most or (may_fill and not is_shared_out), allowed, f"from {least} to {most}", another + fill)
     unit_size = mask.numel() // active_GU.numel()

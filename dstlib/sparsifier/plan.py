@@ -137,8 +137,9 @@ def make_plan(model: nn.Module, method: Method, settings: Settings) -> Plan:
         densities, starts, own = _spread(weights, method, density, overrides)
     tells_axes = not isinstance(method.granularity, Element)
     rounded = "" if given is not None or density is None else unmet(weights, densities, method.granularity, 1 - density)
+    full = _no_zeros(given, densities) if given is not None and density is None else ""
     left_out = shortfall(weights, s.include, tells_axes=tells_axes, fits=lambda weight: _fits(weight, method))
-    for message in filter(None, (rounded, left_out, unknown_axes(weights))):
+    for message in filter(None, (rounded, full, left_out, unknown_axes(weights))):
         warnings.warn(message, stacklevel=3)
     plan = Plan(
         method=method,
@@ -199,15 +200,25 @@ def _spread_by_masks(
     return densities, {name: max(c.density, densities[name]) for name, c in counts.items()}, own
 
 
+def _no_zeros(given: GivenMasks, densities: Mapping[str, float]) -> str:
+    """Returns what to say where masks leave nothing sparse, as those of a dense phase; empty where they do."""
+    if any(density < 1 for density in densities.values()):
+        return ""
+    return (
+        f"sparsify(): {given.where} have no zeros, so all weights stay dense. Pass the masks of a sparse phase, or "
+        'sparsity= as well and a method that prunes, such as "gmp".'
+    )
+
+
 def _check_starts(method: Method) -> None:
     """Checks that a method can start from masks."""
     way = [method.ramp(step / 1000) for step in range(1001)]
-    allowed = "one that takes its first masks as they are, and whose ramp never turns back"
+    allowed = "one that begins at the masks given, and never becomes denser again"
     for holds, given in (
         (not isinstance(method.init, AtInit | InTurn), "first masks by a look at the dense model"),
         (all(a <= b for a, b in pairwise(way)), "a ramp with denser phases"),
     ):
-        remedy = 'Choose another method, such as "rigl", or pass no masks.'
+        remedy = 'Choose another method, such as "rigl".'  # without masks, weights that were loaded may be cut
         require(holds, "method", f"sparsify(masks=) with {method.name}", allowed=allowed, given=given, remedy=remedy)
 
 

@@ -52,8 +52,8 @@ def warn_of_standstill(plan: Plan) -> None:
     if not isinstance(clock, Every) or _is_dense(plan, sizes) or _moves(plan, sizes):
         return
     most = max(plan.drop_fraction(step) for step in _updates(clock))
-    if plan.sparsity_from_masks and method.ramp != Constant(1.0):
-        remedy = "It prunes: pass sparsity= as well, higher than that of the masks"
+    if plan.densities_from == "masks" and method.ramp != Constant(1.0):
+        remedy = "It prunes: pass a sparsity= that is higher than that of the masks"
     elif enough := _enough_steps(plan, sizes):
         remedy = f"Give the run more steps, such as total_steps={enough}, or shorten the interval"
     else:
