@@ -36,9 +36,9 @@ class Trial:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                sparsifier = dstlib.sparsify(
-                    model, self.optimizer, sparsity=sparsity, method=method, total_steps=total_steps
-                )
+                # no outputs are sought, whose empty ones take a weight in the second step, which is no update
+                options = {"sparsity": sparsity, "method": method, "total_steps": total_steps, "keep_neurons": ()}
+                sparsifier = dstlib.sparsify(model, self.optimizer, **options)
         except SettingError as error:
             self.said = str(error)
             return
