@@ -96,6 +96,23 @@ def test_freezing_on_the_way_says_at_what_density(name, density):
         sparsifier.freeze()  # it is, already
 
 
+@pytest.mark.parametrize("name", ["acdc", "gmp", "mest_soft", "granet"])
+def test_what_was_frozen_on_the_way_can_still_be_finished_as_the_warning_says(name):
+    model, optimizer, sparsifier = built(name)
+    num_steps = 1 if name == "acdc" else 5
+    train(model, optimizer, num_steps)
+    with pytest.warns(UserWarning, match=r"Call finish\(\)"):
+        sparsifier.freeze()
+    train(model, optimizer, 2, start=num_steps)
+    sparsifier.finish()
+    assert sparsifier.frozen
+    assert sum(int(m.sum()) for m in sparsifier.masks.values()) == planned(sparsifier, TOTAL)
+    masks = copy.deepcopy(sparsifier.masks)
+    sparsifier.finish()
+    train(model, optimizer, 2, start=num_steps + 2)
+    assert_same(sparsifier.masks, masks)
+
+
 @pytest.mark.parametrize("name", ["static", "rigl", "srigl", "dsff"])
 def test_freezing_at_a_constant_density_says_nothing(name):
     model, optimizer, sparsifier = built(name)

@@ -268,7 +268,8 @@ class Sparsifier:
 
         Each weight is pruned by magnitude to the density that it has after the last update, as one that is frozen
         midway, and nothing grows, as there is no gradient; where weights share their units, each gives up its part.
-        Optimizers' state is masked like the weights. Call it between steps, and train on, save or export.
+        Optimizers' state is masked like the weights. Call it between steps, after freeze() too, and train on, save or
+        export.
 
         >>> from dstlib import sparsify
         >>> model = nn.Linear(20, 10)
@@ -277,7 +278,7 @@ class Sparsifier:
         (1.0, None, 0.1)
         """
         clock = self.plan.clock
-        if isinstance(clock, Every) and clock.last is not None and not self._frozen:
+        if isinstance(clock, Every) and clock.last is not None:  # also of a topology that was frozen on its way
             last = clock.last
             if due := [m for m in self._masked if m.updated_at < last]:
                 self._update_at(last, due, {})
