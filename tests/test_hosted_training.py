@@ -152,7 +152,9 @@ def test_weights_that_were_loaded_by_hand_lose_nothing_when_a_longer_run_goes_on
     assert equal(weights(model), loaded)
     with pytest.warns(UserWarning, match="step 251: sparse weights were loaded .* no weight was lost"):
         train(model, 1, first=250)
-    assert equal(training.sparsifier.masks, other.sparsifier.masks)
+    for name, mask in training.sparsifier.masks.items():
+        assert mask[loaded[name] != 0].all()  # what SET grew may still be zero, and its place is not known
+        assert mask.sum() == other.sparsifier.masks[name].sum()
 
 
 def test_a_layer_that_was_replaced_is_named_and_sparse_in_the_next_training(halfway):

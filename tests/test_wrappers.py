@@ -192,7 +192,10 @@ COMPUTED = {
     "old weight_norm": (lambda: old_weight_norm(nn.Linear(4, 4)), "WeightNorm"),
     "old spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), "SpectralNorm"),
     "conv": (lambda: nn.utils.spectral_norm(nn.ConvTranspose2d(4, 4, 2)), "SpectralNorm"),
-    "prune": (pruned, "PruningContainer"),
+    "prune": (
+        pruned,
+        'PruningContainer (torch.nn.utils.prune.remove(layer, "weight") makes it plain, zeros and all)',
+    ),
 }
 
 
