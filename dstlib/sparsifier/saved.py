@@ -35,6 +35,10 @@ _LATER: Mapping[str, Any] = {"young": None, "settled": (), "starts": (), "scales
 MOST_STEPS = 2**53  # that no training takes, and that a history and any float still count
 _BEGUN = {"step": 0, "updated_at": 0, "traced_at": 0, "trace": None, "young": None, "settled": ()}
 _WHOLE = "the saved state"
+_FROM_MASKS = (
+    " An earlier build's preset may have had other numbers: then load the weights and go on from its masks alone, "
+    "sparsify(model, sparsity=..., masks=state)."
+)
 _RUN = ("method", "total_steps")
 
 
@@ -330,7 +334,7 @@ def _check_view(saved: MaskedWeight, view: MatrixView, plan: Plan) -> None:
     if bool((num_G != num_target).any()):
         allowed = f"{num_target * num_groups} active units, as its sparsity asks for at step {saved.updated_at}"
         allowed += f", {num_target} in each of its {num_groups} groups" if num_groups > 1 else ""
-        raise _misfit("mask", view.name, allowed, int(num_G.sum()), _of_joint_parts(saved.weight))
+        raise _misfit("mask", view.name, allowed, int(num_G.sum()), _of_joint_parts(saved.weight) + _FROM_MASKS)
 
 
 def _is_of_units(mask: Tensor, grain: Granularity) -> bool:
@@ -364,7 +368,7 @@ def _check_shared_total(all_saved: Sequence[MaskedWeight], plan: Plan) -> None:
     num_more = num_active - num_planned
     if (num_more > num_idle and not may_exceed) or (-num_more > num_idle and not may_lack):
         allowed = f"{num_planned} active units in all weights that share them"
-        raise _misfit("masks", _WHOLE, allowed + (f", or {num_idle} less" if num_idle else ""), num_active)
+        raise _misfit("masks", _WHOLE, allowed + (f", or {num_idle} less" if num_idle else ""), num_active, _FROM_MASKS)
 
 
 def _described(value: object) -> object:
