@@ -3,6 +3,7 @@
 Shapes: G groups, U units per group.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -199,7 +200,8 @@ def test_experts_that_no_token_reaches_stay_as_they_are(granularity: Granularity
         distribution=dstlib.uniform,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, total_steps=40)
+    options = {"sparsity": 0.5, "method": method, "total_steps": 40}
+    sparsifier = dstlib.sparsify(model, optimizer, **options, keep_neurons=())  # a bare output of a head is filled
     before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
     seen: dict[str, list[int]] = {name: [] for name in before}
     grown = dict.fromkeys(before, 0)
@@ -217,6 +219,28 @@ def test_experts_that_no_token_reaches_stay_as_they_are(granularity: Granularity
             assert seen[name] == [num_groups] * 10
     assert grown["apart.2.weight"] > 0
     assert sum(seen["apart.2.weight"]) == 0
+
+
+@pytest.mark.parametrize(("granularity", "num_fills"), [(Channel(), 0), (Block(2, 4), 1)], ids=str)
+def test_experts_are_told_of_as_filled_only_where_a_unit_moves(granularity: Granularity, num_fills: int) -> None:
+    """All are a head. Half the rows cannot fill the others; blocks can, once, and then have no reason to move."""
+    torch.manual_seed(0)
+    model = Experts(joint=False)
+    method = replace(dstlib.RIGL, granularity=granularity, interval=2, distribution=dstlib.uniform)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, total_steps=40)
+    name = "apart.0.weight"  # that no token reaches
+    assert not bool(sparsifier.masks[name].any(dim=1).all())  # there is something to fill
+    updates: list[MaskUpdate] = []
+    sparsifier.observers.append(lambda site, update: updates.append(update) if site.name == name else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Fewer active units than outputs")
+        _train(model, optimizer, 20)
+    assert bool(sparsifier.masks[name].any(dim=1).all()) == (num_fills > 0)
+    moved = [update for update in updates if bool(update.grown.any())]
+    assert len(moved) == num_fills
+    assert len(updates) == 10 + num_fills
+    assert sum(update.num_idle for update in updates) == 10  # each update finds no reason, the filling has its own
 
 
 def test_experts_in_one_group_give_what_the_one_that_is_reached_has_room_for() -> None:

@@ -81,7 +81,8 @@ def fill_first_masks(m: MaskedWeight, grad: Tensor, plan: Plan, *, step: int, ob
         stays = MaskUpdate(site.mask.clone(), nothing, nothing, idle_G=nothing.new_zeros(1))
         drop_GU, grow_GU = (_unit_score(site, score(site), plan) for score in (masking.magnitude, masking.random))
         change = masking.fill_outputs(stays, drop_GU, grow_GU, granularity=plan.method.granularity)
-        _carry_out(m, view, site, change, plan, observers)
+        if bool(change.grown.any()):  # units may be too few, or too large, to go round: that is no update
+            _carry_out(m, view, site, change, plan, observers)
 
 
 def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
