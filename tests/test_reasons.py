@@ -226,7 +226,9 @@ def test_experts_are_told_of_as_filled_only_where_a_unit_moves(granularity: Gran
     """All are a head. Half the rows cannot fill the others; blocks can, once, and then have no reason to move."""
     torch.manual_seed(0)
     model = Experts(joint=False)
-    method = replace(dstlib.RIGL, granularity=granularity, interval=2, distribution=dstlib.uniform)
+    method = replace(
+        dstlib.RIGL, granularity=granularity, interval=2, drop_fraction=Constant(0.5), distribution=dstlib.uniform
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.5, method=method, total_steps=40)
     name = "apart.0.weight"  # that no token reaches
