@@ -812,6 +812,7 @@ def ablation_reference(
         least = max(1, math.floor(share * (a.num_planned // num_neurons)))
         beyond = math.ceil(Fraction(a.num_planned, num_inputs))  # the neurons that are needed, and one more
         alive = [g for g in alive if salient[g] >= min(least, sorted(salient)[::-1][min(beyond, num_neurons - 1)])]
+    alive = sorted(alive, key=lambda g: (-salient[g], g))[: a.num_planned]  # one weight each, if there are so few
     fan_in = a.num_planned // len(alive)
     target = [fan_in if g in alive else 0 for g in range(num_neurons)]
     kept = [at for at in largest_first if at[0] in alive][:num_kept]
@@ -955,6 +956,22 @@ def test_ablation_equals_plain_python(a: Account, percent: int, share: float, ev
     assert (targets(found), kept(found)) == tuple([part] for part in expected)
 
 
+@pytest.mark.parametrize("is_output", [False, True])
+def test_fewer_weights_than_neurons_are_one_each(is_output: bool) -> None:
+    """Of three neurons with 0, 1 and 2 salient weights, those with most stay; the layer keeps all that is planned."""
+    for num_planned, expected in ((1, [0, 0, 1]), (2, [0, 1, 1]), (3, [1, 1, 1])):
+        active_GU = torch.tensor([[False, False], [True, False], [True, True]])
+        a = Account(
+            name="w",
+            active_GU=active_GU,
+            drop_GU=active_GU.float(),
+            grow_GU=torch.zeros(3, 2),
+            num_planned=num_planned,
+            is_output=is_output,
+        )
+        assert targets(NeuronAblation()([a], Terms(num_total=num_planned, drop_fraction=0.0))) == [expected]
+
+
 @given(layers() | layers(constant=False), percents, st.sampled_from([0.3, 0.95, 1.0]))
 def test_ablation_laws(a: Account, percent: int, share: float) -> None:
     """Where the density falls or rises, too, to less than one unit per neuron."""
@@ -965,9 +982,9 @@ def test_ablation_laws(a: Account, percent: int, share: float) -> None:
     assert bool((budget.num_kept_G <= budget.num_target_G).all())
     assert len(after_G[after_G > 0].unique()) == 1  # a constant fan-in
     assert a.num_planned - num_alive < int(after_G.sum()) <= a.num_planned
-    assert num_alive >= min(a.num_planned // a.active_GU.shape[1] + 1, num_neurons)
+    assert num_alive >= min(a.num_planned // a.active_GU.shape[1] + 1, num_neurons, a.num_planned)
     if a.is_output:
-        assert num_alive == num_neurons
+        assert num_alive == min(num_neurons, a.num_planned)
     # those of ablated neurons are among the weights that go: beside them, those beyond the new fan-in alone
     num_active = int(a.active_GU.sum())
     num_left = int(a.active_GU[after_G > 0].sum())
@@ -991,7 +1008,7 @@ def test_over_many_updates_no_layer_dies_out(a: Account, seed: int, percent: int
         (budget,) = NeuronAblation(1.0)([a], Terms(num_total=a.num_planned, drop_fraction=percent / 100)).budgets
         after_GU = carried_out(a, budget)
         num_alive = int(after_GU.any(dim=1).sum())
-        assert num_alive >= min(2, len(after_GU))
+        assert num_alive >= min(2, len(after_GU), a.num_planned)
         assert a.num_planned - num_alive < int(after_GU.sum()) <= a.num_planned
         drop_GU, grow_GU = (scores_like(after_GU, "signed", seed + 2 * step + i) for i in range(2))
         a = replace(a, active_GU=after_GU, drop_GU=drop_GU, grow_GU=grow_GU)

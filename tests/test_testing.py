@@ -71,11 +71,12 @@ from dstlib.masking import (
     traced,
     traced_magnitude,
     uniform,
+    uniform_dense_ends,
     uniform_dense_first,
     uniform_fan_in,
 )
 from dstlib.masking.update import zero_outside_each_
-from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Cycles, InversePower, Linear, Sigmoid
+from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Cycles, InversePower, Linear, Sigmoid, Stages
 from dstlib.testing import (
     LawError,
     check_allocator,
@@ -114,6 +115,7 @@ CURVES = [
     Cosine(0.5, end=0.001),
     Cubic(0.0, 1.0),
     InversePower(0.4, 3.0),
+    Stages((0.3, 0.1), at=(0.5,)),
     Alternating(),
     Cycles(),
 ]
@@ -147,7 +149,8 @@ def test_every_curve_conforms(curve):
 
 
 @pytest.mark.parametrize(
-    ("distribution", "keeps"), [(uniform, True), (er, True), (erk, True), (uniform_dense_first, False)]
+    ("distribution", "keeps"),
+    [(uniform, True), (er, True), (erk, True), (uniform_dense_first, False), (uniform_dense_ends, True)],
 )
 def test_every_distribution_conforms(distribution, keeps):
     check_distribution(distribution, keeps_total=keeps)
@@ -180,7 +183,8 @@ def test_the_lists_above_are_complete():
         "site_generator",
     }
     kinds = {type(x).__name__ for x in (*CRITERIA, *GRANULARITIES, *ALLOCATORS)}
-    names = {name(x) for x in (*CRITERIA, *ALLOCATORS)} | {"er", "erk", "uniform", "uniform_dense_first"}
+    names = {name(x) for x in (*CRITERIA, *ALLOCATORS)}
+    names |= {"er", "erk", "uniform", "uniform_dense_ends", "uniform_dense_first"}
     sources = ("criteria", "granularity", "distribution", "allocation")
     masking = Path(dstlib.__file__).parent / "masking"
     defined = {

@@ -163,8 +163,8 @@ class NeuronAblation:
     ablated; k is the fan-in that all neurons would have. The K weights that are dropped are those of ablated neurons
     and the smallest of the others, whose fan-in rises as far as the layer's number of weights allows. All neurons
     are looked at anew each time, so that one may come back. More stay than are needed to hold the weights, with all
-    that are salient alike, whatever ``min_share``; of an output layer, all. Groups are neurons: for the granularity
-    ``FanIn``.
+    that are salient alike, whatever ``min_share``; of an output layer, all. Where that is more neurons than weights,
+    those with the most salient ones have a weight each. Groups are neurons: for the granularity ``FanIn``.
 
     With ``ranks_active_gradients``, the K of the gradient are sought among all weights, as in the authors' program.
     One that is active and would stay anyway counts once, so that fewer are salient than in the paper.
@@ -202,14 +202,14 @@ class NeuronAblation:
         active_GU, num_active = account.active_GU, account.active_GU.sum()
         num_moved = int(terms.num_dropped(num_active))
         num_kept = int(num_active) - num_moved
-        alive_G = torch.ones_like(active_GU[:, 0]) if account.is_output else self._worthy(account, num_kept, num_moved)
+        alive_G = self._alive(account, num_kept, num_moved)
         left_GU = active_GU & alive_G[:, None]
         kept_GU = _layer_top(account.drop_GU, left_GU, min(num_kept, int(left_GU.sum())))
         num_target_G = alive_G * (account.num_planned // int(alive_G.sum()))
         return Budget(torch.minimum(kept_GU.sum(dim=1), num_target_G), num_target_G)
 
-    def _worthy(self, account: Account, num_kept: int, num_moved: int) -> Tensor:
-        """Marks the neurons that stay."""
+    def _alive(self, account: Account, num_kept: int, num_moved: int) -> Tensor:
+        """Marks the neurons that stay, not more than there are weights to go round."""
         active_GU, (num_neurons, num_inputs) = account.active_GU, account.active_GU.shape
         candidates_GU = torch.ones_like(active_GU) if self.ranks_active_gradients else ~active_GU
         would_grow_GU = _layer_top(account.grow_GU, candidates_GU, min(num_moved, int(candidates_GU.sum())))
@@ -217,7 +217,9 @@ class NeuronAblation:
         num_needed = -(-account.num_planned // num_inputs)  # no neuron takes more than all inputs
         most_first_G = salient_G.sort(descending=True).values
         least = max(1, round_down(self.min_share * (account.num_planned // num_neurons)))
-        return salient_G >= min(least, int(most_first_G[min(num_needed, num_neurons - 1)]))
+        threshold = 0 if account.is_output else min(least, int(most_first_G[min(num_needed, num_neurons - 1)]))
+        worthy_G = salient_G >= threshold
+        return _layer_top(salient_G, worthy_G, min(int(worthy_G.sum()), max(account.num_planned, 1)))
 
 
 def share_out(allocate: Allocator, accounts: Sequence[Account], terms: Terms) -> Allocation:
