@@ -423,6 +423,31 @@ def test_a_class_derived_from_a_known_one_is_known_but_for_what_it_adds():
     assert all(row.source and row.classes and row.keys for row in KNOWN)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Shows the state and groups of the optimizer inside, as Accelerate's does."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_a_wrapper_shows_means_what_it_does_inside(depth):
+    """Also where the optimizer inside has not been met yet, as after a state was loaded."""
+    weight, mask = nn.Parameter(torch.ones(2, 2)), torch.eye(2, dtype=torch.bool)
+    inside = torch.optim.AdamW([weight])
+    weight.grad = mask.float()
+    inside.step()
+    wrapper = inside
+    for _ in range(depth):
+        wrapper = Wrapper(wrapper)
+    meanings = [{k.key: k.meaning for k in StateMeanings({}).kept(o, weight, mask)} for o in (inside, wrapper)]
+    assert meanings[0] == meanings[1]
+    assert meanings[1]["exp_avg_sq"].power == 2
+
+
 def test_the_summary_says_what_was_decided():
     _, _, sparsifier = sparse(lambda m: torch.optim.AdamW(m.parameters()))
     assert "state of AdamW: moments exp_avg, exp_avg_sq (known)" in str(sparsifier.summary()).splitlines()

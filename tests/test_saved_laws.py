@@ -141,8 +141,13 @@ def test_a_state_against_a_law_is_refused_by_name(trained, case):
         damaged = other_mask(state, changes)
     else:
         damaged = weight_of(state, **changes) if case in WEIGHT else {**state, **changes}
-    is_fixed = sparsifier.plan.method.interval is None
-    if case == "an update before there is one" and is_fixed:  # no clock says when there would be one
+    method = sparsifier.plan.method
+    lawful = {
+        "an update before there is one": method.interval is None,  # no clock says when there would be one
+        # what is shown of softened weights is less than they are, and the rest is kept
+        "hidden weights inside the mask": method.storage is not None and method.storage.soft,
+    }
+    if lawful.get(case, False):
         what = "checksum"
     else:
         damaged = unsealed(damaged)

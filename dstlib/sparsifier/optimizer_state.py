@@ -233,8 +233,8 @@ class StateMeanings:
         if pattern is not None:
             self._used.add(pattern)
         word = None if pattern is None else self._stated[pattern]
-        cls: type = type(optimizer)
-        table = known(cls, key)
+        classes: list[type] = [type(layer) for layer in _layers(optimizer)]
+        table = next((meaning for cls in classes if (meaning := known(cls, key)) is not None), None)
         if table is None and entries.zero is not None:
             table = MOMENT  # nobody quantises anything else
         if table is not None and word in (None, table.kind):
@@ -417,6 +417,17 @@ def _leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor, Any]]:
             yield f"{prefix}{key}", value, state
         elif isinstance(value, _CONTAINERS):
             yield from _leaves(value, f"{prefix}{key}.")
+
+
+def _layers(optimizer: Optimizer) -> list[Optimizer]:
+    """Returns an optimizer and those that it wraps, outermost first: their state is its own, as with Accelerate's."""
+    layers: list[Optimizer] = []
+    layer: Optimizer | None = optimizer
+    while layer is not None:
+        layers.append(layer)
+        inside = (x for x in vars(layer).values() if isinstance(x, Optimizer) and x not in layers)
+        layer = next((x for x in inside if x.state is optimizer.state), None)
+    return layers
 
 
 def _state_of(optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[Any, Any]:
