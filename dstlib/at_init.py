@@ -144,7 +144,7 @@ def wanda(
     weight with each other, as whole channels always are. The norms of a convolution are those of its patches.
 
     Raises:
-        SettingError: There are no batches, at the time of the call of ``sparsify``.
+        SettingError: ``batches`` is one tensor or mapping; or there are none, at the time of the call of ``sparsify``.
         ScoreError: A weight is multiplied by nothing that can be seen, at the time of the call of ``sparsify``.
 
     Reference: Sun et al. 2024, A simple and effective pruning approach for large language models, ICLR, equation 1.
@@ -224,6 +224,11 @@ def _looks(
     model: nn.Module, batches: Iterable[Any], forward: Forward | None, name: str, *, is_full: bool = False
 ) -> Looks:
     """Returns what goes through the weights in the order of the forward, with the moments of their inputs."""
+    # one batch can be gone through as well: by its rows, or by its keys
+    is_one, given, remedy = isinstance(batches, Tensor | Mapping), type(batches).__name__, "Of one batch x, pass [x]."
+    require(
+        not is_one, "batches", f"{name.lower()}()", allowed="a list of batches, or a loader", given=given, remedy=remedy
+    )
 
     def run_on(batch: Any) -> None:
         if forward is not None:

@@ -123,15 +123,23 @@ def test_what_is_advised_is_taken_and_leaves_nothing_to_warn_of(make, method):
     assert len(texts) == 1
     settings = advice(texts[0])
     if "axes" in settings:
+        assert "include" not in settings, "axes= asks for them by itself"
         assert settings["axes"] == {"layers.*.up": "e o i", "layers.*.down": "e o i"}
         settings["axes"] = {"layers.*.up": "e i o", "layers.*.down": "o e i"}  # as a user knows them
     model = make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names = {weight.name for weight in select(model, include=settings["include"]) if not weight.reason}
+        names = {weight.name for weight in select(model, **settings) if not weight.reason}
     assert not [text for text in said(model, **asked, **settings) if text.startswith("Only") or "nothing says" in text]
     num_all = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     assert sum(model.get_parameter(name).numel() for name in names) > 0.9 * num_all
+
+
+def test_a_low_rank_factor_is_advised_by_name_and_axes_as_its_axes_alone_do_not_ask_for_it():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "big": nn.ParameterDict({"lora_A": torch.randn(8, 64)})})
+    method = replace(dstlib.STATIC, granularity=dstlib.FanIn())
+    (text,) = said(model, method=method)
+    assert advice(text) == {"include": ["*", "big.lora_A"], "axes": {"big.lora_A": "o i"}}
 
 
 def test_what_the_granularity_cannot_take_is_not_advised():

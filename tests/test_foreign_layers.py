@@ -1,6 +1,7 @@
 """Weights of other libraries' layers: which axis counts outputs, and which of several matrices is which."""
 
 import math
+import re
 from dataclasses import replace
 
 import einops
@@ -186,8 +187,50 @@ def test_axes_that_were_given_as_a_split_are_sent_to_where_they_belong_now():
         select(Stack(), include=["*", "weights"], split={"weights": "e o i"})
     with pytest.raises(SettingError, match="axes of sparsify"):
         dstlib.sparsify(Stack(), sparsity=0.5, axes="e o i")
-    with pytest.raises(SelectionError, match=r"glob 'head' of the sparse weights, by axes=.*no match"):
-        select(Stack(), include=("weights",), axes={"head": "o i"})
+    with pytest.raises(SelectionError, match=r"glob 'heads' of the sparse weights, by axes=.*no match"):
+        select(Stack(), axes={"heads": "o i"})
+
+
+def test_whose_axes_are_named_is_asked_for_by_that():
+    by_axes = {w.name: (w.reason, w.views) for w in select(Stack(), axes={"w*": "e i o"})}
+    by_name = {w.name: (w.reason, w.views) for w in select(Stack(), include=["*", "weights"], axes={"w*": "e i o"})}
+    assert by_axes == by_name
+    assert len(by_axes["weights"][1]) == 3
+    assert not dstlib.sparsify(Stack(), sparsity=0.5, method="static", axes={"weights": "e i o"}).masks["weights"].all()
+    (alone,) = select(nn.ParameterDict({"raw": torch.zeros(8, 6)}), axes={"raw": "i o"})
+    assert not alone.reason
+
+
+class Loralib(nn.Linear):
+    """A layer with low-rank factors of its own."""
+
+    def __init__(self):
+        super().__init__(8, 4)
+        self.lora_A, self.lora_B = nn.Parameter(torch.zeros(2, 8)), nn.Parameter(torch.zeros(4, 2))
+
+
+def with_dense():
+    model = nn.ModuleDict({"stack": Stack(), "adapted": Loralib(), "table": nn.Embedding(4, 2)})
+    model["stack"].frozen = nn.Parameter(torch.zeros(8, 4), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("glob", "settings", "said"),
+    [
+        ("stack.frozen", {}, r"stack\.frozen, which stays dense: frozen .*\. Take the glob out\."),
+        ("stack.w*", {"exclude": "*.weights"}, r"stack\.weights, which stays dense: excluded\. .* narrow exclude="),
+        ("stack.weights", {"include": "*.head"}, r"dense: not included\. .* add 'stack\.weights' to include="),
+        ("adapted.weight", {}, r"dense: adapted by low-rank factors.* add 'adapted\.weight' to include="),
+        ("adapted.lora_?", {}, r"lora_A, which stays dense: low-rank factor.* add 'adapted\.lora_A' to include="),
+        ("table", {}, r"table\.weight, which stays dense: weight of Embedding.*\. Take the glob out\."),
+    ],
+)
+@pytest.mark.parametrize("by", [{"axes": "o i"}, {"split": 2}, {"overrides": 0.5}])
+def test_a_glob_of_what_stays_dense_is_refused_with_the_reason(glob, settings, said, by):
+    ((key, value),) = by.items()
+    with pytest.raises(SelectionError, match=rf"glob '{re.escape(glob)}' of the sparse weights.*{said}"):
+        dstlib.sparsify(with_dense(), sparsity=0.5, method="static", **settings, **{key: {glob: value}})
 
 
 @given(st.permutations(["o", "i", "e", "f"]), st.integers(2, 4), st.integers(0, 2), st.data())

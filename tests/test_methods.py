@@ -190,3 +190,9 @@ def test_a_stop_that_is_no_share_is_refused(stop: float) -> None:
 def test_settings_go_by_name_only() -> None:
     with pytest.raises(TypeError):
         Method("mine", "my own")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["drop_fraction", "ramp", "surplus"])
+def test_a_number_for_a_schedule_is_sent_to_the_constant_one(name):
+    with pytest.raises(SettingError, match=rf"{name} of method rigl: .*dstlib\.schedules\.Constant\(0\.3\)"):
+        replace(RIGL, **{name: 0.3})

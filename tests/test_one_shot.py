@@ -390,6 +390,10 @@ def test_what_cannot_be_seen_is_refused_by_name_before_anything_is_pruned():
             sparsegpt(model, batches, **wrong)
     with pytest.raises(SettingError, match="power of ria"):
         ria(model, batches, power=-1.0)
+    for make in (wanda, ria, sparsegpt):
+        for one in (batches[0], {"input": batches[0]}):
+            with pytest.raises(SettingError, match=rf"batches of {make.__name__}\(\): .* pass \[x\]"):
+                make(model, one)
     with pytest.raises(ScoreError, match="finite ones, positive definite"):
         sparse(model, sparsegpt(model, [batches[0] * torch.nan]))
     with pytest.raises(SettingError, match="init of method gmp"):

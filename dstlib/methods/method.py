@@ -149,7 +149,11 @@ _Check = Callable[[str, bool, str, str], None]  # of a field: whether it is righ
 def _check_kinds(m: Method, check: _Check) -> None:
     some = "dstlib.masking has some, as has .schedules."
     for name in ("drop", "grow", "distribution", "drop_fraction", "ramp", "surplus", "grown_init"):
-        check(name, callable(getattr(m, name)), "a function", some)
+        value = getattr(m, name)
+        constant = f"Pass dstlib.schedules.Constant({value}) for the same value throughout."
+        is_schedule = name in ("drop_fraction", "ramp", "surplus")
+        remedy = constant if is_schedule and isinstance(value, int | float) else some
+        check(name, callable(value), "a function", remedy)
     check(
         "init", callable(m.init) or isinstance(m.init, AtInit | InTurn), "a criterion, or one of dstlib.at_init", some
     )

@@ -50,8 +50,8 @@ def sparsify(
     others. ``overrides`` maps globs to sparsities of their own, outside the budget of the others; of several that
     match, the last wins. ``split`` maps globs to the number of matrices stacked in a weight, each to compete for
     itself: known fused projections (``qkv``, say) are split without it, and 1 keeps one together. ``axes`` maps globs
-    to the axes of raw parameters, as in einops ("e i o": several matrices of inputs × outputs; docs/networks.md). A
-    call that leaves most of the matrices' entries dense warns.
+    to the axes of raw parameters, as in einops ("e i o": several matrices of inputs × outputs; docs/networks.md), and
+    so asks for them. A call that leaves most of the matrices' entries dense warns.
     Weights that already hold the zeros of such a plan keep them: their places become the first masks.
 
     ``masks`` says where to start from, whatever plan it came of: "from-zeros" at the non-zeros of the weights at hand;

@@ -16,7 +16,16 @@ from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
 from dstlib.sparsifier.asked import unmet
 from dstlib.sparsifier.given import GivenMasks, agrees, check_room, count, following
-from dstlib.targets import Weight, check_matches, example_axes, select, shortfall, unknown_axes, unwrap
+from dstlib.targets import (
+    Weight,
+    check_matches,
+    check_matches_sparse,
+    example_axes,
+    select,
+    shortfall,
+    unknown_axes,
+    unwrap,
+)
 
 Take = Callable[[nn.Module, Sequence[Weight]], tuple[GivenMasks, tuple[Weight, ...]]]
 
@@ -252,7 +261,7 @@ def _densities(
     for weight in sparse:
         _check_folds(weight, method)
     for pattern in overrides:
-        check_matches(pattern, sparse, "the sparse weights, as an override")
+        check_matches_sparse(pattern, weights, "the sparse weights, as an override")
     own: dict[str, float] = {}
     shared: dict[str, tuple[int, ...]] = {}
     for weight in sparse:

@@ -37,9 +37,11 @@ def shortfall(
     least = _LEAST * sum(map(_num_entries, kinds))
     named = [kind for kind in kinds[:_NUM_NAMED] if _num_entries(kind) >= least]
     asked = [weight for kind in named for weight in kind if weight.on_request and fits(weight)]
-    remedy = f"include={[*include, *_globs(asked, weights)]} makes sparse what can be" if asked else ""
-    if unknown := [weight for weight in asked if _needs_axes(weight, tells_axes=tells_axes)]:
-        remedy += f", with {_axes(unknown, weights)}"
+    unknown = [weight for weight in asked if _needs_axes(weight, tells_axes=tells_axes)]
+    by_name = [weight for weight in asked if weight not in unknown or not weight.waits_for_axes]
+    remedy = f"include={[*include, *_globs(by_name, weights)]} makes sparse what can be" if by_name else ""
+    if unknown:
+        remedy += f"{', with ' if by_name else 'What can be is made sparse by '}{_axes(unknown, weights)}"
     remedy += ". " if remedy else ""
     return (
         f"Only {float(share):.1%} of the entries of this model's matrices become sparse. The largest that stay dense:\n"

@@ -28,6 +28,7 @@ _CONTAINERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
 _STATISTICS = {"batch_norm", "mean", "var_mean", "std_mean", "var", "std", "weight_standardization"}
 _FACTOR = re.compile(r"lora_(embedding_)?(a|b|down|up|layer)", re.IGNORECASE)  # of peft, loralib, kohya, diffusers ...
 _BY_NAME = "sparse only if included by name"
+_RAW = "raw parameter of"
 _STANDARDISED = "its forward standardises the weight, which would undo the zeros"
 
 
@@ -53,6 +54,11 @@ class Weight:
     def matches(self, pattern: str) -> bool:
         """Whether a glob matches a name of the parameter, or of a module that owns it."""
         return any(fnmatchcase(name, pattern) for name in self.aliases)
+
+    @property
+    def waits_for_axes(self) -> bool:
+        """Whether it is dense only until somebody names its axes; a low-rank factor is so for its zeros' sake."""
+        return bool(self.on_request) and not self.knows_axes and _RAW in self.reason
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ def _other(candidate: Candidate) -> Weight | None:
     if candidate.key == "weight" and _standardizes_weight(type(candidate.module).__mro__, type(candidate.module)):
         return candidate.weight(_STANDARDISED)
     kind = type(candidate.owner if isinstance(candidate.module, _CONTAINERS[1:]) else candidate.module).__name__
-    reason = f"raw parameter of {kind}: {_BY_NAME}"
+    reason = f"{_RAW} {kind}: {_BY_NAME}"
     return candidate.weight(reason, on_request=frozenset({candidate.name}), knows_axes=False)
 
 

@@ -101,15 +101,15 @@ def select(
     Globs match whole qualified names of parameters ("head.weight") or of their modules ("head"). A name
     written out in full asks for that weight, and turns on those that are dense only by default; so does a glob
     whose last part is written out ("*.experts.up_proj"), if it matches no others. ``axes`` maps globs to the axes
-    of raw parameters, as in einops: "o" are outputs, "i" inputs, "..." at the end the taps of a kernel, and every
-    other name counts matrices ("e i o": several matrices, each inputs × outputs). ``split`` maps globs to the number
-    of matrices of equal height that are stacked in a weight, each to compete for itself. Of several globs that
-    match, the last wins. By default the well-known fused projections are split into queries, keys and values; 1
-    keeps them together.
+    of raw parameters, and asks for all of these that ``include`` and ``exclude`` let in: as in einops, "o" are
+    outputs, "i" inputs, "..." at the end the taps of a kernel, and every other name counts matrices ("e i o": several
+    matrices, each inputs × outputs). ``split`` maps globs to the number of matrices of equal height that are stacked
+    in a weight, each to compete for itself. Of several globs that match, the last wins. By default the well-known
+    fused projections are split into queries, keys and values; 1 keeps them together.
 
     Raises:
-        SelectionError: A glob matches nothing, a weight asked for by its full name cannot be sparse, one cannot be
-            split so or has other axes, or nothing is left to be sparse.
+        SelectionError: A glob matches nothing, or of ``split`` and ``axes`` nothing sparse, a weight asked for by its
+            full name cannot be sparse, one cannot be split so or has other axes, or nothing is left to be sparse.
     """
     weights = list(_all_weights(model))
     for pattern in (*include, *exclude) if weights else ():
@@ -117,16 +117,15 @@ def select(
     for pattern in include:
         _check_possible(pattern, weights)
     asking = [pattern for pattern in include if asks_for(pattern, weights)]
-    chosen = [_choose(weight, include, exclude, asking) for weight in weights]
+    chosen = [_choose(_asked_by_axes(weight, axes), include, exclude, asking) for weight in weights]
     if all(weight.reason for weight in chosen):
         reasons = "; ".join(f"{w.name}: {w.reason}" for w in chosen[:8]) or "no parameter has two axes"
         allowed = "at least one Linear, Conv, ConvTranspose or attention weight to make sparse"
         remedy = "Look at include= and exclude=."
         raise SelectionError.of("weights", "the model", allowed=allowed, given=f"none ({reasons})", remedy=remedy)
-    sparse = [weight for weight in chosen if not weight.reason]
     for kind, patterns in {"split": split, "axes": axes}.items():
         for pattern in patterns:
-            check_matches(pattern, sparse, f"the sparse weights, by {kind}=")
+            check_matches_sparse(pattern, chosen, f"the sparse weights, by {kind}=")
     return tuple(weight if weight.reason else _split(_turned(weight, axes), split) for weight in chosen)
 
 
@@ -141,6 +140,29 @@ def check_matches(pattern: str, weights: Iterable[Weight], where: str) -> None:
     allowed = "a match with the name of a weight or of its module"
     remedy = _hint(pattern, sorted({name for w in weights for name in w.aliases}))
     raise SelectionError.of(f"glob {pattern!r}", where, allowed=allowed, given="no match", remedy=remedy)
+
+
+def check_matches_sparse(pattern: str, weights: Iterable[Weight], where: str) -> None:
+    """Checks that a glob matches one of these weights that is sparse.
+
+    Raises:
+        SelectionError: It matches none, or only what stays dense.
+    """
+    weights = list(weights)
+    dense = next((weight for weight in weights if weight.reason and weight.matches(pattern)), None)
+    sparse = [weight for weight in weights if not weight.reason]
+    if dense is None or any(weight.matches(pattern) for weight in sparse):
+        check_matches(pattern, sparse, where)
+        return
+    remedy = "Take the glob out"
+    if dense.reason == EXCLUDED:
+        remedy += ", or narrow exclude="
+    elif dense.reason == NOT_INCLUDED or dense.on_request:
+        remedy += f", or add {dense.name!r} to include="
+    given = f"{dense.name}, which stays dense: {dense.reason}"
+    raise SelectionError.of(
+        f"glob {pattern!r}", where, allowed="a match with a sparse weight", given=given, remedy=f"{remedy}."
+    )
 
 
 def _hint(pattern: str, known: Sequence[str]) -> str:
@@ -168,6 +190,12 @@ def asks_for(pattern: str, weights: Iterable[Weight]) -> bool:
 
 def _requests(pattern: str, weight: Weight) -> bool:
     return any(fnmatchcase(name, pattern) for name in weight.on_request)
+
+
+def _asked_by_axes(weight: Weight, axes: Mapping[str, str]) -> Weight:
+    """Returns a weight that is dense only until its axes are named as sparse, where they are."""
+    is_asked = weight.waits_for_axes and any(map(weight.matches, axes))
+    return replace(weight, reason="") if is_asked else weight
 
 
 def _choose(weight: Weight, include: Sequence[str], exclude: Sequence[str], asking: Sequence[str]) -> Weight:
