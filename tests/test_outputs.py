@@ -195,6 +195,7 @@ class Heads(nn.Module):
 
 X = torch.ones(3, 4)
 HEADS = {"second": True, "stem": False, "body": False, "first": True, "aux": True}
+BAG = {"0": False, "1": True}
 
 
 class Tied(nn.Module):
@@ -237,6 +238,35 @@ class Experts(nn.Module):
         return self.head(torch.stack([y[e] @ self.down[e] for e in range(2)]).sum(dim=0))
 
 
+class Tokens(nn.Module):
+    """A decoder with residuals and norms by entry, along which embeddings, positions and biases reach the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(9, 4), nn.Parameter(torch.ones(3, 4))
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4, bias=False)
+        self.bias, self.head = nn.Parameter(torch.ones(2, 4)), nn.Linear(4, 9, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x) + self.position
+        y = y + self.down(self.up(self.norm(y)).relu()) + self.bias[x % 2]
+        return self.head(self.norm(y))
+
+    def norm(self, y: Tensor) -> Tensor:
+        return y * y.square().mean(dim=-1, keepdim=True).rsqrt()
+
+
+class Bag(nn.Module):
+    """A classifier of the mean of embeddings, which nothing else enters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x).mean(dim=1))
+
+
 def decoder() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 2))
 
@@ -250,6 +280,15 @@ def unrolled() -> nn.Module:
     [
         (Heads, X, HEADS),
         (Tied, torch.zeros(2, 3, dtype=torch.long), {"embed": True, "mlp": False, "position": False}),
+        (
+            Tokens,
+            torch.zeros(2, 3, dtype=torch.long),
+            # what is only ever added may be another part of the head's weight, as far as a graph can tell
+            {"embed": False, "position": None, "up": False, "down": False, "bias": None, "head": True},
+        ),
+        (Bag, torch.zeros(2, 3, dtype=torch.long), {"embed": False, "head": True}),
+        (lambda: nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 2)), torch.zeros(2, 3, dtype=torch.long), BAG),
+        (lambda: nn.Embedding(9, 4), torch.zeros(2, 3, dtype=torch.long), {"weight": True}),
         (Fed, X, {"inner": False, "head": True}),
         (Experts, X, {"up": False, "down": False, "head": True}),
         (

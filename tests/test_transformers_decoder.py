@@ -107,6 +107,14 @@ def test_a_small_decoder_keeps_its_counts_along_the_right_axes(kind, name):
     check(kind, method, sparsity, steps=4, vocabulary=32, layers=1, width=64, experts=3)
 
 
+@pytest.mark.filterwarnings("error:.*nothing shows whether the model's outputs")
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_head_of_a_decoder_is_found_to_be_its_only_output(kind):
+    model = decoder(kind, layers=2, width=64, vocabulary=300, experts=3)
+    sparsifier, _, _ = train(model, replace(find_method("srigl"), interval=2), 0.9, 3, 300)
+    assert [m.weight.name for m in sparsifier._masked if m.is_output] == ["lm_head.weight"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", DECODERS)

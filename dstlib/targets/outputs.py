@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 # operations on entries one by one, or that only put tensors together: behind one, a parameter is still to be used
 _BY_ENTRY = frozenset(("Add", "Sub", "Mul", "Div", "Where", "Lerp", "Cat", "Stack", "WeightNormInterface"))
+# what a table gives is no weight any more, but the activations of tokens, though nothing else enters
+_LOOKUPS = frozenset(("Embedding", "EmbeddingBag"))
 
 # Looked up by the hook, so that copied and pickled modules carry no more than a function's name.
 _WATCHES: WeakKeyDictionary[nn.Module, "WeakSet[PassWatch]"] = WeakKeyDictionary()
@@ -28,8 +30,8 @@ class PassWatch:
     >>> watch = PassWatch(net.modules())
     >>> _ = net(torch.ones(1, 2))
     >>> names = {id(p): n for n, p in net.named_parameters()}
-    >>> {names[key]: is_output for key, is_output in watch.outputs([net[0].weight, net[2].weight]).items()}
-    {'0.weight': False, '2.weight': True}
+    >>> sorted((names[key], is_output) for key, is_output in watch.outputs([net[0].weight, net[2].weight]).items())
+    [('0.weight', False), ('2.weight', True)]
     >>> watch.stop()
     """
 
@@ -85,14 +87,20 @@ def find_outputs(roots: Iterable[Node], parameters: Iterable[Tensor]) -> dict[in
     """Tells of each parameter that the graph above some nodes reads whether outputs come from it, by identity."""
     wanted = {id(p) for p in parameters}
     users, leaves = _reversed(roots, wanted)
-    uses = {key: set(_operations(leaf, users)) for key, leaf in leaves.items()}
+    uses = {key: dict(_operations(leaf, users)) for key, leaf in leaves.items()}
     followed = _above(source for nodes in uses.values() for node in nodes for source, _ in node.next_functions)
-    ends = {key: nodes - followed for key, nodes in uses.items() if nodes}
-    return {key: _is_output(nodes, [uses[other] for other in uses if other != key]) for key, nodes in ends.items()}
+    return {
+        key: _is_output(nodes, followed, [uses[other] for other in uses if other != key])
+        for key, nodes in uses.items()
+        if nodes
+    }
 
 
-def _is_output(ends: set[Node], others: list[set[Node]]) -> bool | None:
-    is_alone = any(not any(node in used for used in others) for node in ends)
+def _is_output(uses: Mapping[Node, bool], followed: set[Node], others: list[dict[Node, bool]]) -> bool | None:
+    """Tells it of the operations that use one parameter and others, each with whether it reads the parameter itself."""
+    ends = uses.keys() - followed
+    # What was added to activations, as a bias or a position, goes along with them as far as the next weight.
+    is_alone = any(not any(node in used and (used[node] or not uses[node]) for used in others) for node in ends)
     return is_alone or (None if ends else False)
 
 
@@ -122,18 +130,22 @@ def _reversed(roots: Iterable[Node], wanted: set[int]) -> tuple[dict[Node, list[
     return users, leaves
 
 
-def _operations(leaf: Node, users: Mapping[Node, list[Node]]) -> Iterator[Node]:
-    """Yields the operations that a parameter enters together with others, behind casts, views and products by entry."""
-    waiting, seen = list(users.get(leaf, ())), {leaf}
+def _operations(leaf: Node, users: Mapping[Node, list[Node]]) -> Iterator[tuple[Node, bool]]:
+    """Yields the operations that use a parameter, each with whether it is read itself, behind casts and views only.
+
+    Those are lookups in it, and what it enters together with others, be it behind sums and products by entry.
+    """
+    waiting, seen = [(node, True) for node in users.get(leaf, ())], {(leaf, True)}
     while waiting:
-        node = waiting.pop()
-        if node in seen:
+        node, is_itself = waiting.pop()
+        if (node, is_itself) in seen or (node, True) in seen:
             continue
-        seen.add(node)
-        if len(node.next_functions) > 1 and node.name().partition("Backward")[0] not in _BY_ENTRY:
-            yield node
+        seen.add((node, is_itself))
+        kind, is_joint = node.name().partition("Backward")[0], len(node.next_functions) > 1
+        if kind in _LOOKUPS or (is_joint and kind not in _BY_ENTRY):
+            yield node, is_itself
         else:
-            waiting += users.get(node, ())
+            waiting += [(user, is_itself and not is_joint) for user in users.get(node, ())]
 
 
 def _above(nodes: Iterable[Node | None]) -> set[Node]:
