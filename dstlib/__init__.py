@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dstlib.engine.accelerate import accelerate
     from dstlib.errors import DataError, DstlibError, ScoreError, SelectionError, SettingError, StateError
     from dstlib.history import History
-    from dstlib.masking import NM, Block, Channel, Diagonal, Element, FanIn, Kernel, SharedFanIn, Site, er, erk, uniform
+    from dstlib.masking import NM, Block, Channel, Element, FanIn, Kernel, Site, er, erk, uniform
     from dstlib.methods import DSFF, GMP, METHODS, RIGL, SET, STATIC, Method
     from dstlib.profile import Profile, profile
     from dstlib.sparsifier import Sparsifier
@@ -32,7 +32,6 @@ __all__ = [
     "Block",
     "Channel",
     "DataError",
-    "Diagonal",
     "DstlibError",
     "Element",
     "FanIn",
@@ -43,7 +42,6 @@ __all__ = [
     "ScoreError",
     "SelectionError",
     "SettingError",
-    "SharedFanIn",
     "Site",
     "Sparsifier",
     "StateError",
@@ -61,10 +59,7 @@ _FROM = {  # where what the door offers comes from
     "engine.accelerate": ("accelerate",),
     "errors": ("DataError", "DstlibError", "ScoreError", "SelectionError", "SettingError", "StateError"),
     "history": ("History",),
-    "masking": (
-        *("NM", "Block", "Channel", "Diagonal", "Element", "FanIn", "Kernel", "SharedFanIn"),
-        *("Site", "er", "erk", "uniform"),
-    ),
+    "masking": ("NM", "Block", "Channel", "Element", "FanIn", "Kernel", "Site", "er", "erk", "uniform"),
     "methods": ("DSFF", "GMP", "METHODS", "RIGL", "SET", "STATIC", "Method"),
     "profile": ("Profile", "profile"),
     "sparsifier": ("Sparsifier",),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import generator, seeds
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ def test_a_layer_that_grows_what_it_dropped_stops_and_others_go_on() -> None:
 
 @pytest.mark.filterwarnings("ignore:method mine.*none of them has")  # as it is meant to be
 @given(threshold=st.floats(0, 0.99), lean=st.floats(0, 1.5), seed=seeds)
+@example(threshold=0.0, lean=0.75, seed=16434)
 def test_the_share_that_ends_it(threshold: float, lean: float, seed: int) -> None:
     """Updates go on while no more than the threshold of what grew had been dropped in the same update."""
     overlaps: list[float] = []
@@ -80,7 +81,9 @@ def test_the_share_that_ends_it(threshold: float, lean: float, seed: int) -> Non
     layer = nn.Linear(9, 7, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     method = replace(RANDOM, grow=grow, early_stop=threshold)
-    sparsifier = dstlib.sparsify(layer, optimizer, sparsity=0.5, method=method, total_steps=STEPS, seed=seed)
+    sparsifier = dstlib.sparsify(
+        layer, optimizer, sparsity=0.5, method=method, total_steps=STEPS, seed=seed, keep_neurons=()
+    )
     sparsifier.observers.append(observe)
     for step in range(STEPS):
         layer(torch.randn(5, 9, generator=generator(step))).square().sum().backward()
