@@ -115,14 +115,16 @@ def similar(name: str, known: Collection[str]) -> str:
     return ", ".join(repr(n) for n in names) if names else "none"
 
 
-def few(names: Sequence[str], *, most: int = 10) -> str:
-    """Lists names, so many at most, and says how many more there are.
+def few(names: Sequence[str], *, most: int = 10, noun: str = "") -> str:
+    """Lists names, so many at most, and says how many more there are, by a noun in the plural if they have one.
 
     >>> few(["liver", "spleen"]), few([f"scan_{number}" for number in range(1000)])[-27:]
     ('liver, spleen', 'scan_8, scan_9 and 990 more')
+    >>> few(["stem", "body", "head"], most=1, noun="weights")
+    'stem and 2 more weights'
     """
     told = ", ".join(names[:most])
-    return told if len(names) <= most else f"{told} and {len(names) - most} more"
+    return told if len(names) <= most else f"{told} and {len(names) - most} more {noun}".rstrip()
 
 
 def number_of(number: int, noun: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.errors import StateError, require
+from dstlib.errors import StateError, few, require
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
 from dstlib.sparsifier import Sparsifier, saved, sparsify
@@ -120,7 +120,7 @@ class HostedTraining:
                 "sparse weights",
                 where,
                 allowed="the parameters that the training began with",
-                given=f"others in the place of {', '.join(gone[:3])}{f' and {len(gone) - 3} more' * (len(gone) > 3)}",
+                given=f"others in the place of {few(gone, most=3)}",
                 remedy="Replace layers before the training begins, or between two of them.",
             )
 

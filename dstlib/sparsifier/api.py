@@ -91,7 +91,8 @@ def sparsify(
     _check_types(model, globs=globs, by_glob=by_glob, seed=seed)
     _check_optimizers(optimizers, model)
     check_stated(state or {})
-    _check_scale(init_scale, find_method(method))
+    chosen = find_method(method)
+    _check_scale(init_scale, chosen)
     settings = Settings(
         sparsity=sparsity,
         masks=None if masks is None else partial(take, masks),
@@ -105,7 +106,7 @@ def sparsify(
         keep_neurons=None if keep_neurons is None else _several(keep_neurons),
         init_scale=init_scale,
     )
-    plan = make_plan(model, find_method(method), settings)
+    plan = make_plan(model, chosen, settings)
     refuse_no_update(plan)
     refuse_skipped_phases(plan)
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}

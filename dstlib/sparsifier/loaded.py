@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dstlib.errors import few
 from dstlib.masking import Granularity, select_top, unit_mask, unit_score
 from dstlib.sparsifier.state import MaskedWeight
 
@@ -148,6 +149,4 @@ def tell_of_unstepped(masked: Sequence[MaskedWeight], num_steps: int) -> None:
 
 
 def _named(masked: Sequence[MaskedWeight]) -> str:
-    names = [m.weight.name for m in masked]
-    more = f" and {len(names) - 3} more weights" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return few([m.weight.name for m in masked], most=3, noun="weights")

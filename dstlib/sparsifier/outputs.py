@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from dstlib.errors import few
 from dstlib.masking import NeuronAblation, num_outputs, num_units
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.plan import Plan
@@ -97,9 +98,8 @@ def tell_of_short(short: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _tell_of_unknown(names: Sequence[str], plan: Plan) -> None:
-    more = f" and {len(names) - 3} more weights" if len(names) > 3 else ""
     warnings.warn(
-        f"{', '.join(names[:3])}{more}: nothing shows whether the model's outputs come from them, so method "
+        f"{few(names, most=3, noun='weights')}: nothing shows whether the model's outputs come from them, so method "
         f"{plan.method.name} ablates no neuron there. A forward pass shows it that autograd records operation by "
         "operation, not one that is compiled, or checkpointed with use_reentrant=True. Name the output layers by "
         'keep_neurons=["head"], say, and the others are ablated.',

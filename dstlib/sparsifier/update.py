@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dstlib import masking
-from dstlib.errors import ScoreError, require
+from dstlib.errors import ScoreError, few, require
 from dstlib.masking import NM, Account, AtInit, Budget, InTurn, MaskUpdate, Site, Terms
 from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.plan import Plan
@@ -378,10 +378,9 @@ def _prune_in_turn(masked: Sequence[MaskedWeight], plan: Plan, init: InTurn) -> 
             view.write(m.parameter, weight)
         zero_outside_(m.parameter, m.mask)
     if unseen:
-        names = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
         warnings.warn(
-            f"{names}: no inputs reach it any more, as weights before it are pruned by {init.name}, so magnitude alone "
-            "decided. Pass more batches.",
+            f"{few(unseen, most=3)}: no inputs reach it any more, as weights before it are pruned by {init.name}, so "
+            "magnitude alone decided. Pass more batches.",
             stacklevel=2,
         )
     return replace(plan, method=replace(plan.method, init=masking.random))  # lets go of the model

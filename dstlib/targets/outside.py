@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dstlib.errors import SelectionError, StateError, similar
+from dstlib.errors import SelectionError, StateError, few, similar
 from dstlib.masking.update import count_outside, is_mask
 from dstlib.targets.selection import plain_name, unwrap
 
@@ -70,6 +70,4 @@ masks, all of them are saved.
 
 def describe_outside(found: Mapping[str, int]) -> str:
     """Says how much is not zero outside the masks, and where."""
-    names = list(found)
-    others = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{sum(found.values()):,} that are not zero, in {', '.join(names[:5])}{others}"
+    return f"{sum(found.values()):,} that are not zero, in {few(list(found), most=5)}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dstlib.errors import ScoreError
+from dstlib.errors import ScoreError, few
 
 Caught = Callable[
     [Sequence[str], Iterator[Tensor]], None
@@ -160,9 +160,8 @@ def moments_in_turn(
         run()
     owner = {view: name for name, views in weights.items() for view in views}
     if unseen := [view for view in owner if view not in seen]:
-        more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
         raise ScoreError.of(
-            f"inputs of {', '.join(unseen[:3])}{more}",
+            f"inputs of {few(unseen, most=3)}",
             where,
             allowed="rows that the forward multiplies by the weight itself, as it lies in memory",
             given="none",
