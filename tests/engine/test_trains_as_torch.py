@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from test_as_torch import FLAT, forced
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dstlib
@@ -313,6 +315,30 @@ def test_layers_in_front_get_gradients_that_they_can_read(layer: str, batch: int
     fast, x = forced(copy.deepcopy(model), torch.randn(batch, 1, 10, 6)), torch.randn(batch, 1, 10, 6)
     expected = _once(model, x.clone().requires_grad_())
     _assert_same(_once(fast, x.clone().requires_grad_()), expected)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the maps that are copied by torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten.clone.default and y.ndim == 5
+        return y
+
+
+def test_gradients_between_fast_layers_are_not_put_in_order():
+    """Each copy would be a map of the whole image: the layers read gradients in any order."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 4, 8, 8)
+    y = forced(Levels(), x)(x)
+    grad = torch.randn_like(y)
+    with _Copies() as copies:
+        y.backward(grad)
+    assert copies.count == 0
 
 
 def _order(x: Tensor) -> list[int]:

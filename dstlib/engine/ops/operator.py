@@ -267,7 +267,8 @@ class _Recorded(torch.autograd.Function):
         outputs = operator.compute(problem, tensors)
         ctx.operator, ctx.problem = operator, problem
         ctx.strides = [
-            x.stride() if wants else None for x, wants in zip(tensors, ctx.needs_input_grad[2:], strict=True)
+            x.stride() if wants and not isinstance(x.grad_fn, _Recorded._backward_cls) else None
+            for x, wants in zip(tensors, ctx.needs_input_grad[2:], strict=True)
         ]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -327,7 +328,10 @@ def _nan(dtype: torch.dtype) -> Tensor:
 
 
 def _in_order(grad: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
-    """Returns a gradient whose axes lie in memory in the order of these strides."""
+    """Returns a gradient whose axes lie in memory in the order of these strides; operators here read any order.
+
+    A few of torch's own gradients misread another one.
+    """
     if grad is None or strides is None or (own := grad.stride()) == strides:
         return grad
     if own[1:] == strides[1:] and grad.shape[0] == 1:
