@@ -205,6 +205,7 @@ def writes(run):
         lambda: run.save_checkpoint(STATE),
         lambda: run.write_model({"weight": torch.ones(1)}),
         lambda: run.write_metrics(ROWS),
+        lambda: run.write_flows(ROWS),
         lambda: Log(run.path).session(0, {}),
         lambda: Log(run.path).complete(ROWS),
     )

@@ -14,6 +14,7 @@ from dstlib.errors import DstlibError, SettingError, StateError
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
+from dstlib.zoo.e2enet.network import flow_counts
 from dstlib.zoo.e2enet.training import loop as module
 from dstlib.zoo.e2enet.training.execution import Execution
 from dstlib.zoo.e2enet.training.loop import interruptible, train, validate
@@ -105,6 +106,37 @@ def test_resumed_equals_uninterrupted_bit_for_bit(begin, tmp_path, method, stop)
         second.load_state_dict(run.load_checkpoint())
     assert go(second)
     assert_same(second.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("method", ["dsff", "static", "dense"])
+def test_the_flows_of_each_epoch_are_counted(begin, method):
+    training = begin(SETTINGS[method])
+    go(training)
+    if method == "dense":
+        assert training.flows == []
+        return
+    first, *_, last = training.flows
+    assert [row["epoch"] for row in training.flows] == [0, 1, 2]
+    kept = training.sparsifier.masks["fusion.stage1_level1.units.0.conv.weight"].flatten(2).any(dim=2).sum()
+    for row in training.flows:
+        assert row["stage1_level1.forward"] + row["stage1_level1.upward"] == kept, "an update only exchanges"
+    assert last == {"epoch": 2, **flat(flow_counts(training.model, training.sparsifier.masks))}
+    assert ({**first, "epoch": 2} == last) == (method == "static")
+
+
+def flat(counts):
+    return {f"{node}.{flow}": count for node, flows in counts.items() for flow, count in flows.items()}
+
+
+def test_a_training_that_was_saved_before_flows_were_counted_counts_them_from_there_on(begin):
+    first = begin(SETTINGS["dsff"])
+    go(first, should_stop=lambda: first.iteration == 4)
+    state = first.state_dict()
+    del state["flows"]
+    second = begin(SETTINGS["dsff"])
+    second.load_state_dict(state)
+    go(second)
+    assert [row["epoch"] for row in second.flows] == [2]
 
 
 def test_a_signal_in_the_middle_of_an_epoch_finishes_the_iteration_and_saves(begin, monkeypatch):
@@ -243,6 +275,11 @@ BROKEN = {
     "updates of text": (change("updates", "none"), "updates"),
     "updates to come": (change("updates", 0, "iteration", 5), "updates"),
     "updates of more than all": (change("updates", 0, "grown", 10**9), "updates"),
+    "flows of text": (change("flows", "none"), "flows"),
+    "flows to come": (change("flows", -1, "epoch", 5), "flows"),
+    "flows of no epoch": (change("flows", 0, "epoch", GONE), "flows"),
+    "flows of less than none": (change("flows", 0, "stage1_level1.forward", -1), "flows"),
+    "flows of another network": (change("flows", 0, "stage9_level1.forward", 1), "flows"),
     "a scaler of text": (change("scaler", "fp16"), "scaler"),
     "half a scaler": (change("scaler", {"scale": 1.0}), "scaler"),
     "no optimizer": (change("optimizer", {}), "optimizer"),

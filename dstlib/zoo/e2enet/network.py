@@ -3,9 +3,11 @@
 Shapes: B batch, C channels, K classes, D, H, W depth, height, width in voxels.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dstlib.axes import AXES, Triple
@@ -97,6 +99,25 @@ class E2ENet(nn.Module):
             allowed = f"D, H, W in multiples of {divisor}, and more than that"
             remedy = "Choose another size (--patch-size), or other strides."
             raise DataError.of("size", where, allowed=allowed, given=size, remedy=remedy)
+
+
+def flow_counts(model: E2ENet, masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """Counts, of each fusion node, the connections of the first convolution that each flow brings.
+
+    A connection is a kernel with an active element; of a weight without a mask all are.
+
+    >>> tiny = E2ENetConfig(channels=(2, 3, 4), strides=((2, 2, 2),) * 2, heads=1)
+    >>> flow_counts(E2ENet(tiny), {})["stage1_level2"]
+    {'forward': 9, 'upward': 9, 'downward': 6}
+    """
+    counts = {}
+    for name, node in model.fusion.items():
+        assert isinstance(node, FusionNode)
+        weight = node.get_parameter("units.0.conv.weight")
+        mask = masks.get(f"fusion.{name}.units.0.conv.weight", torch.ones_like(weight, dtype=torch.bool))
+        is_active = mask.flatten(2).any(dim=2)
+        counts[name] = {flow: int(is_active[:, at].sum()) for flow, at in node.flows.items()}
+    return counts
 
 
 def _key(stage: int, level: int) -> str:

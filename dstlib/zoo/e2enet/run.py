@@ -199,6 +199,7 @@ def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None
     if run and log:
         if training.metrics:  # a process that was killed behind its checkpoint has not come to these
             run.write_metrics(training.metrics)
+            run.write_flows(training.flows)
             log.complete(training.metrics)
         log.session(training.iteration, {**asdict(training.execution), "ranks": training.ranks.num})
 
@@ -206,6 +207,7 @@ def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None
         if run and log:
             run.save_checkpoint(training.state_dict())
             run.write_metrics(training.metrics)
+            run.write_flows(training.flows)
             if training.metrics:
                 log.epoch(training.metrics[-1], training.device)
 

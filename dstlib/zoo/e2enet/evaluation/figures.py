@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, hsv_to_rgb
@@ -30,7 +29,7 @@ from dstlib.zoo.e2enet.evaluation.slices import (
     classes_on_top,
     usual_view,
 )
-from dstlib.zoo.e2enet.network import E2ENet
+from dstlib.zoo.e2enet.network import E2ENet, flow_counts
 
 FLOWS = {"forward": "#0b4f6c", "upward": "#edae49", "downward": "#66a182"}
 ON_FLOW = {"forward": "white", "upward": "#222222", "downward": "#222222"}  # readable on each
@@ -141,12 +140,17 @@ def flow_shares(model: E2ENet, masks: Mapping[str, Tensor]) -> dict[str, dict[st
 
     Reference: Wu et al., *E2ENet* (NeurIPS 2024), Figure 6.
     """
-    shares = {}
-    for name, node in _nodes(model).items():
-        weight = node.get_parameter("units.0.conv.weight")
-        mask = masks.get(f"fusion.{name}.units.0.conv.weight", torch.ones_like(weight)).float()
-        shares[name] = {flow: float(mask[:, at].sum() / mask.sum()) for flow, at in node.flows.items()}
-    return shares
+    return {node: shares_of(counts) for node, counts in flow_counts(model, masks).items()}
+
+
+def shares_of(counts: Mapping[str, int]) -> dict[str, float]:
+    """Returns which share of all has each; of nothing, each has none.
+
+    >>> shares_of({"forward": 3, "upward": 1})
+    {'forward': 0.75, 'upward': 0.25}
+    """
+    total = sum(counts.values()) or 1
+    return {name: count / total for name, count in counts.items()}
 
 
 def _nodes(model: E2ENet) -> dict[str, FusionNode]:

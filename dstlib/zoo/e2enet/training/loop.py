@@ -49,6 +49,8 @@ def train(
     """
     settings, ranks = training.settings, training.ranks
     network, total = None, settings.num_iterations
+    if training.iteration == 0:
+        training.count_flows()
     start, share, workers = training.iteration, (ranks.rank, ranks.num), training.execution.workers
     drawn = batches(cases, patches, seed=settings.seed, start=start, stop=total, workers=workers, ranks=share)
     bar = tqdm(total=total, initial=start, desc="train", unit="it", mininterval=1.0, disable=not ranks.leads)
@@ -110,6 +112,7 @@ def _end_epoch(training: Training, held_out: Sequence[Case], patches: PatchSetti
     if settings.val_iterations and held_out and training.ranks.leads:
         row["val_dice"] = validate(training, held_out, patches)
     training.metrics.append(row)
+    training.count_flows()
     training.loss_sum = 0.0
 
 

@@ -19,6 +19,7 @@ from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
 CONFIG, RESULT, MODEL = "config.json", "result.json", "model.pt"
+METRICS, FLOWS = "metrics.csv", "flows.csv"
 
 _REMEDY = "Pass the folder of a run that a recipe has finished; --resume finishes one that was stopped."
 

@@ -4,6 +4,7 @@
 
     config.json      every setting, written first
     metrics.csv      one line per epoch
+    flows.csv        of a sparse E2ENet: one line per epoch, of connections by fusion node and flow
     log.jsonl        one line per epoch and session: seconds and memory
     checkpoint.pt    everything a training continues from; the old one stays whole until the new one is
     model.pt         the trained network's plain state_dict, for the plain network
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 from dstlib.errors import StateError, require
 from dstlib.files import locked, make_folder, write_json, write_whole
 from dstlib.torch_files import read_torch, write_torch
+from dstlib.zoo.e2enet.training.records import FLOWS, METRICS
 from dstlib.typed_json import read_json, sealed
 
 FORMAT = "dstlib.e2enet.run/1"
@@ -68,11 +70,19 @@ class Run:
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replaces ``metrics.csv``: one line per row, under the names of the first."""
+        self._write_rows(METRICS, rows)
+
+    def write_flows(self, rows: Sequence[Mapping[str, int]]) -> None:
+        """Replaces ``flows.csv`` in the same way, if there are any rows."""
+        if rows:
+            self._write_rows(FLOWS, rows)
+
+    def _write_rows(self, name: str, rows: Sequence[Mapping[str, float]]) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path / "metrics.csv", text.getvalue().encode())
+        write_whole(self.path / name, text.getvalue().encode())
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def check_saved(state: Any, settings: TrainSettings, model: nn.Module, optimizer
         raise _misfit("loss_sum", "a finite number, and 0 at the end of an epoch", loss_sum)
     _check_metrics(state["metrics"], iteration // per_epoch, settings)
     _check_updates(state["updates"], iteration)
+    _check_flows(state.get("flows", []), iteration // per_epoch)
     _check_scaler(state["scaler"])
     _check_optimizer(state["optimizer"], optimizer, iteration)
 
@@ -65,6 +66,17 @@ def _check_updates(rows: Any, iteration: int) -> None:
         fits = isinstance(row, Mapping) and row.keys() == _UPDATE and all(_is_count(row[name]) for name in _UPDATE)
         if not fits or not 1 <= row["iteration"] <= iteration or row["grown"] > row["active"]:
             raise _misfit("updates", f"rows of mask updates up to iteration {iteration}", row)
+
+
+def _check_flows(rows: Any, num_epochs: int) -> None:
+    """Checks that each row has the counts of an epoch after that of the row before."""
+    names, before = None, -1
+    for row in rows if isinstance(rows, list) else [rows]:
+        fits = isinstance(row, Mapping) and all(isinstance(name, str) and _is_count(row[name]) for name in row)
+        fits = fits and before < row.get("epoch", -1) <= num_epochs and row.keys() == (names or row.keys())
+        if not fits:
+            raise _misfit("flows", f"rows of counts of one epoch after the other, {num_epochs} at most", row)
+        names, before = row.keys(), row["epoch"]
 
 
 def _check_scaler(state: Any) -> None:

@@ -20,7 +20,7 @@ from dstlib.sparsifier.plan import Settings, make_plan
 from dstlib.sparsifier.saved import at_step_0
 from dstlib.torch_files import load_weights
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
-from dstlib.zoo.e2enet.network import E2ENet
+from dstlib.zoo.e2enet.network import E2ENet, flow_counts
 from dstlib.zoo.e2enet.training.execution import Execution
 from dstlib.zoo.e2enet.training.methods import kernel_method
 from dstlib.zoo.e2enet.training.ranks import Ranks
@@ -35,7 +35,8 @@ class Training:
     ``model`` is a segmenter: with its ``deep_supervision`` on it gives a tuple of logits, finest first, and else
     the first of them. ``labels`` says what these mean; by default the background and one class each. ``metrics``
     has one row per finished epoch. ``updates`` has one row per mask update: the iteration, and over all sparse
-    weights how many were active and how many of them had just grown.
+    weights how many were active and how many of them had just grown. ``flows`` has, of a sparse E2ENet, one row per
+    finished epoch and one before, of epoch 0: the connections that each flow brings into each fusion node.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Training:
     loss_sum: float = 0.0  # over the epoch under way
     metrics: list[dict[str, float]] = field(default_factory=list)
     updates: list[dict[str, int]] = field(default_factory=list)
+    flows: list[dict[str, int]] = field(default_factory=list)
     on_engine: nn.Module | None = None  # the model there, of the same parameters, where the execution asks for it
 
     @property
@@ -72,6 +74,7 @@ class Training:
             "loss_sum": self.loss_sum,
             "metrics": self.metrics,
             "updates": self.updates,
+            "flows": self.flows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -89,6 +92,7 @@ class Training:
             self.sparsifier.load_state_dict(state["sparsifier"])
         self.iteration, self.loss_sum = state["iteration"], state["loss_sum"]
         self.metrics, self.updates = list(state["metrics"]), list(state["updates"])
+        self.flows = list(state.get("flows", ()))  # trainings of before have none, and count from here on
 
     def observe(self, site: Site, update: MaskUpdate) -> None:
         """Counts one weight's share of a mask update."""
@@ -96,6 +100,14 @@ class Training:
             self.updates.append({"iteration": site.step, "active": 0, "grown": 0})
         self.updates[-1]["active"] += int(update.mask.sum())
         self.updates[-1]["grown"] += int(update.grown.sum())
+
+    def count_flows(self) -> None:
+        """Adds the row of ``flows`` for the masks of this moment, where there are masks and flows."""
+        if self.sparsifier is None or not isinstance(self.model, E2ENet):
+            return
+        nodes = flow_counts(self.model, self.sparsifier.masks)
+        counts = {f"{node}.{flow}": count for node, flows in nodes.items() for flow, count in flows.items()}
+        self.flows.append({"epoch": self.iteration // self.settings.iterations, **counts})
 
 
 def start(
