@@ -32,7 +32,16 @@ KINDS["hippocampus"] = HIPPOCAMPUS
 SHORT = ("--epochs", "2", "--iterations", "2", "--interval", "1")
 PATCH = ("--patch-size", 16, 16, 16)
 TINY = ("--scans", "5", *SHORT)
-FILES = {"config.json", "metrics.csv", "flows.csv", "log.jsonl", "checkpoint.pt", "model.pt", "scores.csv", "result.json"}
+FILES = {
+    "config.json",
+    "metrics.csv",
+    "flows.csv",
+    "log.jsonl",
+    "checkpoint.pt",
+    "model.pt",
+    "scores.csv",
+    "result.json",
+}
 FOLDERS = {"figures", "predictions"}
 PICTURES = {"learning_curve.png", "flows.png", "slice.png"}
 

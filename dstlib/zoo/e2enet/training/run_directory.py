@@ -26,8 +26,8 @@ from typing import Any, NoReturn
 from dstlib.errors import StateError, require
 from dstlib.files import locked, make_folder, write_json, write_whole
 from dstlib.torch_files import read_torch, write_torch
-from dstlib.zoo.e2enet.training.records import FLOWS, METRICS
 from dstlib.typed_json import read_json, sealed
+from dstlib.zoo.e2enet.training.records import FLOWS, METRICS
 
 FORMAT = "dstlib.e2enet.run/1"
 WRITTEN = "a file that a run wrote"
