@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dstlib.errors import require
-from dstlib.report import on_one_line
-from dstlib.zoo.e2enet.evaluation.pt_score import Row
-from dstlib.zoo.e2enet.evaluation.published import PUBLISHED, comparison
+from dstlib.report import align, on_one_line
+from dstlib.zoo.e2enet.evaluation.pt_score import Row, pt_scores
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
+from dstlib.zoo.e2enet.paper.published import PUBLISHED
 from dstlib.zoo.e2enet.training.records import CONFIG, config_of, result_of
 
 
@@ -50,6 +50,29 @@ def compare(runs: Sequence[Path], *, pool: bool = False, beside: str | None = No
     )
 
 
+def comparison(rows: Sequence[Row], *, alpha: float = 0.5) -> str:
+    """Returns a table of the rows with their PT scores, and their sources below; unknown numbers are a dash.
+
+    Raises:
+        DataError: See :func:`pt_scores`.
+
+    >>> print(comparison(PUBLISHED["amos-mri"]).splitlines()[3])
+    nnU-Net, CT → MRI   87.4  83.3          -         -   -  [1]
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row.scores))
+    sources = list(dict.fromkeys(row.source for row in rows if row.source))
+    cells = [("method", "mDice", *columns, "params, M", "FLOPs, G", "PT", "")]
+    for row, trade_off in zip(rows, pt_scores(rows, alpha=alpha), strict=True):
+        scores = (_rounded(row.scores.get(column), 1) for column in columns)
+        numbers = (_rounded(row.params, 2), _rounded(row.flops, 2), _rounded(trade_off, 4))
+        mark = f"[{sources.index(row.source) + 1}]" if row.source else ""
+        cells.append((row.name, _rounded(row.dice, 1), *scores, *numbers, mark))
+    score = f"mDice / highest mDice + {alpha:g} (fewest params / params + fewest FLOPs / FLOPs)"
+    note = f"Scores in per cent. PT = {score}, over the rows shown."
+    listed = [f"[{i}] {source}" for i, source in enumerate(sources, start=1)]
+    return "\n".join([*align(cells, left=(0,)), note, *listed])
+
+
 def row_of(run: Path) -> Row:
     """Reads what a run came to, as a row that is named by its folder."""
     result = result_of(run)
@@ -61,3 +84,7 @@ def row_of(run: Path) -> Row:
 
 def _per_cent(share: float | None) -> float | None:
     return None if share is None or math.isnan(share) else 100 * share
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
