@@ -252,10 +252,15 @@ def is_mask(x: object) -> bool:
     """Whether something is a dense tensor of truth values, whose bytes are 0 and 1.
 
     Damaged files and foreign memory may hold others: torch takes them for True, and counts and multiplies otherwise.
+    What shows few bytes many times, as ``expand`` does, is read once: it may claim more values than fit into memory.
 
     >>> is_mask(torch.tensor([True])), is_mask(torch.tensor([2], dtype=torch.uint8).view(torch.bool)), is_mask([True])
     (True, False, False)
+    >>> is_mask(torch.tensor([True]).expand(2**20, 2**20)), is_mask(torch.ones(0, 2, dtype=torch.bool))
+    (True, True)
     """
     if not isinstance(x, Tensor) or x.dtype != torch.bool or x.layout != torch.strided or x.is_meta:
         return False
-    return not bool((x.view(torch.uint8) > 1).any())
+    span = 1 + sum(step * max(0, extent - 1) for step, extent in zip(x.stride(), x.shape, strict=True))
+    seen = x.as_strided((span,), (1,)) if x.numel() > span else x
+    return not bool((seen.view(torch.uint8) > 1).any())
