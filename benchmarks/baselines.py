@@ -18,7 +18,7 @@ from dstlib.report import align
 from dstlib.zoo.e2enet import AMOS
 from dstlib.zoo.e2enet.baselines import BASELINES, Baseline, Published, build_model
 
-SETTINGS = {"AMOS": (1, 15, 128), "BraTS": (4, 3, 128), "96³": (1, 15, 96)}  # channels, classes, extent
+SETTINGS = {"AMOS": (1, 15, 128), "AMOS, 16 classes": (1, 16, 128), "BraTS": (4, 3, 128), "96³": (1, 15, 96)}
 HEADER = ("name", "setting", "params", "published", "exact G", "paper G", "attention G", "published", "implementation")
 Row = tuple[str, ...]
 
