@@ -75,8 +75,8 @@ class Segmenter(nn.Module):
 
     ``read`` turns what the host returns into logits, the finest and best first; heads that are not asked for
     are computed all the same, as in published counts. Where a size is no ``multiple``, zeros are added behind
-    it, and the logits are cut back; with ``pad`` False, for hosts whose heads have different resolutions, it
-    is refused. ``fixed_size``: the only size that the host takes, padding included.
+    it, and the logits are cut back, those of a lower resolution to their share of the size, rounded up; with
+    ``pad`` False it is refused. ``fixed_size``: the only size that the host takes, padding included.
 
     Shapes: (B, in_channels, D, H, W) → with ``deep_supervision`` a tuple of logits (B, K, D, H, W), or lower
     resolutions of it; without, the first of them alone.
@@ -123,7 +123,7 @@ class Segmenter(nn.Module):
             logits = self.read(self.host(x))
         else:
             x = functional.pad(x, (0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth))
-            logits = tuple(y[..., :depth, :height, :width] for y in self.read(self.host(x)))
+            logits = tuple(_cut(y, size, padded) for y in self.read(self.host(x)))
         return logits if self.deep_supervision else logits[0]
 
     def _expected(self, size: Sequence[int], padded: Triple) -> str | None:
@@ -134,3 +134,11 @@ class Segmenter(nn.Module):
             return f"D, H, W in multiples of {self.multiple}"
         # a single voxel at the coarsest level would have no variance to normalise by
         return f"more than {self.multiple}" if padded == self.multiple else None
+
+
+def _cut(logits: Tensor, size: Sequence[int], padded: Triple) -> Tensor:
+    """Cuts logits of a padded input back to the part of them that belongs to its size before, rounded up."""
+    depth, height, width = (
+        -(-n * part // whole) for n, part, whole in zip(size, logits.shape[2:], padded, strict=True)
+    )
+    return logits[..., :depth, :height, :width]

@@ -12,9 +12,11 @@ from torch import nn
 from dstlib.axes import Triple
 from dstlib.bounds import is_out_of_memory
 from dstlib.errors import SettingError, require, similar
+from dstlib.zoo.e2enet.baselines.cotr import cotr
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
 from dstlib.zoo.e2enet.baselines.medformer import medformer
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
+from dstlib.zoo.e2enet.baselines.nnformer import nnformer
 from dstlib.zoo.e2enet.baselines.nnunet import nnunet
 from dstlib.zoo.e2enet.baselines.segmenter import Request
 from dstlib.zoo.e2enet.config import E2ENetConfig
@@ -24,7 +26,6 @@ E2ENET = "E2ENet (arXiv:2312.04727)"
 QUOTED = "E2ENet (arXiv:2312.04727), at second hand: its table was not at hand"
 OVERPRINTED = "E2ENet (arXiv:2312.04727), Table 5, where the row is overprinted: its last digits are not sure"
 UX_NET = "README of MASILab/3DUX-Net, FeTA 2021"
-UNEST = "README of MASILab/UNesT, whole brain"
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,6 @@ def _e2enet(request: Request) -> E2ENet:
     return E2ENet(replace(request.config, in_channels=request.in_channels, num_classes=request.num_classes))
 
 
-_AUTHORS_COPY = "no package of that name; its authors' code is a copy of nnU-Net's first version, changed."
-_AUTHORS_TIED = "no package of that name; its authors' code is tied to torch 1.7 and a copy of nnU-Net's first version."
 _SEARCHED = (
     "MONAI has the network, but its architecture is found by a search over the data set, and no result "
     "of that for AMOS, BraTS or BTCV was found; a made-up one would not be DiNTS."
@@ -138,8 +137,24 @@ _ROWS = (
         (Published("AMOS, 16 classes", 39.6, 2332.8, source=OVERPRINTED),),
         build=medformer,
     ),
-    Baseline("cotr", "-", (Published("whole brain", 42.0, 328.0, source=UNEST),), reason=_AUTHORS_TIED),
-    Baseline("nnformer", "-", (Published("96³", 149.3, 240.2, source=UX_NET),), reason=_AUTHORS_COPY),
+    Baseline(
+        "cotr",
+        "dstlib",
+        (
+            Published("AMOS, 16 classes", 41.87, 1510.53, source=E2ENET),
+            Published("BTCV, 14 classes", 41.87, 636.94, source=E2ENET),
+        ),
+        build=cotr,
+    ),
+    Baseline(
+        "nnformer",
+        "dstlib",
+        (
+            Published("AMOS, 16 classes", 150.14, 1343.65, source=E2ENET),
+            Published("96³", 149.3, 240.2, source=UX_NET),
+        ),
+        build=nnformer,
+    ),
     Baseline("dints", "-", reason=_SEARCHED),
 )
 
