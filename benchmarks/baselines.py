@@ -70,10 +70,11 @@ def rows() -> list[Row]:
     """One row per published count; a network of which there is none is named all the same."""
     table = []
     for baseline in BASELINES.values():
-        if baseline.build is None:
+        if baseline.build is None or baseline.is_found:
+            why = "not runnable" if baseline.build is None else f"{baseline.implementation}; as the search finds it"
             for p in baseline.published or (Published(setting="-", source="-"),):
                 numbers = (text(p.params, " M"), "-", "-", "-", text(p.flops, " G"))
-                table.append((baseline.name, p.setting, "-", *numbers, "not runnable"))
+                table.append((baseline.name, p.setting, "-", *numbers, why))
         else:
             table += [measured(baseline, published) for published in baseline.published]
     return table

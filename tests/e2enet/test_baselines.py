@@ -16,6 +16,7 @@ from dstlib.errors import DataError, SettingError
 from dstlib.profile import Convention
 from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
 from dstlib.zoo.e2enet.baselines import BASELINES, Baseline, Published, Segmenter, build_model
+from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.baselines.deeplab import Pyramid
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 
@@ -35,6 +36,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "medformer": {"patch_size": (17, 8, 12), "width": 0.0625},
     "cotr": {"patch_size": (16, 16, 32), "width": 1 / 32},
     "nnformer": {"patch_size": (6, 12, 20), "width": 1 / 32},
+    "dints": {
+        "patch_size": (8, 8, 12),
+        "width": 0.125,
+        "architecture": Architecture.of([[1] * 4] * 2, [[1, 2, 3, 4]] * 2),
+    },
 }
 SLOW = ("swin_unetr", "vnet")  # windows of 7³; 45 million parameters
 NAMES = [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in SMALL]
@@ -311,7 +317,7 @@ def test_e2enet_is_among_them_as_it_is() -> None:
 
 def test_table_names_every_network_of_the_comparison() -> None:
     assert [name for name, baseline in BASELINES.items() if baseline.build] == list(SMALL)
-    assert {name for name, baseline in BASELINES.items() if baseline.reason} == {"dints"}
+    assert not [name for name, baseline in BASELINES.items() if baseline.reason]
     assert all(name == baseline.name for name, baseline in BASELINES.items())
     with pytest.raises(AssertionError, match="ours"):
         Baseline(name="ours", implementation="-", published=(Published(setting="AMOS", source="-"),))

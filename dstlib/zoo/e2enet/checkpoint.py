@@ -78,6 +78,7 @@ def _network(run: Path, config: ConfigRecord, result: ResultRecord | None, devic
         patch_size=config.patches.patch_size,
         config=network,
         width=config.width,
+        architecture=config.architecture,
     )
     where, remedy = f"run {run}", "It is written at the end of a training: continue this one with --resume."
     state = read_torch(run / MODEL, where=where, allowed="the weights of this run", remedy=remedy)

@@ -82,6 +82,7 @@ def read_config(
     options = _recipe_parser(recipe, description).parse_args(arguments)
     preset = _chosen_preset(recipe, options)
 
+    from dstlib.zoo.e2enet.baselines.architecture import read_architecture
     from dstlib.zoo.e2enet.dataset import DataSettings
     from dstlib.zoo.e2enet.run import RunConfig
     from dstlib.zoo.e2enet.training.execution import Execution, chosen_device, usual_precision, usual_workers
@@ -92,6 +93,7 @@ def read_config(
         preset=preset,
         model=options.model,
         width=options.width,
+        architecture=None if options.architecture is None else read_architecture(options.architecture),
         data=DataSettings(
             folder=options.data,
             layout=options.layout,
@@ -150,6 +152,8 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
     lines.add_argument("--preset", choices=recipe.presets, help=scales)
     lines.add_argument("--model", default="e2enet", help="the network: e2enet, or a baseline such as nnunet")
     lines.add_argument("--width", type=float, default=1.0, help="multiplies the channels of a baseline (default: 1)")
+    found = "the run of a finished --model dints_search, or its architecture.json: what --model dints is built by"
+    lines.add_argument("--architecture", type=Path, metavar="FILE|RUN", help=found)
 
     option = lines.add_argument_group("data").add_argument
     kind, number = recipe.phantoms

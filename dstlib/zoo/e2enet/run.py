@@ -16,6 +16,7 @@ from dstlib.errors import SettingError, printable, require
 from dstlib.profile import profile
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.baselines import build_model
+from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
@@ -40,6 +41,7 @@ class RunConfig:
     - ``recipe``: its name, which stands in the run's ``config.json``.
     - ``preset``: network, patches and training; the channels and classes of the network follow the data.
     - ``model``: "e2enet", or the name of a baseline; ``width`` multiplies the channels of a baseline.
+    - ``architecture``: of a model whose own is the result of a search.
     - ``data``: the scans, and how they are divided.
     - ``execution``: where and how it is computed, which does not change what the run is.
     - ``folder``: the run directory; None for one under ``runs``, named by recipe and date.
@@ -56,6 +58,7 @@ class RunConfig:
     data: DataSettings
     model: str = "e2enet"
     width: float = 1.0
+    architecture: Architecture | None = None
     execution: Execution = field(default_factory=Execution)
     folder: Path | None = None
     resume: bool = False
@@ -89,6 +92,7 @@ class RunConfig:
             begin_from=printable(str(self.begin_from)) if self.begin_from else None,  # which may be no text
             freeze_topology=self.freeze_topology,
             data=data.record(),
+            architecture=self.architecture,
         )
         return asdict(record)
 
@@ -131,10 +135,16 @@ def _geometry(config: RunConfig) -> Geometry | None:
 
 def _start(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
     network, size = config.preset.network, config.preset.patches.patch_size
-    channels, classes, width = network.in_channels, network.num_classes, config.width
+    channels = network.in_channels
     torch.manual_seed(config.preset.training.seed)
     model = build_model(
-        config.model, in_channels=channels, num_classes=classes, patch_size=size, config=network, width=width
+        config.model,
+        in_channels=channels,
+        num_classes=network.num_classes,
+        patch_size=size,
+        config=network,
+        width=config.width,
+        architecture=config.architecture,
     )
     profile(model, (1, channels, *size))  # refuses a patch that does not fit
     training = start(model, config.preset.training, config.execution, ranks, data.labels)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from dstlib.axes import Triple
 from dstlib.errors import DataError, require
+from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.config import E2ENetConfig, are_counts, is_triple
 
 
@@ -23,6 +24,7 @@ class Request:
     - ``patch_size``: the (D, H, W) that it trains on and predicts.
     - ``config``: of the E2ENet it stands beside; levels and strides are taken from it where the network has any.
     - ``width``: multiplies the channels, where the implementation allows it.
+    - ``architecture``: of a network whose architecture is itself the result of a search.
 
     Raises:
         SettingError: A setting is out of range.
@@ -33,6 +35,7 @@ class Request:
     patch_size: Triple
     config: E2ENetConfig
     width: float = 1.0
+    architecture: Architecture | None = None
 
     def __post_init__(self) -> None:
         is_width = isinstance(self.width, int | float) and 0 < self.width < math.inf

@@ -12,8 +12,10 @@ from torch import nn
 from dstlib.axes import Triple
 from dstlib.bounds import is_out_of_memory
 from dstlib.errors import SettingError, require, similar
+from dstlib.zoo.e2enet.baselines.architecture import REMEDY, Architecture
 from dstlib.zoo.e2enet.baselines.cotr import cotr
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
+from dstlib.zoo.e2enet.baselines.dints import dints
 from dstlib.zoo.e2enet.baselines.medformer import medformer
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
 from dstlib.zoo.e2enet.baselines.nnformer import nnformer
@@ -40,27 +42,39 @@ class Published:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A network of the comparison; ``reason`` says why it is not runnable where ``build`` is None."""
+    """A network of the comparison; ``reason`` says why it is not runnable where ``build`` is None.
+
+    ``is_found``: whether its architecture is the result of a search, and must be given.
+    """
 
     name: str
     implementation: str
     published: tuple[Published, ...] = ()
     build: Callable[[Request], nn.Module] | None = None
     reason: str | None = None
+    is_found: bool = False
 
     def __post_init__(self) -> None:
         assert (self.build is None) == (self.reason is not None), self.name
 
 
 def build_model(
-    name: str, *, in_channels: int, num_classes: int, patch_size: Triple, config: E2ENetConfig, width: float = 1.0
+    name: str,
+    *,
+    in_channels: int,
+    num_classes: int,
+    patch_size: Triple,
+    config: E2ENetConfig,
+    width: float = 1.0,
+    architecture: Architecture | None = None,
 ) -> nn.Module:
     """Builds a network of :data:`BASELINES` as a segmenter: all of them train and predict in the same loop.
 
     Its attribute ``deep_supervision`` decides whether forward gives a tuple of logits, finest first, or the
     finest alone. ``num_classes`` are the channels of the logits. ``config`` is that of the E2ENet under
     comparison; "nnunet" takes its levels and strides from it, the others have theirs from their papers.
-    ``width`` multiplies the channels of the published networks; "e2enet" and "vnet" allow only 1.
+    ``width`` multiplies the channels of the published networks; "e2enet" and "vnet" allow only 1. ``architecture``
+    is what "dints" is built by, and no other takes one.
 
     Raises:
         SettingError: No such baseline, one that cannot be built, or a setting that it does not allow, or its weights
@@ -78,7 +92,19 @@ def build_model(
         allowed = f"one of {', '.join(key for key, baseline in BASELINES.items() if baseline.build)}"
         remedy = f"Not runnable: {BASELINES[name].reason}"
         raise SettingError.of("name", where, allowed=allowed, given=given, remedy=remedy)
-    asked = Request(in_channels=in_channels, num_classes=num_classes, patch_size=patch_size, config=config, width=width)
+    if BASELINES[name].is_found != (architecture is not None):
+        allowed = "the result of a search" if architecture is None else "none"
+        found, remedy = "none" if architecture is None else "one", "Leave it out: it is for dints."
+        remedy = REMEDY if architecture is None else remedy
+        raise SettingError.of("architecture", name, allowed=allowed, given=found, remedy=remedy)
+    asked = Request(
+        in_channels=in_channels,
+        num_classes=num_classes,
+        patch_size=patch_size,
+        config=config,
+        width=width,
+        architecture=architecture,
+    )
     try:
         return build(asked)
     except (MemoryError, RuntimeError) as error:
@@ -94,10 +120,6 @@ def _e2enet(request: Request) -> E2ENet:
     return E2ENet(replace(request.config, in_channels=request.in_channels, num_classes=request.num_classes))
 
 
-_SEARCHED = (
-    "MONAI has the network, but its architecture is found by a search over the data set, and no result "
-    "of that for AMOS, BraTS or BTCV was found; a made-up one would not be DiNTS."
-)
 _ROWS = (
     Baseline(
         "e2enet",
@@ -155,7 +177,7 @@ _ROWS = (
         ),
         build=nnformer,
     ),
-    Baseline("dints", "-", reason=_SEARCHED),
+    Baseline("dints", "MONAI, DiNTS on TopologyInstance", build=dints, is_found=True),
 )
 
 BASELINES: Mapping[str, Baseline] = MappingProxyType({row.name: row for row in _ROWS})

@@ -8,6 +8,7 @@ from typing import Literal
 
 from dstlib.errors import StateError
 from dstlib.typed_json import OPTIONAL, read_json
+from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.cases import Shape
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
@@ -64,6 +65,8 @@ class DataRecord:
 class ConfigRecord:
     """All that settles what a run comes to; not where files lie, nor how it is computed.
 
+    ``architecture`` is that of a network whose own is the result of a search; None for any other.
+
     Raises:
         StateError: The network has other channels or classes than the data.
     """
@@ -77,6 +80,7 @@ class ConfigRecord:
     begin_from: str | None
     freeze_topology: bool
     data: DataRecord
+    architecture: Architecture | None = field(default=None, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         data, labels = self.data, self.data.meaning
