@@ -41,6 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "width": 0.125,
         "architecture": Architecture.of([[1] * 4] * 2, [[1, 2, 3, 4]] * 2),
     },
+    "umamba": {"patch_size": (8, 8, 12), "width": 0.125},
 }
 SLOW = ("swin_unetr", "vnet")  # windows of 7³; 45 million parameters
 NAMES = [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in SMALL]

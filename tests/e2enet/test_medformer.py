@@ -102,7 +102,7 @@ def test_patches_of_any_size_above_16_along_an_axis(size: tuple[int, int, int]) 
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (1, 2, 1)])
 def test_smaller_patches_are_refused(size: tuple[int, int, int]) -> None:
-    with pytest.raises(DataError, match="size of input of MedFormer: expected an extent above 16, got"):
+    with pytest.raises(DataError, match="size of input of MedFormer: expected more than 16 along an axis, got"):
         tiny(width=1 / 32)(torch.rand(1, 1, *size))
 
 

@@ -20,7 +20,7 @@ FINE = 2  # levels without attention
 FUSION_BLOCKS = 2
 CODES = 4**3  # that the published map is a grid plays no part
 EXPANSION = 4
-LONGEST_TOO_SHORT = 2 ** (len(HEADS) - 1)
+SHORTEST = 2 ** (len(HEADS) - 1)  # an extent of which a single voxel is left
 
 
 def medformer(request: Request) -> Segmenter:
@@ -76,8 +76,8 @@ class MedFormer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         size = tuple(x.shape[2:])
-        if max(size) <= LONGEST_TOO_SHORT:
-            allowed, remedy = f"an extent above {LONGEST_TOO_SHORT}", "Choose larger patches (--patch-size)."
+        if max(size) <= SHORTEST:
+            allowed, remedy = f"more than {SHORTEST} along an axis", "Choose larger patches (--patch-size)."
             raise DataError.of("size", "input of MedFormer", allowed=allowed, given=size, remedy=remedy)
         features, maps = [], []
         for blocks in self.fine_encoder:

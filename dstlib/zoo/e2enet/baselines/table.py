@@ -21,12 +21,14 @@ from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, u
 from dstlib.zoo.e2enet.baselines.nnformer import nnformer
 from dstlib.zoo.e2enet.baselines.nnunet import nnunet
 from dstlib.zoo.e2enet.baselines.segmenter import Request
+from dstlib.zoo.e2enet.baselines.umamba import umamba
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.network import E2ENet
 
 E2ENET = "E2ENet (arXiv:2312.04727)"
 QUOTED = "E2ENet (arXiv:2312.04727), at second hand: its table was not at hand"
 OVERPRINTED = "E2ENet (arXiv:2312.04727), Table 5, where the row is overprinted: its last digits are not sure"
+UMAMBA = "U-Mamba (arXiv:2401.04722) and its repository, neither of which gives a number"
 UX_NET = "README of MASILab/3DUX-Net, FeTA 2021"
 
 
@@ -178,6 +180,7 @@ _ROWS = (
         build=nnformer,
     ),
     Baseline("dints", "MONAI, DiNTS on TopologyInstance", build=dints, is_found=True),
+    Baseline("umamba", "dstlib", (Published("AMOS", source=UMAMBA),), build=umamba),
 )
 
 BASELINES: Mapping[str, Baseline] = MappingProxyType({row.name: row for row in _ROWS})
