@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,21 +14,22 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib.errors import DataError, SettingError
-from dstlib.profile import Convention
 from dstlib.zoo.e2enet import AMOS, E2ENet, E2ENetConfig
 from dstlib.zoo.e2enet.baselines import BASELINES, Baseline, Published, Segmenter, build_model
 from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.baselines.deeplab import Pyramid
 from dstlib.zoo.e2enet.training.loss import deep_supervision_loss
 
-pytest.importorskip("monai")
+UnetResBlock = pytest.importorskip("monai.networks.blocks").UnetResBlock
 pytest.importorskip("dynamic_network_architectures")
 
 TINY = E2ENetConfig(channels=(8, 16, 24), strides=((2, 2, 2),) * 2, heads=2)
 # the narrowest and smallest of each that still has every part; V-Net has one width
 SMALL: dict[str, dict[str, Any]] = {
     "e2enet": {"patch_size": (8, 8, 8)},
+    "e2enet_plus": {"patch_size": (8, 8, 8)},
     "nnunet": {"patch_size": (8, 8, 8), "width": 0.25},
+    "nnunet_minus": {"patch_size": (8, 8, 8), "width": 0.25},
     "unetr": {"patch_size": (16, 16, 32), "width": 0.1},
     "swin_unetr": {"patch_size": (32, 32, 64), "width": 0.25},
     "vnet": {"patch_size": (16, 16, 32)},
@@ -64,65 +66,151 @@ def published_size(name: str, *, channels: int, classes: int, extent: int = 128)
     return build_model(name, in_channels=channels, num_classes=classes, patch_size=(extent,) * 3, config=config)
 
 
+SETTINGS = {"AMOS": (1, 15, 128), "BraTS": (4, 3, 128), "BTCV": (1, 13, 96), "96³": (1, 15, 96)}
+
+
+def in_setting(name: str, setting: str, **changes: Any) -> nn.Module:
+    channels, classes, extent = SETTINGS[setting]
+    config = replace(AMOS, in_channels=channels, num_classes=classes, **changes)
+    with torch.device("meta") if name != "swin_unetr" else nullcontext():  # which reads values while it is built
+        network = build_model(name, in_channels=channels, num_classes=classes, patch_size=(extent,) * 3, config=config)
+    return network.to("meta")
+
+
+def printed(name: str, setting: str) -> Published:
+    (row,) = (p for p in BASELINES[name].published if p.setting == setting)
+    return row
+
+
+def published_flops(network: nn.Module, setting: str) -> int:
+    """Counts as the paper does.
+
+    Beyond the "paper" convention of profile(): no bias in a Linear, whose sum of n products takes n - 1 additions, and
+    four FLOPs for each element of a batch norm. Other norms, activations and attention are free.
+    """
+    channels, _, extent = SETTINGS[setting]
+    shape, more = (1, channels, extent, extent, extent), 0
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        nonlocal more
+        if isinstance(module, nn.BatchNorm3d):
+            more += 4 * output.numel()
+        elif isinstance(module, nn.Linear):
+            more -= output.numel() * (1 if module.bias is None else 2)
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.BatchNorm3d | nn.Linear)]
+    with torch.no_grad(), torch.device("meta"):
+        network.eval()(torch.empty(shape))
+    for hook in hooks:
+        hook.remove()
+    return dstlib.profile(network, shape, convention="paper").flops + more
+
+
+def flatten(*stages: nn.Module) -> None:
+    """Makes the 3×3×3 kernels of nnU-Net's stages 1×3×3."""
+    for stage in stages:
+        for conv in stage.modules():
+            if isinstance(conv, nn.Conv3d) and conv.kernel_size == (3, 3, 3):
+                conv.kernel_size, conv.padding = (1, 3, 3), (0, 1, 1)
+                conv.weight = nn.Parameter(conv.weight[:, :, :1])
+
+
+def unused_in_older_monai(network: nn.Module) -> int:
+    """Counts a 1×1×1 convolution of each residual block that needs none: MONAI built them all until version 0.9 or so.
+
+    Without the norms of cross-attention that its newer transformers have, and do not use either.
+    """
+    blocks = [m for m in network.modules() if isinstance(m, UnetResBlock) and not m.downsample]
+    norms = sum(p.numel() for key, p in network.named_parameters() if ".norm_cross_attn." in key)
+    return sum(block.conv1.conv.in_channels**2 for block in blocks) - norms
+
+
 @pytest.mark.parametrize(
-    ("channels", "classes", "params", "convention", "mega_flops"),
+    ("name", "setting", "params", "flops"),
     [
-        (1, 15, 31_205_184, "paper", 1_067_889),  # published for AMOS
-        (4, 3, 31_198_176, "paper", 1_076_618),  # published for BraTS: 31.20 M, 1076.62 G
-        (1, 15, 31_205_184, "exact", 957_231),
+        ("e2enet", "AMOS", 23_898_432, 3_069_548_339_200),
+        ("e2enet", "BraTS", 23_891_856, 3_071_781_806_080),
+        ("nnunet", "BraTS", 31_198_176, 1_076_617_650_176),
+        ("nnunet_minus", "AMOS", 12_961_434, 755_793_133_568),
+        ("vnet", "AMOS", 45_650_158, 1_737_574_318_080),
     ],
 )
-def test_nnunet_is_the_published_one(
-    channels: int, classes: int, params: int, convention: Convention, mega_flops: int
+def test_parameters_and_flops_are_the_published_ones_to_the_printed_digit(
+    name: str, setting: str, params: int, flops: int
 ) -> None:
-    with torch.device("meta"):
-        network = published_size("nnunet", channels=channels, classes=classes)
-    profile = dstlib.profile(network, (1, channels, 128, 128, 128), convention=convention)
-    assert num_params(network) == profile.params == params
-    assert round(profile.flops / 1e6) == mega_flops
+    network, row = in_setting(name, setting), printed(name, setting)
+    assert (num_params(network), published_flops(network, setting)) == (params, flops)
+    assert (round(params / 1e6, 2), round(flops / 1e9, 2)) == (row.params, row.flops)
 
 
 @pytest.mark.parametrize(
-    ("name", "extent", "params"),
+    ("name", "setting", "params", "unused", "flops"),
     [
-        ("unetr", 128, 93_029_823),
-        ("unetr", 96, 92_802_495),
-        ("vnet", 128, 45_650_158),
-        ("deeplabv3", 128, 74_684_111),
-        ("e2enet", 128, 23_898_432),
+        ("unetr", "AMOS", 93_029_823, 6_144 - 18_432, 391_032_733_696),
+        ("unetr", "BTCV", 92_802_461, 6_144 - 18_432, 164_908_541_952),
+        pytest.param("swin_unetr", "AMOS", 62_187_345, 638_208, 1_562_985_602_304, marks=pytest.mark.long),
     ],
 )
-def test_parameters_are_the_published_ones_to_the_printed_digit(name: str, extent: int, params: int) -> None:
-    with torch.device("meta"):
-        network = published_size(name, channels=1, classes=15, extent=extent)
-    assert num_params(network) == params
-    setting = "AMOS" if extent == 128 else "96³"
-    (printed,) = (p.params for p in BASELINES[name].published if p.setting == setting)
-    digits = len(str(printed).partition(".")[2])
-    assert round(params / 1e6, digits) == printed
+def test_monais_transformers_are_the_published_ones_but_for_what_another_version_builds_and_never_uses(
+    name: str, setting: str, params: int, unused: int, flops: int
+) -> None:
+    network, row = in_setting(name, setting), printed(name, setting)
+    assert (num_params(network), published_flops(network, setting)) == (params, flops)
+    assert unused_in_older_monai(network) == unused
+    assert (round((params + unused) / 1e6, 2), round(flops / 1e9, 2)) == (row.params, row.flops)
+
+
+def test_nnunet_for_btcv_is_the_published_one_once_the_encoder_begins_flat() -> None:
+    """nnU-Net's first version takes the kernels of the decoder from one level further down: there they stay whole."""
+    network, row = in_setting("nnunet", "BTCV"), printed("nnunet", "BTCV")
+    assert num_params(network) == 31_203_584
+    flatten(network.host.encoder.stages[0])
+    params, flops = num_params(network), published_flops(network, "BTCV")
+    assert (params, flops) == (31_184_576, 416_730_883_968)
+    assert (round(params / 1e6, 2), round(flops / 1e9, 2)) == (row.params, row.flops)
+
+
+def test_nnunet_for_amos_has_the_published_flops_and_in_another_plan_the_published_parameters() -> None:
+    """The paper's row mixes two networks: its FLOPs need all strides 2, its parameters flat kernels and strides."""
+    row = printed("nnunet", "AMOS")
+    network = in_setting("nnunet", "AMOS")
+    params, flops = num_params(network), published_flops(network, "AMOS")
+    assert (params, flops) == (31_205_184, 1_067_889_041_408)
+    assert round(flops / 1e9, 2) == row.flops
+    flat = in_setting("nnunet", "AMOS", strides=((1, 2, 2),) * 2 + ((2, 2, 2),) * 3)
+    flatten(*flat.host.encoder.stages[:2], *flat.host.decoder.stages[-2:])
+    params = num_params(flat)
+    assert params == 30_758_144
+    assert round(params / 1e6, 2) == row.params
+
+
+def test_e2enet_plus_is_wider_up_to_the_cap() -> None:
+    """Its counts are in test_variants: a sparse network on the meta device has no masks to count."""
+    network = in_setting("e2enet_plus", "AMOS")
+    assert isinstance(network, E2ENet)
+    assert network.config == replace(AMOS, channels=(58, 116, 232, 320, 320, 320))
+
+
+def test_deeplabv3_has_the_published_parameters_and_a_tenth_of_the_published_flops() -> None:
+    """No strides of this network give 1546.25 G; a decimal point out of place does, to 0.01 %."""
+    network, row = in_setting("deeplabv3", "AMOS"), printed("deeplabv3", "AMOS")
+    params, flops = num_params(network), published_flops(network, "AMOS")
+    assert (params, flops) == (74_684_111, 154_609_263_104)
+    assert round(params / 1e6, 2) == row.params
+    assert row.flops is not None
+    assert flops / 1e9 == pytest.approx(row.flops / 10, rel=1.1e-4)  # what was seen; a printed digit is 6e-6 of it
 
 
 def test_unet_plus_plus_is_another_than_the_published_one() -> None:
-    with torch.device("meta"):
-        network = published_size("unet_plus_plus", channels=4, classes=3)
-    assert num_params(network) == 26_384_780  # not 58.38 M: docs/baselines.md says so
-
-
-@pytest.mark.long
-def test_swin_unetr_has_the_parameters_that_others_count() -> None:
-    # no storage-free construction: it reads values while it is built
-    network = published_size("swin_unetr", channels=1, classes=15, extent=96)
-    assert num_params(network) == 62_187_345
+    assert num_params(in_setting("unet_plus_plus", "BraTS")) == 26_384_780  # not 58.38 M: docs/baselines.md says so
 
 
 def test_the_count_of_others_is_half_the_papers_convention() -> None:
     """82.6 G of UNETR at 96³: multiply-adds, transposed convolutions at the output grid, attention left out."""
-    with torch.device("meta"):
-        network = published_size("unetr", channels=1, classes=15, extent=96)
-    flops = dstlib.profile(network, (1, 1, 96, 96, 96), convention="paper").flops
-    (printed,) = (p.flops for p in BASELINES["unetr"].published if p.setting == "96³")
-    assert printed is not None
-    assert flops / 2e9 == pytest.approx(printed, rel=0.005)  # theirs has other classes, hence another head
+    flops = dstlib.profile(in_setting("unetr", "96³"), (1, 1, 96, 96, 96), convention="paper").flops
+    row = printed("unetr", "96³")
+    assert row.flops is not None
+    assert flops / 2e9 == pytest.approx(row.flops, rel=0.005)  # theirs has other classes, hence another head
 
 
 @pytest.mark.parametrize("extent", [2**44 + 1, 2**63 - 1])
@@ -329,7 +417,7 @@ def test_what_is_not_runnable_says_why(name: str) -> None:
     with pytest.raises(SettingError) as caught:
         build_model(name, in_channels=1, num_classes=3, patch_size=(8, 8, 8), config=TINY)
     message = str(caught.value)
-    assert message.startswith("name of the network: expected one of e2enet, nnunet, ")
+    assert message.startswith("name of the network: expected one of e2enet, e2enet_plus, nnunet, ")
     assert f"Not runnable: {BASELINES[name].reason}" in message
 
 

@@ -14,7 +14,7 @@ from dstlib.errors import DataError, SettingError, few
 from dstlib.names import METHOD_NAMES
 from dstlib.zoo.e2enet.data.layouts.manifest import Geometry, Manifest
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
-from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS
+from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS, SPARSE_MODELS
 
 if TYPE_CHECKING:
     from dstlib.zoo.e2enet.run import RunConfig
@@ -135,7 +135,7 @@ def _chosen_preset(recipe: Recipe, options: argparse.Namespace) -> Preset:
             remedy = "Leave one of them out."
             raise SettingError.of("--method", where, allowed="no sparsity with dense", given=given, remedy=remedy)
         training |= {"method": preset.training.method, "sparsity": 0.0}
-    if options.model != "e2enet":
+    if options.model not in SPARSE_MODELS:
         training.setdefault("sparsity", 0.0)  # as published; sparse on request
     patches = preset.patches
     if options.patch_size:

@@ -19,17 +19,17 @@ from dstlib.zoo.e2enet.baselines.dints import dints
 from dstlib.zoo.e2enet.baselines.medformer import medformer
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
 from dstlib.zoo.e2enet.baselines.nnformer import nnformer
-from dstlib.zoo.e2enet.baselines.nnunet import nnunet
+from dstlib.zoo.e2enet.baselines.nnunet import nnunet, nnunet_minus
 from dstlib.zoo.e2enet.baselines.segmenter import Request
 from dstlib.zoo.e2enet.baselines.umamba import umamba
 from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.network import E2ENet
 
 E2ENET = "E2ENet (arXiv:2312.04727)"
-QUOTED = "E2ENet (arXiv:2312.04727), at second hand: its table was not at hand"
 OVERPRINTED = "E2ENet (arXiv:2312.04727), Table 5, where the row is overprinted: its last digits are not sure"
 UMAMBA = "U-Mamba (arXiv:2401.04722) and its repository, neither of which gives a number"
 UX_NET = "README of MASILab/3DUX-Net, FeTA 2021"
+PLAIN_UNET = "dynamic-network-architectures, PlainConvUNet"
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ def build_model(
 
     Its attribute ``deep_supervision`` decides whether forward gives a tuple of logits, finest first, or the
     finest alone. ``num_classes`` are the channels of the logits. ``config`` is that of the E2ENet under
-    comparison; "nnunet" takes its levels and strides from it, the others have theirs from their papers.
-    ``width`` multiplies the channels of the published networks; "e2enet" and "vnet" allow only 1. ``architecture``
-    is what "dints" is built by, and no other takes one.
+    comparison; "nnunet" and "nnunet_minus" take their levels and strides from it, "e2enet_plus" all but its
+    channels; the others have theirs from their papers. ``width`` multiplies the channels of the published networks;
+    "e2enet", "e2enet_plus" and "vnet" allow only 1. ``architecture`` is what "dints" is built by, and
+    no other takes one.
 
     Raises:
         SettingError: No such baseline, one that cannot be built, or a setting that it does not allow, or its weights
@@ -117,9 +118,21 @@ def build_model(
 
 
 def _e2enet(request: Request) -> E2ENet:
-    given, remedy = request.width, "Leave --width out: the channels of its config say how wide it is."
-    require(given == 1, "width", "e2enet", allowed="1", given=given, remedy=remedy)
+    _refuse_width(request, "e2enet")
     return E2ENet(replace(request.config, in_channels=request.in_channels, num_classes=request.num_classes))
+
+
+def _e2enet_plus(request: Request) -> E2ENet:
+    """Builds the E2ENet(+) of Table 8: 58 channels for each 48, but no more than the widest level of the config has."""
+    _refuse_width(request, "e2enet_plus")
+    widest = max(request.config.channels)
+    wider = tuple(min(round(width * 58 / 48), widest) for width in request.config.channels)
+    return _e2enet(replace(request, config=replace(request.config, channels=wider)))
+
+
+def _refuse_width(request: Request, name: str) -> None:
+    given, remedy = request.width, "Leave --width out: the channels of its config say how wide it is."
+    require(given == 1, "width", name, allowed="1", given=given, remedy=remedy)
 
 
 _ROWS = (
@@ -129,20 +142,35 @@ _ROWS = (
         (Published("AMOS", 23.90, 3069.55, source=E2ENET), Published("BraTS", 23.89, 3071.78, source=E2ENET)),
         build=_e2enet,
     ),
+    Baseline("e2enet_plus", "dstlib", build=_e2enet_plus),
     Baseline(
         "nnunet",
-        "dynamic-network-architectures, PlainConvUNet",
-        (Published("AMOS", 31.2, 1067.89, source=E2ENET), Published("BraTS", 31.20, 1076.62, source=E2ENET)),
+        PLAIN_UNET,
+        (
+            Published("AMOS", 30.76, 1067.89, source=E2ENET),
+            Published("BraTS", 31.20, 1076.62, source=E2ENET),
+            Published("BTCV", 31.18, 416.73, source=E2ENET),
+        ),
         build=nnunet,
     ),
+    Baseline("nnunet_minus", PLAIN_UNET, (Published("AMOS", 12.96, 755.79, source=E2ENET),), build=nnunet_minus),
     Baseline(
         "unetr",
         "MONAI, UNETR",
-        (Published("AMOS", 93.03, source=QUOTED), Published("96³", 92.8, 82.6, source=UX_NET)),
+        (
+            Published("AMOS", 93.02, 391.03, source=E2ENET),
+            Published("BTCV", 92.79, 164.91, source=E2ENET),
+            Published("96³", 92.8, 82.6, source=UX_NET),
+        ),
         build=unetr,
     ),
-    Baseline("swin_unetr", "MONAI, SwinUNETR", (Published("96³", 62.2, 328.4, source=UX_NET),), build=swin_unetr),
-    Baseline("vnet", "MONAI, VNet", (Published("AMOS", 45.65, source=QUOTED),), build=vnet),
+    Baseline(
+        "swin_unetr",
+        "MONAI, SwinUNETR",
+        (Published("AMOS", 62.83, 1562.99, source=E2ENET), Published("96³", 62.2, 328.4, source=UX_NET)),
+        build=swin_unetr,
+    ),
+    Baseline("vnet", "MONAI, VNet", (Published("AMOS", 45.65, 1737.57, source=E2ENET),), build=vnet),
     Baseline(
         "unet_plus_plus",
         "MONAI, BasicUNetPlusPlus",
@@ -152,7 +180,7 @@ _ROWS = (
     Baseline(
         "deeplabv3",
         "dstlib, on MONAI's ResNet-34",
-        (Published("AMOS", 74.68, source=QUOTED),),
+        (Published("AMOS", 74.68, 1546.25, source=E2ENET),),
         build=deeplabv3,
     ),
     Baseline(

@@ -13,6 +13,8 @@ from dstlib.names import METHOD_NAMES
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 OPTIMIZERS = ("sgd", "adamw")
+SPARSE_MODELS = ("e2enet", "e2enet_plus")
+"""The models that are trained sparse unless asked otherwise; of any other, that is as the command line says."""
 
 
 @dataclass(frozen=True, kw_only=True)
