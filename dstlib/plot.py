@@ -43,6 +43,8 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
+# Six of Okabe and Ito's colours, told apart with any colour vision; their yellow is faint on paper.
+DISTINCT = ("#D55E00", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2")
 INK, ACCENT, FAINT = "#0b4f6c", "#d1495b", "#d9d9d9"
 DEAD = ("#f2f2f2", "#d1495b", "#3d0a14")  # none, some, most
 SHARES = {
@@ -193,6 +195,15 @@ def _short(name: str) -> str:
     """Shortens a layer's name: without ".weight", and without its middle if it is long; a dollar stays one."""
     name = name.removesuffix(".weight") or name
     name = name if len(name) <= 36 else f"{name[:14]}…{name[-21:]}"
+    return plain(name)
+
+
+def plain(name: str) -> str:
+    """Returns a name as matplotlib is to be given it: a dollar stays one, and begins no formula.
+
+    >>> plain("5 $")
+    '5 \\\\$'
+    """
     return name.replace("$", r"\$")
 
 

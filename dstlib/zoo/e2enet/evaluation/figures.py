@@ -5,6 +5,7 @@ Shapes: K foreground classes, D, H, W depth, height, width in voxels.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dstlib.layers.blocks import FusionNode
-from dstlib.plot import ACCENT, FAINT, INK, drawn
+from dstlib.plot import ACCENT, DISTINCT, FAINT, INK, drawn
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.evaluation.slices import (
@@ -77,20 +78,13 @@ def slice_comparison(
     label, prediction = (classes_on_top(volume, labels) for volume in (case.label, prediction))
     index = busiest_slice(label if label.any() else prediction, view.axis)
     picture = view.of(case.image[0], index)
-    low, high = np.percentile(picture, (1, 99))
     aspect = view.spacing[0] / view.spacing[1]
     tall = min(10.5 / 3 * aspect * picture.shape[0] / picture.shape[1], MAX_TALL)
     with drawn(path, size=(10.5, tall + 0.6 + 0.22 * -(-len(dice) // 5))) as figure:
         volumes = {"Image": None, "Label": view.of(label, index), "Prediction": view.of(prediction, index)}
         for panel, (title, volume) in zip(figure.subplots(1, 3), volumes.items(), strict=True):
-            panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
-            if volume is not None:
-                shown, last = np.ma.masked_equal(volume, 0), len(dice) + 0.5
-                panel.imshow(shown, colours, aspect=aspect, interpolation="nearest", alpha=0.5, vmin=0.5, vmax=last)
+            show_slice(panel, view, picture, volume, colours)
             panel.set_title(title)
-            panel.set_axis_off()
-            mark_sides(panel, view)
-            mark_scale(panel, view)
         handles = [
             Patch(color=colours(i), label=f"{name} {value:.2f}" if np.isfinite(value) else f"{name} (absent)")
             for i, (name, value) in enumerate(dice.items())
@@ -100,6 +94,21 @@ def slice_comparison(
         legend = figure.legend(handles=handles, loc="outside lower center", ncols=5, title=title, fontsize=9)
         for text in (legend.get_title(), *legend.get_texts()):
             text.set_parse_math(False)  # a dollar in a name is a dollar
+
+
+def show_slice(
+    panel: Axes, view: View, picture: NDArray[Any], classes: NDArray[np.uint8] | None, colours: ListedColormap
+) -> None:
+    """Draws a slice of an image, the classes on it if any, its sides and a scale bar; all lie as the view has it."""
+    low, high = np.percentile(picture, (1, 99))
+    aspect = view.spacing[0] / view.spacing[1]
+    panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
+    if classes is not None:
+        shown, last = np.ma.masked_equal(classes, 0), colours.N + 0.5
+        panel.imshow(shown, colours, aspect=aspect, interpolation="nearest", alpha=0.5, vmin=0.5, vmax=last)
+    panel.set_axis_off()
+    mark_sides(panel, view)
+    mark_scale(panel, view)
 
 
 def mark_sides(panel: Axes, view: View) -> None:
@@ -127,7 +136,12 @@ def mark_scale(panel: Axes, view: View) -> None:
 
 
 def class_colours(num_classes: int) -> ListedColormap:
-    """Returns one colour per class, far apart for neighbours: hues a golden section apart, and three shades in turn."""
+    """Returns one colour per class: told apart with any colour vision where they are few, and else far from neighbours.
+
+    Of many they are hues a golden section apart, and three shades in turn.
+    """
+    if num_classes <= len(DISTINCT):
+        return ListedColormap(DISTINCT[:num_classes])
     hues = (0.618034 * np.arange(num_classes)) % 1
     shades = [((0.85, 0.95), (0.5, 1.0), (0.9, 0.65))[i % 3] for i in range(num_classes)]
     return ListedColormap([hsv_to_rgb((hue, *shade)) for hue, shade in zip(hues, shades, strict=True)])
