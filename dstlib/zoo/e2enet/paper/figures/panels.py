@@ -78,7 +78,7 @@ def chosen_cases(difference_N: NDArray[np.float64], number: int) -> list[int]:
     [1, 0, 4]
     """
     order = [int(n) for n in np.argsort(difference_N, kind="stable") if np.isfinite(difference_N[n])]
-    ranks = np.linspace(0, len(order) - 1, min(number, len(order))) if order else []
+    ranks = np.linspace(0, len(order) - 1, min(number, len(order)))
     return [order[int(rank + 0.5)] for rank in ranks]
 
 

@@ -38,7 +38,7 @@ def volumes_and_dice(path: Path, scores: Mapping[str, Evaluation], *, reference:
     with drawn(path, size=(10.5, 1.5 + row * len(order) + 0.3 * num_rows(len(scores), 10.5))) as figure:
         left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(1.0, 1.4, 1.4))
         places = np.arange(len(order))
-        left.errorbar(volume[order], places, xerr=volume_error[order], fmt="o", color=INK, markersize=6, gid="volume")
+        left.errorbar(volume[order], places, xerr=volume_error[order], fmt="o", color=INK, markersize=6, label="volume")
         left.hlines(places, 0, 1, transform=left.get_yaxis_transform(), color=FAINT, linestyle=":", zorder=0)
         if np.isfinite(volume).any():
             left.set_xscale("log")
@@ -93,7 +93,7 @@ def _draw_points(axes: Axes, values: Mapping[str, NDArray[np.float64]], look: Ma
             color=of.colour,
             markersize=3.5 if number > 6 else 4.5,
             elinewidth=1,
-            gid=name,
+            label=name,
         )
 
 

@@ -1,0 +1,384 @@
+"""The figures of the paper: what is drawn is read back from the axes."""
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from dstlib import plot
+from dstlib.errors import DataError
+from dstlib.zoo.e2enet.data.cases import Case
+from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.evaluation.pt_score import Row, nemenyi, pt_scores
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.paper.figures import critical_distance as distances
+from dstlib.zoo.e2enet.paper.figures import flows, learning, panels, style, trade_off, volumes
+
+LONG = "a method with a name that is far too long for any line of any figure, and costs $5"
+NAMES = ("nnU-Net", *(f"method {i}" for i in range(12)), LONG)
+CLASSES = ("front", "back", "a class whose name goes on and on and on")
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """Draws a figure as it would be written, and returns it."""
+    figures = []
+
+    def kept(figure, path):
+        FigureCanvasAgg(figure).draw()
+        figures.append(figure)
+
+    monkeypatch.setattr(plot, "_write", kept)
+
+    def draw(function, *arguments, **options):
+        function(tmp_path / "figure.png", *arguments, **options)
+        assert clipped(figures[-1]) == []
+        assert overlapping(figures[-1]) == []
+        return figures[-1]
+
+    return draw
+
+
+def clipped(figure):
+    """Texts that reach out of the picture."""
+    page = figure.bbox
+    texts = [*figure.texts, *(text for axes in figure.axes for text in (*axes.texts, axes.title, axes._left_title))]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    boxes = {text.get_text(): text.get_window_extent() for text in texts if text.get_text().strip()}
+    # two pixels: the outline around a glyph
+    return [
+        name
+        for name, box in boxes.items()
+        if box.x0 < -2 or box.y0 < -2 or box.x1 > page.x1 + 2 or box.y1 > page.y1 + 2
+    ]
+
+
+def overlapping(figure):
+    """Pairs of texts that lie on each other, among those of one kind."""
+    kinds = [[text for legend in figure.legends for text in legend.get_texts()]]
+    kinds += [[text for text in axes.texts if text.get_gid() != "class"] for axes in figure.axes]
+    kinds += [[axes._left_title for axes in figure.axes], [axes.title for axes in figure.axes]]
+    kinds += [shown_ticks(axis) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    return [(a.get_text(), b.get_text()) for texts in kinds for a, b in combinations(texts, 2) if touch(a, b)]
+
+
+def shown_ticks(axis):
+    low, high = sorted(axis.get_view_interval())
+    is_shown = axis.axes.get_visible() and axis.axes.axison
+    return [tick.label1 for tick in axis.get_major_ticks() if is_shown and low <= tick.get_loc() <= high]
+
+
+def touch(a, b):
+    if not (a.get_text().strip() and b.get_text().strip() and a.get_visible() and b.get_visible()):
+        return False
+    first, second = a.get_window_extent(), b.get_window_extent()
+    return bool((np.minimum(first.max, second.max) - np.maximum(first.min, second.min) > 1).all())  # pixel
+
+
+def named(axes, gid):
+    return [artist for artist in axes.get_children() if artist.get_gid() == gid]
+
+
+# --- flows (6)
+
+
+def counts_of(levels, shares):
+    nodes = [(stage, level) for stage in range(1, levels) for level in range(1, levels - stage + 1)]
+    return {f"stage{s}_level{n}": {k: v for k, v in shares.items() if n > 1 or k != "downward"} for s, n in nodes}
+
+
+@pytest.mark.parametrize("levels", [2, 6])
+def test_flows_fill_the_triangle_of_nodes_and_end_with_the_last_shares(draw, levels):
+    counts = {
+        0: counts_of(levels, {"forward": 1, "upward": 1, "downward": 2}),
+        5: counts_of(levels, {"forward": 6, "upward": 3, "downward": 1}),
+    }
+    figure = draw(flows.flows_over_epochs, counts, title=LONG[:40])
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == levels * (levels - 1) // 2
+    assert all(axes.get_xlim() == (0, 5) and axes.get_ylim() == (0, 1) for axes in shown)
+    first_level, below = shown[0], shown[-1] if levels > 2 else None
+    assert [text.get_text() for text in first_level.texts] == ["67%", "33%"]
+    assert len(first_level.collections) == 2
+    if below:
+        assert [text.get_text() for text in below.texts] == ["60%", "30%"], "10 % have no room for a number"
+        assert len(below.collections) == 3
+        tops = [area.get_paths()[0].vertices[:, 1].max() for area in below.collections]
+        np.testing.assert_allclose(tops, [0.6, 0.9, 1.0])
+
+
+@pytest.mark.parametrize("counts", [{}, {3: counts_of(4, {"forward": 1, "upward": 1, "downward": 1})}])
+def test_flows_of_one_epoch_are_refused(tmp_path, counts):
+    with pytest.raises(DataError, match="epochs of figure 6: expected two or more"):
+        flows.flows_over_epochs(tmp_path / "flows.png", counts, title="")
+
+
+def test_flows_of_two_networks_are_refused(tmp_path):
+    counts = {0: counts_of(4, {"forward": 1, "upward": 1}), 1: counts_of(3, {"forward": 1, "upward": 1})}
+    with pytest.raises(DataError, match="got epochs with other nodes"):
+        flows.flows_over_epochs(tmp_path / "flows.png", counts, title="")
+
+
+# --- critical distance (7)
+
+
+@pytest.mark.parametrize(("num_methods", "num_cases"), [(2, 3), (3, 100), (14, 100), (14, 2)])
+def test_the_diagram_shows_ranks_groups_and_the_distance(draw, num_methods, num_cases):
+    noise = np.random.default_rng(0).normal(size=(num_cases, num_methods))
+    test = nemenyi(noise + np.linspace(1.5, 0, num_methods))
+    names = NAMES[-num_methods:]
+    (axes,) = draw(distances.critical_distance, names, test, title="ranks").axes
+    written = [text.get_text().strip() for text in axes.texts]
+    assert [text for text in written if "." in text and "…" not in text and "distance" not in text] == [
+        f"{rank:.2f}" for rank in sorted(test.average)
+    ]
+    ends = [tuple(bar.get_xdata()) for bar in named(axes, "group")]
+    assert len(ends) == len(test.groups)
+    for (left, right), group in zip(ends, test.groups, strict=True):
+        joined = {i for i, rank in enumerate(test.average) if left <= rank <= right}
+        assert joined == set(group)
+    (distance,) = named(axes, "distance")
+    left, right = distance.get_xdata()
+    assert right - left == pytest.approx(min(test.critical_distance, axes.get_xlim()[1] - 1))
+
+
+def test_methods_that_tie_have_one_bar(draw):
+    test = nemenyi(np.ones((8, 4)))
+    (axes,) = draw(distances.critical_distance, NAMES[:4], test, title="ties").axes
+    ((left, right),) = [bar.get_xdata() for bar in named(axes, "group")]
+    assert left < 2.5 < right
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 5)), max_size=8))
+def test_bars_of_one_level_do_not_touch(spans):
+    ends = sorted((left, left + length) for left, length in spans)
+    levels = distances._levels(ends, gap=0.1)
+    for level in set(levels):
+        bars = [end for end, at in zip(ends, levels, strict=True) if at == level]
+        assert all(before[1] + 0.1 < after[0] for before, after in pairwise(bars))
+
+
+# --- PT score (8)
+
+
+def rows(number):
+    return [Row(name=NAMES[i], dice=90 - i, params=30 - 2 * i, flops=1000 - 50 * i) for i in range(number)]
+
+
+@pytest.mark.parametrize("number", [2, 14])
+def test_curves_of_the_pt_score(draw, number):
+    published = [
+        Row(name="nnU-Net", dice=90, params=30.76, flops=1067.89),
+        Row(name="E2ENet", dice=90, params=9.4, flops=778),
+    ]
+    for beside in ((), published):
+        figure = draw(trade_off.trade_off, rows(number), beside)
+        assert len(figure.axes) == 1 + bool(beside)
+        for axes, of in zip(figure.axes, (rows(number), published), strict=False):
+            assert axes.get_xscale() == "log"
+            for ratio in (1.0, 20.0):
+                found = [named(axes, row.name)[0].get_ydata()[0 if ratio == 1 else -1] for row in of]
+                assert found == pytest.approx(pt_scores(of, alpha=1 / ratio))
+    looks = {named(axes, "nnU-Net")[0].get_color() for axes in figure.axes}
+    assert len(looks) == 1, "a row looks alike in both panels"
+
+
+def test_a_single_row_has_no_trade_off(tmp_path):
+    unknown = Row(name="unknown", dice=80)
+    with pytest.raises(DataError, match="got 1; without: unknown"):
+        trade_off.trade_off(tmp_path / "figure.png", [*rows(1), unknown])
+
+
+# --- learning (12)
+
+
+def metrics(epochs, scale, *, validated=True):
+    dice = {"val_dice": scale / 10} if validated else {}
+    return [{"epoch": e, "iteration": 3 * e, "loss": scale / e, **dice} for e in range(1, epochs + 1)]
+
+
+def test_learning_curves_are_means_over_the_runs(draw):
+    both = {"nnU-Net": [metrics(9, 1.0), metrics(9, 3.0)], LONG: [metrics(5, 2.0, validated=False)]}
+    figure = draw(learning.learning_curves, {"methods": both, "intervals": {LONG: [metrics(5, 2.0)]}})
+    assert len(figure.axes) == 4
+    loss, other, dice, _ = figure.axes
+    (line,) = named(loss, "nnU-Net")
+    np.testing.assert_allclose(line.get_ydata(), [2 / e for e in range(1, 10)])
+    (band,) = loss.collections
+    # the standard error of 1 and 3 is 1
+    np.testing.assert_allclose(band.get_paths()[0].vertices[:, 1].max(), 3.0)
+    assert named(dice, LONG) == [], "it was not validated"
+    assert named(loss, LONG)[0].get_color() == named(other, LONG)[0].get_color()
+
+
+def test_learning_curves_without_any_validation_have_one_row(draw):
+    figure = draw(learning.learning_curves, {"methods": {name: [metrics(4, 1.0, validated=False)] for name in NAMES}})
+    assert len(figure.axes) == 1
+    styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(styles) == 14
+
+
+@pytest.mark.parametrize("runs", [[], [[]], [metrics(3, 1.0), metrics(4, 1.0)]])
+def test_runs_of_other_lengths_have_no_mean(tmp_path, runs):
+    with pytest.raises(DataError, match="runs of figure 12, nnU-Net"):
+        learning.learning_curves(tmp_path / "figure.png", {"methods": {"nnU-Net": runs}})
+
+
+# --- volumes (13 to 15)
+
+
+def scores_of(dice, volumes, classes=CLASSES[:2]):
+    dice, ml = np.array(dice, float), np.array(volumes, float)
+    names = tuple(f"case {i}" for i in range(len(dice)))
+    return Evaluation(names, classes, {"dice": dice}, np.stack([ml, ml], axis=-1), (1.0,) * len(classes))
+
+
+def points(axes, name):
+    (found,) = [container for container in axes.containers if container.get_label() == name]
+    line, _, (bars,) = found.lines
+    return line.get_xdata(), [np.ptp(segment, axis=0)[0] for segment in bars.get_segments() if np.size(segment)]
+
+
+def test_volumes_dice_and_differences_with_their_standard_errors(draw):
+    ml = [[1.0, 30.0], [3.0, 50.0]]
+    scores = {"nnU-Net": scores_of([[0.5, 0.9], [0.7, 0.7]], ml), LONG: scores_of([[0.6, 0.8], [0.6, np.nan]], ml)}
+    figure = draw(volumes.volumes_and_dice, scores, reference="nnU-Net", title=LONG)
+    left, middle, right = figure.axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["back", "front"], "the largest first"
+    for axes, name, mean, errors in (
+        (left, "volume", [40, 2], [20, 2]),
+        (middle, "nnU-Net", [0.8, 0.6], [0.2, 0.2]),
+        (middle, LONG, [0.8, 0.6], [0.0]),
+        # paired: in the class 'back' case 0 alone has a difference
+        (right, LONG, [-10, 0], [20]),
+    ):
+        found, lengths = points(axes, name)
+        np.testing.assert_allclose(found, mean, atol=1e-12)
+        np.testing.assert_allclose([length for length in lengths if np.isfinite(length)], errors, atol=1e-12)
+    assert len(right.containers) == 1, "the reference has no difference to itself"
+
+
+@pytest.mark.parametrize(("num_methods", "num_classes"), [(2, 1), (14, 16)])
+def test_one_class_and_many_have_room(draw, num_methods, num_classes):
+    dice = np.random.default_rng(0).uniform(size=(num_methods, 3, num_classes))
+    classes = tuple(f"{name} {i}" for i, name in zip(range(num_classes), CLASSES * 6, strict=False))
+    scores = {
+        name: scores_of(dice[i], np.ones((3, num_classes)), classes) for i, name in enumerate(NAMES[:num_methods])
+    }
+    figure = draw(volumes.volumes_and_dice, scores, reference="nnU-Net", title="many")
+    assert len(figure.axes[1].containers) == num_methods
+    ticks = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert all(above.y0 > below.y1 for above, below in pairwise(ticks))
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({}, "one beside nnU-Net, got none"),
+        ({"b": scores_of([[1, 1]], [[1, 1]])}, "cases of figures 13 to 15, b"),
+        ({"b": scores_of([[1], [1]], [[1], [1]], CLASSES[:1])}, "classes of figures 13 to 15, b"),
+    ],
+)
+def test_scores_of_other_cases_or_classes_are_refused(tmp_path, other, told):
+    scores = {"nnU-Net": scores_of([[1, 1], [1, 1]], [[1, 1], [1, 1]]), **other}
+    with pytest.raises(DataError, match=told):
+        volumes.volumes_and_dice(tmp_path / "figure.png", scores, reference="nnU-Net", title="")
+    with pytest.raises(DataError, match=r"expected E2ENet among them, got nnU-Net"):
+        volumes.volumes_and_dice(tmp_path / "figure.png", scores, reference="E2ENet", title="")
+
+
+# --- panels (5, 9, 10)
+
+
+def predicted(*methods, shape=(4, 30, 40), name="case 0"):
+    label, guess = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    label[1:3, 5:20, 5:20] = 1
+    label[2, 8:12, 8:12] = 2
+    guess[1:3, 5:20, 5:26] = 1
+    case = Case(
+        name, np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), label, (3.0, 1.0, 1.0), "SPL"
+    )
+    predictions = {method: guess if i else label for i, method in enumerate(methods)}
+    return panels.Predicted(case, predictions, dict.fromkeys(methods, 0.5))
+
+
+@pytest.mark.parametrize(("num_cases", "methods"), [(1, NAMES[-5:]), (3, NAMES[:2])])
+def test_panels_show_image_label_and_predictions_with_the_difference_boxed(draw, methods, num_cases):
+    cases = [predicted(*methods, name=f"case {i}") for i in range(num_cases)]
+    figure = draw(panels.panels, cases, labels=Labels.consecutive(2), classes=CLASSES[:2], title="panels")
+    assert len(figure.axes) == num_cases * (2 + len(methods))
+    image, label, *others = figure.axes[: 2 + len(methods)]
+    titles = [axes.get_title("center").split("\n")[0] for axes in (image, label, others[0])]
+    assert titles == ["Image", "Label", style.label(methods[0], width=20).split("\n")[0]]
+    assert [len(axes.images) for axes in (image, label, *others)] == [1, *[2] * (1 + len(methods))]
+    assert not named(image, "box")
+    # slice 2 differs in columns 20 to 25, and where class 2 is; a box is half a voxel larger to each side
+    assert [(box.get_width(), box.get_height()) for box in named(label, "box")] == [(7, 16), (5, 5)]
+    assert {text.get_text() for text in named(label, "class")} == {"1", "2"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 front", "2 back"]
+
+
+def test_the_slice_that_differs_most_is_shown():
+    of = predicted("a", "b")
+    of.predictions["b"][0, :25] = 2
+    volumes_ = [of.case.label, *of.predictions.values()]
+    view = panels.usual_view("SPL", (1.0, 1.0, 1.0))
+    assert panels._slice_to_show(volumes_, view) == 0
+    assert panels._slice_to_show([of.case.label] * 3, view) == 2, "where nothing differs, that with the most classes"
+
+
+@pytest.mark.parametrize("cases", [[], [predicted("a")], [predicted("a", "b"), predicted("a", "c")]])
+def test_cases_of_other_methods_are_refused(tmp_path, cases):
+    with pytest.raises(DataError, match="cases of figures 5, 9 and 10"):
+        panels.panels(tmp_path / "figure.png", cases, labels=Labels.consecutive(2), classes=CLASSES[:2], title="")
+
+
+@given(arrays(float, st.integers(0, 12), elements=st.floats(-1, 1) | st.just(np.nan)), st.integers(1, 6))
+def test_chosen_cases_span_the_differences(difference, number):
+    chosen = panels.chosen_cases(difference, number)
+    finite = difference[np.isfinite(difference)]
+    assert len(chosen) == len(set(chosen)) == min(number, len(finite))
+    found = difference[chosen]
+    assert np.isfinite(found).all()
+    assert (np.diff(found) >= 0).all()
+    if len(chosen) > 1:
+        assert (found[0], found[-1]) == (finite.min(), finite.max())
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
+def test_boxes_hold_what_differs(differs):
+    boxes = panels.boxes_around(differs, most=100)
+    covered = np.zeros_like(differs)
+    for box in boxes:
+        assert differs[box].any()
+        covered[box] = True
+    # but for single voxels, none with another within the reach of two
+    for row, column in np.argwhere(differs & ~covered):
+        around = differs[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+        assert around.sum() == 1
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 20), st.integers(1, 20))), st.tuples(st.floats(0.3, 5), st.floats(0.3, 5)))
+def test_what_is_cut_out_has_all_of_the_foreground(foreground, spacing):
+    box = panels.cut_out(foreground, spacing)
+    assert foreground[box].sum() == foreground.sum()
+    assert foreground[box].size > 0
+
+
+# --- style
+
+
+def test_looks_differ():
+    assert len(set(style.looks(14))) == 14
+    assert len({look.colour for look in style.looks(7)}) == 7
+
+
+@given(st.text(max_size=200))
+def test_labels_are_short_and_no_formula(name):
+    lines = style.label(name).split("\n")
+    assert len(lines) <= 2
+    assert all(len(line.replace(r"\$", "$")) <= 22 for line in lines)
