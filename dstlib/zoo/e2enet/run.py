@@ -80,6 +80,11 @@ class RunConfig:
             remedy = "pip install tensorboard, or leave it out: log.jsonl has the same numbers."
             raise SettingError.of("--tensorboard", where, allowed="tensorboard installed", given="none", remedy=remedy)
 
+    def fitted(self, data: Dataset) -> "RunConfig":
+        """Returns this with a network of the data's channels and classes."""
+        network = replace(self.preset.network, in_channels=len(data.channels), num_classes=data.labels.num_outputs)
+        return replace(self, preset=replace(self.preset, network=network))
+
     def to_json(self, data: Dataset) -> dict[str, object]:
         """Returns what settles the result, as ``config.json`` holds it: not where files lie, nor how it is computed."""
         record = ConfigRecord(
@@ -114,10 +119,9 @@ def run_recipe(config: RunConfig) -> Evaluation | None:
         require(is_shared, "--batch-size", "the command line", allowed=allowed, given=size, remedy=remedy)
         settings = replace(config.data, geometry=_geometry(config))
         data = open_dataset(settings, workers=config.execution.workers, ranks=ranks)
-        network = replace(config.preset.network, in_channels=len(data.channels), num_classes=data.labels.num_outputs)
-        config = replace(config, preset=replace(config.preset, network=network))
+        config = config.fitted(data)
         # Before the directory is opened: settings that cannot be used must not leave a run behind.
-        training = _start(config, data, ranks)
+        training = begin(config, data, ranks)
         try:
             return _run_in_directory(config, training, data)
         finally:
@@ -133,7 +137,15 @@ def _geometry(config: RunConfig) -> Geometry | None:
     return asked
 
 
-def _start(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
+def begin(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
+    """Builds the network of a run and puts it into training, from the weights of another run where it asks for that.
+
+    ``config`` is that of the data, see :meth:`RunConfig.fitted`.
+
+    Raises:
+        SettingError: The settings do not fit each other, or the patch does not fit the network.
+        StateError: The run to begin from is none, or is of another network.
+    """
     network, size = config.preset.network, config.preset.patches.patch_size
     channels = network.in_channels
     torch.manual_seed(config.preset.training.seed)

@@ -187,7 +187,8 @@ def _score(
     if reasons := mismatches(prediction, label, "its label"):
         return f"the prediction {reasons[0]}"
     spacing = [float(size) for size in voxel_sizes(label.affine)[::-1]]
-    volumes = _counted(label.voxels.T, prediction.voxels.T, labels)
+    predicted = keep_largest(prediction.voxels.T, scoring.postprocessing, labels.members)
+    volumes = _counted(label.voxels.T, predicted, labels)
     if labels.regions is None:
         found = score(*volumes, spacing=spacing, num_classes=labels.num_classes, scoring=scoring)
     else:

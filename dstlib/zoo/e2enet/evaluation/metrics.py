@@ -86,6 +86,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 class Scoring:
     """What is measured: the metrics, and the tolerance of surface Dice in mm, one for all classes or one for each.
 
+    ``postprocessing`` names the classes of whose prediction the largest component alone is measured.
+
     Raises:
         SettingError: A metric is unknown, or a tolerance is no distance.
 
@@ -95,6 +97,7 @@ class Scoring:
 
     metrics: tuple[str, ...] = tuple(METRICS)
     tolerance: float | tuple[float, ...] = 1.0
+    postprocessing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where, names, given = "Scoring", self.metrics, self.tolerance

@@ -136,7 +136,7 @@ e2enet-0.9 | E2ENet s=0.9 | 80.9 62.5 79.4 74.3 7.63 494.52 2.00
 _AMOS_ABLATION = _rows(
     f"mDice {_COST} mNSD",
     """
-dense-shift | no DSFF, shift (-1, 0, 1), 1×3×3 | 90.2 23.90 3069.55 82.6? |
+e2enet-dense | no DSFF, shift (-1, 0, 1), 1×3×3 | 90.2 23.90 3069.55 82.6? |
 dense-no-shift | no DSFF, no shift, 1×3×3 | 88.x? 23.90 3069.55 - |
 e2enet-0.7 | DSFF, ΔT 1200, shift (-1, 0, 1), 1×3×3 | 90.1 11.23 969.32 82.3 |
 dsff-no-shift | DSFF, ΔT 1200, no shift, 1×3×3 | 88.2 11.23 969.32 79.4 |
@@ -153,7 +153,7 @@ _BRATS_ABLATION = _rows(
     f"ED ET NET mDice {_COST}",
     """
 dense-no-shift | 1 no DSFF, no shift, 1×3×3 | 80.4 62.4 79.0 73.9 23.89 3071.78 |
-dense-shift | 2 no DSFF, shift, 1×3×3 | 81.0 62.3 79.0 74.1 23.89 3071.78 |
+e2enet-dense | 2 no DSFF, shift, 1×3×3 | 81.0 62.3 79.0 74.1 23.89 3071.78 |
 dsff-no-shift | 3 DSFF, no shift, 1×3×3 | 80.3 62.5 79.0 73.9 11.24 1067.06 |
 e2enet-0.7 | 4 DSFF, shift, 1×3×3 | 81.2 62.7 79.5 74.5 11.24 1067.06 |
 dense-3x3x3 | 5 no DSFF, no shift, 3×3×3 | 80.9 61.9 79.1 74.0 52.55 4519.26 |

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from dstlib.errors import require, similar
-from dstlib.zoo.e2enet.recipes import Preset
+from dstlib.zoo.e2enet.config import E2ENetConfig
 
 Source = Literal["set", "mri", "both", "transfer"]
 ONE_WIDTH = ("e2enet", "vnet")  # models that are built in one width
@@ -38,12 +38,10 @@ class System:
     source: Source = "set"
     reason: str = ""
 
-    def changed(self, preset: Preset) -> Preset:
-        """Returns a preset with the system's network and interval."""
-        channels = tuple(round(width * self.widen) for width in preset.network.channels)
-        network = replace(preset.network, **{"channels": channels, **self.network})  # type: ignore[arg-type]
-        interval = max(1, round(preset.training.interval * self.interval))
-        return replace(preset, network=network, training=replace(preset.training, interval=interval))
+    def changed(self, network: E2ENetConfig) -> E2ENetConfig:
+        """Returns a network with the changes of the system."""
+        channels = tuple(round(width * self.widen) for width in network.channels)
+        return replace(network, **{"channels": channels, **self.network})  # type: ignore[arg-type]
 
 
 _OUTER = {"outer_kernel_size": (3, 3, 3), "shift": None}
@@ -71,10 +69,7 @@ _OF_MRI = ("nnunet", "vnet", "nnformer", "cotr", "swin_unetr", "unetr")
 _SOURCES: Mapping[Source, str] = {"mri": "MRI only", "both": "CT + MRI"}
 
 _ALL = (
-    *(
-        System(name=f"e2enet-{s:g}", title=f"E2ENet s={s:g}", options=("--sparsity", f"{s:g}"))
-        for s in (0.7, 0.8, 0.9)
-    ),
+    *(System(name=f"e2enet-{s:g}", title=f"E2ENet s={s:g}", options=("--sparsity", f"{s:g}")) for s in (0.7, 0.8, 0.9)),
     System(name="e2enet-dense", title="E2ENet, dense", options=_DENSE),
     System(
         name="e2enet-static-0.9",
@@ -105,7 +100,10 @@ _ALL = (
         network={**_HEIGHT, "shift_axis": "height"},
     ),
     System(
-        name="shift-width", title="DSFF, shift along width, 3×3×1", options=_S07, network={**_WIDTH, "shift_axis": "width"}
+        name="shift-width",
+        title="DSFF, shift along width, 3×3×1",
+        options=_S07,
+        network={**_WIDTH, "shift_axis": "width"},
     ),
     System(name="transfer-e2enet", title="E2ENet s=0.8, CT → MRI", options=_S08, source="transfer"),
     System(name="transfer-nnunet", title="nnU-Net, CT → MRI", model="nnunet", source="transfer"),

@@ -1,0 +1,71 @@
+"""Trainings of equal CPU time: how many iterations of a network a budget buys, measured before it is trained.
+
+The number of iterations is settled before the first of them, so that the learning rate falls to its end and a training
+that is stopped goes on as it began. Only iterations are in the budget: neither the preparation of the scans, nor
+validation, prediction and scores.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+from dstlib.zoo.e2enet.dataset import Dataset
+from dstlib.zoo.e2enet.run import RunConfig, begin
+from dstlib.zoo.e2enet.training.loop import train
+from dstlib.zoo.e2enet.training.ranks import Ranks
+from dstlib.zoo.e2enet.training.settings import TrainSettings
+
+WARM_UP, LEAST = 2, 4  # iterations: the first ones allocate; few of them say little, as augmentation varies
+SHARE = 0.05  # of the budget, that the calibration takes on top of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What one iteration of a network takes in CPU seconds, and the training of so many minutes that follows."""
+
+    cpu_minutes: float
+    seconds_per_iteration: float
+    epochs: int
+    iterations: int
+
+    @staticmethod
+    def of(cpu_minutes: float, seconds: float, *, epochs: int) -> "Budget":
+        """Divides the budget into about so many epochs, the steps in which the learning rate falls, and one at least.
+
+        >>> Budget.of(3.0, 0.9, epochs=24)
+        Budget(cpu_minutes=3.0, seconds_per_iteration=0.9, epochs=25, iterations=8)
+        """
+        total = max(1, int(60 * cpu_minutes / seconds))
+        each = max(1, total // epochs)
+        return Budget(cpu_minutes=cpu_minutes, seconds_per_iteration=seconds, epochs=total // each, iterations=each)
+
+
+def seconds_per_iteration(config: RunConfig, data: Dataset, *, cpu_minutes: float) -> float:
+    """Measures the CPU seconds of this process, all threads together, that an iteration of a run takes.
+
+    A batch drawn, both passes and the step, as in the training itself; weights and masks are thrown away.
+    """
+    config = config.fitted(data)
+    settings = replace(config.preset.training, epochs=1000, val_iterations=0)  # it is stopped long before
+    config = replace(config, preset=replace(config.preset, training=settings))
+    marks: list[float] = []
+
+    def enough() -> bool:
+        marks.append(time.process_time())
+        return len(marks) >= WARM_UP + LEAST and marks[-1] - marks[WARM_UP - 1] >= SHARE * 60 * cpu_minutes
+
+    training = begin(config, data, Ranks())
+    try:
+        train(training, data.train_on.cases, patches=config.preset.patches, should_stop=enough)
+    finally:
+        if training.sparsifier:
+            training.sparsifier.detach()
+    return (marks[-1] - marks[WARM_UP - 1]) / (len(marks) - WARM_UP)
+
+
+def in_proportion(settings: TrainSettings, preset: TrainSettings, *, times: float) -> TrainSettings:
+    """Returns settings with updates of the masks at as many shares of the training as the preset's have.
+
+    ``times`` multiplies the interval between them.
+    """
+    share = times * preset.interval / preset.num_iterations
+    return replace(settings, interval=max(1, round(share * settings.num_iterations)))

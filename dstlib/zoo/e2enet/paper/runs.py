@@ -1,0 +1,381 @@
+"""The runs behind tables and figures: each trained once, continued where it was stopped, and read back when finished.
+
+A run is one (system, fold, seed) of a plan, in a folder that is named by them::
+
+    RUNS/RECIPE-DATA-SCALE/SYSTEM/budget.json            where CPU time is budgeted
+    RUNS/RECIPE-DATA-SCALE/SYSTEM/fold0-seed0/           a run directory as any
+    RUNS/RECIPE-DATA-SCALE/on-MRI/SYSTEM/fold0-seed0/    of Table 6
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from dstlib.errors import DataError, DstlibError, StateError, few, require
+from dstlib.files import make_folder, write_json
+from dstlib.report import on_one_line
+from dstlib.typed_json import read_json
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
+from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
+from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
+from dstlib.zoo.e2enet.evaluation.metrics import Scoring
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, seconds_per_iteration
+from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, System, refusal
+from dstlib.zoo.e2enet.recipes import Preset, Recipe
+from dstlib.zoo.e2enet.run import RunConfig, run_recipe
+from dstlib.zoo.e2enet.training.ranks import Ranks
+from dstlib.zoo.e2enet.training.records import CONFIG, RESULT, ConfigRecord, ResultRecord, config_of, result_of
+
+ReadConfig = Callable[[Recipe, Sequence[str]], RunConfig]
+Scale = Literal["tiny", "quick", "paper"]
+SCALES: dict[Scale, tuple[str, ...]] = {
+    "tiny": ("--preset", "demo", "--scans", "5", "--epochs", "2", "--iterations", "6"),
+    "quick": ("--preset", "quick"),
+    "paper": ("--preset", "paper"),
+}
+BUDGET = "budget.json"
+TINY_WIDTH = 0.25  # of baselines: to see that all runs
+SETTLED = ("--preset", "--model", "--width", "--sparsity", "--method", "--fold", "--seed", "--run-dir", "--resume")
+TRANSFER = 4  # CT to MRI trains for 250 epochs of the paper's 1000: a quarter
+AGAIN = "Give the options it was trained with, or another --runs; or remove the folder to train it anew."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all runs of a comparison have in common.
+
+    - ``read``: makes a run of a recipe's command line: :func:`dstlib.zoo.e2enet.cli.read_config`.
+    - ``runs``: the folder of all; ``data`` and ``mri`` those of the scans, None for phantoms, or no MRI.
+    - ``width``: multiplies the channels of baselines; None for the scale's.
+    - ``cpu_minutes``: of training for each run, in the place of the scale's epochs.
+    - ``options``: further ones of the recipe's command line.
+
+    Raises:
+        SettingError: One of the options is settled by the rows.
+    """
+
+    recipe: Recipe
+    scale: Scale
+    read: ReadConfig
+    runs: Path
+    data: Path | None = None
+    mri: Path | None = None
+    folds: tuple[str, ...] = ("0",)
+    seeds: tuple[int, ...] = (0,)
+    width: float | None = None
+    cpu_minutes: float | None = None
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [option for option in self.options if option.partition("=")[0] in SETTLED]
+        allowed, remedy = "options that all rows share", "Choose rows by --rows, runs by --folds and --seeds."
+        require(not given, "options", "the command line", allowed=allowed, given=few(given), remedy=remedy)
+        is_budget = self.cpu_minutes is None or 0 < self.cpu_minutes < float("inf")
+        remedy = "It is what each run trains for; leave it out for the epochs of the scale."
+        require(
+            is_budget, "--cpu-minutes", "the command line", allowed="minutes", given=self.cpu_minutes, remedy=remedy
+        )
+
+    @property
+    def folder(self) -> Path:
+        data = self.data.resolve().name if self.data else "phantoms"
+        budget = f"-{self.cpu_minutes:g}min" if self.cpu_minutes else ""
+        return self.runs / f"{short_name(self.recipe)}-{data}-{self.scale}{budget}"
+
+    @property
+    def preset(self) -> Preset:
+        """The recipe's preset of the scale."""
+        return self.recipe.presets[SCALES[self.scale][1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """Which run of a plan."""
+
+    system: System
+    fold: str
+    seed: int
+
+    def folder(self, plan: Plan) -> Path:
+        """Returns its run directory."""
+        return system_folder(plan, self.system) / f"fold{self.fold}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A run that has been trained and scored.
+
+    ``folder`` is its run directory; ``files`` are the held-out cases, whose predictions lie in it.
+    """
+
+    system: System
+    fold: str
+    seed: int
+    folder: Path
+    config: ConfigRecord
+    result: ResultRecord
+    files: tuple[CaseFiles, ...]
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The scores of each held-out case and class."""
+        return Evaluation.from_json(asdict(self.result))
+
+    @cached_property
+    def metrics(self) -> tuple[dict[str, float], ...]:
+        """A row per epoch: epoch, iteration, learning_rate, loss and, where validated, val_dice."""
+        with open(self.folder / "metrics.csv", encoding="utf-8", newline="") as lines:
+            return tuple({name: float(value) for name, value in row.items()} for row in csv.DictReader(lines))
+
+
+def short_name(recipe: Recipe) -> str:
+    """Returns the name of a recipe as command lines have it: "amos"."""
+    return recipe.name.removeprefix("e2enet_")
+
+
+def system_folder(plan: Plan, system: System) -> Path:
+    """Returns where the runs of a system lie."""
+    if system.source == "set":
+        return plan.folder / system.name
+    return plan.folder / f"on-{plan.mri.resolve().name if plan.mri else 'phantoms'}" / system.name
+
+
+def keys(plan: Plan, systems: Sequence[System]) -> Iterator[Key]:
+    """Yields every run of the systems, one system after another."""
+    for system in systems:
+        for seed in plan.seeds:
+            for fold in plan.folds:
+                yield Key(system=system, fold=fold, seed=seed)
+
+
+def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
+    """Returns the run that a key stands for, of so many iterations where there is a budget."""
+    system, folder = key.system, key.folder(plan)
+    width = TINY_WIDTH if plan.width is None and plan.scale == "tiny" else plan.width
+    options = [*SCALES[plan.scale], *plan.options, "--model", system.model, *system.options]
+    if width is not None and system.model not in ONE_WIDTH:
+        options += ["--width", f"{width:g}"]
+    if plan.data is not None:
+        options += ["--data", str(plan.data)]
+    options += ["--fold", key.fold, "--seed", str(key.seed), "--run-dir", str(folder)]
+    if (folder / CONFIG).exists():
+        options.append("--resume")
+    config = plan.read(plan.recipe, options)
+    preset = config.preset
+    settings = preset.training
+    if plan.cpu_minutes is not None:
+        budget = budget or _read_budget(plan, system)
+        validates = "--val-iterations" in plan.options
+        settings = replace(settings, val_iterations=settings.val_iterations if validates else 0)
+    if budget is not None:
+        settings = replace(settings, epochs=budget.epochs, iterations=budget.iterations)
+    if "--interval" in plan.options:
+        settings = replace(settings, interval=max(1, round(system.interval * settings.interval)))
+    else:
+        settings = in_proportion(settings, plan.preset.training, times=system.interval)
+    return replace(config, preset=replace(preset, training=settings, network=system.changed(preset.network)))
+
+
+def finished_runs(plan: Plan, systems: Sequence[System], sets: "Sets") -> tuple[FinishedRun, ...]:
+    """Reads the runs of a plan that are finished, in the order of systems, seeds and folds.
+
+    Raises:
+        StateError: One of them has other settings than the plan, or was scored on other cases than the others.
+    """
+    found = []
+    for key in keys(plan, systems):
+        folder = key.folder(plan)
+        if not (folder / RESULT).exists():
+            continue
+        config = config_of(folder)
+        refuse_other_settings(plan, key, config)
+        files = sets.of(key).held_out_files
+        _refuse_other_cases(folder, config, files)
+        found.append(
+            FinishedRun(
+                system=key.system,
+                fold=key.fold,
+                seed=key.seed,
+                folder=folder,
+                config=config,
+                result=result_of(folder),
+                files=files,
+            )
+        )
+    return tuple(found)
+
+
+def post_processed_scores(run: FinishedRun) -> Evaluation:
+    """Scores the predictions of a run with the largest component alone of the classes that gain by it.
+
+    What was found is kept in the run, as ``postprocessed.json``.
+    """
+    if not run.result.postprocessing:
+        return run.evaluation
+    file = run.folder / "postprocessed.json"
+    if file.exists():
+        remedy = "Remove it to have it computed anew."
+        return Evaluation.from_json(read_json(file, dict[str, Any], remedy=remedy))
+    scores = evaluate_folder(
+        run.folder / "predictions",
+        run.files,
+        run.result.classes,
+        labels=run.config.data.meaning,
+        scoring=Scoring(tolerance=run.result.tolerances_mm, postprocessing=run.result.postprocessing),
+    )
+    write_json(file, scores.to_json())
+    return scores
+
+
+def cpu_minutes(run: FinishedRun) -> float | None:
+    """Returns the CPU time of a run's training, as its log has it; None where a part of it is not known."""
+    events = read_log(run.folder)
+    spent, done = 0.0, 0
+    for event in events:
+        seconds, iteration = event.get("cpu_seconds_per_iteration"), event["iteration"]
+        if seconds is None:
+            return None
+        spent, done = spent + seconds * (iteration - done), iteration
+    return spent / 60 if done == run.config.training.num_iterations else None
+
+
+def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[str, str]:
+    """Trains and scores every run that is not finished, one system after another, and says which could not be, and why.
+
+    A system whose network or settings are refused, or whose loss is no number, does not keep the others from running.
+
+    Raises:
+        KeyboardInterrupt: It was asked to stop; what was done is kept.
+        DataError: The scans cannot be used.
+        StateError: A run that is there has other settings, or its files are damaged.
+    """
+    runnable = [system for system in systems if not refusal(system)]
+    missing = [key for key in keys(plan, runnable) if not (key.folder(plan) / RESULT).exists()]
+    for key in keys(plan, runnable):
+        if (key.folder(plan) / CONFIG).exists():
+            refuse_other_settings(plan, key, config_of(key.folder(plan)))
+    for key in {key.fold: key for key in missing}.values():
+        sets.of(key)  # refused before anything is trained
+    failed: dict[str, str] = {}
+    for number, key in enumerate(missing, start=1):
+        if key.system.name in failed:
+            continue
+        told = (
+            f"{key.system.title}, fold {key.fold}, seed {key.seed} ({number} of {len(missing)} runs that are missing)"
+        )
+        print(f"\n{told}", flush=True)
+        try:
+            _train(plan, key, sets)
+        except KeyboardInterrupt:
+            told = "Stopped; what is finished is kept. Give the same command again to continue."
+            raise KeyboardInterrupt(told) from None
+        except (DataError, StateError):
+            raise
+        except DstlibError as error:
+            failed[key.system.name] = str(error)
+            print(on_one_line(f"{key.system.title} cannot be trained: {error}"), flush=True)
+    return failed
+
+
+def _train(plan: Plan, key: Key, sets: "Sets") -> None:
+    budget = _read_budget(plan, key.system)
+    if plan.cpu_minutes is not None and budget is None:
+        budget = _make_budget(plan, key, sets)
+    run_recipe(asked(plan, key, budget))
+
+
+def _make_budget(plan: Plan, key: Key, sets: "Sets") -> Budget:
+    """Measures how long an iteration of a system takes, and keeps what its budget comes to, for all of its runs."""
+    assert plan.cpu_minutes is not None
+    config = asked(plan, key)
+    kind = config.execution.device
+    remedy = "Pass --device cpu, or leave it out."
+    require(
+        kind == "cpu", "--cpu-minutes", "the command line", allowed="a training on the CPU", given=kind, remedy=remedy
+    )
+    seconds = seconds_per_iteration(config, sets.of(key), cpu_minutes=plan.cpu_minutes)
+    budget = Budget.of(plan.cpu_minutes, seconds, epochs=config.preset.training.epochs)
+    total = budget.epochs * budget.iterations
+    print(f"{seconds:.3f} CPU s an iteration, so {total} iterations in {plan.cpu_minutes:g} CPU min.", flush=True)
+    folder = system_folder(plan, key.system)
+    make_folder(folder)
+    write_json(folder / BUDGET, asdict(budget))
+    return budget
+
+
+def _read_budget(plan: Plan, system: System) -> Budget | None:
+    """Returns the budget of a system, once it was measured."""
+    file = system_folder(plan, system) / BUDGET
+    if plan.cpu_minutes is None or not file.exists():
+        return None
+    return read_json(file, Budget, remedy="Remove it, and the runs beside it, to measure and train anew.")
+
+
+def refuse_other_settings(plan: Plan, key: Key, found: ConfigRecord) -> None:
+    """Refuses a run that was trained in another way than the plan has it.
+
+    Raises:
+        StateError: It was.
+    """
+    config = asked(plan, key)
+    network = replace(
+        config.preset.network, in_channels=found.network.in_channels, num_classes=found.network.num_classes
+    )
+    is_asked = {
+        "recipe": config.recipe,
+        "model": config.model,
+        "width": config.width,
+        **asdict(config.preset.patches),
+        **asdict(network),
+        **asdict(config.preset.training),
+        "freeze_topology": config.freeze_topology,
+    }
+    was = {
+        "recipe": found.recipe,
+        "model": found.model,
+        "width": found.width,
+        **asdict(found.patches),
+        **asdict(found.network),
+        **asdict(found.training),
+        "freeze_topology": found.freeze_topology,
+    }
+    differing = [name for name, value in is_asked.items() if was[name] != value]
+    allowed, given = (", ".join(f"{name} {values[name]}" for name in differing) for values in (was, is_asked))
+    where = f"run {key.folder(plan)}"
+    require(not differing, "settings", where, allowed=allowed, given=given, remedy=AGAIN, error=StateError)
+
+
+def _refuse_other_cases(folder: Path, config: ConfigRecord, files: Sequence[CaseFiles]) -> None:
+    held_out = tuple(case.name for case in files)
+    given = f"{few(config.data.held_out)} in the run"
+    is_same = sorted(config.data.held_out) == sorted(held_out)
+    allowed = f"{few(held_out)}, which the plan holds out"
+    require(is_same, "cases", f"run {folder}", allowed=allowed, given=given, remedy=AGAIN, error=StateError)
+
+
+class Sets:
+    """The data sets of a plan, each opened once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._opened: dict[DataSettings, Dataset] = {}
+
+    def of(self, key: Key) -> Dataset:
+        """Returns the scans of a run, divided by its fold.
+
+        Raises:
+            DataError: They cannot be used.
+            SettingError: There is no such fold.
+        """
+        config = asked(self._plan, key)
+        if config.data not in self._opened:
+            with redirect_stdout(StringIO()):  # each run says of its data what is to be known
+                opened = open_dataset(config.data, workers=config.execution.workers, ranks=Ranks())
+            self._opened[config.data] = opened
+        return self._opened[config.data]
