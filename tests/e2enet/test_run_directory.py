@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def a_log(folder, rows):
     log = Log(folder)
     log.session(0, {"workers": 0})
     for row in rows:
-        log.epoch(row, torch.device("cpu"))
+        log.epoch(row, torch.device("cpu"), cpu=time.process_time())
     return (folder / "log.jsonl").read_bytes()
 
 
@@ -284,8 +285,9 @@ def test_no_epoch_is_logged_twice(tmp_path):
     again = Log(tmp_path)
     again.complete(ROWS[:2])
     again.session(75, {})
-    again.epoch(ROWS[1], torch.device("cpu"))  # stopped at once: the last epoch is that of the process before
-    again.epoch(ROWS[2], torch.device("cpu"))
+    # stopped at once: the last epoch is that of the process before
+    again.epoch(ROWS[1], torch.device("cpu"), cpu=time.process_time())
+    again.epoch(ROWS[2], torch.device("cpu"), cpu=time.process_time())
     assert [event.get("epoch") for event in logged(tmp_path)] == [None, 1, 2, None, 3]
 
 

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -226,12 +227,13 @@ def _train(config: RunConfig, training: Training, data: Dataset, run: Run | None
         log.session(training.iteration, {**asdict(training.execution), "ranks": training.ranks.num})
 
     def save(training: Training) -> None:
+        cpu = time.process_time()
         if run and log:
             run.save_checkpoint(training.state_dict())
             run.write_metrics(training.metrics)
             run.write_flows(training.flows)
             if training.metrics:
-                log.epoch(training.metrics[-1], training.device)
+                log.epoch(training.metrics[-1], training.device, cpu=cpu)
 
     cases, held_out, patches = data.train_on.cases, data.held_out.cases, config.preset.patches
     with interruptible() as should_stop:

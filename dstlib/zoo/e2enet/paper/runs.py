@@ -29,6 +29,7 @@ from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, seconds_per_it
 from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, System, refusal
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.run import RunConfig, run_recipe
+from dstlib.zoo.e2enet.training.log import epochs_of
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.records import CONFIG, RESULT, ConfigRecord, ResultRecord, config_of, result_of
 
@@ -235,10 +236,9 @@ def post_processed_scores(run: FinishedRun) -> Evaluation:
 
 def cpu_minutes(run: FinishedRun) -> float | None:
     """Returns the CPU time of a run's training, as its log has it; None where a part of it is not known."""
-    events = read_log(run.folder)
     spent, done = 0.0, 0
-    for event in events:
-        seconds, iteration = event.get("cpu_seconds_per_iteration"), event["iteration"]
+    for epoch in epochs_of(run.folder):
+        seconds, iteration = epoch.get("cpu_seconds_per_iteration"), epoch["iteration"]
         if seconds is None:
             return None
         spent, done = spent + seconds * (iteration - done), iteration

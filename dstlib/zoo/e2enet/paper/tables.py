@@ -1,7 +1,8 @@
-"""The paper's tables with our numbers: which rows, what they come to, and how all of it is laid out and written down."""
+"""The paper's tables with our numbers: which rows, what they come to, how it is laid out and written down."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from textwrap import fill as fill_lines
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,11 @@ from dstlib.zoo.e2enet.paper.systems import SYSTEMS, System, refusal
 
 CLASSES: Mapping[Set, tuple[str, ...]] = {"amos": AMOS_ORGANS, "btcv": BTCV_ORGANS, "brats": TUMOUR_CLASSES}
 METRIC_OF = {"mDice": "dice", "mNSD": "nsd", "HD": "hd"}  # columns that are means of a metric
-LEVEL = 0.05
+LEVEL, WIDTH = 0.05, 120
 _UNITS = {"Params": "Params, M", "FLOPs": "FLOPs, G"}
 _COUNTED = (
-    "Params are what is not zero, FLOPs those of one {size} patch by the paper's rules, where an up-convolution costs too "
-    "much by the volume of its stride; heads here have the background too."
+    "Params are what is not zero, FLOPs those of one {size} patch by the paper's rules, where an up-convolution costs "
+    "too much by the volume of its stride; heads here have the background too."
 )
 
 
@@ -116,7 +117,7 @@ def fill(
     whole = _with_pt(filled)
     unique = {id(run): run for run in of_table}
     found = case_scores([*unique.values()]) if unique else None
-    tests = pair_tests(found) if found else ()
+    tests = pair_tests(found) if found and len(found.cases) > 1 else ()
     return Filled(
         table=table,
         lines=whole,
@@ -191,18 +192,24 @@ def _with_pt(lines: Sequence[Line]) -> tuple[Line, ...]:
 # ---- as text
 
 
-def to_text(filled: Filled, *, scale: str) -> str:
-    """Returns a table in the paper's layout, with what was trained, which differences are sure, and what it all means."""
+def to_text(filled: Filled, *, is_full: bool, remarks: Iterable[str]) -> str:
+    """Returns a table in the paper's layout, what was trained, which differences are sure, and what it all means.
+
+    ``is_full`` says whether the networks are of the paper's size, so that costs can be set against its; ``remarks`` are
+    on all runs.
+    """
     table = filled.table
-    parts = [f"Table {table.number}: {table.title}\n", *align(_cells(filled), left=(0, 1))]
-    parts += [f"Not run: {on_one_line(line.name)}: {on_one_line(line.reason)}." for line in filled.lines if line.reason]
+    parts = [f"Table {table.number}: {table.title}\n", *align([*_cells(filled, is_full=is_full)], left=(0, 1))]
+    reasons = [(line.name, line.reason.rstrip(".")) for line in filled.lines if line.reason]
+    parts += [f"Not run: {on_one_line(name)}: {on_one_line(reason)}." for name, reason in reasons]
     if filled.num_omitted:
         parts.append(f"{number_of(filled.num_omitted, 'row')} of the paper's table not asked for (--rows).")
-    parts += ["", *_trainings(filled), *_tests(filled), "", *_notes(filled, scale=scale)]
+    notes = [fill_lines(on_one_line(note), width=WIDTH) for note in (*_notes(filled), *remarks)]
+    parts += ["", *_trainings(filled), *_tests(filled), "", *notes]
     return "\n".join(parts)
 
 
-def _cells(filled: Filled) -> Iterator[tuple[str, ...]]:
+def _cells(filled: Filled, *, is_full: bool) -> Iterator[tuple[str, ...]]:
     columns = filled.columns
     yield ("method", "", *(_UNITS.get(column, column) for column in columns))
     for line in filled.lines:
@@ -217,7 +224,8 @@ def _cells(filled: Filled) -> Iterator[tuple[str, ...]]:
         if line.printed:
             yield (name, "paper", *(line.printed.values.get(column, "-") for column in columns))
             if line.ours and filled.is_papers_set:
-                yield ("", "ours - paper", *(_difference(line, column) for column in columns))
+                compared = [column if is_full or column not in _UNITS else "" for column in columns]
+                yield ("", "ours - paper", *(_difference(line, column) for column in compared))
         elif not line.ours:
             yield (name, "-", *("" for _ in columns))
 
@@ -256,7 +264,7 @@ def _trainings(filled: Filled) -> Iterator[str]:
             )
         )
     yield from align(cells, left=(0,))
-    yield "Per run: iterations and CPU minutes of training. ± are standard errors: of the cases, of the folds, of the seeds."
+    yield "Iterations and CPU minutes are of the training of one run. ± are standard errors over cases, folds, seeds."
 
 
 def _tests(filled: Filled) -> Iterator[str]:
@@ -278,7 +286,7 @@ def _tests(filled: Filled) -> Iterator[str]:
     groups = "; ".join(" = ".join(titles[found.systems[i]] for i in group) for group in ranks.groups) or "none"
     yield ""
     yield from align(cells, left=(0, 1, 6))
-    yield f"Paired over the {len(found.cases)} held-out cases that all have; Dice in per cent, averaged over classes and seeds."
+    yield f"Paired over {number_of(len(found.cases), 'held-out case')}, each by its mean Dice over classes and seeds."
     yield "p: Wilcoxon's signed-rank test, two-sided; Holm's correction is over the pairs shown."
     yield f"Average ranks, 1 the best: {on_one_line(ranked)}."
     told = f"Nemenyi at {LEVEL:g}: ranks differ from a distance of {ranks.critical_distance:.2f} on"
@@ -289,7 +297,7 @@ def _p(value: float) -> str:
     return f"{value:.4f}" if value >= 0.0001 else f"{value:.1e}"
 
 
-def _notes(filled: Filled, *, scale: str) -> Iterator[str]:
+def _notes(filled: Filled) -> Iterator[str]:
     """Yields what numbers mean, and what is not to be read into them."""
     table, done = filled.table, [line for line in filled.lines if line.runs]
     yield f"paper: {PAPER}, Table {table.number}. It prints no errors: those of a difference are ours."
@@ -303,11 +311,10 @@ def _notes(filled: Filled, *, scale: str) -> Iterator[str]:
     if not filled.is_papers_set:
         yield f"The scans are not those of the table ({run.config.data.name}): no difference to the paper is shown."
     size = "×".join(map(str, run.result.patch_size))
-    if scale != "paper":
-        yield f"Ours are of the scale {scale!r}: smaller networks, shorter trainings; the paper's trainings are of 1000 epochs."
-    yield f"Scores in per cent, HD in mm, of held-out cases; ours ± the standard error over cases. {_COUNTED.format(size=size)}"
+    yield "Scores in per cent, HD in mm, of held-out cases; ours ± the standard error over cases."
+    yield _COUNTED.format(size=size)
     if any(line.is_post_processed for line in done):
-        yield "*: the largest component alone of the classes whose Dice it raises, chosen on the held-out cases themselves."
+        yield "*: the largest component alone of the classes that gain by it, chosen on the held-out cases themselves."
     if "PT" in table.measures:
         yield "PT = mDice / highest mDice + ½ (fewest params / params + fewest FLOPs / FLOPs), over our rows shown."
     yield run.result.definition

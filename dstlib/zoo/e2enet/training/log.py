@@ -21,7 +21,7 @@ from dstlib.errors import StateError
 from dstlib.files import write_whole
 from dstlib.typed_json import parse_json
 
-_COST = ("seconds_per_iteration", "peak_memory_bytes")
+_COST = ("seconds_per_iteration", "cpu_seconds_per_iteration", "peak_memory_bytes")
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
@@ -49,7 +49,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
             self._writer = SummaryWriter(folder / "tensorboard")
-        self._since = time.perf_counter()
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
         self._iteration = 0
         self._epochs = self._mend()  # by their last iterations, as these are logged
 
@@ -60,17 +60,22 @@ class Log:
 
     def session(self, iteration: int, about: Mapping[str, Any]) -> None:
         """Logs that a process begins, or goes on, at an iteration."""
-        self._since, self._iteration = time.perf_counter(), iteration
+        self._since, self._cpu_since, self._iteration = time.perf_counter(), time.process_time(), iteration
         self._append({"event": "session", "iteration": iteration, **about})
 
-    def epoch(self, row: Mapping[str, float], device: torch.device) -> None:
-        """Logs the end of an epoch: its metrics, the time per iteration since the last event, the peak of memory."""
+    def epoch(self, row: Mapping[str, float], device: torch.device, *, cpu: float) -> None:
+        """Logs the end of an epoch: its metrics, the time per iteration since the last event, the peak of memory.
+
+        ``cpu`` is the ``time.process_time()`` at its end, before anything was saved: of this process, all its threads.
+        """
         now, iteration = time.perf_counter(), int(row["iteration"])
         if iteration in self._epochs:
             return  # saved twice: at the end of the epoch and before stopping
-        seconds = (now - self._since) / max(1, iteration - self._iteration)
-        self._since, self._iteration = now, iteration
-        self._add(row, dict(zip(_COST, (round(seconds, 4), peak_memory(device)), strict=True)))
+        num = max(1, iteration - self._iteration)
+        seconds, cpu_seconds = (now - self._since) / num, (cpu - self._cpu_since) / num
+        self._since, self._cpu_since, self._iteration = now, time.process_time(), iteration
+        costs = (round(seconds, 4), round(cpu_seconds, 4), peak_memory(device))
+        self._add(row, dict(zip(_COST, costs, strict=True)))
 
     def _add(self, row: Mapping[str, float], cost: Mapping[str, float | None]) -> None:
         iteration = int(row["iteration"])
@@ -111,6 +116,13 @@ class Log:
         where, allowed = f"run {self._file.parent}", "a disk to write to"
         remedy = "Make room, or repair what the system says, then continue with --resume."
         return StateError.of("log.jsonl", where, allowed=allowed, given=error, remedy=remedy)
+
+
+def epochs_of(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Reads what a run logged of each epoch, in their order; nothing where it has no log."""
+    file = folder / "log.jsonl"
+    events = [_event(line) for line in file.read_bytes().splitlines(keepends=True)] if file.exists() else []
+    return tuple(event for event in events if event.get("event") == "epoch")
 
 
 def _event(line: bytes) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""The command that makes the paper's tables: what is asked for, trained where it is missing, and shown."""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dstlib.command_line import make_parser
+from dstlib.errors import require
+from dstlib.files import make_folder, write_json, write_whole
+from dstlib.zoo.e2enet.paper.published import TABLES
+from dstlib.zoo.e2enet.paper.runs import (
+    SCALES,
+    FinishedRun,
+    Plan,
+    ReadConfig,
+    Sets,
+    finished_runs,
+    short_name,
+    train_missing,
+)
+from dstlib.zoo.e2enet.paper.systems import System, chosen
+from dstlib.zoo.e2enet.paper.tables import fill, lines_of, to_json, to_text
+from dstlib.zoo.e2enet.recipes import RECIPES
+
+NAMES = [name.removeprefix("e2enet_") for name in RECIPES]
+EPILOG = "Any other option goes to the recipe, for all rows alike: see `python examples/e2enet_amos.py --help`."
+
+
+def run_paper(description: str | None, read: ReadConfig, arguments: Sequence[str] | None = None) -> int:
+    """Makes the tables and figures that a command line asks for, and returns the exit code: 1 where a row failed.
+
+    ``read`` makes a run of a recipe's command line: :func:`dstlib.zoo.e2enet.cli.read_config`.
+
+    Raises:
+        KeyboardInterrupt: It was asked to stop; what was done is kept.
+        DstlibError: What is asked for cannot be done.
+    """
+    options, rest = _parser(description).parse_known_args(arguments)
+    where, allowed, remedy = "the command line", "the number of a table", f"Tables are {_span(TABLES)}."
+    require(bool(options.table), "--table", where, allowed=allowed, given="none", remedy=remedy)
+    rows, failed = chosen(options.rows), dict[str, str]()
+    for number in options.table:
+        failed |= _make_table(number, rows, _plan(TABLES[number].data, options, rest, read))
+    return 1 if failed else 0
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    lines = make_parser(description, epilog=EPILOG)
+    option = lines.add_argument
+    option("--table", type=int, nargs="+", choices=TABLES, default=[], metavar="N", help=f"tables, {_span(TABLES)}")
+    option("--rows", nargs="+", default=[], metavar="NAME", help="systems, such as e2enet-0.8 nnunet (default: all)")
+    option("--data", type=Path, metavar="DIR", help="folder of the data set (default: procedural phantoms)")
+    option("--mri", type=Path, metavar="DIR", help="folder of the MRI scans of Table 6, whose CT scans are --data")
+    option("--recipe", choices=NAMES, help="how all are trained (default: as the table's data set is)")
+    scales = "tiny: to see that all runs; quick: small; paper: as published (default: quick on --data, else tiny)"
+    option("--scale", choices=SCALES, help=scales)
+    option("--folds", nargs="+", default=["0"], metavar="N", help="folds to hold out, 0 to 4 (default: 0)")
+    option("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of weights, batches and masks (default: 0)")
+    minutes = "train each run for so many minutes of CPU time, in the place of the scale's epochs"
+    option("--cpu-minutes", type=float, metavar="M", help=minutes)
+    option("--width", type=float, metavar="W", help="multiplies the channels of baselines (default: 1; tiny: 0.25)")
+    option("--runs", type=Path, default=Path("runs/paper"), metavar="DIR", help="of all runs (default: %(default)s)")
+    return lines
+
+
+def _span(numbers: Mapping[int, Any]) -> str:
+    return f"{min(numbers)} to {max(numbers)}"
+
+
+def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: ReadConfig) -> Plan:
+    """Returns what all runs of a table or figure have in common, and refuses options that no recipe knows."""
+    chosen_recipe = RECIPES[f"e2enet_{options.recipe or recipe}"]
+    plan = Plan(
+        recipe=chosen_recipe,
+        scale=options.scale or ("quick" if options.data else "tiny"),
+        read=read,
+        runs=options.runs,
+        data=options.data,
+        mri=options.mri,
+        folds=tuple(dict.fromkeys(options.folds)),
+        seeds=tuple(dict.fromkeys(options.seeds)),
+        width=options.width,
+        cpu_minutes=options.cpu_minutes,
+        options=tuple(rest),
+    )
+    read(chosen_recipe, [*SCALES[plan.scale], *rest])
+    return plan
+
+
+def _make_table(number: int, rows: Sequence[System], plan: Plan) -> Mapping[str, str]:
+    """Trains what a table lacks, prints it, and leaves it as text and as data; says which systems failed, and why."""
+    table = TABLES[number]
+    lines = lines_of(table, rows)
+    runs, failed = _runs(plan, [line.system for line in lines])
+    filled = fill(table, lines, runs, failed=failed, recipe=short_name(plan.recipe))
+    text = to_text(filled, is_full=plan.scale == "paper", remarks=_remarks(plan))
+    print(f"\n{text}\n")
+    make_folder(plan.folder)
+    write_whole(plan.folder / f"table{number}.txt", f"{text}\n".encode())
+    write_json(plan.folder / f"table{number}.json", to_json(filled))
+    print(f"Written to {plan.folder}: table{number}.txt and table{number}.json.")
+    return failed
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    """Yields what is to be known of all runs of a plan."""
+    if plan.scale != "paper":
+        yield f"Ours are of the scale {plan.scale!r}: smaller, and trained for far less than the paper's 1000 epochs."
+    if plan.data is None:
+        yield "Ours are of procedural phantoms: they show that everything works, and nothing of patients."
+    if plan.cpu_minutes is not None:
+        yield (
+            f"Each run has {plan.cpu_minutes:g} CPU minutes of training: an iteration was measured before the "
+            "first run of a system, and settled how many it has. Preparation, that measurement, prediction and scores "
+            "are not in the budget. Mask updates stand at the shares of a training that they have in the scale's own."
+        )
+
+
+def _runs(plan: Plan, systems: Sequence[System]) -> tuple[tuple[FinishedRun, ...], dict[str, str]]:
+    systems, sets = [*{system.name: system for system in systems}.values()], Sets(plan)
+    failed = train_missing(plan, systems, sets)
+    return finished_runs(plan, systems, sets), failed
