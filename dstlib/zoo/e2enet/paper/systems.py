@@ -12,7 +12,7 @@ from dstlib.errors import require, similar
 from dstlib.zoo.e2enet.config import E2ENetConfig
 
 Source = Literal["set", "mri", "both", "transfer"]
-ONE_WIDTH = ("e2enet", "vnet")  # models that are built in one width
+ONE_WIDTH = ("e2enet", "e2enet_plus", "vnet")  # models that are built in one width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class System:
 
     - ``name``: by which it is chosen; ``title`` is how a table calls it, where the paper has no such row.
     - ``model``: one of the baselines' table; ``options`` are further ones of a recipe's command line.
-    - ``network``: changes of the E2ENet's config; ``widen`` multiplies its channels.
+    - ``network``: changes of the E2ENet's config.
     - ``interval``: between mask updates, as a multiple of the preset's.
     - ``source``: the scans it learns from: the set's; "mri" and "both" are those of Table 6; "transfer" goes on from
       CT to MRI.
@@ -33,15 +33,13 @@ class System:
     model: str = "e2enet"
     options: tuple[str, ...] = ()
     network: Mapping[str, object] = field(default_factory=dict)
-    widen: float = 1.0
     interval: float = 1.0
     source: Source = "set"
     reason: str = ""
 
     def changed(self, network: E2ENetConfig) -> E2ENetConfig:
         """Returns a network with the changes of the system."""
-        channels = tuple(round(width * self.widen) for width in network.channels)
-        return replace(network, **{"channels": channels, **self.network})  # type: ignore[arg-type]
+        return replace(network, **self.network)  # type: ignore[arg-type]
 
 
 _OUTER = {"outer_kernel_size": (3, 3, 3), "shift": None}
@@ -78,7 +76,7 @@ _ALL = (
     ),
     *(System(name=name, title=title, model=name) for name, title in _BASELINES.items()),
     System(name="nnunet-minus", title="nnU-Net(-)", model="nnunet_minus"),
-    System(name="e2enet-plus", title="E2ENet(+)", options=_S08, widen=58 / 48),
+    System(name="e2enet-plus", title="E2ENet(+)", model="e2enet_plus", options=_S08),
     System(name="pann", title="PaNN", reason=_NOT_PUBLISHED),
     System(name="randompatch", title="RandomPatch", reason=_NOT_PUBLISHED),
     System(name="dense-no-shift", title="no DSFF, no shift", options=_DENSE, network={"shift": None}),

@@ -240,7 +240,9 @@ def _trainings(filled: Filled) -> Iterator[str]:
     systems = {line.system.name: line for line in filled.lines if line.runs}
     if not systems:
         return
-    cells = [("trained", "folds", "seeds", "iterations", "CPU min", "mDice", "± cases", "± folds", "± seeds")]
+    cells: list[tuple[str, ...]] = [
+        ("trained", "folds", "seeds", "iterations", "CPU min", "mDice", "± cases", "± folds", "± seeds")
+    ]
     for line in systems.values():
         runs = line.runs
         seeds = over_folds([(run.seed, run.evaluation) for run in runs])
