@@ -31,7 +31,8 @@ from dstlib.zoo.e2enet.cli import main as command
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 
 Work = Callable[[Path], object]  # fills a folder, or completes it
-TIMES = ("time", "seconds_per_iteration", "cpu_seconds_per_iteration", "peak_memory_bytes")  # of log.jsonl: all that differs from run to run
+# of log.jsonl: all that differs from run to run
+TIMES = ("time", "seconds_per_iteration", "cpu_seconds_per_iteration", "peak_memory_bytes")
 WORKS = ("run", "cache and run", "predict", "phantoms")
 _TEMPORARY = re.compile(r"\.?[\w-]*[0-9a-f]{16}\.tmp")
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
