@@ -4,17 +4,14 @@
 
 AMOS is 1×128³ with 15 classes, BraTS 4×128³ with 3, BTCV 1×96³ with 13, as the paper counts (no background), but where
 a setting says how many; 96³ is AMOS on smaller patches. FLOPs in billions: "exact" and "paper" are the conventions of
-dstlib.profile, both without the inside of attention, which stands in its own column: the batched matrix products that
-torch's own counter sees.
+dstlib.profile. The first includes the products and the sampling of attention, which "attention" is the sum of, the
+second leaves them out.
 """
 
 from dataclasses import replace
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 import dstlib
+from dstlib.profile import UNPARAMETRISED
 from dstlib.report import align
 from dstlib.zoo.e2enet import AMOS
 from dstlib.zoo.e2enet.baselines import BASELINES, Baseline, Published, build_model
@@ -31,14 +28,6 @@ HEADER = ("name", "setting", "params", "published", "exact G", "paper G", "atten
 Row = tuple[str, ...]
 
 
-def attention_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """FLOPs of batched matrix products in one forward pass; all of them are in attention here."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.device("meta"), counter:
-        network.eval()(torch.empty(shape))
-    return counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
-
-
 def measured(baseline: Baseline, published: Published) -> Row:
     """The row of a network that runs, in the setting of a published one."""
     channels, classes, extent = SETTINGS[published.setting]
@@ -49,7 +38,7 @@ def measured(baseline: Baseline, published: Published) -> Row:
         baseline.name, in_channels=channels, num_classes=classes, patch_size=(extent,) * 3, config=config
     ).to("meta")
     exact, paper = (dstlib.profile(network, shape, convention=c) for c in ("exact", "paper"))
-    attention = attention_flops(network, shape)
+    attention = sum(row.flops or 0 for row in exact.layers if row.type in UNPARAMETRISED)
     return (
         baseline.name,
         published.setting,

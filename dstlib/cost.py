@@ -6,7 +6,6 @@ weights pays f_D for the last. These are the FLOPs that an implementation which 
 papers report; they are not seconds, and not what a GPU does that multiplies the zeros.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from torch import nn
 from dstlib.history import Change, History
 from dstlib.masking import num_units
 from dstlib.methods.dense_gradients import Reading, examples, find_reading
-from dstlib.profile import Convention, Profile, profile
+from dstlib.profile import Convention, profile
 from dstlib.schedules import Every
-from dstlib.targets import plain_name, unwrap
 
 
 def training_flops(sparse: float, dense: float, *, share: float = 0.0, learned: float | None = None) -> float:
@@ -78,10 +76,10 @@ class TrainingCost:
         self._sparsifier = sparsifier = history.sparsifier
         whole = profile(model, input_shape, convention=convention)
         self.dense, self.uncounted = whole.flops, whole.uncounted
-        per_entry = _flops_per_entry(model, whole)
         shapes = {s.name: s.of(w.parameter.detach()).shape for w in sparsifier.weights for s in w.views}
         self._size = {name: shape.numel() for name, shape in shapes.items()}
-        self._per_entry = {s.name: per_entry(w.name) for w in sparsifier.weights for s in w.views}
+        per_entry = whole.flops_per_entry
+        self._per_entry = {s.name: per_entry.get(w.name, 0) for w in sparsifier.weights for s in w.views}
         # what is left where no sparse weight has an active entry
         self._rest = self.dense - sum(self._per_entry[name] * size for name, size in self._size.items())
         method = sparsifier.plan.method
@@ -146,15 +144,3 @@ class TrainingCost:
 
 
 _ACTIVE = Change._fields.index("active")
-
-
-def _flops_per_entry(model: nn.Module, dense: Profile) -> Callable[[str], int]:
-    """Counts the forward FLOPs of one active entry of a weight, by name, in all layers that share the weight."""
-    model = unwrap(model)
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    per_entry: dict[int, int] = {}
-    for layer in dense.layers:
-        weight = modules[layer.name]._parameters.get("weight")
-        per_entry[id(weight)] = per_entry.get(id(weight), 0) + layer.flops_per_entry
-    named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return lambda name: per_entry.get(id(named[name]), 0)

@@ -1,15 +1,17 @@
 """What a model costs: its parameters and the FLOPs of one forward pass, dense or sparse.
 
-Counted are the FLOPs of Linear, Conv1d to 3d and ConvTranspose1d to 3d, grouped ones too, and of what other
-libraries have in place of a Linear, such as the Conv1D of transformers. Not counted: normalisation, activation,
-pooling, the matrix products of attention, recurrent layers, and parameters that a module uses by itself. Their
-parameters count, and :attr:`Profile.uncounted` names them.
+Counted are the FLOPs of Linear, Conv1d to 3d and ConvTranspose1d to 3d by their calls, and of all other matrix products
+and convolutions by torch's operators: of parameters that a module multiplies by itself, of attention, of recurrent
+layers; and ``grid_sample``, as deformable attention does it. Not counted: normalisation, activation, pooling, resizing
+and all else that is done entry by entry, such as the scan of a state-space model; Fourier transforms, decompositions,
+operators of other libraries. :attr:`Profile.uncounted` names what of these has parameters or multiplies.
 """
 
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,36 +21,37 @@ from torch import Tensor, nn
 
 from dstlib.errors import DataError, require
 from dstlib.inputs import arguments, replace_parts, tensors_in
+from dstlib.operators import Operators, Work
 from dstlib.report import align
 from dstlib.targets import BELONGING, Masked, describe_outside, find_masked, find_outside, plain_name, unwrap
-from dstlib.targets.layouts import layout_of
 
 Convention = Literal["exact", "paper"]
 
 _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _Direct = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _WHERE = "profile()"
+UNPARAMETRISED = ("products of activations", "sampling")
+"""The types of rows of what modules do without parameters."""
 
 
-class _Call(NamedTuple):
-    """What one call of a module came to; its FLOPs are None where they are not counted."""
+class _Layer(NamedTuple):
+    """What is read of a layer that counts by its calls, before the pass: in it, a parametrised weight is computed."""
 
-    flops: int | None
-    per_entry: int
-    output_shape: tuple[int, ...]
-
-
-_Calls = dict[nn.Module, list[_Call]]
+    num_weights: int
+    num_outputs: int
+    has_bias: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerProfile:
     """One module that has parameters of its own; those tied to an earlier module's count there.
 
-    ``weights`` and ``active`` are the elements of its weight, all and unmasked; ``params`` the unmasked
-    elements of all its parameters. ``flops`` is None where they are not counted, ``flops_per_entry`` what each
-    active element of the weight adds to them. ``output_shape`` is that of the last of its ``calls``, of the first
-    tensor where there are several, empty if there is none.
+    ``weights`` and ``active`` are the elements of its weights, all and unmasked; ``params`` the unmasked
+    elements of all its parameters. ``flops`` is None where none are counted. ``output_shape`` is that of the last of
+    its ``calls``, of the first tensor where there are several, empty if there is none.
+
+    What a module does without parameters has a row to itself, under the same name, of type "products of activations"
+    (attention, say) or "sampling". Its ``calls`` are those of operators.
     """
 
     name: str
@@ -58,7 +61,6 @@ class LayerProfile:
     active: int
     calls: int
     flops: int | None
-    flops_per_entry: int
     output_shape: tuple[int, ...]
 
 
@@ -66,13 +68,16 @@ class LayerProfile:
 class Profile:
     """Parameters and FLOPs, in total and per module; ``print`` shows the table.
 
-    ``uncounted`` are the types of modules with parameters whose FLOPs are in no number here.
+    ``uncounted`` is what is in no number of FLOPs here: types of modules with parameters, parameters of modules that
+    count otherwise, and operators. ``flops_per_entry`` is what each active entry of a parameter adds to the FLOPs, by
+    its name; where its entries differ, their mean.
     """
 
     params: int
     flops: int
     layers: tuple[LayerProfile, ...]
     uncounted: tuple[str, ...]
+    flops_per_entry: Mapping[str, float]
     convention: Convention
 
     def __str__(self) -> str:
@@ -120,12 +125,16 @@ def profile(
 
     - "exact": two FLOPs for each multiply-add that is done, 2·A per position, and one per output for a bias.
       The positions are those of the output, but for a transposed convolution those of the input, each of
-      which scatters A products. Multiplying by padding, or into what is cropped, counts as done.
+      which scatters A products. Multiplying by padding, or into what is cropped, counts as done. Attention is
+      its two products, 2·d FLOPs per head, query and key each, also where a mask hides the key; a grid sample is
+      2 FLOPs per tap (4 in 2D, 8 in 3D, 16 if bicubic), point and channel.
     - "paper": the same, but a transposed convolution costs 2·A per position of its *output*: too much by the
-      product of its strides. These are the published numbers of E2ENet.
+      product of its strides; and what is done without parameters, attention and sampling, is left out. These are
+      the published numbers of E2ENet, and of UNETR beside it.
 
     Weights that are not zero outside their masks count as active, and a warning says so; a model on the meta
-    device has no values, so there the masks alone count.
+    device has no values, so there the masks alone count. Where values choose among matrices, as routers do
+    among experts, the mean of these counts.
 
     Raises:
         SettingError: no such convention.
@@ -146,37 +155,44 @@ def profile(
     allowed, given = " or ".join(known), repr(convention)
     require(convention in known, "convention", _WHERE, allowed=allowed, given=given, remedy=remedy)
     model = unwrap(model)
-    active = _count_active(model, sparsifier.masks if sparsifier is not None else {})
-    replica, calls = _run(model, input_shape, active, convention)
-    layers = tuple(_rows(replica, calls, _by_id(replica, active)))
-    # a layer whose weight its parent uses directly looks uncalled
-    uncounted = {f"{row.type}{'' if row.calls else ' (not called)'}" for row in layers if row.flops is None}
+    active = _find_active(model, sparsifier.masks if sparsifier is not None else {})
+    replica, seen = _run(model, input_shape, active, convention)
+    layers = tuple(_rows(replica, seen, _num_active(replica, active)))
     return Profile(
         params=sum(layer.params for layer in layers),
         flops=sum(layer.flops or 0 for layer in layers),
         layers=layers,
-        uncounted=tuple(sorted(uncounted)),
+        uncounted=tuple(sorted({*_uncounted(replica, seen)})),
+        flops_per_entry={n: seen.dense[id(p)] / p.numel() for n, p in _named(replica).items() if id(p) in seen.dense},
         convention=convention,
     )
 
 
-def _count_active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Counts the active elements of each masked parameter, those outside the mask that are not zero among them."""
-    found = find_outside(find_masked(model, masks, _WHERE), masks)
+def _find_active(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the active entries of each masked parameter, those outside the mask that are not zero among them."""
+    weights = find_masked(model, masks, _WHERE)
+    found = find_outside(weights, masks)
     if found:
         given = f"weights of {_WHERE}: {describe_outside(found)} outside their masks count as active. {BELONGING}"
         warnings.warn(given, stacklevel=3)
-    return {name: int(mask.count_nonzero()) + found.get(name, 0) for name, mask in masks.items()}
+    return {name: mask.bool() | (weights[name] != 0) if name in found else mask.bool() for name, mask in masks.items()}
 
 
-def _by_id(model: nn.Module, active: Mapping[str, int]) -> dict[int, int]:
-    """Returns the numbers of active elements of all parameters by their identity."""
-    named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return {id(p): p.numel() for p in named.values()} | {id(named[name]): num for name, num in active.items()}
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _run(model: nn.Module, given: Any, active: Mapping[str, int], convention: Convention) -> tuple[nn.Module, _Calls]:
-    """Returns a copy of a model, and the calls of its modules in one forward pass, without storage if it can be."""
+def _num_active(model: nn.Module, active: Mapping[str, Tensor]) -> dict[int, int]:
+    """Counts the active elements of all parameters, by the identity of these."""
+    named = _named(model)
+    masked = {id(named[name]): int(entries.count_nonzero()) for name, entries in active.items()}
+    return {id(p): p.numel() for p in named.values()} | masked
+
+
+def _run(
+    model: nn.Module, given: Any, active: Mapping[str, Tensor], convention: Convention
+) -> tuple[nn.Module, "_Pass"]:
+    """Returns a copy of a model, and what it did in one forward pass, without storage if it can be."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
     def tensor(x: Any) -> Any:
@@ -197,17 +213,17 @@ def _run(model: nn.Module, given: Any, active: Mapping[str, int], convention: Co
                 "Check shapes and types: whole numbers, such as token ids, are given as a tensor of them. A forward "
                 "that reads values (.item()) or names a device needs example tensors in place of all shapes."
             )
-            raise DataError.of("forward", _WHERE, allowed=allowed, given=_named(error), remedy=remedy) from error
+            raise DataError.of("forward", _WHERE, allowed=allowed, given=_told(error), remedy=remedy) from error
     try:
         replica = _copy(model, lambda x: x if isinstance(x, nn.Parameter) else x.detach().clone())
         with torch.random.fork_rng(devices=[]):
             return replica, _record(replica, _map(inputs, lambda x: x.detach().clone()), active, convention)
     except Exception as error:
         allowed, remedy = f"one that runs on inputs of {shapes}", "Pass what model(...) takes, on the model's device."
-        raise DataError.of("forward", _WHERE, allowed=allowed, given=_named(error), remedy=remedy) from error
+        raise DataError.of("forward", _WHERE, allowed=allowed, given=_told(error), remedy=remedy) from error
 
 
-def _named(error: Exception) -> str:
+def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -232,64 +248,145 @@ def _bare(x: Tensor) -> Tensor:
     return nn.Parameter(bare, x.requires_grad) if isinstance(x, nn.Parameter) else bare
 
 
-def _record(model: nn.Module, inputs: Any, active: Mapping[str, int], convention: Convention) -> _Calls:
-    """Runs one forward pass, noting each call of a module with parameters of its own."""
-    calls: _Calls = {m: [] for m in model.modules() if any(p is not None for p in m._parameters.values())}
-    num_active = _by_id(model, active)
+class _Pass:
+    """What the modules of a model do in one forward pass.
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+    Layers count by their calls. The work of an operator is that of the parameter it multiplies by, or else of the
+    innermost module that is being called; what it does for a layer that counts by its calls is not taken again.
+    """
+
+    def __init__(self, model: nn.Module, num_active: Mapping[int, int], convention: Convention) -> None:
+        self._num_active, self._convention = num_active, convention
+        self.shapes: dict[nn.Module, list[tuple[int, ...]]] = defaultdict(list)  # of what each call returned
+        self.flops: dict[tuple[nn.Module, str], list[int]] = defaultdict(list)  # by kind, "" where it has parameters
+        self.dense: dict[int, int] = defaultdict(int)  # FLOPs of all entries of a parameter, by its identity
+        self.used: set[int] = set()  # the parameters that these come from
+        self.left_out: set[tuple[nn.Module, str]] = set()
+        self._calling = [model]
+        self._last = (model, "")  # where the last work went
+        self._owners = {id(p): m for m in reversed(list(model.modules())) for p in _own(m).values()}
+        self.layers: dict[nn.Module, _Layer] = {
+            m: _Layer(
+                m.weight.numel(), m.out_channels if isinstance(m, _Transposed) else len(m.weight), m.bias is not None
+            )
+            for m in model.modules()
+            if isinstance(m, _Transposed | _Direct)
+        }
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Notes that a module is being called."""
+        self._calling.append(module)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+        """Notes what a call returned, and the FLOPs of a layer."""
+        self._calling.pop()
         output = next(tensors_in(returned), None)
-        if output is None:
-            calls[module].append(_Call(None, 0, ()))
+        self.shapes[module].append(() if output is None else tuple(output.shape))
+        if module not in self.layers or output is None:
             return
-        num = _num_positions(module, [*args, *kwargs.values()], output, convention)
-        flops = None
-        if num is not None:
-            # a parametrised weight is computed anew, so it has no mask
-            weight, bias = module.weight, module.bias
-            assert isinstance(weight, Tensor)
-            flops = 2 * num * num_active.get(id(weight), weight.numel()) + (0 if bias is None else output.numel())
-        calls[module].append(_Call(flops, 2 * (num or 0), tuple(output.shape)))
+        num_weights, num_outputs, has_bias = self.layers[module]
+        num_positions = output.numel() // num_outputs
+        if isinstance(module, _Transposed) and self._convention == "exact":
+            num_positions = next(tensors_in([*args, *kwargs.values()])).numel() // module.in_channels
+        weight = module._parameters.get("weight")  # a parametrised one is computed anew, so it has no mask
+        num = num_weights if weight is None else self._num_active[id(weight)]
+        self.flops[module, ""].append(2 * num_positions * num + (output.numel() if has_bias else 0))
+        if weight is not None:
+            self.dense[id(weight)] += 2 * num_positions * num_weights
 
-    for module in calls:
-        module.register_forward_hook(note, with_kwargs=True)
+    def take(self, work: Work) -> bool:
+        """Takes the work of an operator, unless it is a layer's."""
+        module = self._calling[-1]
+        if (layer := self.layers.get(module)) and work.kind != "bias":
+            weight = module._parameters.get("weight")
+            if layer.num_weights in work.sizes or (weight is not None and work.parameter is weight):
+                return False
+        if work.kind in UNPARAMETRISED:
+            if self._convention == "paper":
+                self.left_out.add((module, work.kind))
+                return False
+            self._last = (module, work.kind)
+        elif work.parameter is not None:
+            is_own = any(p is work.parameter for p in _own(module).values())
+            self._last = (module if is_own else self._owners[id(work.parameter)], "")
+            self.used.add(id(work.parameter))
+            if work.kind == "weight":
+                self.dense[id(work.parameter)] += work.dense
+        self.flops[self._last].append(work.flops)
+        return True
+
+    def leave_out(self, name: str) -> None:
+        """Notes an operator that is not counted."""
+        self.left_out.add((self._calling[-1], name))
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _record(model: nn.Module, inputs: Any, active: Mapping[str, Tensor], convention: Convention) -> _Pass:
+    """Runs one forward pass, noting each call of a module and the work of each operator."""
+    seen, named = _Pass(model, _num_active(model, active), convention), _named(model)
+    operators = Operators(
+        model.parameters(),
+        {id(named[name]): entries for name, entries in active.items()},
+        takes=seen.take,
+        leaves_out=seen.leave_out,
+        at_output=convention == "paper",
+    )
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            module.register_forward_pre_hook(seen.enter, prepend=True)
+            module.register_forward_hook(seen.leave, with_kwargs=True, always_call=True)
     args, kwargs = arguments(inputs)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a compiled forward would not run the hooks
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), operators:  # compiled, it would not run the hooks
         model(*args, **kwargs)
-    return calls
+    return seen
 
 
-def _num_positions(layer: nn.Module, inputs: Sequence[Any], output: Tensor, convention: Convention) -> int | None:
-    """Counts the positions at which every active weight of a layer multiplies and adds once; None of other modules."""
-    if isinstance(layer, _Transposed):
-        is_exact = convention == "exact"
-        return inputs[0].numel() // layer.in_channels if is_exact else output.numel() // layer.out_channels
-    if isinstance(layer, _Direct):
-        return output.numel() // layer.weight.shape[0]
-    weight = layer._parameters.get("weight")
-    layout = layout_of(layer, "weight", weight) if weight is not None and weight.ndim == 2 else None
-    return None if layout is None or weight is None else output.numel() // weight.shape[layout.transposed]
-
-
-def _rows(model: nn.Module, calls: _Calls, active: Mapping[int, int]) -> Iterator[LayerProfile]:
-    seen: set[int] = set()
-    names = {module: name for name, module in reversed(list(model.named_modules()))}
-    for module, noted in calls.items():
-        own = list(module.parameters(recurse=False))
+def _rows(model: nn.Module, seen: _Pass, num_active: Mapping[int, int]) -> Iterator[LayerProfile]:
+    tied: set[int] = set()
+    for name, module in model.named_modules():
+        own, shapes = list(_own(module).values()), seen.shapes.get(module, [])
         weights = [p for p in own if p.ndim >= 2]
-        counted = [call.flops for call in noted if call.flops is not None]
-        yield LayerProfile(
-            name=plain_name(names[module]),
-            type=type(module).__name__,
-            params=sum(active[id(p)] for p in own if id(p) not in seen),
-            weights=sum(p.numel() for p in weights),
-            active=sum(active[id(p)] for p in weights),
-            calls=len(noted),
-            flops=sum(counted) if counted else None,
-            flops_per_entry=sum(call.per_entry for call in noted),
-            output_shape=noted[-1].output_shape if noted else (),
-        )
-        seen |= {id(p) for p in own}
+        if own:
+            counted = seen.flops.get((module, ""))
+            yield LayerProfile(
+                name=plain_name(name),
+                type=type(module).__name__,
+                params=sum(num_active[id(p)] for p in own if id(p) not in tied),
+                weights=sum(p.numel() for p in weights),
+                active=sum(num_active[id(p)] for p in weights),
+                calls=len(shapes),
+                flops=None if counted is None else sum(counted),
+                output_shape=shapes[-1] if shapes else (),
+            )
+        for kind in UNPARAMETRISED:
+            if work := seen.flops.get((module, kind)):
+                yield LayerProfile(
+                    name=plain_name(name),
+                    type=kind,
+                    params=0,
+                    weights=0,
+                    active=0,
+                    calls=len(work),
+                    flops=sum(work),
+                    output_shape=(),
+                )
+        tied |= {id(p) for p in own}
+
+
+def _uncounted(model: nn.Module, seen: _Pass) -> Iterator[str]:
+    """Yields names of what is not counted, of operators only where their module does not stand for them."""
+    counted = {module for module, _ in seen.flops}
+    for module in model.modules():
+        own, kind = _own(module), type(module).__name__
+        if own and module not in counted:
+            # a module whose parameters its parent uses directly looks uncalled
+            yield kind if module in seen.shapes else f"{kind} (not called)"
+        elif module not in seen.layers:
+            yield from (f"{kind}.{name}" for name, p in own.items() if id(p) not in seen.used)
+    yield from (name for module, name in seen.left_out if module in counted or not _own(module))
 
 
 class _Profile(ModuleType):

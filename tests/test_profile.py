@@ -281,9 +281,8 @@ def test_layers_that_stand_for_a_linear_one_count_as_it(turned: bool) -> None:
     model = nn.Sequential(Foreign(4, 6), Foreign(6, 6))
     linear = profile(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)), (3, 5, 4))
     result = profile(model, (3, 5, 4))
-    assert [(row.flops, row.flops_per_entry) for row in result.layers] == [
-        (row.flops, row.flops_per_entry) for row in linear.layers
-    ]
+    assert [row.flops for row in result.layers] == [row.flops for row in linear.layers]
+    assert result.flops_per_entry == linear.flops_per_entry == {"0.weight": 30, "1.weight": 30}
     assert result.uncounted == ()
 
 
@@ -304,7 +303,7 @@ def test_what_is_outside_the_masks_counts_and_is_warned_of(
         result = profile(layer, shape, sparsifier=Masks({"weight": active}))
     (row,) = result.layers
     assert row.active == int(weight.count_nonzero())
-    assert result.flops == row.active * row.flops_per_entry
+    assert result.flops == row.active * result.flops_per_entry["weight"]
     said = [str(w.message) for w in caught if w.category is UserWarning]
     assert len(said) == (num_outside > 0)
     if said:
@@ -312,17 +311,22 @@ def test_what_is_outside_the_masks_counts_and_is_warned_of(
         assert "sparsifier.load_state_dict(state)" in said[0]
 
 
-def test_what_is_not_counted_is_named() -> None:
+def test_attention_is_counted_and_what_is_not_is_named() -> None:
     """Attention uses the weight of out_proj without calling it; the two feed-forward layers are called."""
     layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
     result = profile(layer, (1, 5, 8))
-    assert result.uncounted == (
-        "LayerNorm",
-        "MultiheadAttention",
-        "NonDynamicallyQuantizableLinear (not called)",
-    )
-    assert result.flops == 5 * (2 * 2 * 8 * 16 + 16 + 8)
+    assert result.uncounted == ("LayerNorm",)
+    assert [(row.name, row.type, row.calls, row.flops) for row in result.layers if row.flops is not None] == [
+        ("self_attn", "MultiheadAttention", 1, 5 * (2 * 3 * 64 + 24)),
+        ("self_attn", "products of activations", 2, 2 * 2 * 5 * 5 * 8),
+        ("self_attn.out_proj", "NonDynamicallyQuantizableLinear", 0, 5 * (2 * 64 + 8)),
+        ("linear1", "Linear", 1, 5 * (2 * 128 + 16)),
+        ("linear2", "Linear", 1, 5 * (2 * 128 + 8)),
+    ]
     assert result.params == sum(p.numel() for p in layer.parameters())
+    paper = profile(layer, (1, 5, 8), convention="paper")
+    assert result.flops - paper.flops == 2 * 2 * 5 * 5 * 8
+    assert paper.uncounted == ("LayerNorm", "products of activations")
 
 
 def test_parameters_of_the_model_itself_count() -> None:
@@ -334,7 +338,6 @@ def test_parameters_of_the_model_itself_count() -> None:
     assert profile(Scaled(), (1, 3)).params == 9 + 3 + 7
     lstm = nn.LSTM(3, 4)
     assert profile(lstm, (2, 1, 3)).params == sum(p.numel() for p in lstm.parameters())
-    assert profile(lstm, (2, 1, 3)).uncounted == ("LSTM",)
 
 
 def test_model_is_not_touched() -> None:
