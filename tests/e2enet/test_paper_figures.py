@@ -175,10 +175,10 @@ def test_curves_of_the_pt_score(draw, number):
         Row(name="nnU-Net", dice=90, params=30.76, flops=1067.89),
         Row(name="E2ENet", dice=90, params=9.4, flops=778),
     ]
-    for beside in ((), published):
-        figure = draw(trade_off.trade_off, rows(number), beside)
-        assert len(figure.axes) == 1 + bool(beside)
-        for axes, of in zip(figure.axes, (rows(number), published), strict=False):
+    for beside in ({}, {"As published": published}):
+        shown = {"These runs": rows(number), **beside}
+        figure = draw(trade_off.trade_off, shown)
+        for axes, of in zip(figure.axes, shown.values(), strict=True):
             assert axes.get_xscale() == "log"
             for ratio in (1.0, 20.0):
                 found = [named(axes, row.name)[0].get_ydata()[0 if ratio == 1 else -1] for row in of]
@@ -190,7 +190,7 @@ def test_curves_of_the_pt_score(draw, number):
 def test_a_single_row_has_no_trade_off(tmp_path):
     unknown = Row(name="unknown", dice=80)
     with pytest.raises(DataError, match="got 1; without: unknown"):
-        trade_off.trade_off(tmp_path / "figure.png", [*rows(1), unknown])
+        trade_off.trade_off(tmp_path / "figure.png", {"These runs": [*rows(1), unknown]})
 
 
 # --- learning (12)

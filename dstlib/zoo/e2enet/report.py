@@ -111,6 +111,13 @@ def _postprocessing(run: Run, files: Sequence[CaseFiles], labels: Labels) -> tup
     return choose_postprocessing(read, labels)
 
 
+def case_of(files: CaseFiles, *, num_channels: int, labels: Labels) -> Case:
+    """Reads a labelled case as its files have it, to be shown."""
+    scan = read_scan(files, num_channels=num_channels, labels=labels)
+    assert scan.label is not None
+    return Case(scan.name, scan.image, scan.label, scan.spacing, "".join(aff2axcodes(scan.affine))[::-1])
+
+
 def _draw(run: Run, training: Training, scores: Evaluation, files: Sequence[CaseFiles], labels: Labels) -> None:
     figures, masks = run.path / "figures", _masks(training)
     learning_curve(figures / "learning_curve.png", training.metrics, training.updates)
@@ -120,9 +127,7 @@ def _draw(run: Run, training: Training, scores: Evaluation, files: Sequence[Case
         return
     chosen = scores.typical_case()
     found = next(case for case in files if case.name == scores.cases[chosen])
-    scan = read_scan(found, num_channels=run.config["network"]["in_channels"], labels=labels)
-    assert scan.label is not None
-    case = Case(scan.name, scan.image, scan.label, scan.spacing, "".join(aff2axcodes(scan.affine))[::-1])
-    prediction = read_label(run.path / "predictions" / f"{scan.name}.nii.gz", labels).voxels.T
+    case = case_of(found, num_channels=run.config["network"]["in_channels"], labels=labels)
+    prediction = read_label(run.path / "predictions" / f"{case.name}.nii.gz", labels).voxels.T
     dice = dict(zip(scores.classes, scores.dice[chosen].tolist(), strict=True))
     slice_comparison(figures / "slice.png", case, prediction, labels, dice)

@@ -1,6 +1,6 @@
 """Figure 8: the PT score of methods as accuracy weighs more and more against cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,17 @@ PAPER_RATIO = 2.0
 MARKS = (1.0, PAPER_RATIO, 5.0, 10.0, 20.0)
 
 
-def trade_off(path: Path, ours: Sequence[Row], published: Sequence[Row] = ()) -> None:
-    """Draws a curve per row over α1 / α2, with α1 = 1; what was published in a panel of its own, for the same axes.
+def trade_off(path: Path, panels: Mapping[str, Sequence[Row]]) -> None:
+    """Draws a curve per row over α1 / α2, with α1 = 1, in panels for the same axes: these runs, and what was published.
 
-    The extremes of the score are taken over the rows of a panel. Rows of one name look alike in both.
+    The extremes of the score are taken over the rows of a panel. Rows of one name look alike in all.
 
     Raises:
-        DataError: Fewer than two rows of ours, or of those published, have a score.
+        DataError: Fewer than two rows of a panel have a score.
 
     Reference: Wu et al., *E2ENet* (NeurIPS 2024), Figure 8.
     """
-    panels = {"These runs": _scored(ours)}
-    if published:
-        panels["As published"] = _scored(published)
+    panels = {title: _scored(rows, title) for title, rows in panels.items()}
     names = list(dict.fromkeys(row.name for rows in panels.values() for row in rows))
     look = dict(zip(names, looks(len(names)), strict=True))
     width = 1.0 + 4.4 * len(panels)
@@ -53,7 +51,7 @@ def trade_off(path: Path, ours: Sequence[Row], published: Sequence[Row] = ()) ->
         legend(figure, names, more=[mark])
 
 
-def _scored(rows: Sequence[Row]) -> list[Row]:
+def _scored(rows: Sequence[Row], title: str) -> list[Row]:
     """Returns the rows that have a score."""
     scored = [row for row, score in zip(rows, pt_scores(rows), strict=True) if score is not None]
     if len(scored) < 2:
@@ -63,5 +61,5 @@ def _scored(rows: Sequence[Row]) -> list[Row]:
             "two or more rows with mDice, parameters and FLOPs",
             "Finish more rows, or name others by --rows.",
         )
-        raise DataError.of("rows", "figure 8", allowed=allowed, given=given, remedy=remedy)
+        raise DataError.of("rows", f"figure 8, {title}", allowed=allowed, given=given, remedy=remedy)
     return scored
