@@ -1,7 +1,10 @@
 """The figures of the paper: what is drawn is read back from the axes."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,10 +16,14 @@ from dstlib import plot
 from dstlib.errors import DataError
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
+from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.evaluation.pt_score import Row, nemenyi, pt_scores
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.paper.figures import FIGURES, flows, learning, panels, style, trade_off, volumes
 from dstlib.zoo.e2enet.paper.figures import critical_distance as distances
-from dstlib.zoo.e2enet.paper.figures import flows, learning, panels, style, trade_off, volumes
+from dstlib.zoo.e2enet.paper.runs import FinishedRun
+from dstlib.zoo.e2enet.paper.systems import SYSTEMS
+from dstlib.zoo.e2enet.training.records import FLOWS, METRICS, config_of, result_of
 
 LONG = "a method with a name that is far too long for any line of any figure, and costs $5"
 NAMES = ("nnU-Net", *(f"method {i}" for i in range(12)), LONG)
@@ -97,7 +104,7 @@ def test_flows_fill_the_triangle_of_nodes_and_end_with_the_last_shares(draw, lev
         0: counts_of(levels, {"forward": 1, "upward": 1, "downward": 2}),
         5: counts_of(levels, {"forward": 6, "upward": 3, "downward": 1}),
     }
-    figure = draw(flows.flows_over_epochs, counts, title=LONG[:40])
+    figure = draw(flows.flows_over_epochs, counts, title=f"{LONG}: {LONG}")
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert len(shown) == levels * (levels - 1) // 2
     assert all(axes.get_xlim() == (0, 5) and axes.get_ylim() == (0, 1) for axes in shown)
@@ -131,7 +138,7 @@ def test_the_diagram_shows_ranks_groups_and_the_distance(draw, num_methods, num_
     noise = np.random.default_rng(0).normal(size=(num_cases, num_methods))
     test = nemenyi(noise + np.linspace(1.5, 0, num_methods))
     names = NAMES[-num_methods:]
-    (axes,) = draw(distances.critical_distance, names, test, title="ranks").axes
+    (axes,) = draw(distances.critical_distance, names, test, title=LONG).axes
     written = [text.get_text().strip() for text in axes.texts]
     assert [text for text in written if "." in text and "…" not in text and "distance" not in text] == [
         f"{rank:.2f}" for rank in sorted(test.average)
@@ -309,7 +316,7 @@ def predicted(*methods, shape=(4, 30, 40), name="case 0"):
 @pytest.mark.parametrize(("num_cases", "methods"), [(1, NAMES[-5:]), (3, NAMES[:2])])
 def test_panels_show_image_label_and_predictions_with_the_difference_boxed(draw, methods, num_cases):
     cases = [predicted(*methods, name=f"case {i}") for i in range(num_cases)]
-    figure = draw(panels.panels, cases, labels=Labels.consecutive(2), classes=CLASSES[:2], title="panels")
+    figure = draw(panels.panels, cases, labels=Labels.consecutive(2), classes=CLASSES[:2], title=LONG)
     assert len(figure.axes) == num_cases * (2 + len(methods))
     image, label, *others = figure.axes[: 2 + len(methods)]
     titles = [axes.get_title("center").split("\n")[0] for axes in (image, label, others[0])]
@@ -382,3 +389,160 @@ def test_labels_are_short_and_no_formula(name):
     lines = style.label(name).split("\n")
     assert len(lines) <= 2
     assert all(len(line.replace(r"\$", "$")) <= 22 for line in lines)
+
+
+# --- of runs
+
+TRAINED = Path(__file__).parents[1] / "golden" / "trained"
+CONFIG, RESULT = config_of(TRAINED), result_of(TRAINED)
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Makes a finished run of a system, in a folder of its own: what a real one left, with other scores and epochs."""
+
+    def run_of(name, dice, *, fold="0", seed=0, classes=RESULT.classes, flows=True):
+        folder = tmp_path / f"{name}-{fold}-{seed}"
+        folder.mkdir()
+        epochs = "".join(f"{e},{3 * e},0.1,{1 / e},0.5\n" for e in (1, 2, 3))
+        (folder / METRICS).write_text(f"epoch,iteration,learning_rate,loss,val_dice\n{epochs}")
+        if flows:
+            names = ("stage1_level1.forward", "stage1_level1.upward")
+            (folder / FLOWS).write_text(f"epoch,{','.join(names)}\n0,5,5\n1,6,4\n")
+        (example,) = RESULT.cases.values()
+        means = {metric: dict.fromkeys(classes, next(iter(of.values()))) for metric, of in example.items()}
+        cases = {
+            f"case{fold}{n}": {**means, "dice": dict.fromkeys(classes, each)}
+            for n, each in enumerate(np.atleast_1d(dice))
+        }
+        result = replace(RESULT, classes=classes, cases=cases)
+        files = tuple(CaseFiles(name=case, images=(folder / f"{case}.nii.gz",)) for case in cases)
+        return FinishedRun(
+            system=SYSTEMS[name], fold=fold, seed=seed, folder=folder, config=CONFIG, result=result, files=files
+        )
+
+    return run_of
+
+
+@pytest.fixture
+def draw_runs(draw):
+    """Draws a figure of the paper from runs, and returns it."""
+    return lambda number, runs: draw(lambda path: FIGURES[number].draw(path.parent, runs))
+
+
+def test_there_are_the_figures_5_to_15_of_systems_that_exist():
+    assert [*FIGURES] == [*range(5, 16)]
+    for figure in FIGURES.values():
+        assert all(name in SYSTEMS for name in figure.systems)
+        assert figure.recipe in {"amos", "brats", "btcv"}
+
+
+@pytest.mark.parametrize("number", [5, 7, 8, 9, 10, 12, 13, 14, 15])
+def test_a_comparison_wants_two_rows_of_the_same_folds_and_classes(run_of, tmp_path, number):
+    draw, one = FIGURES[number].draw, run_of("nnunet", 0.8)
+    with pytest.raises(
+        DataError, match=rf"rows of figure {number}: expected 2 or more with a finished run, got nnunet"
+    ):
+        draw(tmp_path, [one])
+    with pytest.raises(DataError, match=rf"folds of figure {number}: .* got nnunet: 0 \(seed 0\); cotr: 1 \(seed 0\)"):
+        draw(tmp_path, [one, run_of("cotr", 0.8, fold="1")])
+    with pytest.raises(DataError, match=rf"classes of figure {number}, UNETR, fold 0, seed 0"):
+        draw(tmp_path, [one, run_of("unetr", 0.8, classes=("other",))])
+    assert not [*tmp_path.glob("*.png")]
+
+
+@pytest.mark.parametrize("number", [6, 11])
+def test_a_figure_of_single_runs_wants_one(tmp_path, number):
+    with pytest.raises(DataError, match=f"rows of figure {number}: expected one with a finished run, got none"):
+        FIGURES[number].draw(tmp_path, [])
+
+
+def test_figure_6_says_which_run_did_not_count_its_flows(draw_runs, run_of, tmp_path):
+    runs = [run_of("e2enet-0.8", 0.8), run_of("e2enet-0.9", 0.8)]
+    assert len(FIGURES[6].draw(tmp_path, runs)) == 2
+    (axes,) = draw_runs(6, runs[:1]).axes
+    assert [text.get_text() for text in axes.texts] == ["60%", "40%"]
+    with pytest.raises(DataError, match=r"a sparse E2ENet with flows\.csv, .* got nnU-Net, fold 0, seed 0"):
+        FIGURES[6].draw(tmp_path, [*runs, run_of("nnunet", 0.8, flows=False)])
+
+
+def test_figure_7_ranks_over_the_cases_of_the_folds_that_all_have(draw_runs, run_of):
+    dice = {"nnunet": [0.1, 0.2, 0.3], "e2enet-0.8": [0.3, 0.3, 0.4], "cotr": [0.2, 0.1, 0.1]}
+    runs = [run_of(name, of) for name, of in dice.items()]
+    (axes,) = draw_runs(7, [*runs, run_of("cotr", [0.9] * 5, fold="1")]).axes
+    found = dict(zip(*[iter(text.get_text().strip() for text in axes.texts[-6:])] * 2, strict=True))
+    assert found == {"E2ENet s=0.8": "1.00", "nnU-Net": "2.33", "CoTr": "2.67"}
+    assert "Average rank over 3 cases" in axes.figure.get_suptitle()
+
+
+def test_figure_8_shows_the_rows_of_the_paper_beside(draw_runs, run_of):
+    runs = [run_of("nnunet", 0.8), run_of("e2enet-0.8", 0.8)]
+    (alone,) = draw_runs(8, runs).axes  # the golden run is of no set of the paper
+    assert alone.get_title("left") == "These runs"
+    amos = [replace(run, config=replace(run.config, recipe="e2enet_amos")) for run in runs]
+    ours, theirs = draw_runs(8, amos).axes
+    assert ours.get_title("left") == "These runs"
+    assert theirs.get_title("left") == "As published (Table 1)"
+    (published,) = draw_runs(8, []).axes
+    # 1.89 and 1.88 are printed for s=0.9, with and without post-processing, and 1.65 for s=0.8: rounded
+    printed = {"E2ENet s=0.9": 1.88, "E2ENet s=0.8": 1.65, "UNETR": 1.41, "nnFormer": 1.12}
+    for name, score in printed.items():
+        curve = named(published, name)[0]
+        assert np.interp(2, *curve.get_data()) == pytest.approx(score, abs=0.015)
+
+
+def test_figure_11_marks_the_updates_of_each_run(draw_runs, run_of, tmp_path):
+    run = run_of("e2enet-0.8", 0.8)
+    marks = run.result.mask_updates
+    figure = draw_runs(11, [run])
+    assert len(figure.axes) == 3
+    np.testing.assert_array_equal(figure.axes[2].lines[0].get_xdata(), [mark["iteration"] for mark in marks])
+    still = replace(run, result=replace(run.result, mask_updates=()))
+    with pytest.raises(DataError, match="whose masks were updated, got E2ENet"):
+        FIGURES[11].draw(tmp_path, [run, still])
+
+
+def test_figure_12_gives_intervals_a_panel_of_their_own(draw_runs, run_of):
+    names = ["nnunet", "e2enet-0.7", "every-600", "every-1800"]
+    left, right, *_ = draw_runs(12, [run_of(name, 0.8) for name in names]).axes
+    shown = [{line.get_gid() for line in axes.lines} for axes in (left, right)]
+    titles = [SYSTEMS[name].title for name in names]
+    assert shown == [{*titles[:2]}, {*titles[1:]}]
+    assert len(draw_runs(12, [run_of(name, 0.8, seed=1) for name in names[:2]]).axes) == 2
+
+
+def test_figure_13_takes_the_mean_over_seeds_and_the_cases_that_all_have(draw_runs, run_of):
+    runs = [
+        run_of("nnunet", [0.5, 0.7, 0.1]),
+        run_of("nnunet", [0.7, 0.9, 0.1], seed=1),
+        run_of("cotr", [0.6, 1.0], seed=1),
+        run_of("cotr", [0.8, 1.0]),
+    ]
+    _, middle, right = draw_runs(13, runs).axes
+    np.testing.assert_allclose(points(middle, "nnU-Net")[0], [0.7] * len(RESULT.classes))
+    np.testing.assert_allclose(points(right, "CoTr")[0], [15.0] * len(RESULT.classes))
+
+
+def test_figure_5_shows_the_lowest_the_median_and_the_highest_difference(draw_runs, run_of):
+    gains = [0.3, -0.1, 0.0, 0.1, 0.2]
+    runs = [run_of("nnunet", [0.5] * 5), run_of("e2enet-0.8", [0.5 + gain for gain in gains])]
+    voxels = np.zeros((8, 9, 10), np.uint8)
+    for n, case in enumerate(runs[0].files):
+        for folder in {run.folder for run in runs}:
+            (folder / "predictions").mkdir(exist_ok=True)
+            guess = voxels.copy()
+            guess[2:5, 2:5, n + 1] = 1
+            save(guess, folder / "predictions" / f"{case.name}.nii.gz")
+        save(voxels + 1.0, case.images[0])
+        save(voxels, case.images[0].with_name(f"{case.name}-label.nii.gz"))
+    labelled = tuple(
+        replace(case, label=case.images[0].with_name(f"{case.name}-label.nii.gz")) for case in runs[0].files
+    )
+    figure = draw_runs(5, [replace(run, files=labelled) for run in runs])
+    shown = [axes.texts[-1].get_text().split("\n")[0] for axes in figure.axes[::4]]
+    assert shown == ["case01", "case03", "case00"]
+    assert figure.axes[3].get_title("center") == "E2ENet s=0.8\nDice 0.400"
+
+
+def save(voxels, file):
+    nibabel.Nifti1Image(voxels, np.eye(4)).to_filename(file)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from dstlib.plot import ACCENT, INK, drawn
 from dstlib.zoo.e2enet.evaluation.pt_score import NemenyiTest
-from dstlib.zoo.e2enet.paper.figures.style import label
+from dstlib.zoo.e2enet.paper.figures.style import headline, label
 
 _ROW, _BAR = 0.4, 0.17  # inches from label to label, and from bar to bar
 
@@ -39,7 +39,7 @@ def critical_distance(path: Path, names: Sequence[str], test: NemenyiTest, *, ti
         for (left, right), level in zip(ends, levels, strict=True):
             y = -(0.2 + _BAR * level)
             axes.plot([left, right], [y, y], color=INK, linewidth=4, solid_capstyle="butt", gid="group")
-        figure.suptitle(title, x=0.02, ha="left", fontsize=11, parse_math=False)
+        headline(figure, title)
 
 
 def _levels(ends: Iterable[tuple[float, float]], *, gap: float) -> list[int]:

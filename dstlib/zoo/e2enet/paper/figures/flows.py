@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from dstlib.errors import DataError
 from dstlib.plot import drawn
 from dstlib.zoo.e2enet.evaluation.figures import FLOWS, ON_FLOW, shares_of
+from dstlib.zoo.e2enet.paper.figures.style import headline
 
 FlowCounts = Mapping[str, Mapping[str, int]]  # by node, stage1_level1 and so on, and flow
 
@@ -43,7 +44,7 @@ def flows_over_epochs(path: Path, counts: Mapping[int, FlowCounts], *, title: st
             node.set_title(f"stage {stage}" if level == 1 else "", loc="center", fontsize=10)
             node.set_ylabel(f"level {level}" if stage == 1 else "")
             node.set_xlabel("epoch" if (stage, level + 1) not in nodes else "")
-        figure.suptitle(title, parse_math=False, fontsize=11)
+        headline(figure, title)
         handles = [Patch(color=colour, label=flow) for flow, colour in FLOWS.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, title="Share of the connections by flow")
 

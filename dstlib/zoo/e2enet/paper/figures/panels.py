@@ -66,7 +66,7 @@ def panels(path: Path, cases: Sequence[Predicted], *, labels: Labels, classes: S
                     axes.set_title(style.label(name, width=20) + below, loc="center", fontsize=10)
         handles = [Patch(color=colours(k), label=style.label(f"{k + 1} {name}")) for k, name in enumerate(classes)]
         style.below(figure, handles)
-        figure.suptitle(title, fontsize=11, parse_math=False)
+        style.headline(figure, title)
 
 
 def chosen_cases(difference_N: NDArray[np.float64], number: int) -> list[int]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dstlib.errors import DataError, few
 from dstlib.plot import FAINT, INK, drawn
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
-from dstlib.zoo.e2enet.paper.figures.style import Look, label, legend, looks, num_rows
+from dstlib.zoo.e2enet.paper.figures.style import Look, headline, label, legend, looks, num_rows
 
 
 def volumes_and_dice(path: Path, scores: Mapping[str, Evaluation], *, reference: str, title: str) -> None:
@@ -59,7 +59,7 @@ def volumes_and_dice(path: Path, scores: Mapping[str, Evaluation], *, reference:
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(MaxNLocator(5))
         left.set_ylim(len(order) - 0.5, -0.5)
-        figure.suptitle(title, fontsize=11, parse_math=False)
+        headline(figure, title)
         legend(figure, list(scores))
 
 
