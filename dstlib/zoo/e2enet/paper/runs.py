@@ -8,9 +8,9 @@ A run is one (system, fold, seed) of a plan, in a folder that is named by them::
 """
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -26,7 +26,7 @@ from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, seconds_per_iteration
-from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, System, refusal
+from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, SYSTEMS, Source, System, refusal
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.run import RunConfig, run_recipe
 from dstlib.zoo.e2enet.training.log import epochs_of
@@ -56,6 +56,7 @@ class Plan:
     - ``width``: multiplies the channels of baselines; None for the scale's.
     - ``cpu_minutes``: of training for each run, in the place of the scale's epochs.
     - ``options``: further ones of the recipe's command line.
+    - ``sources``: the options that take the scans of Table 6, see :func:`.scans.with_mri`.
 
     Raises:
         SettingError: One of the options is settled by the rows.
@@ -72,6 +73,7 @@ class Plan:
     width: float | None = None
     cpu_minutes: float | None = None
     options: tuple[str, ...] = ()
+    sources: Mapping[Source, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = [option for option in self.options if option.partition("=")[0] in SETTLED]
@@ -162,8 +164,12 @@ def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
     options = [*SCALES[plan.scale], *plan.options, "--model", system.model, *system.options]
     if width is not None and system.model not in ONE_WIDTH:
         options += ["--width", f"{width:g}"]
-    if plan.data is not None:
+    if system.source != "set":
+        options += _source_of(plan, system)
+    elif plan.data is not None:
         options += ["--data", str(plan.data)]
+    if system.base:
+        options += ["--from", str(replace(key, system=SYSTEMS[system.base]).folder(plan))]
     options += ["--fold", key.fold, "--seed", str(key.seed), "--run-dir", str(folder)]
     if (folder / CONFIG).exists():
         options.append("--resume")
@@ -176,11 +182,20 @@ def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
         settings = replace(settings, val_iterations=settings.val_iterations if validates else 0)
     if budget is not None:
         settings = replace(settings, epochs=budget.epochs, iterations=budget.iterations)
+    if system.base:
+        settings = replace(settings, epochs=max(1, settings.epochs // TRANSFER))
     if "--interval" in plan.options:
         settings = replace(settings, interval=max(1, round(system.interval * settings.interval)))
     else:
         settings = in_proportion(settings, plan.preset.training, times=system.interval)
     return replace(config, preset=replace(preset, training=settings, network=system.changed(preset.network)))
+
+
+def _source_of(plan: Plan, system: System) -> tuple[str, ...]:
+    given, remedy = f"--rows {system.name}", "Choose it with --table 6."
+    is_there = system.source in plan.sources
+    require(is_there, "--rows", "the command line", allowed="rows on the set itself", given=given, remedy=remedy)
+    return plan.sources[system.source]
 
 
 def finished_runs(plan: Plan, systems: Sequence[System], sets: "Sets") -> tuple[FinishedRun, ...]:
@@ -256,6 +271,8 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
         StateError: A run that is there has other settings, or its files are damaged.
     """
     runnable = [system for system in systems if not refusal(system)]
+    bases = [SYSTEMS[system.base] for system in runnable if system.base]
+    runnable = [*dict.fromkeys((*bases, *runnable))]
     missing = [key for key in keys(plan, runnable) if not (key.folder(plan) / RESULT).exists()]
     for key in keys(plan, runnable):
         if (key.folder(plan) / CONFIG).exists():
@@ -265,6 +282,9 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
     failed: dict[str, str] = {}
     for number, key in enumerate(missing, start=1):
         if key.system.name in failed:
+            continue
+        if key.system.base in failed:
+            failed[key.system.name] = f"it goes on from {SYSTEMS[key.system.base].title}, which cannot be trained"
             continue
         told = (
             f"{key.system.title}, fold {key.fold}, seed {key.seed} ({number} of {len(missing)} runs that are missing)"

@@ -11,7 +11,7 @@ from typing import Literal
 from dstlib.errors import require, similar
 from dstlib.zoo.e2enet.config import E2ENetConfig
 
-Source = Literal["set", "mri", "both", "transfer"]
+Source = Literal["set", "mri", "both"]
 ONE_WIDTH = ("e2enet", "e2enet_plus", "vnet")  # models that are built in one width
 
 
@@ -23,8 +23,8 @@ class System:
     - ``model``: one of the baselines' table; ``options`` are further ones of a recipe's command line.
     - ``network``: changes of the E2ENet's config.
     - ``interval``: between mask updates, as a multiple of the preset's.
-    - ``source``: the scans it learns from: the set's; "mri" and "both" are those of Table 6; "transfer" goes on from
-      CT to MRI.
+    - ``source``: the scans it learns from: the set's, or those of Table 6.
+    - ``base``: the system from whose weights and masks it goes on, shorter.
     - ``reason``: why there is nothing to run.
     """
 
@@ -32,9 +32,10 @@ class System:
     title: str
     model: str = "e2enet"
     options: tuple[str, ...] = ()
-    network: Mapping[str, object] = field(default_factory=dict)
+    network: Mapping[str, object] = field(default_factory=dict, hash=False)
     interval: float = 1.0
     source: Source = "set"
+    base: str = ""
     reason: str = ""
 
     def changed(self, network: E2ENetConfig) -> E2ENetConfig:
@@ -103,8 +104,14 @@ _ALL = (
         options=_S07,
         network={**_WIDTH, "shift_axis": "width"},
     ),
-    System(name="transfer-e2enet", title="E2ENet s=0.8, CT → MRI", options=_S08, source="transfer"),
-    System(name="transfer-nnunet", title="nnU-Net, CT → MRI", model="nnunet", source="transfer"),
+    System(
+        name="transfer-e2enet",
+        title="E2ENet s=0.8, CT → MRI",
+        options=(*_S08, "--freeze-topology"),
+        source="mri",
+        base="e2enet-0.8",
+    ),
+    System(name="transfer-nnunet", title="nnU-Net, CT → MRI", model="nnunet", source="mri", base="nnunet"),
     *(
         System(name=f"{source}-{model}", title=f"{_BASELINES[model]}, {told}", model=model, source=source)
         for source, told in _SOURCES.items()

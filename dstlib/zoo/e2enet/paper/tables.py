@@ -33,6 +33,7 @@ CLASSES: Mapping[Set, tuple[str, ...]] = {"amos": AMOS_ORGANS, "btcv": BTCV_ORGA
 METRIC_OF = {"mDice": "dice", "mNSD": "nsd", "HD": "hd"}  # columns that are means of a metric
 LEVEL, WIDTH = 0.05, 120
 _UNITS = {"Params": "Params, M", "FLOPs": "FLOPs, G"}
+_OF_MACHINE = ("ms", "items/s")
 _COUNTED = (
     "Params are what is not zero, FLOPs those of one {size} patch by the paper's rules, where an up-convolution costs "
     "too much by the volume of its stride; heads here have the background too."
@@ -224,7 +225,8 @@ def _cells(filled: Filled, *, is_full: bool) -> Iterator[tuple[str, ...]]:
         if line.printed:
             yield (name, "paper", *(line.printed.values.get(column, "-") for column in columns))
             if line.ours and filled.is_papers_set:
-                compared = [column if is_full or column not in _UNITS else "" for column in columns]
+                apart = _OF_MACHINE if is_full else {*_OF_MACHINE, *_UNITS}
+                compared = ["" if column in apart else column for column in columns]
                 yield ("", "ours - paper", *(_difference(line, column) for column in compared))
         elif not line.ours:
             yield (name, "-", *("" for _ in columns))
