@@ -14,6 +14,7 @@ from dstlib.files import make_folder, write_json, write_whole
 from dstlib.zoo.e2enet.paper.published import TABLES
 from dstlib.zoo.e2enet.paper.runs import (
     SCALES,
+    TINY_WIDTH,
     FinishedRun,
     Plan,
     ReadConfig,

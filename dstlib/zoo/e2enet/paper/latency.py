@@ -23,8 +23,8 @@ FORMATS = (torch.contiguous_format, torch.channels_last_3d)
 # At 32³ the first stride halves no depth, for all: E2ENet refuses a coarsest level of one voxel.
 NETWORK = replace(AMOS, strides=((1, 2, 2), *((2, 2, 2),) * 4))
 HOW = (
-    "Ours: networks of random weights, one image at a time, medians over {rounds} rounds in which each takes its turn, "
-    "on {threads}. E2ENet with masks runs on dstlib's engine, all else in torch, with channels first or last in memory, "
+    "Ours: networks of random weights, one image at a time, medians over {rounds} rounds in which all take turns, "
+    "on {threads}. E2ENet with masks runs on dstlib's engine, all else in torch, channels first or last in memory: "
     "whichever is faster. The first stride is (1, 2, 2): E2ENet refuses a coarsest level of one voxel. ratio: how many "
     "times as fast as nnU-Net."
 )

@@ -1,11 +1,12 @@
 """The scans of Table 6: CT, MRI and both together, as data sets that the ordinary command trains on."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from dstlib.errors import DataError, require
-from dstlib.files import make_folder, write_json
+from dstlib.files import make_folder, write_json, write_whole
 from dstlib.zoo.e2enet.data.layouts.amos import AmosModality, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
@@ -43,7 +44,7 @@ def with_mri(plan: Plan) -> Plan:
         remedy = "Write the labels of both alike."
         given = f"{', '.join(ct.classes)} of CT and {', '.join(mri.classes)} of MRI"
         raise DataError.of("classes", where, allowed="the same in both", given=given, remedy=remedy)
-    of_mri = ("--data", str(plan.mri), "--modality", "mri")
+    of_mri: tuple[str, ...] = ("--data", str(plan.mri), "--modality", "mri")
     if plan.mri is None:
         alone = _link(plan.runs / "sets" / "phantoms-mri", mri, {case.name: case for case in mri.train})
         of_mri = ("--data", str(alone), "--modality", "mri", "--layout", "decathlon")
@@ -73,7 +74,8 @@ def _both(plan: Plan, ct: Manifest, mri: Manifest) -> tuple[str, ...]:
     _link(folder, mri, {**{case.name: case for case in mri.train}, **others})
     folds = [split(names, fold=fold, num_folds=NUM_FOLDS) for fold in range(NUM_FOLDS)]
     splits = folder / "folds.json"
-    write_json(splits, [{"train": [*train, *others], "val": [*held_out]} for train, held_out in folds])
+    listed = [{"train": [*train, *others], "val": [*held_out]} for train, held_out in folds]
+    write_whole(splits, json.dumps(listed).encode())
     return ("--data", str(folder), "--modality", "mri", "--layout", "decathlon", "--splits", str(splits))
 
 
