@@ -61,11 +61,11 @@ from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
 from dstlib.zoo.e2enet.data.scans.nifti import read_scan
+from dstlib.zoo.e2enet.paper.budget import Budget, read_budget, write_budget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import cifar10_data
-import e2enet_ablation
 
 
 def keeps_all(value: Any, sound: Any) -> str:
@@ -731,15 +731,14 @@ def images_and_labels(value: Any, sound: Any) -> str:
     return "" if fits else "images and labels do not fit"
 
 
-def a_grid(scene: Path, prepared: Path) -> None:
-    """The record of a grid of ablations."""
-    ask_for_a_grid(scene)
+def a_budget(scene: Path, prepared: Path) -> None:
+    """What the calibration of a system came to."""
+    write_budget(scene / "system", Budget.of(3.0, 0.9, epochs=24))
 
 
-def ask_for_a_grid(scene: Path) -> Any:
-    """Continues a grid, where it is the same."""
-    e2enet_ablation.refuse_other_grid(scene / "runs", e2enet_ablation.Grid("amos", ("--epochs", "1")))
-    return "the same grid"
+def read_a_budget(scene: Path) -> Any:
+    """Reads how long the runs of a system are."""
+    return read_budget(scene / "system")
 
 
 # ---- the table
@@ -911,7 +910,14 @@ FORMATS = (
         craft=(mutate_zip,),
         law=images_and_labels,
     ),
-    Format(name="ablation grid.json", file="runs/grid.json", make=a_grid, read=ask_for_a_grid, damage=_JSON),
+    Format(
+        name="paper budget.json",
+        file="system/budget.json",
+        make=a_budget,
+        read=read_a_budget,
+        damage=_JSON,
+        craft=_SEALED,
+    ),
     Format(name="phantoms.json", file="set/phantoms.json", make=some_phantoms, read=make_phantoms, damage=_JSON),
     Format(
         name="compact",

@@ -1,11 +1,8 @@
-"""check, predict, evaluate, compare, phantoms and the ablation grid, as a user gives them."""
+"""check, predict, evaluate, compare and phantoms, as a user gives them."""
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -17,12 +14,10 @@ from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.checkpoint import load_trained
 from dstlib.zoo.e2enet.cli import read_config
 from dstlib.zoo.e2enet.compare import compare, row_of
-from dstlib.zoo.e2enet.config import E2ENetConfig
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
-from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE, RECIPES
+from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
 from dstlib.zoo.e2enet.run import run_recipe
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "e2enet_ablation.py"
 SHORT = ("--preset", "demo", "--epochs", "1", "--iterations", "2", "--interval", "1", "--patch-size", "16", "16", "16")
 
 
@@ -396,48 +391,3 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"dstlib.zoo.e2enet {name} " in text for name in ("check", "predict", "evaluate", "compare", "phantoms"))
-
-
-@pytest.fixture
-def ablation(monkeypatch):
-    """The script as a module, and a way to run it."""
-    spec = importlib.util.spec_from_file_location("e2enet_ablation", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        module.main()
-
-    module.run = run
-    return module
-
-
-def test_every_cell_of_the_grid_is_a_network_and_a_folder_of_its_own(ablation):
-    for recipe in RECIPES.values():
-        for preset in recipe.presets.values():
-            for cells in ablation.tables(preset.network, preset.training.interval).values():
-                assert len({ablation.slug(cell.name) for cell in cells}) == len(cells)
-                for cell in cells:
-                    E2ENetConfig(**{**vars(preset.network), **cell.network})
-
-
-def test_a_grid_is_run_once_and_shown_in_the_papers_layout(ablation, work, tmp_path, capsys):
-    options = ("--recipe", "hippocampus", "--tables", "frequency", "--runs", tmp_path, "--seeds", 0, 1)
-    short = ("--data", work / "data", "--cache", work / "cache", "--preset", "demo", "--epochs", 1, "--iterations", 2)
-    options = (*options, *short, "--patch-size", 16, 16, 16, "--interval", 2, "--method", "static")
-    ablation.run(*options)
-    first = capsys.readouterr().out
-    table = first[first.rindex("frequency  ") :]
-    assert [line.split("  ")[0] for line in table.splitlines()[2:5]] == [f"every {n} iterations" for n in (1, 2, 3)]
-    assert "±" in table
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    ablation.run(*options)
-    assert capsys.readouterr().out.endswith(table)
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
-    with pytest.raises(StateError, match=r"grid of folder .*another --runs"):
-        ablation.run(*options, "--val-iterations", 1)
-    (tmp_path / "grid.json").write_text('{"recipe": "hippocampus"')
-    with pytest.raises(StateError, match=r"grid.json.*another --runs"):
-        ablation.run(*options)

@@ -6,14 +6,18 @@ validation, prediction and scores.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+from dstlib.files import make_folder, write_json
+from dstlib.typed_json import read_json, sealed
 from dstlib.zoo.e2enet.dataset import Dataset
 from dstlib.zoo.e2enet.run import RunConfig, begin
 from dstlib.zoo.e2enet.training.loop import train
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
+FILE = "budget.json"
 WARM_UP, LEAST = 2, 4  # iterations: the first ones allocate; few of them say little, as augmentation varies
 SHARE = 0.05  # of the budget, that the calibration takes on top of it
 
@@ -37,6 +41,27 @@ class Budget:
         total = max(1, int(60 * cpu_minutes / seconds))
         each = max(1, total // epochs)
         return Budget(cpu_minutes=cpu_minutes, seconds_per_iteration=seconds, epochs=total // each, iterations=each)
+
+
+def write_budget(folder: Path, budget: Budget) -> None:
+    """Keeps the budget of a system in the folder of its runs.
+
+    Raises:
+        StateError: It cannot be written.
+    """
+    make_folder(folder)
+    write_json(folder / FILE, sealed(asdict(budget)))
+
+
+def read_budget(folder: Path) -> Budget | None:
+    """Returns the budget of a system, if it was measured.
+
+    Raises:
+        StateError: The file is damaged.
+    """
+    file = folder / FILE
+    remedy = "Restore it, or remove it with the runs beside it, to measure and train anew."
+    return read_json(file, Budget, remedy=remedy) if file.exists() else None
 
 
 def seconds_per_iteration(config: RunConfig, data: Dataset, *, cpu_minutes: float) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dstlib.errors import DataError, DstlibError, StateError, few, require
-from dstlib.files import make_folder, write_json
+from dstlib.files import write_json
 from dstlib.report import on_one_line
 from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
@@ -25,7 +25,7 @@ from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
-from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, seconds_per_iteration
+from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, read_budget, seconds_per_iteration, write_budget
 from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, SYSTEMS, Source, System, refusal
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.run import RunConfig, run_recipe
@@ -40,7 +40,6 @@ SCALES: dict[Scale, tuple[str, ...]] = {
     "quick": ("--preset", "quick"),
     "paper": ("--preset", "paper"),
 }
-BUDGET = "budget.json"
 TINY_WIDTH = 0.25  # of baselines: to see that all runs
 SETTLED = ("--preset", "--model", "--width", "--sparsity", "--method", "--fold", "--seed", "--run-dir", "--resume")
 TRANSFER = 4  # CT to MRI trains for 250 epochs of the paper's 1000: a quarter
@@ -177,7 +176,7 @@ def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
     preset = config.preset
     settings = preset.training
     if plan.cpu_minutes is not None:
-        budget = budget or _read_budget(plan, system)
+        budget = budget or read_budget(system_folder(plan, system))
         validates = "--val-iterations" in plan.options
         settings = replace(settings, val_iterations=settings.val_iterations if validates else 0)
     if budget is not None:
@@ -304,9 +303,9 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
 
 
 def _train(plan: Plan, key: Key, sets: "Sets") -> None:
-    budget = _read_budget(plan, key.system)
-    if plan.cpu_minutes is not None and budget is None:
-        budget = _make_budget(plan, key, sets)
+    budget = None
+    if plan.cpu_minutes is not None:
+        budget = read_budget(system_folder(plan, key.system)) or _make_budget(plan, key, sets)
     run_recipe(asked(plan, key, budget))
 
 
@@ -323,18 +322,8 @@ def _make_budget(plan: Plan, key: Key, sets: "Sets") -> Budget:
     budget = Budget.of(plan.cpu_minutes, seconds, epochs=config.preset.training.epochs)
     total = budget.epochs * budget.iterations
     print(f"{seconds:.3f} CPU s an iteration, so {total} iterations in {plan.cpu_minutes:g} CPU min.", flush=True)
-    folder = system_folder(plan, key.system)
-    make_folder(folder)
-    write_json(folder / BUDGET, asdict(budget))
+    write_budget(system_folder(plan, key.system), budget)
     return budget
-
-
-def _read_budget(plan: Plan, system: System) -> Budget | None:
-    """Returns the budget of a system, once it was measured."""
-    file = system_folder(plan, system) / BUDGET
-    if plan.cpu_minutes is None or not file.exists():
-        return None
-    return read_json(file, Budget, remedy="Remove it, and the runs beside it, to measure and train anew.")
 
 
 def refuse_other_settings(plan: Plan, key: Key, found: ConfigRecord) -> None:
