@@ -16,7 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from dstlib.errors import DataError, DstlibError, StateError, few, require
+from dstlib.errors import DstlibError, StateError, few, require
 from dstlib.files import write_json
 from dstlib.report import on_one_line
 from dstlib.typed_json import read_json
@@ -262,7 +262,8 @@ def cpu_minutes(run: FinishedRun) -> float | None:
 def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[str, str]:
     """Trains and scores every run that is not finished, one system after another, and says which could not be, and why.
 
-    A system whose network or settings are refused, or whose loss is no number, does not keep the others from running.
+    The scans are read before anything is trained. A system that is then refused, by its network say, or whose loss is
+    no number, does not keep the others from running.
 
     Raises:
         KeyboardInterrupt: It was asked to stop; what was done is kept.
@@ -294,7 +295,7 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
         except KeyboardInterrupt:
             told = "Stopped; what is finished is kept. Give the same command again to continue."
             raise KeyboardInterrupt(told) from None
-        except (DataError, StateError):
+        except StateError:
             raise
         except DstlibError as error:
             failed[key.system.name] = str(error)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from textwrap import fill as fill_lines
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,7 @@ def to_text(filled: Filled, *, is_full: bool, remarks: Iterable[str]) -> str:
     """
     table = filled.table
     parts = [f"Table {table.number}: {table.title}\n", *align([*_cells(filled, is_full=is_full)], left=(0, 1))]
-    reasons = [(line.name, line.reason.rstrip(".")) for line in filled.lines if line.reason]
+    reasons = [(line.name, shorten(line.reason.rstrip("."), 2 * WIDTH)) for line in filled.lines if line.reason]
     parts += [f"Not run: {on_one_line(name)}: {on_one_line(reason)}." for name, reason in reasons]
     if filled.num_omitted:
         parts.append(f"{number_of(filled.num_omitted, 'row')} of the paper's table not asked for (--rows).")
