@@ -56,6 +56,9 @@ GEOMETRY = """which transform of a NIfTI header counts where two disagree: itk a
 (as in nibabel's), or qform (default: """
 DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
 DEFAULT = "(default: %(default)s)"
+TOLERANCE = """of surface Dice, in mm: one for all classes, or a file of JSON with one for each, {"liver": 5,
+"aorta": 2} (default: 1, with which E2ENet's NSD on AMOS was measured)"""
+OUTPUT = "write scores.csv and scores.json here too, and challenge.csv and challenge.json for a set of BTCV or BraTS"
 ALL = "list every case, not ten at most of each kind of finding"
 
 
@@ -254,7 +257,8 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     predict.set_defaults(command=_predict)
 
     text = (
-        "Score predictions against the labels of a data set: Dice, surface Dice, HD95 and HD, per class and per case."
+        "Score predictions against the labels of a data set: Dice, surface Dice, HD95 and HD, per class and per case. "
+        "For the classes of BTCV, and the classes or regions of BraTS, a second table has what the challenge ranks by."
     )
     evaluate = commands.add_parser("evaluate", help="score predictions", description=text)
     evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz, NAME.nii, ...")
@@ -262,8 +266,8 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     _add_set_options(evaluate)
     partly = "score the cases that have a prediction (default: refuse, if a labelled case has none)"
     evaluate.add_argument("--allow-missing", action="store_true", help=partly)
-    evaluate.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of surface Dice (default: 1 mm)")
-    evaluate.add_argument("--output", type=Path, metavar="DIR", help="write scores.csv and scores.json here too")
+    evaluate.add_argument("--tolerance", default="1", metavar="MM|FILE", help=TOLERANCE)
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help=OUTPUT)
     evaluate.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that score (default: this one)"
     )
@@ -362,9 +366,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
     from dstlib.files import write_json, write_whole
     from dstlib.report import on_one_line
+    from dstlib.zoo.e2enet.evaluation.challenges import challenge_of
     from dstlib.zoo.e2enet.evaluation.evaluate import Scoring, evaluate_folder, predicted_files
+    from dstlib.zoo.e2enet.evaluation.tolerances import read_tolerance
 
     manifest = _manifest_of(options)
+    tolerance = read_tolerance(options.tolerance, manifest.classes)
     for line in manifest.told():
         print(on_one_line(line))
     labelled = {case.name: case for case in (*manifest.train, *manifest.validation)}
@@ -381,7 +388,7 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
         cases,
         manifest.classes,
         labels=manifest.labels,
-        scoring=Scoring(tolerance=options.tolerance),
+        scoring=Scoring(tolerance=tolerance),
         workers=options.workers,
     )
     print(scores.table())
@@ -390,9 +397,21 @@ def _evaluate_into(output: Path | None, options: argparse.Namespace) -> int:
         print(on_one_line(f"Without a prediction: {few(missing)}."))
     if unlabelled := sorted(predicted.keys() - labelled):
         print(on_one_line(f"Predictions without a label, which are not scored: {few(unlabelled)}."))
+    written = {"scores": scores}
+    if challenge := challenge_of(manifest.classes, manifest.labels):
+        written["challenge"] = evaluate_folder(
+            options.predictions,
+            cases,
+            challenge.classes,
+            labels=challenge.labels,
+            scoring=challenge.scoring,
+            workers=options.workers,
+        )
+        print(f"\n{challenge.told(written['challenge'])}")
     if output:
-        write_whole(output / "scores.csv", scores.csv().encode())
-        write_json(output / "scores.json", {**scores.to_json(), "geometry": options.geometry})
+        for name, found in written.items():
+            write_whole(output / f"{name}.csv", found.csv().encode())
+            write_json(output / f"{name}.json", {**found.to_json(), "geometry": options.geometry})
     return 1 if scores.left_out else 0
 
 

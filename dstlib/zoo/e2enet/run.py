@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from dstlib.errors import SettingError, printable, require
+from dstlib.files import write_json, write_whole
 from dstlib.profile import profile
 from dstlib.report import on_one_line
 from dstlib.zoo.e2enet.baselines import build_model
 from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
+from dstlib.zoo.e2enet.evaluation.challenges import challenge_of
 from dstlib.zoo.e2enet.evaluation.evaluate import Evaluation, evaluate_folder
 from dstlib.zoo.e2enet.inference.predict import Trained, outcome_table, predict_scans
 from dstlib.zoo.e2enet.recipes import Preset
@@ -261,6 +263,14 @@ def _evaluate(config: RunConfig, training: Training, data: Dataset, run: Run) ->
         print(outcome_table(outcomes))
     files, labels, workers = data.held_out_files, data.labels, config.execution.workers
     scores = evaluate_folder(predictions, files, data.classes, labels=labels, workers=workers)
+    challenge = challenge_of(data.classes, labels)
+    if challenge:
+        ranked = evaluate_folder(
+            predictions, files, challenge.classes, labels=challenge.labels, scoring=challenge.scoring, workers=workers
+        )
+        write_whole(run.path / "challenge.csv", ranked.csv().encode())
+        write_json(run.path / "challenge.json", ranked.to_json())
+        print(f"\n{challenge.told(ranked)}")
     write_report(run, training, scores, files, labels=labels, patch_size=patches.patch_size)
     return scores
 

@@ -91,7 +91,8 @@ def evaluate_folder(
         raise DataError.of("predictions", str(predictions), allowed=allowed, given=given, remedy=remedy)
     values, volumes = zip(*scored.values(), strict=True)
     scores = dict(zip(scoring.metrics, np.stack(values, axis=1), strict=True))
-    return Evaluation(tuple(scored), tuple(classes), scores, np.stack(volumes), tolerances, reasons)
+    evaluation = Evaluation(tuple(scored), tuple(classes), scores, np.stack(volumes), tolerances, reasons)
+    return evaluation if scoring.penalty is None else evaluation.penalised(scoring.penalty)
 
 
 def predicted_files(folder: Path) -> dict[str, Path]:

@@ -78,8 +78,15 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             lambda pair: np.percentile(pair.distances, 100),
             is_share=False,
         ),
+        "msd": Metric(
+            "MSD",
+            "MSD: the mean of these distances, in mm.",
+            lambda pair: pair.distances.mean(),
+            is_share=False,
+        ),
     }
 )
+USUAL = ("dice", "nsd", "hd95", "hd")  # what every run keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,26 +94,31 @@ class Scoring:
     """What is measured: the metrics, and the tolerance of surface Dice in mm, one for all classes or one for each.
 
     ``postprocessing`` names the classes of whose prediction the largest component alone is measured.
+    ``penalty`` is the distance in mm that counts where a structure is in one of label and prediction alone; where it is
+    in neither, it then counts as found. None leaves the first out of the means of distances, and the second of all.
 
     Raises:
-        SettingError: A metric is unknown, or a tolerance is no distance.
+        SettingError: A metric is unknown, or a tolerance or the penalty is no distance.
 
     >>> Scoring(tolerance=(1.0, 2.5)).tolerances(2)
     (1.0, 2.5)
     """
 
-    metrics: tuple[str, ...] = tuple(METRICS)
+    metrics: tuple[str, ...] = USUAL
     tolerance: float | tuple[float, ...] = 1.0
     postprocessing: tuple[int, ...] = ()
+    penalty: float | None = None
 
     def __post_init__(self) -> None:
         where, names, given = "Scoring", self.metrics, self.tolerance
         alike = [f"Similar to {name!r}: {similar(name, METRICS)}." for name in names if name not in METRICS]
-        allowed, remedy = f"'dice' and more of {', '.join(METRICS)}", [*alike, "Leave it out for all."][0]
+        allowed, remedy = f"'dice' and more of {', '.join(METRICS)}", [*alike, "Leave it out for the usual ones."][0]
         require("dice" in names and not alike, "metrics", where, allowed=allowed, given=names, remedy=remedy)
         values = given if isinstance(given, tuple) else (given,)
         holds, allowed = all(0 <= value < math.inf for value in values), "millimetres from 0 up"
         require(holds, "tolerance", where, allowed=allowed, given=given, remedy="Pass 1.0, say.")
+        holds, remedy = self.penalty is None or 0 <= self.penalty < math.inf, "Pass the longest diagonal of a scan."
+        require(holds, "penalty", where, allowed=f"{allowed}, or None", given=self.penalty, remedy=remedy)
 
     def tolerances(self, num_classes: int) -> tuple[float, ...]:
         """Returns the tolerance of each class, in mm.

@@ -6,7 +6,7 @@ Shapes: N cases, K foreground classes.
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,13 @@ from dstlib.zoo.e2enet.data.layouts.names import refuse_repeated
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 
 SIDES = ("label", "prediction")
-POLICY = """\
-Means are over the cases with a value, class by class, then over the classes with a mean.
+MEANS = "Means are over the cases with a value, class by class, then over the classes with a mean."
+LEFT_OUT = """\
 A class absent from label and prediction has no value in that case and is left out; absent from one of them (missed:
 from the prediction, false: from the label), its Dice and NSD are 0 and its distances are left out."""
+PENALISED = """\
+A class absent from label and prediction counts as found: Dice and NSD 1, distances 0; absent from one of them (missed:
+from the prediction, false: from the label), its Dice and NSD are 0 and its distances {penalty:g} mm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,7 @@ class Evaluation:
 
     - ``volumes``: (N, K, 2) millilitres of the class in label and prediction; 0 where it is absent.
     - ``tolerances``: of surface Dice, in mm, per class.
+    - ``penalty``: the distance, in mm, of what is absent from one of label and prediction; None where it has none.
     - ``left_out``: cases that could not be scored, and why; they are in no mean.
 
     Raises:
@@ -47,6 +51,7 @@ class Evaluation:
     volumes: NDArray[np.float64]
     tolerances: tuple[float, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    penalty: float | None = None
 
     def __post_init__(self) -> None:
         allowed, remedy = "each name once", "Rename one: scores are kept by the names of classes."
@@ -98,6 +103,21 @@ class Evaluation:
         """
         return float(_mean(self.class_means(metric), axis=0))
 
+    def penalised(self, penalty: float) -> "Evaluation":
+        """Gives every class a value in every case: shares 1 and distances 0 where it is absent from both sides.
+
+        Where it is absent from one, shares are 0, and distances are the penalty.
+
+        Reference: how BraTS scores, until it went lesion by lesion (2023).
+        """
+        present = self.volumes > 0
+        in_neither, in_one = ~present.any(axis=2), present[..., 0] != present[..., 1]
+        scores = {}
+        for name, values in self.scores.items():
+            found, missed = (1.0, 0.0) if METRICS[name].is_share else (0.0, penalty)
+            scores[name] = np.where(in_neither, found, np.where(in_one, missed, values))
+        return replace(self, scores=scores, penalty=penalty)
+
     def typical_case(self) -> int:
         """Returns the case whose mean Dice is the median, of those with a class in the label; of all, if none has any.
 
@@ -125,7 +145,9 @@ class Evaluation:
         tolerance = " / ".join(f"{value:g}" for value in dict.fromkeys(self.tolerances)) + " mm"
         if len(set(self.tolerances)) > 1:
             tolerance = "the tolerance of its class (" + ", ".join(f"{value:g}" for value in self.tolerances) + " mm)"
-        return "\n".join([*(METRICS[name].definition.format(tolerance=tolerance) for name in self.scores), POLICY])
+        policy = LEFT_OUT if self.penalty is None else PENALISED.format(penalty=self.penalty)
+        metrics = (METRICS[name].definition.format(tolerance=tolerance) for name in self.scores)
+        return "\n".join([*metrics, MEANS, policy])
 
     def _notes(self) -> list[str]:
         notes = []
@@ -133,7 +155,8 @@ class Evaluation:
         if absent := int(np.isnan(self.dice).sum()):
             notes.append(f"{absent} of {size} (class, case) pairs left out: absent from both.")
         if one_sided:
-            notes.append(f"{one_sided} of {size} pairs with Dice 0 and without a distance: absent from one.")
+            distance = "without a distance" if self.penalty is None else f"a distance of {self.penalty:g} mm"
+            notes.append(f"{one_sided} of {size} pairs with Dice 0 and {distance}: absent from one.")
         if self.left_out:
             notes.append(f"NOT SCORED, {len(self.left_out)} of {len(self.left_out) + len(self.cases)} cases:")
             lines = [on_one_line(f"{name}: {reason}") for name, reason in self.left_out.items()]
@@ -162,6 +185,7 @@ class Evaluation:
             "num_left_out": int(np.isnan(self.dice).sum()),
             "classes": list(self.classes),
             "tolerances_mm": list(self.tolerances),
+            **({} if self.penalty is None else {"penalty_mm": self.penalty}),
             "cases": {
                 case: {
                     **{m: _named(self.classes, x[n]) for m, x in self.scores.items()},
@@ -186,7 +210,9 @@ class Evaluation:
             scores = {m: _array(content["cases"], classes, m) for m in metrics}
             volumes = np.stack([_array(content["cases"], classes, f"{side}_ml") for side in SIDES], axis=-1)
             tolerances = tuple(float(value) for value in content["tolerances_mm"])
-            return Evaluation(cases, classes, scores, volumes, tolerances, dict(content["not_scored"]))
+            penalty = content.get("penalty_mm")  # which evaluations of before do not have
+            penalty = None if penalty is None else float(penalty)
+            return Evaluation(cases, classes, scores, volumes, tolerances, dict(content["not_scored"]), penalty)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             allowed = "the JSON of an evaluation"
             given = f"{type(error).__name__}: {error}"
@@ -198,12 +224,15 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Joins all cases into one evaluation: the held-out cases of the five folds, say.
 
     Raises:
-        DataError: They have other classes, metrics or tolerances, or share a case.
+        DataError: They have other classes, metrics, tolerances or penalties, or share a case.
     """
     first, names = evaluations[0], [case for e in evaluations for case in e.cases]
     for other in evaluations:
-        for what, attribute in (("classes", "classes"), ("tolerances", "tolerances"), ("metrics", "scores")):
-            expected, found = (tuple(getattr(e, attribute)) for e in (first, other))
+        kinds = (("classes", "classes"), ("tolerances", "tolerances"), ("metrics", "scores"), ("penalty", "penalty"))
+        for what, attribute in kinds:
+            expected, found = (getattr(e, attribute) for e in (first, other))
+            if what == "metrics":
+                expected, found = tuple(expected), tuple(found)
             if found != expected:
                 allowed, remedy = (
                     f"{expected} in all",
@@ -215,7 +244,7 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     scores = {m: np.concatenate([e.scores[m] for e in evaluations]) for m in first.scores}
     volumes = np.concatenate([e.volumes for e in evaluations])
     left_out = {name: why for e in evaluations for name, why in e.left_out.items()}
-    return Evaluation(tuple(names), first.classes, scores, volumes, first.tolerances, left_out)
+    return Evaluation(tuple(names), first.classes, scores, volumes, first.tolerances, left_out, first.penalty)
 
 
 def _mean(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:

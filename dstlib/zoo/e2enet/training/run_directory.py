@@ -10,6 +10,7 @@
     model.pt         the trained network's plain state_dict, for the plain network
     predictions/     the held-out cases, in their own geometry
     scores.csv       the metrics of each case and class
+    challenge.csv    what the challenge of BTCV or BraTS ranks by, of its sets; challenge.json with the means
     result.json      what the run came to, written last
     figures/         pictures
 """

@@ -1,6 +1,7 @@
 """Regions on request, for sets whose own lists name classes: those of BraTS, or what a file says."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,27 @@ _PARTS = tuple(
 )
 
 
+BRATS_REGIONS = ("whole tumour", "tumour core", "enhancing tumour")
+
+
+def brats_regions(classes: Sequence[str], labels: Labels) -> Labels | None:
+    """Returns the labels of BraTS's regions, as :data:`BRATS_REGIONS` names them; None where these are no such classes.
+
+    The classes are edema, the core that does not enhance, and what does, in any order, with any values.
+
+    >>> names = ("edema", "non-enhancing tumour", "enhancing tumour")
+    >>> found = brats_regions(names, Labels.consecutive(3))
+    >>> found.regions if found else None
+    ((1, 2, 3), (2, 3), (3,))
+    """
+    found = [[i for i, name in enumerate(classes) if part.search(name)] for part in _PARTS]
+    if labels.regions is not None or len(classes) != 3 or sorted(found) != [[0], [1], [2]]:
+        return None
+    edema, core, enhancing = (labels.values[i] for (i,) in found)
+    regions = tuple(tuple(sorted(region)) for region in ((edema, core, enhancing), (core, enhancing), (enhancing,)))
+    return replace(labels, regions=regions, written=(edema, core, enhancing))
+
+
 def with_regions(manifest: Manifest, regions: str | None) -> Manifest:
     """Returns a set whose classes are these regions: "brats", or the path of a file; None leaves it as it is.
 
@@ -38,13 +60,10 @@ def with_regions(manifest: Manifest, regions: str | None) -> Manifest:
 
 
 def _brats(manifest: Manifest) -> tuple[tuple[str, ...], Labels]:
-    found = [[i for i, name in enumerate(manifest.classes) if part.search(name)] for part in _PARTS]
-    if manifest.labels.regions is not None or len(manifest.classes) != 3 or sorted(found) != [[0], [1], [2]]:
+    labels = brats_regions(manifest.classes, manifest.labels)
+    if labels is None:
         _refuse(manifest, "edema, a necrotic or non-enhancing core, and enhancing tumour", ", ".join(manifest.classes))
-    edema, core, enhancing = (manifest.labels.values[i] for (i,) in found)
-    regions = tuple(tuple(sorted(region)) for region in ((edema, core, enhancing), (core, enhancing), (enhancing,)))
-    names = ("whole tumour", "tumour core", "enhancing tumour")
-    return names, replace(manifest.labels, regions=regions, written=(edema, core, enhancing))
+    return BRATS_REGIONS, labels
 
 
 def _of_file(manifest: Manifest, file: Path) -> tuple[tuple[str, ...], Labels]:
