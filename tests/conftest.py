@@ -14,9 +14,15 @@ torch.set_num_threads(1)  # pytest runs several processes, and results must not 
 # Some tests press Ctrl-C, which shells let background jobs ignore; processes started by a test inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadlines, as a shared machine misses them. CI tries the same examples each time, so that a change is judged
-# by what it changed; every other run looks for new ones.
-settings.register_profile("dstlib", deadline=None, print_blob=True, derandomize="CI" in os.environ)
-settings.load_profile("dstlib")
+# by what it changed; every other run looks for new ones. Of each law many are tried where the long tests run.
+settings.register_profile("few", deadline=None, print_blob=True, derandomize="CI" in os.environ, max_examples=25)
+settings.register_profile("many", settings.get_profile("few"), max_examples=100)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the profile before any test is read, as settings take from it what they do not say."""
+    settings.load_profile("few" if config.option.markexpr == "not long" else "many")
+
 
 # torchvision's binary may not match the torch build, and `import timm` then fails for want of these operators.
 # Declaring them lets the timm tests really run; the library itself never does this.

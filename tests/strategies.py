@@ -6,6 +6,7 @@ Shapes: O out, I in, K kernel taps; G groups, U units per group, E elements per 
 from fractions import Fraction
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +30,11 @@ near_ends = st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.29, 0.5, 0.9, 0.99, 0.999
 densities = near_ends | st.floats(0.001, 1.0)
 kernel_taps = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 shapes = st.tuples(st.tuples(st.integers(1, 5), st.integers(1, 5)), kernel_taps).map(lambda s: s[0] + s[1])
+
+
+def examples(few: int, many: int, **others: object) -> settings:
+    """How many examples a law is tried on that is slow, or needs more than others: many where the long tests run."""
+    return settings(max_examples=many if settings.get_current_profile_name() == "many" else few, **others)
 
 
 def grid(text: str) -> Tensor:

@@ -4,10 +4,10 @@ import copy
 from dataclasses import replace
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models import assert_same, assert_zero_outside, backward, check_counts, small, state_of
+from strategies import examples
 
 import dstlib
 from dstlib.masking import NM, Channel, Element, FanIn, Kernel, uniform
@@ -142,5 +142,5 @@ class Training(RuleBasedStateMachine):
                         assert (state[~saved["reach"]] == birth).all()
 
 
-Training.TestCase.settings = settings(max_examples=160, stateful_step_count=25, deadline=None)
+Training.TestCase.settings = examples(40, 160, stateful_step_count=25)
 TestTraining = Training.TestCase

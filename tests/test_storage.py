@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import assert_same
+from strategies import examples
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -552,7 +553,7 @@ def through_a_file(state):
     return torch.load(buffer, weights_only=True)
 
 
-@settings(max_examples=25)
+@examples(10, 25)
 @given(
     case=st.sampled_from(sorted(CASES)),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),

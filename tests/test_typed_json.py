@@ -10,8 +10,9 @@ from types import NoneType
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from dstlib.errors import DataError, StateError, require
 from dstlib.files import write_json
@@ -208,7 +209,7 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(asdict(make_dataclass("Held", ["value"])(value))))["value"]
 
 
-@settings(max_examples=150, deadline=None)
+@examples(40, 150)
 @given(st.data())
 def test_any_value_of_any_type_comes_back(data: st.DataObject) -> None:
     kind, values = data.draw(kinds)
@@ -242,7 +243,7 @@ def mutated(document: Any, data: st.DataObject) -> Any:
     return [document] if change == "wrapped" else data.draw(other)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(60, 300)
 @given(st.data())
 def test_every_other_document_is_another_value_of_the_type_or_refused(data: st.DataObject) -> None:
     kind, values = data.draw(kinds)

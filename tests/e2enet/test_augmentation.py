@@ -6,10 +6,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from monai.transforms import AdjustContrast, ScaleIntensityFixedMean
 from scipy import ndimage
+from strategies import examples
 
 from dstlib.errors import SettingError
 from dstlib.zoo.e2enet.data.cases import Case
@@ -94,7 +95,7 @@ def test_gamma_by_hand():
     np.testing.assert_allclose(gamma(x, 2.0, inverted=True)[0, 0], 2 - expected[::-1], rtol=1e-6)
 
 
-@settings(max_examples=60)
+@examples(20, 60)
 @example(shape=(2, 2, 2), value=1e-42, spread=1e-44)  # a range of denormal numbers
 @given(shape=SHAPES, value=st.floats(-1e4, 1e4, width=32), spread=st.sampled_from([0.0, 1e-30, 1e-3, 100.0]))
 def test_finite_values_stay_finite(shape, value, spread):
@@ -308,7 +309,7 @@ def test_three_times_is_not_thin_yet():
 # ---- everything at once
 
 
-@settings(max_examples=60)
+@examples(20, 60)
 @given(
     shape=SHAPES,
     size=SHAPES,

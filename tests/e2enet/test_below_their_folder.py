@@ -9,8 +9,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
+from strategies import examples
 from torch import nn
 
 from dstlib.errors import DstlibError
@@ -160,7 +161,7 @@ def sets(draw):
     return layout, (first, second), (label,), name
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(20, 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(each=sets())
 @example(each=("decathlon", ("../../other", "a"), ("b",), "toy"))
 @example(each=("nnunet", ("../../other", "a"), ("b",), "toy"))
@@ -179,7 +180,7 @@ def train(around, data):
 
 
 @pytest.mark.long
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(15, 30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(each=sets())
 @example(each=("decathlon", ("a", "b"), ("$x_{$",), "toy"))
 def test_so_does_a_training(tmp_path_factory, each):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dstlib.errors import StateError
+from dstlib.zoo.e2enet import report as report_module
 from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.checkpoint import load_trained
 from dstlib.zoo.e2enet.cli import read_config
@@ -19,6 +20,14 @@ from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
 from dstlib.zoo.e2enet.run import run_recipe
 
 SHORT = ("--preset", "demo", "--epochs", "1", "--iterations", "2", "--interval", "1", "--patch-size", "16", "16", "16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_figures():
+    """Leaves out what takes longest of the shortest runs: tests of the examples look at figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module, "_draw", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")

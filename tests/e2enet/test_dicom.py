@@ -23,6 +23,7 @@ from dicom_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import examples
 
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans import dicom, gdcm
@@ -388,7 +389,7 @@ def at(*heights: float, normal=(0.0, 0.0, 1.0)) -> list[Slice]:
     ]
 
 
-@settings(max_examples=50)
+@examples(20, 50)
 @given(num=st.integers(3, 40), step=st.floats(0.1, 9), off=st.floats(-0.04, 0.04), data=st.data())
 def test_a_grid_is_known_with_rounding_and_not_without_a_slice(num, step, off, data):
     heights = data.draw(st.floats(-900, 900)) + step * np.arange(num)
@@ -403,7 +404,7 @@ def test_a_grid_is_known_with_rounding_and_not_without_a_slice(num, step, off, d
             place(at(*np.delete(heights, missing)))
 
 
-@settings(max_examples=50)
+@examples(20, 50)
 @given(num=st.integers(2, 40), step=st.floats(0.5, 5), angle=st.floats(0.05, 0.6), towards=st.floats(0, 6.2))
 def test_a_slant_is_known(num, step, angle, towards):
     aside = np.tan(angle) * np.array([np.cos(towards), np.sin(towards), 0])
@@ -441,7 +442,7 @@ def test_without_simpleitk(tmp_path, monkeypatch):
     assert refusal(write_series(tmp_path)) == "it is DICOM, which SimpleITK reads: pip install 'dstlib[itk]'"
 
 
-@settings(max_examples=30, deadline=None)
+@examples(15, 30)
 @given(
     patches=st.lists(st.tuples(st.integers(128, 900), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4),
     cut=st.integers(-60, 0),

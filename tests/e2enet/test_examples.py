@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from dstlib.zoo.e2enet import E2ENet
+from dstlib.zoo.e2enet import report as report_module
 from dstlib.zoo.e2enet import run as run_module
 from dstlib.zoo.e2enet.cli import HELP
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
@@ -46,18 +47,20 @@ FOLDERS = {"figures", "predictions"}
 PICTURES = {"learning_curve.png", "flows.png", "slice.png"}
 
 
+def exit_code(patch, script, *arguments):
+    """Runs a script in this process; its figures, which take longest, are drawn by those in processes of their own."""
+    patch.setattr(report_module, "_draw", lambda *_: None)
+    patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    return caught.value.code
+
+
 @pytest.fixture
 def example(monkeypatch, capsys, tmp_path):
     """Runs a script in this process, in a folder of its own: its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(script), run_name="__main__")
-        return caught.value.code, *capsys.readouterr()
-
-    return run
+    return lambda script, *arguments: (exit_code(monkeypatch, script, *arguments), *capsys.readouterr())
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,15 @@ def small(tmp_path_factory):
 def demo(folder):
     """Options for a set of phantoms: each is prepared once for all tests, and patches are small."""
     return "--data", folder, "--cache", folder.with_name(f"{folder.name}-cache"), "--preset", "demo", *PATCH
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """A finished run on the smallest CT phantoms, for tests to read and to compare theirs with."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert exit_code(patch, AMOS, *demo(small["amos"]), "--run-dir", run, *SHORT) == 0
+    return run
 
 
 def left_by(run):
@@ -146,21 +158,17 @@ def label_of(file):
     return file.name.removesuffix(".nii.gz").replace("label", "img")
 
 
-def test_the_weights_it_leaves_load_in_the_plain_network(tmp_path, small, example):
-    run = tmp_path / "run"
-    assert example(AMOS, *demo(small["amos"]), "--run-dir", run, *SHORT)[0] == 0
-    network = E2ENet(config_of(run).network)
-    network.load_state_dict(torch.load(run / "model.pt", weights_only=True))
+def test_the_weights_it_leaves_load_in_the_plain_network(whole):
+    network = E2ENet(config_of(whole).network)
+    network.load_state_dict(torch.load(whole / "model.pt", weights_only=True))
     sparse = [p for name, p in network.named_parameters() if name.startswith("fusion.") and p.ndim == 5]
     active = sum(int(p.flatten(2).any(dim=2).sum()) for p in sparse)
     total = sum(p.shape[0] * p.shape[1] for p in sparse)
     assert abs(active - 0.2 * total) <= len(sparse) / 2  # each weight keeps round(0.2 n) connections
 
 
-def test_ctrl_c_and_resume_equal_an_uninterrupted_run(tmp_path, small, example, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = (*demo(small["amos"]), *SHORT)
-    assert example(AMOS, "--run-dir", whole, *options)[0] == 0
+def test_ctrl_c_and_resume_equal_an_uninterrupted_run(tmp_path, small, whole, example, monkeypatch):
+    parts, options = tmp_path / "parts", (*demo(small["amos"]), *SHORT)
     with monkeypatch.context() as patch:
         batches_watched(patch, interrupt_at(2))
         code, _, errors = example(AMOS, "--run-dir", parts, *options)
@@ -182,10 +190,8 @@ def assert_same_runs(one, other):
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
-def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small, example, monkeypatch):
-    options = (*demo(small["amos"]), *SHORT)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert example(AMOS, *options, "--run-dir", whole)[0] == 0
+def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small, whole, example, monkeypatch):
+    options, killed = (*demo(small["amos"]), *SHORT), tmp_path / "killed"
     with monkeypatch.context() as patch:
         batches_watched(patch, lambda iteration: os.kill(os.getpid(), signal.SIGKILL) if iteration == 3 else None)
         # a fork, as a process of its own would load all that this one has
@@ -197,14 +203,13 @@ def test_killed_in_the_second_epoch_it_goes_on_bit_for_bit(tmp_path, small, exam
     assert_same_runs(whole, killed)
 
 
-def test_two_processes_train_as_one(tmp_path, small, example):
+def test_two_processes_train_as_one(tmp_path, small, whole):
     options = (*demo(small["amos"]), *SHORT)
-    assert example(AMOS, *options, "--run-dir", tmp_path / "one")[0] == 0
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = in_a_process(*launcher, AMOS, *options, "--run-dir", tmp_path / "two", check=False)
     assert done.returncode == 0, done.stderr
     assert left_by(tmp_path / "two") == FILES | FOLDERS
-    losses = [read_losses(tmp_path / name) for name in ("one", "two")]
+    losses = [read_losses(run) for run in (whole, tmp_path / "two")]
     # the same patches, but Dice and gradients are averaged in another order
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -287,10 +292,9 @@ def test_all_folds_at_once_are_judged_by_the_sets_own_validation_cases(tmp_path,
     assert (tmp_path / "none" / "model.pt").exists()
 
 
-def test_fine_tuning_with_the_topology_kept(tmp_path, small, example):
+def test_fine_tuning_with_the_topology_kept(tmp_path, small, whole, example):
     options = (*demo(small["amos"]), *SHORT)
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert example(AMOS, *options, "--run-dir", first)[0] == 0
+    first, second = whole, tmp_path / "second"
     code, _, errors = example(AMOS, *options, "--from", first, "--freeze-topology", "--run-dir", second)
     assert code == 0, errors
     third = tmp_path / "third"  # stopped before its first checkpoint, it begins from the first run again

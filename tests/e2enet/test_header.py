@@ -6,9 +6,10 @@ from unittest import mock
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from nifti_headers import SHAPE, by_itk, by_nibabel, headers, placed, tilted, turned, write_nifti
+from strategies import examples
 
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
@@ -124,11 +125,11 @@ def assert_one_place(image, label):
     return of_image, first.affine
 
 
-@settings(max_examples=200)
+@examples(40, 200)
 @given(written=headers(), codes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=5, max_size=5))
 def test_image_and_label_are_one_place_to_every_program(tmp_path_factory, written, codes):
-    """A thousand headers: in both libraries to 1e-4 mm, and ours is ITK's; or the scan was refused, or warned of."""
-    with mock.patch("os.fsync"):  # a thousand times
+    """In both libraries to 1e-4 mm, and ours is ITK's; or the scan was refused, or warned of."""
+    with mock.patch("os.fsync"):  # of so many files
         for pair in codes:
             assert_label_on_image(tmp_path_factory.getbasetemp() / "headers", written | {"codes": pair})
 

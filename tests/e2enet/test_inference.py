@@ -6,9 +6,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from monai.inferers import sliding_window_inference
+from strategies import examples
 from torch import nn
 from torch.nn import functional
 
@@ -54,7 +55,7 @@ def labels(shape, seed=0):
 
 
 @given(st.tuples(*[st.integers(1, 12)] * 3), st.sampled_from([(), (1,), (0, 1, 2)]))
-@settings(max_examples=25)
+@examples(10, 25)
 def test_windows_cover_a_volume_of_any_size(shape, mirror):
     label = labels(shape)
     image = label[None].astype(np.float32)
@@ -158,7 +159,7 @@ def test_a_read_only_image_is_read():
     st.sampled_from([(), (2,), (0, 1)]),
     st.integers(0, 2**16),
 )
-@settings(max_examples=60)
+@examples(20, 60)
 def test_slices_are_those_of_monais_sliding_window(shape, patch, overlap, mirror, seed):
     image = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
     model, flips = Convolves(seed), inference._flips(mirror)

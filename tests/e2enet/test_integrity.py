@@ -8,8 +8,9 @@ from dataclasses import replace
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from dstlib.zoo.e2enet.data.layouts.amos import only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
@@ -213,7 +214,7 @@ def sound(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=40)  # each reads eight files
+@examples(15, 40)  # each reads eight files
 @given(
     images=st.dictionaries(st.sampled_from(CASES), st.sampled_from(sorted(IMAGE_DAMAGES))),
     labels=st.dictionaries(st.sampled_from(CASES), st.sampled_from(sorted(LABEL_DAMAGES))),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.scans.geometry import Volume
@@ -105,7 +106,7 @@ def images(draw):
     return image
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20, 60)
 @given(image=images(), packed=st.booleans(), ending=st.sampled_from([".mha", ".mhd", ".nrrd", ".nhdr"]))
 def test_what_itk_writes_is_read_as_itk_reads_it(tmp_path_factory, image, packed, ending):
     file = tmp_path_factory.mktemp("itk") / f"a{ending}"
@@ -361,7 +362,7 @@ def test_a_segmentation_in_one_layer_is_a_label_and_its_names_are_told(tmp_path)
     assert volume.odd == ("calls its values 'liver: right' 1, 'b' 2, by itself: do other files count so too?",)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(40, 150)
 @given(
     patches=st.lists(st.tuples(st.integers(0, 250), st.binary(min_size=1, max_size=8)), max_size=4),
     cut=st.integers(-40, 0),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import examples
 from torch.nn import functional
 
 from dstlib.errors import DataError, SettingError
@@ -75,7 +76,7 @@ def write_label(file, values):
 
 
 @given(all_labels())
-@settings(max_examples=40)
+@examples(15, 40)
 def test_values_and_numbers_lead_to_each_other(labels):
     numbers = np.arange(len(labels.in_files), dtype=np.uint8)
     np.testing.assert_array_equal(labels.to_numbers(labels.to_values(numbers)), numbers)
@@ -86,7 +87,7 @@ def test_values_and_numbers_lead_to_each_other(labels):
 
 
 @given(all_labels(), st.integers(0, 9))
-@settings(max_examples=30)
+@examples(15, 30)
 def test_a_file_holds_the_values_of_the_set(labels, seed):
     numbers = drawn_label(labels, seed)
     with TemporaryDirectory() as folder:
@@ -253,7 +254,7 @@ def logits_and_labels(labels, seed):
 
 
 @given(all_labels(ignored=st.just(True)), st.integers(0, 99))
-@settings(max_examples=40)
+@examples(15, 40)
 def test_what_is_ignored_has_no_part_in_the_loss(labels, seed):
     """Neither by what is answered there, in value or gradient, nor by how much of it there is."""
     logits, truth = logits_and_labels(labels, seed)
@@ -271,7 +272,7 @@ def test_what_is_ignored_has_no_part_in_the_loss(labels, seed):
 
 
 @given(all_labels(regions=st.just(False), ignored=st.just(True)), st.integers(0, 99))
-@settings(max_examples=40)
+@examples(15, 40)
 def test_where_nothing_is_ignored_the_loss_is_that_of_an_ordinary_set(labels, seed):
     logits, truth = logits_and_labels(replace(labels, ignored=None), seed)
     expected = deep_supervision_loss([logits], truth)  # MONAI's, which sums in another order
@@ -279,7 +280,7 @@ def test_where_nothing_is_ignored_the_loss_is_that_of_an_ordinary_set(labels, se
 
 
 @given(all_labels(regions=st.just(True)), st.integers(0, 99))
-@settings(max_examples=40)
+@examples(15, 40)
 def test_the_loss_of_regions_by_hand(labels, seed):
     """In float64, one patch, region and voxel after the other."""
     logits, truth = logits_and_labels(labels, seed)
@@ -300,7 +301,7 @@ def test_the_loss_of_regions_by_hand(labels, seed):
 
 
 @given(all_labels(), st.integers(0, 99))
-@settings(max_examples=40)
+@examples(15, 40)
 def test_the_counts_of_a_validation(labels, seed):
     logits, truth = logits_and_labels(labels, seed)
     values = labels.in_files[truth.numpy()][:, 0]
@@ -350,7 +351,7 @@ def test_patches_are_centred_where_somebody_labelled():
 
 
 @given(all_labels(regions=st.just(True)), st.integers(0, 99))
-@settings(max_examples=40)
+@examples(15, 40)
 def test_later_regions_are_written_on_top(labels, seed):
     chances = np.random.default_rng(seed).random((labels.num_outputs, 4, 5), np.float32)
     chances[:, 0] = 1 / 2  # which is not above one half
@@ -441,7 +442,7 @@ def test_largest_components_of_regions():
 
 
 @given(all_labels(regions=st.just(True)), st.integers(0, 99))
-@settings(max_examples=30)
+@examples(15, 30)
 def test_no_region_loses_by_what_is_chosen(labels, seed):
     pairs = [(drawn_label(labels, seed), drawn_label(labels, seed + 100))]
     chosen = choose_postprocessing(lambda: iter(pairs), labels)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from strategies import examples
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.evaluation.metrics import (
@@ -121,7 +122,7 @@ def test_the_percentile_pools_both_directions():
     assert hd(label, prediction, spacing=(1, 1, 1)) == 180.0
 
 
-@settings(max_examples=30)
+@examples(15, 30)
 @given(st.data(), SPACINGS)
 def test_distances_and_surface_dice_are_symmetric(data, spacing):
     a = data.draw(MASKS)
@@ -172,7 +173,7 @@ def boxes(draw, shape=(6, 6, 6)):
     return box(shape, start, [draw(st.integers(a + 1, size)) for a, size in zip(start, shape, strict=True)])
 
 
-@settings(max_examples=40)
+@examples(15, 40)
 @given(boxes(), boxes(), SPACINGS, st.sampled_from([0.0, 0.6, 1.3, 2.7]))  # no multiple of a spacing: no near ties
 def test_surface_dice_of_boxes_equals_their_geometry(label, prediction, spacing, tolerance):
     assume(tolerance != 0.6 or 0.3 not in spacing)  # twice 0.3 in float32 may be either side of 0.6
@@ -195,7 +196,7 @@ def test_surface_dice_of_a_moved_cube_by_hand():
     assert surface_dice(a, b, spacing=(1, 1, 1), tolerance=1.0) == 1.0
 
 
-@settings(max_examples=30)
+@examples(15, 30)
 @given(MASKS, SPACINGS)
 def test_a_perfect_prediction(mask, spacing):
     assert surface_dice(mask, mask, spacing=spacing, tolerance=0.0) == 1.0

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 from torch import nn
 
 from dstlib.errors import DataError, SettingError
@@ -146,7 +147,7 @@ def configs(draw: st.DrawFn) -> E2ENetConfig:
 
 
 @given(configs())
-@settings(deadline=None, max_examples=40)
+@examples(15, 40)
 def test_any_config_builds_and_keeps_its_shapes(config: E2ENetConfig) -> None:
     network = E2ENet(config)
     assert {name: num_params(part) for name, part in network.named_children()} == params_by_table(config)

@@ -10,8 +10,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from dstlib.errors import DataError, StateError, number_of
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
@@ -501,7 +502,7 @@ def test_a_case_without_a_label_is_read_only_without(case):
     assert read(bare, labels=None).label is None
 
 
-@settings(max_examples=60)
+@examples(20, 60)
 @given(changes=st.dictionaries(st.integers(0, 400), st.integers(0, 255), min_size=1, max_size=8))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # nibabel's arithmetic with the numbers of a broken header
 def test_a_damaged_header_is_refused_or_read_but_never_crashes(tmp_path_factory, changes):
@@ -635,7 +636,7 @@ def test_what_does_not_fit_into_memory_is_refused(case, ending, monkeypatch):
     assert examined.defects[0].text == "cannot be read: it asks for 6000352 bytes of memory, of which 6000351 are left"
 
 
-@settings(max_examples=300, deadline=None)
+@examples(60, 300)
 @given(
     patches=st.lists(st.tuples(st.integers(0, 351), st.binary(min_size=1, max_size=8)), max_size=4),
     cut=st.integers(-40, 0),

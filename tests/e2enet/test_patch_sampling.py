@@ -5,8 +5,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import examples
 
 from dstlib.errors import DataError, SettingError
 from dstlib.zoo.e2enet.data.cases import MAX_VOXELS, Case
@@ -129,7 +130,7 @@ def test_small_cases_are_padded_in_the_middle():
         assert torch.equal(image[i, 0], expected)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(20, 60)
 @example(shape=(1, 1, 2), size=(1, 1, 1), channels=1, augment=Augmentation(), iteration=0)  # gamma of a single voxel
 @given(
     shape=st.tuples(*[st.integers(1, 14)] * 3),
@@ -166,7 +167,7 @@ def test_mirroring_happens_along_the_named_axes_only():
         assert sum(torch.equal(label[0, 0], plain) for label in drawn) > 5
 
 
-@settings(max_examples=40)
+@examples(15, 40)
 @given(
     batch_size=st.integers(1, 6),
     num_ranks=st.integers(1, 6),

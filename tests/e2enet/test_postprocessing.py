@@ -3,9 +3,10 @@
 from itertools import product
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from strategies import examples
 
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing
@@ -101,7 +102,7 @@ def test_the_mean_over_the_cases_decides():
 
 
 @given(st.lists(st.tuples(*[arrays(np.uint8, (2, 3, 4), elements=st.integers(0, 2))] * 2), min_size=1, max_size=3))
-@settings(max_examples=50)
+@examples(20, 50)
 def test_what_is_chosen_raises_its_own_dice_and_lowers_none(pairs):
     predictions, labels = zip(*pairs, strict=True)
     classes = chosen(predictions, labels, 2)

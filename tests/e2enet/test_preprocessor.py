@@ -7,9 +7,10 @@ from itertools import permutations, product
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
+from strategies import examples
 
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.typed_json import parse_json
@@ -131,7 +132,7 @@ def test_the_box_holds_what_any_channel_shows_and_an_empty_image_stays_whole():
 
 
 @given(shapes, spacings, spacings, seeds)
-@settings(max_examples=50)
+@examples(20, 50)
 def test_shapes_round_and_ranges_hold(shape, old, new, seed):
     image = np.random.default_rng(seed).uniform(1, 9, (1, *shape)).astype(np.float32)
     affine = affine_of((0, 1, 2), (1, 1, 1), old[::-1])
@@ -142,7 +143,7 @@ def test_shapes_round_and_ranges_hold(shape, old, new, seed):
 
 
 @given(shapes, shapes, seeds)
-@settings(max_examples=50)
+@examples(20, 50)
 def test_cubic_and_linear_resampling_are_scipys_zoom(old, new, seed):
     volume = np.random.default_rng(seed).uniform(-1, 1, old).astype(np.float32)
     zoom = np.divide(new, old)
@@ -155,7 +156,7 @@ def test_cubic_and_linear_resampling_are_scipys_zoom(old, new, seed):
 
 
 @given(shapes, shapes, st.integers(0, 2), seeds)
-@settings(max_examples=50)
+@examples(20, 50)
 def test_along_the_coarse_axis_slices_are_resampled_for_themselves(old, new, coarse, seed):
     """nnU-Net's way: each slice in its plane, cubic and clipped to its own range, then the nearest slice."""
     volume = np.random.default_rng(seed).uniform(-1, 1, old).astype(np.float32)
@@ -185,7 +186,7 @@ def test_the_coarse_axis_is_that_of_the_scan_then_that_of_the_network():
 
 
 @given(shapes, spacings, spacings, st.sets(st.integers(0, 255), min_size=1, max_size=5), seeds)
-@settings(max_examples=50)
+@examples(20, 50)
 def test_labels_keep_to_their_classes(shape, old, new, classes, seed):
     label = np.random.default_rng(seed).choice(sorted(classes), shape).astype(np.uint8)
     scan = Scan("a", np.ones((1, *shape), np.float32), label, affine_of((0, 1, 2), (1, -1, 1), old[::-1]))
@@ -242,7 +243,7 @@ def test_placing_back_compares_probabilities_on_the_grid_of_the_scan():
 
 
 @given(shapes, shapes, st.sampled_from([None, 0, 1, 2]), seeds)
-@settings(max_examples=100)
+@examples(30, 100)
 def test_slices_are_resampled_as_the_whole_volume_is(old, new, coarse, seed):
     """Class by class and axis by axis, the way it was done when all of it was in memory; so decisions are the same."""
     values = np.random.default_rng(seed).dirichlet(np.ones(3), old).transpose(3, 0, 1, 2).astype(np.float32)
@@ -267,7 +268,7 @@ large = st.tuples(*[st.integers(20, 50)] * 3)  # where small arrays, and what Py
 
 
 @given(large, st.sampled_from(RULES), spacings, spacings, orientations, st.integers(1, 3))
-@settings(max_examples=25, deadline=None)
+@examples(10, 25)
 def test_an_image_takes_no_more_memory_than_was_asked_for(shape, rule, old, new, orientation, num_channels):
     image = np.random.default_rng(0).uniform(1, 9, (num_channels, *shape)).astype(np.float32)
     asked = (image, affine_of(*orientation, old), keeping(new, rule=rule, num_channels=num_channels))
@@ -287,7 +288,7 @@ def test_an_image_takes_no_more_memory_than_was_asked_for(shape, rule, old, new,
 
 
 @given(spacings, seeds)
-@settings(max_examples=30)
+@examples(15, 30)
 def test_ct_lies_within_the_clipped_range(new, seed):
     rng = np.random.default_rng(seed)
     rule = CtNormalization(low=-150.0, high=250.0, mean=40.0, std=70.0)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 from torch import Tensor, nn
 
 import dstlib
@@ -610,7 +611,7 @@ EVENTS = ("step", "best", "best and state", "average", "cut average", "assign", 
 
 
 @given(st.lists(st.sampled_from(EVENTS), min_size=1, max_size=6), st.booleans(), st.booleans())
-@settings(max_examples=60)
+@examples(20, 60)
 @pytest.mark.filterwarnings("ignore:step")  # which says what becomes of weights without their masks
 def test_whatever_happens_it_computes_the_model_or_refuses(events: list[str], records: bool, with_masks: bool):
     model, sparsifier, x = _two_layers()

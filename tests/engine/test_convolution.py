@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
+from strategies import examples
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("path")
 # Float32 rounds by 6e-8; Winograd's transforms multiply that by up to about 30. It is a share of what a sum could be
 # at most, all its terms having one sign, since they may cancel.
 SHARE = 2e-6
-many = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = examples(20, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def _part(x: Tensor) -> Tensor:

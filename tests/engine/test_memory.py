@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from strategies import examples
 from test_as_torch import forced
 from test_trains_as_torch import Levels
 from torch import Tensor, nn
@@ -188,7 +188,7 @@ def test_rows_of_maps_do_not_share_their_places_in_the_caches():
     assert empty_depth_last((2, 4, 31, 64, 63), like).permute(0, 1, 3, 4, 2).is_contiguous()
 
 
-@settings(max_examples=25, stateful_step_count=20)
+@examples(10, 25, stateful_step_count=20)
 class Owners(RuleBasedStateMachine):
     """Tensors come and go in any order; each holds a number of its own that nobody else may write over."""
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from strategies import examples
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -37,7 +38,7 @@ Size = tuple[int, int, int, int, int]
 # float32 rounds each product and sum by 6e-8 of it; sums here have up to a few hundred terms of size 1 to 10
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 pytestmark = pytest.mark.usefixtures("path")
-many = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = examples(15, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 from test_as_torch import FLAT, forced
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -346,7 +347,7 @@ def _order(x: Tensor) -> list[int]:
     return sorted((axis for axis in range(x.ndim) if x.shape[axis] > 1), key=x.stride, reverse=True)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(15, 40)
 @given(
     axes=st.permutations(range(5)),
     size=st.tuples(*[st.integers(1, 4)] * 5),
