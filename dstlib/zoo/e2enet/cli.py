@@ -97,6 +97,7 @@ def read_config(
         model=options.model,
         width=options.width,
         architecture=None if options.architecture is None else read_architecture(options.architecture),
+        memory_budget=options.memory_budget,
         data=DataSettings(
             folder=options.data,
             layout=options.layout,
@@ -155,8 +156,10 @@ def _recipe_parser(recipe: Recipe, description: str | None) -> argparse.Argument
     lines.add_argument("--preset", choices=recipe.presets, help=scales)
     lines.add_argument("--model", default="e2enet", help="the network: e2enet, or a baseline such as nnunet")
     lines.add_argument("--width", type=float, default=1.0, help="multiplies the channels of a baseline (default: 1)")
-    found = "the run of a finished --model dints_search, or its architecture.json: what --model dints is built by"
+    found = "what --model dints is built by: a run of --model dints_search, its architecture.json, or MONAI's .pt"
     lines.add_argument("--architecture", type=Path, metavar="FILE|RUN", help=found)
+    budget = "share of the memory of all paths that --model dints_search is to keep to (default: 0.8, as published)"
+    lines.add_argument("--memory-budget", type=float, metavar="SHARE", help=budget)
 
     option = lines.add_argument_group("data").add_argument
     kind, number = recipe.phantoms

@@ -17,8 +17,9 @@ from dstlib.errors import SettingError, printable, require
 from dstlib.files import write_json, write_whole
 from dstlib.profile import profile
 from dstlib.report import on_one_line
+from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet.baselines import build_model
-from dstlib.zoo.e2enet.baselines.architecture import Architecture
+from dstlib.zoo.e2enet.baselines.architecture import ARCHITECTURE, Architecture
 from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
 from dstlib.zoo.e2enet.evaluation.challenges import challenge_of
@@ -44,7 +45,7 @@ class RunConfig:
     - ``recipe``: its name, which stands in the run's ``config.json``.
     - ``preset``: network, patches and training; the channels and classes of the network follow the data.
     - ``model``: "e2enet", or the name of a baseline; ``width`` multiplies the channels of a baseline.
-    - ``architecture``: of a model whose own is the result of a search.
+    - ``architecture``: of a model whose own is the result of a search; ``memory_budget``: of such a search.
     - ``data``: the scans, and how they are divided.
     - ``execution``: where and how it is computed, which does not change what the run is.
     - ``folder``: the run directory; None for one under ``runs``, named by recipe and date.
@@ -62,6 +63,7 @@ class RunConfig:
     model: str = "e2enet"
     width: float = 1.0
     architecture: Architecture | None = None
+    memory_budget: float | None = None
     execution: Execution = field(default_factory=Execution)
     folder: Path | None = None
     resume: bool = False
@@ -101,6 +103,7 @@ class RunConfig:
             freeze_topology=self.freeze_topology,
             data=data.record(),
             architecture=self.architecture,
+            memory_budget=self.memory_budget,
         )
         return asdict(record)
 
@@ -162,7 +165,7 @@ def begin(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
         architecture=config.architecture,
     )
     profile(model, (1, channels, *size))  # refuses a patch that does not fit
-    training = start(model, config.preset.training, config.execution, ranks, data.labels)
+    training = start(model, config.preset.training, config.execution, ranks, data.labels, config.memory_budget)
     goes_on = config.folder and config.resume and (config.folder / "checkpoint.pt").exists()
     if config.begin_from is not None and not goes_on:
         remedy = "Pass --from the folder of a run that a recipe has written."
@@ -198,6 +201,9 @@ def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> E
         if run is None:
             return None
         run.write_model(training.model.state_dict())
+        if training.search:
+            write_json(path / ARCHITECTURE, sealed(asdict(training.search.found())))
+            print(on_one_line(f"The architecture is in {path / ARCHITECTURE}: --model dints --architecture {path}."))
         if not data.held_out_files:
             told = f"No case is held out, so nothing is evaluated. The network is in {path / 'model.pt'}."
             print(on_one_line(told))

@@ -15,7 +15,7 @@ from dstlib.errors import SettingError, require, similar
 from dstlib.zoo.e2enet.baselines.architecture import REMEDY, Architecture
 from dstlib.zoo.e2enet.baselines.cotr import cotr
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
-from dstlib.zoo.e2enet.baselines.dints import dints
+from dstlib.zoo.e2enet.baselines.dints import dints, dints_search
 from dstlib.zoo.e2enet.baselines.medformer import medformer
 from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
 from dstlib.zoo.e2enet.baselines.nnformer import nnformer
@@ -208,6 +208,7 @@ _ROWS = (
         build=nnformer,
     ),
     Baseline("dints", "MONAI, DiNTS on TopologyInstance", build=dints, is_found=True),
+    Baseline("dints_search", "MONAI, DiNTS on TopologySearch", build=dints_search),
     Baseline("umamba", "dstlib", (Published("AMOS", source=UMAMBA),), build=umamba),
 )
 

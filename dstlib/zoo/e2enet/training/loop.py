@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, repeat
 from types import FrameType
 
 import numpy as np
@@ -19,11 +20,12 @@ from tqdm import tqdm
 from dstlib.errors import DstlibError
 from dstlib.workers import loader_deaths
 from dstlib.zoo.e2enet.data.cases import Case
-from dstlib.zoo.e2enet.data.dataloading.dataloader import batches
+from dstlib.zoo.e2enet.data.dataloading.dataloader import Batch, batches
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.inference.sliding_window import predicting
 from dstlib.zoo.e2enet.training.loss import belonging, deep_supervision_loss
+from dstlib.zoo.e2enet.training.search import Search, first_iteration, halves
 from dstlib.zoo.e2enet.training.state import Training, as_trained, autocast, parallel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,14 +53,15 @@ def train(
     network, total = None, settings.num_iterations
     if training.iteration == 0:
         training.count_flows()
-    start, share, workers = training.iteration, (ranks.rank, ranks.num), training.execution.workers
-    drawn = batches(cases, patches, seed=settings.seed, start=start, stop=total, workers=workers, ranks=share)
+    drawn, start = _drawn(training, cases, patches), training.iteration
     bar = tqdm(total=total, initial=start, desc="train", unit="it", mininterval=1.0, disable=not ranks.leads)
     with bar, loader_deaths():
-        for images, labels in drawn:
+        for (images, labels), for_search in drawn:
             if network is None:
                 network = parallel(training, _on_device(images, training))
             loss = _iterate(training, network, images, labels)
+            if training.search and for_search:
+                _search(training, training.search, *for_search)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if training.iteration % settings.iterations == 0:
@@ -70,24 +73,31 @@ def train(
     return True
 
 
+def _drawn(training: Training, cases: Sequence[Case], patches: PatchSettings) -> Iterator[tuple[Batch, Batch | None]]:
+    """Draws the batch of each iteration that is left, and the second one of those that search an architecture."""
+    settings, ranks, start = training.settings, training.ranks, training.iteration
+    share, workers, total = (ranks.rank, ranks.num), training.execution.workers, settings.num_iterations
+
+    def draw(cases: Sequence[Case], start: int) -> Iterator[Batch]:
+        return batches(cases, patches, seed=settings.seed, start=start, stop=total, workers=workers, ranks=share)
+
+    if training.search is None:
+        return zip(draw(cases, start), repeat(None))
+    for_weights, for_search = halves(cases, settings.seed)
+    first = max(start, first_iteration(settings))
+    return zip(draw(for_weights, start), chain(repeat(None, first - start), draw(for_search, first)), strict=True)
+
+
 def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Makes one optimizer step with one batch, and returns the loss as the mean over the ranks."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    settings, device = training.settings, training.device
+    settings = training.settings
     as_trained(model)
     torch.manual_seed(hash((settings.seed, training.iteration, training.ranks.rank)) % 2**63)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate_at(training.iteration // settings.iterations)
     optimizer.zero_grad(set_to_none=True)
-    with autocast(training):
-        logits = network(_on_device(images, training))
-    loss = deep_supervision_loss(logits, labels.to(device, non_blocking=True), training.labels)
-    value = training.ranks.mean(float(loss.detach()), device)
-    if not math.isfinite(value):
-        remedy = f"Lower the learning rate ({settings.learning_rate}) and look for odd intensities in the data; "
-        remedy += "the last checkpoint is untouched."
-        where = f"iteration {training.iteration + 1}"
-        raise DstlibError.of("loss", where, allowed="a finite number", given=value, remedy=remedy)
+    loss, value = _loss(training, network, images, labels)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     if training.sparsifier:
@@ -98,6 +108,33 @@ def _iterate(training: Training, network: nn.Module, images: Tensor, labels: Ten
     training.iteration += 1
     training.loss_sum += value
     return value
+
+
+def _search(training: Training, search: Search, images: Tensor, labels: Tensor) -> None:
+    """Makes the step of the architecture that follows one of the weights."""
+    settings = training.settings
+    first = first_iteration(settings)
+    progress = (training.iteration - 1 - first) / (settings.num_iterations - first)
+    with search.thawed():
+        # not through DDP, which would wait for gradients of the weights
+        loss, _ = _loss(training, training.model, images, labels)
+        search.step(loss + search.charge(images.shape, progress), training.scaler, training.ranks)
+
+
+def _loss(training: Training, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Computes the loss of one batch, and its mean over the ranks as a number, which must be finite."""
+    with autocast(training):
+        logits = network(_on_device(images, training))
+    device = training.device
+    loss = deep_supervision_loss(logits, labels.to(device, non_blocking=True), training.labels)
+    value = training.ranks.mean(float(loss.detach()), device)
+    if not math.isfinite(value):
+        rate = training.settings.learning_rate
+        remedy = f"Lower the learning rate ({rate}) and look for odd intensities in the data; "
+        remedy += "the last checkpoint is untouched."
+        where = f"iteration {training.iteration + 1}"
+        raise DstlibError.of("loss", where, allowed="a finite number", given=value, remedy=remedy)
+    return loss, value
 
 
 def _on_device(images: Tensor, training: Training) -> Tensor:
@@ -111,6 +148,8 @@ def _end_epoch(training: Training, held_out: Sequence[Case], patches: PatchSetti
     row = {"epoch": epoch, "iteration": training.iteration, "learning_rate": rate, "loss": loss}
     if settings.val_iterations and held_out and training.ranks.leads:
         row["val_dice"] = validate(training, held_out, patches)
+    if training.search:
+        row["memory"] = training.search.memory_share((1, 1, *patches.patch_size))
     training.metrics.append(row)
     training.count_flows()
     training.loss_sum = 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from dstlib.errors import StateError
 
@@ -30,6 +30,13 @@ class Ranks:
     def mean(self, value: float, device: torch.device) -> float:
         """Returns the mean over all processes."""
         return self._sum(value, device) / self.num
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """Returns the mean of a tensor over all processes, in the place of the given one."""
+        if self.num > 1:
+            distributed.all_reduce(tensor)
+            tensor /= self.num
+        return tensor
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Returns whether one of the processes says so."""

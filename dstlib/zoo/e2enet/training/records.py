@@ -65,7 +65,8 @@ class DataRecord:
 class ConfigRecord:
     """All that settles what a run comes to; not where files lie, nor how it is computed.
 
-    ``architecture`` is that of a network whose own is the result of a search; None for any other.
+    ``architecture`` is that of a network whose own is the result of a search; None for any other. ``memory_budget`` is
+    that of a search, None for the published one.
 
     Raises:
         StateError: The network has other channels or classes than the data.
@@ -81,6 +82,7 @@ class ConfigRecord:
     freeze_topology: bool
     data: DataRecord
     architecture: Architecture | None = field(default=None, metadata={OPTIONAL: True})
+    memory_budget: float | None = field(default=None, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         data, labels = self.data, self.data.meaning

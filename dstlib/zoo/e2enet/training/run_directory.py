@@ -8,6 +8,7 @@
     log.jsonl        one line per epoch and session: seconds and memory
     checkpoint.pt    everything a training continues from; the old one stays whole until the new one is
     model.pt         the trained network's plain state_dict, for the plain network
+    architecture.json  of a search: what it has found
     predictions/     the held-out cases, in their own geometry
     scores.csv       the metrics of each case and class
     challenge.csv    what the challenge of BTCV or BraTS ranks by, of its sets; challenge.json with the means

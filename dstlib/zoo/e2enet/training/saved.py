@@ -19,18 +19,24 @@ RESUME = "Resume with the configuration that the run was started with, from the 
 _ROW = {"epoch", "iteration", "learning_rate", "loss"}
 _UPDATE = {"iteration", "active", "grown"}
 # what each optimizer keeps for a parameter: what must be there, and whether it is of the parameter's shape
-_KEPT = {"SGD": {"momentum_buffer": True}, "AdamW": {"step": False, "exp_avg": True, "exp_avg_sq": True}}
+_ADAM = {"step": False, "exp_avg": True, "exp_avg_sq": True}
+_KEPT = {"SGD": {"momentum_buffer": True}, "AdamW": _ADAM, "Adam": _ADAM}
 
 
-def check_saved(state: Any, settings: TrainSettings, model: nn.Module, optimizer: Optimizer) -> None:
-    """Checks weights, counters, metrics and what the optimizer keeps against the settings of the training.
+def check_saved(
+    state: Any, settings: TrainSettings, model: nn.Module, optimizer: Optimizer, search: Optimizer | None = None
+) -> None:
+    """Checks weights, counters, metrics and what the optimizers keep against the settings of the training.
+
+    ``search`` is the optimizer of an architecture that is searched beside.
 
     Raises:
         StateError: A part is missing, or nothing that a training by these settings would have saved.
     """
-    missing = [name for name in PARTS if name not in state] if isinstance(state, Mapping) else list(PARTS)
+    parts = PARTS if search is None else (*PARTS, "search")
+    missing = [name for name in parts if name not in state] if isinstance(state, Mapping) else list(parts)
     if missing:
-        raise _misfit("parts", ", ".join(PARTS), f"no {', '.join(missing)}")
+        raise _misfit("parts", ", ".join(parts), f"no {', '.join(missing)}")
     check_weights(model, state["model"], what="model", where=WHERE, remedy=RESUME)
     iteration, per_epoch = state["iteration"], settings.iterations
     if not _is_count(iteration, settings.num_iterations):
@@ -43,6 +49,8 @@ def check_saved(state: Any, settings: TrainSettings, model: nn.Module, optimizer
     _check_flows(state.get("flows", []), iteration // per_epoch)
     _check_scaler(state["scaler"])
     _check_optimizer(state["optimizer"], optimizer, iteration)
+    if search is not None:
+        _check_optimizer(state["search"], search, iteration)
 
 
 def _check_metrics(rows: Any, num_epochs: int, settings: TrainSettings) -> None:
@@ -50,10 +58,10 @@ def _check_metrics(rows: Any, num_epochs: int, settings: TrainSettings) -> None:
         given = len(rows) if isinstance(rows, list) else type(rows).__name__
         raise _misfit("metrics", f"a row for each of {num_epochs} epochs", given)
     for epoch, row in enumerate(rows, start=1):
-        fits = isinstance(row, Mapping) and _ROW <= row.keys() <= {*_ROW, "val_dice"}
+        fits = isinstance(row, Mapping) and _ROW <= row.keys() <= {*_ROW, "val_dice", "memory"}
         fits = fits and (row["epoch"], row["iteration"]) == (epoch, epoch * settings.iterations)
         fits = fits and type(row["epoch"]) is type(row["iteration"]) is int
-        fits = fits and all(_is_number(row[name]) for name in ("learning_rate", "loss"))
+        fits = fits and all(_is_number(row[name]) for name in ("learning_rate", "loss", "memory") if name in row)
         # another processor may round the power otherwise in the last bit
         fits = fits and math.isclose(row["learning_rate"], settings.learning_rate_at(epoch - 1), rel_tol=1e-9)
         dice = row.get("val_dice", math.nan) if fits else None

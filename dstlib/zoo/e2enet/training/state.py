@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import SettingError, StateError, require
 from dstlib.masking.distribution import erk
 from dstlib.masking.site import Site
 from dstlib.masking.update import MaskUpdate
@@ -19,12 +19,14 @@ from dstlib.sparsifier.api import sparsify
 from dstlib.sparsifier.plan import Settings, make_plan
 from dstlib.sparsifier.saved import at_step_0
 from dstlib.torch_files import load_weights
+from dstlib.zoo.e2enet.baselines.dints import Supernet
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.network import E2ENet, flow_counts
 from dstlib.zoo.e2enet.training.execution import Execution
 from dstlib.zoo.e2enet.training.methods import kernel_method
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.saved import check_saved
+from dstlib.zoo.e2enet.training.search import MEMORY_BUDGET, Search, start_search
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
 
@@ -52,6 +54,7 @@ class Training:
     metrics: list[dict[str, float]] = field(default_factory=list)
     updates: list[dict[str, int]] = field(default_factory=list)
     flows: list[dict[str, int]] = field(default_factory=list)
+    search: Search | None = None  # of an architecture, beside the weights
     on_engine: nn.Module | None = None  # the model there, of the same parameters, where the execution asks for it
 
     @property
@@ -65,7 +68,9 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what :meth:`load_state_dict` continues from, bit for bit on a CPU."""
+        search = {"search": self.search.optimizer.state_dict()} if self.search else {}
         return {
+            **search,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -83,9 +88,11 @@ class Training:
         Raises:
             StateError: It was taken from another network, or is damaged.
         """
-        check_saved(state, self.settings, self.model, self.optimizer)
+        check_saved(state, self.settings, self.model, self.optimizer, self.search.optimizer if self.search else None)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.search:
+            self.search.optimizer.load_state_dict(state["search"])
         if state["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(state["scaler"])
         if self.sparsifier:
@@ -116,16 +123,22 @@ def start(
     execution: Execution | None = None,
     ranks: Ranks | None = None,
     labels: Labels = ORDINARY,
+    memory_budget: float | None = None,
 ) -> Training:
     """Puts a model on its device with an optimizer, and with a sparsifier where ``sparsity`` is not 0.
 
     ``labels`` says what the outputs of the model mean; by default the background and one class each.
     Of an E2ENet the fusion is sparse; of any other network every weight that dstlib selects, at ERK's densities.
+    Beside the weights of a supernet its architecture is searched, by default on the published ``memory_budget``.
 
     Raises:
-        SettingError: The settings leave no mask update; see also :func:`dstlib.sparsify`.
+        SettingError: The settings leave no mask update; a budget for a network that is no supernet; see also
+            :func:`dstlib.sparsify`.
     """
     execution = execution or Execution()
+    allowed, remedy = "none, as its architecture is not searched", "Leave --memory-budget out, or pass dints_search."
+    fits = memory_budget is None or isinstance(model, Supernet)
+    require(fits, "memory_budget", "the network", allowed=allowed, given=memory_budget, remedy=remedy)
     model.to(execution.device)
     if execution.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -134,6 +147,8 @@ def start(
     scaler = torch.amp.GradScaler(kind, enabled=execution.precision == "fp16")
     sparsifier = _sparsify(model, optimizer, settings) if settings.sparsity > 0 else None
     training = Training(model, optimizer, scaler, sparsifier, settings, execution, ranks or Ranks(), labels)
+    if isinstance(model, Supernet):
+        training.search = start_search(model, MEMORY_BUDGET if memory_budget is None else memory_budget)
     if sparsifier:
         sparsifier.observers.append(training.observe)
     return training
