@@ -21,7 +21,6 @@ SETTINGS = {
     "AMOS, 16 classes": (1, 16, 128),
     "BraTS": (4, 3, 128),
     "BTCV": (1, 13, 96),
-    "BTCV, 14 classes": (1, 14, 96),
     "96³": (1, 15, 96),
 }  # channels, classes, extent
 HEADER = ("name", "setting", "params", "published", "exact G", "paper G", "attention G", "published", "implementation")

@@ -357,7 +357,6 @@ def test_data_that_is_not_there_is_one_line(tmp_path, example):
         (("--run-dir", ""), "Leave --run-dir out"),
         (("--resume",), "--run-dir with it"),
         (("--model", "nnunett"), "Similar: 'nnunet'"),
-        (("--model", "cotr"), "Not runnable"),
         (("--layout", "nifti"), "layout"),
         (("--tensorboard",), "tensorboard installed"),
         (("--optimizer", "sgd", "--learning-rate", -1), "learning_rate of TrainSettings"),

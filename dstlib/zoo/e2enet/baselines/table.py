@@ -192,10 +192,7 @@ _ROWS = (
     Baseline(
         "cotr",
         "dstlib",
-        (
-            Published("AMOS, 16 classes", 41.87, 1510.53, source=E2ENET),
-            Published("BTCV, 14 classes", 41.87, 636.94, source=E2ENET),
-        ),
+        (Published("AMOS", 41.87, 1510.53, source=E2ENET), Published("BTCV", 41.87, 636.94, source=E2ENET)),
         build=cotr,
     ),
     Baseline(
