@@ -1,4 +1,4 @@
-"""The command that makes the paper's tables: what is asked for, trained where it is missing, and shown."""
+"""The command that makes the paper's tables and figures: what is asked for, trained where it is missing, and shown."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +11,8 @@ import torch
 from dstlib.command_line import make_parser
 from dstlib.errors import number_of, require
 from dstlib.files import make_folder, write_json, write_whole
+from dstlib.report import on_one_line
+from dstlib.zoo.e2enet.paper.figures.table import FIGURES
 from dstlib.zoo.e2enet.paper.published import TABLES
 from dstlib.zoo.e2enet.paper.runs import (
     SCALES,
@@ -43,14 +45,17 @@ def run_paper(description: str | None, read: ReadConfig, arguments: Sequence[str
         DstlibError: What is asked for cannot be done.
     """
     options, rest = _parser(description).parse_known_args(arguments)
-    where, allowed, remedy = "the command line", "the number of a table", f"Tables are {_span(TABLES)}."
-    require(bool(options.table), "--table", where, allowed=allowed, given="none", remedy=remedy)
+    where, allowed = "the command line", "the number of a table, or --figure and that of a figure"
+    remedy = f"Tables are {_span(TABLES)}, figures {_span(FIGURES)}."
+    require(bool(options.table or options.figure), "--table", where, allowed=allowed, given="none", remedy=remedy)
     rows, failed = chosen(options.rows), dict[str, str]()
     for number in options.table:
         if number == LATENCY:
             _make_latency(rows, _plan(TABLES[number].data, options, rest, read))
             continue
         failed |= _make_table(number, rows, _plan(TABLES[number].data, options, rest, read))
+    for number in options.figure:
+        failed |= _make_figure(number, rows, _plan(FIGURES[number].recipe, options, rest, read))
     return 1 if failed else 0
 
 
@@ -58,6 +63,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     lines = make_parser(description, epilog=EPILOG)
     option = lines.add_argument
     option("--table", type=int, nargs="+", choices=TABLES, default=[], metavar="N", help=f"tables, {_span(TABLES)}")
+    option("--figure", type=int, nargs="+", choices=FIGURES, default=[], metavar="N", help=f"figures, {_span(FIGURES)}")
     option("--rows", nargs="+", default=[], metavar="NAME", help="systems, such as e2enet-0.8 nnunet (default: all)")
     option("--data", type=Path, metavar="DIR", help="folder of the data set (default: procedural phantoms)")
     option("--mri", type=Path, metavar="DIR", help="folder of the MRI scans of Table 6, whose CT scans are --data")
@@ -69,6 +75,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     minutes = "train each run for so many minutes of CPU time, in the place of the scale's epochs"
     option("--cpu-minutes", type=float, metavar="M", help=minutes)
     option("--width", type=float, metavar="W", help="multiplies the channels of baselines (default: 1; tiny: 0.25)")
+    found = "what DiNTS is built by: a finished search or its file (default: a search of its own, by row dints-search)"
+    option("--architecture", type=Path, metavar="FILE|RUN", help=found)
     option("--runs", type=Path, default=Path("runs/paper"), metavar="DIR", help="of all runs (default: %(default)s)")
     return lines
 
@@ -91,6 +99,7 @@ def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: R
         seeds=tuple(dict.fromkeys(options.seeds)),
         width=options.width,
         cpu_minutes=options.cpu_minutes,
+        architecture=options.architecture,
         options=tuple(rest),
     )
     read(chosen_recipe, [*SCALES[plan.scale], *rest])
@@ -107,6 +116,15 @@ def _make_table(number: int, rows: Sequence[System], plan: Plan) -> Mapping[str,
     filled = fill(table, lines, runs, failed=failed, recipe=short_name(plan.recipe))
     text = to_text(filled, is_full=plan.scale == "paper", remarks=_remarks(plan))
     _show(filled, text, plan.folder)
+    return failed
+
+
+def _make_figure(number: int, rows: Sequence[System], plan: Plan) -> Mapping[str, str]:
+    """Trains what a figure lacks, and draws it; says which systems failed, and why."""
+    figure = FIGURES[number]
+    runs, failed = _runs(plan, rows or chosen(figure.systems))
+    for file in figure.draw(plan.folder / "figures", runs):
+        print(on_one_line(f"Figure {number}, {figure.title}: {file}"))
     return failed
 
 

@@ -41,7 +41,18 @@ SCALES: dict[Scale, tuple[str, ...]] = {
     "paper": ("--preset", "paper"),
 }
 TINY_WIDTH = 0.25  # of baselines: to see that all runs
-SETTLED = ("--preset", "--model", "--width", "--sparsity", "--method", "--fold", "--seed", "--run-dir", "--resume")
+SETTLED = (
+    "--preset",
+    "--model",
+    "--width",
+    "--sparsity",
+    "--method",
+    "--architecture",
+    "--fold",
+    "--seed",
+    "--run-dir",
+    "--resume",
+)
 TRANSFER = 4  # CT to MRI trains for 250 epochs of the paper's 1000: a quarter
 AGAIN = "Give the options it was trained with, or another --runs; or remove the folder to train it anew."
 
@@ -54,6 +65,7 @@ class Plan:
     - ``runs``: the folder of all; ``data`` and ``mri`` those of the scans, None for phantoms, or no MRI.
     - ``width``: multiplies the channels of baselines; None for the scale's.
     - ``cpu_minutes``: of training for each run, in the place of the scale's epochs.
+    - ``architecture``: of the row that wants one, in the place of a search.
     - ``options``: further ones of the recipe's command line.
     - ``sources``: the options that take the scans of Table 6, see :func:`.scans.with_mri`.
 
@@ -71,6 +83,7 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     width: float | None = None
     cpu_minutes: float | None = None
+    architecture: Path | None = None
     options: tuple[str, ...] = ()
     sources: Mapping[Source, tuple[str, ...]] = field(default_factory=dict)
 
@@ -156,6 +169,12 @@ def keys(plan: Plan, systems: Sequence[System]) -> Iterator[Key]:
                 yield Key(system=system, fold=fold, seed=seed)
 
 
+def before(plan: Plan, system: System) -> tuple[System, ...]:
+    """Returns the systems whose runs a system begins from, or is built by."""
+    names = (system.base, "" if plan.architecture else system.search)
+    return tuple(SYSTEMS[name] for name in names if name)
+
+
 def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
     """Returns the run that a key stands for, of so many iterations where there is a budget."""
     system, folder = key.system, key.folder(plan)
@@ -169,6 +188,9 @@ def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
         options += ["--data", str(plan.data)]
     if system.base:
         options += ["--from", str(replace(key, system=SYSTEMS[system.base]).folder(plan))]
+    if system.search:
+        found = plan.architecture or replace(key, system=SYSTEMS[system.search]).folder(plan)
+        options += ["--architecture", str(found)]
     options += ["--fold", key.fold, "--seed", str(key.seed), "--run-dir", str(folder)]
     if (folder / CONFIG).exists():
         options.append("--resume")
@@ -271,8 +293,7 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
         StateError: A run that is there has other settings, or its files are damaged.
     """
     runnable = [system for system in systems if not refusal(system)]
-    bases = [SYSTEMS[system.base] for system in runnable if system.base]
-    runnable = [*dict.fromkeys((*bases, *runnable))]
+    runnable = [*dict.fromkeys(each for system in runnable for each in (*before(plan, system), system))]
     missing = [key for key in keys(plan, runnable) if not (key.folder(plan) / RESULT).exists()]
     for key in keys(plan, runnable):
         if (key.folder(plan) / CONFIG).exists():
@@ -283,8 +304,8 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
     for number, key in enumerate(missing, start=1):
         if key.system.name in failed:
             continue
-        if key.system.base in failed:
-            failed[key.system.name] = f"it goes on from {SYSTEMS[key.system.base].title}, which cannot be trained"
+        if first := next((each for each in before(plan, key.system) if each.name in failed or refusal(each)), None):
+            failed[key.system.name] = f"it wants a run of {first.name}, which cannot be trained"
             continue
         told = (
             f"{key.system.title}, fold {key.fold}, seed {key.seed} ({number} of {len(missing)} runs that are missing)"
@@ -383,7 +404,8 @@ class Sets:
             DataError: They cannot be used.
             SettingError: There is no such fold.
         """
-        config = asked(self._plan, key)
+        plain = System(name=key.system.name, title="", source=key.system.source)  # the data alone is of interest
+        config = asked(self._plan, replace(key, system=plain))
         if config.data not in self._opened:
             with redirect_stdout(StringIO()):  # each run says of its data what is to be known
                 opened = open_dataset(config.data, workers=config.execution.workers, ranks=Ranks())

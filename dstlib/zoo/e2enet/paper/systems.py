@@ -25,6 +25,7 @@ class System:
     - ``interval``: between mask updates, as a multiple of the preset's.
     - ``source``: the scans it learns from: the set's, or those of Table 6.
     - ``base``: the system from whose weights and masks it goes on, shorter.
+    - ``search``: the system that finds its architecture, where none is given.
     - ``reason``: why there is nothing to run.
     """
 
@@ -36,6 +37,7 @@ class System:
     interval: float = 1.0
     source: Source = "set"
     base: str = ""
+    search: str = ""
     reason: str = ""
 
     def changed(self, network: E2ENetConfig) -> E2ENetConfig:
@@ -54,7 +56,6 @@ _BASELINES = {
     "swin_unetr": "Swin UNETR",
     "vnet": "V-Net",
     "medformer": "MedFormer",
-    "dints": "DiNTS",
     "unet_plus_plus": "UNet++",
     "deeplabv3": "DeepLabv3",
     "nnunet": "nnU-Net",
@@ -76,6 +77,8 @@ _ALL = (
         options=("--sparsity", "0.9", "--method", "static"),
     ),
     *(System(name=name, title=title, model=name) for name, title in _BASELINES.items()),
+    System(name="dints-search", title="DiNTS, its search", model="dints_search"),
+    System(name="dints", title="DiNTS", model="dints", search="dints-search"),
     System(name="nnunet-minus", title="nnU-Net(-)", model="nnunet_minus"),
     System(name="e2enet-plus", title="E2ENet(+)", model="e2enet_plus", options=_S08),
     System(name="pann", title="PaNN", reason=_NOT_PUBLISHED),
