@@ -331,10 +331,12 @@ def test_panels_show_image_label_and_predictions_with_the_difference_boxed(draw,
 
 def test_the_slice_that_differs_most_is_shown():
     of = predicted("a", "b")
-    of.predictions["b"][0, :25] = 2
+    of.predictions["b"][0] = 2  # where the label has nothing
+    of.predictions["b"][1, 20:25] = 2
     volumes_ = [of.case.label, *of.predictions.values()]
     view = panels.usual_view("SPL", (1.0, 1.0, 1.0))
-    assert panels._slice_to_show(volumes_, view) == 0
+    assert panels._slice_to_show(volumes_, view) == 1
+    assert panels._slice_to_show([0 * of.case.label, *of.predictions.values()], view) == 0, "nothing is labelled"
     assert panels._slice_to_show([of.case.label] * 3, view) == 2, "where nothing differs, that with the most classes"
 
 

@@ -96,16 +96,28 @@ def test_the_comparison_shows_ours_beside_theirs():
     assert lines[-1] == "[2] this run"
 
 
-# Demšar (2006), Table 5: critical values for the two-tailed Nemenyi test at 0.05, 2 to 10 methods.
-@pytest.mark.parametrize(
-    ("num_methods", "q"),
-    list(zip(range(2, 11), [1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164], strict=True)),
-)
-def test_the_critical_distance_of_demsars_table(num_methods, q):
+# Demšar (2006), Table 5: critical values for the two-tailed Nemenyi test at 0.05 and 0.10, 2 to 10 methods.
+DEMSAR = {
+    0.05: (1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164),
+    0.10: (1.645, 2.052, 2.291, 2.459, 2.589, 2.693, 2.780, 2.855, 2.920),
+}
+
+
+@pytest.mark.parametrize("alpha", DEMSAR)
+@pytest.mark.parametrize("num_methods", range(2, 11))
+def test_the_critical_distance_of_demsars_table(num_methods, alpha):
     num_cases = 14
-    found = nemenyi(np.random.default_rng(0).normal(size=(num_cases, num_methods)))
+    found = nemenyi(np.random.default_rng(0).normal(size=(num_cases, num_methods)), alpha=alpha)
+    q = DEMSAR[alpha][num_methods - 2]
     expected = q * math.sqrt(num_methods * (num_methods + 1) / (6 * num_cases))
     assert found.critical_distance == pytest.approx(expected, rel=5e-4)  # three digits of the table
+
+
+def test_the_example_of_demsar():
+    # his section 3.2.2: four methods, 14 data sets, a critical distance of 1.25 at 0.05 and of 1.12 at 0.10
+    scores = np.random.default_rng(0).normal(size=(14, 4))
+    assert nemenyi(scores).critical_distance == pytest.approx(1.25, abs=0.005)  # two digits
+    assert nemenyi(scores, alpha=0.1).critical_distance == pytest.approx(1.12, abs=0.005)
 
 
 def test_two_methods_are_a_test_of_the_normal_distribution():

@@ -40,6 +40,7 @@ PARTS = {  # of a fusion node, and how the density of each is shown
     "units.1.conv": ("second convolution", "#444444"),
 }
 OUTLINED = [withStroke(linewidth=4, foreground="black")]  # white on black is seen on dark and on bright pictures
+MOST_MARKS = 60  # points of a curve that are marked; more would be a thick line
 MAX_TALL = 7.0  # inches of a picture: one that is long and narrow takes no more
 
 
@@ -57,7 +58,7 @@ def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: 
         panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
         for panel, (title, label, x, y, colour) in zip(panels, curves, strict=True):
             panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
-            panel.plot(x, y, "o-", color=colour, markersize=3.5)
+            panel.plot(x, y, "-" if len(x) > MOST_MARKS else "o-", color=colour, markersize=3.5)
             panel.set_xlim(left=0)
             panel.set_ylim(0, 1.08 * max((value for value in y if np.isfinite(value)), default=0) or 1)
             panel.set_title(title)

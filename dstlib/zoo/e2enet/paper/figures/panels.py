@@ -40,7 +40,8 @@ class Predicted:
 def panels(path: Path, cases: Sequence[Predicted], *, labels: Labels, classes: Sequence[str], title: str) -> None:
     """Draws a row per case: the image, the label on it, and what each method predicted; regions that differ are boxed.
 
-    It is the slice on which the predictions differ most, cut out around all that is segmented there.
+    It is the slice with something of the label on which the predictions differ most, cut out around all that is
+    segmented there.
 
     Raises:
         DataError: There is no case, or they are of other methods.
@@ -148,8 +149,14 @@ def _draw_row(row: Sequence[Axes], of: Predicted, labels: Labels, colours: Liste
 
 
 def _slice_to_show(volumes: Sequence[NDArray[np.uint8]], view: View) -> int:
-    """Returns the slice on which predictions differ most; where they are alike, the one with the most classes."""
-    counts = np.moveaxis(differing(volumes[1:]), view.axis, 0).sum(axis=(1, 2))
+    """Returns the slice with something of the label on which predictions differ most.
+
+    Where they are alike it is the slice with the most classes; where the label is empty, any slice counts.
+    """
+    counts, labelled = (
+        np.moveaxis(volume, view.axis, 0).sum(axis=(1, 2)) for volume in (differing(volumes[1:]), volumes[0] > 0)
+    )
+    counts = np.where(labelled > 0, counts, 0) if labelled.any() else counts
     return int(counts.argmax()) if counts.any() else busiest_slice(volumes[0], view.axis)
 
 
@@ -163,11 +170,11 @@ def _draw_numbers(axes: Axes, classes: NDArray[np.uint8]) -> None:
 
 
 def _draw_boxes(axes: Axes, boxes: Sequence[Box]) -> None:
+    """Draws boxes half a voxel outside what they hold, but not outside the picture; voxels lie around their indices."""
+    right, bottom = (max(limits) for limits in (axes.get_xlim(), axes.get_ylim()))
     for rows, columns in boxes:
-        corner = (columns.start - 1.0, rows.start - 1.0)  # half a voxel outside, as voxels are drawn around their index
-        wide, tall = columns.stop - columns.start + 1, rows.stop - rows.start + 1
-        axes.add_patch(
-            Rectangle(
-                corner, wide, tall, fill=False, edgecolor="white", linewidth=1.4, path_effects=OUTLINED, gid="box"
-            )
-        )
+        x, y = max(columns.start - 1.0, -0.5), max(rows.start - 1.0, -0.5)
+        wide, tall = min(columns.stop, right) - x, min(rows.stop, bottom) - y
+        box = Rectangle((x, y), wide, tall, fill=False, edgecolor="white", linewidth=1.4, gid="box")
+        box.set_path_effects(OUTLINED)
+        axes.add_patch(box)

@@ -14,7 +14,7 @@ from dstlib.plot import DISTINCT, plain
 COLOURS = (*DISTINCT[::-1], "#000000")  # the dark ones first, as lines are thin
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*", "d", "H")
 _LINES = ("-", "--", "-.", ":")
-_LETTER = 0.092  # inches of a headline's letter, about
+_LETTER = 0.08  # inches of a headline's letter, about
 _LABEL = 2.35  # inches of a legend's column, at most
 
 
@@ -49,7 +49,10 @@ def label(name: str, *, width: int = 22, most_lines: int = 2) -> str:
 
 def headline(figure: Figure, text: str) -> None:
     """Writes a title over a figure, in as many lines as its width asks for."""
-    figure.suptitle("\n".join(wrap(text, int(figure.get_figwidth() / _LETTER))), fontsize=11, parse_math=False)
+    most = int(figure.get_figwidth() / _LETTER)
+    num_lines = math.ceil(len(text) / most)
+    lines = wrap(text, min(most, len(text) // num_lines + 12))  # of about one length
+    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
 
 
 def legend(figure: Figure, names: Sequence[str], *, more: Sequence[Artist] = ()) -> None:

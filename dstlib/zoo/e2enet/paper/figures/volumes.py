@@ -40,11 +40,13 @@ def volumes_and_dice(path: Path, scores: Mapping[str, Evaluation], *, reference:
         places = np.arange(len(order))
         left.errorbar(volume[order], places, xerr=volume_error[order], fmt="o", color=INK, markersize=6, label="volume")
         left.hlines(places, 0, 1, transform=left.get_yaxis_transform(), color=FAINT, linestyle=":", zorder=0)
-        if np.isfinite(volume).any():
+        if np.nanmax(volume, initial=0) > 10 * np.nanmin(volume, initial=np.inf):
             left.set_xscale("log")
             left.xaxis.set_major_locator(LogLocator(numticks=5))
-            left.xaxis.set_major_formatter("{x:g}")
             left.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            left.xaxis.set_major_locator(MaxNLocator(4))
+        left.xaxis.set_major_formatter("{x:g}")
         left.set_title("Volume in the label, ml")
         left.set_yticks(places, [label(first.classes[k]) for k in order], fontsize=9)
         left.invert_yaxis()
