@@ -3,9 +3,9 @@
     python benchmarks/baselines.py
 
 AMOS is 1×128³ with 15 classes, BraTS 4×128³ with 3, BTCV 1×96³ with 13, as the paper counts (no background), but where
-a setting says how many; 96³ is AMOS on smaller patches. FLOPs in billions: "exact" and "paper" are the conventions of
-dstlib.profile. The first includes the products and the sampling of attention, which "attention" is the sum of, the
-second leaves them out.
+a setting says how many; 96³ and 192³ are AMOS on other patches. FLOPs in billions: "exact" and "paper" are the
+conventions of dstlib.profile. The first includes the products and the sampling of attention, which "attention" is the
+sum of, the second leaves them out.
 """
 
 from dataclasses import replace
@@ -21,7 +21,9 @@ SETTINGS = {
     "AMOS, 16 classes": (1, 16, 128),
     "BraTS": (4, 3, 128),
     "BTCV": (1, 13, 96),
+    "BTCV at 128³": (1, 13, 128),
     "96³": (1, 15, 96),
+    "192³": (1, 15, 192),
 }  # channels, classes, extent
 HEADER = ("name", "setting", "params", "published", "exact G", "paper G", "attention G", "published", "implementation")
 Row = tuple[str, ...]

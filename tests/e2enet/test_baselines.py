@@ -45,6 +45,10 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "dints_search": {"patch_size": (16, 16, 32), "width": 1 / 16},
     "umamba": {"patch_size": (8, 8, 12), "width": 0.125},
+    "resenc_m": {"patch_size": (8, 7, 12), "width": 0.125},
+    "resenc_l": {"patch_size": (8, 7, 12), "width": 0.125},
+    "mednext_s": {"patch_size": (16, 15, 32), "width": 0.125},
+    "mednext_b": {"patch_size": (16, 15, 32), "width": 0.125},
 }
 SLOW = ("swin_unetr", "vnet", "dints_search")  # windows of 7³; 45 million parameters; 600 operations
 NAMES = [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in SMALL]

@@ -17,9 +17,9 @@ from dstlib.zoo.e2enet.baselines.cotr import cotr
 from dstlib.zoo.e2enet.baselines.deeplab import deeplabv3
 from dstlib.zoo.e2enet.baselines.dints import dints, dints_search
 from dstlib.zoo.e2enet.baselines.medformer import medformer
-from dstlib.zoo.e2enet.baselines.monai_nets import swin_unetr, unet_plus_plus, unetr, vnet
+from dstlib.zoo.e2enet.baselines.monai_nets import mednext_b, mednext_s, swin_unetr, unet_plus_plus, unetr, vnet
 from dstlib.zoo.e2enet.baselines.nnformer import nnformer
-from dstlib.zoo.e2enet.baselines.nnunet import nnunet, nnunet_minus
+from dstlib.zoo.e2enet.baselines.nnunet import nnunet, nnunet_minus, resenc_l, resenc_m
 from dstlib.zoo.e2enet.baselines.segmenter import Request
 from dstlib.zoo.e2enet.baselines.umamba import umamba
 from dstlib.zoo.e2enet.config import E2ENetConfig
@@ -28,8 +28,11 @@ from dstlib.zoo.e2enet.network import E2ENet
 E2ENET = "E2ENet (arXiv:2312.04727)"
 OVERPRINTED = "E2ENet (arXiv:2312.04727), Table 5, where the row is overprinted: its last digits are not sure"
 UMAMBA = "U-Mamba (arXiv:2401.04722) and its repository, neither of which gives a number"
+MEDNEXT = "README of MIC-DKFZ/MedNeXt, multiply-adds on an input and with classes that it does not name"
+RESENC = "nnU-Net Revisited (arXiv:2404.09556) and nnunetv2 2.8.1, neither of which gives a number"
 UX_NET = "README of MASILab/3DUX-Net, FeTA 2021"
 PLAIN_UNET = "dynamic-network-architectures, PlainConvUNet"
+RESIDUAL_UNET = "dynamic-network-architectures, ResidualEncoderUNet"
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ def build_model(
 
     Its attribute ``deep_supervision`` decides whether forward gives a tuple of logits, finest first, or the
     finest alone. ``num_classes`` are the channels of the logits. ``config`` is that of the E2ENet under
-    comparison; "nnunet" and "nnunet_minus" take their levels and strides from it, "e2enet_plus" all but its
-    channels; the others have theirs from their papers. ``width`` multiplies the channels of the published networks;
-    "e2enet", "e2enet_plus" and "vnet" allow only 1. ``architecture`` is what "dints" is built by, and
+    comparison; "nnunet", "nnunet_minus", "resenc_m" and "resenc_l" take their levels and strides from it, "e2enet_plus"
+    all but its channels; the others have theirs from their papers. ``width`` multiplies the channels of the published
+    networks; "e2enet", "e2enet_plus" and "vnet" allow only 1. ``architecture`` is what "dints" is built by, and
     no other takes one.
 
     Raises:
@@ -207,6 +210,10 @@ _ROWS = (
     Baseline("dints", "MONAI, DiNTS on TopologyInstance", build=dints, is_found=True),
     Baseline("dints_search", "MONAI, DiNTS on TopologySearch", build=dints_search),
     Baseline("umamba", "dstlib", (Published("AMOS", source=UMAMBA),), build=umamba),
+    Baseline("resenc_m", RESIDUAL_UNET, (Published("AMOS", source=RESENC),), build=resenc_m),
+    Baseline("resenc_l", RESIDUAL_UNET, (Published("192³", source=RESENC),), build=resenc_l),
+    Baseline("mednext_s", "MONAI, MedNeXt", (Published("BTCV at 128³", 5.6, 130, source=MEDNEXT),), build=mednext_s),
+    Baseline("mednext_b", "MONAI, MedNeXt", (Published("BTCV at 128³", 10.5, 170, source=MEDNEXT),), build=mednext_b),
 )
 
 BASELINES: Mapping[str, Baseline] = MappingProxyType({row.name: row for row in _ROWS})
