@@ -34,6 +34,11 @@ from dstlib.schedules import Constant
 INTERVAL, UPDATES, AROUND, FIRST = 100, 17, 25, 3
 STEPS = INTERVAL * UPDATES + 95
 NUM_TRAIN, NUM_TEST, WIDTH, NUM_IN, NUM_CLASSES = 18_000, 2_000, 192, 64, 20
+OPTIMIZERS = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+)
 STARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "birth": {"grown_state": "birth"},
@@ -141,7 +146,7 @@ def main() -> None:
     told = "(default: %(default)s)"
     lines.add_argument("--method", default="rigl", choices=("rigl", "set"), help=told)
     lines.add_argument("--fraction", type=float, default=0.3, metavar="F", help=f"of the active weights {told}")
-    lines.add_argument("--optimizer", default="AdamW", metavar="NAME", help=f"of torch.optim {told}")
+    lines.add_argument("--optimizer", default="AdamW", choices=OPTIMIZERS, help=f"of torch.optim {told}")
     lines.add_argument("--learning-rate", type=float, default=3e-3, metavar="R", help=told)
     lines.add_argument("--seeds", type=int, default=5, metavar="N", help=told)
     lines.add_argument("--figure", type=Path, metavar="FILE", help="draw the loss around updates, too")

@@ -21,6 +21,7 @@ from dstlib.sparsifier import distributed
 
 STEPS = 9
 TRIED = ["rigl", "snfs", "granet", "topkast"]
+LAYERS = ["conv", "up", "head"]
 
 
 def tried(name):
@@ -73,6 +74,28 @@ def diverge(rank, folder):
     except StateError as error:
         message = str(error)
     torch.save(message, f"{folder}/{rank}.pt")
+
+
+def train_from_masks(rank, differ, folder):
+    """Each rank reads its masks from a file; DDP sees to the weights, but not to masks."""
+    model, rng = small(), torch.Generator().manual_seed(rank if differ else 0)
+    masks = {
+        f"{name}.weight": torch.rand(model.get_submodule(name).weight.shape, generator=rng) < 0.4 for name in LAYERS
+    }
+    torch.save(masks, f"{folder}/masks-{rank}.pt")
+    replica = DistributedDataParallel(model)
+    sparsifier = dstlib.sparsify(replica, masks=f"{folder}/masks-{rank}.pt", method=tried("rigl"), total_steps=STEPS)
+    first = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1)
+    message = ""
+    try:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss(replica, *batch(2 * step + rank)).backward()
+            optimizer.step()
+    except StateError as error:
+        message = str(error)
+    torch.save((masks, first, sparsifier.masks, sparsifier.step, message), f"{folder}/{rank}.pt")
 
 
 def train_unevenly(rank, folder):
@@ -162,6 +185,24 @@ def test_ranks_that_part_say_so(run, tmp_path):
     for message in run(diverge, tmp_path):
         assert "conv.weight" in message
         assert "step 1: expected the same on all 2 ranks" in message
+
+
+def test_ranks_start_from_the_masks_of_a_file_and_stay_equal(run, tmp_path):
+    (given, first, last, step, message), (_, *other) = run(train_from_masks, tmp_path, False)
+    assert not message
+    assert step == STEPS
+    for theirs, ours in zip(other[:2], (first, last), strict=True):
+        assert all(torch.equal(mask, theirs[name]) for name, mask in ours.items())
+    assert all(torch.equal(mask, given[name]) for name, mask in first.items())
+    assert any(not torch.equal(mask, last[name]) for name, mask in first.items()), "else masks do not move"
+
+
+def test_ranks_with_masks_of_different_files_say_so(run, tmp_path):
+    for *_, step, message in run(train_from_masks, tmp_path, True):
+        assert step == 0
+        assert "step 1: expected the same on all 2 ranks" in message
+        assert "conv.weight, up.weight, head.weight" in message
+        assert "masks=" in message
 
 
 def test_a_rank_without_data_keeps_nobody_waiting(run, tmp_path):

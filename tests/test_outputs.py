@@ -1,10 +1,12 @@
 """Outputs of a model: which weights they come from, and that none of them loses its last weight."""
 
 import copy
+import gc
 import io
 import pickle
 import random
 import warnings
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -35,7 +37,7 @@ from dstlib.masking import (
     unit_mask,
 )
 from dstlib.masking.outputs import outputs_of_units
-from dstlib.targets.outputs import PassWatch, note_pass
+from dstlib.targets.outputs import PassWatch, is_hooked, note_pass
 
 # Outputs without a weight
 
@@ -167,11 +169,11 @@ def test_output_layers_get_a_unit_for_each_output_from_the_others(sizes, seed: i
 
 def roles(model: nn.Module, *args: object, run=None) -> dict[str, bool | None]:  # type: ignore[no-untyped-def]
     """What one pass tells of each weight of a model; those that it does not show are left out."""
-    watch = PassWatch(model.modules())
+    watch = PassWatch(model, [p for p in model.parameters() if p.ndim > 1])
     try:
         (run or model)(*args)
         names = {id(p): name for name, p in model.named_parameters()}
-        found = watch.outputs([p for p in model.parameters() if p.ndim > 1])
+        found = watch.outputs()
     finally:
         watch.stop()
     assert not any(m._forward_hooks for m in model.modules())
@@ -316,6 +318,78 @@ def test_what_other_precisions_and_parts_show() -> None:
         assert roles(model, X) == {}
 
 
+class Adversaries(nn.Module):
+    """Two networks in one module, of which the second judges what the first makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.judge = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.generator(z)
+
+
+def ids(module: nn.Module) -> set[int]:
+    return {id(p) for p in module.parameters()}
+
+
+@pytest.mark.parametrize("calls_whole", [False, True])
+def test_what_another_optimizers_network_judges_is_an_output(calls_whole: bool) -> None:
+    model = Adversaries()
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def told(optimized: list[set[int]]) -> set[str]:
+        watch = PassWatch(model, [p for p in model.parameters() if p.ndim > 1])
+        model.judge(model(X) if calls_whole else model.generator(X))
+        found = watch.outputs(optimized)
+        watch.stop()
+        return {names[key] for key, is_output in found.items() if is_output}
+
+    both = {"generator.2.weight", "judge.2.weight"}
+    assert told([ids(model.generator), ids(model.judge)]) == both
+    # one optimizer trains one network, whose parts a user may call one by one; what the whole returns is told by itself
+    assert told([ids(model)]) == (both if calls_whole else {"judge.2.weight"})
+    split = [ids(model.generator[0]), ids(model) - ids(model.generator[0])]  # as matrices by Muon, the others by AdamW
+    assert told(split) == (both if calls_whole else {"judge.2.weight"})
+
+
+def test_a_generator_keeps_all_its_outputs() -> None:
+    torch.manual_seed(0)
+    model = Adversaries()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.judge, model.generator)]
+    method = replace(ABLATING, drop_fraction=dstlib.schedules.Constant(0.5))
+    sparsifier = dstlib.sparsify(model, *optimizers, sparsity=0.5, method=method, total_steps=24)
+    for step in range(20):
+        z = torch.randn(6, 4, generator=generator(step))
+        for optimizer, sign in zip(optimizers, (1, -1), strict=True):
+            optimizer.zero_grad()
+            made = model.generator(z)  # what the judge learns from is made without a graph, as most programs do
+            judged = model.judge(made.detach() if sign == 1 else made)
+            (sign * judged.square().mean()).backward()
+            optimizer.step()
+    outputs = sparsifier.state_dict()["outputs"]
+    assert {name for name, is_output in outputs.items() if is_output} == {"generator.2.weight", "judge.2.weight"}
+    assert not gone(sparsifier)["generator.2"]
+
+
+def test_of_a_whole_pass_no_graph_is_held() -> None:
+    """Else activations of inference with gradients, which no step follows, would stay for good."""
+    model, *_ = trained(ABLATING, 1)
+    saved: list[weakref.ref[Tensor]] = []
+
+    def packed(x: Tensor) -> Tensor:
+        copied = x.clone()  # of a node alone, as the tensor itself may be a weight
+        saved.append(weakref.ref(copied))
+        return copied
+
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda x: x):
+        model(torch.ones(2, model.num_inputs))
+    gc.collect()
+    assert saved
+    assert not any(x() is not None for x in saved)
+
+
 def test_what_no_graph_tells_apart_is_none_or_left_out() -> None:
     compiled = roles(torch.compile(Heads(), backend="aot_eager"), X)
     assert set(compiled.values()) == {None}
@@ -399,8 +473,9 @@ def check_outputs(name: str, seed: int, num_steps: int = 6) -> None:
 PRESETS = list(dstlib.METHODS)
 
 
-def test_no_output_of_200_random_networks_is_without_a_weight() -> None:
-    for seed in range(200):
+def test_no_output_of_random_networks_is_without_a_weight() -> None:
+    """Two networks by each preset; the long test has two hundred."""
+    for seed in range(2 * len(PRESETS)):
         check_outputs(PRESETS[seed % len(PRESETS)], seed)
 
 
@@ -439,8 +514,13 @@ def test_neurons_are_ablated_of_all_layers_but_outputs() -> None:
 def test_layers_whose_neurons_are_kept_are_named() -> None:
     with pytest.raises(SelectionError, match="a layer whose neurons are kept: expected a match"):
         trained(ABLATING, 0, keep_neurons="nowhere")
-    with pytest.raises(SettingError, match=r"keep_neurons of sparsify\(\): expected a glob or several"):
-        trained(ABLATING, 0, keep_neurons=3)
+    for wrong in (3, [4], ["head0", 4]):
+        with pytest.raises(
+            SettingError, match=r"keep_neurons of sparsify\(\): expected a glob or several, got"
+        ) as told:
+            trained(ABLATING, 0, keep_neurons=wrong)
+        assert repr(wrong) in str(told.value)
+        assert "as 'body0', 'head" in str(told.value)
     _, _, sparsifier = trained(ABLATING, 20, keep_neurons=["body0"])
     lost = gone(sparsifier)
     assert not lost["body0"]
@@ -483,6 +563,44 @@ def saved(state: object) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_an_output_without_a_gradient_at_its_second_step_is_filled_when_it_has_one(is_resumed: bool) -> None:
+    static = dstlib.METHODS["static"]
+    model, optimizer, sparsifier = trained(static, 1, seed=2)
+    bare = [name for name, num in gone(sparsifier).items() if name.startswith("head") and num]
+    assert bare, "else nothing is shown"
+    for step in (1, 2):
+        optimizer.zero_grad()
+        y = model(torch.randn(6, model.num_inputs, generator=generator(step)))
+        sum(y[name].sum() for name in y).backward()
+        for name in bare:
+            model.get_submodule(name).weight.grad = None
+        optimizer.step()
+    assert all(gone(sparsifier)[name] for name in bare)
+    if is_resumed:
+        states = [part.state_dict() for part in (model, optimizer, sparsifier)]
+        model, optimizer, sparsifier = trained(static, 0, seed=2)
+        for part, state in zip((model, optimizer, sparsifier), states, strict=True):
+            part.load_state_dict(torch.load(io.BytesIO(saved(state)), weights_only=True))
+    step_of(model, optimizer, 3)
+    assert not any(gone(sparsifier)[name] for name in bare)
+
+
+def test_outputs_that_diagonals_leave_bare_are_told_of() -> None:
+    """Of ten outputs and three inputs a diagonal covers three, and which it shares with others depends on the place."""
+    model = nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 10))
+    method = replace(dstlib.METHODS["static"], granularity=dstlib.masking.Diagonal(), distribution=dstlib.uniform)
+    with pytest.warns(UserWarning, match=r"outputs of 2.weight have no weight.*Diagonal\(\).*overrides=") as told:
+        sparsifier = dstlib.sparsify(model, sparsity=0.8, method=method, keep_neurons="2")
+    num_bare = int((~sparsifier.masks["2.weight"].any(dim=1)).sum())
+    assert num_bare >= 4  # two diagonals of three each
+    assert any(f"{num_bare} of 10 outputs" in str(w.message) for w in told)
+    sparsifier.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # wide ones reach every output
+        dstlib.sparsify(nn.Linear(10, 5), sparsity=0.8, method=method, keep_neurons="*").detach()
+
+
 def test_states_say_which_weights_are_outputs_and_refuse_other_words() -> None:
     _, _, sparsifier = trained(ABLATING, 4)
     outputs = sparsifier.state_dict()["outputs"]
@@ -497,10 +615,26 @@ def test_states_say_which_weights_are_outputs_and_refuse_other_words() -> None:
             sparsifier.load_state_dict(state)
 
 
+class StandardLibraryAndTorch(pickle.Unpickler):
+    """Reads a file where this library is not there; the classes of these tests stand for the user's."""
+
+    def find_class(self, module: str, name: str) -> object:
+        assert not module.startswith("dstlib"), f"{module}.{name}"
+        return super().find_class(module, name)
+
+
+def test_a_model_that_is_saved_whole_while_it_is_watched_loads_without_this_library() -> None:
+    model, *_ = trained(ABLATING, 1)
+    assert any(note_pass in module._forward_hooks.values() for module in model.modules())
+    x = torch.ones(1, model.num_inputs)
+    for loaded in (StandardLibraryAndTorch(io.BytesIO(pickle.dumps(model))).load(), copy.deepcopy(model)):
+        assert all(torch.equal(y, model(x)[name]) for name, y in loaded(x).items())
+        assert not any(is_hooked(module) for module in loaded.modules())  # what is left of the hook does nothing
+
+
 def test_copies_find_the_outputs_themselves_and_leave_the_original_alone() -> None:
     model, optimizer, sparsifier = trained(ABLATING, 1)
     assert any(note_pass in module._forward_hooks.values() for module in model.modules())
-    pickle.loads(pickle.dumps(model))(torch.ones(1, model.num_inputs))  # carries a function's name at most
     other = copy.deepcopy((model, optimizer, sparsifier))
     for step in range(1, 12):
         step_of(other[0], other[1], step)

@@ -1,7 +1,10 @@
 """What grows takes steps of the size of others: what optimizers divide by starts like theirs, and moves warm up."""
 
 import copy
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +277,30 @@ def test_a_step_that_asks_for_gradients_elsewhere_warms_up_from_where_it_was():
     assert set((before - model.weight.detach())[grown].tolist()) == {0.5 / 4}  # from zero, the first move of four
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_step_that_was_begun_and_not_taken_warms_up_from_what_was_loaded_since(by_hand):
+    model = small()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=replace(FAST, grown_warmup=4), total_steps=40)
+    train(model, optimizer, 4)
+    backward(model, 4)
+    sparsifier.before_step()  # and never taken
+    masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).copy_(3.0 * mask)
+            model.get_parameter(name).grad = mask.float()
+    if by_hand:
+        sparsifier.before_step()
+    optimizer.step()
+    young = [m.young for m in sparsifier._masked]
+    assert any(y is not None and y.any() for y in young), "else nothing is shown"
+    for m in sparsifier._masked:
+        moves = 3.0 - m.parameter.detach()
+        assert set(moves[m.mask & ~m.young].tolist()) == {0.5}
+        assert set(moves[m.young].tolist()) <= {0.5 / 4, 0.5 / 2}  # the first move of four, or the second
+
+
 def test_a_step_that_overflows_warms_nothing_up():
     model = small()
     optimizer = AdamW(model.parameters(), lr=0.01)
@@ -310,3 +337,12 @@ def test_what_is_no_start_is_refused(changed, told):
 @pytest.mark.parametrize("changed", [{"grown_state": "mean"}, {"grown_state": "birth"}, {"grown_warmup": 3}], ids=str)
 def test_the_laws_of_methods_hold(changed):
     check_method(replace(RIGL, **changed))
+
+
+def test_the_benchmark_refuses_an_optimizer_that_torch_does_not_have(monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "benchmarks" / "regrowth.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--optimizer", "AdamWW"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    assert caught.value.code == 2
+    assert "invalid choice: 'AdamWW'" in capsys.readouterr().err

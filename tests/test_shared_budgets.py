@@ -9,7 +9,7 @@ from models import assert_same, assert_zero_outside, backward, small, train
 
 import dstlib
 from dstlib import StateError
-from dstlib.masking import num_units
+from dstlib.masking import num_units, uniform_fan_in
 
 SHARING = ["snfs", "dsr", "granet", "granet_sparse", "gmp_global", "acdc"]
 SIZES = {"conv.weight": 72, "up.weight": 96, "head.weight": 18}
@@ -171,3 +171,25 @@ def test_neurons_are_ablated_and_the_others_share_their_inputs():
         assert (sparsifier.masks["2.weight"].sum(dim=1) == num_planned["2.weight"] // 4).all(), "never the outputs"
         num_gone.add(int((fan_in == 0).sum()))
     assert len(num_gone) > 1, "else nothing is shown"
+
+
+def test_growth_is_scored_once_unless_its_criterion_looks_at_what_is_left():
+    """Allocators see scores before anything is dropped; those that do not depend on that are not computed again."""
+    runs = {}
+    for looks in (False, True):
+        calls = []
+
+        def score(site, looks=looks, calls=calls):
+            calls.append(site.name)
+            return site.rand() + 0 * site.mask if looks else site.rand()
+
+        model = small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        method = replace(dstlib.METHODS["snfs"], interval=2, grow=score, grown_init=uniform_fan_in)
+        sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.7, method=method, total_steps=24)
+        train(model, optimizer, 8)
+        runs[looks] = len(calls), sparsifier.masks, model.state_dict()
+    (once, masks, weights), (twice, others, other_weights) = runs[False], runs[True]
+    assert twice == 2 * once > 0
+    assert_same(masks, others)  # the same numbers are drawn, also for what starts where it grows
+    assert_same(weights, other_weights)

@@ -44,7 +44,18 @@ from dstlib.masking.distribution import (
     uniform_dense_ends,
     uniform_dense_first,
 )
-from dstlib.masking.granularity import NM, Block, Channel, Diagonal, Element, FanIn, Granularity, Kernel, SharedFanIn
+from dstlib.masking.granularity import (
+    NM,
+    Block,
+    Channel,
+    Diagonal,
+    Element,
+    FanIn,
+    Granularity,
+    Kernel,
+    SharedFanIn,
+    folded_shape,
+)
 from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in, uniform_fan_out, zeros
 from dstlib.masking.in_turn import InTurn, best_units, places
 from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
@@ -109,6 +120,7 @@ __all__ = [
     "falling",
     "fan_in_factor",
     "fill_outputs",
+    "folded_shape",
     "global_units",
     "gradient",
     "harden",

@@ -5,6 +5,7 @@ elements per unit. Units compete within their group; the elements of a unit shar
 in this package sees (G, U, E) only, so every method works at every granularity.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +29,18 @@ class Granularity(Protocol):
 
     def unfold(self, x_GUE: Tensor, shape: torch.Size) -> Tensor:
         """Turns (G, U, E) back into (O, I, *K), which is ``shape``."""
+
+
+def folded_shape(granularity: Granularity, shape: Sequence[int]) -> torch.Size:
+    """Returns (G, U, E) of a weight of a shape (O, I, *K), without its values.
+
+    Raises:
+        SettingError: The shape does not divide.
+
+    >>> tuple(folded_shape(Kernel(), (4, 3, 5, 5)))
+    (1, 12, 25)
+    """
+    return granularity.fold(torch.empty(shape, device="meta")).shape
 
 
 class _InOrder:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstlib.masking.budget import Account, Allocation, Budget
 from dstlib.masking.counts import apportion
-from dstlib.masking.granularity import Granularity
+from dstlib.masking.granularity import Granularity, folded_shape
 from dstlib.masking.update import MaskUpdate, unit_mask
 
 
@@ -44,7 +44,7 @@ def num_outputs(granularity: Granularity, shape: torch.Size) -> int:
     >>> num_outputs(Block(2, 1), torch.Size((4, 2))), num_outputs(FanIn(), torch.Size((4, 2)))
     (2, 0)
     """
-    num_groups, _, num_elements = granularity.fold(torch.empty(shape, device="meta")).shape
+    num_groups, _, num_elements = folded_shape(granularity, shape)
     if num_groups > 1 or num_elements == 1:  # most often the shape tells
         return shape[0] if num_groups == 1 else 0
     output_U = outputs_of_units(granularity, shape)

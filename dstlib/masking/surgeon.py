@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dstlib.errors import ScoreError, SettingError
-from dstlib.masking.granularity import Granularity
+from dstlib.masking.granularity import Granularity, folded_shape
 from dstlib.masking.in_turn import best_units
 
 
@@ -82,7 +82,7 @@ def _root_of_inverse(moments_PNN: Tensor, damping: float) -> tuple[Tensor, Tenso
 
 def _blocks(granularity: Granularity, shape: torch.Size, num_kept: int, least: int) -> Iterator[tuple[slice, Tensor]]:
     """Yields ranges of input channels that hold whole units, each with the units to keep in each of its groups."""
-    num_groups, num_units, num_elements = granularity.fold(torch.empty(shape, device="meta")).shape
+    num_groups, num_units, num_elements = folded_shape(granularity, shape)
     dtype = torch.int32 if shape.numel() < 2**31 else torch.int64
     ids_GU1 = torch.arange(num_groups * num_units, dtype=dtype).view(num_groups, num_units, 1)
     ids = granularity.unfold(ids_GU1.repeat(1, 1, num_elements), shape)
@@ -105,7 +105,7 @@ def _size_of_blocks(granularity: Granularity, ids: Tensor, num_units: int, least
     def holds(size: int, *, groups: bool) -> bool:
         for channels in {size, num_in % size or size}:  # of most sizes the shape alone tells
             try:
-                shape = granularity.fold(torch.empty((len(ids), channels, *ids.shape[2:]), device="meta")).shape
+                shape = folded_shape(granularity, (len(ids), channels, *ids.shape[2:]))
             except SettingError:
                 return False
             if shape[-1] != num_elements or (groups and shape[1] != num_units):

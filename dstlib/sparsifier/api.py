@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from dstlib.errors import SelectionError, require
+from dstlib.errors import SelectionError, few, require
 from dstlib.masking import INIT_SCALES, InitScale
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
@@ -132,13 +132,15 @@ def _check_types(model: object, *, globs: Mapping[str, object], by_glob: Mapping
         return isinstance(value, str) or is_several
 
     def check(holds: bool, what: str, allowed: str, given: object, remedy: str) -> None:
-        shown = given if isinstance(given, str | int | float | None) else type(given).__name__
+        is_plain = isinstance(given, str | int | float | None) or (isinstance(given, Sequence) and len(given) < 4)
+        shown = given if is_plain else type(given).__name__
         require(holds, what, "sparsify()", allowed=allowed, given=repr(shown), remedy=remedy)
 
     check(isinstance(model, nn.Module), "model", "an nn.Module", model, "Pass the module itself.")
-    hints = {"include": 'Pass "encoder.*", say; "*" is all.'}
     for what, given in globs.items():
-        check(are_globs(given), what, "a glob or several", given, hints.get(what, 'Pass "head", say; () is none.'))
+        told = None if are_globs(given) else _names_of(model)
+        hint = f'Layers go by name, as {told}; "*" is all' + ("." if what == "include" else ", () is none.")
+        check(told is None, what, "a glob or several", given, hint)
     examples = {
         "overrides": ("sparsities", '{"head": 0.0}'),
         "split": ("numbers of matrices", '{"*.fused": 3}'),
@@ -147,8 +149,16 @@ def _check_types(model: object, *, globs: Mapping[str, object], by_glob: Mapping
     for what, given in by_glob.items():
         values, example = examples[what]
         are_keys = isinstance(given, Mapping) and are_globs(list(given))
-        check(are_keys, what, f"globs with their {values}", given, f"Pass {example}, say.")
+        hint = "" if are_keys else f"Pass {example}, say. Layers go by name, as {_names_of(model)}."
+        check(are_keys, what, f"globs with their {values}", given, hint)
     check(type(seed) is int, "seed", "a whole number", seed, "The same seed gives the same masks; pass 0, say.")
+
+
+def _names_of(model: object) -> str:
+    """Names the layers of a model that globs may be of."""
+    assert isinstance(model, nn.Module)
+    weights = (name for name, p in unwrap(model).named_parameters() if p.ndim > 1)
+    return few([repr(name.removesuffix(".weight")) for name in weights], most=6) or "in named_parameters()"
 
 
 def _check_masks(masks: object) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from dstlib.masking import Granularity, num_units
+from dstlib.masking import Granularity, folded_shape, num_units
 from dstlib.targets import Weight
 
 _TOLERANCE = 0.05  # of the active weights
@@ -19,7 +19,7 @@ def unmet(weights: Sequence[Weight], densities: Mapping[str, float], granularity
     lines: dict[str, str] = {}
     for weight in weights:
         for view in () if weight.reason else weight.views:
-            num_groups, num_all, num_each = granularity.fold(view.of(weight.parameter.detach())).shape
+            num_groups, num_all, num_each = folded_shape(granularity, view.of(weight.parameter).shape)
             num, density, name = num_units(num_all, densities[view.name]), densities[view.name], view.name
             if num * num_groups == 1:  # a distribution gives each weight one unit at least
                 density = min(density, 1 - sparsity)

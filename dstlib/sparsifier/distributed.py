@@ -40,7 +40,7 @@ class Replicas:
 
         Raises:
             StateError: Masks differ, on every rank: gradients were not reduced before the optimizer step, or ranks
-                were given other seeds or weights.
+                were given other seeds, masks or weights.
         """
         if not changed or not self._are_several():
             return
@@ -54,8 +54,8 @@ class Replicas:
                 f"{', '.join(differing) or 'some weights'} at step {step}",
                 allowed=f"the same on all {dist.get_world_size(self._group)} ranks",
                 given="different ones",
-                remedy="Give every rank the same seed, weights and reduced gradients (DistributedDataParallel does "
-                "the last two); if ranks train models of their own, pass process_group= to sparsify().",
+                remedy="Give every rank the same seed, masks=, weights and reduced gradients (DistributedDataParallel "
+                "does the last two); if ranks train models of their own, pass process_group= to sparsify().",
             )
 
     def tell(self, mine: Mapping[str, int], step: int) -> list[dict[str, int]]:

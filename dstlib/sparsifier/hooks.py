@@ -21,6 +21,9 @@ class Listener(Protocol):
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer is of interest."""
 
+    def opens_step(self, optimizer: Optimizer) -> None:
+        """Acts when a step is called, before any closure is evaluated, which may be elsewhere."""
+
     def before_optimizer(self, optimizer: Optimizer) -> None:
         """Acts when the gradients of a step are complete and nothing has moved."""
 
@@ -62,6 +65,8 @@ def listeners() -> list[Listener]:
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
     concerned = [listener for listener in listeners() if listener.steps_with(optimizer)]
+    for listener in concerned:
+        listener.opens_step(optimizer)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
 
     def told(loss: Any = None) -> Any:

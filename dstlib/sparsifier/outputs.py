@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
+from torch.optim import Optimizer
 
 from dstlib.errors import few
-from dstlib.masking import NeuronAblation, num_outputs, num_units
+from dstlib.masking import NeuronAblation, folded_shape, num_outputs, num_units
 from dstlib.sparsifier.distributed import Replicas
+from dstlib.sparsifier.optimizer_state import parameter_ids
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.state import MaskedWeight
 from dstlib.targets import PassWatch
@@ -39,10 +41,8 @@ class OutputSearch:
         return self._watch is not None
 
     def begin(self, model: nn.Module, twins: Iterable[nn.Module]) -> None:
-        """Watches a model, its modules that hold weights, sparse or not, and other models that compute with them."""
-        wanted = {id(p) for p in self._parameters}
-        owners = (m for m in model.modules() if any(id(p) in wanted for p in m._parameters.values()))
-        self._watch, self.is_wanted = PassWatch([model, *owners, *twins]), False
+        """Watches a model, and others that compute with its weights."""
+        self._watch, self.is_wanted = PassWatch(model, self._parameters, twins), False
 
     def end(self) -> None:
         """Watches no more."""
@@ -50,11 +50,16 @@ class OutputSearch:
             self._watch.stop()
         self._watch = None
 
-    def settle(self, weights: Sequence[MaskedWeight], plan: Plan, replicas: Replicas) -> None:
-        """Says of each weight whether outputs come from it, the same on all ranks; warns of those that may be."""
+    def settle(
+        self, weights: Sequence[MaskedWeight], plan: Plan, replicas: Replicas, optimizers: Iterable[Optimizer]
+    ) -> None:
+        """Says of each weight whether outputs come from it, the same on all ranks; warns of those that may be.
+
+        ``optimizers`` step on the model, each on its part of it.
+        """
         if self._watch is None:
             return
-        found = self._watch.outputs(self._parameters)
+        found = self._watch.outputs([parameter_ids(optimizer) for optimizer in optimizers])
         keys = {m.weight.name: id(m.parameter) for m in weights}
         codes = {name: _CODES[found[key]] if key in found else _UNSEEN for name, key in keys.items()}
         for theirs in replicas.tell(codes, max(m.step for m in weights) + 1):
@@ -64,12 +69,32 @@ class OutputSearch:
         unknown = [m.weight.name for m in weights if codes[m.weight.name] in (_UNSEEN, _JOINT)]
         if unknown and isinstance(plan.method.allocate, NeuronAblation):
             _tell_of_unknown(unknown, plan)
-        known = [m for m in weights if codes[m.weight.name] == _OUTPUT]
-        if short := short_of_outputs(known, plan):
-            tell_of_short(short)
+        tell_of_bare_outputs([m for m in weights if codes[m.weight.name] == _OUTPUT], plan)
 
 
-def short_of_outputs(masked: Iterable[MaskedWeight], plan: Plan) -> dict[str, tuple[int, int]]:
+def tell_of_bare_outputs(masked: Sequence[MaskedWeight], plan: Plan) -> None:
+    """Warns of output layers with outputs that have no weight and cannot all be given one."""
+    if short := _short_of_outputs(masked, plan):
+        _tell_of_short(short)
+    bare = {}
+    for m in masked:
+        for view in m.weight.views:
+            mask = view.of(m.mask)
+            is_in_groups = folded_shape(plan.method.granularity, mask.shape)[0] > 1
+            num_bare = int((~mask.flatten(1).any(dim=1)).sum())
+            if num_bare and not is_in_groups and not num_outputs(plan.method.granularity, mask.shape):
+                bare[view.name] = f"{num_bare:,} of {len(mask):,} outputs of {view.name}"
+    if bare:
+        warnings.warn(
+            f"{few(list(bare.values()), most=3)} have no weight, and are the same for every input: units of "
+            f"{plan.method.granularity} share outputs in part, so that no output can be given one for itself. Give "
+            f'such a layer a lower sparsity, by overrides={{"{next(iter(bare))}": 0.5}}, say, or leave it out by '
+            "exclude=.",
+            stacklevel=2,
+        )
+
+
+def _short_of_outputs(masked: Iterable[MaskedWeight], plan: Plan) -> dict[str, tuple[int, int]]:
     """Returns output layers whose active units will be fewer than their outputs need, with both numbers."""
     short = {}
     for m in masked:
@@ -77,14 +102,14 @@ def short_of_outputs(masked: Iterable[MaskedWeight], plan: Plan) -> dict[str, tu
             shape = view.of(m.mask).shape
             num_needed, num_all = num_outputs(plan.method.granularity, shape), 0
             if num_needed and (plan.method.allocate is None or view.name in plan.own):
-                num_all = plan.method.granularity.fold(view.of(m.mask)).shape[1]
+                num_all = folded_shape(plan.method.granularity, shape)[1]
                 num_active = num_units(num_all, plan.densities[view.name])
                 if num_active < num_needed:
                     short[view.name] = (num_active, num_needed)
     return short
 
 
-def tell_of_short(short: Mapping[str, tuple[int, int]]) -> None:
+def _tell_of_short(short: Mapping[str, tuple[int, int]]) -> None:
     """Warns of output layers that cannot have a weight for each output."""
     cases = [f"{name} with {num_active:,} for {needed:,}" for name, (num_active, needed) in short.items()]
     more = f", and {len(cases) - 3} more" if len(cases) > 3 else ""

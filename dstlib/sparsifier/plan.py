@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, SettingError, require
-from dstlib.masking import NM, AtInit, Budget, Element, InitScale, InTurn, momentum, num_units, spend
+from dstlib.masking import NM, AtInit, Budget, Element, InitScale, InTurn, folded_shape, momentum, num_units, spend
 from dstlib.methods.method import Method
 from dstlib.schedules import Clock, Constant, Every
 from dstlib.sparsifier.asked import unmet
@@ -279,9 +279,9 @@ def _densities(
 def _check_folds(weight: Weight, method: Method) -> None:
     """Checks that the granularity divides a weight, and that its axes are known if it tells them apart."""
     for view in weight.views:
-        matrix = view.of(weight.parameter.detach())
+        matrix = view.of(weight.parameter)
         try:
-            shape = method.granularity.fold(matrix).shape
+            shape = folded_shape(method.granularity, matrix.shape)
         except SettingError as error:
             joined = f' Or keep its {len(weight.views)} parts together: split={{"{weight.name}": 1}}.'
             hint = joined if weight.can_split and len(weight.views) > 1 else ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dstlib.errors import StateError
-from dstlib.masking import Granularity, NeuronAblation, num_units, unit_mask
+from dstlib.masking import Granularity, NeuronAblation, folded_shape, num_units, unit_mask
 from dstlib.masking.update import count_outside, is_mask
 from dstlib.schedules import Never
 from dstlib.sparsifier.frozen import last_update
@@ -57,7 +57,8 @@ def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: fl
 
 def _outputs(masked: Iterable[MaskedWeight]) -> dict[str, bool | None]:
     """Returns whether outputs come from weights, where that is known; None: not yet, and they are to be filled then."""
-    return {m.weight.name: m.is_output for m in masked if m.is_output is not None or m.is_to_fill}
+    known = {m: None if m.is_to_fill else m.is_output for m in masked}  # what is still to be filled is looked for again
+    return {m.weight.name: is_output for m, is_output in known.items() if is_output is not None or m.is_to_fill}
 
 
 def at_step_0(state: Any, *, frozen: bool | None = None) -> dict[str, Any]:
@@ -321,7 +322,7 @@ def _check_view(saved: MaskedWeight, view: MatrixView, plan: Plan) -> None:
         if tensor is not None and not _is_of_units(view.of(tensor), grain):
             raise _misfit(what, view.name, f"whole units of {grain}", "units that are partly active")
     num_G = _active_units(saved, view, grain)
-    num_groups, num_all = len(num_G), grain.fold(view.of(saved.mask)).shape[1]
+    num_groups, num_all = len(num_G), folded_shape(grain, view.of(saved.mask).shape)[1]
     shares = view.name not in plan.own
     if method.allocate is not None and shares:  # where budgets are shared out, only all together have a number
         if isinstance(method.allocate, NeuronAblation) and len(num_G[num_G > 0].unique()) > 1:
@@ -358,7 +359,7 @@ def _check_shared_total(all_saved: Sequence[MaskedWeight], plan: Plan) -> None:
             if view.name in plan.own:
                 continue
             grain = plan.method.granularity
-            num_groups, num_all = grain.fold(view.of(saved.mask)).shape[:2]
+            num_groups, num_all = folded_shape(grain, view.of(saved.mask).shape)[:2]
             num_here = int(_active_units(saved, view, grain).sum())
             num_active += num_here
             num_planned += num_groups * plan.num_target(view.name, num_all, saved.updated_at)

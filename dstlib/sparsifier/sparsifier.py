@@ -25,7 +25,7 @@ from dstlib.sparsifier.given import GivenMasks, is_shared_out
 from dstlib.sparsifier.hooks import forget, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
-from dstlib.sparsifier.outputs import PATIENCE, OutputSearch, short_of_outputs, tell_of_short
+from dstlib.sparsifier.outputs import PATIENCE, OutputSearch, tell_of_bare_outputs
 from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.saved import check_saved, save
@@ -86,8 +86,7 @@ class Sparsifier:
             self._meet(optimizer, self._held_by(optimizer))
         with torch.no_grad():
             self._plan = self._start(plan)
-        if short := short_of_outputs((m for m in self._masked if m.is_output), self.plan):
-            tell_of_short(short)
+        tell_of_bare_outputs([m for m in self._masked if m.is_output], self.plan)
         listen(self)
 
     @property
@@ -153,6 +152,7 @@ class Sparsifier:
             self._meet(optimizer, self._held_by(optimizer))
         weights = self._held_by(*optimizers) if optimizers else self._masked
         self._check_owned(weights)
+        self._note_young_anew(weights)
         known = (p.grad for o in optimizers or list(self._optimizers) for g in o.param_groups for p in g["params"])
         grads = [grad for grad in (*known, *(m.parameter.grad for m in weights)) if grad is not None]
         if any(map(self._reads, weights)) and not all(bool(grad.isfinite().all()) for grad in grads):
@@ -191,6 +191,11 @@ class Sparsifier:
         if self._looked_at.get(optimizer) != _fingerprint(optimizer):
             return True
         return any(id(p) in self._by_id for group in optimizer.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def opens_step(self, optimizer: Optimizer) -> None:
+        """Looks from where the step of one optimizer moves, before it evaluates anything."""
+        self._note_young_anew(self._held_by(optimizer) if self.plan.method.grown_warmup else ())
 
     @torch.no_grad()
     def before_optimizer(self, optimizer: Optimizer) -> None:
@@ -550,6 +555,12 @@ class Sparsifier:
         zero_outside_each_((grad, m.factor) for m, grad in grads if grad is not None)
         self._replicas.check_equal(changed)
 
+    def _note_young_anew(self, weights: Iterable[MaskedWeight]) -> None:
+        """Forgets from where a step moves that was begun and never taken: other weights may have been loaded since."""
+        for m in weights:
+            if m.before:
+                m.note_before(self._kept(m))
+
     def _end_step(self, weights: Sequence[MaskedWeight]) -> None:
         """Does all that comes after the step: zeros in the weights and the optimizers' state, one more step counted."""
         for m in weights:
@@ -589,25 +600,28 @@ class Sparsifier:
             self._search.begin(model, self._twins)
 
     def _settle_outputs(self, weights: Sequence[MaskedWeight], scale: float) -> list[MaskedWeight]:
-        """Says which of the weights are outputs, at their second step; returns those whose first masks are filled."""
-        if not self._search.is_on:
-            return []
-        is_late = self.step >= PATIENCE
-        asked = [m for m in (self._masked if is_late else weights) if m.is_output is None and (m.step or is_late)]
-        if not asked:
-            return []
-        self._search.settle(asked, self.plan, self._replicas)
-        if all(m.is_output is not None for m in self._masked):
-            self._search.end()
+        """Says which of the weights are outputs, at their second step; returns those whose first masks are filled.
+
+        An output without a gradient is filled at the next step at which it has one.
+        """
+        if self._search.is_on:
+            is_late = self.step >= PATIENCE
+            asked = [m for m in (self._masked if is_late else weights) if m.is_output is None and (m.step or is_late)]
+            if asked:
+                self._search.settle(asked, self.plan, self._replicas, self._optimizers)
+            if all(m.is_output is not None for m in self._masked):
+                self._search.end()
         filled = []
-        for m in asked:
-            if m.is_to_fill and m.is_output and not self.frozen and m.parameter.grad is not None:
+        for m in [m for m in weights if m.is_to_fill and m.is_output is not None]:
+            if not m.is_output or self.frozen:
+                m.is_to_fill = False
+            elif m.parameter.grad is not None:
                 grad, old, kept = _full_gradient(m, scale), m.mask.clone(), self._kept(m)
                 update.fill_first_masks(m, grad, self.plan, step=m.step + 1, observers=self.observers)
                 m.clear(kept)
                 m.start_grown(kept, old, grad, self.plan.method.grown_state)
+                m.is_to_fill = False
                 filled.append(m)
-            m.is_to_fill = False
         return filled
 
     def _is_due(self, m: MaskedWeight) -> bool:

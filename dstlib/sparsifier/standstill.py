@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dstlib.errors import SettingError
-from dstlib.masking import num_units, round_down
+from dstlib.masking import folded_shape, num_units, round_down
 from dstlib.masking.counts import round_up
 from dstlib.schedules import Alternating, Constant, Every
 from dstlib.sparsifier.plan import Plan
@@ -105,7 +105,7 @@ def _sizes(plan: Plan) -> list[_Size]:
     for weight in plan.weights:
         if not weight.reason:
             for view in weight.views:
-                num_groups, num = plan.method.granularity.fold(view.of(weight.parameter.detach())).shape[:2]
+                num_groups, num = folded_shape(plan.method.granularity, view.of(weight.parameter).shape)[:2]
                 found.append(_Size(view.name, num_groups, num))
     return found
 

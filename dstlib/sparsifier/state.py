@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstlib.masking import Granularity, best_scale, harden, soften
+from dstlib.masking import Granularity, best_scale, folded_shape, harden, soften
 from dstlib.masking.update import count_outside, factor, zero_outside_, zero_outside_each_
 from dstlib.methods.method import GrownState
 from dstlib.sparsifier.optimizer_state import Kept
@@ -147,7 +147,12 @@ class MaskedWeight:
         if self.before and torch.equal(young, self.young):
             return  # begun before: a closure that is called again looks from where the weight does not stay
         self.young = young
-        self.before = [x[young.to(x.device)] for x in self._moving(kept)]
+        self.note_before(kept)
+
+    def note_before(self, kept: Iterable[Kept]) -> None:
+        """Notes where what warms up is now, in the parameter and in copies of it."""
+        assert self.young is not None
+        self.before = [x[self.young.to(x.device)] for x in self._moving(kept)]
 
     def slow_young(self, kept: Iterable[Kept], warmup: int) -> None:
         """Takes back, after a step, what moves of weights that warm up have in excess of their share."""
@@ -262,4 +267,5 @@ def _version(parameter: Tensor) -> int:
 
 def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:
     """Returns the number of groups, and of units in each, of every matrix view by name."""
-    return {view.name: granularity.fold(view.of(m.mask)).shape[:2] for m in masked for view in m.weight.views}
+    views = ((view.name, view.of(m.mask).shape) for m in masked for view in m.weight.views)
+    return {name: folded_shape(granularity, shape)[:2] for name, shape in views}

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,13 @@ def update_masks(
             site = make_site(m, view, plan, step, grad, momentum)
             pruned = _prune(site, plan)
             scored.append((m, view, site, pruned, _unit_score(pruned, _drop_score(pruned, plan), plan)))
-    accounts = []
-    if method.allocate is not None:
-        accounts = [_account_at_update(m, s, d, plan) for m, _, s, _, d in scored if s.name not in plan.own]
+    accounts: list[Account] = []
+    known: dict[str, Tensor] = {}  # scores of growth that do not depend on what will be dropped
+    for m, _, site, _, drop_GU in scored if method.allocate is not None else ():
+        if site.name not in plan.own:
+            account, is_final = _account_at_update(m, site, drop_GU, plan)
+            accounts.append(account)
+            known |= {site.name: account.grow_GU} if is_final else {}
     budgets: dict[str, Budget] = {}
     if method.allocate is not None and accounts:
         num_total = _shared_total(accounts, masked, plan)
@@ -62,8 +67,8 @@ def update_masks(
         budget = budgets.get(site.name) or plan.budget(site.name, active_GU, step)
         kept_GU = masking.keep(active_GU, drop_GU, budget)
         kept = masking.unit_mask(kept_GU, method.granularity, site.mask.shape)
-        left = replace(site, mask=kept, mask_before=site.mask)
-        grow_GU = _unit_score(site, _grow_score(left, plan), plan)
+        if (grow_GU := known.get(site.name)) is None:
+            grow_GU = _unit_score(site, _grow_score(replace(site, mask=kept, mask_before=site.mask), plan), plan)
         change = _exchange(m, site, plan, drop_GU, grow_GU, budget, kept_GU)
         if _is_last(change, kept_GU, site, plan):
             _settle(m, view)
@@ -226,15 +231,32 @@ def _grow_score(site: Site, plan: Plan) -> Tensor:
     return torch.zeros_like(site.weight) if site.grad is None else plan.method.grow(site)
 
 
-def _account_at_update(m: MaskedWeight, site: Site, drop_GU: Tensor, plan: Plan) -> Account:
-    """Returns a site as allocators see it, before anything is dropped: what is left depends on what they say.
+def _account_at_update(m: MaskedWeight, site: Site, drop_GU: Tensor, plan: Plan) -> tuple[Account, bool]:
+    """Returns a site as allocators see it, before anything is dropped, and whether its scores of growth are final.
 
-    Growth is scored again then. Both times the same numbers are drawn.
+    Those of a criterion that looks at the mask are not, as what is left depends on what allocators say: it scores
+    again then, and draws the same numbers.
     """
     again = torch.Generator("cpu").set_state(site.generator.get_state())
-    grow_GU = _unit_score(site, _grow_score(replace(site, generator=again), plan), plan)
+    seen = _Seen(**{**vars(site), "generator": again})
+    grow_GU = _unit_score(site, _grow_score(seen, plan), plan)
+    if is_final := not seen.reads:
+        site.generator.set_state(again.get_state())
     account = _account(m, site, plan, drop_GU, grow_GU)
-    return replace(account, num_planned_before=_num_planned(plan, site.name, account.active_GU, m.updated_at))
+    return replace(account, num_planned_before=_num_planned(plan, site.name, account.active_GU, m.updated_at)), is_final
+
+
+class _Seen(Site):
+    """A site that notes whether anybody looks at its mask, which is then in ``reads``."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("mask", "mask_before"):
+            vars(self).setdefault("_reads", set()).add(name)
+        return super().__getattribute__(name)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset(vars(self).get("_reads", ()))
 
 
 def _account(m: MaskedWeight, site: Site, plan: Plan, drop_GU: Tensor, grow_GU: Tensor | None = None) -> Account:
@@ -368,7 +390,7 @@ def _prune_in_turn(masked: Sequence[MaskedWeight], plan: Plan, init: InTurn) -> 
         m = by_name[name]
         for view in m.weight.views:
             weight, inputs = view.of(m.parameter.detach()), known[view.name]
-            num_kept = plan.num_target(view.name, grain.fold(weight).shape[1], 0)
+            num_kept = plan.num_target(view.name, masking.folded_shape(grain, weight.shape)[1], 0)
             if inputs is None:  # those of the weights before it were reached as long as these were dense
                 unseen.append(view.name)
                 view.write(m.mask, masking.best_units(weight.abs(), grain, num_kept))

@@ -4,8 +4,9 @@ Names and the order of registration tell nothing of it. What modules return in a
 through every operation, and each operation shows which parameters it read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from weakref import WeakKeyDictionary, WeakSet
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +18,35 @@ _BY_ENTRY = frozenset(("Add", "Sub", "Mul", "Div", "Where", "Lerp", "Cat", "Stac
 # what a table gives is no weight any more, but the activations of tokens, though nothing else enters
 _LOOKUPS = frozenset(("Embedding", "EmbeddingBag"))
 
-# Looked up by the hook, so that copied and pickled modules carry no more than a function's name.
+# Looked up by the hook, so that it holds nothing itself.
 _WATCHES: WeakKeyDictionary[nn.Module, "WeakSet[PassWatch]"] = WeakKeyDictionary()
+# What a pickled hook becomes: a method of the standard library that takes whatever a hook is given, and does nothing.
+_NOTHING = nullcontext.__exit__
 
 
 class PassWatch:
-    """Notes what some modules return in the first pass that autograd records, until it is told to stop.
+    """Notes what a model and its modules return in the first pass that autograd records, until it is told to stop.
 
-    Nodes of autograd's graph are kept meanwhile, but not what they have saved for a backward pass that has run.
+    ``twins`` are other models that compute with its parameters. Of a pass of a whole model no more is kept than what it
+    tells; of passes of its parts, as where a user calls them one by one, the nodes of autograd's graph are, but not
+    what these have saved for a backward pass that has run.
 
     >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
-    >>> watch = PassWatch(net.modules())
+    >>> watch = PassWatch(net, [net[0].weight, net[2].weight])
     >>> _ = net(torch.ones(1, 2))
     >>> names = {id(p): n for n, p in net.named_parameters()}
-    >>> sorted((names[key], is_output) for key, is_output in watch.outputs([net[0].weight, net[2].weight]).items())
+    >>> sorted((names[key], is_output) for key, is_output in watch.outputs().items())
     [('0.weight', False), ('2.weight', True)]
     >>> watch.stop()
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules: WeakSet[nn.Module] = WeakSet(modules)
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor], twins: Iterable[nn.Module] = ()) -> None:
+        twins = list(twins)
+        self._model, self._parameters = ref(model), list(parameters)
+        self._whole: WeakSet[nn.Module] = WeakSet([model, *twins])
+        self._modules: WeakSet[nn.Module] = WeakSet([*model.modules(), *twins])
         self._seen: dict[int, list[Node]] = {}
+        self._found: dict[int, bool | None] = {}
         for module in self._modules:
             _WATCHES.setdefault(module, WeakSet()).add(self)
             if note_pass not in module._forward_hooks.values():
@@ -47,6 +56,9 @@ class PassWatch:
         """Takes what a module returned, if it is the first such time."""
         if id(module) not in self._seen and (nodes := list(_nodes_of(output))):
             self._seen[id(module)] = nodes
+            if module in self._whole:
+                self._found = _merged(self._found, find_outputs(self._nodes(), self._parameters))
+                self._seen = {key: [] for key in self._seen}
 
     def stop(self) -> None:
         """Lets go of all."""
@@ -55,32 +67,77 @@ class PassWatch:
             if watches := _WATCHES.get(module):
                 watches.discard(self)
             if not watches:
-                for key in [key for key, hook in module._forward_hooks.items() if hook is note_pass]:
+                for key in [key for key, hook in module._forward_hooks.items() if _is_note(hook)]:
                     del module._forward_hooks[key]
         self._modules.clear()
 
-    def outputs(self, parameters: Iterable[Tensor]) -> dict[int, bool | None]:
-        """Tells of parameters, by identity, whether outputs come from them; those that were not seen are left out.
+    def outputs(self, optimized: Sequence[Set[int]] = ()) -> dict[int, bool | None]:
+        """Tells of the parameters, by identity, whether outputs come from them; those that were not seen are left out.
 
         None where one operation read several that none follows, so that nothing tells which of them comes last: one
-        that was compiled as a whole.
+        that was compiled as a whole. ``optimized`` has the identities of the parameters that each optimizer steps on:
+        what a part of the model returns is an output, too, where another optimizer has all that follows, as has that of
+        the discriminator what a generator draws.
         """
-        roots = [node for nodes in self._seen.values() for node in nodes]
-        return find_outputs(roots, parameters)
+        nodes = self._nodes()
+        found = _merged(self._found, find_outputs(nodes, self._parameters))
+        if len(optimized) > 1:
+            last: dict[int, bool | None] = {}
+            for mine in optimized:
+                last |= find_outputs(nodes, [p for p in self._parameters if id(p) in mine])
+            for of_part in self._parts():
+                ends = find_outputs(of_part, self._parameters)
+                found |= {key: True for key, is_output in ends.items() if is_output and last.get(key)}
+        return found
+
+    def _nodes(self) -> list[Node]:
+        return [node for nodes in self._seen.values() for node in nodes]
+
+    def _parts(self) -> Iterator[list[Node]]:
+        """Yields what each module returned that was called by itself, not by another one."""
+        model = self._model()
+        waiting = [] if model is None else [model]
+        while waiting:
+            module = waiting.pop()
+            if nodes := self._seen.get(id(module)):
+                yield nodes
+            else:
+                waiting += module.children()
 
 
-def note_pass(module: nn.Module, args: object, output: object) -> None:
-    """Tells those who watch a module what it returned; a forward hook."""
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
-        return  # a checkpoint that is computed again, within a backward pass, shows a piece without what follows
-    for watch in _WATCHES.get(module, ()):
-        watch.note(module, output)
+class _Note:
+    """A forward hook that tells those who watch a module what it returned; a saved module takes nothing of it along."""
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint that is computed again, within a backward pass, shows a piece without what follows
+        for watch in _WATCHES.get(module, ()):
+            watch.note(module, output)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        """Names what unpickles without this library."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+note_pass = _Note()
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has forward hooks of others."""
     hooks = module._forward_hooks
-    return bool(hooks) and any(hook is not note_pass for hook in hooks.values())
+    return bool(hooks) and not all(map(_is_note, hooks.values()))
+
+
+def _is_note(hook: object) -> bool:
+    """Whether a hook is ours, or what is left of it in a copy or a file."""
+    return hook is note_pass or getattr(hook, "__func__", None) is _NOTHING
+
+
+def _merged(first: Mapping[int, bool | None], second: Mapping[int, bool | None]) -> dict[int, bool | None]:
+    """Joins what two passes tell: what is an output in one is one, and so is what may be."""
+    order = (False, None, True)
+    both = {key: max(first[key], second[key], key=order.index) for key in first.keys() & second.keys()}
+    return {**first, **second, **both}
 
 
 def find_outputs(roots: Iterable[Node], parameters: Iterable[Tensor]) -> dict[int, bool | None]:
