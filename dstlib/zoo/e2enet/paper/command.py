@@ -123,7 +123,9 @@ def _make_figure(number: int, rows: Sequence[System], plan: Plan) -> Mapping[str
     """Trains what a figure lacks, and draws it; says which systems failed, and why."""
     figure = FIGURES[number]
     runs, failed = _runs(plan, rows or chosen(figure.systems))
-    for file in figure.draw(plan.folder / "figures", runs):
+    folder = plan.folder / "figures"
+    make_folder(folder)
+    for file in figure.draw(folder, runs):
         print(on_one_line(f"Figure {number}, {figure.title}: {file}"))
     return failed
 
