@@ -213,6 +213,7 @@ def to_text(filled: Filled, *, is_full: bool, remarks: Iterable[str]) -> str:
 
 def _cells(filled: Filled, *, is_full: bool) -> Iterator[tuple[str, ...]]:
     columns = filled.columns
+    is_whole = is_full and all(line.ours for line in filled.lines) and not filled.num_omitted  # PT is of all rows
     yield ("method", "", *(_UNITS.get(column, column) for column in columns))
     for line in filled.lines:
         name = line.name
@@ -226,7 +227,7 @@ def _cells(filled: Filled, *, is_full: bool) -> Iterator[tuple[str, ...]]:
         if line.printed:
             yield (name, "paper", *(line.printed.values.get(column, "-") for column in columns))
             if line.ours and filled.is_papers_set:
-                apart = _OF_MACHINE if is_full else {*_OF_MACHINE, *_UNITS}
+                apart = {*_OF_MACHINE, *(() if is_full else _UNITS), *(() if is_whole else ("PT",))}
                 compared = ["" if column in apart else column for column in columns]
                 yield ("", "ours - paper", *(_difference(line, column) for column in compared))
         elif not line.ours:
