@@ -193,6 +193,18 @@ Train.
             raise StateError.of(what, where, allowed=allowed, given=described, remedy=remedy)
 
 
+def is_same(ours: Any, theirs: Any) -> bool:
+    """Says whether a file holds a plain value of ours: in a damaged one a tensor may stand in the place of any part.
+
+    >>> is_same([1, 2], [1, 2]), is_same([1, 2], [1, torch.ones(2)]), is_same(1, torch.ones(1))
+    (True, False, False)
+    """
+    if isinstance(ours, list | tuple):
+        is_alike = type(ours) is type(theirs) and len(ours) == len(theirs)
+        return is_alike and all(map(is_same, ours, theirs))
+    return not isinstance(theirs, Tensor) and bool(ours == theirs)
+
+
 def _some(names: Sequence[str]) -> str:
     return f" ({', '.join(sorted(names)[:3])})" if names else ""
 

@@ -303,20 +303,22 @@ def read_set(scene: Path) -> Any:
     manifest = read_manifest(scene / "data")
     measured = measure(manifest, manifest.train, folder=scene / "cache", progress=False)
     files = [file for case in manifest.cases for file in (*case.images, case.label) if file is not None]
-    names = [manifest.name, *manifest.channels, *manifest.classes, *(case.name for case in manifest.cases)]
+    names = [manifest.name, *(case.name for case in manifest.cases)]
     below = all(file.resolve().is_relative_to(scene / "data") for file in files)
     return {
         "below": below,
         "names": names,
+        "shown": [*manifest.channels, *manifest.classes],
         "manifest": repr(manifest).replace(str(scene), ""),
         "measured": repr(measured),
     }
 
 
 def names_stay_below(value: Any, sound: Any) -> str:
-    """The law of data sets: files lie below the set's folder, names are one component of a path, and can be shown."""
-    case_names = [name for name in value["names"] if isinstance(name, str)]
-    odd = [name for name in case_names if not name.isprintable() or name in ("", ".", "..") or {"/", "\\"} & set(name)]
+    """The law of data sets: files lie below the set's folder, names of cases are one component of a path, all print."""
+    names, shown = ([name for name in value[key] if isinstance(name, str)] for key in ("names", "shown"))
+    odd = [name for name in names if name in ("", ".", "..") or {"/", "\\"} & set(name)]
+    odd += [name for name in (*names, *shown) if not name.isprintable()]
     return f"odd names {odd}" if odd else "" if value["below"] else "files outside of the set"
 
 
@@ -616,6 +618,7 @@ def _going_on(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: ds
     return {
         "step": step,
         "active": {name: int(mask.sum()) for name, mask in masks.items()},
+        "total": sum(int(mask.sum()) for mask in masks.values()),
         "outside": sum(int(weights[name][~mask].count_nonzero()) for name, mask in masks.items()),
         "types": [str(mask.dtype) for mask in masks.values()],
         "rest": digest(model.state_dict(), sparsifier.state_dict()),
@@ -752,6 +755,7 @@ _SCANS = same("finite", "classes", "fits")
 _LAYOUTS = ("decathlon", "amos", "nnunet", "nnunet-list")
 _METHODS = ("rigl", "srigl", "snfs", "topkast")
 _CONTINUED = same("active", "types", "outside")
+_REALLOCATED = same("total", "types", "outside")  # what moves between weights depends on when masks are updated
 
 FORMATS = (
     Format(name="config.json", file="run/config.json", make=a_run, read=load, damage=_JSON, craft=_SEALED),
@@ -973,7 +977,7 @@ FORMATS = (
             read=partial(read_state, method=method),
             damage=(mutate_state,),
             craft=(_RESEALED,),
-            law=_CONTINUED,
+            law=_REALLOCATED if method == "snfs" else _CONTINUED,
         )
         for method in _METHODS
     ),

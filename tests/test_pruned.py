@@ -380,3 +380,10 @@ def test_a_compressed_transformer_is_loaded_without_the_release_that_wrote_it(na
     sparsifier = sparsify(model, MASKS / name)
     assert len(sparsifier.masks) == 7
     assert_same(dict(model.state_dict()), zeros_of(name))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_weights_in_codes_are_no_plain_weights():
+    codes = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    with pytest.raises(StateError, match=r"expected a tensor of numbers, got one of torch.qint8\. .* dequantized"):
+        read_weights({"0.weight": codes})

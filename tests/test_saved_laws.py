@@ -107,6 +107,7 @@ WEIGHT = {
     "no mask": ({"mask": None}, "mask"),
     "a mask of numbers": ({"mask": torch.ones(4, 6, 2, 2)}, "mask"),
     "a mask of another shape": ({"mask": torch.ones(4, 6, 2, dtype=torch.bool)}, "mask"),
+    "a mask of more values than memory": ({"mask": torch.ones(1, dtype=torch.bool).expand(2**40)}, "mask"),
     "a trace of nothing": ({"trace": torch.full((4, 6, 2, 2), torch.nan), "traced_at": 9}, "traced?(_at)?"),
     "a trace of text": ({"trace": "trace"}, "trace"),
     "a trace of another shape": ({"trace": torch.ones(2), "traced_at": 9}, "traced?(_at)?"),
@@ -128,6 +129,7 @@ WHOLE = {
     "a memory of text": ({"memory": "0"}, "memory"),
     "more planned": ({"num_planned": 1}, "sparsity"),
     "a plan of text": ({"num_planned": "many"}, "num_planned"),
+    "outputs of lists": ({"outputs": {NAME: [None]}}, "outputs"),
     "no weights": ({"weights": {}}, "names of the weights"),
     "weights of numbers": ({"weights": {1: {}, 2: {}}}, "names of the weights"),
 }

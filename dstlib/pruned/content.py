@@ -83,9 +83,10 @@ def read_weights(source: str | Path | State) -> dict[str, Tensor]:
         remedy = "Load the weights from the file of the model, and pass these masks to sparsify()."
         raise StateError.of("content", where, allowed=allowed, given=given, remedy=remedy)
     for name, x in weights.items():
-        if not isinstance(x, Tensor):
-            remedy = "Load it, and pass the tensors in it."
-            raise StateError.of(name, where, allowed="a tensor", given=type(x).__name__, remedy=remedy)
+        if not isinstance(x, Tensor) or x.is_quantized:
+            remedy = "Load it, and pass the tensors in it, dequantized if they hold codes."
+            given = f"one of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise StateError.of(name, where, allowed="a tensor of numbers", given=given, remedy=remedy)
     masks = {} if tool is None else tool.masks(state, nn.Module())
     return {name: x if name not in masks else _masked(x, masks[name], name, where) for name, x in weights.items()}
 

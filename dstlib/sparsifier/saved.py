@@ -142,7 +142,7 @@ def _check_outputs(state: Mapping[str, Any], all_saved: Sequence[MaskedWeight], 
     if (
         not isinstance(outputs, Mapping)
         or not set(outputs) <= names
-        or not set(outputs.values()) <= {True, False, None}
+        or not all(type(value) is bool or value is None for value in outputs.values())
     ):
         raise _misfit("outputs", _WHOLE, "weights that are outputs, or are not", outputs)
     for saved in all_saved:

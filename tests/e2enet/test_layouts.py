@@ -394,6 +394,10 @@ def test_nnunet_with_an_explicit_list(tmp_path, monkeypatch):
             {"dataset": {"x": {"images": []}}},
             "case 'x' of 'dataset' is {'images': []} but names 'images' and a 'label'",
         ),
+        (
+            {"dataset": {"x": {"images": 5, "label": "labelsTr/x_1.nii.gz"}}},
+            "case 'x' of 'dataset' is {'images': 5, 'label': 'labelsTr/x_1.nii.gz'} but names 'images' and a 'label'",
+        ),
         ({"labels": {"background": 0, "a": "9" * 5000}}, "but gives each name a value from 0 to 255"),
         (
             {"channel_names": {"0": {"CT": 1}, "1": "T1w"}},

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from dstlib.errors import StateError
 from dstlib.files import write_whole
 from dstlib.zoo.e2enet.training.log import Log
-from dstlib.zoo.e2enet.training.run_directory import open_run
+from dstlib.zoo.e2enet.training.run_directory import _refuse_other_settings, open_run
 
 CONFIG = {"training": {"seed": 0, "learning_rate": 0.05}, "patch": (4, 8, 8)}
 STATE = {"weight": torch.arange(3.0), "iteration": 7, "metrics": [{"loss": 0.5}]}
@@ -77,6 +78,11 @@ def test_another_configuration_is_refused_by_naming_what_differs(folder):
     assert "expected training.seed 0, extra nothing, got training.seed 1, extra xxx" in message
     assert "learning_rate" not in message
     assert "x" * 60 not in message
+
+
+def test_a_tensor_in_a_saved_configuration_is_another_setting():
+    with pytest.raises(StateError, match=r"settings of .*: expected seed tensor"):
+        _refuse_other_settings({"seed": torch.ones(2)}, {"seed": 0}, Path("checkpoint.pt"))
 
 
 def test_a_damaged_configuration_is_refused(folder):

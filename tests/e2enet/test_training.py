@@ -254,6 +254,12 @@ def change(*path):
     return changed
 
 
+def shown_often(state):
+    """Puts a moment of the right shape that is one number in memory."""
+    kept = state["optimizer"]["state"][0]
+    kept["exp_avg"] = torch.zeros(1).expand(kept["exp_avg"].shape)
+
+
 GONE = object()
 BROKEN = {
     "no iteration": (change("iteration", GONE), "parts"),
@@ -289,10 +295,16 @@ BROKEN = {
         change("optimizer", "param_groups", 0, "weight_decay", 0.5),
         "optimizer's weight_decay",
     ),
+    "a tensor among parameters": (change("optimizer", "param_groups", 0, "params", 0, torch.ones(2)), "optimizer"),
+    "a tensor for a setting": (
+        change("optimizer", "param_groups", 0, "weight_decay", torch.ones(2)),
+        "optimizer's weight_decay",
+    ),
     "an optimizer without a rate": (change("optimizer", "param_groups", 0, "lr", None), "optimizer's lr"),
     "an optimizer of one parameter more": (change("optimizer", "state", 99, {}), "optimizer"),
     "an optimizer that keeps nothing": (change("optimizer", "state", 0, {}), "optimizer"),
     "a moment of another shape": (change("optimizer", "state", 0, "exp_avg", torch.ones(2)), "optimizer's exp_avg"),
+    "a moment of one value": (shown_often, "optimizer's exp_avg"),
     "a moment of truth values": (change("optimizer", "state", 0, "exp_avg", torch.ones(2) > 0), "optimizer's exp_avg"),
     "a step to come": (change("optimizer", "state", 0, "step", torch.tensor(9.0)), "optimizer's step"),
     "a weight of another shape": (change("model", "heads.0.weight", torch.ones(2)), "model"),

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from dstlib.errors import StateError, require
 from dstlib.files import locked, make_folder, write_json, write_whole
-from dstlib.torch_files import read_torch, write_torch
+from dstlib.torch_files import is_same, read_torch, write_torch
 from dstlib.typed_json import read_json, sealed
 from dstlib.zoo.e2enet.training.records import FLOWS, METRICS
 
@@ -166,7 +166,7 @@ def _refuse_other_settings(saved: Any, config: Mapping[str, Any], file: Path) ->
     """Checks that a run is continued with the settings it was started with."""
     old, new = dict(_flatten(saved)), dict(_flatten(config))
     # what a run of before does not tell was not asked of it
-    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    differing = [name for name in {**old, **new} if not is_same(new.get(name), old.get(name))]
     was, given = (", ".join(f"{n} {_short(values.get(n, MISSING))}" for n in differing) for values in (old, new))
     remedy = "Resume with the settings of the run, or start another with --run-dir."
     require(not differing, "settings", str(file), allowed=was, given=given, remedy=remedy, error=StateError)

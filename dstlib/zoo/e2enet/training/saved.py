@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dstlib.errors import StateError, shown
-from dstlib.torch_files import check_weights
+from dstlib.torch_files import check_weights, is_same
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 
 PARTS = ("model", "optimizer", "scaler", "sparsifier", "iteration", "loss_sum", "metrics", "updates")
@@ -109,10 +109,12 @@ def _check_optimizer(state: Any, optimizer: Optimizer, iteration: int) -> None:
     if not isinstance(groups, list) or len(groups) != len(own) or not isinstance(state.get("state"), Mapping):
         raise _misfit("optimizer", f"the state and the {len(own)} group of {type(optimizer).__name__}", state)
     for group, ours in zip(groups, own, strict=True):
-        if not isinstance(group, Mapping) or group.get("params") != ours["params"]:
+        if not isinstance(group, Mapping) or not is_same(ours["params"], group.get("params")):
             raise _misfit("optimizer", f"a group of {len(ours['params'])} parameters", group)
         # releases of torch add settings; what both know is the same, but for what changes with the epoch
-        differing = [name for name in ours.keys() & group.keys() if name != "lr" and group[name] != ours[name]]
+        differing = [
+            name for name in ours.keys() & group.keys() if name != "lr" and not is_same(ours[name], group[name])
+        ]
         if differing or not _is_number(group.get("lr")) or group["lr"] < 0:
             name = differing[0] if differing else "lr"
             raise _misfit(f"optimizer's {name}", f"{ours[name]}, as set", group.get(name))
@@ -134,8 +136,10 @@ def _check_kept(kept: Any, parameter: Tensor, expected: Mapping[str, bool], iter
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             raise _misfit(f"optimizer's {name}", "a tensor of floating numbers", value)
         shape = parameter.shape if is_shaped else torch.Size()
-        if value.shape != shape or not bool(value.isfinite().all()):
-            raise _misfit(f"optimizer's {name}", f"finite numbers of shape {tuple(shape)}", value)
+        # values that share memory, which torch would refuse to change, are like no others when they are copied
+        shares = torch.empty_like(value, device="meta").stride() != value.stride()
+        if value.shape != shape or shares or not bool(value.isfinite().all()):
+            raise _misfit(f"optimizer's {name}", f"finite numbers of shape {tuple(shape)}, each in its place", value)
         most = iteration if name == "step" else math.inf
         if name in ("step", "exp_avg_sq") and not bool(((value >= 0) & (value <= most)).all()):
             raise _misfit(f"optimizer's {name}", f"from 0 to {most}", value)

@@ -67,7 +67,7 @@ def channel_file(file: Path, channel: int) -> Path:
     'imagesTr/BRATS_001_0003.nii.gz'
     """
     name = case_name(file)
-    return file.with_name(f"{name}_{channel:04d}{file.name[len(name) :]}")
+    return file.parent / f"{name}_{channel:04d}{file.name[len(name) :]}"  # a file of no name, too: none has read it yet
 
 
 def scan_files(folder: Path) -> tuple[Path, ...]:

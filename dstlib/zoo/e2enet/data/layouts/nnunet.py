@@ -161,8 +161,9 @@ def _wrong_list(table: object, *, allow_outside: bool) -> list[str]:
     wrong = []
     for name, entry in table.items():
         images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
-        files = [file for file in (*images, label) if isinstance(file, str)] if isinstance(images, list) else []
-        if not images or len(files) <= len(images):
+        listed = [*images, label] if isinstance(images, list) else []
+        files = [file for file in listed if isinstance(file, str)]
+        if len(listed) < 2 or len(files) < len(listed):
             wrong.append(f"case {shown(name)} of 'dataset' is {shown(entry)} but names 'images' and a 'label'")
             continue
         wrong += [
