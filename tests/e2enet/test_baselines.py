@@ -411,9 +411,9 @@ def test_heads_of_lower_resolution_are_cut_to_the_part_that_the_image_has(
     [
         ("nnunet", (1, 1, 8, 8, 8), "shape of input of PlainConvUNet: expected (B, 2, D, H, W), got (1, 1, 8, 8, 8)"),
         ("nnunet", (1, 2, 8, 8, 6), "size of input of PlainConvUNet: expected D, H, W in multiples of (4, 4, 4)"),
-        ("nnunet", (1, 2, 4, 4, 4), "expected more than (4, 4, 4), got (4, 4, 4)"),
+        ("nnunet", (1, 2, 4, 4, 4), "expected more than (4, 4, 4) along an axis, got (4, 4, 4)"),
         ("unetr", (1, 2, 32, 32, 32), "expected a size that pads to (16, 16, 32), got (32, 32, 32)"),
-        ("swin_unetr", (1, 2, 20, 32, 32), "expected more than (32, 32, 32), got (20, 32, 32)"),
+        ("swin_unetr", (1, 2, 20, 32, 32), "expected more than (32, 32, 32) along an axis, got (20, 32, 32)"),
     ],
 )
 def test_input_that_does_not_fit_is_refused(name: str, shape: tuple[int, ...], message: str) -> None:

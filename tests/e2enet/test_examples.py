@@ -352,6 +352,11 @@ def test_data_that_is_not_there_is_one_line(tmp_path, example):
         (("--fold", 7), "fold"),
         (("--patch-size", 0, 1, 1), "patch_size of PatchSettings"),
         (("--patch-size", 9, 9, 9), "multiples of (8, 8, 8)"),
+        (
+            ("--model", "cotr", "--patch-size", 8, 16, 16),
+            "error: size of input of CoTr: expected more than (8, 16, 16)",
+        ),
+        (("--model", "nnunet", "--patch-size", 9, 9, 9), "error: size of input of PlainConvUNet: expected D, H, W in"),
         (("--method", "dense", "--sparsity", 0.9), "Leave one of them out"),
         (("--seed", -1), "seed of TrainSettings"),
         (("--run-dir", ""), "Leave --run-dir out"),

@@ -207,7 +207,7 @@ def test_patches_of_any_size(size: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("size", [(2, 4, 4), (1, 2, 1)])
 def test_a_single_voxel_at_the_coarsest_level_is_refused(size: tuple[int, int, int]) -> None:
-    with pytest.raises(DataError, match=r"size of input of UMamba: expected more than \(2, 4, 4\), got"):
+    with pytest.raises(DataError, match=r"size of input of UMamba: expected more than \(2, 4, 4\) along an axis, got"):
         tiny()(torch.rand(1, 1, *size))
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from dstlib.errors import SettingError, printable, require
+from dstlib.errors import DataError, DstlibError, SettingError, printable, require
 from dstlib.files import write_json, write_whole
 from dstlib.profile import profile
 from dstlib.report import on_one_line
@@ -164,7 +165,7 @@ def begin(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
         width=config.width,
         architecture=config.architecture,
     )
-    profile(model, (1, channels, *size))  # refuses a patch that does not fit
+    _refuse_unfit(model, (1, channels, *size))
     training = start(model, config.preset.training, config.execution, ranks, data.labels, config.memory_budget)
     goes_on = config.folder and config.resume and (config.folder / "checkpoint.pt").exists()
     if config.begin_from is not None and not goes_on:
@@ -176,6 +177,14 @@ def begin(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
             told = f"Begun from {config.begin_from}, but for {', '.join(fresh)}: other classes, so they start afresh."
             print(on_one_line(told))
     return training
+
+
+def _refuse_unfit(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Refuses a patch that does not fit, in the words of the network if it has any, not in those of the counting."""
+    try:
+        profile(model, shape)
+    except DataError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, DstlibError) else error) from None
 
 
 def _has_classes_of(saved: Any, data: Dataset) -> bool:

@@ -119,9 +119,9 @@ class Segmenter(nn.Module):
             raise DataError.of("shape", where, allowed=allowed, given=tuple(x.shape), remedy=remedy)
         depth, height, width = size = tuple(x.shape[2:])
         padded = padded_size(size, self.multiple)
-        if expected := self._expected(size, padded):
-            remedy = "Build the network for another size (--patch-size), or with other strides."
-            raise DataError.of("size", where, allowed=expected, given=size, remedy=remedy)
+        if refusal := self._refusal(size, padded):
+            allowed, remedy = refusal
+            raise DataError.of("size", where, allowed=allowed, given=size, remedy=remedy)
         if padded == size:
             logits = self.read(self.host(x))
         else:
@@ -129,14 +129,15 @@ class Segmenter(nn.Module):
             logits = tuple(_cut(y, size, padded) for y in self.read(self.host(x)))
         return logits if self.deep_supervision else logits[0]
 
-    def _expected(self, size: Sequence[int], padded: Triple) -> str | None:
-        """Says what size the host takes, if it does not take this one."""
+    def _refusal(self, size: Sequence[int], padded: Triple) -> tuple[str, str] | None:
+        """Says what size the host takes and what to do, if it does not take this one."""
         if self.fixed_size is not None and padded != self.fixed_size:
-            return f"a size that pads to {self.fixed_size}"
+            return f"a size that pads to {self.fixed_size}", "Build the network for another size (--patch-size)."
         if padded != size and not self.pad:
-            return f"D, H, W in multiples of {self.multiple}"
+            return f"D, H, W in multiples of {self.multiple}", "Choose another size (--patch-size), or other strides."
         # a single voxel at the coarsest level would have no variance to normalise by
-        return f"more than {self.multiple}" if padded == self.multiple else None
+        smallest = f"more than {self.multiple} along an axis"
+        return (smallest, "Choose a larger size (--patch-size).") if padded == self.multiple else None
 
 
 def _cut(logits: Tensor, size: Sequence[int], padded: Triple) -> Tensor:
