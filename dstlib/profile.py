@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from dstlib.errors import DataError, require
+from dstlib.errors import DataError, DstlibError, require
 from dstlib.inputs import arguments, replace_parts, tensors_in
 from dstlib.operators import Operators, Work
 from dstlib.report import align
@@ -140,6 +140,7 @@ def profile(
         SettingError: no such convention.
         SelectionError: a mask belongs to no parameter, or is not of its shape.
         DataError: the model does not run on these inputs, or not without storage.
+        DstlibError: whatever a network of dstlib raises itself, in its own words.
 
     Reference: Wu et al., *E2ENet* (NeurIPS 2024) for "paper". Evci et al. 2020 (RigL) count as "exact" does,
     with a bias everywhere.
@@ -208,6 +209,8 @@ def _run(
             return replica, _record(replica, _map(inputs, lambda x: x.to("meta")), active, convention)
     except Exception as error:  # the forward is anyone's code, which a tensor without values may break in any way
         if any(x.is_meta for x in tensors_in(inputs)):
+            if isinstance(error, DstlibError):
+                raise  # a network of ours says itself what it does not take
             allowed = f"one that runs without storage on inputs of {shapes}"
             remedy = (
                 "Check shapes and types: whole numbers, such as token ids, are given as a tensor of them. A forward "
@@ -218,6 +221,8 @@ def _run(
         replica = _copy(model, lambda x: x if isinstance(x, nn.Parameter) else x.detach().clone())
         with torch.random.fork_rng(devices=[]):
             return replica, _record(replica, _map(inputs, lambda x: x.detach().clone()), active, convention)
+    except DstlibError:
+        raise
     except Exception as error:
         allowed, remedy = f"one that runs on inputs of {shapes}", "Pass what model(...) takes, on the model's device."
         raise DataError.of("forward", _WHERE, allowed=allowed, given=_told(error), remedy=remedy) from error

@@ -392,6 +392,19 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], error: type[Excepti
     assert message in str(caught.value)
 
 
+class Picky(nn.Linear):
+    """A network that says in dstlib's words what it does not take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise DataError.of("size", "input of Picky", allowed="another", given=tuple(x.shape), remedy="Pass another.")
+
+
+@pytest.mark.parametrize("inputs", [(1, 3), torch.ones(1, 3)], ids=["shape", "tensor"])
+def test_what_a_network_says_itself_is_all_that_is_said(inputs: Any) -> None:
+    with pytest.raises(DataError, match=r"^size of input of Picky: expected another, got \(1, 3\)\. Pass another\.$"):
+        profile(Picky(3, 2), inputs)
+
+
 # ---- the published table of E2ENet ----
 
 
