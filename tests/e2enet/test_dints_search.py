@@ -4,6 +4,7 @@ import copy
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,19 @@ from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet import AMOS
-from dstlib.zoo.e2enet.baselines.architecture import Architecture
+from dstlib.zoo.e2enet.baselines.architecture import ARCHITECTURE, Architecture, read_architecture
 from dstlib.zoo.e2enet.baselines.dints import Supernet
 from dstlib.zoo.e2enet.baselines.dints_decoding import decode, probabilities
 from dstlib.zoo.e2enet.baselines.segmenter import Request
+from dstlib.zoo.e2enet.checkpoint import load_trained
+from dstlib.zoo.e2enet.cli import read_config
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.data.phantoms.ct import phantoms
+from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
+from dstlib.zoo.e2enet.run import run_recipe
 from dstlib.zoo.e2enet.training.execution import Execution
 from dstlib.zoo.e2enet.training.loop import train
+from dstlib.zoo.e2enet.training.records import config_of
 from dstlib.zoo.e2enet.training.search import Search, first_iteration, halves, start_search
 from dstlib.zoo.e2enet.training.settings import TrainSettings
 from dstlib.zoo.e2enet.training.state import Training, start
@@ -261,3 +267,27 @@ def test_the_loss_falls_while_the_architecture_is_searched() -> None:
     training = start(supernet(), TrainSettings(epochs=4, iterations=3, sparsity=0.0, optimizer="adamw"))
     go(training)
     assert training.metrics[-1]["loss"] < training.metrics[0]["loss"]
+
+
+# ---- by the command ----
+
+
+@pytest.mark.long
+def test_a_search_and_the_network_it_finds_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dstlib.zoo.e2enet.baselines.dints.BLOCKS", 2)
+    monkeypatch.setattr("dstlib.zoo.e2enet.baselines.dints.DEPTHS", 2)
+
+    def run(*arguments: str) -> None:
+        short = ("--scans", "5", "--epochs", "2", "--iterations", "1", "--width", "0.0625")
+        run_recipe(read_config(HIPPOCAMPUS_RECIPE, [*short, "--patch-size", "16", "16", "16", *arguments]))
+
+    run("--model", "dints_search", "--memory-budget", "0.5", "--run-dir", "search")
+    run("--model", "dints", "--architecture", "search", "--run-dir", "found")
+    found = read_architecture(Path("search"))
+    assert (found.num_blocks, found.num_depths) == (2, 2)
+    assert (config_of(Path("search")).memory_budget, config_of(Path("search")).architecture) == (0.5, None)
+    assert config_of(Path("found")).architecture == found
+    (Path("search") / ARCHITECTURE).unlink()  # the run holds all that it needs
+    (network,) = load_trained([Path("found")]).models
+    assert network(torch.zeros(1, 1, 16, 16, 16))[0].shape == (1, 3, 16, 16, 16)
