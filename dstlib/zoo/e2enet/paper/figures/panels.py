@@ -176,5 +176,5 @@ def _draw_boxes(axes: Axes, boxes: Sequence[Box]) -> None:
         x, y = max(columns.start - 1.0, -0.5), max(rows.start - 1.0, -0.5)
         wide, tall = min(columns.stop, right) - x, min(rows.stop, bottom) - y
         box = Rectangle((x, y), wide, tall, fill=False, edgecolor="white", linewidth=1.4, gid="box")
-        box.set_path_effects(OUTLINED)
+        box.set(path_effects=OUTLINED)
         axes.add_patch(box)

@@ -61,17 +61,17 @@ _TABLE_1 = ("cotr", "nnformer", "unetr", "swin_unetr", "vnet", *_SPARSE)
 _LEARNING = ("e2enet-0.8", "nnunet", "nnunet-minus", "every-600", "e2enet-0.7", "every-1800")
 
 _ALL = (
-    Figure(number=5, title="predictions on AMOS-CT", recipe="amos", systems=_PAIR, kind="panels", num_cases=3),
+    Figure(number=5, title="predictions of some cases", recipe="amos", systems=_PAIR, kind="panels", num_cases=3),
     Figure(number=6, title="flows in each fusion node, by epoch", recipe="amos", systems=_PAIR[1:], kind="flows"),
     Figure(number=7, title="average ranks over the cases", recipe="amos", systems=_VARIANTS, kind="ranks"),
     Figure(number=8, title="PT scores by weights", recipe="amos", systems=_TABLE_1, kind="trade-off"),
-    Figure(number=9, title="more predictions on AMOS-CT", recipe="amos", systems=_PAIR, kind="panels", num_cases=5),
-    Figure(number=10, title="predictions on BraTS", recipe="brats", systems=_PAIR, kind="panels", num_cases=4),
+    Figure(number=9, title="predictions of more cases", recipe="amos", systems=_PAIR, kind="panels", num_cases=5),
+    Figure(number=10, title="predictions of some cases", recipe="brats", systems=_PAIR, kind="panels", num_cases=4),
     Figure(number=11, title="learning and mask updates", recipe="amos", systems=_PAIR[1:], kind="updates"),
     Figure(number=12, title="learning beside others", recipe="amos", systems=_LEARNING, kind="learning"),
-    Figure(number=13, title="volume and Dice by organ of AMOS-CT", recipe="amos", systems=_SPARSE, kind="volumes"),
-    Figure(number=14, title="volume and Dice by organ of BTCV", recipe="btcv", systems=_SPARSE[:2], kind="volumes"),
-    Figure(number=15, title="volume and Dice by class of BraTS", recipe="brats", systems=_SPARSE, kind="volumes"),
+    Figure(number=13, title="volume and Dice by class", recipe="amos", systems=_SPARSE, kind="volumes"),
+    Figure(number=14, title="volume and Dice by class", recipe="btcv", systems=_SPARSE[:2], kind="volumes"),
+    Figure(number=15, title="volume and Dice by class", recipe="brats", systems=_SPARSE, kind="volumes"),
 )
 
 FIGURES: Mapping[int, Figure] = MappingProxyType({figure.number: figure for figure in _ALL})
