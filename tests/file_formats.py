@@ -11,7 +11,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -741,7 +741,7 @@ def a_budget(scene: Path, prepared: Path) -> None:
 
 def read_a_budget(scene: Path) -> Any:
     """Reads how long the runs of a system are."""
-    return read_budget(scene / "system")
+    return asdict(read_budget(scene / "system"))
 
 
 # ---- the table
