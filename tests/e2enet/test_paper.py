@@ -24,6 +24,7 @@ from dstlib.zoo.e2enet.paper.runs import Key, Plan, asked
 from dstlib.zoo.e2enet.paper.scans import with_mri
 from dstlib.zoo.e2enet.paper.statistics import CaseScores, estimate, holm, over_folds, over_seeds, pair_tests
 from dstlib.zoo.e2enet.paper.systems import SYSTEMS, refusal
+from dstlib.zoo.e2enet.paper.tables import fill, lines_of
 from dstlib.zoo.e2enet.recipes import AMOS_RECIPE, HIPPOCAMPUS_RECIPE, RECIPES
 
 # ---- what is printed
@@ -154,6 +155,12 @@ def test_wilcoxon_over_cases_by_hand():
     assert [test.p for test in tests] == pytest.approx([2 / 64, 2 / 64, 1.0])
     assert [test.corrected for test in tests] == pytest.approx([3 * 2 / 64, 3 * 2 / 64, 1.0])
     assert tests[0].difference.mean == pytest.approx(0.035)
+
+
+def test_a_table_without_runs_has_the_papers_columns_and_says_why():
+    filled = fill(TABLES[2], lines_of(TABLES[2], [SYSTEMS["pann"]]), [], failed={}, recipe="hippocampus")
+    assert filled.classes == ("ED", "ET", "NET")
+    assert [line.reason for line in filled.lines] == ["its authors published no code"]
 
 
 # ---- the command

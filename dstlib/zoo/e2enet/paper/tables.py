@@ -107,7 +107,7 @@ def fill(
     of_table = [run for line in lines for run in of_system.get(line.system.name, ()) if not line.is_post_processed]
     classes = of_table[0].result.classes if of_table else CLASSES[table.data]
     is_papers = recipe == table.data and _are_those_of(table.data, classes)
-    shown = table.classes if is_papers else classes if table.classes or recipe != table.data else ()
+    shown = table.classes if is_papers or not of_table else classes if table.classes or recipe != table.data else ()
     filled = []
     for line in lines:
         mine = of_system.get(line.system.name, [])
