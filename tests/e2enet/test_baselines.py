@@ -174,6 +174,17 @@ def test_monais_transformers_are_the_published_ones_but_for_what_another_version
     assert (round((params + unused) / 1e6, 2), round(flops / 1e9, 2)) == (row.params, row.flops)
 
 
+def test_nnformer_is_the_published_one_with_the_head_that_predicts() -> None:
+    setting = "AMOS, 16 classes"
+    network, row = in_setting("nnformer", setting), printed("nnformer", setting)
+    assert num_params(network) == 150_140_232
+    layers = dstlib.profile(network, (1, 1, 128, 128, 128), convention="paper").layers
+    others = sum(layer.flops or 0 for layer in layers if layer.name in ("host.heads.1", "host.heads.2"))
+    flops = published_flops(network, setting) - others
+    assert flops == 1_343_654_789_120
+    assert round(flops / 1e9, 2) == row.flops
+
+
 def test_nnunet_for_btcv_is_the_published_one_once_the_encoder_begins_flat() -> None:
     """nnU-Net's first version takes the kernels of the decoder from one level further down: there they stay whole."""
     network, row = in_setting("nnunet", "BTCV"), printed("nnunet", "BTCV")
@@ -249,6 +260,9 @@ def test_deeplabv3_has_the_published_parameters_and_a_tenth_of_the_published_flo
     assert round(params / 1e6, 2) == row.params
     assert row.flops is not None
     assert flops / 1e9 == pytest.approx(row.flops / 10, rel=1.5e-4)  # what was seen; a printed digit is 6e-6 of it
+    # the public program: functional ReLUs but for the stem's, no bias in shortcuts, but one in each unit of the pyramid
+    functional, shortcuts, pyramid = 20_578_560, 917_504, 655_616
+    assert str(flops - functional - shortcuts + pyramid).startswith(str(row.flops).replace(".", ""))
 
 
 def test_unet_plus_plus_is_another_than_the_published_one() -> None:
