@@ -180,6 +180,9 @@ def one(draws: Draws, seed: int, shrink: bool) -> None:
     print("fault:", fault, "(ill-conditioned)" if fault and is_ill_conditioned(case, fault) else "")
 
 
+PLURAL = {"network": "networks", "life": "lives"}
+
+
 def many(draws: Draws, first: int, number: int) -> int:
     """Lives so many cases, prints each fault and now and then the counts, and returns the number of faults."""
     began, faults, counts = time.time(), 0, Counter[str]()
@@ -197,7 +200,7 @@ def many(draws: Draws, first: int, number: int) -> int:
             print(f"{draws.kind} {message['seed']}: {message['fault'][:400]}", flush=True)
         if index % 100 == 0 or index == number:
             seconds = time.time() - began
-            print(f"{index} {draws.kind}s, {faults} faults, {seconds:.0f} s, {dict(counts)}", flush=True)
+            print(f"{index} {PLURAL[draws.kind]}, {faults} faults, {seconds:.0f} s, {dict(counts)}", flush=True)
     return faults
 
 

@@ -162,7 +162,7 @@ EXPORT uint64_t engine_fingerprint(const void* data, int64_t bytes, int64_t most
         for (int k = 0; k < WORDS; ++k) found[k] = ((found[k] ^ piece[k]) * odd) ^ (found[k] >> 29);
     }
     memset(piece, 0, PIECE);
-    memcpy(piece, start + whole * PIECE, static_cast<size_t>(bytes - whole * PIECE));
+    if (bytes > whole * PIECE) memcpy(piece, start + whole * PIECE, static_cast<size_t>(bytes - whole * PIECE));
     uint64_t all = static_cast<uint64_t>(bytes);
     for (int k = 0; k < WORDS; ++k) all = (all ^ (found[k] + piece[k] * odd) ^ (all >> 31)) * odd;
     return all;
