@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import small_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,8 @@ from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
 from dstlib.zoo.e2enet.data.preprocessing.fingerprint import join, plan_preparation, scan_fingerprint
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import prepare_scan
 from dstlib.zoo.e2enet.data.scans.nifti import examine_scan, read_scan
+from dstlib.zoo.e2enet.dataset import DataSettings, open_dataset
+from dstlib.zoo.e2enet.training.ranks import Ranks
 
 FORK = multiprocessing.get_context("fork")  # so that children see what a test has replaced
 
@@ -279,6 +282,29 @@ def test_a_source_that_changes_while_it_is_read_is_a_defect(manifest, tmp_path, 
     monkeypatch.setattr(cache, "examine_scan", examine)
     with pytest.raises(DataError, match=r"b: .*b-image.nii or its label changed while they were read"):
         prepare(manifest, tmp_path)
+
+
+def test_sets_of_one_name_do_not_take_each_others_place(tmp_path, reads, capsys):
+    """As phantoms and the scans they stand for: one is opened by a run while another run opens the other."""
+    folders = [small_runs.write_set(tmp_path / place / "Small") for place in ("here", "there")]
+    for number in range(5):
+        voxels = np.random.default_rng(number).normal(50, 20, (9, 9, 9)).astype(np.float32)
+        small_runs.write_nifti(folders[1] / f"imagesTr/scan_{number}.nii.gz", voxels)
+
+    def opened(folder):
+        asked = DataSettings(phantoms=("hippocampus", 5), folder=folder, cache=tmp_path / "cache")
+        return open_dataset(asked, workers=0, ranks=Ranks(rank=0, num=1))
+
+    images = [np.array(opened(folder).held_out.cases[0].image) for folder in folders]
+    assert not np.array_equal(*images)
+    reads.clear()
+    for folder, image in zip(folders, images, strict=True):
+        assert np.array_equal(opened(folder).held_out.cases[0].image, image)
+    assert not reads, "each is prepared once"
+    capsys.readouterr()
+    (tmp_path / "cache" / "prepared-fa95f7ccbe13").mkdir()  # as builds before kept all sets in one folder
+    opened(folders[0])
+    assert "which nothing reads any more: prepared-fa95f7ccbe13. Delete them." in capsys.readouterr().out
 
 
 # ---- what is damaged

@@ -1,5 +1,7 @@
 """The data of a run: real scans or phantoms from their files, prepared, and divided by fold."""
 
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +54,7 @@ class DataSettings:
     - ``splits``: a file of folds, as nnU-Net's splits_final.json; None to draw them.
     - ``groups``: the file, or the pattern of names, that tells which scans are of one patient; see
       :func:`~dstlib.zoo.e2enet.data.groups.read_groups`.
-    - ``cache``: where prepared scans are kept; None for a folder under ``runs``.
+    - ``cache``: where prepared scans are kept, those of each set in a folder of its own; None for one under ``runs``.
     """
 
     phantoms: tuple[str, int]
@@ -132,8 +134,12 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
         normalised = f"Channels are normalised: {'; '.join(_told(manifest.channels, schemes))}."
         _print((*manifest.told(), normalised, *division.notes))
     cache = settings.cache or RUNS / "prepared" / f"{manifest.name}-{word}"
+    if ranks.leads:
+        _print(_told_left(cache))
     workers = min(workers, NUM_PREPARING)
-    prepared = partial(prepared_cases, manifest, modality=modality, folder=cache, workers=workers)
+    prepared = partial(
+        prepared_cases, manifest, modality=modality, folder=cache / set_key(manifest.folder), workers=workers
+    )
     cases, preparation = prepared(manifest.train)
     files = {files.name: files for files in (*manifest.train, *manifest.validation)}
     if {*division.train, *division.held_out} - {case.name for case in manifest.train}:
@@ -153,6 +159,22 @@ def open_dataset(settings: DataSettings, *, workers: int, ranks: Ranks) -> Datas
         held_out=held_out,
         held_out_files=tuple(files[name] for name in division.held_out),
     )
+
+
+def set_key(folder: Path) -> str:
+    """Names the folder of a set's prepared scans, by where the set lies.
+
+    Sets may share their names and those of their cases, as phantoms and what they stand for do: in one folder, each
+    would take the place of the other.
+    """
+    return "set-" + hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:12]
+
+
+def _told_left(cache: Path) -> list[str]:
+    """Says what earlier builds have left, which kept all sets in one folder."""
+    left = sorted(each.name for each in cache.glob("prepared-*") if each.is_dir())
+    told = f"{cache} holds prepared scans of an earlier build, which nothing reads any more: {few(left)}. Delete them."
+    return [told] if left else []
 
 
 def _read_manifest(settings: DataSettings) -> Manifest:
