@@ -13,12 +13,14 @@ import pytest
 
 from dstlib.errors import DataError
 from dstlib.zoo import e2enet
+from dstlib.zoo.e2enet.baselines import BASELINES
 from dstlib.zoo.e2enet.cli import _command_parser, _recipe_parser
 from dstlib.zoo.e2enet.data.layouts.files import refuse_json
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, refuse_copies
 from dstlib.zoo.e2enet.data.scans.integrity import Defect, Findings
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.inference.predict import Outcome, outcome_table
+from dstlib.zoo.e2enet.paper.command import _parser as _paper_parser
 from dstlib.zoo.e2enet.recipes import RECIPES
 
 FILES = sorted(Path(e2enet.__file__).parent.rglob("*.py"))
@@ -49,8 +51,9 @@ FUNCTIONS = {  # a name of one word may be a word
     for tree in TREES.values()
     for node in ast.walk(tree)
     if isinstance(node, ast.FunctionDef) and "_" in node.name.strip("_")
-}
-OPTIONS = options_of(_command_parser()).union(*(options_of(_recipe_parser(each, None)) for each in RECIPES.values()))
+} - {*BASELINES}  # which are names to choose
+PARSERS = (_command_parser(), _paper_parser(None), *(_recipe_parser(recipe, None) for recipe in RECIPES.values()))
+OPTIONS = set().union(*map(options_of, PARSERS))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -49,7 +49,7 @@ def dints(request: Request) -> Segmenter:
     from monai.networks.nets import TopologyInstance
 
     found = request.architecture
-    assert found is not None, "build_model() has asked for one"
+    assert found is not None  # build_model() has asked for one
     codes = [np.array(found.arch_code_a), np.array(found.arch_code_c)]
     with redirect_stdout(StringIO()):  # it prints which sizes it takes
         space = TopologyInstance(
