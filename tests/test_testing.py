@@ -173,6 +173,7 @@ def test_the_lists_above_are_complete():
         "NormalFanIn",
         "Times",
         "in_proportion",
+        "folded_shape",
         "relative_shares",
         "falling",
         "share_out",
