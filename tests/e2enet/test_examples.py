@@ -43,6 +43,7 @@ FILES = {
     "scores.csv",
     "result.json",
 }
+CHALLENGE = {"challenge.csv", "challenge.json"}  # of sets of BTCV and BraTS, which score in a way of their own
 FOLDERS = {"figures", "predictions"}
 PICTURES = {"learning_curve.png", "flows.png", "slice.png"}
 
@@ -140,7 +141,7 @@ def test_each_recipe_takes_its_layout_and_predicts_in_the_geometry_of_the_files(
     run = tmp_path / "run"
     code, output, errors = example(KINDS[kind], *demo(small[kind]), "--run-dir", run, *SHORT)
     assert code == 0, errors
-    assert left_by(run) == FILES | FOLDERS
+    assert left_by(run) == FILES | FOLDERS | (CHALLENGE if kind in ("btcv", "brats") else set())
     config, result = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "result"))
     assert config["data"]["modality"] == ("mri" if kind in ("brats", "hippocampus") else "ct")
     assert config["network"]["num_classes"] == len(result["class_dice"]) + 1
