@@ -62,10 +62,14 @@ from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
 from dstlib.zoo.e2enet.data.scans.nifti import read_scan
 from dstlib.zoo.e2enet.paper.budget import Budget, read_budget, write_budget
+from dstlib.zoo.e2enet.training.epochs import flows_of, metrics_of
+from dstlib.zoo.e2enet.training.records import result_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import cifar10_data
+
+EPOCHS = small_runs.PRESET.training.epochs
 
 
 def keeps_all(value: Any, sound: Any) -> str:
@@ -207,6 +211,19 @@ def _train(scene: Path, name: str, **options: Any) -> Any:
         ),
         "rest": digest(model, checkpoint, (run / "metrics.csv").read_bytes()),
     }
+
+
+def read_metrics(scene: Path) -> Any:
+    """Reads the metrics of a finished run, as its figures do."""
+    rows = metrics_of(scene / "run", num_epochs=EPOCHS)
+    return {"columns": list(rows[0]), "epochs": [row["epoch"] for row in rows], "rows": repr(rows)}
+
+
+def read_flows(scene: Path) -> Any:
+    """Reads the flows of a finished run, as its figure does."""
+    flows = flows_of(scene / "run", result_of(scene / "run").flows, num_epochs=EPOCHS)
+    columns = {f"{node}.{flow}" for nodes in flows.values() for node, of in nodes.items() for flow in of}
+    return {"columns": sorted(columns), "last": [*flows][-1], "rows": repr(flows)}
 
 
 def same(*names: str) -> Callable[[Any, Any], str]:
@@ -798,13 +815,24 @@ FORMATS = (
         law=same("shapes", "rows", "active", "outside"),
         may_write=("next", "next/*", "cache/*"),
     ),
-    Format(
-        name="metrics.csv",
-        file="run/metrics.csv",
-        make=a_stopped_run,
-        read=resume,
-        damage=(mutate_bytes,),
-        may_write=_RESUMING,
+    *(
+        Format(
+            name=f"{name}.csv resumed",
+            file=f"run/{name}.csv",
+            make=a_stopped_run,
+            read=resume,
+            damage=(mutate_bytes,),
+            may_write=_RESUMING,
+        )
+        for name in ("metrics", "flows")
+    ),
+    *(
+        # a number in the place of another is a table as good as the one before
+        Format(name=f"{name}.csv", file=f"run/{name}.csv", make=a_run, read=read, craft=(mutate_bytes,), law=law)
+        for name, read, law in (
+            ("metrics", read_metrics, same("epochs")),
+            ("flows", read_flows, same("columns", "last")),
+        )
     ),
     Format(
         name="log.jsonl",

@@ -1,5 +1,6 @@
 """The figures of the paper: what is drawn is read back from the axes."""
 
+import re
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dstlib import plot
-from dstlib.errors import DataError
+from dstlib.errors import DataError, StateError
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
@@ -410,14 +411,15 @@ def run_of(tmp_path):
         (folder / METRICS).write_text(f"epoch,iteration,learning_rate,loss,val_dice\n{epochs}")
         if flows:
             names = ("stage1_level1.forward", "stage1_level1.upward")
-            (folder / FLOWS).write_text(f"epoch,{','.join(names)}\n0,5,5\n1,6,4\n")
+            (folder / FLOWS).write_text(f"epoch,{','.join(names)}\n0,5,5\n1,5,5\n2,7,3\n3,6,4\n")
         (example,) = RESULT.cases.values()
         means = {metric: dict.fromkeys(classes, next(iter(of.values()))) for metric, of in example.items()}
         cases = {
             f"case{fold}{n}": {**means, "dice": dict.fromkeys(classes, each)}
             for n, each in enumerate(np.atleast_1d(dice))
         }
-        result = replace(RESULT, classes=classes, cases=cases)
+        shares = {"stage1_level1": {"forward": 0.6, "upward": 0.4}}
+        result = replace(RESULT, classes=classes, cases=cases, flows=shares)
         files = tuple(CaseFiles(name=case, images=(folder / f"{case}.nii.gz",)) for case in cases)
         return FinishedRun(
             system=SYSTEMS[name], fold=fold, seed=seed, folder=folder, config=CONFIG, result=result, files=files
@@ -457,6 +459,58 @@ def test_a_comparison_wants_two_rows_of_the_same_folds_and_classes(run_of, tmp_p
 def test_a_figure_of_single_runs_wants_one(tmp_path, number):
     with pytest.raises(DataError, match=f"rows of figure {number}: expected one with a finished run, got none"):
         FIGURES[number].draw(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "line", "changed", "refused"),
+    [
+        (6, FLOWS, 1, "epoch,stage1_level1.forward", "the columns epoch, stage1_level1.forward, stage1_level1.upward"),
+        (6, FLOWS, 1, "epoch,stage1_level1.upward,stage1_level1.upward", "the columns epoch, "),
+        (6, FLOWS, 2, "0,5", "a whole line of 3 numbers"),
+        (
+            6,
+            FLOWS,
+            3,
+            "1,six,4",
+            "a whole line of 3 numbers, of the epoch after that of the line before",
+        ),
+        (6, FLOWS, 3, "1,-6,4", "a whole line of 3 numbers"),
+        (6, FLOWS, 3, "0,6,4", "a whole line of 3 numbers"),
+        (12, METRICS, 1, "", "the columns epoch, iteration, learning_rate, loss, val_dice"),
+        (12, METRICS, 3, "2,6,0.1,x,0.5", "a whole line of 5 numbers"),
+        (12, METRICS, 4, "3,9,0.1,inf,0.5", "a whole line of 5 numbers"),
+    ],
+)
+def test_a_damaged_table_is_refused_by_file_and_line(run_of, tmp_path, number, name, line, changed, refused):
+    runs = [run_of("e2enet-0.8", 0.8), run_of("e2enet-0.9", 0.8)]
+    file = runs[0].folder / name
+    lines = file.read_text().split("\n")
+    lines[line - 1] = changed
+    file.write_text("\n".join(lines))
+    told = re.escape(f"line {line} of {name} of run {runs[0].folder}: expected {refused}")
+    with pytest.raises(StateError, match=told):
+        FIGURES[number].draw(tmp_path, runs)
+
+
+def test_a_table_that_lacks_a_line_is_refused(run_of, tmp_path):
+    runs = [run_of("e2enet-0.8", 0.8), run_of("e2enet-0.9", 0.8)]
+    flows, metrics = (runs[0].folder / name for name in (FLOWS, METRICS))
+    flows.write_text(flows.read_text()[:-1])
+    with pytest.raises(StateError, match=r"line 5 of flows\.csv of run .*: expected a whole line .* got '3,6,4'"):
+        FIGURES[6].draw(tmp_path, runs)
+    header, first, *others = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([header, *others]))
+    with pytest.raises(StateError, match=r"line 2 of metrics\.csv of run .*: expected epoch 1, got 2\.0"):
+        FIGURES[12].draw(tmp_path, runs)
+    metrics.write_text("".join([header, first, *others[:-1]]))
+    with pytest.raises(StateError, match=r"last line of metrics\.csv of run .*: expected epoch 3, got 2.0"):
+        FIGURES[12].draw(tmp_path, runs)
+    metrics.write_text("epoch,iteration,learning_rate,loss")
+    with pytest.raises(StateError, match=r"last line of metrics\.csv of run .*: expected epoch 3, got None"):
+        FIGURES[12].draw(tmp_path, runs)
+    metrics.write_bytes(b"\xff")
+    with pytest.raises(StateError, match=r"content of metrics\.csv of run .*: expected a table in UTF-8"):
+        FIGURES[12].draw(tmp_path, runs)
 
 
 def test_figure_6_says_which_run_did_not_count_its_flows(draw_runs, run_of, tmp_path):

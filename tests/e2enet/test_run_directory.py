@@ -12,7 +12,7 @@ import torch
 
 from dstlib.errors import StateError
 from dstlib.files import write_whole
-from dstlib.zoo.e2enet.training.log import Log
+from dstlib.zoo.e2enet.training.log import Log, epochs_of
 from dstlib.zoo.e2enet.training.run_directory import _refuse_other_settings, open_run
 
 CONFIG = {"training": {"seed": 0, "learning_rate": 0.05}, "patch": (4, 8, 8)}
@@ -304,6 +304,20 @@ def test_a_damaged_line_of_the_log_is_written_anew(tmp_path):
     )
     Log(tmp_path).complete(ROWS)
     assert [event.get("epoch") for event in logged(tmp_path)] == [None, 3, 1, 2]
+
+
+def test_of_a_damaged_log_the_whole_lines_of_epochs_are_read(tmp_path):
+    lines = [
+        '{"event": "session", "iteration": 0}',
+        '{"event": "epoch", "iteration": 50, "cpu_seconds_per_iteration": 0.5, "loss": 1.0}',
+        '{"event": "epoch", "iteration": "100", "cpu_seconds_per_iteration": 0.5}',
+        '{"event": "epoch", "cpu_seconds_per_iteration": 0.5}',
+        '{"event": "epoch", "iteration": 100, "cpu_seconds_per_iteration": "0.5"}',
+        '{"event": "epoch", "iteration": 150, "cpu_seconds_per_iteration": null}',
+        '{"event": "epoch", "iteration": 200, "cpu_sec',
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert [(of.iteration, of.cpu_seconds_per_iteration) for of in epochs_of(tmp_path)] == [(50, 0.5), (150, None)]
 
 
 def test_a_log_that_cannot_be_read_is_one_error(tmp_path):

@@ -7,7 +7,6 @@ A run is one (system, fold, seed) of a plan, in a folder that is named by them::
     RUNS/RECIPE-DATA-SCALE/on-MRI/SYSTEM/fold0-seed0/    of Table 6
 """
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +28,7 @@ from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, read_budget, s
 from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, SYSTEMS, Source, System, refusal
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.run import RunConfig, run_recipe
+from dstlib.zoo.e2enet.training.epochs import metrics_of
 from dstlib.zoo.e2enet.training.log import epochs_of
 from dstlib.zoo.e2enet.training.ranks import Ranks
 from dstlib.zoo.e2enet.training.records import CONFIG, RESULT, ConfigRecord, ResultRecord, config_of, result_of
@@ -145,8 +145,7 @@ class FinishedRun:
     @cached_property
     def metrics(self) -> tuple[dict[str, float], ...]:
         """A row per epoch: epoch, iteration, learning_rate, loss and, where validated, val_dice."""
-        with open(self.folder / "metrics.csv", encoding="utf-8", newline="") as lines:
-            return tuple({name: float(value) for name, value in row.items()} for row in csv.DictReader(lines))
+        return metrics_of(self.folder, num_epochs=self.config.training.epochs)
 
 
 def short_name(recipe: Recipe) -> str:
@@ -274,7 +273,7 @@ def cpu_minutes(run: FinishedRun) -> float | None:
     """Returns the CPU time of a run's training, as its log has it; None where a part of it is not known."""
     spent, done = 0.0, 0
     for epoch in epochs_of(run.folder):
-        seconds, iteration = epoch.get("cpu_seconds_per_iteration"), epoch["iteration"]
+        seconds, iteration = epoch.cpu_seconds_per_iteration, epoch.iteration
         if seconds is None:
             return None
         spent, done = spent + seconds * (iteration - done), iteration

@@ -11,9 +11,11 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -118,11 +120,24 @@ class Log:
         return StateError.of("log.jsonl", where, allowed=allowed, given=error, remedy=remedy)
 
 
-def epochs_of(folder: Path) -> tuple[dict[str, Any], ...]:
-    """Reads what a run logged of each epoch, in their order; nothing where it has no log."""
+@dataclass(frozen=True, kw_only=True)
+class LoggedEpoch:
+    """What is read of the line of an epoch: its last iteration, and the CPU time of each, where that is known."""
+
+    event: Literal["epoch"]
+    iteration: int
+    cpu_seconds_per_iteration: float | None = None
+
+
+def epochs_of(folder: Path) -> tuple[LoggedEpoch, ...]:
+    """Reads what a run logged of each epoch, in their order; nothing where it has no log, and of what is no line."""
     file = folder / "log.jsonl"
-    events = [_event(line) for line in file.read_bytes().splitlines(keepends=True)] if file.exists() else []
-    return tuple(event for event in events if event.get("event") == "epoch")
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    found = []
+    for line in lines:
+        with suppress(StateError):
+            found.append(parse_json(line, LoggedEpoch, where="a log", remedy="", foreign=True))
+    return tuple(found)
 
 
 def _event(line: bytes) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from dstlib.errors import DataError
 from dstlib.plot import drawn
 from dstlib.zoo.e2enet.evaluation.figures import FLOWS, ON_FLOW, shares_of
 from dstlib.zoo.e2enet.paper.figures.style import headline
-
-FlowCounts = Mapping[str, Mapping[str, int]]  # by node, stage1_level1 and so on, and flow
+from dstlib.zoo.e2enet.training.epochs import FlowCounts
 
 
 def flows_over_epochs(path: Path, counts: Mapping[int, FlowCounts], *, title: str) -> None:
@@ -47,22 +46,6 @@ def flows_over_epochs(path: Path, counts: Mapping[int, FlowCounts], *, title: st
         headline(figure, title)
         handles = [Patch(color=colour, label=flow) for flow, colour in FLOWS.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, title="Share of the connections by flow")
-
-
-def read_flows(rows: Sequence[Mapping[str, str]]) -> dict[int, dict[str, dict[str, int]]]:
-    """Returns the lines of a run's ``flows.csv`` by epoch, node and flow.
-
-    >>> read_flows([{"epoch": "0", "stage1_level1.forward": "3", "stage1_level1.upward": "1"}])
-    {0: {'stage1_level1': {'forward': 3, 'upward': 1}}}
-    """
-    counts: dict[int, dict[str, dict[str, int]]] = {}
-    for row in rows:
-        nodes = counts.setdefault(int(row["epoch"]), {})
-        for name, count in row.items():
-            if name != "epoch":
-                node, flow = name.split(".")
-                nodes.setdefault(node, {})[flow] = int(count)
-    return counts
 
 
 def _draw_node(axes: Axes, epochs: Sequence[int], shares: Sequence[Mapping[str, float]]) -> None:

@@ -1,6 +1,5 @@
 """What each figure takes of finished runs, and refuses: runs without it, or of other folds, seeds or classes."""
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from dstlib.zoo.e2enet.evaluation.figures import learning_curve
 from dstlib.zoo.e2enet.evaluation.pt_score import Row, nemenyi
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.paper.figures.critical_distance import critical_distance
-from dstlib.zoo.e2enet.paper.figures.flows import flows_over_epochs, read_flows
+from dstlib.zoo.e2enet.paper.figures.flows import flows_over_epochs
 from dstlib.zoo.e2enet.paper.figures.learning import Metrics, learning_curves
 from dstlib.zoo.e2enet.paper.figures.panels import Predicted, chosen_cases, panels
 from dstlib.zoo.e2enet.paper.figures.trade_off import trade_off
@@ -25,6 +24,7 @@ from dstlib.zoo.e2enet.paper.runs import FinishedRun
 from dstlib.zoo.e2enet.paper.statistics import case_scores, over_folds, over_seeds
 from dstlib.zoo.e2enet.paper.systems import SYSTEMS, System
 from dstlib.zoo.e2enet.report import case_of
+from dstlib.zoo.e2enet.training.epochs import flows_of
 from dstlib.zoo.e2enet.training.records import FLOWS
 
 REFERENCE = "nnunet"
@@ -44,8 +44,7 @@ def draw_flows(number: int, folder: Path, runs: Sequence[FinishedRun]) -> tuple[
         raise DataError.of("rows", f"figure {number}", allowed=allowed, given=few(without), remedy=remedy)
     files = []
     for run in runs:
-        with open(run.folder / FLOWS, encoding="utf-8", newline="") as lines:
-            counts = read_flows([*csv.DictReader(lines)])
+        counts = flows_of(run.folder, run.result.flows, num_epochs=run.config.training.epochs)
         files.append(_file(number, folder, run))
         flows_over_epochs(files[-1], counts, title=f"{_told(run)}: where the connections of each fusion node come from")
     return tuple(files)
