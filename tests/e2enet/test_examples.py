@@ -362,7 +362,6 @@ def test_data_that_is_not_there_is_one_line(tmp_path, example):
         (("--seed", -1), "seed of TrainSettings"),
         (("--run-dir", ""), "Leave --run-dir out"),
         (("--resume",), "--run-dir with it"),
-        (("--model", "nnunett"), "Similar: 'nnunet'"),
         (("--layout", "nifti"), "layout"),
         (("--tensorboard",), "tensorboard installed"),
         (("--optimizer", "sgd", "--learning-rate", -1), "learning_rate of TrainSettings"),
@@ -374,6 +373,19 @@ def test_settings_that_cannot_be_used_are_one_line(tmp_path, small, example, mon
     run = () if {"--run-dir", "--resume"} & set(arguments) else ("--run-dir", tmp_path / "a")
     assert message in refused(example, AMOS, *demo(small["amos"]), *SHORT, *arguments, *run)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nnunett"), "Similar: 'nnunet'"),
+        (("--model", "dints"), "architecture of dints: expected the result of a search, got none"),
+        (("--model", "dints_search", "--memory-budget", 2), "memory_budget of the search: expected a number in (0, 1]"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_network_that_cannot_be_built_is_refused_before_any_scan_is_read(tmp_path, example, arguments, message):
+    assert message in refused(example, AMOS, "--data", tmp_path / "missing", *SHORT, *arguments)
 
 
 def test_too_few_phantoms_for_five_folds_are_refused(example):

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from dstlib.errors import DataError, DstlibError, SettingError, printable, require
+from dstlib.errors import SettingError, printable, require
 from dstlib.files import write_json, write_whole
 from dstlib.profile import profile
 from dstlib.report import on_one_line
 from dstlib.typed_json import sealed
-from dstlib.zoo.e2enet.baselines import build_model
+from dstlib.zoo.e2enet.baselines import build_model, check_name
 from dstlib.zoo.e2enet.baselines.architecture import ARCHITECTURE, Architecture
 from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
@@ -34,6 +33,7 @@ from dstlib.zoo.e2enet.training.loop import interruptible, train
 from dstlib.zoo.e2enet.training.ranks import Ranks, process_group
 from dstlib.zoo.e2enet.training.records import CONFIG, ConfigRecord, config_of
 from dstlib.zoo.e2enet.training.run_directory import Run, open_run, read_checkpoint
+from dstlib.zoo.e2enet.training.search import check_budget
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
 
 RESTART = "Start the run afresh in another folder, or restore the file."
@@ -74,6 +74,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         where = "the command line"
+        check_name(self.model, self.architecture)
+        if self.memory_budget is not None:
+            check_budget(self.memory_budget)
         remedy = "Leave --run-dir out for a folder named by the date."
         require(self.folder != Path(), "--run-dir", where, allowed="a folder", given="''", remedy=remedy)
         if self.resume and self.folder is None:
@@ -165,7 +168,7 @@ def begin(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
         width=config.width,
         architecture=config.architecture,
     )
-    _refuse_unfit(model, (1, channels, *size))
+    profile(model, (1, channels, *size))  # refuses a patch that does not fit, before anything is written
     training = start(model, config.preset.training, config.execution, ranks, data.labels, config.memory_budget)
     goes_on = config.folder and config.resume and (config.folder / "checkpoint.pt").exists()
     if config.begin_from is not None and not goes_on:
@@ -177,14 +180,6 @@ def begin(config: RunConfig, data: Dataset, ranks: Ranks) -> Training:
             told = f"Begun from {config.begin_from}, but for {', '.join(fresh)}: other classes, so they start afresh."
             print(on_one_line(told))
     return training
-
-
-def _refuse_unfit(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Refuses a patch that does not fit, in the words of the network if it has any, not in those of the counting."""
-    try:
-        profile(model, shape)
-    except DataError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, DstlibError) else error) from None
 
 
 def _has_classes_of(saved: Any, data: Dataset) -> bool:

@@ -91,18 +91,7 @@ def build_model(
     >>> sum(p.numel() for p in net.parameters())
     294592
     """
-    where, given, alike = "the network", repr(name), f"Similar: {similar(name, BASELINES)}."
-    require(name in BASELINES, "name", where, allowed="the name of a baseline", given=given, remedy=alike)
-    build = BASELINES[name].build
-    if build is None:
-        allowed = f"one of {', '.join(key for key, baseline in BASELINES.items() if baseline.build)}"
-        remedy = f"Not runnable: {BASELINES[name].reason}"
-        raise SettingError.of("name", where, allowed=allowed, given=given, remedy=remedy)
-    if BASELINES[name].is_found != (architecture is not None):
-        allowed = "the result of a search" if architecture is None else "none"
-        found, remedy = "none" if architecture is None else "one", "Leave it out: it is for dints."
-        remedy = REMEDY if architecture is None else remedy
-        raise SettingError.of("architecture", name, allowed=allowed, given=found, remedy=remedy)
+    build = check_name(name, architecture)
     asked = Request(
         in_channels=in_channels,
         num_classes=num_classes,
@@ -117,7 +106,29 @@ def build_model(
         if not is_out_of_memory(error):
             raise
         allowed, remedy = "one whose weights fit into memory", "Choose smaller kernels, or fewer channels."
-        raise SettingError.of("size", where, allowed=allowed, given=error, remedy=remedy) from error
+        raise SettingError.of("size", "the network", allowed=allowed, given=error, remedy=remedy) from error
+
+
+def check_name(name: str, architecture: Architecture | None = None) -> Callable[[Request], nn.Module]:
+    """Returns what builds a network of :data:`BASELINES`, or refuses its name before anything is built.
+
+    Raises:
+        SettingError: No such baseline, one that cannot be built, or one that is built by an ``architecture`` without
+            any, or another with one.
+    """
+    where, given, alike = "the network", repr(name), f"Similar: {similar(name, BASELINES)}."
+    require(name in BASELINES, "name", where, allowed="the name of a baseline", given=given, remedy=alike)
+    build = BASELINES[name].build
+    if build is None:
+        allowed = f"one of {', '.join(key for key, baseline in BASELINES.items() if baseline.build)}"
+        remedy = f"Not runnable: {BASELINES[name].reason}"
+        raise SettingError.of("name", where, allowed=allowed, given=given, remedy=remedy)
+    if BASELINES[name].is_found != (architecture is not None):
+        allowed = "the result of a search" if architecture is None else "none"
+        found, remedy = "none" if architecture is None else "one", "Leave it out: it is for dints."
+        remedy = REMEDY if architecture is None else remedy
+        raise SettingError.of("architecture", name, allowed=allowed, given=found, remedy=remedy)
+    return build
 
 
 def _e2enet(request: Request) -> E2ENet:

@@ -104,13 +104,22 @@ def start_search(model: Supernet, memory_budget: float) -> Search:
     Raises:
         SettingError: The budget is no share.
     """
-    allowed, remedy = "a number in (0, 1]", "The paper's are 0.2, 0.5 and 0.8."
-    is_share = 0 < memory_budget <= 1
-    require(is_share, "memory_budget", "the search", allowed=allowed, given=memory_budget, remedy=remedy)
+    check_budget(memory_budget)
     space = model.space
     return Search(
         space, torch.optim.Adam([space.log_alpha_a, space.log_alpha_c], lr=LEARNING_RATE, betas=BETAS), memory_budget
     )
+
+
+def check_budget(memory_budget: float) -> None:
+    """Refuses a budget that is no share of the memory.
+
+    Raises:
+        SettingError: It is none.
+    """
+    allowed, remedy = "a number in (0, 1]", "The paper's are 0.2, 0.5 and 0.8."
+    is_share = 0 < memory_budget <= 1
+    require(is_share, "memory_budget", "the search", allowed=allowed, given=memory_budget, remedy=remedy)
 
 
 def first_iteration(settings: TrainSettings) -> int:
