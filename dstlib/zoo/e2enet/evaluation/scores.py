@@ -89,11 +89,11 @@ class Evaluation:
 
     def class_means(self, metric: str) -> NDArray[np.float64]:
         """Averages each class (K,) over the cases that have a value; NaN for a class without any."""
-        return _mean(self.scores[metric], axis=0)
+        return mean_without_nan(self.scores[metric], axis=0)
 
     def case_means(self, metric: str) -> NDArray[np.float64]:
         """Averages each case (N,) over the classes that have a value; NaN for a case without any."""
-        return _mean(self.scores[metric], axis=1)
+        return mean_without_nan(self.scores[metric], axis=1)
 
     def mean_of(self, metric: str) -> float:
         """Averages over the cases, class by class, and then over the classes; NaN if there is no value at all.
@@ -101,7 +101,7 @@ class Evaluation:
         Reference: the paper averages over the classes and then the cases. Where every class is in every case both
         orders agree; where some are missing, this one gives every class the same say, as nnU-Net's summary does.
         """
-        return float(_mean(self.class_means(metric), axis=0))
+        return float(mean_without_nan(self.class_means(metric), axis=0))
 
     def penalised(self, penalty: float) -> "Evaluation":
         """Gives every class a value in every case: shares 1 and distances 0 where it is absent from both sides.
@@ -247,8 +247,12 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(tuple(names), first.classes, scores, volumes, first.tolerances, left_out, first.penalty)
 
 
-def _mean(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:
-    """Averages what is not NaN; NaN where nothing is left."""
+def mean_without_nan(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:
+    """Averages what is not NaN; NaN where nothing is left.
+
+    >>> mean_without_nan(np.array([[1.0, 2.0, np.nan], [3.0, np.nan, np.nan]]), axis=0).tolist()
+    [2.0, 2.0, nan]
+    """
     counts = np.isfinite(values).sum(axis=axis)
     empty = np.full(counts.shape, np.nan)
     return np.divide(np.nansum(values, axis=axis), counts, out=empty, where=counts > 0)

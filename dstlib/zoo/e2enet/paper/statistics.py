@@ -5,14 +5,14 @@ Shapes: N cases, M systems, K classes.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from dstlib.zoo.e2enet.evaluation.scores import Evaluation, pooled
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation, mean_without_nan, pooled
 from dstlib.zoo.e2enet.paper.runs import FinishedRun
 
 
@@ -50,7 +50,10 @@ def over_folds(scored: Sequence[tuple[int, Evaluation]]) -> Mapping[int, Evaluat
 
 
 def over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Averages the scores of each case and class over the seeds that have one: one evaluation of all cases."""
+    """Averages the scores of each case and class over the seeds that have one: one evaluation of all cases.
+
+    Left out are the cases that no seed could score.
+    """
     first = evaluations[0]
     cases = tuple(dict.fromkeys(case for each in evaluations for case in each.cases))
 
@@ -58,12 +61,12 @@ def over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
         full = np.full((len(arrays), len(cases), *arrays[0].shape[1:]), np.nan)
         for n, (each, array) in enumerate(zip(evaluations, arrays, strict=True)):
             full[n, [cases.index(case) for case in each.cases]] = array
-        counts = np.isfinite(full).sum(axis=0)
-        return np.divide(np.nansum(full, axis=0), counts, out=np.full(full.shape[1:], np.nan), where=counts > 0)
+        return mean_without_nan(full, axis=0)
 
     scores = {metric: average([each.scores[metric] for each in evaluations]) for metric in first.scores}
     volumes = average([each.volumes for each in evaluations])
-    return Evaluation(cases, first.classes, scores, volumes, first.tolerances)
+    left_out = {name: why for each in evaluations for name, why in each.left_out.items() if name not in cases}
+    return replace(first, cases=cases, scores=scores, volumes=volumes, left_out=left_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,8 @@ def case_scores(runs: Sequence[FinishedRun]) -> CaseScores:
 class PairTest:
     """Two systems: how far the ``first`` is above the ``second`` over the cases, and how likely that is by chance.
 
-    ``p`` is Wilcoxon's signed-rank test, two-sided, ``corrected`` the same by Holm over all pairs.
+    ``p`` is Wilcoxon's signed-rank test, two-sided, over the cases that differ, ``corrected`` the same by Holm over all
+    pairs.
     """
 
     first: str
@@ -110,8 +114,9 @@ class PairTest:
 def pair_tests(found: CaseScores) -> tuple[PairTest, ...]:
     """Compares every two systems over their cases; nothing where there is no case or one system alone.
 
-    Reference: Wilcoxon, *Individual comparisons by ranking methods* (1945), exact for up to 50 cases without ties;
-    Holm, *A simple sequentially rejective multiple test procedure* (1979).
+    Reference: Wilcoxon, *Individual comparisons by ranking methods* (1945), where cases without a difference are left
+    out; exact for up to 50 cases, or up to 13 where some differences are 0 or alike, and else by the normal
+    distribution. Holm, *A simple sequentially rejective multiple test procedure* (1979).
     """
     pairs = [*combinations(range(len(found.systems)), 2)] if found.cases else []
     differences = [found.scores[:, i] - found.scores[:, j] for i, j in pairs]

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dstlib.errors import number_of
+from dstlib.errors import few, number_of
 from dstlib.report import align, on_one_line
 from dstlib.zoo.e2enet.data.layouts.amos import AMOS_ORGANS
 from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.layouts.decathlon import TUMOUR_CLASSES
 from dstlib.zoo.e2enet.evaluation.metrics import METRICS
 from dstlib.zoo.e2enet.evaluation.pt_score import Row, nemenyi, pt_scores
-from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation, mean_without_nan
 from dstlib.zoo.e2enet.paper.published import MARKS, PAPER, Printed, PrintedTable, Set
 from dstlib.zoo.e2enet.paper.runs import FinishedRun, cpu_minutes, post_processed_scores
 from dstlib.zoo.e2enet.paper.statistics import (
@@ -45,7 +45,7 @@ _COUNTED = (
 class Line:
     """A row of a table: a system, what the paper prints of it, if anything, and what ours came to.
 
-    ``ours`` are by column, in the units of the paper; ``reason`` says why there are none.
+    ``ours`` are by column, in the units of the paper; ``reason`` says why there are none, or why runs are missing.
     """
 
     system: System
@@ -112,10 +112,11 @@ def fill(
     for line in lines:
         mine = of_system.get(line.system.name, [])
         if not mine:
-            filled.append(replace(line, reason=failed.get(line.system.name) or refusal(line.system) or "not yet run"))
+            reason = failed.get(line.system.name) or refusal(line.system) or "not yet run"
+            filled.append(replace(line, reason=reason))
             continue
         ours = _measured(mine, shown, is_papers=is_papers, post_processed=line.is_post_processed)
-        filled.append(replace(line, ours=ours, runs=tuple(mine)))
+        filled.append(replace(line, ours=ours, runs=tuple(mine), reason=failed.get(line.system.name, "")))
     whole = _with_pt(filled)
     unique = {id(run): run for run in of_table}
     found = case_scores([*unique.values()]) if unique else None
@@ -147,7 +148,7 @@ def _measured(
     dice = whole.dice
     per_class = [dice[:, k] for k in range(dice.shape[1])]
     if is_papers and len(columns) == len(per_class) - 1:  # BTCV: both adrenal glands in one column
-        per_class = [*per_class[:-2], np.nanmean(np.stack(per_class[-2:]), axis=0)]
+        per_class = [*per_class[:-2], mean_without_nan(dice[:, -2:], axis=1)]
     found = {column: _scaled(estimate(values), 100) for column, values in zip(columns, per_class, strict=False)}
     for column, metric in METRIC_OF.items():
         factor = 100 if METRICS[metric].is_share else 1
@@ -202,8 +203,9 @@ def to_text(filled: Filled, *, is_full: bool, remarks: Iterable[str]) -> str:
     """
     table = filled.table
     parts = [f"Table {table.number}: {table.title}\n", *align([*_cells(filled, is_full=is_full)], left=(0, 1))]
-    reasons = [(line.name, shorten(line.reason.rstrip("."), 2 * WIDTH)) for line in filled.lines if line.reason]
-    parts += [f"Not run: {on_one_line(name)}: {on_one_line(reason)}." for name, reason in reasons]
+    for line in (line for line in filled.lines if line.reason):
+        told, reason = "Not all folds and seeds" if line.runs else "Not run", shorten(line.reason, 2 * WIDTH)
+        parts.append(f"{told}: {on_one_line(line.name)}: {on_one_line(reason.rstrip('.'))}.")
     if filled.num_omitted:
         parts.append(f"{number_of(filled.num_omitted, 'row')} of the paper's table not asked for (--rows).")
     notes = [fill_lines(on_one_line(note), width=WIDTH) for note in (*_notes(filled), *remarks)]
@@ -245,8 +247,9 @@ def _trainings(filled: Filled) -> Iterator[str]:
     if not systems:
         return
     cells: list[tuple[str, ...]] = [
-        ("trained", "folds", "seeds", "iterations", "CPU min", "mDice", "± cases", "± folds", "± seeds")
+        ("trained", "folds", "seeds", "cases", "iterations", "CPU min", "mDice", "± cases", "± folds", "± seeds")
     ]
+    not_scored = []
     for line in systems.values():
         runs = line.runs
         seeds = over_folds([(run.seed, run.evaluation) for run in runs])
@@ -263,13 +266,18 @@ def _trainings(filled: Filled) -> Iterator[str]:
                 line.system.title,
                 str(len(folds)),
                 str(len(seeds)),
+                str(len(whole.cases)),
                 f"{runs[0].config.training.num_iterations:,}",
                 spent,
                 f"{100 * whole.mean:.2f}",
                 *("-" if of is None or of.error is None else f"{100 * of.error:.2f}" for of in errors),
             )
         )
+        if whole.left_out:
+            names = f"{line.system.title}: {few([*whole.left_out])}"
+            not_scored.append(f"Not scored: {names}; result.json of its runs says why.")
     yield from align(cells, left=(0,))
+    yield from map(on_one_line, not_scored)
     yield "Iterations and CPU minutes are of the training of one run. ± are standard errors over cases, folds, seeds."
 
 
@@ -293,7 +301,7 @@ def _tests(filled: Filled) -> Iterator[str]:
     yield ""
     yield from align(cells, left=(0, 1, 6))
     yield f"Paired over {number_of(len(found.cases), 'held-out case')}, each by its mean Dice over classes and seeds."
-    yield "p: Wilcoxon's signed-rank test, two-sided; Holm's correction is over the pairs shown."
+    yield "p: Wilcoxon's signed-rank test, two-sided, over the cases that differ; Holm's is over the pairs shown."
     yield f"Average ranks, 1 the best: {on_one_line(ranked)}."
     told = f"Nemenyi at {LEVEL:g}: ranks differ from a distance of {ranks.critical_distance:.2f} on"
     yield f"{told}; not told apart: {on_one_line(groups)}."

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dstlib.errors import DataError, few
 from dstlib.plot import FAINT, INK, drawn
-from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.evaluation.scores import Evaluation, mean_without_nan
 from dstlib.zoo.e2enet.paper.figures.style import Look, headline, label, legend, looks, num_rows
 
 
@@ -72,12 +72,10 @@ def mean_and_error(values_NK: NDArray[np.float64]) -> tuple[NDArray[np.float64],
     >>> mean.tolist(), error.tolist()
     ([2.0, 5.0], [1.0, nan])
     """
-    counts = np.isfinite(values_NK).sum(axis=0)
-    sums = np.nansum(values_NK, axis=0)
-    nan = np.full(counts.shape, np.nan)
-    mean = np.divide(sums, counts, out=nan.copy(), where=counts > 0)
+    counts, mean = np.isfinite(values_NK).sum(axis=0), mean_without_nan(values_NK, axis=0)
     squares = np.nansum((values_NK - mean) ** 2, axis=0)
-    variance = np.divide(squares, (counts - 1) * counts, out=nan.copy(), where=counts > 1)
+    nan = np.full(counts.shape, np.nan)
+    variance = np.divide(squares, (counts - 1) * counts, out=nan, where=counts > 1)
     return mean, np.sqrt(variance)
 
 
