@@ -5,6 +5,8 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,18 +16,22 @@ from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.cli import read_config
+from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.splits import read_splits, split
 from dstlib.zoo.e2enet.evaluation.pt_score import Row, pt_scores
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
+from dstlib.zoo.e2enet.paper import budget as budgets
+from dstlib.zoo.e2enet.paper import runs as paper_runs
 from dstlib.zoo.e2enet.paper.budget import Budget
 from dstlib.zoo.e2enet.paper.command import run_paper
 from dstlib.zoo.e2enet.paper.published import MARKS, TABLES
-from dstlib.zoo.e2enet.paper.runs import Key, Plan, asked
+from dstlib.zoo.e2enet.paper.runs import FinishedRun, Key, Plan, asked
 from dstlib.zoo.e2enet.paper.scans import with_mri
 from dstlib.zoo.e2enet.paper.statistics import CaseScores, estimate, holm, over_folds, over_seeds, pair_tests
 from dstlib.zoo.e2enet.paper.systems import SYSTEMS, refusal
-from dstlib.zoo.e2enet.paper.tables import fill, lines_of
+from dstlib.zoo.e2enet.paper.tables import fill, lines_of, to_text
 from dstlib.zoo.e2enet.recipes import AMOS_RECIPE, HIPPOCAMPUS_RECIPE, RECIPES
+from dstlib.zoo.e2enet.training.records import config_of, result_of
 
 # ---- what is printed
 
@@ -96,8 +102,9 @@ def test_intervals_are_the_presets_share_of_a_training_of_any_length(tmp_path):
             "e2enet-0.7": 1200 * num // 250_000,
             "every-1800": 1800 * num // 250_000,
         }
-    explicit = plan(tmp_path, recipe=AMOS_RECIPE, scale="paper", options=("--interval", "100"))
-    assert asked(explicit, Key(system=SYSTEMS["every-1800"], fold="0", seed=0)).preset.training.interval == 150
+    for options in (("--interval", "100"), ("--interval=100",)):
+        explicit = plan(tmp_path, recipe=AMOS_RECIPE, scale="paper", options=options)
+        assert asked(explicit, Key(system=SYSTEMS["every-1800"], fold="0", seed=0)).preset.training.interval == 150
 
 
 @given(st.floats(0.01, 600), st.floats(1e-3, 600), st.integers(1, 1000))
@@ -106,6 +113,41 @@ def test_a_budget_is_spent_but_for_less_than_an_epoch(minutes, seconds, epochs):
     total, spent = int(60 * minutes / seconds), budget.epochs * budget.iterations
     assert spent == 1 if total == 0 else total - budget.iterations < spent <= total
     assert budget.iterations == max(1, total // epochs)
+
+
+@pytest.mark.parametrize(("is_search", "expected"), [(False, 1.0), (True, 2.0)])
+def test_an_iteration_of_a_search_takes_the_mean_of_both_halves(tmp_path, monkeypatch, is_search, expected):
+    """On a clock of which an iteration takes 1 s, and one that is followed by a step of the architecture 3 s."""
+    now, seen = 0.0, []
+
+    def train(training, cases, *, patches, should_stop):
+        nonlocal now
+        seen.append(training.iteration)
+        now += 50  # before the first iteration; and the two of the warm-up count for nothing
+        while not should_stop():
+            now += 3.0 if training.iteration else 1.0
+
+    training = SimpleNamespace(iteration=0, search=is_search, sparsifier=None)
+    monkeypatch.setattr(budgets, "begin", lambda *_: training)
+    monkeypatch.setattr(budgets, "train", train)
+    monkeypatch.setattr(budgets, "time", SimpleNamespace(process_time=lambda: now))
+    config = asked(plan(tmp_path), Key(system=SYSTEMS["nnunet"], fold="0", seed=0))
+    data = SimpleNamespace(channels=("MRI",), labels=SimpleNamespace(num_outputs=3), train_on=SimpleNamespace(cases=()))
+    assert budgets.seconds_per_iteration(config, data, cpu_minutes=20) == expected
+    half = 500 * config.preset.training.iterations  # of the 1000 epochs that it begins
+    assert seen == ([0, half] if is_search else [0])
+
+
+def test_a_transfer_has_a_quarter_of_the_epochs_and_of_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_runs, "seconds_per_iteration", lambda *_, cpu_minutes: 0.5)
+    key = Key(system=SYSTEMS["transfer-nnunet"], fold="0", seed=0)
+    whole = plan(tmp_path, recipe=AMOS_RECIPE, scale="paper", sources={"mri": ()})
+    assert asked(whole, key).preset.training.epochs == 250
+    timed = replace(whole, cpu_minutes=100.0)
+    found = paper_runs._make_budget(timed, key, SimpleNamespace(of=lambda _: None))
+    assert (found.epochs, found.iterations) == (250, 12)  # 25 minutes are 3000 iterations
+    settings = asked(timed, key).preset.training
+    assert (settings.epochs, settings.iterations) == (250, 12)
 
 
 # ---- statistics
@@ -126,6 +168,15 @@ def test_seeds_are_averaged_case_by_case_and_folds_joined():
     whole = over_seeds([*over_folds([(0, first), (0, other), (1, second)]).values()])
     assert whole.cases == ("0", "1", "z")
     np.testing.assert_allclose(whole.dice, [[0.3, 0.4], [0.7, np.nan], [1.0, 1.0]])
+
+
+def test_what_no_seed_could_score_is_told():
+    first = replace(an_evaluation([[0.2], [0.6]]), left_out={"y": "no prediction", "z": "no prediction"}, penalty=9.0)
+    second = replace(an_evaluation([[0.4]]), cases=("z",), left_out={"y": "no label"}, penalty=9.0)
+    whole = over_seeds([first, second])
+    assert whole.cases == ("0", "1", "z")
+    assert whole.left_out == {"y": "no label"}
+    assert whole.penalty == 9.0
 
 
 def test_a_standard_error_by_hand():
@@ -161,6 +212,46 @@ def test_a_table_without_runs_has_the_papers_columns_and_says_why():
     filled = fill(TABLES[2], lines_of(TABLES[2], [SYSTEMS["pann"]]), [], failed={}, recipe="hippocampus")
     assert filled.classes == ("ED", "ET", "NET")
     assert [line.reason for line in filled.lines] == ["its authors published no code"]
+
+
+TRAINED = Path(__file__).parents[1] / "golden" / "trained"
+CONFIG, RESULT = config_of(TRAINED), result_of(TRAINED)
+
+
+def finished(folder, name, dice, *, classes=RESULT.classes, not_scored=None):
+    """A run of a system, in a folder without a log: what a real one left, with a Dice (N, K) of its own."""
+    (example,) = RESULT.cases.values()
+    means = {metric: dict.fromkeys(classes, next(iter(of.values()))) for metric, of in example.items()}
+    cases = {f"case {n}": {**means, "dice": dict(zip(classes, each, strict=True))} for n, each in enumerate(dice)}
+    result = replace(
+        RESULT, classes=classes, cases=cases, not_scored=not_scored or {}, tolerances_mm=(1.0,) * len(classes)
+    )
+    return FinishedRun(system=SYSTEMS[name], fold="0", seed=0, folder=folder, config=CONFIG, result=result, files=())
+
+
+@pytest.mark.filterwarnings("error")
+def test_both_adrenal_glands_are_one_column_and_a_case_may_have_none(tmp_path):
+    dice = [[0.9] * 11 + [0.4, 0.6], [0.9] * 11 + [0.8, None], [0.9] * 11 + [None, None]]
+    runs = [finished(tmp_path, "nnunet", dice, classes=BTCV_ORGANS)]
+    filled = fill(TABLES[11], lines_of(TABLES[11], [SYSTEMS["nnunet"]]), runs, failed={}, recipe="btcv")
+    glands = filled.lines[0].ours["AG"]
+    assert (glands.mean, glands.number) == (pytest.approx(65), 2)
+    assert glands.error == pytest.approx(15)  # of 50 and 80: s = 15 √2
+
+
+def test_a_table_says_which_runs_are_missing_and_which_cases_have_no_score(tmp_path):
+    dice = [[0.5] * len(RESULT.classes)] * 2
+    runs = [finished(tmp_path, "nnunet", dice, not_scored={"case 7": "no prediction"})]
+    rows = [SYSTEMS["nnunet"], SYSTEMS["e2enet-0.8"]]
+    failed = {"nnunet": "loss of iteration 3: no number.", "e2enet-0.8": "too large."}
+    text = to_text(
+        fill(TABLES[8], lines_of(TABLES[8], rows), runs, failed=failed, recipe="amos"), is_full=False, remarks=()
+    )
+    assert "Not all folds and seeds: nnU-Net: loss of iteration 3: no number." in text
+    assert "Not run: E2ENet s=0.8: too large." in text
+    assert "Not scored: nnU-Net: case 7; result.json of its runs says why." in text
+    trained = text[text.index("trained") :].splitlines()
+    assert trained[2].split()[:4] == ["nnU-Net", "1", "1", "2"]  # folds, seeds, cases
 
 
 # ---- the command
@@ -213,6 +304,10 @@ def test_a_table_is_trained_once_and_continued(data, tmp_path, capsys):
         StateError, match=r"settings of run .*expected iterations 2, got iterations 3\. Give the options"
     ):
         run(data, tmp_path, *rows, "--iterations", 3)
+    with pytest.raises(
+        StateError, match=r"data of run .*expected geometry 'itk', got geometry None\. Give the options"
+    ):
+        run(data, tmp_path, *rows, "--geometry", "sform")
     assert files(tmp_path) == before
 
     # One run deleted, another stopped before its end: these alone are trained.
@@ -260,10 +355,17 @@ def test_equal_cpu_time_settles_the_iterations_before_the_first(data, tmp_path, 
         ((), SettingError, "--table of the command line"),
         (("--table", 1, "--rows", "nnunett"), SettingError, "Similar: 'nnunet'"),
         (("--table", 1, "--sparsity", "0.5"), SettingError, "expected options that all rows share, got --sparsity"),
+        (("--table", 1, "--from", "elsewhere"), SettingError, "expected options that all rows share, got --from"),
         (("--table", 1, "--cpu-minutes", 0), SettingError, "--cpu-minutes of the command line"),
+        (
+            ("--table", 1, "--cpu-minutes", 1, "--device", "meta"),
+            SettingError,
+            "a training on the CPU, got one on meta",
+        ),
         (("--table", 6), SettingError, "expected both folders, got --data alone"),
         (("--table", 1, "--rows", "mri-vnet"), SettingError, "Choose it with --table 6"),
         (("--table", 1, "--rows", "nnunet", "--folds", "7"), SettingError, "fold"),
+        (("--table", 1, "--rows", "nnunet", "--folds", "all"), SettingError, "folds that hold out cases, got all"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_error(data, tmp_path, arguments, error, match):
@@ -299,3 +401,27 @@ def test_ct_and_mri_together_hold_out_what_mri_alone_does(tmp_path):
     assert transfer.freeze_topology
     assert transfer.begin_from == whole.folder / "e2enet-0.8" / "fold1-seed2"
     assert transfer.data.folder == mri
+
+
+def test_scans_of_several_channels_are_refused(tmp_path):
+    ct, mri = (small_runs.write_set(tmp_path / name) for name in ("CT", "MRI"))
+    about = json.loads((ct / "dataset.json").read_text())
+    (ct / "dataset.json").write_text(json.dumps({**about, "modality": {"0": "CT", "1": "CT"}}))
+    with pytest.raises(DataError, match=r"channels of Table 6, Small: expected one, got CT, CT\."):
+        with_mri(plan(tmp_path / "runs", data=ct, mri=mri))
+
+
+def test_the_scans_of_every_source_are_read_before_anything_is_trained(tmp_path):
+    folders = [small_runs.write_set(tmp_path / name) for name in ("CT", "MRI")]
+    whole = with_mri(plan(tmp_path / "runs", data=folders[0], mri=folders[1]))
+    opened = []
+
+    class Sets:
+        def of(self, key):
+            opened.append(key.system.source)
+            return SimpleNamespace(held_out_files=() if len(opened) == 3 else (1,))
+
+    rows = [SYSTEMS[name] for name in ("nnunet", "mri-nnunet", "both-nnunet")]
+    with pytest.raises(SettingError, match="folds that hold out cases"):
+        paper_runs.train_missing(whole, rows, Sets())
+    assert opened == ["set", "mri", "both"]

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from dstlib.files import make_folder, write_json
 from dstlib.typed_json import read_json, sealed
+from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.dataset import Dataset
 from dstlib.zoo.e2enet.run import RunConfig, begin
 from dstlib.zoo.e2enet.training.loop import train
 from dstlib.zoo.e2enet.training.ranks import Ranks
+from dstlib.zoo.e2enet.training.search import first_iteration
 from dstlib.zoo.e2enet.training.settings import TrainSettings
+from dstlib.zoo.e2enet.training.state import Training
 
 FILE = "budget.json"
 WARM_UP, LEAST = 2, 4  # iterations: the first ones allocate; few of them say little, as augmentation varies
@@ -65,25 +68,35 @@ def read_budget(folder: Path) -> Budget | None:
 
 
 def seconds_per_iteration(config: RunConfig, data: Dataset, *, cpu_minutes: float) -> float:
-    """Measures the CPU seconds of this process, all threads together, that an iteration of a run takes.
+    """Measures the CPU seconds of this process, all threads together, that an iteration of a run takes on the average.
 
-    A batch drawn, both passes and the step, as in the training itself; weights and masks are thrown away.
+    A batch drawn, both passes and the step, as in the training itself; weights and masks are thrown away. Of a search
+    it is the mean over both halves: in the second one, each step is followed by one of the architecture.
     """
     config = config.fitted(data)
     settings = replace(config.preset.training, epochs=1000, val_iterations=0)  # it is stopped long before
     config = replace(config, preset=replace(config.preset, training=settings))
+    training = begin(config, data, Ranks())
+    starts = [0, first_iteration(settings)] if training.search else [0]
+    share = SHARE * 60 * cpu_minutes / len(starts)
+    try:
+        found = [_measured(training, start, data, config.preset.patches, share=share) for start in starts]
+    finally:
+        if training.sparsifier:
+            training.sparsifier.detach()
+    return sum(found) / len(found)
+
+
+def _measured(training: Training, start: int, data: Dataset, patches: PatchSettings, *, share: float) -> float:
+    """Trains from an iteration on, for a share of CPU seconds at least; returns what one takes after the warm-up."""
     marks: list[float] = []
 
     def enough() -> bool:
         marks.append(time.process_time())
-        return len(marks) >= WARM_UP + LEAST and marks[-1] - marks[WARM_UP - 1] >= SHARE * 60 * cpu_minutes
+        return len(marks) >= WARM_UP + LEAST and marks[-1] - marks[WARM_UP - 1] >= share
 
-    training = begin(config, data, Ranks())
-    try:
-        train(training, data.train_on.cases, patches=config.preset.patches, should_stop=enough)
-    finally:
-        if training.sparsifier:
-            training.sparsifier.detach()
+    training.iteration = start
+    train(training, data.train_on.cases, patches=patches, should_stop=enough)
     return (marks[-1] - marks[WARM_UP - 1]) / (len(marks) - WARM_UP)
 
 

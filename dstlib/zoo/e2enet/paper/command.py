@@ -86,7 +86,7 @@ def _span(numbers: Mapping[int, Any]) -> str:
 
 
 def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: ReadConfig) -> Plan:
-    """Returns what all runs of a table or figure have in common, and refuses options that no recipe knows."""
+    """Returns what all runs of a table or figure have in common; refuses options that no recipe knows, or no budget."""
     chosen_recipe = RECIPES[f"e2enet_{options.recipe or recipe}"]
     plan = Plan(
         recipe=chosen_recipe,
@@ -102,7 +102,10 @@ def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: R
         architecture=options.architecture,
         options=tuple(rest),
     )
-    read(chosen_recipe, [*SCALES[plan.scale], *rest])
+    device = read(chosen_recipe, [*SCALES[plan.scale], *rest]).execution.device
+    fits = plan.cpu_minutes is None or torch.device(device).type == "cpu"
+    allowed, remedy = "a training on the CPU", "Pass --device cpu, or leave out --cpu-minutes."
+    require(fits, "--cpu-minutes", "the command line", allowed=allowed, given=f"one on {device}", remedy=remedy)
     return plan
 
 
@@ -170,10 +173,12 @@ def _remarks(plan: Plan) -> Iterator[str]:
             "CT scan too, all z-scored. All are scored on the MRI scans that the fold holds out."
         )
     if plan.cpu_minutes is not None:
+        transfer = ", CT → MRI a quarter of it on top of its CT run" if plan.sources else ""
         yield (
-            f"Each run has {plan.cpu_minutes:g} CPU minutes of training: an iteration was measured before the "
-            "first run of a system, and settled how many it has. Preparation, that measurement, prediction and scores "
-            "are not in the budget. Mask updates stand at the shares of a training that they have in the scale's own."
+            f"Each run has {plan.cpu_minutes:g} CPU minutes of training{transfer}: an iteration was measured before "
+            "the first run of a system, and settled how many it has. Preparation, that measurement, prediction and "
+            "scores are not in the budget. Mask updates stand at the shares of a training that they have in the "
+            "scale's own."
         )
 
 

@@ -9,13 +9,13 @@ A run is one (system, fold, seed) of a plan, in a folder that is named by them::
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from dstlib.errors import DstlibError, StateError, few, require
+from dstlib.errors import DstlibError, StateError, few, require, shown
 from dstlib.files import write_json
 from dstlib.report import on_one_line
 from dstlib.typed_json import read_json
@@ -31,7 +31,15 @@ from dstlib.zoo.e2enet.run import RunConfig, run_recipe
 from dstlib.zoo.e2enet.training.epochs import metrics_of
 from dstlib.zoo.e2enet.training.log import epochs_of
 from dstlib.zoo.e2enet.training.ranks import Ranks
-from dstlib.zoo.e2enet.training.records import CONFIG, RESULT, ConfigRecord, ResultRecord, config_of, result_of
+from dstlib.zoo.e2enet.training.records import (
+    CONFIG,
+    RESULT,
+    ConfigRecord,
+    DataRecord,
+    ResultRecord,
+    config_of,
+    result_of,
+)
 
 ReadConfig = Callable[[Recipe, Sequence[str]], RunConfig]
 Scale = Literal["tiny", "quick", "paper"]
@@ -52,9 +60,11 @@ SETTLED = (
     "--seed",
     "--run-dir",
     "--resume",
+    "--from",
+    "--freeze-topology",
 )
 TRANSFER = 4  # CT to MRI trains for 250 epochs of the paper's 1000: a quarter
-AGAIN = "Give the options it was trained with, or another --runs; or remove the folder to train it anew."
+AGAIN = "Give the options it was trained with, or another --runs; or remove {folder} to train it anew."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +98,7 @@ class Plan:
     sources: Mapping[Source, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = [option for option in self.options if option.partition("=")[0] in SETTLED]
+        given = [option for option in self.options if _name(option) in SETTLED]
         allowed, remedy = "options that all rows share", "Choose rows by --rows, runs by --folds and --seeds."
         require(not given, "options", "the command line", allowed=allowed, given=few(given), remedy=remedy)
         is_budget = self.cpu_minutes is None or 0 < self.cpu_minutes < float("inf")
@@ -107,6 +117,15 @@ class Plan:
     def preset(self) -> Preset:
         """The recipe's preset of the scale."""
         return self.recipe.presets[SCALES[self.scale][1]]
+
+    def has(self, option: str) -> bool:
+        """Says whether an option of the recipe's command line was given, as "--interval 5" or "--interval=5"."""
+        return any(_name(given) == option for given in self.options)
+
+
+def _name(argument: str) -> str:
+    """Returns the name of an option, without a value that is joined to it."""
+    return argument.partition("=")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +217,12 @@ def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
     settings = preset.training
     if plan.cpu_minutes is not None:
         budget = budget or read_budget(system_folder(plan, system))
-        validates = "--val-iterations" in plan.options
-        settings = replace(settings, val_iterations=settings.val_iterations if validates else 0)
+        settings = replace(settings, val_iterations=settings.val_iterations if plan.has("--val-iterations") else 0)
     if budget is not None:
         settings = replace(settings, epochs=budget.epochs, iterations=budget.iterations)
-    if system.base:
+    elif system.base:
         settings = replace(settings, epochs=max(1, settings.epochs // TRANSFER))
-    if "--interval" in plan.options:
+    if plan.has("--interval"):
         settings = replace(settings, interval=max(1, round(system.interval * settings.interval)))
     else:
         settings = in_proportion(settings, plan.preset.training, times=system.interval)
@@ -222,7 +240,7 @@ def finished_runs(plan: Plan, systems: Sequence[System], sets: "Sets") -> tuple[
     """Reads the runs of a plan that are finished, in the order of systems, seeds and folds.
 
     Raises:
-        StateError: One of them has other settings than the plan, or was scored on other cases than the others.
+        StateError: One of them has other settings than the plan, or other data.
     """
     found = []
     for key in keys(plan, systems):
@@ -231,8 +249,8 @@ def finished_runs(plan: Plan, systems: Sequence[System], sets: "Sets") -> tuple[
             continue
         config = config_of(folder)
         refuse_other_settings(plan, key, config)
-        files = sets.of(key).held_out_files
-        _refuse_other_cases(folder, config, files)
+        data = sets.of(key)
+        _refuse_other_data(plan, key, config.data, data.record())
         found.append(
             FinishedRun(
                 system=key.system,
@@ -241,7 +259,7 @@ def finished_runs(plan: Plan, systems: Sequence[System], sets: "Sets") -> tuple[
                 folder=folder,
                 config=config,
                 result=result_of(folder),
-                files=files,
+                files=data.held_out_files,
             )
         )
     return tuple(found)
@@ -289,6 +307,7 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
     Raises:
         KeyboardInterrupt: It was asked to stop; what was done is kept.
         DataError: The scans cannot be used.
+        SettingError: A fold holds no case out.
         StateError: A run that is there has other settings, or its files are damaged.
     """
     runnable = [system for system in systems if not refusal(system)]
@@ -297,8 +316,11 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
     for key in keys(plan, runnable):
         if (key.folder(plan) / CONFIG).exists():
             refuse_other_settings(plan, key, config_of(key.folder(plan)))
-    for key in {key.fold: key for key in missing}.values():
-        sets.of(key)  # refused before anything is trained
+    for key in {(key.fold, key.system.source): key for key in missing}.values():
+        data = sets.of(key)  # refused before anything is trained
+        allowed, remedy = "folds that hold out cases", "Choose some of 0 to 4: scores are those of held-out cases."
+        has_any = bool(data.held_out_files)
+        require(has_any, "--folds", "the command line", allowed=allowed, given=key.fold, remedy=remedy)
     failed: dict[str, str] = {}
     for number, key in enumerate(missing, start=1):
         if key.system.name in failed:
@@ -334,15 +356,11 @@ def _make_budget(plan: Plan, key: Key, sets: "Sets") -> Budget:
     """Measures how long an iteration of a system takes, and keeps what its budget comes to, for all of its runs."""
     assert plan.cpu_minutes is not None
     config = asked(plan, key)
-    kind = config.execution.device
-    remedy = "Pass --device cpu, or leave it out."
-    require(
-        kind == "cpu", "--cpu-minutes", "the command line", allowed="a training on the CPU", given=kind, remedy=remedy
-    )
-    seconds = seconds_per_iteration(config, sets.of(key), cpu_minutes=plan.cpu_minutes)
-    budget = Budget.of(plan.cpu_minutes, seconds, epochs=config.preset.training.epochs)
+    minutes = plan.cpu_minutes / (TRANSFER if key.system.base else 1)
+    seconds = seconds_per_iteration(config, sets.of(key), cpu_minutes=minutes)
+    budget = Budget.of(minutes, seconds, epochs=config.preset.training.epochs)
     total = budget.epochs * budget.iterations
-    print(f"{seconds:.3f} CPU s an iteration, so {total} iterations in {plan.cpu_minutes:g} CPU min.", flush=True)
+    print(f"{seconds:.3f} CPU s an iteration, so {total} iterations in {minutes:g} CPU min.", flush=True)
     write_budget(system_folder(plan, key.system), budget)
     return budget
 
@@ -365,6 +383,8 @@ def refuse_other_settings(plan: Plan, key: Key, found: ConfigRecord) -> None:
         **asdict(network),
         **asdict(config.preset.training),
         "freeze_topology": config.freeze_topology,
+        "architecture": config.architecture,
+        "memory_budget": config.memory_budget,
     }
     was = {
         "recipe": found.recipe,
@@ -374,19 +394,28 @@ def refuse_other_settings(plan: Plan, key: Key, found: ConfigRecord) -> None:
         **asdict(found.network),
         **asdict(found.training),
         "freeze_topology": found.freeze_topology,
+        "architecture": found.architecture,
+        "memory_budget": found.memory_budget,
     }
-    differing = [name for name, value in is_asked.items() if was[name] != value]
-    allowed, given = (", ".join(f"{name} {values[name]}" for name in differing) for values in (was, is_asked))
-    where = f"run {key.folder(plan)}"
-    require(not differing, "settings", where, allowed=allowed, given=given, remedy=AGAIN, error=StateError)
+    _refuse_differing("settings", plan, key, was=was, asked=is_asked)
 
 
-def _refuse_other_cases(folder: Path, config: ConfigRecord, files: Sequence[CaseFiles]) -> None:
-    held_out = tuple(case.name for case in files)
-    given = f"{few(config.data.held_out)} in the run"
-    is_same = sorted(config.data.held_out) == sorted(held_out)
-    allowed = f"{few(held_out)}, which the plan holds out"
-    require(is_same, "cases", f"run {folder}", allowed=allowed, given=given, remedy=AGAIN, error=StateError)
+def _refuse_other_data(plan: Plan, key: Key, found: DataRecord, there: DataRecord) -> None:
+    """Refuses a run on other cases than the plan's, or on the same ones, read, labelled or normalised otherwise."""
+    was, is_asked = ({f.name: getattr(of, f.name) for f in fields(of)} for of in (found, there))
+    _refuse_differing("data", plan, key, was=was, asked=is_asked)
+
+
+def _refuse_differing(
+    what: str, plan: Plan, key: Key, *, was: Mapping[str, object], asked: Mapping[str, object]
+) -> None:
+    differing = [name for name, value in asked.items() if was[name] != value]
+    allowed, given = (", ".join(f"{name} {shown(values[name])}" for name in differing) for values in (was, asked))
+    folder = key.folder(plan)
+    # with budgets, a new training takes a new measurement
+    anew = folder if plan.cpu_minutes is None else system_folder(plan, key.system)
+    remedy = AGAIN.format(folder=anew)
+    require(not differing, what, f"run {folder}", allowed=allowed, given=given, remedy=remedy, error=StateError)
 
 
 class Sets:

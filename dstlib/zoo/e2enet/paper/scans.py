@@ -40,6 +40,11 @@ def with_mri(plan: Plan) -> Plan:
         ct, mri = _phantoms(plan)
     else:
         ct, mri = _read(plan.data, "ct"), _read(plan.mri, "mri")
+    for of in (ct, mri):
+        remedy = "Leave the others out: a row learns from both kinds of scans alike."
+        given = ", ".join(of.channels)
+        holds = len(of.channels) == 1
+        require(holds, "channels", f"{where}, {of.name}", allowed="one", given=given, remedy=remedy, error=DataError)
     if (ct.classes, ct.labels) != (mri.classes, mri.labels):
         remedy = "Write the labels of both alike."
         given = f"{', '.join(ct.classes)} of CT and {', '.join(mri.classes)} of MRI"
