@@ -631,12 +631,19 @@ def test_momentum_share_by_hand(fraction: float, total: int, target: list[int], 
     assert kept(found) == [[n] for n in keep]
 
 
+def test_the_last_weight_of_a_layer_is_part_of_its_share_not_on_top_of_it() -> None:
+    """Rounded up, 1 of 1 and 2 of 3 are dropped; of the 3, by 16 : 35, the first layer has 0.94 and the other 2.06."""
+    accounts = [account("a", [1.0] + [None] * 9, [16] * 10), account("b", [1.0] * 3 + [None] * 7, [35] * 10)]
+    found = momentum_share(accounts, Terms(num_total=4, drop_fraction=0.47, round_up=True))
+    assert (targets(found), kept(found)) == ([[1], [3]], [[0], [1]])
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.01])
 def test_a_total_below_what_is_kept_is_still_met(fraction: float) -> None:
     """As where weights that wait for a gradient hold more units than planned, near the end of a cosine."""
     accounts = [account("a", [1.0] * 9 + [None]), account("b", [2.0] * 3 + [None])]
     for allocate in (momentum_share, AdaptiveThreshold()):
-        # 12 are active and 8 remain: beyond one each, 6 by 8 : 2
+        # 12 are active and 8 remain, by 9 : 3
         found = allocate(accounts, Terms(num_total=8, drop_fraction=fraction))
         assert targets(found) == [[6], [2]]
 
@@ -655,16 +662,15 @@ def momentum_reference(accounts: list[Account], terms: Terms) -> tuple[list[int]
         if 10 * (a.num_units - n) < 2 * a.num_units and mean > sum(means) / len(means):  # nearly full, and growing
             share = min(share, Fraction(a.num_units - n, a.num_units))
         keep.append(n - int(share * n))
-    sure = [max(n, 1) for n in keep]
     names = [a.name for a in accounts]
-    if sum(sure) > terms.num_total:
-        spare = dict(zip(names, [n - 1 for n in sure], strict=True))
-        grown = split(terms.num_total - len(names), spare, spare)
-        target = [1 + grown[name] for name in names]
+    if sum(max(n, 1) for n in keep) > terms.num_total:
+        stays, sure = (dict(zip(names, x, strict=True)) for x in (keep, [max(n, 1) for n in keep]))
+        target = list(split(terms.num_total, stays, sure, dict.fromkeys(names, 1)).values())
     else:
-        caps = {a.name: a.num_units - n for a, n in zip(accounts, sure, strict=True)}
-        grown = split(terms.num_total - sum(sure), dict(zip(names, means, strict=True)), caps)
-        target = [n + grown[name] for n, name in zip(sure, names, strict=True)]
+        caps = {a.name: a.num_units - n for a, n in zip(accounts, keep, strict=True)}
+        floors = {name: max(1 - n, 0) for name, n in zip(names, keep, strict=True)}
+        grown = split(terms.num_total - sum(keep), dict(zip(names, means, strict=True)), caps, floors)
+        target = [n + grown[name] for n, name in zip(keep, names, strict=True)]
     return target, [min(n, t) for n, t in zip(keep, target, strict=True)]
 
 

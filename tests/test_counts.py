@@ -15,42 +15,46 @@ from dstlib.masking.counts import apportion, round_up
 
 Shares = Mapping[str, float]
 Caps = Mapping[str, int]
+Problem = tuple[int, Shares, Caps, Caps]
 plain_shares = st.sampled_from([0.0, 1.0, 1.0, 2.0, 3.0, 0.1, 1e-9, 1e9])
 any_shares = plain_shares | st.floats(0, allow_infinity=False) | st.sampled_from([5e-324, 1e308])
 
 
 @st.composite
-def problems(draw: st.DrawFn, share: st.SearchStrategy[float] = any_shares) -> tuple[int, Shares, Caps, int]:
-    """A number to split, between the least and the most that the names can take."""
-    least = draw(st.sampled_from([0, 0, 1, 3]))
+def problems(draw: st.DrawFn, share: st.SearchStrategy[float] = any_shares) -> Problem:
+    """A number to split, between the least and the most that the names can take; floors are all alike or not."""
     size = st.integers(0, 20) | st.sampled_from([0, 1, 1000, 10**8])
-    caps = {f"n{i}": least + cap for i, cap in enumerate(draw(st.lists(size, min_size=1, max_size=8)))}
+    room = {f"n{i}": num for i, num in enumerate(draw(st.lists(size, min_size=1, max_size=8)))}
+    alike = draw(st.sampled_from([0, 0, 1, 3, None]))
+    floors = {name: draw(st.integers(0, 9)) if alike is None else alike for name in room}
+    caps = {name: floors[name] + num for name, num in room.items()}
     idle = draw(st.sampled_from([False, False, True]))
     shares = {name: 0.0 if idle else draw(share) for name in caps}
-    lowest, highest = least * len(caps), sum(caps.values())
-    return draw(st.integers(lowest, highest) | st.sampled_from([lowest, highest])), shares, caps, least
+    lowest, highest = sum(floors.values()), sum(caps.values())
+    return draw(st.integers(lowest, highest) | st.sampled_from([lowest, highest])), shares, caps, floors
 
 
-def split(num: int, shares: Shares, caps: Caps, least: int = 0) -> dict[str, int]:
-    """x = min(max(λ·share, least), cap), with the λ at which all add up to ``num``, found between breakpoints.
+def split(num: int, shares: Shares, caps: Caps, floors: Caps | None = None) -> dict[str, int]:
+    """x = min(max(λ·share, floor), cap), with the λ at which all add up to ``num``, found between breakpoints.
 
     Then the largest remainders. If even an infinite λ does not suffice, the names of share zero get the rest, by
     their caps.
     """
+    floors = dict.fromkeys(caps, 0) if floors is None else floors
     share = {name: Fraction(max(shares[name], 0)) for name in caps}
     if not any(share.values()):
         share = {name: Fraction(cap) for name, cap in caps.items()}
     full = {name: caps[name] for name in caps if share[name]}
     idle = {name: caps[name] for name in caps if not share[name]}
-    if idle and sum(full.values()) + least * len(idle) < num:
-        return {**full, **split(num - sum(full.values()), idle, idle, least)}
+    if idle and sum(full.values()) + sum(floors[name] for name in idle) < num:
+        return {**full, **split(num - sum(full.values()), idle, idle, floors)}
 
     def at(scale: Fraction) -> dict[str, Fraction]:
-        return {name: min(max(scale * share[name], Fraction(least)), Fraction(caps[name])) for name in caps}
+        return {name: min(max(scale * share[name], Fraction(floors[name])), Fraction(caps[name])) for name in caps}
 
-    breaks = sorted({Fraction(0), *(Fraction(b) / share[n] for n in full for b in (least, caps[n]))})
+    breaks = sorted({Fraction(0), *(Fraction(b) / share[n] for n in full for b in (floors[n], caps[n]))})
     below = max((b for b in breaks if sum(at(b).values()) <= num), default=Fraction(0))
-    slope = sum(share[n] for n in full if Fraction(least) <= below * share[n] < caps[n])
+    slope = sum(share[n] for n in full if floors[n] <= below * share[n] < caps[n])
     ideal = at(below + (num - sum(at(below).values())) / slope if slope else below)
     whole = {name: math.floor(x) for name, x in ideal.items()}
     by_remainder = sorted(caps, key=lambda name: whole[name] - ideal[name])
@@ -98,15 +102,34 @@ def split(num: int, shares: Shares, caps: Caps, least: int = 0) -> dict[str, int
 def test_splits_by_hand(num: int, shares: list[float], caps: list[int], least: int, expected: list[int]) -> None:
     names = "abcde"[: len(caps)]
     given_shares, given_caps = dict(zip(names, shares, strict=True)), dict(zip(names, caps, strict=True))
-    assert list(apportion(num, given_shares, given_caps, least=least).values()) == expected
-    assert list(split(num, given_shares, given_caps, least).values()) == expected  # so the oracle is right, too
+    floors = dict.fromkeys(names, least)
+    assert list(apportion(num, given_shares, given_caps, floors=floors).values()) == expected
+    assert list(split(num, given_shares, given_caps, floors).values()) == expected  # so the oracle is right, too
+
+
+@pytest.mark.parametrize(
+    ("num", "shares", "caps", "floors", "expected"),
+    [
+        (10, [8, 2], [9, 9], [0, 1], [8, 2]),  # a floor is part of a share, not on top of it
+        (3, [0.94, 2.06], [9, 9], [1, 0], [1, 2]),
+        # the first has 3 instead of 1; the other 7 go by 1 : 8, which is 0.8 and 6.2
+        (10, [1, 1, 8], [9, 9, 9], [3, 0, 0], [3, 1, 6]),
+        (10, [6, 3, 1], [4, 9, 9], [0, 0, 3], [4, 3, 3]),  # what the first leaves is what the third lacks
+        (6, [5, 0], [9, 9], [0, 2], [4, 2]),
+        (9, [0, 0], [9, 3], [1, 3], [6, 3]),
+    ],
+)
+def test_floors_by_hand(num: int, shares: list[float], caps: list[int], floors: list[int], expected: list[int]) -> None:
+    by_name = [dict(zip("abc", values, strict=False)) for values in (shares, caps, floors)]
+    assert list(apportion(num, *by_name[:2], floors=by_name[2]).values()) == expected
+    assert list(split(num, *by_name).values()) == expected
 
 
 @pytest.mark.parametrize(("num", "caps", "least"), [(3, [1, 1], 0), (1, [9, 9], 1), (3, [0, 9], 1), (-1, [9, 9], 0)])
 def test_what_cannot_be_split_is_our_own_bug(num: int, caps: list[int], least: int) -> None:
     names = dict(zip("ab", caps, strict=True))
     with pytest.raises(AssertionError, match="no way to split"):
-        apportion(num, dict.fromkeys(names, 1.0), names, least=least)
+        apportion(num, dict.fromkeys(names, 1.0), names, floors=dict.fromkeys(names, least))
 
 
 @pytest.mark.parametrize("share", [math.nan, math.inf])
@@ -119,66 +142,66 @@ def test_a_share_that_is_no_number_never_gives_a_count(share: float) -> None:
 
 
 @given(problems())
-def test_equals_the_oracle(problem: tuple[int, Shares, Caps, int]) -> None:
-    num, shares, caps, least = problem
-    assert apportion(num, shares, caps, least=least) == split(num, shares, caps, least)
+def test_equals_the_oracle(problem: Problem) -> None:
+    num, shares, caps, floors = problem
+    assert apportion(num, shares, caps, floors=floors) == split(num, shares, caps, floors)
 
 
 @given(problems(any_shares | st.floats(-10, 10)))
-def test_adds_up_within_bounds(problem: tuple[int, Shares, Caps, int]) -> None:
-    num, shares, caps, least = problem
-    found = apportion(num, shares, caps, least=least)
+def test_adds_up_within_bounds(problem: Problem) -> None:
+    num, shares, caps, floors = problem
+    found = apportion(num, shares, caps, floors=floors)
     assert list(found) == list(caps)
     assert sum(found.values()) == num
-    assert all(type(n) is int and least <= n <= caps[name] for name, n in found.items())
+    assert all(type(n) is int and floors[name] <= n <= caps[name] for name, n in found.items())
 
 
 @given(problems())
-def test_among_those_within_bounds_it_is_proportional(problem: tuple[int, Shares, Caps, int]) -> None:
+def test_among_those_within_bounds_it_is_proportional(problem: Problem) -> None:
     """Counts are within one of a common multiple of the shares: (x - 1) / s of one is below (y + 1) / t of another."""
-    num, shares, caps, least = problem
-    found = apportion(num, shares, caps, least=least)
-    free = [name for name in caps if shares[name] > 0 and least < found[name] < caps[name]]
+    num, shares, caps, floors = problem
+    found = apportion(num, shares, caps, floors=floors)
+    free = [name for name in caps if shares[name] > 0 and floors[name] < found[name] < caps[name]]
     for a in free:
         for b in free:
             assert (found[a] - 1) * Fraction(shares[b]) < (found[b] + 1) * Fraction(shares[a])
 
 
 @given(problems())
-def test_a_larger_share_that_comes_first_gets_no_less(problem: tuple[int, Shares, Caps, int]) -> None:
-    num, shares, caps, least = problem
-    found = apportion(num, shares, caps, least=least)
+def test_a_larger_share_that_comes_first_gets_no_less(problem: Problem) -> None:
+    num, shares, caps, floors = problem
+    found = apportion(num, shares, caps, floors=floors)
     names = list(caps)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            if shares[a] >= shares[b] > 0 and caps[a] >= caps[b]:
+            if shares[a] >= shares[b] > 0 and caps[a] >= caps[b] and floors[a] >= floors[b]:
                 assert found[a] >= found[b]
 
 
 @given(problems(), st.integers(0, 100))
-def test_more_is_more_for_all(problem: tuple[int, Shares, Caps, int], extra: int) -> None:
+def test_more_is_more_for_all(problem: Problem, extra: int) -> None:
     """To within the one that remainders may move."""
-    num, shares, caps, least = problem
+    num, shares, caps, floors = problem
     more = min(num + extra, sum(caps.values()))
-    before, after = (apportion(n, shares, caps, least=least) for n in (num, more))
+    before, after = (apportion(n, shares, caps, floors=floors) for n in (num, more))
     assert all(before[name] <= after[name] + 1 for name in caps)
 
 
 @given(problems(plain_shares), st.integers(-900, 900))
-def test_only_ratios_of_shares_matter(problem: tuple[int, Shares, Caps, int], exponent: int) -> None:
+def test_only_ratios_of_shares_matter(problem: Problem, exponent: int) -> None:
     """Powers of two, as these scale without rounding: 1e-9 · 2^-900 is 1e-280, still a normal number."""
-    num, shares, caps, least = problem
+    num, shares, caps, floors = problem
     scaled = {name: share * 2.0**exponent for name, share in shares.items()}
-    assert apportion(num, scaled, caps, least=least) == apportion(num, shares, caps, least=least)
+    assert apportion(num, scaled, caps, floors=floors) == apportion(num, shares, caps, floors=floors)
 
 
 @given(problems(), st.randoms(use_true_random=False))
-def test_order_decides_nothing_but_ties(problem: tuple[int, Shares, Caps, int], rng: object) -> None:
-    num, shares, caps, least = problem
+def test_order_decides_nothing_but_ties(problem: Problem, rng: object) -> None:
+    num, shares, caps, floors = problem
     names = list(caps)
     rng.shuffle(names)  # type: ignore[attr-defined]
-    found = apportion(num, shares, caps, least=least)
-    other = apportion(num, shares, {name: caps[name] for name in names}, least=least)
+    found = apportion(num, shares, caps, floors=floors)
+    other = apportion(num, shares, {name: caps[name] for name in names}, floors=floors)
     assert all(abs(found[name] - other[name]) <= 1 for name in caps)
 
 
@@ -198,7 +221,7 @@ def test_ten_million_among_sixty_take_no_time(shares: list[float], least: int) -
     """The time must not grow with the number: half a second is a hundred times what it takes."""
     caps = {f"n{i}": 200_000 + 10_000 * i for i in range(60)}
     begin = time.process_time()
-    found = apportion(10**7, dict(zip(caps, shares, strict=True)), caps, least=least)
+    found = apportion(10**7, dict(zip(caps, shares, strict=True)), caps, floors=dict.fromkeys(caps, least))
     assert time.process_time() - begin < 0.5
     assert sum(found.values()) == 10**7
 

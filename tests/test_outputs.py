@@ -135,6 +135,18 @@ def test_units_in_groups_are_left_alone(grain) -> None:  # type: ignore[no-untyp
     assert num_outputs(grain, mask.shape) == 0
 
 
+def test_the_others_give_up_in_proportion_to_what_they_have() -> None:
+    """Three units from layers of 2 and 8, by 2 : 8, which is 0.6 and 2.4; the smaller one has one that it can give."""
+    active_GU, scores_GU = torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8)
+    accounts = [
+        Account(name=name, active_GU=active_GU, drop_GU=scores_GU, grow_GU=scores_GU, num_planned=1, num_outputs=num)
+        for name, num in (("small", 0), ("large", 0), ("head", 4))
+    ]
+    budgets = tuple(Budget(torch.tensor([n]), torch.tensor([n])) for n in (2, 8, 1))
+    found = leave_for_outputs(Allocation(budgets), accounts)
+    assert [int(budget.num_target_G) for budget in found.budgets] == [1, 6, 4]
+
+
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 12), st.booleans()), min_size=1, max_size=5), seeds)
 def test_output_layers_get_a_unit_for_each_output_from_the_others(sizes, seed: int) -> None:  # type: ignore[no-untyped-def]
     accounts, budgets = [], []

@@ -97,7 +97,8 @@ def momentum_share(accounts: Sequence[Account], terms: Terms) -> Allocation:
     share, drops no larger a part than is inactive in it.
 
     Reference: Dettmers & Zettlemoyer 2019 (SNFS), Algorithm 1; the bound of nearly full weights is that of the authors'
-    program. Deviates: shares are whole numbers that add up exactly, where that lets rounding move the density.
+    program. Deviates: shares are whole numbers that add up exactly, where that lets rounding move the density, and what
+    a full weight leaves goes by shares, where that hands it out evenly.
     """
     shares = {a.name: float(a.grow_GU[a.active_GU].double().mean()) if a.active_GU.any() else 0.0 for a in accounts}
     mean = sum(shares.values()) / len(accounts)
@@ -264,11 +265,8 @@ def _numbers_of_idle(idle: Sequence[Account], awake: Sequence[Account], terms: T
     most = terms.num_total - sum(len(a.active_GU) for a in awake)  # one unit per group is left to the others at least
     least = terms.num_total - sum(a.num_units for a in awake)
     num_all = min(max(sum(wanted.values()), least), most)
-    sure = {a.name: min(len(a.active_GU), wanted[a.name]) for a in idle}
-    beyond = {name: float(num - sure[name]) for name, num in wanted.items()}
-    caps = {a.name: a.num_units - sure[a.name] for a in idle}
-    parts = apportion(num_all - sum(sure.values()), beyond, caps)
-    return [sure[a.name] + parts[a.name] for a in idle]
+    floors = {a.name: min(len(a.active_GU), wanted[a.name]) for a in idle}
+    return list(apportion(num_all, wanted, {a.name: a.num_units for a in idle}, floors=floors).values())
 
 
 def _as_planned(account: Account) -> int:
@@ -291,19 +289,19 @@ def _standing(account: Account, num: int) -> Budget:
 def _regrow(accounts: Sequence[Account], terms: Terms, kept: dict[str, Tensor], shares: dict[str, float]) -> Allocation:
     """Grows what is missing to the total by these shares, up to all units of a weight.
 
-    Where more is kept than the total allows, each weight gives up in proportion to what it keeps.
+    Where more is kept than the total allows, each weight gives up in proportion to what it keeps. Each has one unit per
+    group at least.
     """
-    # at least one unit per group, whatever the share
     least = {a.name: len(a.active_GU) for a in accounts}
-    sure = {name: max(int(kept[name].sum()), least[name]) for name in kept}
-    missing = terms.num_total - sum(sure.values())
-    if missing < 0:  # the total falls by more than is dropped: all give up of what they keep
-        shares, sure = {name: float(sure[name] - least[name]) for name in sure}, least
-        missing, caps = terms.num_total - sum(least.values()), {name: int(x) for name, x in shares.items()}
+    stays = {name: int(num_G.sum()) for name, num_G in kept.items()}
+    sure = {name: max(num, least[name]) for name, num in stays.items()}
+    if sum(sure.values()) > terms.num_total:  # it falls by more than is dropped
+        counts = list(apportion(terms.num_total, stays, sure, floors=least).values())
     else:
-        caps = {a.name: a.num_units - sure[a.name] for a in accounts}
-    grown = apportion(missing, shares, caps)
-    counts = [sure[a.name] + grown[a.name] for a in accounts]
+        caps = {a.name: a.num_units - stays[a.name] for a in accounts}
+        floors = {name: num - stays[name] for name, num in sure.items()}
+        grown = apportion(terms.num_total - sum(stays.values()), shares, caps, floors=floors)
+        counts = [num + grown[name] for name, num in stays.items()]
     return Allocation(
         tuple(
             Budget(torch.minimum(kept[account.name], num_target_G), num_target_G)

@@ -47,18 +47,23 @@ def num_units(num_total: int, density: float) -> int:
     return min(max(math.floor(num_total * density * NUDGE + 0.5), 1), num_total)
 
 
-def apportion(num: int, shares: Mapping[str, float], caps: Mapping[str, int], *, least: int = 0) -> dict[str, int]:
+def apportion(
+    num: int, shares: Mapping[str, float], caps: Mapping[str, int], *, floors: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Splits ``num`` into whole numbers that add up to it, as near to proportional to ``shares`` as can be.
 
-    None exceeds its cap: what a capped one leaves goes to the others, again by their shares. None falls below
-    ``least``. Remainders go to the largest, ties to the earlier name. A negative share counts as zero; where all
-    shares left are zero, the caps stand in for them. Whole numbers throughout, so shares may be as large or small
-    as floats can be.
+    None exceeds its cap: what a capped one leaves goes to the others, again by their shares. None falls below its
+    floor, which is part of what its share gives it, not on top. Remainders go to the largest, ties to the earlier name.
+    A negative share counts as zero; where all shares left are zero, the caps stand in for them. Whole numbers
+    throughout, so shares may be as large or small as floats can be.
 
     >>> apportion(10, {"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 100, "c": 100})
     {'a': 4, 'b': 3, 'c': 3}
+    >>> apportion(10, {"a": 8.0, "b": 2.0}, {"a": 9, "b": 9}, floors={"a": 0, "b": 1})
+    {'a': 8, 'b': 2}
     """
-    fits = all(least <= cap for cap in caps.values()) and least * len(caps) <= num <= sum(caps.values())
+    floors = dict.fromkeys(caps, 0) if floors is None else floors
+    fits = all(floors[name] <= cap for name, cap in caps.items()) and sum(floors.values()) <= num <= sum(caps.values())
     assert fits, "no way to split"
     parts = _in_whole({name: max(shares[name], 0.0) for name in caps})
     fixed: dict[str, int] = {}
@@ -67,7 +72,7 @@ def apportion(num: int, shares: Mapping[str, float], caps: Mapping[str, int], *,
         if not any(free.values()):
             free = {name: max(caps[name], 1) for name in free}
         rest = num - sum(fixed.values())
-        bounds = _beyond(rest, free, caps, least)
+        bounds = _beyond(rest, free, caps, floors)
         if not bounds:
             fixed |= _largest_remainders(rest, free)
         fixed |= bounds
@@ -81,18 +86,18 @@ def _in_whole(shares: Mapping[str, float]) -> dict[str, int]:
     return {name: numerator * (unit // denominator) for name, (numerator, denominator) in ratios.items()}
 
 
-def _beyond(rest: int, free: Mapping[str, int], caps: Mapping[str, int], least: int) -> dict[str, int]:
+def _beyond(rest: int, free: Mapping[str, int], caps: Mapping[str, int], floors: Mapping[str, int]) -> dict[str, int]:
     """Returns those that a proportional split takes to a bound or past it, at that bound; empty where there is none.
 
     If it takes too many units past the caps, the others get more, and those at their caps stay there for good;
-    if too few to reach ``least``, the others get less, and those stay for good.
+    if too few to reach the floors, the others get less, and those stay for good.
     """
     total = sum(free.values())
     over = {name: rest * part - caps[name] * total for name, part in free.items()}
-    under = {name: least * total - rest * part for name, part in free.items()}
+    under = {name: floors[name] * total - rest * part for name, part in free.items()}
     balance = sum(max(x, 0) for x in over.values()) - sum(max(x, 0) for x in under.values())
     full = {name: caps[name] for name, x in over.items() if x >= 0} if balance >= 0 else {}
-    low = {name: least for name, x in under.items() if x > 0} if balance <= 0 else {}
+    low = {name: floors[name] for name, x in under.items() if x > 0} if balance <= 0 else {}
     return low | full
 
 

@@ -116,4 +116,5 @@ def _proportional(
     num_all = sum(sizes.values())
     num_active = max(num_all - round_down((1 - density) * num_all), len(sizes))
     shares = {name: size * propensity[name] for name, size in sizes.items()}
-    return {name: num / sizes[name] for name, num in apportion(num_active, shares, sizes, least=1).items()}
+    nums = apportion(num_active, shares, sizes, floors=dict.fromkeys(sizes, 1))
+    return {name: num / sizes[name] for name, num in nums.items()}

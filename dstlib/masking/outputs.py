@@ -116,7 +116,7 @@ def leave_for_outputs(allocation: Allocation, accounts: Sequence[Account]) -> Al
     num = min(sum(short.values()), sum(spare.values()))
     if num == 0:
         return allocation
-    taken, given = (apportion(num, {name: float(n) for name, n in caps.items()}, caps) for caps in (spare, short))
+    taken, given = apportion(num, have, spare), apportion(num, short, short)
     budgets = []
     for a, b in zip(accounts, allocation.budgets, strict=True):
         num_more = given.get(a.name, 0)

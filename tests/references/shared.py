@@ -9,6 +9,8 @@ from .bench import Layer, Moment, Outcome
 from .counts import best, best_of_all, cosine, cubic, nearest, round_up
 from .exchange import drop_and_grow, per_layer
 
+Counts = Mapping[str, int]
+
 
 def whole(real: Mapping[str, float], at: Moment) -> Mapping[str, int]:
     """The whole numbers taken for real ones: each next to its own, together exactly as many."""
@@ -17,23 +19,27 @@ def whole(real: Mapping[str, float], at: Moment) -> Mapping[str, int]:
     return at.seen
 
 
-def share(amount: float, worth: Mapping[str, float], room: Mapping[str, int]) -> dict[str, float]:
-    """Splits an amount in proportion; what a full one leaves goes to the others, in proportion again."""
-    given = dict.fromkeys(worth, 0.0)
-    while (rest := amount - sum(given.values())) > 1e-9:  # rounding of sums of counts
-        free = [name for name in worth if given[name] < room[name]]
-        of_free = sum(worth[name] for name in free)
-        given |= {name: min(given[name] + rest * worth[name] / of_free, room[name]) for name in free}
+def share(amount: int, worth: Mapping[str, float], least: Counts, room: Counts) -> dict[str, float]:
+    """Splits an amount in proportion to what all are worth, between bounds, by the factor at which they add up."""
+    low, high = 0.0, max(room.values()) / min(worth.values())
+    for _ in range(200):  # halvings
+        factor = (low + high) / 2
+        given = {name: min(max(factor * worth[name], least[name]), room[name]) for name in worth}
+        low, high = (factor, high) if sum(given.values()) < amount else (low, factor)
     return given
 
 
 def regrow(
     at: Moment, drop: Mapping[str, int], worth: Mapping[str, float], grow: Mapping[str, np.ndarray | None]
 ) -> dict[str, Outcome]:
-    """Drops a number in each layer by magnitude, and grows as many together, by what the layers are worth."""
+    """Drops a number in each layer by magnitude, and grows as many together, by what the layers are worth.
+
+    Each then has one weight at least.
+    """
     kept = {name: layer.num - drop[name] for name, layer in at.layers.items()}
+    least = {name: max(1 - num, 0) for name, num in kept.items()}
     room = {name: layer.w.size - kept[name] for name, layer in at.layers.items()}
-    grown = share(sum(drop.values()), worth, room)
+    grown = share(sum(drop.values()), worth, least, room)
     num = whole({name: kept[name] + grown[name] for name in kept}, at)
     return {n: drop_and_grow(layer, layer.size, kept[n], grow[n], num[n]) for n, layer in at.layers.items()}
 
