@@ -132,7 +132,8 @@ class Operators(TorchDispatchMode):
             query, key, value = args[:3]
             yield _between_activations(2 * query.shape[:-1].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1]))
         elif name in _TAPS:
-            flops = 2 * _TAPS[name][args[2]] * output.numel()
+            mode = args[2] if len(args) > 2 else 0  # cuDNN's is linear, and does not say so
+            flops = 2 * _TAPS[name][mode] * output.numel()
             yield Work(kind="sampling", flops=flops, dense=flops)
         elif name in _RECURRENT:
             rows = args[0].shape[:-1].numel()
@@ -275,7 +276,7 @@ _ATTENTION = frozenset(
     }
 )
 # How many entries are mixed into one, by the number of the mode: linear, nearest (which only looks up), cubic.
-_TAPS = {"grid_sampler_2d": (4, 0, 16), "grid_sampler_3d": (8, 0), "cudnn_grid_sampler": (4, 0, 16)}
+_TAPS = {"grid_sampler_2d": (4, 0, 16), "grid_sampler_3d": (8, 0), "cudnn_grid_sampler": (4,)}
 _RECURRENT = frozenset({"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"})
 _PRODUCTS = frozenset(
     {

@@ -83,6 +83,9 @@ class Profile:
     def __str__(self) -> str:
         """Returns the table: a row per module, the totals, and what is not counted.
 
+        What a module does without parameters stands below it, or in its place where it has none, under its name:
+        "products of activations", of attention say, or "sampling".
+
         >>> print(profile(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), (1, 4)))
         layer  type       output  params  density  FLOPs
         ------------------------------------------------

@@ -394,6 +394,18 @@ def test_a_sample_costs_its_taps(sizes: tuple[int, int, int, int], dims: int, mo
     assert counted(sample, (batch, channels, *(extent,) * dims), grid) == 2 * taps * batch * channels * num
 
 
+def test_the_sampler_of_cudnn_costs_its_taps_though_it_names_no_mode() -> None:
+    """What a GPU calls for 2D images whose corners are aligned; here the CPU stands in."""
+
+    def of_cpu(x: Tensor, grid: Tensor) -> Tensor:
+        return torch.grid_sampler_2d(x, grid, 0, 0, True)
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("cudnn_grid_sampler", of_cpu, "CPU")
+        result = profile(Calls(torch.ops.aten.cudnn_grid_sampler), (torch.rand(2, 3, 4, 5), torch.rand(2, 6, 7, 2)))
+    assert (result.flops, result.uncounted) == (2 * 4 * 2 * 3 * 6 * 7, ())
+
+
 @pytest.mark.parametrize(
     ("function", "named"),
     [

@@ -214,7 +214,7 @@ def centres(size: Triple, device: torch.device | None = None) -> Tensor:
 def sines(size: Triple, channels: int, device: torch.device | None = None) -> Tensor:
     """Returns position embeddings (D · H · W, channels): sines and cosines in turn, a third of the channels per axis.
 
-    The slowest sine takes one turn, or less, over the extent of its axis, whatever the extent.
+    The fastest takes one turn over the extent of its axis, whatever the extent, the others less.
 
     >>> sines((1, 1, 2), 6).shape
     torch.Size([2, 6])
