@@ -14,14 +14,12 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dstlib.errors import SettingError, StateError
-from dstlib.masking import INIT_SCALES, random
 from dstlib.masking.update import zero_outside_, zero_outside_each_
 from dstlib.report import Summary
 from dstlib.schedules import Every
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_early_end, tell_of_end
-from dstlib.sparsifier.given import GivenMasks, is_shared_out
 from dstlib.sparsifier.hooks import forget, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
@@ -30,6 +28,7 @@ from dstlib.sparsifier.ownership import Ownership
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.saved import check_saved, save
 from dstlib.sparsifier.standstill import tell_of_standstill
+from dstlib.sparsifier.start import start_masks
 from dstlib.sparsifier.state import MaskedWeight, clear_all
 from dstlib.sparsifier.summary import summarize
 from dstlib.targets import Weight, find_weights
@@ -85,7 +84,7 @@ class Sparsifier:
         for optimizer in optimizers:
             self._meet(optimizer, self._held_by(optimizer))
         with torch.no_grad():
-            self._plan = self._start(plan)
+            self._plan = start_masks(self._masked, plan, self._kept)
         tell_of_bare_outputs([m for m in self._masked if m.is_output], self.plan)
         listen(self)
 
@@ -370,61 +369,6 @@ class Sparsifier:
             if m.parameter.requires_grad and not m.parameter.is_inference():
                 m.parameter.register_post_accumulate_grad_hook(partial(_note_backward, ref(self)))
                 break
-
-    def _start(self, plan: Plan) -> Plan:
-        """Chooses the first masks; under dense storage the values beneath them are put aside."""
-        if plan.method.storage is not None:
-            for m in self._masked:
-                m.hidden = m.parameter.detach().clone()
-                m.soft = plan.method.granularity if plan.method.storage.soft else None
-        kept = {m: self._kept(m) for m in self._masked}  # as long as no mask is chosen, none is seen in what varies
-        is_drawn, given = plan.method.init is random, plan.given
-        plan = replace(update.choose_first_masks(self._masked, plan), given=None)
-        if given is None:
-            self._keep_places(plan, may_cut=is_drawn)
-        else:
-            self._take_given(plan, given)
-        if plan.init_scale is not None:
-            for m in self._masked:  # not those that hold these zeros already
-                if m.num_outside() and not loaded.is_sparse_already(m):
-                    m.rescale(kept[m], INIT_SCALES[plan.init_scale])
-        for m in self._masked:
-            if m.hidden is not None:
-                m.reveal()
-                update.spread_reach(m, plan, 0)
-                m.hide()
-            m.clear(kept[m])
-        return plan
-
-    def _keep_places(self, plan: Plan, *, may_cut: bool) -> None:
-        """Lets weights that are sparse already keep their places; masks that ``may_cut`` them keep the largest."""
-        loaded.tell_of_regrowth(self._masked, plan.method.name)
-        grain, cut = plan.method.granularity, {}
-        for m in self._masked:
-            if m.num_outside():
-                is_cut = may_cut and loaded.is_sparse_already(m)
-                is_taken = loaded.take_places(m, grain, may_cut=is_cut)
-                if not is_taken and is_cut:
-                    cut[m] = m.num_outside()
-                m.is_to_fill = not (is_taken or is_cut) and m.is_output is None and m.hidden is None
-        if cut:
-            loaded.tell_of_no_room(cut)
-
-    def _take_given(self, plan: Plan, given: GivenMasks) -> None:
-        """Starts from masks that were given; what room the plan has beside them stays with those that were chosen."""
-        for m in self._masked:
-            places = given.masks[m.weight.name]
-            if is_shared_out(plan.method) and m.weight.views[0].name not in plan.own:
-                m.mask.copy_(places)
-            else:
-                fits = loaded.take_places(m, plan.method.granularity, places=places)
-                assert fits, "the plan has checked it"
-            m.densities, m.starts = (
-                tuple(of[view.name] for view in m.weight.views) for of in (plan.densities, plan.starts)
-            )
-        sparse = [m for m in self._masked if loaded.is_sparse_already(m)]
-        if lost := {m: num for m in sparse if (num := m.num_outside())}:
-            loaded.tell_of_other_masks(lost, given.where)
 
     def _check_owned(self, weights: Iterable[MaskedWeight]) -> None:
         """Checks that the model still computes with these weights as they are; warns of those that are gone."""
