@@ -106,32 +106,32 @@ class PreparedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Computes (N, I) → (N, O)."""
-        x, y = _with_rows(x), x.new_empty(x.shape[0], self._pattern.size[0])
-        _call(self._kernel, (x, y), None, self._values, self._bias, self._pattern.tensors)
+        x, y = with_rows(x), x.new_empty(x.shape[0], self._pattern.size[0])
+        call_kernel(self._kernel, (x, y), None, self._values, self._bias, self._pattern.tensors)
         return y
 
 
 def _multiply(found: Kernels, problem: LinearProblem, tensors: Tensors) -> list[Tensor]:
     """Computes (N, I) → (N, O), and the weights (A) in the order of the pattern."""
     pattern = problem.pattern(tensors)
-    x, given = _with_rows(tensors[0]), tensors[1].contiguous()
+    x, given = with_rows(tensors[0]), tensors[1].contiguous()
     y, values = x.new_empty(x.shape[0], problem.outputs), x.new_empty(pattern[1].numel())
-    _call(found.linear_forward, (x, y), given, values, problem.bias(tensors), pattern)
+    call_kernel(found.linear_forward, (x, y), given, values, problem.bias(tensors), pattern)
     return [y, values]
 
 
 def _multiply_with_torch(problem: LinearProblem, tensors: Tensors) -> list[Tensor]:
     (x, given, *_), pattern = tensors, problem.pattern(tensors)
     values = given.flatten()[pattern[1].to(given.device)]
-    return [F.linear(x, _matrix(values, pattern, problem.outputs, x.shape[1]), problem.bias(tensors)), values]
+    return [F.linear(x, matrix_of(values, pattern, problem.outputs, x.shape[1]), problem.bias(tensors)), values]
 
 
 def _backward_weights(found: Kernels, problem: LinearProblem, tensors: Tensors) -> list[Tensor]:
     """Computes (N, O), (N, I) → the gradient (O, I) of the weights in the pattern, zeros elsewhere."""
     grad, x, *pattern = tensors
-    x, grad = _with_rows(x), _with_rows(grad)
+    x, grad = with_rows(x), with_rows(grad)
     out, values = x.new_empty(grad.shape[1], x.shape[1]), x.new_empty(pattern[1].numel())
-    _call(found.linear_backward_weights, (x, grad), out, values, None, pattern)
+    call_kernel(found.linear_backward_weights, (x, grad), out, values, None, pattern)
     return [out]
 
 
@@ -170,12 +170,12 @@ def _backward(problem: LinearProblem, kept: Tensors, grads: Tensors, wanted: Seq
     return found
 
 
-def _with_rows(x: Tensor) -> Tensor:
+def with_rows(x: Tensor) -> Tensor:
     """Returns a matrix whose rows the kernels can read: their elements side by side."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _matrix(values: Tensor, pattern: Tensors, outputs: int, inputs: int) -> Tensor:
+def matrix_of(values: Tensor, pattern: Tensors, outputs: int, inputs: int) -> Tensor:
     """Returns the dense matrix (O, I) of values in the order of the pattern."""
     col_idx, _, segments, _ = (part.to(values.device) for part in pattern)
     matrix = values.new_zeros(outputs, inputs)
@@ -187,7 +187,7 @@ def _matrix(values: Tensor, pattern: Tensors, outputs: int, inputs: int) -> Tens
     return matrix.index_put((row, col_idx[:, None]), values.view(-1, rows))
 
 
-def _call(
+def call_kernel(
     kernel: Callable[[structs.Linear, int], int],
     matrices: tuple[Tensor, Tensor],
     weights: Tensor | None,
@@ -195,9 +195,9 @@ def _call(
     bias: Tensor | None,
     pattern: Tensors,
 ) -> None:
-    (x, y), (_, index, _, part_ptr), num_cols = matrices, pattern, pattern[0].numel()
+    (x, y), part_ptr, num_cols = matrices, pattern[3], pattern[0].numel()
     bias = None if bias is None else bias.contiguous()
-    sizes = y.shape[1], x.shape[1], index.numel() // num_cols if num_cols else 1, num_cols, part_ptr.numel() - 1
+    sizes = y.shape[1], x.shape[1], values.numel() // num_cols if num_cols else 1, num_cols, part_ptr.numel() - 1
     operands = (None if each is None else each.data_ptr() for each in (x, y, weights, values, bias))
     described = (*(each.data_ptr() for each in pattern), *sizes)
     job = structs.Linear(described, *operands, x.shape[0], x.stride(0), y.stride(0))

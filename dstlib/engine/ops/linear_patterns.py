@@ -56,7 +56,7 @@ class LinearPattern:
             remedy="Split the layer, or leave it dense.",
         )
         with torch.inference_mode(False):  # it may be made there, and serve a training later
-            return _ordered(mask_OI.cpu())
+            return ordered(mask_OI.cpu())
 
     @cached_property
     def transposed(self) -> "LinearPattern":
@@ -65,7 +65,7 @@ class LinearPattern:
             numbers = torch.full((self.size[0] * self.size[1],), -1, dtype=torch.int32)
             numbers[self.index] = torch.arange(self.index.numel(), dtype=torch.int32)
             numbers_IO = numbers.view(self.size).t().contiguous()
-            return _ordered(numbers_IO >= 0, numbers_IO)
+            return ordered(numbers_IO >= 0, numbers_IO)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -78,10 +78,13 @@ class LinearPattern:
         return self.index.numel()
 
 
-def _ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None) -> LinearPattern:
-    """Orders the weights; ``numbers`` says where each lies, by default in the flattened matrix."""
+def ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None, rows: int | None = None) -> LinearPattern:
+    """Orders the weights; ``numbers`` says where each lies, by default in the flattened matrix.
+
+    ``rows`` are those that are taken together, which have to be alike; by default as many as are.
+    """
     outputs, inputs = mask_OI.shape
-    rows = _rows_alike(mask_OI)
+    rows = rows or rows_alike(mask_OI)
     group, col = mask_OI[::rows].nonzero(as_tuple=True)
     num_stretches = -(-inputs // STRETCH)
     lengths = (group * num_stretches + col // STRETCH).bincount(minlength=outputs // rows * num_stretches)
@@ -101,7 +104,7 @@ def _ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None) -> LinearPattern
     return LinearPattern(col.int(), source.int(), segments.int(), parts.int(), rows, (outputs, inputs))
 
 
-def _rows_alike(mask_OI: Tensor) -> int:
+def rows_alike(mask_OI: Tensor) -> int:
     """Returns how many neighbouring rows (at most 4) are alike throughout the mask, to be computed together."""
     outputs, inputs = mask_OI.shape
     for rows in (4, 3, 2):
