@@ -122,13 +122,41 @@ def exchange(
     worth_GU = _worth_growing(grow_GU, ~new_GU)
     num_left_G = budget.num_target_G - budget.num_kept_G
     is_asked_G = (budget.num_kept_G < num_active_G) & (num_left_G > 0) & (budget.num_target_G < num_units)
-    # whom to take, one rank after the other until the target is met, most often by the first of them
+    new_GU = take_units(
+        new_GU,
+        active_GU=active_GU,
+        drop_GU=drop_GU,
+        grow_GU=grow_GU,
+        worth_GU=worth_GU,
+        num_left_G=num_left_G,
+        regrow=regrow,
+    )
+    new = unit_mask(new_GU, granularity, mask.shape)
+    return MaskUpdate(mask=new, dropped=mask & ~new, grown=new & ~mask, idle_G=is_asked_G & ~worth_GU.any(dim=1))
+
+
+def take_units(
+    kept_GU: Tensor,
+    *,
+    active_GU: Tensor,
+    drop_GU: Tensor,
+    grow_GU: Tensor,
+    worth_GU: Tensor,
+    num_left_G: Tensor,
+    regrow: bool = True,
+) -> Tensor:
+    """Returns what is active, (G, U), once ``num_left_G`` units have come to those that are kept.
+
+    Those come that are ``worth`` growing; where they are too few, what was dropped stays, and then any others; see
+    :func:`exchange`.
+    """
     ranks = (
         (grow_GU, worth_GU if regrow else worth_GU & ~active_GU),
         (grow_GU, worth_GU),
         (drop_GU, active_GU),
         (grow_GU, torch.ones_like(active_GU)),
     )
+    new_GU = kept_GU
     for score_GU, candidates_GU in ranks:
         among_GU = candidates_GU & ~new_GU
         num_G = torch.minimum(num_left_G, count(among_GU))
@@ -136,11 +164,8 @@ def exchange(
             new_GU = new_GU | select_top(score_GU, num_G, among_GU=among_GU)
             num_left_G = num_left_G - num_G
         if not bool(num_left_G.any()):
-            break
-    else:
-        raise AssertionError("more units asked for than there are")
-    new = unit_mask(new_GU, granularity, mask.shape)
-    return MaskUpdate(mask=new, dropped=mask & ~new, grown=new & ~mask, idle_G=is_asked_G & ~worth_GU.any(dim=1))
+            return new_GU
+    raise AssertionError("more units asked for than there are")
 
 
 def _worth_growing(grow_GU: Tensor, among_GU: Tensor) -> Tensor:

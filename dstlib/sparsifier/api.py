@@ -2,9 +2,12 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
+import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -13,11 +16,12 @@ from dstlib.errors import SelectionError, few, require
 from dstlib.masking import INIT_SCALES, InitScale
 from dstlib.methods import find_method
 from dstlib.methods.method import Method
+from dstlib.sparsifier.compact import CompactWeight, check_method, compact_weights
 from dstlib.sparsifier.door import FROM_ZEROS, Masks, take
 from dstlib.sparsifier.hooks import keep, listeners
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import check_stated, parameter_ids, refuse_unsupported
-from dstlib.sparsifier.plan import Plan, Settings, make_plan
+from dstlib.sparsifier.plan import Plan, Settings, Storage, make_plan
 from dstlib.sparsifier.sparsifier import Sparsifier
 from dstlib.sparsifier.standstill import refuse_no_update, refuse_skipped_phases, warn_of_standstill
 from dstlib.targets import unwrap
@@ -40,6 +44,7 @@ def sparsify(
     process_group: ProcessGroup | None = None,
     state: Mapping[str, Kind] | None = None,
     init_scale: InitScale | None = None,
+    storage: Storage = "masked",
 ) -> Sparsifier:
     """Makes a model sparse now, and keeps it sparse under any torch optimizer that steps on its weights.
 
@@ -69,6 +74,10 @@ def sparsify(
     "fan_in" multiplies the weights of each output by √(all inputs / active inputs), "density" those of each layer by
     1 / √density; weights that hold zeros already, as those of a sparse checkpoint, keep their values.
 
+    ``storage="compact"``, before an optimizer is made: of each weight that can be so (``summary()`` says which), only
+    the active values exist, as a parameter (A,) of the same name, and so do gradients, optimizer state and what
+    data-parallel training sends; layers on the meta device are initialised one by one (docs/compact.md).
+
     Raises:
         SettingError: A setting is out of range.
         SelectionError: Weights do not exist, cannot be sparse or are sparse already; or masks do not fit them.
@@ -93,6 +102,7 @@ def sparsify(
     check_stated(state or {})
     chosen = find_method(method)
     _check_scale(init_scale, chosen)
+    _check_storage(storage, chosen)
     settings = Settings(
         sparsity=sparsity,
         masks=None if masks is None else partial(take, masks),
@@ -105,14 +115,21 @@ def sparsify(
         seed=seed,
         keep_neurons=None if keep_neurons is None else _several(keep_neurons),
         init_scale=init_scale,
+        storage=storage,
     )
     plan = make_plan(model, chosen, settings)
     refuse_no_update(plan)
     refuse_skipped_phases(plan)
     sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
     _check_unmasked(sparse)
+    compact: list[CompactWeight] = []
+    if storage == "compact":
+        with torch.no_grad(), torch.inference_mode(False):
+            plan, compact, masked_as = compact_weights(plan, model, optimizers)
+        plan = replace(plan, masked_as=masked_as)
+        sparse = {id(weight.parameter) for weight in plan.weights if not weight.reason}
     owners = [m for m in unwrap(model).modules() if any(id(p) in sparse for p in m._parameters.values())]
-    sparsifier = Sparsifier(plan, optimizers, unwrap(model), process_group, state)
+    sparsifier = Sparsifier(plan, optimizers, unwrap(model), process_group, state, compact)
     keep(sparsifier, owners)
     warn_of_standstill(sparsifier.plan)
     if optimizers:
@@ -192,6 +209,20 @@ def _check_scale(init_scale: object, method: Method) -> None:
         given=repr(init_scale),
         remedy="Leave it out, or choose a method without dense storage.",
     )
+
+
+def _check_storage(storage: object, method: Method) -> None:
+    """Checks that a storage is known, and has what the method changes masks by."""
+    require(
+        storage in get_args(Storage),
+        "storage",
+        "sparsify()",
+        allowed=f"one of {', '.join(get_args(Storage))}",
+        given=repr(storage),
+        remedy='"masked" keeps weights as they are, with zeros; of "compact" ones only what is active exists.',
+    )
+    if storage == "compact":
+        check_method(method)
 
 
 def _warn_of_unheld(plan: Plan, optimizers: Sequence[Optimizer]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dstlib.errors import StateError
@@ -61,6 +62,13 @@ class Replicas:
     def tell(self, mine: Mapping[str, int], step: int) -> list[dict[str, int]]:
         """Returns the numbers that the other ranks have for the same weights, and lets them have these."""
         return self._exchange(mine, step) if self._are_several() else []
+
+    def average_(self, x: Tensor) -> Tensor:
+        """Takes the mean of a tensor over the ranks, in place: a collective, for which all of them have to be here."""
+        if self._are_several():
+            dist.all_reduce(x, group=self._group)
+            x /= dist.get_world_size(self._group)
+        return x
 
     def _are_several(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()):

@@ -27,6 +27,7 @@ from dstlib.targets import (
     unwrap,
 )
 
+Storage = Literal["masked", "compact"]
 Take = Callable[[nn.Module, Sequence[Weight]], tuple[GivenMasks, tuple[Weight, ...]]]
 
 
@@ -49,6 +50,7 @@ class Settings:
     seed: int = 0
     keep_neurons: tuple[str, ...] | None = None
     init_scale: InitScale | None = None
+    storage: Storage = "masked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class Plan:
     ``init_scale`` is that of the first weights.
     ``outputs`` names the weights whose neurons are to be kept; None: those that the model's outputs come from, which
     are found.
+    ``masked_as`` says of weights that were to be compact why they are masked instead.
     """
 
     method: Method
@@ -79,17 +82,17 @@ class Plan:
     sparsity_from_masks: bool = False
     init_scale: InitScale | None = None
     outputs: frozenset[str] | None = None
+    masked_as: Mapping[str, str] = field(default_factory=dict)
 
     def num_target(self, name: str, num_total: int, step: int) -> int:
         """Counts the active units, of ``num_total`` in each group, of a matrix view after an update at ``step``."""
         density = self.density(name, step)
         return num_units(num_total, self.method.with_surplus(density, self.clock.approach(step)))
 
-    def budget(self, name: str, active_GU: Tensor, step: int) -> Budget:
-        """Returns what a matrix view keeps and grows by itself at an update at ``step``."""
-        num_total = active_GU.shape[1]
+    def budget(self, name: str, num_active_G: Tensor, num_total: int, step: int) -> Budget:
+        """Returns what a matrix view, of ``num_total`` units in each group, keeps and grows by itself at an update."""
         return spend(
-            active_GU.sum(dim=1),
+            num_active_G,
             num_target=self.num_target(name, num_total, step),
             drop_fraction=self.drop_fraction(step),
             num_kept=num_units(num_total, self.density(name, step)),
@@ -119,14 +122,16 @@ def make_plan(model: nn.Module, method: Method, settings: Settings) -> Plan:
     )
     model, s = unwrap(model), settings
     weights = select(model, include=s.include, exclude=s.exclude, split=s.split, axes=s.axes)
-    meta = [weight.name for weight in weights if not weight.reason and weight.parameter.is_meta]
+    # compact storage initialises one layer at a time
+    sparse = [weight for weight in weights if not weight.reason and s.storage == "masked"]
+    meta = [weight.name for weight in sparse if weight.parameter.is_meta]
     require(
         not meta,
         "weights",
         "the model",
         allowed="ones with data",
         given=f"{next(iter(meta), None)} on meta",
-        remedy="Call model.to_empty(device=...) and initialise it first.",
+        remedy='Call model.to_empty(device=...) and initialise it first; storage="compact" does so layer by layer.',
         error=SelectionError,
     )
     for pattern in s.keep_neurons or ():

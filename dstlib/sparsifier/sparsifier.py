@@ -18,6 +18,7 @@ from dstlib.masking.update import zero_outside_, zero_outside_each_
 from dstlib.report import Summary
 from dstlib.schedules import Every
 from dstlib.sparsifier import loaded, optimizer_state, update
+from dstlib.sparsifier.compact import CompactWeight, fill_compact, plain_state, update_compact
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_early_end, tell_of_end
 from dstlib.sparsifier.hooks import forget, keep, listen
@@ -57,17 +58,20 @@ class Sparsifier:
         model: nn.Module,
         process_group: ProcessGroup | None = None,
         state: Mapping[str, Kind] | None = None,
+        compact: Sequence[CompactWeight] = (),
     ) -> None:
         self._observers: list[update.Observer] = []
         self._frozen = False
         self._memory = 0.0  # of the method's allocator
         self._attached = True
-        self._masked = [
-            MaskedWeight(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
+        started = {m.weight.name: m for m in compact}
+        self._masked: list[MaskedWeight] = [
+            started.get(w.name) or MaskedWeight(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
             for w in plan.weights
             if not w.reason
         ]
-        for m in self._masked:
+        beginning = [m for m in self._masked if m.weight.name not in started]
+        for m in beginning:
             m.is_output = None if plan.outputs is None else m.weight.name in plan.outputs
         self._search = OutputSearch(plan)
         self._twins: WeakSet[nn.Module] = WeakSet()  # of the model, which compute with its weights
@@ -84,7 +88,7 @@ class Sparsifier:
         for optimizer in optimizers:
             self._meet(optimizer, self._held_by(optimizer))
         with torch.no_grad():
-            self._plan = start_masks(self._masked, plan, self._kept)
+            self._plan = start_masks(beginning, plan, self._kept)
         tell_of_bare_outputs([m for m in self._masked if m.is_output], self.plan)
         listen(self)
 
@@ -105,7 +109,10 @@ class Sparsifier:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The live masks by parameter name, True = active, in the shapes of the parameters. Not to be edited."""
+        """The masks by parameter name, True = active, in the shapes of the plain parameters. Not to be edited.
+
+        Those of masked weights are live; those of compact weights are made now.
+        """
         return {m.weight.name: m.mask for m in self._masked}
 
     @property
@@ -240,7 +247,7 @@ class Sparsifier:
         """
         from dstlib.engine.accelerate import accelerate  # not before it is asked for: see dstlib.__getattr__
 
-        masked = {m.weight.name: m for m in self._masked}
+        masked = {m.weight.name: m for m in self._masked if m.has_zeros}
 
         def reads(name: str) -> bool:
             return name in masked and self._reads(masked[name])
@@ -248,7 +255,7 @@ class Sparsifier:
         fast = accelerate(
             model,
             example_input,
-            masks=self.masks,
+            masks={name: m.mask for name, m in masked.items()},
             dense_gradient=reads,
             holds=lambda name: not masked[name].is_written,
             decisions=decisions,
@@ -304,6 +311,20 @@ class Sparsifier:
         if outside:
             loaded.tell_of_others(outside)
         return save(self._masked, self.plan, frozen=self.frozen, memory=self._memory)
+
+    @torch.no_grad()
+    def dense_state_dict(self) -> dict[str, Any]:
+        """Returns the ``state_dict`` of the plain model, with its zeros, whatever is stored compactly.
+
+        It takes the memory of the plain model; a model that is compact loads it, too.
+
+        Raises:
+            StateError: The model is gone.
+        """
+        if (model := self._ownership.model) is None:
+            remedy = "Keep the model as long as its sparsifier."
+            raise StateError.of("model", "dense_state_dict()", allowed="the one made sparse", given=None, remedy=remedy)
+        return plain_state(model)
 
     @torch.inference_mode(False)  # what is kept from here on must be writable in training
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -365,6 +386,9 @@ class Sparsifier:
         self._by_id = {id(m.parameter): (i, m) for i, m in enumerate(self._masked)}
         self._by_name = {m.weight.name: m for m in self._masked}
         self._replicas = Replicas(list(self._by_name), self._process_group)
+        for m in self._masked:
+            if isinstance(m, CompactWeight):
+                m.layer.wants_passes = partial(_asks_for_passes, ref(self), m.weight.name)
         for m in self._masked:
             if m.parameter.requires_grad and not m.parameter.is_inference():
                 m.parameter.register_post_accumulate_grad_hook(partial(_note_backward, ref(self)))
@@ -523,6 +547,8 @@ class Sparsifier:
             for m in weights:
                 m.hide()
                 m.step = m.begun
+                if isinstance(m, CompactWeight):
+                    m.layer.passes.clear()
             clear_all((m, self._kept(m)) for m in weights)
         if self._search.is_wanted:
             self._look_for_outputs()
@@ -560,12 +586,17 @@ class Sparsifier:
             if not m.is_output or self.frozen:
                 m.is_to_fill = False
             elif m.parameter.grad is not None:
+                m.is_to_fill = False
+                filled.append(m)
+                if isinstance(m, CompactWeight):
+                    states, average = self._states(m), self._replicas.average_
+                    grad, seen = _full_gradient(m, scale), self.observers
+                    fill_compact(m, self.plan, grad=grad, states=states, observers=seen, average=average)
+                    continue
                 grad, old, kept = _full_gradient(m, scale), m.mask.clone(), self._kept(m)
                 update.fill_first_masks(m, grad, self.plan, step=m.step + 1, observers=self.observers)
                 m.clear(kept)
                 m.start_grown(kept, old, grad, self.plan.method.grown_state)
-                m.is_to_fill = False
-                filled.append(m)
         return filled
 
     def _is_due(self, m: MaskedWeight) -> bool:
@@ -610,6 +641,21 @@ class Sparsifier:
         return due
 
     def _update_at(self, step: int, weights: Sequence[MaskedWeight], grads: Mapping[MaskedWeight, Tensor]) -> None:
+        for m in weights:
+            if isinstance(m, CompactWeight):
+                has_moved = update_compact(
+                    m,
+                    self.plan,
+                    step=step,
+                    grad=grads.get(m),
+                    states=self._states(m),
+                    observers=self.observers,
+                    average=self._replicas.average_,
+                )
+                m.updated_at, self._moved = step, self._moved or has_moved
+        weights = [m for m in weights if m.has_zeros]
+        if not weights:
+            return
         due = [(m, grads.get(m), momentum_of(self._holders(m), m.parameter)) for m in weights]
         masks = [m.mask.clone() for m in weights]
         revealed = [m for m in weights if m.hidden is not None and m.reveal()]  # frozen ones, which take no step
@@ -677,6 +723,16 @@ class Sparsifier:
             return []
         return [k for o in self._holders(m) for k in self._meanings.kept(o, m.parameter, m.learns)]
 
+    def _states(self, m: CompactWeight) -> list[tuple[Optimizer, tuple[Kept, ...]]]:
+        """Returns the optimizers that were seen to step on a compact weight, each with what it keeps for its values."""
+        every = torch.ones_like(m.parameter, dtype=torch.bool, requires_grad=False)
+        return [(o, self._meanings.kept(o, m.parameter, every)) for o in self._holders(m)]
+
+    def _wants_passes(self, name: str) -> bool:
+        """Whether gradients of what is not active are wanted of the pass to come, of a compact weight."""
+        m = self._by_name[name]
+        return self._attached and (self._is_due(m) or m.is_to_fill)
+
     def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
         """Returns the sparse weights that these step on, in the model's order."""
         parameters = (p for o in optimizers for group in o.param_groups for p in group["params"])
@@ -718,6 +774,10 @@ def _replaced(name: str, given: str) -> StateError:
         'To go on from here: detach(), a new optimizer, and sparsify(model, masks="from-zeros"), which keeps all '
         "that is not zero.",
     )
+
+
+def _asks_for_passes(sparsifier: "ref[Sparsifier]", name: str) -> bool:
+    return (asked := sparsifier()) is not None and asked._wants_passes(name)
 
 
 def _note_backward(sparsifier: "ref[Sparsifier]", parameter: Tensor) -> None:

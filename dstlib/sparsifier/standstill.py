@@ -105,7 +105,7 @@ def _sizes(plan: Plan) -> list[_Size]:
     for weight in plan.weights:
         if not weight.reason:
             for view in weight.views:
-                num_groups, num = folded_shape(plan.method.granularity, view.of(weight.parameter).shape)[:2]
+                num_groups, num = folded_shape(plan.method.granularity, weight.shape_of(view))[:2]
                 found.append(_Size(view.name, num_groups, num))
     return found
 

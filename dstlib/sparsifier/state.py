@@ -76,6 +76,16 @@ class MaskedWeight:
         return self.weight.parameter
 
     @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight with all its zeros."""
+        return self.weight.shape
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether the parameter has entries outside the mask, to be written to after each step."""
+        return True
+
+    @property
     def learns(self) -> Tensor | None:
         """What receives gradients: the mask, or what dense storage lets learn; None: everything."""
         return self.mask if self.hidden is None else self.reach
@@ -243,6 +253,8 @@ def clear_all(weights: Iterable[tuple[MaskedWeight, Iterable[Kept]]]) -> None:
     zeros: list[tuple[Tensor, Tensor]] = []
     cleared: list[MaskedWeight] = []
     for m, kept in weights:
+        if not m.has_zeros:
+            continue
         if not m.is_revealed:
             zeros.append((m.parameter, m.factor if m.hidden is None else m.mask))
             cleared.append(m)

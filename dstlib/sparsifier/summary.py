@@ -23,7 +23,7 @@ def summarize(
     named = {} if model is None else {plain_name(name): p for name, p in model.named_parameters()}
     dense = _dense_now([weight for weight in plan.weights if weight.reason], named)
     rows = [
-        _lost_row(weight, losses[weight.name]) if weight.name in losses else _row(weight, by_name.get(weight.name))
+        _lost_row(weight, loss) if (loss := losses.get(weight.name)) else _row(weight, by_name.get(weight.name), plan)
         for weight in plan.weights
         if not (named and weight.reason) or weight.name in dense
     ]
@@ -45,18 +45,25 @@ def _dense_now(weights: Iterable[Weight], named: Mapping[str, Tensor]) -> dict[s
     return found
 
 
-def _row(weight: Weight, m: MaskedWeight | None) -> Row:
-    num_total = weight.parameter.numel()
+def _row(weight: Weight, m: MaskedWeight | None, plan: Plan) -> Row:
+    num_total = weight.shape.numel()
     num_outside = 0 if m is None else m.num_outside()
     return Row(
         name=weight.name,
         kind=weight.kind,
-        shape=tuple(weight.parameter.shape),
+        shape=tuple(weight.shape),
         num_active=num_total if m is None else num_outside + int(m.mask.sum()) * m.fits,
         num_total=num_total,
         reason=weight.reason,
-        note=f"{num_outside:,} non-zeros outside the mask" if num_outside else "",
+        note=f"{num_outside:,} non-zeros outside the mask" if num_outside else _storage(weight, m, plan),
     )
+
+
+def _storage(weight: Weight, m: MaskedWeight | None, plan: Plan) -> str:
+    """Says how a sparse weight is stored, where compact storage was asked for."""
+    if m is not None and not m.has_zeros:
+        return "sparse, compact"
+    return f"sparse, masked: {reason}" if (reason := plan.masked_as.get(weight.name)) else ""
 
 
 def _lost_row(weight: Weight, loss: Loss) -> Row:

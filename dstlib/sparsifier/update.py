@@ -47,7 +47,7 @@ def update_masks(
         for view in _unsettled(m):
             site = make_site(m, view, plan, step, grad, momentum)
             pruned = _prune(site, plan)
-            scored.append((m, view, site, pruned, _unit_score(pruned, _drop_score(pruned, plan), plan)))
+            scored.append((m, view, site, pruned, score_units(pruned, _drop_score(pruned, plan), plan)))
     accounts: list[Account] = []
     known: dict[str, Tensor] = {}  # scores of growth that do not depend on what will be dropped
     for m, _, site, _, drop_GU in scored if method.allocate is not None else ():
@@ -64,11 +64,11 @@ def update_masks(
         budgets, memory = _by_name(allocation.budgets, accounts, num_total, method.name), allocation.memory
     for m, view, site, pruned, drop_GU in scored:
         active_GU = method.granularity.fold(pruned.mask)[..., 0]
-        budget = budgets.get(site.name) or plan.budget(site.name, active_GU, step)
+        budget = budgets.get(site.name) or plan.budget(site.name, active_GU.sum(dim=1), active_GU.shape[1], step)
         kept_GU = masking.keep(active_GU, drop_GU, budget)
         kept = masking.unit_mask(kept_GU, method.granularity, site.mask.shape)
         if (grow_GU := known.get(site.name)) is None:
-            grow_GU = _unit_score(site, _grow_score(replace(site, mask=kept, mask_before=site.mask), plan), plan)
+            grow_GU = score_units(site, _grow_score(replace(site, mask=kept, mask_before=site.mask), plan), plan)
         change = _exchange(m, site, plan, drop_GU, grow_GU, budget, kept_GU)
         if _is_last(change, kept_GU, site, plan):
             _settle(m, view)
@@ -84,7 +84,7 @@ def fill_first_masks(m: MaskedWeight, grad: Tensor, plan: Plan, *, step: int, ob
             continue
         nothing = torch.zeros_like(site.mask)
         stays = MaskUpdate(site.mask.clone(), nothing, nothing, idle_G=nothing.new_zeros(1))
-        drop_GU, grow_GU = (_unit_score(site, score(site), plan) for score in (masking.magnitude, masking.random))
+        drop_GU, grow_GU = (score_units(site, score(site), plan) for score in (masking.magnitude, masking.random))
         change = masking.fill_outputs(stays, drop_GU, grow_GU, granularity=plan.method.granularity)
         if bool(change.grown.any()):  # units may be too few, or too large, to go round: that is no update
             _carry_out(m, view, site, change, plan, observers)
@@ -106,7 +106,7 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
         active_GUE = plan.method.granularity.fold(site.mask)
         num_target = _num_planned(plan, view.name, active_GUE[..., 0], 0) * active_GUE.shape[2]
         site = replace(site, num_target=num_target)
-        account = _account(m, site, plan, _unit_score(site, init(site), plan))
+        account = _account(m, site, plan, score_units(site, init(site), plan))
         change = _exchange(m, site, plan, account.drop_GU, account.grow_GU, _first_budget(account))
         view.write(m.mask, change.mask)
     return plan
@@ -144,7 +144,7 @@ def spread_reach(m: MaskedWeight, plan: Plan, step: int) -> None:
         site = make_site(m, view, plan, step)
         active_GU = plan.method.granularity.fold(site.mask)[..., 0]
         num_extra_G = (~active_GU).sum(dim=1).clamp(max=masking.num_units(active_GU.shape[1], storage.extra))
-        grow_GU = _unit_score(site, plan.method.grow(site), plan)
+        grow_GU = score_units(site, plan.method.grow(site), plan)
         extra_GU = masking.select_top(grow_GU, num_extra_G, among_GU=~active_GU)
         view.write(m.reach, masking.unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
 
@@ -217,7 +217,7 @@ def _prune(site: Site, plan: Plan) -> Site:
     active_GU = method.granularity.fold(site.mask)[..., 0]
     num_target = plan.num_target(site.name, active_GU.shape[1], site.step)
     num_left_G = active_GU.sum(dim=1).clamp(max=num_target)
-    left_GU = masking.select_top(_unit_score(site, method.prune(site), plan), num_left_G, among_GU=active_GU)
+    left_GU = masking.select_top(score_units(site, method.prune(site), plan), num_left_G, among_GU=active_GU)
     return replace(site, mask=masking.unit_mask(left_GU, method.granularity, site.mask.shape))
 
 
@@ -239,7 +239,7 @@ def _account_at_update(m: MaskedWeight, site: Site, drop_GU: Tensor, plan: Plan)
     """
     again = torch.Generator("cpu").set_state(site.generator.get_state())
     seen = _Seen(**{**vars(site), "generator": again})
-    grow_GU = _unit_score(site, _grow_score(seen, plan), plan)
+    grow_GU = score_units(site, _grow_score(seen, plan), plan)
     if is_final := not seen.reads:
         site.generator.set_state(again.get_state())
     account = _account(m, site, plan, drop_GU, grow_GU)
@@ -273,7 +273,7 @@ def _account(m: MaskedWeight, site: Site, plan: Plan, drop_GU: Tensor, grow_GU: 
     )
 
 
-def _unit_score(site: Site, score: Tensor, plan: Plan) -> Tensor:
+def score_units(site: Site, score: Tensor, plan: Plan) -> Tensor:
     """Averages scores over units; an error says which weight it was."""
     try:
         return masking.unit_score(score, site.mask.shape, plan.method.granularity)
@@ -424,7 +424,7 @@ def _score_together(
             )
         for view in m.weight.views:
             site = make_site(m, view, plan, 0)
-            scored.append((m, view, site, _account(m, site, plan, _unit_score(site, view.of(score), plan))))
+            scored.append((m, view, site, _account(m, site, plan, score_units(site, view.of(score), plan))))
     return scored
 
 

@@ -38,7 +38,8 @@ class Weight:
 
     ``views`` are the matrices in it; ``can_split`` is whether the user may choose how many, ``knows_axes`` whether
     it is known which axis counts their outputs. ``aliases`` are all names that mean it; those in ``on_request``
-    make it sparse in spite of the reason.
+    make it sparse in spite of the reason. ``compact_of`` is the shape of the matrix of which the parameter holds the
+    active values alone; None: it holds all.
     """
 
     name: str
@@ -50,6 +51,16 @@ class Weight:
     can_split: bool = True
     knows_axes: bool = True
     aliases: frozenset[str] = frozenset()
+    compact_of: torch.Size | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape with all zeros, which that of the parameter is unless it is compact."""
+        return self.parameter.shape if self.compact_of is None else self.compact_of
+
+    def shape_of(self, view: MatrixView) -> torch.Size:
+        """The shape (O, I, *K) of one of its matrices."""
+        return view.of(torch.empty(self.shape, device="meta")).shape
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob matches a name of the parameter, or of a module that owns it."""

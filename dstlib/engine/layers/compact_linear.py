@@ -55,10 +55,10 @@ class CompactLinear(nn.Linear):
             y.register_hook(lambda grad: passes.append((x, grad.detach())))
         return y
 
-    def dense_weight(self) -> Tensor:
-        """Returns the matrix (O, I) with its zeros, detached."""
-        flat = self.weight.new_zeros(self.dense_shape.numel())
-        return flat.index_copy_(0, self.pattern.places(), self.weight.detach()).view(self.dense_shape)
+    def spread(self, values: Tensor) -> Tensor:
+        """Returns a matrix (O, I) of values (A), zeros elsewhere; of the parameter, the plain layer's weight."""
+        flat = values.new_zeros(self.dense_shape.numel(), requires_grad=False)
+        return flat.index_copy_(0, self.pattern.places(), values.detach()).view(self.dense_shape)
 
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """Computes the gradient (rows, I) of all weights of some outputs, active or not, summed over the passes."""
@@ -83,6 +83,10 @@ class CompactLinear(nn.Linear):
                 self.weight.copy_(values)
         else:
             self.weight.grad = None
+            # a graph that is still alive holds the node that adds gradients up, which knows the old shape; torch lets
+            # go of it where the type changes
+            other = torch.float32 if values.dtype != torch.float32 else torch.float64
+            self.weight.data = values.new_empty(0, dtype=other)
             self.weight.data = values
         self.pattern = pattern
 
@@ -112,7 +116,7 @@ class CompactLinear(nn.Linear):
                 error_msgs.append(str(error))
             else:
                 self.hold(pattern, values.to(self.weight))
-                state_dict = {**state_dict, prefix + "weight": values}
+            state_dict = {**state_dict, prefix + "weight": self.weight.detach()}
         own = {key: value for key, value in state_dict.items() if key != prefix + _MASK}
         super()._load_from_state_dict(own, prefix, local_metadata, *more)
 

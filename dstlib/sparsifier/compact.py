@@ -1,0 +1,444 @@
+"""Compact storage: weights of which the active values alone exist, their updates, and what optimizers keep of them.
+
+Shapes: O out, I in; A active weights.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dstlib.engine.layers.compact_linear import CompactLinear, make_compact
+from dstlib.engine.ops.compact_linear import CompactPattern
+from dstlib.errors import SelectionError, SettingError, StateError
+from dstlib.masking import AtInit, InTurn
+from dstlib.methods.method import GrownState, Method
+from dstlib.sparsifier.by_tiles import Matrix, goes_by_tiles, update_by_tiles
+from dstlib.sparsifier.optimizer_state import Kept, momentum_of
+from dstlib.sparsifier.plan import Plan
+from dstlib.sparsifier.start import start_masks
+from dstlib.sparsifier.state import MaskedWeight
+from dstlib.sparsifier.update import Observer, fill_first_masks, update_masks
+from dstlib.targets import MatrixView, Weight, unwrap
+
+Average = Callable[[Tensor], Tensor]  # the mean over the ranks, in place
+State = tuple[Optimizer, Sequence[Kept]]  # what is kept for a weight
+
+
+class CompactWeight(MaskedWeight):
+    """A sparse weight in training whose parameter has no entry outside the mask.
+
+    It has the counters of a masked weight, and its layer the pattern; ``mask`` is made each time that it is asked for.
+    """
+
+    def __init__(self, started: MaskedWeight, layer: CompactLinear) -> None:
+        state = dict(vars(started))
+        del state["mask"]
+        self.__dict__.update(state)
+        self.layer = layer
+
+    @property
+    def mask(self) -> Tensor:  # type: ignore[override]  # nobody writes to it
+        """Which weights are active, (O, I)."""
+        return self.layer.mask
+
+    @property
+    def learns(self) -> None:
+        """None: all that there is receives gradients, and there is nothing to be masked."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the parameter has a value for each active weight."""
+        return self.parameter.shape == (self.layer.pattern.num_active,)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether the parameter has entries outside the mask: none."""
+        return False
+
+    @property
+    def is_written(self) -> bool:
+        """Whether something else may have written outside the mask, where nothing is."""
+        return False
+
+    def begin_step(self) -> None:
+        """Counts a step as begun; the layer is where its parameter is."""
+        self.begun = self.step + 1
+
+    def num_outside(self) -> int:
+        """Counts the non-zeros outside the mask: none."""
+        return 0
+
+    def restore(self, saved: MaskedWeight) -> None:
+        """Takes over what was saved; of another mask, values that are in both stay."""
+        self.step = self.begun = saved.step
+        self.updated_at, self.densities, self.starts = saved.updated_at, saved.densities, saved.starts
+        self.settled, self.is_output, self.is_to_fill = saved.settled, saved.is_output, saved.is_to_fill
+        if not torch.equal(saved.mask.to(self.parameter.device), self.mask):
+            pattern = CompactPattern.of(_places(saved.mask.cpu()), self.layer.pattern.own.size)
+            pattern = pattern.to(self.parameter.device)
+            self.layer.hold(pattern, _carried(self.parameter.detach(), _sources(self.layer.pattern, pattern)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def check_method(method: Method) -> None:
+    """Checks that a method changes masks by what compact storage has.
+
+    Raises:
+        SettingError: It reads or keeps more.
+    """
+    reasons = {
+        "a trace of dense gradients": method.trace is not None,
+        "values beneath the masks": method.storage is not None,
+        "budgets shared between weights": method.allocate is not None,
+        "a warm-up of what has grown": method.grown_warmup > 0,
+        "first masks by a look at the dense model": isinstance(method.init, AtInit | InTurn),
+        "a fresh start of the optimizer's state": method.reset_state,
+    }
+    if given := [reason for reason, holds in reasons.items() if holds]:
+        raise SettingError.of(
+            "storage",
+            f"sparsify() with method {method.name}",
+            allowed='"masked"',
+            given=f'"compact", though the method has {", ".join(given)}',
+            remedy='Leave storage= out, or choose a method without, such as "rigl", "set" or "static".',
+        )
+
+
+def compact_weights(
+    plan: Plan, model: nn.Module, optimizers: Iterable[Optimizer]
+) -> tuple[Plan, list[CompactWeight], dict[str, str]]:
+    """Makes what can be of a model's sparse weights compact, one after the other; says of the others why not.
+
+    Layers without data, of the meta device, are initialised just before, each by its own ``reset_parameters``. Returns
+    the plan with the parameters that there are then.
+
+    Raises:
+        SelectionError: A module on the meta device cannot be initialised.
+        StateError: An optimizer has taken steps with the weights as they were.
+    """
+    model, given = unwrap(model), plan.given
+    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+    num_owners = _num_owners(model)
+    weights = {id(weight.parameter): weight for weight in plan.weights}
+    made: dict[int, CompactWeight] = {}
+    reasons: dict[str, str] = {}
+    initialised: dict[int, nn.Parameter] = {}  # by the identity of what they came for
+    for module in list(model.modules()):
+        before = {key: id(p) for key, p in module._parameters.items() if p is not None}
+        _initialise(module, initialised)
+        for key, identity in before.items():
+            parameter, weight = module._parameters[key], weights.get(identity)
+            if parameter is None or weight is None or identity in made:
+                continue
+            weight = weights[identity] = replace(weight, parameter=parameter)
+            if weight.reason or weight.name in reasons:
+                continue
+            if reason := _obstacle(module, key, weight, parents.get(id(module))):
+                reasons[weight.name] = reason
+                continue
+            if num_owners[identity] > 1:
+                reasons[weight.name] = "it is shared by several modules"
+                continue
+            _check_unstepped(weight, optimizers)
+            started = MaskedWeight(weight, torch.ones_like(parameter, dtype=torch.bool, requires_grad=False))
+            started.is_output = None if plan.outputs is None else weight.name in plan.outputs
+            plan = replace(start_masks([started], plan, lambda m: ()), given=given)
+            assert isinstance(module, nn.Linear)
+            started.weight = weights[identity] = replace(weight, compact_of=parameter.shape)
+            made[identity] = CompactWeight(started, make_compact(module, started.mask))
+    now = tuple(weights[id(weight.parameter)] for weight in plan.weights)
+    return replace(plan, weights=now), [made[i] for i in weights if i in made], reasons
+
+
+def plain_state(model: nn.Module) -> dict[str, Any]:
+    """Returns the ``state_dict`` of a model as it is without compact storage."""
+    state = model.state_dict()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, CompactLinear):
+            prefix = f"{name}." if name else ""
+            state[f"{prefix}weight"] = module.spread(module.weight)
+            del state[f"{prefix}weight_mask"]
+    return state
+
+
+def update_compact(
+    m: CompactWeight,
+    plan: Plan,
+    *,
+    step: int,
+    grad: Tensor | None,
+    states: Sequence[State],
+    observers: Sequence[Observer],
+    average: Average,
+) -> bool:
+    """Changes which weights are active, and what is kept for them; returns whether that has changed.
+
+    ``grad`` is the gradient of the active values, None of a frozen weight; ``states`` are what each optimizer keeps.
+
+    Raises:
+        ScoreError: A criterion returned scores by which units cannot be ordered.
+        StateError: Nothing is known of the gradients of what is not active.
+        SettingError: An optimizer keeps what cannot be moved.
+    """
+    gradient = None if grad is None else _Gradient(m, grad, average)
+    if goes_by_tiles(plan.method) and not observers:
+        places = _updated_by_tiles(m, plan, step, gradient)
+        if not m.is_output or len(places.div(m.shape[1], rounding_mode="floor").unique()) == m.shape[0]:
+            return _take_over(m, places, None, gradient, states, plan.method.grown_state)
+    dense = _as_masked(m)
+    whole = None if gradient is None else gradient.of_rows(0, m.shape[0])
+    momentum = momentum_of([optimizer for optimizer, _ in states], m.parameter)
+    momentum = None if momentum is None else m.layer.spread(momentum)
+    update_masks([(dense, whole, momentum)], [dense], plan, step=step, memory=0.0, observers=observers)
+    m.settled = dense.settled
+    return _take_over(m, _places(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
+
+
+def fill_compact(
+    m: CompactWeight,
+    plan: Plan,
+    *,
+    grad: Tensor,
+    states: Sequence[State],
+    observers: Sequence[Observer],
+    average: Average,
+) -> bool:
+    """Gives outputs that the first mask has left without a weight one each; returns whether there were any."""
+    dense, gradient = _as_masked(m), _Gradient(m, grad, average)
+    fill_first_masks(dense, gradient.of_rows(0, m.shape[0]), plan, step=m.step + 1, observers=observers)
+    return _take_over(m, _places(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
+
+
+class _Gradient:
+    """The gradient of a weight (O, I) that does not exist, in the units of that of its active values.
+
+    Those may have been unscaled, clipped and averaged since the backward passes that are looked at.
+    """
+
+    def __init__(self, m: CompactWeight, grad: Tensor, average: Average) -> None:
+        self._layer, self._average = m.layer, average
+        if not m.layer.passes:
+            raise StateError.of(
+                "gradients of what is not active",
+                f"{m.weight.name} at step {m.step + 1}",
+                allowed="a forward and a backward pass of its layer since the last step, which are looked at",
+                given="a gradient that came otherwise",
+                remedy="Call the model itself, as torch.func and gradients set by hand do not; or leave storage= out.",
+            )
+        self.of_old = grad
+        found = average(m.layer.gradient_of_active())
+        size = float(found.square().sum())
+        self._scale = 1.0 if torch.equal(found, grad) or not size else float((found * grad).sum()) / size
+
+    def of_rows(self, first: int, last: int) -> Tensor:
+        """Returns that of some outputs, (rows, I)."""
+        return self._scaled(self._layer.gradient_of_rows(first, last))
+
+    def of_active(self) -> Tensor:
+        """Returns that of what is active now, (A)."""
+        return self._scaled(self._layer.gradient_of_active())
+
+    def _scaled(self, grad: Tensor) -> Tensor:
+        grad = self._average(grad)
+        return grad if self._scale == 1.0 else grad.mul_(self._scale)
+
+
+def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradient | None) -> Tensor:
+    """Returns the places of what is active after an update, in rising order."""
+    outputs, inputs = m.shape
+    places, order = m.layer.pattern.places().sort()
+    values, found = m.parameter.detach()[order], []
+    for view in m.weight.views:
+        first, last = view.rows or (0, outputs)
+        ends = torch.tensor([first, last], device=places.device) * inputs
+        begin, end = torch.searchsorted(places, ends).tolist()
+        part = None if gradient is None else _rows_from(gradient, first)
+        matrix = Matrix(view.name, (last - first, inputs), places[begin:end] - first * inputs, values[begin:end], part)
+        found.append(update_by_tiles(matrix, plan, step) + first * inputs)
+    return torch.cat(found)
+
+
+def _rows_from(gradient: _Gradient, start: int) -> Callable[[int, int], Tensor]:
+    return lambda first, last: gradient.of_rows(start + first, start + last)
+
+
+def _as_masked(m: CompactWeight) -> MaskedWeight:
+    """Returns the weight as one with all its zeros, for as long as something looks at it whole."""
+    parameter = nn.Parameter(m.layer.spread(m.parameter.detach()), requires_grad=False)
+    dense = MaskedWeight(replace(m.weight, parameter=parameter, compact_of=None), m.mask)
+    dense.step, dense.begun, dense.updated_at = m.step, m.begun, m.updated_at
+    dense.settled, dense.densities, dense.starts, dense.is_output = m.settled, m.densities, m.starts, m.is_output
+    return dense
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().flatten()
+
+
+def _take_over(
+    m: CompactWeight,
+    places: Tensor,
+    values: Tensor | None,
+    gradient: _Gradient | None,
+    states: Sequence[State],
+    grown_state: GrownState,
+) -> bool:
+    """Lets the weights at these places be the active ones; what grows begins with zeros, or with ``values`` (O, I).
+
+    Returns whether others were active before.
+    """
+    layer, before = m.layer, m.layer.pattern
+    pattern = CompactPattern.of(places.cpu(), before.own.size).to(m.parameter.device)
+    source = _sources(before, pattern)
+    grown, old = source < 0, m.parameter.detach()
+    if not bool(grown.any()) and len(source) == len(old):
+        return False
+    new = _carried(old, source) if values is None else values.detach().flatten()[pattern.places()]
+    moves = [(optimizer, _moves(optimizer, m, kept, source)) for optimizer, kept in states]
+    grad = None if gradient is None else _carried(gradient.of_old, source)
+    layer.hold(pattern, new)
+    if grad is not None and gradient is not None:
+        grad = torch.where(grown, gradient.of_active(), grad) if bool(grown.any()) else grad
+        if m.parameter.grad is None or m.parameter.grad.shape != grad.shape:
+            m.parameter.grad = grad
+        else:
+            m.parameter.grad.copy_(grad)
+    for optimizer, moved in moves:
+        for key, (kept, values_now) in moved.items():
+            if kept is not None and grad is not None:
+                _start_grown(replace(kept, values=values_now), m, grown, grad, grown_state)
+            held = optimizer.state[m.parameter][key]
+            if held.shape == values_now.shape:
+                held.copy_(values_now)
+            else:
+                optimizer.state[m.parameter][key] = values_now
+    return True
+
+
+def _moves(
+    optimizer: Optimizer, m: CompactWeight, kept: Sequence[Kept], source: Tensor
+) -> dict[str, tuple[Kept | None, Tensor]]:
+    """Returns what an optimizer keeps for each active weight, for the new ones: its meaning, where known, and values.
+
+    Raises:
+        SettingError: It keeps some in codes, or in containers.
+    """
+    state: Mapping[str, Any] = optimizer.state.get(m.parameter, {})
+    moved: dict[str, tuple[Kept | None, Tensor]] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == m.parameter.shape and value.numel() > 1:
+            known = next((k for k in kept if k.key == key), None)
+            moved[key] = known, _carried(value.detach(), source, 0.0 if known is None else known.birth)
+    if left := [k.key for k in kept if k.key not in moved or k.values.dtype != state[k.key].dtype]:
+        raise SettingError.of(
+            "optimizer",
+            f'sparsify(storage="compact"), {m.weight.name}',
+            allowed="one that keeps plain tensors for each weight",
+            given=f"{type(optimizer).__name__}, with {', '.join(left)}",
+            remedy="Use torch's SGD or Adam, say, or leave storage= out.",
+        )
+    return moved
+
+
+def _start_grown(kept: Kept, m: CompactWeight, grown: Tensor, grad: Tensor, how: GrownState) -> None:
+    """Starts what is kept for what has grown, if not as at birth; in each matrix of the weight for itself."""
+    kept.start(grown, m.parameter.detach(), grad)
+    if how == "birth" or kept.meaning.power is None:
+        return
+    row = m.layer.pattern.places().div(m.shape[1], rounding_mode="floor")
+    whole = MatrixView(m.weight.name)
+    for view in m.weight.views:
+        first, last = view.rows or (0, m.shape[0])
+        at = ((row >= first) & (row < last)).nonzero().flatten()
+        part = replace(kept, values=kept.values[at])
+        part.start_beside(whole, grown[at], ~grown[at], grad[at] if how == "gradient" else None)
+        kept.values[at] = part.values
+
+
+def _sources(before: CompactPattern, now: CompactPattern) -> Tensor:
+    """Returns for each of the values now where it was among those before, -1 if it was not."""
+    places, order = before.places().sort()
+    wanted = now.places()
+    if not len(places):
+        return torch.full_like(wanted, -1)
+    at = torch.searchsorted(places, wanted).clamp_(max=len(places) - 1)
+    return torch.where(places[at] == wanted, order[at], -1)
+
+
+def _carried(x: Tensor, source: Tensor, birth: float = 0.0) -> Tensor:
+    """Returns what was kept of each value, for those that are there now; ``birth`` for those that have come.
+
+    >>> _carried(torch.tensor([1.0, 2.0]), torch.tensor([1, -1]))
+    tensor([2., 0.])
+    """
+    if not x.numel():
+        return x.new_full(source.shape, birth)
+    return torch.where(source < 0, birth, x[source.clamp(min=0)])
+
+
+def _obstacle(module: nn.Module, key: str, weight: Weight, parent: nn.Module | None) -> str | None:
+    """Tells why a weight cannot be compact; None where it can."""
+    if type(module) is not nn.Linear or key != "weight":
+        return f"it is {key} of a {type(module).__name__}, not the weight of an nn.Linear"
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return f"its {type(parent).__name__} reads the weight by itself"
+    if "forward" in vars(module):
+        return "its layer has a forward of its own"
+    if any(v.transposed or v.at or v.columns or v.every for v in weight.views):
+        return "its matrices are no stretches of rows"
+    return None if weight.parameter.is_floating_point() else f"it is of {weight.parameter.dtype}"
+
+
+def _num_owners(model: nn.Module) -> dict[int, int]:
+    """Counts under how many names of how many modules each parameter is held, by its identity."""
+    num: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                num[id(parameter)] = num.get(id(parameter), 0) + 1
+    return num
+
+
+def _initialise(module: nn.Module, known: dict[int, nn.Parameter]) -> None:
+    """Gives a module that is on the meta device values of its own, as when it was made.
+
+    ``known`` are the parameters that have come for others, by the identity of those: shared ones stay shared.
+    """
+    old = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
+    buffers = [b for b in module._buffers.values() if b is not None and b.is_meta]
+    if not old and not buffers:
+        return
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if not callable(reset):
+        raise SelectionError.of(
+            "weights",
+            f"a {type(module).__name__} of the model",
+            allowed="ones with data, or on meta in a module with reset_parameters()",
+            given=f"{', '.join([*old]) or 'a buffer'} on meta",
+            remedy="Call to_empty(device=..., recurse=False) on this module and initialise it first.",
+        )
+    module.to_empty(device="cpu", recurse=False)
+    with torch.no_grad():
+        reset()
+    for key, parameter in old.items():
+        now = module._parameters[key]
+        assert now is not None
+        module._parameters[key] = known.setdefault(id(parameter), now)
+
+
+def _check_unstepped(weight: Weight, optimizers: Iterable[Optimizer]) -> None:
+    """Checks that no optimizer keeps anything yet for a weight that becomes compact."""
+    if any(optimizer.state.get(weight.parameter) for optimizer in optimizers):
+        raise StateError.of(
+            "optimizer",
+            'sparsify(storage="compact")',
+            allowed="one that has taken no step yet",
+            given=f"one with a state for all of {weight.name}",
+            remedy="Make the optimizer after sparsify().",
+        )
