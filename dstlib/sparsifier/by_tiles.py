@@ -7,7 +7,7 @@ Shapes: O out, I in; G groups, U units per group; A active units, C candidates.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def goes_by_tiles(method: Method) -> bool:
         and method.grow in grows
         and isinstance(method.granularity, _ROW_BY_ROW)
         and method.grown_init is masking.zeros
-        and method.allocate is method.prune is method.early_stop is None
+        and (method.allocate, method.prune, method.early_stop) == (None, None, None)
     )
 
 
@@ -187,7 +187,12 @@ def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
 
 def _active_units(tiles: _Tiles) -> tuple[Tensor, Tensor]:
     """Returns the active units, in rising order, and what each is dropped by."""
-    reads_gradient = tiles.plan.method.drop is masking.saliency
+    method, matrix = tiles.plan.method, tiles.matrix
+    reads_gradient = method.drop is masking.saliency and matrix.gradient is not None
+    if isinstance(method.granularity, masking.Element) and not reads_gradient:  # nothing else has to be looked at
+        alone = replace(next(tiles.sites(with_gradient=False))[1], weight=matrix.values[:, None])
+        alone = replace(alone, mask=torch.ones_like(alone.weight, dtype=torch.bool))
+        return matrix.places, tiles.drop_score(alone)[0]
     units, scores, unit = [], [], 0
     for _, site in tiles.sites(with_gradient=reads_gradient):
         active_U = tiles.active(site)[0]

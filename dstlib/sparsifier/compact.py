@@ -5,14 +5,12 @@ Shapes: O out, I in; A active weights.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dstlib.engine.layers.compact_linear import CompactLinear, make_compact
-from dstlib.engine.ops.compact_linear import CompactPattern
 from dstlib.errors import SelectionError, SettingError, StateError
 from dstlib.masking import AtInit, InTurn
 from dstlib.methods.method import GrownState, Method
@@ -24,6 +22,10 @@ from dstlib.sparsifier.state import MaskedWeight
 from dstlib.sparsifier.update import Observer, fill_first_masks, update_masks
 from dstlib.targets import MatrixView, Weight, unwrap
 
+if TYPE_CHECKING:
+    from dstlib.engine.layers.compact_linear import CompactLinear
+    from dstlib.engine.ops.compact_linear import CompactPattern
+
 Average = Callable[[Tensor], Tensor]  # the mean over the ranks, in place
 State = tuple[Optimizer, Sequence[Kept]]  # what is kept for a weight
 
@@ -34,7 +36,7 @@ class CompactWeight(MaskedWeight):
     It has the counters of a masked weight, and its layer the pattern; ``mask`` is made each time that it is asked for.
     """
 
-    def __init__(self, started: MaskedWeight, layer: CompactLinear) -> None:
+    def __init__(self, started: MaskedWeight, layer: "CompactLinear") -> None:
         state = dict(vars(started))
         del state["mask"]
         self.__dict__.update(state)
@@ -78,8 +80,7 @@ class CompactWeight(MaskedWeight):
         self.updated_at, self.densities, self.starts = saved.updated_at, saved.densities, saved.starts
         self.settled, self.is_output, self.is_to_fill = saved.settled, saved.is_output, saved.is_to_fill
         if not torch.equal(saved.mask.to(self.parameter.device), self.mask):
-            pattern = CompactPattern.of(_places(saved.mask.cpu()), self.layer.pattern.own.size)
-            pattern = pattern.to(self.parameter.device)
+            pattern = self.layer.pattern_of(_places(saved.mask))
             self.layer.hold(pattern, _carried(self.parameter.detach(), _sources(self.layer.pattern, pattern)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,6 +123,8 @@ def compact_weights(
         SelectionError: A module on the meta device cannot be initialised.
         StateError: An optimizer has taken steps with the weights as they were.
     """
+    from dstlib.engine.layers.compact_linear import make_compact  # not before it is asked for: it loads the engine
+
     model, given = unwrap(model), plan.given
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
     num_owners = _num_owners(model)
@@ -158,6 +161,8 @@ def compact_weights(
 
 def plain_state(model: nn.Module) -> dict[str, Any]:
     """Returns the ``state_dict`` of a model as it is without compact storage."""
+    from dstlib.engine.layers.compact_linear import CompactLinear  # as above
+
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, CompactLinear):
@@ -293,9 +298,8 @@ def _take_over(
 
     Returns whether others were active before.
     """
-    layer, before = m.layer, m.layer.pattern
-    pattern = CompactPattern.of(places.cpu(), before.own.size).to(m.parameter.device)
-    source = _sources(before, pattern)
+    layer, pattern = m.layer, m.layer.pattern_of(places)
+    source = _sources(layer.pattern, pattern)
     grown, old = source < 0, m.parameter.detach()
     if not bool(grown.any()) and len(source) == len(old):
         return False
@@ -361,7 +365,7 @@ def _start_grown(kept: Kept, m: CompactWeight, grown: Tensor, grad: Tensor, how:
         kept.values[at] = part.values
 
 
-def _sources(before: CompactPattern, now: CompactPattern) -> Tensor:
+def _sources(before: "CompactPattern", now: "CompactPattern") -> Tensor:
     """Returns for each of the values now where it was among those before, -1 if it was not."""
     places, order = before.places().sort()
     wanted = now.places()

@@ -76,6 +76,11 @@ class CompactLinear(nn.Linear):
             total += active_gradient(grad.to(total.dtype), x.to(total.dtype), self.pattern)
         return total
 
+    def pattern_of(self, places: Tensor) -> CompactPattern:
+        """Returns the pattern of other places of the flattened matrix, in rising order."""
+        size = self.out_features, self.in_features
+        return CompactPattern.of(places.cpu(), size).to(self.weight.device)
+
     def hold(self, pattern: CompactPattern, values: Tensor) -> None:
         """Holds other values (A), in the order of another pattern; the parameter stays the same object."""
         if values.shape == self.weight.shape:
@@ -134,7 +139,7 @@ class CompactLinear(nn.Linear):
             places = _unpacked(bits, self.dense_shape, name)
             if given.shape != places.shape:
                 raise _unfit(name, f"{len(places):,} values, as its mask has it", f"the shape {tuple(given.shape)}")
-        pattern = CompactPattern.of(places, (self.out_features, self.in_features)).to(self.weight.device)
+        pattern = self.pattern_of(places)
         if given.shape == self.dense_shape:
             return pattern, given.flatten()[pattern.places().to(given.device)]
         return pattern, given
@@ -149,12 +154,10 @@ def make_compact(layer: nn.Linear, mask: Tensor) -> CompactLinear:
 
     The parameter ``weight`` stays the same object, its values become (A).
     """
-    places = mask.flatten().nonzero().flatten().cpu()
-    pattern = CompactPattern.of(places, (layer.out_features, layer.in_features)).to(layer.weight.device)
-    values = layer.weight.detach().flatten()[pattern.places()]
     made = become(layer, CompactLinear)
     made.wants_passes, made.passes = None, []
-    made.hold(pattern, values)
+    pattern = made.pattern_of(mask.flatten().nonzero().flatten())
+    made.hold(pattern, made.weight.detach().flatten()[pattern.places()])
     return made
 
 

@@ -123,7 +123,8 @@ def _places(pattern: LinearPattern) -> Tensor:
 
 
 def _on(pattern: LinearPattern, device: torch.device) -> LinearPattern:
-    return LinearPattern(*(x.to(device) for x in pattern.tensors), pattern.rows_per_group, pattern.size)
+    col_idx, index, segments, part_ptr = (x.to(device) for x in pattern.tensors)
+    return LinearPattern(col_idx, index, segments, part_ptr, pattern.rows_per_group, pattern.size)
 
 
 @dataclass(frozen=True)
