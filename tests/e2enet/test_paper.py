@@ -52,7 +52,7 @@ def test_a_mean_that_is_not_that_of_its_classes_is_marked(number):
         classes = [row.number(column) for column in table.classes]
         # rounded to 0.1: each class, so their mean, by 0.05, and the printed mean by another 0.05
         agrees = abs(np.mean(classes) - row.number("mDice")) <= 0.1 + 1e-9
-        assert agrees or not row.is_sure("mDice"), row.name
+        assert agrees or set(row.values["mDice"]) & set(MARKS), row.name
 
 
 @pytest.mark.parametrize("number", [1, 2, 11])

@@ -76,7 +76,7 @@ def comparison(rows: Sequence[Row], *, alpha: float = 0.5) -> str:
 def row_of(run: Path) -> Row:
     """Reads what a run came to, as a row that is named by its folder."""
     result = result_of(run)
-    cost = result.cost.sparse or result.cost.dense
+    cost = result.cost.as_trained
     dice, nsd = _per_cent(result.mean_dice), _per_cent(result.mean_nsd)
     scores = {} if nsd is None else {"mNSD": nsd}
     return Row(name=run.name, dice=dice, params=cost.params / 1e6, flops=cost.flops.paper / 1e9, scores=scores)

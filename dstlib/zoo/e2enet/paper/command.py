@@ -30,7 +30,7 @@ from dstlib.zoo.e2enet.paper.systems import System, chosen, refusal
 from dstlib.zoo.e2enet.paper.tables import Filled, fill, lines_of, to_json, to_text
 from dstlib.zoo.e2enet.recipes import RECIPES
 
-NAMES = [name.removeprefix("e2enet_") for name in RECIPES]
+NAMES = [short_name(name) for name in RECIPES]
 LATENCY, TRANSFER = 9, 6  # tables that are made in another way
 EPILOG = "Any other option goes to the recipe, for all rows alike: see `python examples/e2enet_amos.py --help`."
 
@@ -116,7 +116,7 @@ def _make_table(number: int, rows: Sequence[System], plan: Plan) -> Mapping[str,
         plan = with_mri(plan)
     lines = lines_of(table, rows)
     runs, failed = _runs(plan, [line.system for line in lines])
-    filled = fill(table, lines, runs, failed=failed, recipe=short_name(plan.recipe))
+    filled = fill(table, lines, runs, failed=failed, recipe=short_name(plan.recipe.name))
     text = to_text(filled, is_full=plan.scale == "paper", remarks=_remarks(plan))
     _show(filled, text, plan.folder)
     return failed

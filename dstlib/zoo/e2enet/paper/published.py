@@ -30,8 +30,8 @@ class Printed:
     reduced to the largest component of some classes.
 
     >>> row = Printed(system="e2enet-plus", name="E2ENet(+)", values={"mDice": "90.4", "Params": "10.37!"})
-    >>> row.number("Params"), row.is_sure("Params"), row.is_sure("mDice"), row.number("PT")
-    (10.37, False, True, None)
+    >>> row.number("mDice"), row.number("Params"), row.number("PT")
+    (90.4, 10.37, None)
     """
 
     system: str
@@ -43,10 +43,6 @@ class Printed:
         """Returns the number in a column; None where there is none, or not all of its digits can be read."""
         found = _NUMBER.fullmatch(self.values.get(column, ""))
         return float(found[1]) if found else None
-
-    def is_sure(self, column: str) -> bool:
-        """Says whether the column holds a number, without any mark."""
-        return self.number(column) is not None and not set(self.values[column]) & set(MARKS)
 
 
 @dataclass(frozen=True, kw_only=True)

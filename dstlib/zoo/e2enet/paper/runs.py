@@ -111,7 +111,7 @@ class Plan:
     def folder(self) -> Path:
         data = self.data.resolve().name if self.data else "phantoms"
         budget = f"-{self.cpu_minutes:g}min" if self.cpu_minutes else ""
-        return self.runs / f"{short_name(self.recipe)}-{data}-{self.scale}{budget}"
+        return self.runs / f"{short_name(self.recipe.name)}-{data}-{self.scale}{budget}"
 
     @property
     def preset(self) -> Preset:
@@ -167,9 +167,13 @@ class FinishedRun:
         return metrics_of(self.folder, num_epochs=self.config.training.epochs)
 
 
-def short_name(recipe: Recipe) -> str:
-    """Returns the name of a recipe as command lines have it: "amos"."""
-    return recipe.name.removeprefix("e2enet_")
+def short_name(recipe: str) -> str:
+    """Returns the name of a recipe as command lines have it.
+
+    >>> short_name("e2enet_amos")
+    'amos'
+    """
+    return recipe.removeprefix("e2enet_")
 
 
 def system_folder(plan: Plan, system: System) -> Path:
@@ -248,7 +252,7 @@ def finished_runs(plan: Plan, systems: Sequence[System], sets: "Sets") -> tuple[
         if not (folder / RESULT).exists():
             continue
         config = config_of(folder)
-        refuse_other_settings(plan, key, config)
+        _refuse_other_settings(plan, key, config)
         data = sets.of(key)
         _refuse_other_data(plan, key, config.data, data.record())
         found.append(
@@ -315,7 +319,7 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
     missing = [key for key in keys(plan, runnable) if not (key.folder(plan) / RESULT).exists()]
     for key in keys(plan, runnable):
         if (key.folder(plan) / CONFIG).exists():
-            refuse_other_settings(plan, key, config_of(key.folder(plan)))
+            _refuse_other_settings(plan, key, config_of(key.folder(plan)))
     for key in {(key.fold, key.system.source): key for key in missing}.values():
         data = sets.of(key)  # refused before anything is trained
         allowed, remedy = "folds that hold out cases", "Choose some of 0 to 4: scores are those of held-out cases."
@@ -365,12 +369,8 @@ def _make_budget(plan: Plan, key: Key, sets: "Sets") -> Budget:
     return budget
 
 
-def refuse_other_settings(plan: Plan, key: Key, found: ConfigRecord) -> None:
-    """Refuses a run that was trained in another way than the plan has it.
-
-    Raises:
-        StateError: It was.
-    """
+def _refuse_other_settings(plan: Plan, key: Key, found: ConfigRecord) -> None:
+    """Refuses a run that was trained in another way than the plan has it."""
     config = asked(plan, key)
     network = replace(
         config.preset.network, in_channels=found.network.in_channels, num_classes=found.network.num_classes

@@ -153,7 +153,7 @@ def _measured(
     for column, metric in METRIC_OF.items():
         factor = 100 if METRICS[metric].is_share else 1
         found[column] = _mean_of(whole, metric, factor)
-    cost = runs[0].result.cost.sparse or runs[0].result.cost.dense
+    cost = runs[0].result.cost.as_trained
     found["Params"] = Estimate(mean=cost.params / 1e6, error=None, number=1)
     found["FLOPs"] = Estimate(mean=cost.flops.paper / 1e9, error=None, number=1)
     return {column: value for column, value in found.items() if value is not None}

@@ -119,6 +119,11 @@ class Costs:
     dense: Cost
     sparse: Cost | None = field(default=None, metadata={OPTIONAL: True})
 
+    @property
+    def as_trained(self) -> Cost:
+        """That of the network as it was trained."""
+        return self.sparse or self.dense
+
 
 Means = dict[str, float | None]
 

@@ -20,7 +20,7 @@ from dstlib.zoo.e2enet.paper.figures.panels import Predicted, chosen_cases, pane
 from dstlib.zoo.e2enet.paper.figures.trade_off import trade_off
 from dstlib.zoo.e2enet.paper.figures.volumes import volumes_and_dice
 from dstlib.zoo.e2enet.paper.published import TABLES
-from dstlib.zoo.e2enet.paper.runs import FinishedRun
+from dstlib.zoo.e2enet.paper.runs import FinishedRun, short_name
 from dstlib.zoo.e2enet.paper.statistics import case_scores, over_folds, over_seeds
 from dstlib.zoo.e2enet.paper.systems import SYSTEMS, System
 from dstlib.zoo.e2enet.report import case_of
@@ -69,7 +69,7 @@ def draw_trade_off(number: int, folder: Path, runs: Sequence[FinishedRun], *, re
     if runs:
         matched = _matched(number, runs)
         scores = _scores(number, matched)
-        costs = {run.system.title: run.result.cost.sparse or run.result.cost.dense for run in matched}
+        costs = {run.system.title: run.result.cost.as_trained for run in matched}
         shown["These runs"] = [
             Row(
                 name=name,
@@ -79,7 +79,7 @@ def draw_trade_off(number: int, folder: Path, runs: Sequence[FinishedRun], *, re
             )
             for name, of in scores.items()
         ]
-    table = _WITH_COSTS.get(_recipe(runs[0]) if runs else recipe)
+    table = _WITH_COSTS.get(short_name(runs[0].config.recipe) if runs else recipe)
     if table is not None:
         shown[f"As published (Table {table})"] = _published(table)
     file = _file(number, folder)
@@ -246,10 +246,6 @@ def _at_usual_interval(system: System) -> System:
 
 def _names(runs: Sequence[FinishedRun]) -> list[str]:
     return [*dict.fromkeys(run.system.name for run in runs)]
-
-
-def _recipe(run: FinishedRun) -> str:
-    return run.config.recipe.removeprefix("e2enet_")
 
 
 def _told(run: FinishedRun) -> str:
