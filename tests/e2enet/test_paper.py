@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstlib.errors import DataError, SettingError, StateError
+from dstlib.files import write_json
+from dstlib.typed_json import sealed
+from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.cli import read_config
 from dstlib.zoo.e2enet.data.layouts.btcv import BTCV_ORGANS
 from dstlib.zoo.e2enet.data.splits import read_splits, split
@@ -371,6 +374,29 @@ def test_equal_cpu_time_settles_the_iterations_before_the_first(data, tmp_path, 
 def test_what_cannot_be_done_is_one_clear_error(data, tmp_path, arguments, error, match):
     with pytest.raises(error, match=match):
         run(data, tmp_path / "runs", *arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_table_9_measures_and_trains_nothing(tmp_path, capsys):
+    """The ratio is to nnU-Net; a found architecture is that of the row that wants one."""
+    found = Architecture.of([[1, 0, 0, 1], [1, 0, 0, 1]], [[1] * 4] * 2)
+    write_json(tmp_path / "found.json", sealed(asdict(found)))
+    rows = ("--rows", "nnunet", "e2enet-0.8", "dints", "--architecture", str(tmp_path / "found.json"))
+    assert run_paper(None, read_config, ["--table", "9", "--runs", str(tmp_path / "runs"), *rows]) == 0
+    assert {file.name for file in (tmp_path / "runs").iterdir()} == {"table9.txt", "table9.json"}
+    content = json.loads((tmp_path / "runs" / "table9.json").read_text())
+    ours = {row["system"]: {name: of["mean"] for name, of in row["ours"].items()} for row in content["rows"]}
+    assert [*ours] == ["nnunet", "e2enet-0.8", "dints"]
+    for of in ours.values():
+        assert of["items/s"] == pytest.approx(1000 / of["ms"])
+        assert of["ratio"] == pytest.approx(ours["nnunet"]["ms"] / of["ms"])
+    assert "small networks, to see that it runs" in capsys.readouterr().out
+
+
+def test_an_architecture_that_cannot_be_read_is_refused_before_anything_is_trained(tmp_path):
+    lost = ("--architecture", str(tmp_path / "lost.json"))
+    with pytest.raises(StateError, match=r"content of architecture .*lost\.json: expected a file of JSON"):
+        run_paper(None, read_config, ["--table", "2", "--runs", str(tmp_path / "runs"), *lost])
     assert not (tmp_path / "runs").exists()
 
 

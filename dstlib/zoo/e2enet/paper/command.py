@@ -12,6 +12,7 @@ from dstlib.command_line import make_parser
 from dstlib.errors import number_of, require
 from dstlib.files import make_folder, write_json, write_whole
 from dstlib.report import on_one_line
+from dstlib.zoo.e2enet.baselines.architecture import read_architecture
 from dstlib.zoo.e2enet.paper.figures.table import FIGURES
 from dstlib.zoo.e2enet.paper.published import TABLES
 from dstlib.zoo.e2enet.paper.runs import (
@@ -86,7 +87,11 @@ def _span(numbers: Mapping[int, Any]) -> str:
 
 
 def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: ReadConfig) -> Plan:
-    """Returns what all runs of a table or figure have in common; refuses options that no recipe knows, or no budget."""
+    """Returns what all runs of a table or figure have in common; refuses options that no recipe takes, or no budget.
+
+    Raises:
+        DstlibError: One of them cannot be used.
+    """
     chosen_recipe = RECIPES[f"e2enet_{options.recipe or recipe}"]
     plan = Plan(
         recipe=chosen_recipe,
@@ -102,6 +107,8 @@ def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: R
         architecture=options.architecture,
         options=tuple(rest),
     )
+    if plan.architecture is not None:
+        read_architecture(plan.architecture)  # refused before anything is trained
     device = read(chosen_recipe, [*SCALES[plan.scale], *rest]).execution.device
     fits = plan.cpu_minutes is None or torch.device(device).type == "cpu"
     allowed, remedy = "a training on the CPU", "Pass --device cpu, or leave out --cpu-minutes."
@@ -142,7 +149,14 @@ def _make_latency(rows: Sequence[System], plan: Plan) -> None:
     systems = {line.system.name: line.system for line in lines if not refusal(line.system)}
     rounds, width = (3, TINY_WIDTH) if is_tiny else (15, 1.0)
     network = plan.preset.network if is_tiny else NETWORK
-    ours = columns(latencies([*systems.values()], network=network, width=plan.width or width, rounds=rounds))
+    found = latencies(
+        [*systems.values()],
+        network=network,
+        width=plan.width or width,
+        architecture=None if plan.architecture is None else read_architecture(plan.architecture),
+        rounds=rounds,
+    )
+    ours = columns(found)
     measured = tuple(replace(line, ours=ours.get(line.system.name, {}), reason=refusal(line.system)) for line in lines)
     filled = Filled(table=table, lines=measured, classes=(), is_papers_set=True)
     remarks = [HOW.format(rounds=rounds, threads=number_of(torch.get_num_threads(), "thread"))]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dstlib
 from dstlib.engine.accelerate import accelerate
 from dstlib.zoo.e2enet.baselines import build_model
+from dstlib.zoo.e2enet.baselines.architecture import Architecture
 from dstlib.zoo.e2enet.config import AMOS, E2ENetConfig
 from dstlib.zoo.e2enet.network import E2ENet
 from dstlib.zoo.e2enet.paper.statistics import Estimate
@@ -32,11 +33,26 @@ HOW = (
 
 @torch.no_grad()
 def latencies(
-    systems: Sequence[System], *, network: E2ENetConfig = NETWORK, width: float = 1.0, rounds: int = 15
+    systems: Sequence[System],
+    *,
+    network: E2ENetConfig = NETWORK,
+    width: float = 1.0,
+    architecture: Architecture | None = None,
+    rounds: int = 15,
 ) -> Mapping[str, float]:
-    """Measures the milliseconds of one image through each system: medians over rounds in which all take turns."""
+    """Measures the milliseconds of one image through each system: medians over rounds in which all take turns.
+
+    ``width`` multiplies the channels of baselines; ``architecture`` is that of the system that wants one.
+
+    Raises:
+        SettingError: A network cannot be built so.
+    """
     x = torch.randn(1, 1, *SIZE)
-    passes = {(system.name, n): run for system in systems for n, run in enumerate(_passes(system, network, width, x))}
+    passes = {
+        (system.name, n): run
+        for system in systems
+        for n, run in enumerate(_passes(_model(system, network, width, architecture), _sparsity(system), x))
+    }
     times: dict[tuple[str, int], list[float]] = {key: [] for key in passes}
     for number in range(rounds + 1):
         for key, run in passes.items():
@@ -50,8 +66,7 @@ def latencies(
     }
 
 
-def _passes(system: System, network: E2ENetConfig, width: float, x: Tensor) -> list[Callable[[], object]]:
-    """Returns the ways in which a network computes: on the engine, where it is sparse, else in either layout."""
+def _model(system: System, network: E2ENetConfig, width: float, architecture: Architecture | None) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(
         system.model,
@@ -60,9 +75,14 @@ def _passes(system: System, network: E2ENetConfig, width: float, x: Tensor) -> l
         patch_size=SIZE,
         config=system.changed(network),
         width=1.0 if system.model in ONE_WIDTH else width,
+        architecture=architecture if system.search else None,
     ).eval()
     model.deep_supervision = False  # type: ignore[assignment]
-    sparsity = _sparsity(system)
+    return model
+
+
+def _passes(model: nn.Module, sparsity: float, x: Tensor) -> list[Callable[[], object]]:
+    """Returns the ways in which a network computes: on the engine, where it is sparse, else in either layout."""
     if sparsity and isinstance(model, E2ENet):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DSFF would know for how long it trains: not at all
