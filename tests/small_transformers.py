@@ -52,6 +52,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "glm5_next_text": {"index_topk": 16},
     "nemotron": {"num_key_value_heads": 8},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "dots3_note_text": {"first_k_dense_replace": 0},  # its only layer has experts
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 10000.0}},
 }

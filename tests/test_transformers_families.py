@@ -75,6 +75,7 @@ NOT_BUILT = {
             "qwen3_omni_moe",
             "qwen3_omni_moe_talker_text",
             "t5gemma2_decoder",
+            "t5gemma2_encoder",
             "t5gemma2_text",
             "timm_backbone",
         ],
