@@ -106,15 +106,8 @@ def _sparsity(system: System) -> float:
 def columns(found: Mapping[str, float]) -> Mapping[str, Mapping[str, Estimate]]:
     """Returns the columns of Table 9 by system, from milliseconds."""
     base = found.get("nnunet")
-
-    def single(value: float) -> Estimate:
-        return Estimate(mean=value, error=None, number=1)
-
-    return {
-        name: {
-            "ms": single(taken),
-            "items/s": single(1000 / taken),
-            **({"ratio": single(base / taken)} if base else {}),
-        }
+    numbers = {
+        name: {"ms": taken, "items/s": 1000 / taken, **({"ratio": base / taken} if base else {})}
         for name, taken in found.items()
     }
+    return {name: {column: Estimate(mean=value) for column, value in of.items()} for name, of in numbers.items()}

@@ -18,11 +18,11 @@ from dstlib.zoo.e2enet.paper.runs import FinishedRun
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean, and its standard error over ``number`` values; None over a single one."""
+    """A mean, and its standard error over ``number`` values; None over a single one, or of what is no mean."""
 
     mean: float
-    error: float | None
-    number: int
+    error: float | None = None
+    number: int = 1
 
 
 def estimate(values: Sequence[float] | NDArray[np.float64]) -> Estimate | None:

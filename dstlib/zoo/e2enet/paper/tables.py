@@ -107,7 +107,9 @@ def fill(
     of_table = [run for line in lines for run in of_system.get(line.system.name, ()) if not line.is_post_processed]
     classes = of_table[0].result.classes if of_table else CLASSES[table.data]
     is_papers = recipe == table.data and _are_those_of(table.data, classes)
-    shown = table.classes if is_papers or not of_table else classes if table.classes or recipe != table.data else ()
+    is_told_by_class = bool(table.classes) or recipe != table.data  # of another set, in every table
+    of_set = classes if is_told_by_class else ()
+    shown = table.classes if is_papers or not of_table else of_set
     filled = []
     for line in lines:
         mine = of_system.get(line.system.name, [])
@@ -154,8 +156,8 @@ def _measured(
         factor = 100 if METRICS[metric].is_share else 1
         found[column] = _mean_of(whole, metric, factor)
     cost = runs[0].result.cost.as_trained
-    found["Params"] = Estimate(mean=cost.params / 1e6, error=None, number=1)
-    found["FLOPs"] = Estimate(mean=cost.flops.paper / 1e9, error=None, number=1)
+    found["Params"] = Estimate(mean=cost.params / 1e6)
+    found["FLOPs"] = Estimate(mean=cost.flops.paper / 1e9)
     return {column: value for column, value in found.items() if value is not None}
 
 
@@ -184,12 +186,8 @@ def _with_pt(lines: Sequence[Line]) -> tuple[Line, ...]:
         for i in done
     ]
     scores = dict(zip(done, pt_scores(rows), strict=True))
-    return tuple(
-        line
-        if (score := scores.get(i)) is None
-        else replace(line, ours={**line.ours, "PT": Estimate(mean=score, error=None, number=1)})
-        for i, line in enumerate(lines)
-    )
+    found = {i: {"PT": Estimate(mean=score)} for i, score in scores.items() if score is not None}
+    return tuple(replace(line, ours={**line.ours, **found.get(i, {})}) for i, line in enumerate(lines))
 
 
 # ---- as text
