@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dstlib
 from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
 from dstlib.engine.layers.conv import FastConv, FastConv3d
-from dstlib.engine.layers.fast_layer import FastLayer
+from dstlib.engine.layers.fast_layer import FastLayer, give_out
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.fusion_node import FastFusionNode
 from dstlib.engine.layers.unit import FastUnit, make_unit
@@ -377,7 +377,8 @@ def test_measuring_leaves_no_trace():
     assert [m.training for m in model.modules()] == [
         not isinstance(m, nn.Conv2d) or m is not model[4] for m in model.modules()
     ]
-    assert not any(m._forward_hooks for m in [*model.modules(), *fast.modules()])
+    hooks = [hook for m in [*model.modules(), *fast.modules()] for hook in m._forward_hooks.values()]
+    assert hooks in ([], [give_out])  # where a layer came out faster, the outputs of the whole are plain tensors
     assert all(p.grad is None for p in model.parameters())
 
 
