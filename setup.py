@@ -7,9 +7,7 @@ from setuptools import Extension, setup
 KERNELS = Extension(
     "dstlib.engine._kernels",
     sources=sorted(glob("dstlib/engine/csrc/*/*.cpp")),
-    depends=sorted(
-        path for kind in ("h", "inc", "def") for path in glob(f"dstlib/engine/csrc/**/*.{kind}", recursive=True)
-    ),
+    depends=sorted(path for kind in ("h", "inc", "def") for path in glob(f"dstlib/**/*.{kind}", recursive=True)),
     extra_compile_args=["-O3", "-std=gnu++17", "-fvisibility=hidden", "-fno-math-errno"],
     extra_link_args=["-lpthread", "-ldl"],
     optional=True,  # without a compiler, or with one that takes other options, the engine computes with torch

@@ -10,9 +10,11 @@ import io
 import json
 import struct
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from random import Random
 from shutil import copyfile, copytree, ignore_patterns
@@ -45,11 +47,13 @@ from torch import nn
 import dstlib
 from dstlib.engine.decisions import Decision, Decisions
 from dstlib.errors import DstlibError
-from dstlib.export import compact
+from dstlib.export import compact, plan
 from dstlib.history import History
 from dstlib.integrations.nnunet_checkpoint import export_checkpoint
 from dstlib.integrations.training import HostedTraining, Settings
+from dstlib.layers import Shift, Unit
 from dstlib.pruned import read_weights
+from dstlib.runtime import load_plan
 from dstlib.torch_files import checksum, load_weights
 from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet import run as run_module
@@ -460,6 +464,57 @@ def read_compact(scene: Path) -> Any:
         "outside": sum(int(own[name][~mask].count_nonzero()) for name, mask in masks.items()),
         "rest": digest(own, masks),
     }
+
+
+# ---- plans
+
+
+class Planned(nn.Module):
+    """A step of each kind, with and without a norm, bias and shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = Unit(2, 3, kernel_size=(1, 3, 3), stride=(1, 2, 2), shift=Shift((-1, 0, 1), axis=2))
+        self.up, self.pool = nn.ConvTranspose3d(3, 2, (1, 2, 2), (1, 2, 2), bias=False), nn.MaxPool3d(2)
+        self.head = nn.Conv3d(4, 2, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.unit(x)
+        return self.head(torch.cat([x, self.up(y)], dim=1)), self.pool(y)
+
+
+def a_plan(scene: Path, prepared: Path) -> None:
+    """A network as a plan, with some kernels that are zero."""
+    torch.manual_seed(0)
+    model = Planned()
+    with torch.no_grad():
+        model.unit.conv.weight[:, 1] = 0
+        model.up.weight[1] = 0
+    plan.save_plan(model, torch.rand(1, 2, 4, 8, 8), scene / "model.plan")
+
+
+def run_plan(scene: Path) -> Any:
+    """Runs a plan, unless its maps are large."""
+    found = load_plan(scene / "model.plan")
+    image = np.linspace(-1, 1, 1024, dtype=np.float32).reshape(2, 2, 4, 8, 8)
+    shapes, between = found.measure(image.shape)
+    return digest(found(image, threads=2)) if between + 4 * sum(map(prod, shapes)) < 2**24 else "large"
+
+
+def in_plan(rng: Random, content: bytes) -> Mutated:
+    """Makes a change of what is in a plan, which gets the right size and checksum."""
+    if rng.random() < 0.3:
+        rest, said = mutate_bytes(rng, content[24:])
+    else:
+        body, words = bytearray(content[24:]), 4 * int.from_bytes(content[48:56], "little")
+        fields, behind = 8 * rng.randrange((len(body) - words) // 8), len(body) - 4 - 4 * rng.randrange(words // 4)
+        code, at = rng.choice((("q", fields), ("i", behind)))
+        (old,) = struct.unpack_from(f"<{code}", body, at)
+        most = 2 ** (8 * struct.calcsize(code) - 1) - 1
+        number = rng.choice((old - 1, old + 1, -1, 0, 1, 2, 3, 16, 17, 255, 2**20, 2**31 - 1, most, -most, most // 4))
+        struct.pack_into(f"<{code}", body, at, max(-most, min(number, most)))
+        rest, said = bytes(body), f"has {number} in the place of {old} at {24 + at}"
+    return struct.pack("<8sqII", content[:8], 24 + len(rest), zlib.crc32(rest), 0) + rest, f"sealed: {said}"
 
 
 # ---- masks of other tools
@@ -961,6 +1016,7 @@ FORMATS = (
         # not the masks: a file that says it has fewer, with the right checksum, is one that was saved without them
         law=same("shapes", "loaded", "outside"),
     ),
+    Format(name="plan", file="model.plan", make=a_plan, read=run_plan, damage=(mutate_bytes,), craft=(in_plan,)),
     *(
         Format(
             name=f"masks of {tool}",

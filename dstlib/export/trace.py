@@ -27,10 +27,13 @@ class Trace:
     shape_read: frozenset[fx.Node]
 
 
-def trace(model: nn.Module, examples: Sequence[Tensor]) -> Trace:
+SHIFTS = (Shift, LearnedShift)
+
+
+def trace(model: nn.Module, examples: Sequence[Tensor], leaves: tuple[type[nn.Module], ...] = SHIFTS) -> Trace:
     """Follows a forward by symbols that know their shape, so that code that checks shapes, or splits by them, goes on.
 
-    torch's own modules, and the shifts of dstlib, are nodes; all others are followed inside. Where the forward asks for
+    torch's own modules, and the ``leaves``, are nodes; all others are followed inside. Where the forward asks for
     the *values* of an activation, the tracing fails with whatever error that makes. The model may be left with
     additional attributes: pass a copy.
 
@@ -38,7 +41,7 @@ def trace(model: nn.Module, examples: Sequence[Tensor]) -> Trace:
     >>> [node.op for node in graph.nodes]
     ['placeholder', 'call_module', 'call_module', 'output']
     """
-    tracer = _Tracer(examples)
+    tracer = _Tracer(examples, leaves)
     with torch.no_grad():
         graph = tracer.trace(model)
     return Trace(model, graph, tracer.interpreter.env, frozenset(tracer.shape_read))
@@ -62,8 +65,9 @@ def own_modules(trace: Trace) -> set[str]:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, examples: Sequence[Tensor]) -> None:
+    def __init__(self, examples: Sequence[Tensor], leaves: tuple[type[nn.Module], ...]) -> None:
         super().__init__()
+        self._leaves = leaves
         self.shape_read: set[fx.Node] = set()
         self._examples = examples
         self._is_computing = False
@@ -74,7 +78,7 @@ class _Tracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Shift | LearnedShift) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(  # all nodes come through here, those of buffers too, which have no symbol
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None

@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import Dim
 
 import dstlib
+from dstlib.runtime import library_file
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 
 ROOT = Path(__file__).parents[2]
@@ -88,4 +89,6 @@ def test_onnx_runtime_computes_the_same_at_other_sizes_too(tmp_path, make, x, dy
 def test_the_page_runs():
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    run_page(ROOT / "docs" / "export.md", {}, least=5)
+    if library_file() is None:
+        pytest.skip("no kernels were built")
+    run_page(ROOT / "docs" / "export.md", {}, least=7)

@@ -204,7 +204,7 @@ def _suits_winograd(problem: ConvProblem, tensors: Tensors) -> bool:
     """
     height, width = tensors[0].shape[3:]
     fits = tuple(problem.by_map(tensors)[2][0].shape[-2:]) == (3, 3) and problem.stride == (1, 1, 1)
-    return fits and height * width > 4
+    return fits and height * width > structs.DIRECT_PLANE
 
 
 def _kernel(found: Kernels, form: int) -> Callable[..., int]:

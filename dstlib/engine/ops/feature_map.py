@@ -18,7 +18,6 @@ from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.memory import buffer
 from dstlib.errors import InputError
 
-PAGE, PADDING = 1024, 32  # numbers
 Norm = tuple[Tensor, Tensor, float]  # scale (N, C), offset (N, C), negative slope: what a reader applies to a map
 
 
@@ -129,8 +128,8 @@ class FeatureMap:
 def empty_depth_last(size: Sequence[int], like: Tensor) -> Tensor:
     """Returns a new map (N, C, D, H, W), depth last, of the type and place of ``like``.
 
-    Rows that would begin a multiple of ``PAGE`` apart are padded: all rows and channels would otherwise share the same
-    few places of the caches.
+    Rows that would begin a multiple of ``ROW_PAGE`` apart are padded: all rows and channels would otherwise share the
+    same few places of the caches.
     """
     num, strides = depth_last(size)
     reusable = like.dtype == torch.float32 and type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
@@ -146,8 +145,8 @@ def depth_last(size: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """
     batch, channels, depth, height, width = size
     row = width * depth
-    row += PADDING if row % PAGE == 0 else 0
-    channel = height * row + (PADDING // 2 if row > width * depth else 0)
+    row += structs.ROW_PADDING if row % structs.ROW_PAGE == 0 else 0
+    channel = height * row + (structs.ROW_PADDING // 2 if row > width * depth else 0)
     return batch * channels * channel, (channels * channel, channel, 1, row, depth)
 
 

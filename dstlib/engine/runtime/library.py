@@ -18,9 +18,9 @@ import torch
 
 from dstlib.engine.runtime import structs
 from dstlib.errors import SettingError
+from dstlib.runtime import VARIABLE, library_file
 
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
-VARIABLE = "DSTLIB_ENGINE"  # the name of an instruction set, or "torch": what is used instead of the best there is
 AGAIN = "install dstlib again"
 
 
@@ -120,8 +120,8 @@ def _choice() -> tuple[str, str]:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    files = [path for kind in ("so", "pyd") for path in sorted(Path(__file__).parents[1].glob(f"_kernels*.{kind}"))]
-    return load(files[0]) if files else None
+    file = library_file()
+    return None if file is None else load(file)
 
 
 def load(file: Path) -> ctypes.CDLL:

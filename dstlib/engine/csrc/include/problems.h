@@ -11,6 +11,12 @@
 
 enum { MAX_SOURCES = 3, MAX_TAPS = 64, LINEAR_PART = 96 };
 
+// Rows of maps that would begin a multiple of so many numbers apart are padded by so many.
+enum { ROW_PAGE = 1024, ROW_PADDING = 32 };
+
+// Of planes with at most so many voxels the direct form of a convolution is the faster one.
+enum { DIRECT_PLANE = 4 };
+
 // Sizes or strides along these axes: batch n, channels c, depth d, height h, width w.
 typedef struct { int64_t h, w; } HW;
 typedef struct { int64_t d, h, w; } DHW;

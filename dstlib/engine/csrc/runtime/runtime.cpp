@@ -5,8 +5,14 @@
 #include <string.h>
 
 #include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -45,13 +51,23 @@ int find_openmp(dl_phdr_info* library, size_t, void* found) {
     return 1;
 }
 
+int count_loads(dl_phdr_info* library, size_t, void* found) {
+    *static_cast<unsigned long long*>(found) = library->dlpi_adds;
+    return 1;
+}
+
+// Looked for again where libraries were loaded since: plans run before torch is imported, and after it.
 Parallel openmp() {
-    static const Parallel found = [] {
-        void* entry = nullptr;
-        dl_iterate_phdr(find_openmp, &entry);
-        return reinterpret_cast<Parallel>(entry);
-    }();
-    return found;
+    static std::atomic<Parallel> known{nullptr};
+    static std::atomic<unsigned long long> looked_at{0};
+    if (Parallel found = known.load(std::memory_order_relaxed)) return found;
+    unsigned long long loads = 0;
+    dl_iterate_phdr(count_loads, &loads);
+    if (looked_at.exchange(loads, std::memory_order_relaxed) == loads) return nullptr;
+    void* entry = nullptr;
+    dl_iterate_phdr(find_openmp, &entry);
+    known.store(reinterpret_cast<Parallel>(entry), std::memory_order_relaxed);
+    return reinterpret_cast<Parallel>(entry);
 }
 #else
 Parallel openmp() { return nullptr; }
@@ -71,6 +87,72 @@ void take_tasks(void* argument) {
             team.work(team.context, task);
 }
 
+// Threads of the engine's own, for processes without OpenMP. They sleep between regions, and keep their scratch memory.
+// A region waits for those alone that have begun to work on it.
+class Pool {
+  public:
+    // Takes tasks with up to so many other threads; alone, where they work for another thread of the process.
+    void take_tasks_with(int others, Team& team) {
+        std::unique_lock<std::mutex> alone(busy, std::try_to_lock);
+        if (!alone) return take_tasks(&team);
+        {
+            std::lock_guard<std::mutex> held(lock);
+            while (size < others && add()) ++size;
+            current = &team;
+            wanted = others;
+        }
+        wake.notify_all();
+        take_tasks(&team);
+        std::unique_lock<std::mutex> held(lock);
+        wanted = 0;
+        done.wait(held, [this] { return working == 0; });
+    }
+
+  private:
+    bool add() {
+        try {
+            std::thread(&Pool::serve, this).detach();
+            return true;
+        } catch (const std::system_error&) {  // the system gives no more: fewer will do
+            return false;
+        }
+    }
+
+    void serve() {
+        std::unique_lock<std::mutex> held(lock);
+        while (true) {
+            wake.wait(held, [this] { return wanted > 0; });
+            --wanted;
+            ++working;
+            Team* team = current;
+            held.unlock();
+            take_tasks(team);
+            held.lock();
+            if (--working == 0) done.notify_one();
+        }
+    }
+
+    std::mutex busy, lock;
+    std::condition_variable wake, done;
+    Team* current = nullptr;
+    int size = 0, wanted = 0, working = 0;
+};
+
+Pool* pool = nullptr;  // never deleted: its threads sleep until the process ends
+
+void make_pool() { pool = new Pool; }
+
+Pool& pool_of_process() {
+    static std::once_flag made;
+    std::call_once(made, [] {
+        make_pool();
+#if !defined(_WIN32)
+        pthread_atfork(nullptr, nullptr, make_pool);  // a forked process has none of its threads
+#endif
+    });
+    return *pool;
+}
+
 struct Scratch {
     float* data = nullptr;
     size_t size = 0;
@@ -87,10 +169,7 @@ void parallel(int64_t num_tasks, int num_threads, void (*work)(void*, int64_t), 
     const int64_t share = num_tasks / (16 * threads);
     team.run = share < 1 ? 1 : share > 4 ? 4 : share;
     if (Parallel run = openmp()) return run(take_tasks, &team, static_cast<unsigned>(threads), 0);
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(take_tasks, &team);
-    take_tasks(&team);
-    for (std::thread& other : others) other.join();
+    pool_of_process().take_tasks_with(threads - 1, team);
 }
 
 float* scratch(size_t floats) {

@@ -1,0 +1,342 @@
+"""Networks as plans: run without torch, from Python and from C, with the outputs that the model has."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import dstlib
+from dstlib.engine.decisions import Decision, Decisions
+from dstlib.errors import InputError, SettingError, StateError
+from dstlib.export import remove_dead_channels, save_compact, save_plan
+from dstlib.export.dead_channels import ShiftedGroups
+from dstlib.layers.blocks import Unit
+from dstlib.layers.shift import LearnedShift, Shift
+from dstlib.runtime import Plan, library_file, load_plan
+from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
+
+ROOT = Path(dstlib.__file__).parents[1]
+FLAT = {"kernel_size": (1, 3, 3), "padding": (0, 1, 1)}
+TINY = E2ENetConfig(channels=(6, 8, 10), strides=((1, 2, 2), (2, 2, 2)), heads=2, num_classes=3)
+# of the largest output: Winograd's transforms round so in float32. Outputs are about 1; where they are less, as those
+# of a norm whose convolution is constant, rounding is all that there is, and it is compared with 1.
+CLOSE = 1e-5
+
+pytestmark = pytest.mark.skipif(library_file() is None, reason="no kernels were built")
+
+
+def e2enet(sparsity: float, seed: int = 0) -> E2ENet:
+    """A network as it is before training, with its first masks."""
+    torch.manual_seed(seed)
+    model = E2ENet(TINY).eval()
+    if sparsity:
+        dstlib.sparsify(model, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=10_000)
+    return model
+
+
+def planned(model: nn.Module, channels: int, folder: Path, size: Sequence[int] = (4, 8, 8)) -> Plan:
+    """A model as what its file holds."""
+    save_plan(model, torch.rand(1, channels, *size), folder / "model.plan")
+    return load_plan(folder / "model.plan")
+
+
+@torch.no_grad()
+def assert_same(plan: Plan, model: nn.Module, image: torch.Tensor, threads: int = 1) -> None:
+    """The plan gives what the model gives in float64, up to ``CLOSE``."""
+    found, expected = plan(image.numpy(), threads=threads), model.double()(image.double())
+    model.float()
+    found = found if isinstance(found, tuple) else (found,)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=CLOSE * max(1.0, float(theirs.abs().max())))
+
+
+def test_by_hand(tmp_path):
+    """2 · x - 5, then half of what is negative."""
+    model = nn.Sequential(nn.Conv3d(1, 1, 1), nn.LeakyReLU(0.5))
+    with torch.no_grad():
+        model[0].weight.fill_(2.0)
+        model[0].bias.fill_(-5.0)
+    plan = planned(model, 1, tmp_path)
+    image = np.array([1.0, 4.0], np.float32).reshape(1, 1, 2, 1, 1)
+    assert plan(image).flatten().tolist() == [-1.5, 3.0]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.9])
+def test_e2enet(sparsity, tmp_path):
+    """In several sizes in turn, with a batch, and by as many threads as one likes."""
+    model = e2enet(sparsity)
+    plan = planned(model, 1, tmp_path)
+    assert (plan.num_channels, plan.num_outputs) == (1, 2)
+    for shape, threads in (((1, 1, 4, 8, 8), 1), ((2, 1, 6, 12, 16), 2), ((1, 1, 18, 8, 20), 3), ((1, 1, 4, 8, 8), 2)):
+        assert_same(plan, model, torch.randn(shape), threads)
+
+
+class Network(nn.Module):
+    """All that a plan holds: a unit and back, activations alone, a shift of what is concatenated, a pooling."""
+
+    def __init__(self, channels: int, width: int, unit: tuple[tuple[int, int, int], ...], bias: bool) -> None:
+        super().__init__()
+        kernel, stride = unit
+        self.first = Unit(channels, width, kernel_size=kernel, stride=stride, shift=Shift((-1, 0, 1), axis=2))
+        self.up = nn.ConvTranspose3d(width, 3, stride, stride=stride, bias=False)
+        self.relu, self.shift = nn.ReLU(), Shift((2, 0), axis=-3)
+        self.last = nn.Conv3d(channels + 6, 2, **FLAT, bias=bias)
+        self.pool = nn.MaxPool3d((1, 2, 1))
+
+    def forward(self, x):
+        fine = self.up(self.first(x))
+        return self.pool(self.last(self.shift(torch.cat([fine, self.relu(x), fine], dim=1)))), self.relu(fine)
+
+
+@torch.no_grad()
+def test_the_numbers_are_those_of_the_engine(tmp_path):
+    """Bit for bit, where all layers run on it: the steps become the very calls that it makes."""
+    model, image = e2enet(0.8), torch.randn(1, 1, 8, 16, 16)
+    measured = dstlib.accelerate(model, image).decisions.values()
+    on_engine = Decisions.of(Decision(row.name, row.kind, 2.0, 1.0, row.obstacle) for row in measured)
+    fast = dstlib.accelerate(model, image, decisions=on_engine)
+    for ours, theirs in zip(planned(model, 1, tmp_path)(image.numpy()), fast(image), strict=True):
+        np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+@given(
+    channels=st.integers(1, 4),
+    width=st.integers(1, 7),
+    unit=st.tuples(st.sampled_from([(1, 1, 1), (1, 3, 3)]), st.tuples(*[st.integers(1, 3)] * 3)),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(2, 5), st.integers(2, 5)),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_all_that_a_plan_holds(tmp_path_factory, channels, width, unit, size, share, seed):
+    torch.manual_seed(seed)
+    model = Network(channels, width, unit, bias=seed % 2 == 0).eval()
+    with torch.no_grad():
+        for weight in (model.first.conv.weight, model.up.weight, model.last.weight):
+            weight *= (torch.rand(weight.shape[:2]) < share)[..., None, None, None]  # fewer kernels, or none
+    batch, *coarse = size
+    extents = [n * step for n, step in zip(coarse, unit[1], strict=True)]
+    plan = planned(model, channels, tmp_path_factory.mktemp("plan"), extents)
+    assert_same(plan, model, torch.randn(batch, channels, *extents), threads=1 + seed % 2)
+
+
+def test_what_has_no_zeros_takes_the_room_of_its_weights(tmp_path):
+    """And what has some less, as in a compact file."""
+    sizes = {}
+    for sparsity in (0.0, 0.9):
+        model = e2enet(sparsity)
+        planned(model, 1, tmp_path)
+        save_compact(model, tmp_path / "compact")
+        sizes[sparsity] = [(tmp_path / name).stat().st_size for name in ("model.plan", "compact")]
+    dense = sum(x.nbytes for x in e2enet(0.0).parameters())
+    assert dense < sizes[0.0][0] < 1.4 * dense  # with an index of 4 bytes for kernels of 4 to 36, and what steps take
+    assert sizes[0.9][0] < 0.8 * sizes[0.0][0]
+
+
+def test_layers_that_are_called_twice_are_stored_once(tmp_path):
+    layer = nn.Conv3d(16, 16, **FLAT)
+    once, twice = nn.Sequential(layer), nn.Sequential(layer, nn.ReLU(), layer)
+    assert_same(planned(twice, 16, tmp_path), twice, torch.randn(1, 16, 3, 5, 5))
+    size = (tmp_path / "model.plan").stat().st_size
+    planned(once, 16, tmp_path)
+    assert size - (tmp_path / "model.plan").stat().st_size == 208 + 4 * 16  # a step, and the bias again
+
+
+def test_a_network_without_its_dead_channels(tmp_path):
+    model = e2enet(0.95)
+    smaller, removal = remove_dead_channels(model, torch.rand(1, 1, 4, 8, 8))
+    assert removal.smaller
+    assert any(isinstance(each, ShiftedGroups) for each in smaller.modules())
+    assert_same(planned(smaller, 1, tmp_path), model, torch.randn(1, 1, 6, 8, 12))
+
+
+@pytest.mark.parametrize(
+    ("layer", "given"),
+    [
+        (nn.BatchNorm3d(4), "a BatchNorm3d"),
+        (nn.Conv3d(4, 4, 3, padding=1), "kernel (3, 3, 3)"),
+        (nn.Conv3d(4, 4, (1, 3, 3)), "padding (0, 0, 0)"),
+        (nn.Conv3d(4, 4, 1, groups=2), "groups"),
+        (nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1), stride=(1, 17, 17)), "above 16"),
+        (nn.ConvTranspose3d(4, 4, 2, stride=2), "or with a bias"),
+        (nn.MaxPool3d(3, stride=2), "side by side"),
+        (nn.InstanceNorm3d(4), "of something else than what a convolution makes"),
+        (nn.Sequential(nn.Conv3d(4, 4, 1), nn.InstanceNorm3d(4, track_running_stats=True)), "running statistics"),
+        (nn.LeakyReLU(1.5), "slope 1.5"),
+        (Shift((1, 0), axis=4), "another axis than depth"),
+        (LearnedShift((1, 0), axis=2), "a LearnedShift"),
+        (nn.Sequential(Shift((1, 0), axis=2), nn.MaxPool3d(2)), "only a convolution reads"),
+        (nn.Conv3d(4, 4, 1).double(), "torch.float64"),
+        (nn.GELU(), "a GELU"),
+    ],
+    ids=str,
+)
+def test_what_a_plan_does_not_hold_is_refused_by_name(layer, given, tmp_path):
+    model = nn.Sequential(nn.MaxPool3d(1), layer).eval()
+    with pytest.raises(SettingError) as refused:
+        save_plan(model, torch.rand(1, 4, 4, 18, 18), tmp_path / "model.plan")
+    assert str(refused.value).startswith("layer '1")
+    assert given in str(refused.value)
+    assert not (tmp_path / "model.plan").exists()
+
+
+class Residual(nn.Module):
+    """Adds what it makes to what it gets."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.conv, self.relu, self.in_place = nn.Conv3d(4, 4, 1), nn.ReLU(inplace=True), in_place
+
+    def forward(self, x):
+        y = self.conv(x)
+        return torch.cat([y, self.relu(y)], dim=1) if self.in_place else x + y
+
+
+def test_operations_are_refused_with_the_layer_they_stand_in(tmp_path):
+    for layer, reason in ((Residual(), "got add()"), (Residual(in_place=True), "in place of what others read")):
+        with pytest.raises(SettingError, match="layer '1") as refused:
+            save_plan(nn.Sequential(nn.Identity(), layer), torch.rand(1, 4, 2, 2, 2), tmp_path / "model.plan")
+        assert reason in str(refused.value)
+    hooked = nn.Sequential(nn.Conv3d(4, 4, 1))
+    hooked[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(SettingError, match=r"layer '0'.* got hooks"):
+        save_plan(hooked, torch.rand(1, 4, 2, 2, 2), tmp_path / "model.plan")
+    with pytest.raises(SettingError, match="accelerate"):
+        save_plan(dstlib.accelerate(e2enet(0.8), torch.rand(1, 1, 4, 8, 8)), torch.rand(1, 1, 4, 8, 8), tmp_path / "x")
+
+
+def test_images_that_do_not_fit_are_refused(tmp_path):
+    plan = planned(e2enet(0.8), 1, tmp_path)
+    for shape, words in (
+        ((1, 2, 4, 8, 8), "channels of the image .* expected 1, got 2"),
+        ((1, 1, 4, 8, 6), r"fit each other on all levels, got \(1, 1, 4, 8, 6\)"),
+        ((1, 1, 2, 4, 4), "more than one voxel for each norm"),
+        ((1, 1, 0, 8, 8), "one voxel at least"),
+        ((1, 1, 8, 8), r"\(N, C, D, H, W\) of float32"),
+    ):
+        with pytest.raises(InputError, match=words):
+            plan(np.zeros(shape, np.float32))
+    with pytest.raises(InputError, match="float64"):
+        plan(np.zeros((1, 1, 4, 8, 8)))
+    with pytest.raises(SettingError, match="threads"):
+        plan(np.zeros((1, 1, 4, 8, 8), np.float32), threads=0)
+    huge = np.broadcast_to(np.float32(0), (1, 1, 1024, 1024, 1024))
+    with pytest.raises(StateError, match="memory that are left"):
+        plan(huge)
+    with pytest.raises(InputError, match="numbers"):
+        plan(np.broadcast_to(np.float32(0), (1, 1, 2**20, 2**20, 2**20)))
+    assert_same(plan, e2enet(0.8), torch.randn(1, 1, 4, 8, 8))  # it goes on
+
+
+def test_any_order_in_memory_will_do(tmp_path):
+    model = e2enet(0.8)
+    image = torch.randn(1, 1, 8, 16, 16)[:, :, ::2].permute(0, 1, 2, 4, 3)
+    assert_same(planned(model, 1, tmp_path, (4, 16, 16)), model, image)
+
+
+@pytest.mark.parametrize("place", [0, 3, 8, 12, 16, 20, 24, 32, 60, 300, -1, -5000])
+def test_damaged_files_are_refused(place, tmp_path):
+    planned(e2enet(0.8), 1, tmp_path)
+    content = bytearray((tmp_path / "model.plan").read_bytes())
+    content[place] ^= 1
+    (tmp_path / "model.plan").write_bytes(content)
+    with pytest.raises(StateError, match=r"file of .*model.plan: expected .*got .*\. Copy the file again"):
+        load_plan(tmp_path / "model.plan")
+
+
+def test_what_is_no_plan_is_refused(tmp_path):
+    for content in (b"", b"dstplan1", bytes(56), b"dstplan2" + bytes(200)):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(StateError, match="expected a plan"):
+            load_plan(tmp_path / "other")
+    with pytest.raises(StateError, match="No such file"):
+        load_plan(tmp_path / "none")
+    with pytest.raises(StateError, match="file of"):
+        load_plan(tmp_path)
+
+
+def test_instruction_sets(tmp_path, monkeypatch):
+    model = e2enet(0.8)
+    planned(model, 1, tmp_path)
+    for name in ("generic", "torch"):
+        monkeypatch.setenv("DSTLIB_ENGINE", name)
+        assert_same(load_plan(tmp_path / "model.plan"), model, torch.randn(1, 1, 4, 8, 8))
+    monkeypatch.setenv("DSTLIB_ENGINE", "mmx")
+    with pytest.raises(SettingError, match="instruction set of DSTLIB_ENGINE: expected one of this processor, got mmx"):
+        load_plan(tmp_path / "model.plan")
+
+
+def test_threads_share_a_plan(tmp_path):
+    """Each gets the outputs of its own image, whatever the others run at the same time."""
+    model = e2enet(0.8)
+    plan = planned(model, 1, tmp_path)
+    images = [np.random.default_rng(i).standard_normal((1, 1, 4, 8 + 4 * (i % 2), 8), np.float32) for i in range(4)]
+    expected = [plan(image, threads=1) for image in images]
+    same = [False] * len(images)
+
+    def run(number: int) -> None:
+        found = [plan(images[number], threads=2) for _ in range(20)]
+        same[number] = all(np.array_equal(a, b) for each in found for a, b in zip(each, expected[number], strict=True))
+
+    workers = [threading.Thread(target=run, args=(number,)) for number in range(len(images))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(same)
+
+
+WITHOUT_TORCH = """
+import os, sys
+import numpy as np
+from dstlib.runtime import load_plan
+
+plan = load_plan(sys.argv[1])
+image = np.fromfile(sys.argv[2], np.float32).reshape(2, 1, 4, 8, 12)
+outputs = plan(image, threads=2)
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    os._exit(not all(np.array_equal(a, b) for a, b in zip(plan(image, threads=2), outputs)))
+np.concatenate([each.ravel() for each in outputs]).tofile(sys.argv[3])
+heavy = {"torch", "safetensors", "einops", "scipy"} & {name.partition(".")[0] for name in sys.modules}
+assert not heavy, heavy
+"""
+
+
+def test_without_torch_and_from_c(tmp_path):
+    """The same numbers as in this process: by a pool of threads in the place of OpenMP, in a forked process too."""
+    model = e2enet(0.8)
+    plan, image = planned(model, 1, tmp_path), torch.randn(2, 1, 4, 8, 12)
+    assert_same(plan, model, image, threads=2)
+    expected = np.concatenate([each.ravel() for each in plan(image.numpy(), threads=2)])
+    image.numpy().tofile(tmp_path / "image")
+    files = [str(tmp_path / name) for name in ("model.plan", "image", "outputs")]
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *files], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    np.testing.assert_array_equal(np.fromfile(files[2], np.float32), expected)
+
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("needs a C compiler")
+    kernels = library_file()
+    source, include, program = ROOT / "examples" / "run_plan.c", ROOT / "dstlib" / "include", str(tmp_path / "run")
+    options = ["-Wall", "-Werror", "-std=c11", f"-I{include}", f"-Wl,-rpath,{kernels.parent}"]
+    subprocess.run([compiler, *options, source, kernels, "-o", program], check=True)
+    (tmp_path / "outputs").unlink()
+    subprocess.run([program, files[0], files[1], "2", "4", "8", "12", files[2], "2"], check=True)
+    np.testing.assert_array_equal(np.fromfile(files[2], np.float32), expected)
+    refused = subprocess.run([program, files[1], files[1], "2", "4", "8", "12", files[2], "2"], stderr=subprocess.PIPE)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(b"file: expected a plan")
