@@ -528,3 +528,22 @@ def mutate_zip(rng: Random, content: bytes) -> Mutated:
         for member, inner in members:
             archive.writestr(member, inner)
     return buffer.getvalue(), f"archive: {what} {name}"
+
+
+# ---- plans
+
+
+def in_plan(rng: Random, content: bytes) -> Mutated:
+    """Makes a change of what is in a plan, which gets the right size and checksum."""
+    if rng.random() < 0.3:
+        rest, said = mutate_bytes(rng, content[24:])
+    else:
+        body, words = bytearray(content[24:]), 4 * int.from_bytes(content[48:56], "little")
+        fields, behind = 8 * rng.randrange((len(body) - words) // 8), len(body) - 4 - 4 * rng.randrange(words // 4)
+        code, at = rng.choice((("q", fields), ("i", behind)))
+        (old,) = struct.unpack_from(f"<{code}", body, at)
+        most = 2 ** (8 * struct.calcsize(code) - 1) - 1
+        number = rng.choice((old - 1, old + 1, -1, 0, 1, 2, 3, 16, 17, 255, 2**20, 2**31 - 1, most, -most, most // 4))
+        struct.pack_into(f"<{code}", body, at, max(-most, min(number, most)))
+        rest, said = bytes(body), f"has {number} in the place of {old} at {24 + at}"
+    return struct.pack("<8sqII", content[:8], 24 + len(rest), zlib.crc32(rest), 0) + rest, f"sealed: {said}"

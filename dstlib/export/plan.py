@@ -41,6 +41,7 @@ def save_plan(model: nn.Module, example: Tensor, path: str | Path) -> None:
         SettingError: Something else is in it; the first such layer is named, with the reason.
 
     >>> import tempfile
+    >>> import torch
     >>> layer = nn.Conv3d(16, 16, (1, 3, 3), padding=(0, 1, 1))
     >>> with torch.no_grad():
     ...     layer.weight[:, 2:] = 0  # 32 of 256 kernels are left

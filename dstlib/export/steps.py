@@ -94,8 +94,11 @@ def steps_of(model: nn.Module, example: Tensor) -> Steps:
     for name, tensor in original.named_parameters():
         if tensor.dtype != torch.float32 or not tensor.is_cpu:
             _refuse(name, f"{tensor.dtype} on {tensor.device.type}, where a plan has float32 of a CPU")
+    root = deepcopy(original)
+    if type(root).__module__.startswith("torch.nn.") and not isinstance(root, nn.Sequential):
+        root = nn.Sequential(root)  # whose forward is followed, where that of a layer would be taken apart
     try:
-        traced = trace(deepcopy(original), [example], (*SHIFTS, ShiftedGroups))
+        traced = trace(root, [example], (*SHIFTS, ShiftedGroups))
     except Exception as error:  # the forward is anyone's code, which a symbol may break in any way
         _refuse(
             "(model)", f"a forward that cannot be traced: {type(error).__name__}: {error}".partition("\n")[0], error

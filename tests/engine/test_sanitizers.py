@@ -104,6 +104,14 @@ def test_kernels_keep_to_their_memory(watched: Watched, name: str):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+def test_plans_keep_to_their_memory(watched: Watched):
+    """Those of networks and those that were made up; a program in C would have to be built to be watched as well."""
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/export/test_plan.py", "-k", "not from_c"]
+    done, reports = watched.run(command, DSTLIB_ENGINE="generic")
+    assert not reports, reports
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_random_networks_keep_to_their_memory(watched: Watched, path: str):
     """In the fuzzer's first networks and lives; whether their numbers are right is tested elsewhere."""

@@ -7,17 +7,19 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import in_plan
 from torch import nn
 
 import dstlib
 from dstlib.engine.decisions import Decision, Decisions
-from dstlib.errors import InputError, SettingError, StateError
+from dstlib.errors import DstlibError, InputError, SettingError, StateError
 from dstlib.export import remove_dead_channels, save_compact, save_plan
 from dstlib.export.dead_channels import ShiftedGroups
 from dstlib.layers.blocks import Unit
@@ -255,6 +257,24 @@ def test_damaged_files_are_refused(place, tmp_path):
         load_plan(tmp_path / "model.plan")
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_files_that_were_made_up_are_refused_or_run(seed, tmp_path):
+    """Whatever is in them: with the right size and checksum, and maps that are not too large to be computed here."""
+    planned(Network(2, 3, ((1, 3, 3), (1, 2, 2)), bias=True), 2, tmp_path, (2, 4, 4))
+    sound, rng, num_refused = (tmp_path / "model.plan").read_bytes(), Random(seed), 0
+    for _ in range(100):
+        content, _said = in_plan(rng, sound)
+        (tmp_path / "changed").write_bytes(content)
+        try:
+            plan = load_plan(tmp_path / "changed")
+            _, between = plan.measure((1, 2, 2, 4, 4))
+            if between < 2**22:
+                plan(np.ones((1, 2, 2, 4, 4), np.float32), threads=1)
+        except DstlibError:
+            num_refused += 1
+    assert 20 < num_refused < 100
+
+
 def test_what_is_no_plan_is_refused(tmp_path):
     for content in (b"", b"dstplan1", bytes(56), b"dstplan2" + bytes(200)):
         (tmp_path / "other").write_bytes(content)
@@ -315,26 +335,30 @@ assert not heavy, heavy
 """
 
 
-def test_without_torch_and_from_c(tmp_path):
-    """The same numbers as in this process: by a pool of threads in the place of OpenMP, in a forked process too."""
-    model = e2enet(0.8)
-    plan, image = planned(model, 1, tmp_path), torch.randn(2, 1, 4, 8, 12)
-    assert_same(plan, model, image, threads=2)
+def as_files(folder: Path) -> tuple[list[str], np.ndarray]:
+    """The files of a plan, of an image and for its outputs, and what these are in this process."""
+    plan, image = planned(e2enet(0.8), 1, folder), torch.randn(2, 1, 4, 8, 12)
+    image.numpy().tofile(folder / "image")
     expected = np.concatenate([each.ravel() for each in plan(image.numpy(), threads=2)])
-    image.numpy().tofile(tmp_path / "image")
-    files = [str(tmp_path / name) for name in ("model.plan", "image", "outputs")]
+    return [str(folder / name) for name in ("model.plan", "image", "outputs")], expected
+
+
+def test_without_torch(tmp_path):
+    """The same numbers as in this process: by a pool of threads in the place of OpenMP, in a forked process too."""
+    files, expected = as_files(tmp_path)
     subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *files], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     np.testing.assert_array_equal(np.fromfile(files[2], np.float32), expected)
 
+
+def test_from_c(tmp_path):
     if (compiler := shutil.which("cc")) is None:
         pytest.skip("needs a C compiler")
-    kernels = library_file()
+    kernels, (files, expected) = library_file(), as_files(tmp_path)
     source, include, program = ROOT / "examples" / "run_plan.c", ROOT / "dstlib" / "include", str(tmp_path / "run")
     options = ["-Wall", "-Werror", "-std=c11", f"-I{include}", f"-Wl,-rpath,{kernels.parent}"]
     subprocess.run([compiler, *options, source, kernels, "-o", program], check=True)
-    (tmp_path / "outputs").unlink()
     subprocess.run([program, files[0], files[1], "2", "4", "8", "12", files[2], "2"], check=True)
     np.testing.assert_array_equal(np.fromfile(files[2], np.float32), expected)
     refused = subprocess.run([program, files[1], files[1], "2", "4", "8", "12", files[2], "2"], stderr=subprocess.PIPE)
