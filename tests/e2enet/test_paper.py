@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -25,7 +27,7 @@ from dstlib.zoo.e2enet.evaluation.pt_score import Row, pt_scores
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.paper import budget as budgets
 from dstlib.zoo.e2enet.paper import runs as paper_runs
-from dstlib.zoo.e2enet.paper.budget import Budget
+from dstlib.zoo.e2enet.paper.budget import Budget, settled_budget
 from dstlib.zoo.e2enet.paper.command import run_paper
 from dstlib.zoo.e2enet.paper.published import MARKS, TABLES
 from dstlib.zoo.e2enet.paper.runs import FinishedRun, Key, Plan, asked
@@ -77,6 +79,29 @@ def test_printed_pt_scores_follow_from_the_printed_rows(number):
 def plan(tmp_path, **changes):
     settings = {"recipe": HIPPOCAMPUS_RECIPE, "scale": "tiny", "read": read_config, "runs": tmp_path, **changes}
     return Plan(**settings)
+
+
+def test_the_memory_budget_of_a_search_is_that_of_no_other_row(tmp_path):
+    whole = plan(tmp_path, memory_budget=0.5)
+    found = {
+        name: asked(whole, Key(system=SYSTEMS[name], fold="0", seed=0)).memory_budget
+        for name in ("dints-search", "nnunet", "e2enet-0.8")
+    }
+    assert found == {"dints-search": 0.5, "nnunet": None, "e2enet-0.8": None}
+
+
+def test_two_commands_at_once_settle_on_one_budget(tmp_path):
+    measured = []
+
+    def measure():
+        measured.append(len(measured))
+        time.sleep(0.05)  # the other one comes meanwhile
+        return Budget.of(1.0, 0.5 + len(measured), epochs=4)
+
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda _: settled_budget(tmp_path / "nnunet", measure), range(2))
+    assert measured == [0]
+    assert first == second == settled_budget(tmp_path / "nnunet", measure)
 
 
 def test_every_system_is_a_run_of_its_own_at_every_scale_of_every_recipe(tmp_path):
@@ -147,7 +172,10 @@ def test_a_transfer_has_a_quarter_of_the_epochs_and_of_the_budget(tmp_path, monk
     whole = plan(tmp_path, recipe=AMOS_RECIPE, scale="paper", sources={"mri": ()})
     assert asked(whole, key).preset.training.epochs == 250
     timed = replace(whole, cpu_minutes=100.0)
-    found = paper_runs._make_budget(timed, key, SimpleNamespace(of=lambda _: None))
+    found = settled_budget(
+        paper_runs.system_folder(timed, key.system),
+        lambda: paper_runs._measured_budget(timed, key, SimpleNamespace(of=lambda _: None)),
+    )
     assert (found.epochs, found.iterations) == (250, 12)  # 25 minutes are 3000 iterations
     settings = asked(timed, key).preset.training
     assert (settings.epochs, settings.iterations) == (250, 12)
@@ -313,6 +341,15 @@ def test_a_table_is_trained_once_and_continued(data, tmp_path, capsys):
         run(data, tmp_path, *rows, "--geometry", "sform")
     assert files(tmp_path) == before
 
+    result = folder / "nnunet" / "fold0-seed0" / "result.json"
+    content = result.read_bytes()
+    result.write_bytes(content[:-9])
+    with pytest.raises(StateError, match=r"content of result\.json of run .*nnunet"):
+        run(data, tmp_path, *rows, "vnet")
+    assert not (folder / "vnet").exists(), "what is damaged is told before anything is trained"
+    result.write_bytes(content)
+    before = files(tmp_path)
+
     # One run deleted, another stopped before its end: these alone are trained.
     shutil.rmtree(folder / "nnunet" / "fold1-seed0")
     (folder / "e2enet-0.8" / "fold0-seed0" / "result.json").unlink()
@@ -320,9 +357,9 @@ def test_a_table_is_trained_once_and_continued(data, tmp_path, capsys):
     assert [
         line.split("(")[1][0] for line in capsys.readouterr().out.splitlines() if "runs that are missing" in line
     ] == ["1", "2"]
-    for file, time in files(tmp_path).items():
+    for file, when in files(tmp_path).items():
         if file.parent in (folder / "nnunet" / "fold0-seed0", folder / "e2enet-0.8" / "fold1-seed0"):
-            assert time == before[file]
+            assert when == before[file]
 
 
 def test_a_system_that_cannot_be_trained_keeps_no_other_from_running(data, tmp_path, capsys):
@@ -369,6 +406,16 @@ def test_equal_cpu_time_settles_the_iterations_before_the_first(data, tmp_path, 
         (("--table", 1, "--rows", "mri-vnet"), SettingError, "Choose it with --table 6"),
         (("--table", 1, "--rows", "nnunet", "--folds", "7"), SettingError, "fold"),
         (("--table", 1, "--rows", "nnunet", "--folds", "all"), SettingError, "folds that hold out cases, got all"),
+        (("--table", 1, "--rows", "e2enet-0.8", "--width", "nan"), SettingError, "width of the network: .* got nan"),
+        (("--table", 2, "--rows", "unet_plus_plus", "--memory-budget", 2), SettingError, "memory_budget of the search"),
+        (("--figure", 7, "--rows", "nnunet", "pann"), SettingError, "rows of figure 7: expected two or more"),
+        (("--figure", 8, "--rows", "nnunet"), SettingError, "rows of figure 8: expected two or more"),
+        (
+            ("--figure", 6, "--rows", "e2enet-0.8", "nnunet"),
+            SettingError,
+            "rows of figure 6: expected sparse rows, got",
+        ),
+        (("--figure", 11, "--rows", "e2enet-static-0.9"), SettingError, "sparse rows whose masks are updated"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_error(data, tmp_path, arguments, error, match):
@@ -406,6 +453,15 @@ def test_a_table_without_its_data_is_refused(tmp_path):
 
 
 # ---- Table 6
+
+
+def test_a_link_that_cannot_be_made_is_refused_and_leaves_nothing(tmp_path):
+    ct, mri = (small_runs.write_set(tmp_path / name, num_scans=5) for name in ("CT", "MRI"))
+    (tmp_path / "runs" / "sets" / "CT+MRI" / "imagesTr" / "scan_0.nii.gz").mkdir(parents=True)
+    with pytest.raises(StateError, match=r"scan_0\.nii\.gz of folder .*expected a folder in which links can be made"):
+        with_mri(plan(tmp_path / "runs", data=ct, mri=mri))
+    (folder,) = (tmp_path / "runs" / "sets" / "CT+MRI").iterdir()
+    assert [file.name for file in folder.iterdir()] == ["scan_0.nii.gz"]
 
 
 def test_ct_and_mri_together_hold_out_what_mri_alone_does(tmp_path):

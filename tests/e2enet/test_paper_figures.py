@@ -152,6 +152,7 @@ def test_the_diagram_shows_ranks_groups_and_the_distance(draw, num_methods, num_
     (distance,) = named(axes, "distance")
     left, right = distance.get_xdata()
     assert right - left == pytest.approx(min(test.critical_distance, axes.get_xlim()[1] - 1))
+    assert len(named(axes, "beyond")) == (test.critical_distance > axes.get_xlim()[1] - 1), "an arrow where it goes on"
 
 
 def test_methods_that_tie_have_one_bar(draw):
@@ -268,6 +269,18 @@ def test_volumes_dice_and_differences_with_their_standard_errors(draw):
         np.testing.assert_allclose(found, mean, atol=1e-12)
         np.testing.assert_allclose([length for length in lengths if np.isfinite(length)], errors, atol=1e-12)
     assert len(right.containers) == 1, "the reference has no difference to itself"
+
+
+@pytest.mark.parametrize(("smallest", "marks"), [(12, [20, 50, 100]), (0.5, [1, 10, 100])])
+def test_titles_have_room_and_volumes_more_than_one_mark(draw, smallest, marks):
+    volume = [[smallest, 150], [smallest, 150]]
+    scores = {name: scores_of([[0.8, 0.6], [0.7, 0.5]], volume) for name in (LONG, "nnU-Net")}
+    figure = draw(volumes.volumes_and_dice, scores, reference=LONG, title="Two cases")
+    left, _, right = figure.axes
+    assert right.title.get_window_extent().x1 <= figure.bbox.x1
+    low, high = left.get_xlim()
+    shown = [mark for mark in left.get_xticks() if low <= mark <= high]
+    assert shown == [mark for mark in marks if low <= mark <= high]
 
 
 @pytest.mark.parametrize(("num_methods", "num_classes"), [(2, 1), (14, 16)])

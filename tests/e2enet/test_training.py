@@ -208,6 +208,24 @@ def test_the_norm_that_is_clipped_is_of_the_active_weights(begin, monkeypatch):
     assert seen == [12.0] * 6
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the docs"),
+            "got CUDA out of memory",
+        ),
+        (MemoryError(), "got a larger one"),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_memory_is_told(begin, error, told):
+    def save(training):
+        raise error
+
+    with pytest.raises(SettingError, match=f"memory of the training: expected a batch that fits into it, {told}"):
+        go(begin(SETTINGS["dsff"]), save=save)
+
+
 def test_a_loss_that_is_no_number_ends_the_training_and_saves_nothing_more(begin, monkeypatch):
     settings = SETTINGS["dsff"]
     training, saved = begin(settings), []

@@ -20,6 +20,7 @@ from dstlib.report import on_one_line
 from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet.baselines import build_model, check_name
 from dstlib.zoo.e2enet.baselines.architecture import ARCHITECTURE, Architecture
+from dstlib.zoo.e2enet.baselines.segmenter import check_width
 from dstlib.zoo.e2enet.data.layouts.manifest import Geometry
 from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
 from dstlib.zoo.e2enet.evaluation.challenges import challenge_of
@@ -75,6 +76,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         where = "the command line"
         check_name(self.model, self.architecture)
+        check_width(self.width)
         if self.memory_budget is not None:
             check_budget(self.memory_budget)
         remedy = "Leave --run-dir out for a folder named by the date."

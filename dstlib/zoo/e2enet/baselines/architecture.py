@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from dstlib.errors import SettingError, StateError, require, shown
+from dstlib.errors import SettingError, StateError, few, require, shown
 from dstlib.typed_json import read_json
 from dstlib.zoo.e2enet.config import are_counts
 
@@ -139,7 +139,8 @@ def _of_monai(file: Path) -> Architecture:
     table = saved if type(saved) is dict else {}
     codes: list[Any] = [table.get(f"arch_{name}", table.get(name)) for name in ("code_a", "code_c")]
     if not all(isinstance(code, np.ndarray) and code.ndim == 2 for code in codes):
-        raise StateError.of("content", where, allowed=allowed, given=shown(saved), remedy=REMEDY)
+        given = few([*map(str, table)]) or shown(saved)
+        raise StateError.of("content", where, allowed=allowed, given=given, remedy=REMEDY)
     try:
         return Architecture.of(*codes)
     except SettingError as error:

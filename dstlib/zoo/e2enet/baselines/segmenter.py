@@ -38,7 +38,7 @@ class Request:
     architecture: Architecture | None = None
 
     def __post_init__(self) -> None:
-        is_width = isinstance(self.width, int | float) and 0 < self.width < math.inf
+        check_width(self.width)
         is_config, count = isinstance(self.config, E2ENetConfig), "a whole number from 1 up"
         extents = "Give the depth, height and width that the network trains on."
         levels = "Its levels and strides are those of the network it is compared with."
@@ -47,12 +47,6 @@ class Request:
             ("num_classes", are_counts([self.num_classes]), count, "Count the channels of the logits."),
             ("patch_size", is_triple(self.patch_size), "three whole numbers from 1 up", extents),
             ("config", is_config, "an E2ENetConfig", levels),
-            (
-                "width",
-                is_width,
-                "a number above 0",
-                "1 (--width 1) is the published network, 0.5 has half its channels.",
-            ),
         )
         for name, holds, allowed, remedy in checks:
             require(holds, name, "the network", allowed=allowed, given=getattr(self, name), remedy=remedy)
@@ -60,6 +54,17 @@ class Request:
     def channels(self, number: int) -> int:
         """Scales a number of channels of the published network by the width; at least 1 is left."""
         return max(1, round(number * self.width))
+
+
+def check_width(width: float) -> None:
+    """Refuses a factor of channels that is none.
+
+    Raises:
+        SettingError: It is none.
+    """
+    remedy = "1 (--width 1) is the published network, 0.5 has half its channels."
+    is_width = isinstance(width, int | float) and 0 < width < math.inf
+    require(is_width, "width", "the network", allowed="a number above 0", given=width, remedy=remedy)
 
 
 def padded_size(size: Sequence[int], multiple: Triple) -> Triple:

@@ -6,10 +6,13 @@ validation, prediction and scores.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
-from dstlib.files import make_folder, write_json
+from dstlib.errors import StateError
+from dstlib.files import locked, make_folder, write_json
 from dstlib.typed_json import read_json, sealed
 from dstlib.zoo.e2enet.data.dataloading.settings import PatchSettings
 from dstlib.zoo.e2enet.dataset import Dataset
@@ -46,14 +49,26 @@ class Budget:
         return Budget(cpu_minutes=cpu_minutes, seconds_per_iteration=seconds, epochs=total // each, iterations=each)
 
 
-def write_budget(folder: Path, budget: Budget) -> None:
-    """Keeps the budget of a system in the folder of its runs.
+def settled_budget(folder: Path, measure: Callable[[], Budget]) -> Budget:
+    """Returns the budget in the folder of a system's runs; measures it where there is none, and keeps it there.
+
+    Two commands at once settle on one: the second waits for what the first one measures.
 
     Raises:
-        StateError: It cannot be written.
+        StateError: The file is damaged, or cannot be written.
     """
+
+    def refuse(error: OSError) -> NoReturn:
+        allowed, remedy = "a folder to write to", "Choose another one by --runs."
+        raise StateError.of(FILE, f"folder {folder}", allowed=allowed, given=error, remedy=remedy) from error
+
     make_folder(folder)
-    write_json(folder / FILE, sealed(asdict(budget)))
+    with locked(folder, if_held=lambda: None, refuse=refuse):
+        budget = read_budget(folder)
+        if budget is None:
+            budget = measure()
+            write_json(folder / FILE, sealed(asdict(budget)))
+    return budget
 
 
 def read_budget(folder: Path) -> Budget | None:

@@ -78,6 +78,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     option("--width", type=float, metavar="W", help="multiplies the channels of baselines (default: 1; tiny: 0.25)")
     found = "what DiNTS is built by: a finished search or its file (default: a search of its own, by row dints-search)"
     option("--architecture", type=Path, metavar="FILE|RUN", help=found)
+    share = "share of the memory of all paths that row dints-search is to keep to (default: 0.8, as published)"
+    option("--memory-budget", type=float, metavar="SHARE", help=share)
     option("--runs", type=Path, default=Path("runs/paper"), metavar="DIR", help="of all runs (default: %(default)s)")
     return lines
 
@@ -87,7 +89,7 @@ def _span(numbers: Mapping[int, Any]) -> str:
 
 
 def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: ReadConfig) -> Plan:
-    """Returns what all runs of a table or figure have in common; refuses options that no recipe takes, or no budget.
+    """Returns what all runs of a table or figure have in common; refuses what none of them can use.
 
     Raises:
         DstlibError: One of them cannot be used.
@@ -105,11 +107,14 @@ def _plan(recipe: str, options: argparse.Namespace, rest: Sequence[str], read: R
         width=options.width,
         cpu_minutes=options.cpu_minutes,
         architecture=options.architecture,
+        memory_budget=options.memory_budget,
         options=tuple(rest),
     )
     if plan.architecture is not None:
         read_architecture(plan.architecture)  # refused before anything is trained
-    device = read(chosen_recipe, [*SCALES[plan.scale], *rest]).execution.device
+    numbers = (("--width", options.width), ("--memory-budget", options.memory_budget))
+    given = [f"{name}={value}" for name, value in numbers if value is not None]
+    device = read(chosen_recipe, [*SCALES[plan.scale], *given, *rest]).execution.device
     fits = plan.cpu_minutes is None or torch.device(device).type == "cpu"
     allowed, remedy = "a training on the CPU", "Pass --device cpu, or leave out --cpu-minutes."
     require(fits, "--cpu-minutes", "the command line", allowed=allowed, given=f"one on {device}", remedy=remedy)
@@ -132,7 +137,9 @@ def _make_table(number: int, rows: Sequence[System], plan: Plan) -> Mapping[str,
 def _make_figure(number: int, rows: Sequence[System], plan: Plan) -> Mapping[str, str]:
     """Trains what a figure lacks, and draws it; says which systems failed, and why."""
     figure = FIGURES[number]
-    runs, failed = _runs(plan, rows or chosen(figure.systems))
+    systems = rows or chosen(figure.systems)
+    figure.refuse_unfit(systems)
+    runs, failed = _runs(plan, systems)
     folder = plan.folder / "figures"
     make_folder(folder)
     for file in figure.draw(folder, runs):

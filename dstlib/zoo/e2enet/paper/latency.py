@@ -51,7 +51,7 @@ def latencies(
     passes = {
         (system.name, n): run
         for system in systems
-        for n, run in enumerate(_passes(_model(system, network, width, architecture), _sparsity(system), x))
+        for n, run in enumerate(_passes(_model(system, network, width, architecture), system.sparsity, x))
     }
     times: dict[tuple[str, int], list[float]] = {key: [] for key in passes}
     for number in range(rounds + 1):
@@ -96,11 +96,6 @@ def _pass(model: nn.Module, x: Tensor, layout: torch.memory_format) -> Callable[
     laid_out = deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
     image = x.contiguous(memory_format=layout)
     return lambda: laid_out(image)
-
-
-def _sparsity(system: System) -> float:
-    options = system.options
-    return float(options[options.index("--sparsity") + 1]) if "--sparsity" in options else 0.0
 
 
 def columns(found: Mapping[str, float]) -> Mapping[str, Mapping[str, Estimate]]:

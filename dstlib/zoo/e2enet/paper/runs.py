@@ -24,7 +24,7 @@ from dstlib.zoo.e2enet.dataset import Dataset, DataSettings, open_dataset
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
-from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, read_budget, seconds_per_iteration, write_budget
+from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, read_budget, seconds_per_iteration, settled_budget
 from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, SYSTEMS, Source, System, refusal
 from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.run import RunConfig, run_recipe
@@ -75,7 +75,7 @@ class Plan:
     - ``runs``: the folder of all; ``data`` and ``mri`` those of the scans, None for phantoms, or no MRI.
     - ``width``: multiplies the channels of baselines; None for the scale's.
     - ``cpu_minutes``: of training for each run, in the place of the scale's epochs.
-    - ``architecture``: of the row that wants one, in the place of a search.
+    - ``architecture``: of the row that wants one, in the place of a search; ``memory_budget``: of that search.
     - ``options``: further ones of the recipe's command line.
     - ``sources``: the options that take the scans of Table 6, see :func:`.scans.with_mri`.
 
@@ -94,6 +94,7 @@ class Plan:
     width: float | None = None
     cpu_minutes: float | None = None
     architecture: Path | None = None
+    memory_budget: float | None = None
     options: tuple[str, ...] = ()
     sources: Mapping[Source, tuple[str, ...]] = field(default_factory=dict)
 
@@ -204,6 +205,8 @@ def asked(plan: Plan, key: Key, budget: Budget | None = None) -> RunConfig:
     options = [*SCALES[plan.scale], *plan.options, "--model", system.model, *system.options]
     if width is not None and system.model not in ONE_WIDTH:
         options += ["--width", f"{width:g}"]
+    if plan.memory_budget is not None and system.model == "dints_search":
+        options += ["--memory-budget", str(plan.memory_budget)]
     if system.source != "set":
         options += _source_of(plan, system)
     elif plan.data is not None:
@@ -317,11 +320,13 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
     runnable = [system for system in systems if not refusal(system)]
     runnable = [*dict.fromkeys(each for system in runnable for each in (*before(plan, system), system))]
     missing = [key for key in keys(plan, runnable) if not (key.folder(plan) / RESULT).exists()]
-    for key in keys(plan, runnable):
+    # What cannot be used is refused before anything is trained.
+    finished_runs(plan, runnable, sets)
+    for key in missing:
         if (key.folder(plan) / CONFIG).exists():
             _refuse_other_settings(plan, key, config_of(key.folder(plan)))
     for key in {(key.fold, key.system.source): key for key in missing}.values():
-        data = sets.of(key)  # refused before anything is trained
+        data = sets.of(key)
         allowed, remedy = "folds that hold out cases", "Choose some of 0 to 4: scores are those of held-out cases."
         has_any = bool(data.held_out_files)
         require(has_any, "--folds", "the command line", allowed=allowed, given=key.fold, remedy=remedy)
@@ -352,12 +357,12 @@ def train_missing(plan: Plan, systems: Sequence[System], sets: "Sets") -> dict[s
 def _train(plan: Plan, key: Key, sets: "Sets") -> None:
     budget = None
     if plan.cpu_minutes is not None:
-        budget = read_budget(system_folder(plan, key.system)) or _make_budget(plan, key, sets)
+        budget = settled_budget(system_folder(plan, key.system), lambda: _measured_budget(plan, key, sets))
     run_recipe(asked(plan, key, budget))
 
 
-def _make_budget(plan: Plan, key: Key, sets: "Sets") -> Budget:
-    """Measures how long an iteration of a system takes, and keeps what its budget comes to, for all of its runs."""
+def _measured_budget(plan: Plan, key: Key, sets: "Sets") -> Budget:
+    """Measures how long an iteration of a system takes, and returns what its budget comes to."""
     assert plan.cpu_minutes is not None
     config = asked(plan, key)
     minutes = plan.cpu_minutes / (TRANSFER if key.system.base else 1)
@@ -365,7 +370,6 @@ def _make_budget(plan: Plan, key: Key, sets: "Sets") -> Budget:
     budget = Budget.of(minutes, seconds, epochs=config.preset.training.epochs)
     total = budget.epochs * budget.iterations
     print(f"{seconds:.3f} CPU s an iteration, so {total} iterations in {minutes:g} CPU min.", flush=True)
-    write_budget(system_folder(plan, key.system), budget)
     return budget
 
 

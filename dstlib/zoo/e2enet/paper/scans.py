@@ -1,11 +1,13 @@
 """The scans of Table 6: CT, MRI and both together, as data sets that the ordinary command trains on."""
 
 import json
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dstlib.errors import DataError, require
+from dstlib.errors import DataError, StateError, require
 from dstlib.files import make_folder, write_json, write_whole
 from dstlib.zoo.e2enet.data.layouts.amos import AmosModality, only_modality
 from dstlib.zoo.e2enet.data.layouts.detect import read_manifest
@@ -107,8 +109,18 @@ def _link(folder: Path, like: Manifest, cases: Mapping[str, CaseFiles]) -> Path:
 
 
 def _point(link: Path, file: Path) -> None:
-    """Makes a link to a file, in the place of one that points elsewhere."""
+    """Makes a link to a file, in one step in the place of one that points elsewhere: others may read the set.
+
+    Raises:
+        StateError: It cannot be made.
+    """
     if link.is_symlink() and link.readlink() == file:
         return
-    link.unlink(missing_ok=True)
-    link.symlink_to(file)
+    temporary = link.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.symlink_to(file)
+        os.replace(temporary, link)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        allowed, remedy = "a folder in which links can be made", "Choose another one by --runs."
+        raise StateError.of(link.name, f"folder {link.parent}", allowed=allowed, given=error, remedy=remedy) from error

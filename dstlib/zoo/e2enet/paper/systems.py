@@ -40,6 +40,16 @@ class System:
     search: str = ""
     reason: str = ""
 
+    @property
+    def sparsity(self) -> float:
+        """That of the fusion's connections; 0 of a dense network."""
+        return float(self.options[self.options.index("--sparsity") + 1]) if "--sparsity" in self.options else 0.0
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether its masks are updated."""
+        return self.sparsity > 0 and not {"static", "--freeze-topology"} & {*self.options}
+
     def changed(self, network: E2ENetConfig) -> E2ENetConfig:
         """Returns a network with the changes of the system."""
         return replace(network, **self.network)  # type: ignore[arg-type]

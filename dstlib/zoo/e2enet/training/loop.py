@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dstlib.errors import DstlibError
+from dstlib.bounds import is_out_of_memory
+from dstlib.errors import DstlibError, SettingError
 from dstlib.workers import loader_deaths
 from dstlib.zoo.e2enet.data.cases import Case
 from dstlib.zoo.e2enet.data.dataloading.dataloader import Batch, batches
@@ -47,7 +48,7 @@ def train(
     alike, is a function of the seed and ``i`` alone, so a training that is continued meets the same.
 
     Raises:
-        DstlibError: The loss is not a finite number. Nothing is saved then.
+        DstlibError: The loss is not a finite number, or memory is out. Nothing is saved then.
     """
     settings, ranks = training.settings, training.ranks
     network, total = None, settings.num_iterations
@@ -55,7 +56,7 @@ def train(
         training.count_flows()
     drawn, start = _drawn(training, cases, patches), training.iteration
     bar = tqdm(total=total, initial=start, desc="train", unit="it", mininterval=1.0, disable=not ranks.leads)
-    with bar, loader_deaths():
+    with bar, loader_deaths(), _memory_told():
         for (images, labels), for_search in drawn:
             if network is None:
                 network = parallel(training, _on_device(images, training))
@@ -71,6 +72,19 @@ def train(
                 save(training)
                 return False
     return True
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """Tells in our words what torch says where a batch does not fit into memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        allowed, given = "a batch that fits into it", str(error).partition("\n")[0].rstrip(".") or "a larger one"
+        remedy = "Choose a smaller --patch-size or --batch-size, or a narrower network."
+        raise SettingError.of("memory", "the training", allowed=allowed, given=given, remedy=remedy) from error
 
 
 def _drawn(training: Training, cases: Sequence[Case], patches: PatchSettings) -> Iterator[tuple[Batch, Batch | None]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import friedmanchisquare
 
-from dstlib.errors import DataError, few
+from dstlib.errors import DataError, few, number_of
 from dstlib.zoo.e2enet.data.scans.nifti import read_label
 from dstlib.zoo.e2enet.evaluation.figures import learning_curve
 from dstlib.zoo.e2enet.evaluation.pt_score import Row, nemenyi
@@ -54,7 +54,8 @@ def draw_ranks(number: int, folder: Path, runs: Sequence[FinishedRun]) -> tuple[
     """Draws figure 7 over the cases that every system has a score of."""
     found = case_scores(_matched(number, runs))
     _refuse_no_case(number, found.cases)
-    told = f"Average rank over {len(found.cases)} cases; a bar joins those that do not differ at p = {LEVEL:g}"
+    over = number_of(len(found.cases), "case")
+    told = f"Average rank over {over}; a bar joins those that do not differ at p = {LEVEL:g}"
     if len(found.systems) > 2 and np.ptp(found.scores, axis=1).any():
         told += f" (Friedman's test of all: p = {friedmanchisquare(*found.scores.T).pvalue:.2g})"
     names = [SYSTEMS[name].title for name in found.systems]
@@ -120,8 +121,8 @@ def draw_volumes(number: int, folder: Path, runs: Sequence[FinishedRun]) -> tupl
     scores = _scores(number, _matched(number, runs))
     reference = SYSTEMS[REFERENCE].title
     first = next(iter(scores))
-    num_cases = len(scores[first].cases)
-    title = f"{runs[0].config.data.name}, {num_cases} cases: mean over the cases, and one standard error to each side"
+    cases = number_of(len(scores[first].cases), "case")
+    title = f"{runs[0].config.data.name}, {cases}: mean over the cases, and one standard error to each side"
     file = _file(number, folder)
     volumes_and_dice(file, scores, reference=reference if reference in scores else first, title=title)
     return (file,)

@@ -6,6 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from dstlib.errors import require
+from dstlib.zoo.e2enet.paper.systems import System, refusal
+
 if TYPE_CHECKING:
     from dstlib.zoo.e2enet.paper.runs import FinishedRun
 
@@ -27,6 +30,23 @@ class Figure:
     systems: tuple[str, ...]
     kind: Kind
     num_cases: int = 0
+
+    def refuse_unfit(self, systems: Sequence[System]) -> None:
+        """Refuses systems that it cannot be drawn of, before any is trained.
+
+        Raises:
+            SettingError: They are too few to compare, or none of their masks are such as it shows.
+        """
+        where, given = f"figure {self.number}", ", ".join(system.name for system in systems)
+        if self.kind in ("flows", "updates"):
+            is_fit = all(system.has_updates if self.kind == "updates" else system.sparsity for system in systems)
+            allowed = "sparse rows whose masks are updated" if self.kind == "updates" else "sparse rows"
+            remedy = "Leave the others out by --rows."
+        else:
+            number = sum(not refusal(system) for system in systems)
+            is_fit = number > 1 or (self.kind == "trade-off" and number == 0)  # the paper's rows alone
+            allowed, remedy = "two or more that can be run", "Name others by --rows."
+        require(is_fit, "rows", where, allowed=allowed, given=given, remedy=remedy)
 
     def draw(self, folder: Path, runs: Sequence["FinishedRun"]) -> tuple[Path, ...]:
         """Draws it of finished runs, and returns the files that were written into the folder.

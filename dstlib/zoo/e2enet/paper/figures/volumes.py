@@ -40,9 +40,10 @@ def volumes_and_dice(path: Path, scores: Mapping[str, Evaluation], *, reference:
         places = np.arange(len(order))
         left.errorbar(volume[order], places, xerr=volume_error[order], fmt="o", color=INK, markersize=6, label="volume")
         left.hlines(places, 0, 1, transform=left.get_yaxis_transform(), color=FAINT, linestyle=":", zorder=0)
-        if np.nanmax(volume, initial=0) > 10 * np.nanmin(volume, initial=np.inf):
+        span = np.nanmax(volume, initial=0) / np.nanmin(volume, initial=np.inf)
+        if span > 10:
             left.set_xscale("log")
-            left.xaxis.set_major_locator(LogLocator(numticks=5))
+            left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1,), numticks=5))
             left.xaxis.set_minor_formatter(NullFormatter())
         else:
             left.xaxis.set_major_locator(MaxNLocator(4))
@@ -55,7 +56,7 @@ def volumes_and_dice(path: Path, scores: Mapping[str, Evaluation], *, reference:
         differences = {name: 100 * (scores[name].dice - first.dice)[:, order] for name in others}
         right.axvline(0, color="#555555", linewidth=1)
         _draw_points(right, differences, look, len(others))
-        right.set_title(label(f"Dice minus that of {reference}, points", width=44))
+        right.set_title(label(f"Dice minus that of {reference}, points", width=32))
         for axes in (middle, right):
             axes.hlines(places[:-1] + 0.5, 0, 1, transform=axes.get_yaxis_transform(), color=FAINT, linewidth=0.8)
             axes.tick_params(axis="y", length=0)
