@@ -19,7 +19,7 @@ from dstlib.methods.method import Method
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.update import score_units
 
-TILE = 2**21  # entries that are made dense together
+TILE = 2**18  # entries that are made dense together: few enough to stay in a cache, and to be memory used again
 _OF_ENTRIES = (masking.magnitude, masking.magnitude_l2, masking.gradient, masking.saliency)  # by themselves alone
 _ROW_BY_ROW = (
     masking.Element,
