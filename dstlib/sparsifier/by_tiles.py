@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dstlib import masking
-from dstlib.masking import Site
+from dstlib.masking import Granularity, Site
 from dstlib.masking.update import take_units
 from dstlib.methods.method import Method
 from dstlib.sparsifier.plan import Plan
@@ -62,10 +62,15 @@ def goes_by_tiles(method: Method) -> bool:
     return (
         method.drop in _OF_ENTRIES
         and method.grow in grows
-        and isinstance(method.granularity, _ROW_BY_ROW)
+        and is_row_by_row(method.granularity)
         and method.grown_init is masking.zeros
         and (method.allocate, method.prune, method.early_stop) == (None, None, None)
     )
+
+
+def is_row_by_row(granularity: Granularity) -> bool:
+    """Tells whether units, or groups of them, lie within a few rows, one after the other."""
+    return isinstance(granularity, _ROW_BY_ROW)
 
 
 def update_by_tiles(matrix: Matrix, plan: Plan, step: int) -> Tensor:
@@ -79,6 +84,29 @@ def update_by_tiles(matrix: Matrix, plan: Plan, step: int) -> Tensor:
     if num_groups > 1:
         return torch.cat([_of_whole_groups(tiles, first, site) for first, site in tiles.sites(with_gradient=True)])
     return _places_of(tiles, _of_one_group(tiles, num_units))
+
+
+def draw_by_tiles(name: str, size: tuple[int, int], plan: Plan) -> Tensor:
+    """Returns the places of a first mask that chance alone chooses, in rising order.
+
+    Those of a mask that is drawn at once: the numbers come in the same order, and the highest are taken.
+    """
+    nothing = torch.empty(0)
+    tiles = _Tiles(Matrix(name, size, nothing.long(), nothing, None), plan, 0)
+    num_groups, num_units, _ = masking.folded_shape(plan.method.granularity, size)
+    num_target, columns = plan.num_target(name, num_units, 0), size[1]
+    if num_groups == 1:
+        best, unit = _Best(num_target), 0
+        for _, site in tiles.sites(with_gradient=False):
+            score_U = score_units(site, masking.random(site), plan)[0]
+            best.see(score_U, unit)
+            unit += len(score_U)
+        return _places_of(tiles, best.take()[0])
+    places = []
+    for first, site in tiles.sites(with_gradient=False):
+        mask = masking.best_units(masking.random(site), plan.method.granularity, num_target)
+        places.append(mask.flatten().nonzero().flatten() + first * columns)
+    return torch.cat(places)
 
 
 @dataclass(frozen=True)

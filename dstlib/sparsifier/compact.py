@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dstlib import masking
 from dstlib.errors import SelectionError, SettingError, StateError
 from dstlib.masking import AtInit, InTurn
 from dstlib.methods.method import GrownState, Method
-from dstlib.sparsifier.by_tiles import Matrix, goes_by_tiles, update_by_tiles
+from dstlib.sparsifier.by_tiles import Matrix, draw_by_tiles, goes_by_tiles, is_row_by_row, update_by_tiles
 from dstlib.sparsifier.optimizer_state import Kept, momentum_of
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.start import start_masks
@@ -125,7 +126,7 @@ def compact_weights(
     """
     from dstlib.engine.layers.compact_linear import make_compact  # not before it is asked for: it loads the engine
 
-    model, given = unwrap(model), plan.given
+    model = unwrap(model)
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
     num_owners = _num_owners(model)
     weights = {id(weight.parameter): weight for weight in plan.weights}
@@ -149,14 +150,44 @@ def compact_weights(
                 reasons[weight.name] = "it is shared by several modules"
                 continue
             _check_unstepped(weight, optimizers)
-            started = MaskedWeight(weight, torch.ones_like(parameter, dtype=torch.bool, requires_grad=False))
-            started.is_output = None if plan.outputs is None else weight.name in plan.outputs
-            plan = replace(start_masks([started], plan, lambda m: ()), given=given)
+            started, places = _drawn(weight, plan) or _started(weight, plan)
             assert isinstance(module, nn.Linear)
             started.weight = weights[identity] = replace(weight, compact_of=parameter.shape)
-            made[identity] = CompactWeight(started, make_compact(module, started.mask))
+            made[identity] = CompactWeight(started, make_compact(module, places))
     now = tuple(weights[id(weight.parameter)] for weight in plan.weights)
     return replace(plan, weights=now), [made[i] for i in weights if i in made], reasons
+
+
+def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
+    """Returns a fresh weight as it starts, and the places of a first mask by chance, without a mask of all of it.
+
+    None where something else decides, or may: zeros that are there, masks that were given, a class without a weight.
+    """
+    method, parameter = plan.method, weight.parameter.detach()
+    is_fresh = plan.given is None and plan.init_scale is None and int(parameter.count_nonzero()) == parameter.numel()
+    if not is_fresh or method.init is not masking.random or not is_row_by_row(method.granularity):
+        return None
+    if plan.outputs is not None and weight.name in plan.outputs:
+        return None
+    outputs, inputs = weight.shape
+    spans = [view.rows or (0, outputs) for view in weight.views]
+    drawn = [
+        draw_by_tiles(view.name, (last - first, inputs), plan) + first * inputs
+        for view, (first, last) in zip(weight.views, spans, strict=True)
+    ]
+    places = torch.cat(drawn).to(parameter.device)
+    started = MaskedWeight(weight, torch.empty(0, dtype=torch.bool))
+    started.is_output = None if plan.outputs is None else False
+    started.is_to_fill = started.is_output is None and len(places) < parameter.numel()
+    return started, places
+
+
+def _started(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor]:
+    """Returns a weight as masked storage starts it, and the places of its first mask."""
+    started = MaskedWeight(weight, torch.ones_like(weight.parameter, dtype=torch.bool, requires_grad=False))
+    started.is_output = None if plan.outputs is None else weight.name in plan.outputs
+    start_masks([started], plan, lambda m: ())
+    return started, _places(started.mask)
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class CompactLinear(nn.Linear):
     ``wants_passes`` is asked in each pass that autograd records: whether inputs and output gradients are to stay in
     ``passes`` until they are taken, for whoever wants to know the gradients of weights that do not exist.
 
-    >>> layer = make_compact(nn.Linear(64, 32), torch.rand(32, 64) < 0.1)
+    >>> layer = make_compact(nn.Linear(64, 32), (torch.rand(32, 64) < 0.1).flatten().nonzero().flatten())
     >>> layer(torch.zeros(5, 64)).shape, layer.weight.numel() == layer.pattern.num_active
     (torch.Size([5, 32]), True)
     """
@@ -149,14 +149,15 @@ class CompactLinear(nn.Linear):
         return {**vars(self), "wants_passes": None, "passes": []}
 
 
-def make_compact(layer: nn.Linear, mask: Tensor) -> CompactLinear:
-    """Gives a linear layer, in place, the form that holds its active weights alone; ``mask`` (O, I) says which.
+def make_compact(layer: nn.Linear, places: Tensor) -> CompactLinear:
+    """Gives a linear layer, in place, the form that holds its active weights alone.
 
-    The parameter ``weight`` stays the same object, its values become (A).
+    ``places`` (A) are where in the flattened matrix these lie, in rising order. The parameter ``weight`` stays the same
+    object, its values become (A).
     """
     made = become(layer, CompactLinear)
     made.wants_passes, made.passes = None, []
-    pattern = made.pattern_of(mask.flatten().nonzero().flatten())
+    pattern = made.pattern_of(places)
     made.hold(pattern, made.weight.detach().flatten()[pattern.places()])
     return made
 
