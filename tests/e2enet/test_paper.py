@@ -288,6 +288,12 @@ def test_a_table_says_which_runs_are_missing_and_which_cases_have_no_score(tmp_p
 # ---- the command
 
 
+@pytest.fixture(autouse=True)
+def _runs_without_pictures(monkeypatch):
+    """Leaves out the figures of single runs, which take most of the time and are in no table."""
+    monkeypatch.setattr("dstlib.zoo.e2enet.report._draw", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return small_runs.write_set(tmp_path_factory.mktemp("paper") / "Small")
