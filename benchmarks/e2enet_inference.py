@@ -5,7 +5,8 @@
     python benchmarks/e2enet_inference.py --sizes 64 --memory      # the peak memory of each network too
 
 The networks are the paper's for AMOS, of random weights, with only the finest head. The sparse ones have the first
-masks of DSFF in their fusion nodes, encoder and heads stay dense. Dense E2ENet and nnU-Net (its PlainConvUNet, of the
+masks of DSFF in their fusion nodes, encoder and heads stay dense; each runs by `accelerate`, and as the plan that
+`save_plan` writes, which knows no Python between the layers. Dense E2ENet and nnU-Net (its PlainConvUNet, of the
 extra "medical") run in torch, with channels first and last in memory; what counts is the faster. Columns:
 
     × dense     milliseconds of the faster dense E2ENet over those of the row
@@ -17,9 +18,11 @@ decided which layers run on the engine; the plain form there pays for changing t
 every row takes its turn.
 """
 
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +32,9 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib.engine import Decisions, accelerate
+from dstlib.export import save_plan
 from dstlib.report import align
+from dstlib.runtime import load_plan
 from dstlib.zoo.e2enet import E2ENet
 
 HEADER = ("image", "network", "× dense", "× nnU-Net", "ms", "peak memory, MiB")
@@ -65,9 +70,11 @@ def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> l
     for sparsity in sparsities:
         name = f"E2ENet, engine, sparsity {sparsity:g}"
         progress(f"{size}³: deciding on the layers at sparsity {sparsity:g}")
-        fast = accelerate(sparse(size, sparsity), x)
+        model = sparse(size, sparsity)
+        fast = accelerate(model, x)
         decisions[name] = fast.decisions
         actions[name] = run(fast, x)
+        actions[f"E2ENet, plan, sparsity {sparsity:g}"] = run_plan(model, x)
     progress(f"{size}³: measuring")
     times = medians(actions, repeats)
     best = {kind: min(times[f"{kind}, channels {name}"] for name in FORMATS) for kind in ("E2ENet", "nnU-Net")}
@@ -88,6 +95,14 @@ def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> l
 def run(model: nn.Module, x: Tensor) -> Action:
     """A forward pass without gradients."""
     return torch.no_grad()(lambda: model(x))
+
+
+def run_plan(model: nn.Module, x: Tensor) -> Action:
+    """A forward pass of the model as a plan, by as many threads as torch takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_plan(model, x, Path(folder) / "model.plan")
+        plan = load_plan(Path(folder) / "model.plan")
+    return lambda: plan(x.numpy(), threads=torch.get_num_threads())
 
 
 def plain(build: Callable[[int], nn.Module], size: int) -> nn.Module:
@@ -121,6 +136,8 @@ def alone(name: str, size: int, decisions: Decisions | None) -> Action:
     x, word = torch.randn(1, 1, size, size, size), name.split()[-1]
     if decisions is not None:
         return run(accelerate(sparse(size, float(word)), x, decisions=decisions), x)
+    if name.startswith("E2ENet, plan"):
+        return run_plan(sparse(size, float(word)), x)
     return run(*in_format(plain(e2enet if name.startswith("E2ENet") else nnunet, size), x, word))
 
 

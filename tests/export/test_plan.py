@@ -102,6 +102,25 @@ class Network(nn.Module):
         return self.pool(self.last(self.shift(torch.cat([fine, self.relu(x), fine], dim=1)))), self.relu(fine)
 
 
+def hand_made() -> Network:
+    """A network whose weights are no random numbers, and some kernels zero."""
+    model = Network(2, 3, ((1, 3, 3), (1, 2, 2)), bias=True).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) % 7 / 4 - 0.75)
+        model.first.conv.weight[1] = model.up.weight[:, 2] = model.last.weight[:, 4] = 0
+    return model
+
+
+def test_files_are_as_they_were(tmp_path):
+    """Those of version 1 are written and read as in this file, which was made when there was no other."""
+    plan = planned(hand_made(), 2, tmp_path, (2, 4, 4))
+    file = Path(__file__).with_name("plan_1.plan")
+    assert (tmp_path / "model.plan").read_bytes() == file.read_bytes()
+    for each in (plan, load_plan(file)):
+        assert_same(each, hand_made(), torch.linspace(-1, 1, 128).reshape(2, 2, 2, 4, 4))
+
+
 @torch.no_grad()
 def test_the_numbers_are_those_of_the_engine(tmp_path):
     """Bit for bit, where all layers run on it: the steps become the very calls that it makes."""
