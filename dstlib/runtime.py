@@ -43,7 +43,8 @@ class Plan:
         native = _native()
         self._handle, self._where = handle, where
         self._lock = threading.Lock()
-        self._last: tuple[int, ...] = ()  # the size whose memory is kept
+        # the size whose memory is kept, and the shapes of its outputs
+        self._last: tuple[tuple[int, ...], list[tuple[int, ...]]] = (), []
         self.num_channels: int = native.dstlib_num_channels(handle)  # of images
         self.num_outputs: int = native.dstlib_num_outputs(handle)
         weakref.finalize(self, native.dstlib_close, handle)
@@ -66,16 +67,17 @@ class Plan:
             raise InputError.of("image", "a plan", allowed=allowed, given=given, remedy="Pass what the model takes.")
         size = _Size(*image.shape)
         with self._lock:
-            outputs = self._empty(image.shape)
+            shapes = self._checked(image.shape)
+            outputs = [np.empty(each, np.float32) for each in shapes]
             image = np.ascontiguousarray(image)
             addresses = (c_void_p * len(outputs))(*(each.ctypes.data for each in outputs))
             refusal = _Refusal()
-            self._last = ()
+            self._last = (), []
             if _native().dstlib_run(
                 self._handle, byref(size), image.ctypes.data, addresses, min(threads, 1024), byref(refusal)
             ):
                 _refuse(refusal, "a plan", StateError, "Pass smaller images, or fewer at a time.")
-            self._last = image.shape
+            self._last = image.shape, shapes
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def measure(self, shape: Sequence[int]) -> tuple[list[tuple[int, ...]], int]:
@@ -89,12 +91,14 @@ class Plan:
             _refuse(refusal, "a plan", InputError, "Pass what the model takes.")
         return [tuple(getattr(each, axis) for axis in "ncdhw") for each in sizes], between.value
 
-    def _empty(self, shape: tuple[int, ...]) -> list[Array]:
-        """Returns arrays for the outputs, where there is memory for them, and for what is between the layers."""
-        shapes, between = self.measure(shape)
-        num_bytes = 4 * sum(map(prod, shapes)) + (0 if shape == self._last else between)
-        require_memory(num_bytes, "maps", self._where, remedy="Pass smaller images, or fewer at a time.")
-        return [np.empty(each, np.float32) for each in shapes]
+    def _checked(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Returns the shapes of the outputs, where there is memory for them, and for what is between the layers."""
+        last, shapes = self._last
+        if shape != last:
+            shapes, between = self.measure(shape)
+            num_bytes = 4 * sum(map(prod, shapes)) + between
+            require_memory(num_bytes, "maps", self._where, remedy="Pass smaller images, or fewer at a time.")
+        return shapes
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -210,7 +210,10 @@ class _Reader:
             _refuse(_name(node), f"a leaky ReLU with the slope {slope}")
         before = node.args[0]
         assert isinstance(before, fx.Node), "of which there is a value"
-        if layer.inplace and (len(before.users) > 1 or before.op != "call_module"):
+        is_its_own = (
+            before.op == "call_module" and type(self._root.get_submodule(str(before.target))) is not nn.Identity
+        )
+        if layer.inplace and not (is_its_own and len(before.users) == 1):
             _refuse(_name(node), "an activation in place of what others read")
         return tuple(replace(part, view=replace(part.view, slope=slope * part.view.slope)) for part in value)
 

@@ -165,6 +165,21 @@ def test_what_has_no_zeros_takes_the_room_of_its_weights(tmp_path):
     assert sizes[0.9][0] < 0.8 * sizes[0.0][0]
 
 
+def test_norms_without_weights_and_maps_that_are_read_in_two_ways(tmp_path):
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv3d(2, 3, **FLAT), nn.InstanceNorm3d(3), nn.Conv3d(6, 2, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.head(torch.cat([y, self.norm(y)], dim=1)), y
+
+    torch.manual_seed(0)
+    model = Both().eval()
+    assert_same(planned(model, 2, tmp_path), model, torch.randn(2, 2, 3, 6, 5))
+
+
 def test_layers_that_are_called_twice_are_stored_once(tmp_path):
     layer = nn.Conv3d(16, 16, **FLAT)
     once, twice = nn.Sequential(layer), nn.Sequential(layer, nn.ReLU(), layer)
@@ -213,21 +228,23 @@ def test_what_a_plan_does_not_hold_is_refused_by_name(layer, given, tmp_path):
 
 
 class Residual(nn.Module):
-    """Adds what it makes to what it gets."""
+    """Adds what it makes to what it gets, or changes in place what is read again, itself or as another name of it."""
 
-    def __init__(self, in_place: bool = False) -> None:
+    def __init__(self, in_place: str = "") -> None:
         super().__init__()
-        self.conv, self.relu, self.in_place = nn.Conv3d(4, 4, 1), nn.ReLU(inplace=True), in_place
+        self.conv, self.relu, self.same, self.in_place = nn.Conv3d(4, 4, 1), nn.ReLU(True), nn.Identity(), in_place
 
     def forward(self, x):
         y = self.conv(x)
-        return torch.cat([y, self.relu(y)], dim=1) if self.in_place else x + y
+        z = self.same(y) if self.in_place == "same" else y
+        return torch.cat([y, self.relu(z)], dim=1) if self.in_place else x + y
 
 
 def test_operations_are_refused_with_the_layer_they_stand_in(tmp_path):
-    for layer, reason in ((Residual(), "got add()"), (Residual(in_place=True), "in place of what others read")):
+    in_place = "in place of what others read"
+    for how, reason in (("", "got add()"), ("itself", in_place), ("same", in_place)):
         with pytest.raises(SettingError, match="layer '1") as refused:
-            save_plan(nn.Sequential(nn.Identity(), layer), torch.rand(1, 4, 2, 2, 2), tmp_path / "model.plan")
+            save_plan(nn.Sequential(nn.Identity(), Residual(how)), torch.rand(1, 4, 2, 2, 2), tmp_path / "model.plan")
         assert reason in str(refused.value)
     hooked = nn.Sequential(nn.Conv3d(4, 4, 1))
     hooked[0].register_forward_hook(lambda *_: None)
