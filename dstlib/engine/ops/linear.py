@@ -195,6 +195,7 @@ def call_kernel(
     bias: Tensor | None,
     pattern: Tensors,
 ) -> None:
+    """Calls a kernel of sparse linear layers on two matrices of as many rows, and ``values`` in the pattern's order."""
     (x, y), part_ptr, num_cols = matrices, pattern[3], pattern[0].numel()
     bias = None if bias is None else bias.contiguous()
     sizes = y.shape[1], x.shape[1], values.numel() // num_cols if num_cols else 1, num_cols, part_ptr.numel() - 1
