@@ -279,7 +279,7 @@ class _Best:
         self._units.append(at + first)
         self._scores.append(score_U[at])
         self._num_held += len(at)
-        if self._num_held > 2 * self._num:
+        if self._num_held > self._num + self._num // 4:
             self.take()
 
     def take(self) -> tuple[Tensor, Tensor]:

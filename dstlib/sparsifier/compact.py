@@ -161,10 +161,12 @@ def compact_weights(
 def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
     """Returns a fresh weight as it starts, and the places of a first mask by chance, without a mask of all of it.
 
-    None where something else decides, or may: zeros that are there, masks that were given, a class without a weight.
+    None where something else decides, or may: zeros that are there (one of 2²⁴ numbers is 0 by chance), masks that were
+    given, a class without a weight.
     """
     method, parameter = plan.method, weight.parameter.detach()
-    is_fresh = plan.given is None and plan.init_scale is None and int(parameter.count_nonzero()) == parameter.numel()
+    num_nonzero = int(parameter.count_nonzero())
+    is_fresh = plan.given is None and plan.init_scale is None and 2 * num_nonzero > parameter.numel()
     if not is_fresh or method.init is not masking.random or not is_row_by_row(method.granularity):
         return None
     if plan.outputs is not None and weight.name in plan.outputs:
@@ -176,6 +178,8 @@ def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
         for view, (first, last) in zip(weight.views, spans, strict=True)
     ]
     places = torch.cat(drawn).to(parameter.device)
+    if len(places) >= num_nonzero:  # there is room for all that is not zero, where it is
+        return None
     started = MaskedWeight(weight, torch.empty(0, dtype=torch.bool))
     started.is_output = None if plan.outputs is None else False
     started.is_to_fill = started.is_output is None and len(places) < parameter.numel()
@@ -225,7 +229,7 @@ def update_compact(
     gradient = None if grad is None else _Gradient(m, grad, average)
     if goes_by_tiles(plan.method) and not observers:
         places = _updated_by_tiles(m, plan, step, gradient)
-        if not m.is_output or len(places.div(m.shape[1], rounding_mode="floor").unique()) == m.shape[0]:
+        if not m.is_output or _has_all_outputs(m, places):
             return _take_over(m, places, None, gradient, states, plan.method.grown_state)
     dense = _as_masked(m)
     whole = None if gradient is None else gradient.of_rows(0, m.shape[0])
@@ -246,9 +250,17 @@ def fill_compact(
     average: Average,
 ) -> bool:
     """Gives outputs that the first mask has left without a weight one each; returns whether there were any."""
+    if _has_all_outputs(m, m.layer.pattern.places()):
+        return False
     dense, gradient = _as_masked(m), _Gradient(m, grad, average)
     fill_first_masks(dense, gradient.of_rows(0, m.shape[0]), plan, step=m.step + 1, observers=observers)
     return _take_over(m, _places(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
+
+
+def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
+    """Whether each output has one of the weights at these places."""
+    has_one = torch.zeros(m.shape[0], dtype=torch.bool, device=places.device)
+    return bool(has_one.index_fill_(0, places.div(m.shape[1], rounding_mode="floor"), True).all())
 
 
 class _Gradient:
@@ -290,6 +302,7 @@ def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradie
     outputs, inputs = m.shape
     places, order = m.layer.pattern.places().sort()
     values, found = m.parameter.detach()[order], []
+    del order  # of all that is as long as the weight, as little as can be at a time
     for view in m.weight.views:
         first, last = view.rows or (0, outputs)
         ends = torch.tensor([first, last], device=places.device) * inputs
