@@ -152,7 +152,9 @@ def test_the_diagram_shows_ranks_groups_and_the_distance(draw, num_methods, num_
     (distance,) = named(axes, "distance")
     left, right = distance.get_xdata()
     assert right - left == pytest.approx(min(test.critical_distance, axes.get_xlim()[1] - 1))
-    assert len(named(axes, "beyond")) == (test.critical_distance > axes.get_xlim()[1] - 1), "an arrow where it goes on"
+    arrows = [arrow.get_marker() for arrow in named(axes, "beyond")]
+    goes_on = test.critical_distance > axes.get_xlim()[1] - 1
+    assert arrows == ([">"] if goes_on else [])
 
 
 def test_methods_that_tie_have_one_bar(draw):
@@ -229,6 +231,12 @@ def test_learning_curves_without_any_validation_have_one_row(draw):
     assert len(figure.axes) == 1
     styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines}
     assert len(styles) == 14
+
+
+def test_epochs_are_whole_though_there_is_one_alone(draw):
+    figure = draw(learning.learning_curves, {"methods": {name: [metrics(1, 1.0)] for name in NAMES[:2]}})
+    low, high = figure.axes[-1].get_xlim()
+    assert [tick for tick in figure.axes[-1].get_xticks() if low <= tick <= high] == [1]
 
 
 @pytest.mark.parametrize("runs", [[], [[]], [metrics(3, 1.0), metrics(4, 1.0)]])

@@ -75,7 +75,7 @@ def _draw_distance(axes: Axes, distance: float) -> None:
     for end in (1.0, shown) if shown == 1 + distance else (1.0,):
         axes.plot([end, end], [0.44, 0.56], color=ACCENT, linewidth=1.5)
     if shown < 1 + distance:
-        axes.plot([shown], [0.5], marker=4, color=ACCENT, markersize=8, clip_on=False, gid="beyond")  # a caret, right
+        axes.plot([shown], [0.5], marker=">", color=ACCENT, markersize=7, clip_on=False, gid="beyond")
     axes.text(1, 0.6, f"critical distance {distance:.2f}", color=ACCENT, fontsize=9, va="bottom")
     axes.set_xlim(left, right)
 

@@ -44,7 +44,7 @@ def learning_curves(path: Path, panels: Mapping[str, Mapping[str, Sequence[Metri
             column[0].set_title(title, parse_math=False)
             column[-1].set_xlabel("epoch")
             column[-1].margins(x=0.01)
-            column[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+            column[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # of one epoch, too
         for row, label in zip(grid, measured.values(), strict=True):
             row[0].set_ylabel(label)
             row[0].set_ylim(bottom=0)
