@@ -65,7 +65,7 @@ from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.preprocessing.cache import measure, prepared_cases
 from dstlib.zoo.e2enet.data.scans.nifti import read_scan
-from dstlib.zoo.e2enet.paper.budget import Budget, read_budget, write_budget
+from dstlib.zoo.e2enet.paper.budget import Budget, read_budget, settled_budget
 from dstlib.zoo.e2enet.training.epochs import flows_of, metrics_of
 from dstlib.zoo.e2enet.training.records import result_of
 
@@ -792,7 +792,7 @@ def images_and_labels(value: Any, sound: Any) -> str:
 
 def a_budget(scene: Path, prepared: Path) -> None:
     """What the calibration of a system came to."""
-    write_budget(scene / "system", Budget.of(3.0, 0.9, epochs=24))
+    settled_budget(scene / "system", lambda: Budget.of(3.0, 0.9, epochs=24))
 
 
 def read_a_budget(scene: Path) -> Any:
