@@ -3,7 +3,7 @@
 Scores of growth are kept of the active units and of the best others alone, as many as may grow; where units compete in
 small groups, a tile holds whole groups. The mask is, unit for unit, that of an update that sees all at once.
 
-Shapes: O out, I in; G groups, U units per group; A active units, C candidates.
+Shapes: O out, I in; G groups, U units per group; A active units, B the best others, C those that may come.
 """
 
 from collections.abc import Callable, Iterator
@@ -195,14 +195,15 @@ def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
         lowest.see(grow_U.index_fill(0, here_A[stays_A], torch.inf))
         best.see(grow_U.index_fill(0, here_A, -torch.inf), unit)
         unit += len(grow_U)
-    best_C, score_C = best.take()
-    unit_C, order = torch.cat([active_A, best_C]).sort()
-    is_old_C = torch.cat([torch.ones_like(kept_A), torch.zeros_like(best_C, dtype=torch.bool)])[order]
-    kept_C = torch.cat([kept_A, torch.zeros_like(best_C, dtype=torch.bool)])[order]
-    drop_C, grow_C = torch.cat([drop_A, drop_A.new_zeros(len(best_C))])[order], torch.cat([grow_A, score_C])[order]
-    worth_C = ~kept_C & ((grow_C > lowest.score) | ((grow_C == lowest.score) & (lowest.num == 1)))
+    # only what was dropped and the best of the others may come
+    (best_B, score_B), left_A = best.take(), ~kept_A
+    unit_C, order = torch.cat([active_A[left_A], best_B]).sort()
+    is_old_C = order < int(left_A.sum())
+    drop_C = torch.cat([drop_A[left_A], torch.zeros_like(score_B)])[order]
+    grow_C = torch.cat([grow_A[left_A], score_B])[order]
+    worth_C = (grow_C > lowest.score) | ((grow_C == lowest.score) & (lowest.num == 1))
     new_GU = take_units(
-        kept_C[None],
+        torch.zeros_like(is_old_C)[None],
         active_GU=is_old_C[None],
         drop_GU=drop_C[None],
         grow_GU=grow_C[None],
@@ -210,7 +211,7 @@ def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
         num_left_G=num_left_1,
         regrow=plan.method.regrow,
     )
-    return unit_C[new_GU[0]]
+    return torch.cat([active_A[kept_A], unit_C[new_GU[0]]]).sort().values
 
 
 def _active_units(tiles: _Tiles) -> tuple[Tensor, Tensor]:

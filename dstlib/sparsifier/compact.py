@@ -125,6 +125,7 @@ def compact_weights(
         StateError: An optimizer has taken steps with the weights as they were.
     """
     from dstlib.engine.layers.compact_linear import make_compact  # not before it is asked for: it loads the engine
+    from dstlib.engine.runtime.memory import trim_heap
 
     model = unwrap(model)
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
@@ -154,6 +155,8 @@ def compact_weights(
             assert isinstance(module, nn.Linear)
             started.weight = weights[identity] = replace(weight, compact_of=parameter.shape)
             made[identity] = CompactWeight(started, make_compact(module, places))
+            del started, places, parameter
+            trim_heap()
     now = tuple(weights[id(weight.parameter)] for weight in plan.weights)
     return replace(plan, weights=now), [made[i] for i in weights if i in made], reasons
 
@@ -348,6 +351,8 @@ def _take_over(
     if not bool(grown.any()) and len(source) == len(old):
         return False
     new = _carried(old, source) if values is None else values.detach().flatten()[pattern.places()]
+    from dstlib.engine.runtime.memory import trim_heap  # as above
+
     moves = [(optimizer, _moves(optimizer, m, kept, source)) for optimizer, kept in states]
     grad = None if gradient is None else _carried(gradient.of_old, source)
     layer.hold(pattern, new)
@@ -366,6 +371,7 @@ def _take_over(
                 held.copy_(values_now)
             else:
                 optimizer.state[m.parameter][key] = values_now
+    trim_heap()
     return True
 
 

@@ -78,6 +78,12 @@ def release_memory() -> None:
         _bytes.update(idle=0, peak=_bytes["used"], since=_bytes["used"])
 
 
+def trim_heap() -> None:
+    """Gives what has been freed in pieces back to the system, where the allocator is glibc's, which keeps it else."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def _take(size: int) -> _Block | None:
     """Takes the idle block of this size that was used last, which caches may still know."""
     for i in reversed(range(len(_idle))):
