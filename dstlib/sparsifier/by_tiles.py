@@ -50,7 +50,7 @@ class Matrix:
         begin, end = torch.searchsorted(
             self.places, torch.tensor([first, last], device=self.places.device) * self.size[1]
         ).tolist()
-        at = self.places[begin:end] - first * self.size[1]
+        at = (self.places[begin:end] - first * self.size[1]).long()
         weight = self.values.new_zeros((last - first) * self.size[1]).index_copy_(0, at, self.values[begin:end])
         mask = torch.zeros_like(weight, dtype=torch.bool).index_fill_(0, at, True)
         return weight.view(-1, self.size[1]), mask.view(-1, self.size[1])
@@ -190,7 +190,7 @@ def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
     for _, site in tiles.sites(with_gradient=True):
         grow_U = tiles.grow_score(site)[0]
         begin, end = torch.searchsorted(active_A, torch.tensor([unit, unit + len(grow_U)], device=active_A.device))
-        here_A, stays_A = active_A[begin:end] - unit, kept_A[begin:end]
+        here_A, stays_A = (active_A[begin:end] - unit).long(), kept_A[begin:end]
         grow_A[begin:end] = grow_U[here_A]
         lowest.see(grow_U.index_fill(0, here_A[stays_A], torch.inf))
         best.see(grow_U.index_fill(0, here_A, -torch.inf), unit)
@@ -277,7 +277,7 @@ class _Best:
     def see(self, score_U: Tensor, first: int) -> None:
         """Takes notice of units from number ``first`` on; what scores -inf is none."""
         at = (score_U > self._least).nonzero().flatten()
-        self._units.append(at + first)
+        self._units.append((at + first).int())  # fewer than 2³¹, as the kernels number them
         self._scores.append(score_U[at])
         self._num_held += len(at)
         if self._num_held > self._num + self._num // 4:
@@ -286,6 +286,7 @@ class _Best:
     def take(self) -> tuple[Tensor, Tensor]:
         """Returns the best so far, and their scores."""
         units, scores = torch.cat(self._units), torch.cat(self._scores)
+        self._units, self._scores = [], []  # by now they would be held twice
         if len(units) > self._num:
             every = torch.ones(1, len(units), dtype=torch.bool, device=units.device)
             chosen = masking.select_top(scores[None], torch.tensor([self._num], device=units.device), among_GU=every)[0]

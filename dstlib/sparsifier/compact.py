@@ -263,7 +263,7 @@ def fill_compact(
 def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
     """Whether each output has one of the weights at these places."""
     has_one = torch.zeros(m.shape[0], dtype=torch.bool, device=places.device)
-    return bool(has_one.index_fill_(0, places.div(m.shape[1], rounding_mode="floor"), True).all())
+    return bool(has_one.index_fill_(0, places.div(m.shape[1], rounding_mode="floor").long(), True).all())
 
 
 class _Gradient:

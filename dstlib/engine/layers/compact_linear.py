@@ -43,7 +43,7 @@ class CompactLinear(nn.Linear):
     def mask(self) -> Tensor:
         """Which weights are active, (O, I), made when it is asked for."""
         mask = torch.zeros(self.dense_shape.numel(), dtype=torch.bool, device=self.weight.device)
-        return mask.index_fill_(0, self.pattern.places(), True).view(self.dense_shape)
+        return mask.index_fill_(0, self.pattern.places().long(), True).view(self.dense_shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) → (..., O)."""
@@ -58,7 +58,7 @@ class CompactLinear(nn.Linear):
     def spread(self, values: Tensor) -> Tensor:
         """Returns a matrix (O, I) of values (A), zeros elsewhere; of the parameter, the plain layer's weight."""
         flat = values.new_zeros(self.dense_shape.numel(), requires_grad=False)
-        return flat.index_copy_(0, self.pattern.places(), values.detach()).view(self.dense_shape)
+        return flat.index_copy_(0, self.pattern.places().long(), values.detach()).view(self.dense_shape)
 
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """Computes the gradient (rows, I) of all weights of some outputs, active or not, summed over the passes."""

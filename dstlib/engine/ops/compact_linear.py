@@ -52,12 +52,11 @@ class CompactPattern:
         with torch.inference_mode(False):
             own = _by_tiles(places, None, size)
             at = _places(own)
-            order = (at % size[1] * size[0] + at // size[1]).argsort()
-            turned = (at % size[1] * size[0] + at // size[1])[order]
+            turned, order = (at % size[1] * size[0] + at // size[1]).sort()
             return cls(own, _by_tiles(turned, order, (size[1], size[0])))
 
     def places(self) -> Tensor:
-        """Returns where in the flattened matrix (O · I) each of the values belongs, (A)."""
+        """Returns where in the flattened matrix (O · I) each of the values belongs, (A), in int32."""
         return _places(self.own)
 
     def to(self, device: torch.device) -> "CompactPattern":
@@ -116,10 +115,10 @@ def _joined(parts: Sequence[LinearPattern], rows: int, size: tuple[int, int], *,
 
 
 def _places(pattern: LinearPattern) -> Tensor:
-    group, begin, end = pattern.segments.long().unbind(dim=1)
+    group, begin, end = pattern.segments.unbind(dim=1)
     first = group.repeat_interleave(end - begin) * pattern.rows_per_group
-    row = first[:, None] + torch.arange(pattern.rows_per_group, device=first.device)
-    return (row * pattern.size[1] + pattern.col_idx[:, None]).flatten()
+    row = first[:, None] + torch.arange(pattern.rows_per_group, device=first.device, dtype=torch.int32)
+    return row.mul_(pattern.size[1]).add_(pattern.col_idx[:, None]).flatten()
 
 
 def _on(pattern: LinearPattern, device: torch.device) -> LinearPattern:
