@@ -87,7 +87,7 @@ def step_costs(repeats: int) -> None:
     for model in (bare, sparse):
         fill_gradients(model)
     num_weights = sum(mask.numel() for mask in sparsifier.masks.values())
-    mask_bytes = sum(mask.numel() * mask.element_size() for mask in sparsifier.masks.values())
+    mask_bytes = sum(mask.bits.nbytes for mask in sparsifier.masks.packed.values())
     largest = max(mask.numel() for mask in sparsifier.masks.values())
 
     optimizers[1].step()
@@ -105,7 +105,7 @@ def step_costs(repeats: int) -> None:
     print(f"  of it the controller     {extra:8.1f} ms   {extra / times['bare']:.2f} × the bare step")
     print(f"step with a mask update    {update:8.1f} ms   RigL, all {len(sparsifier.masks)} tensors")
     sizes = {
-        "masks": (mask_bytes, f"{mask_bytes / num_weights:.2f} bytes per sparse weight"),
+        "masks": (mask_bytes, f"{mask_bytes / num_weights:.3f} bytes per sparse weight"),
         "transient, ordinary step": (step_peak, "one copy of the largest tensor is SGD's own"),
         "transient, update": (update_peak, f"{update_peak / largest:.0f} bytes per weight of the largest tensor"),
     }

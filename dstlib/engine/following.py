@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dstlib.engine.layers.fast_layer import Follows, FollowsMask, is_compiled, uncompiled
-from dstlib.engine.layers.watch import Link, Origin, Place, Seen, Told, Watch
+from dstlib.engine.layers.watch import Link, LiveMask, Origin, Place, Seen, TensorMask, Told, Watch
+from dstlib.masking import Masks
 from dstlib.targets import find_masked, plain_name
 
 _TABLES = ("_modules", "_parameters", "_buffers")  # of a module
@@ -82,7 +83,12 @@ def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor], wants
     ``holds`` whether it is known to be zero outside its mask; else that is counted whenever one of them has changed.
     """
     weights = find_masked(model, masks, "accelerate()")
-    masks = {name: _looked_at(mask) for name, mask in masks.items()}
+    live: Mapping[str, LiveMask]
+    if isinstance(masks, Masks):
+        live = masks.packed
+    else:
+        masks = {name: _looked_at(mask) for name, mask in masks.items()}
+        live = {name: TensorMask(mask) for name, mask in masks.items()}
     names = {id(p): plain_name(name) for name, p in fast.named_parameters()} | {id(p): n for n, p in weights.items()}
     plain, places = dict(model.named_modules(remove_duplicate=False)), _places(fast, model)
     covered: set[str] = set()
@@ -97,7 +103,8 @@ def follow(fast: nn.Module, model: nn.Module, masks: Mapping[str, Tensor], wants
             continue
         own = _places_of(path, plain, places)
         covered |= {place.name for place in own}
-        watch.tie(Link(names[id(weight)], weight, Origin(own), weights, masks, wants_all, holds))
+        name = names[id(weight)]
+        watch.tie(Link(name, weight, Origin(own), weights, masks, live.get(name), wants_all, holds))
     for path, followed in looking.items():
         fast.get_submodule(path).register_forward_pre_hook(Looking(followed))
     others = [place for place in chain.from_iterable(places.values()) if place.name not in covered]

@@ -60,6 +60,7 @@ from dstlib.masking.grown import GrownInit, NormalFanIn, stored, uniform_fan_in,
 from dstlib.masking.in_turn import InTurn, best_units, places
 from dstlib.masking.links import link_prediction, link_prediction_by_paths, link_prediction_l3
 from dstlib.masking.outputs import fill_outputs, leave_for_outputs, num_outputs
+from dstlib.masking.packed import Masks, PackedMask
 from dstlib.masking.scaling import INIT_SCALES, InitScale, density_factor, fan_in_factor
 from dstlib.masking.selection import select_top
 from dstlib.masking.site import Criterion, Site, site_generator
@@ -96,9 +97,11 @@ __all__ = [
     "InitScale",
     "Kernel",
     "MaskUpdate",
+    "Masks",
     "NeuronAblation",
     "NormalFanIn",
     "OverDensity",
+    "PackedMask",
     "ReceptiveField",
     "Sampled",
     "SampledRemoval",

@@ -119,8 +119,11 @@ def exchange(
     active_GU = granularity.fold(mask)[..., 0]
     num_active_G, num_units = count(active_GU), active_GU.shape[1]
     new_GU = keep(active_GU, drop_GU, budget) if kept_GU is None else kept_GU
-    worth_GU = _worth_growing(grow_GU, ~new_GU)
     num_left_G = budget.num_target_G - budget.num_kept_G
+    if regrow and len(new_GU) == 1 and (all_GU := _grow_with_reason(new_GU, grow_GU, num_left_G)) is not None:
+        new = unit_mask(all_GU, granularity, mask.shape)
+        return MaskUpdate(new, mask & ~new, new & ~mask, torch.zeros_like(num_left_G, dtype=torch.bool))
+    worth_GU = _worth_growing(grow_GU, ~new_GU)
     is_asked_G = (budget.num_kept_G < num_active_G) & (num_left_G > 0) & (budget.num_target_G < num_units)
     new_GU = take_units(
         new_GU,
@@ -168,6 +171,22 @@ def take_units(
     raise AssertionError("more units asked for than there are")
 
 
+def _grow_with_reason(kept_GU: Tensor, grow_GU: Tensor, num_left_G: Tensor) -> Tensor | None:
+    """Adds to the kept units of one group the best of the others, if even the last of them scores above some that stay.
+
+    Then all have a reason to grow, and none of the other ranks is asked; else returns None.
+    """
+    if not bool(num_left_G):
+        return kept_GU
+    free_GU = ~kept_GU
+    grown_GU = select_top(grow_GU, num_left_G, among_GU=free_GU)
+    least = grow_GU[grown_GU].amin()
+    for stride in (64, 1):  # most often some of a few are below it
+        if bool((free_GU[:, ::stride] & (grow_GU[:, ::stride] < least)).any()):
+            return kept_GU | grown_GU
+    return None
+
+
 def _worth_growing(grow_GU: Tensor, among_GU: Tensor) -> Tensor:
     """Marks the candidates that have a reason to grow: all but those that tie for the lowest score."""
     lowest_G1 = torch.where(among_GU, grow_GU, torch.inf).amin(dim=1, keepdim=True)
@@ -206,7 +225,8 @@ def unit_score(score: Tensor, shape: torch.Size, granularity: Granularity) -> Te
         score = score.float()
     score_GUE = granularity.fold(score)
     score_GU = score_GUE[..., 0] if score_GUE.shape[-1] == 1 else score_GUE.mean(dim=-1)
-    if not bool(score_GU.isfinite().all()):
+    low, high = score_GU.aminmax()  # NaN where any is
+    if not bool(low.isfinite() & high.isfinite()):
         raise ScoreError.of(
             "scores",
             "a mask update",
@@ -236,30 +256,16 @@ def bit_patterns(x: Tensor) -> Tensor:
 
 
 def zero_outside_each_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Does as ``zero_outside_`` for many tensors, each with its mask, in one call.
-
-    Either may be given as integers: a tensor's bit patterns, a mask's ``factor``.
-    """
+    """Does as ``zero_outside_`` for many tensors, each with its mask, in one call; tensors may be integers."""
     bits: list[Tensor] = []
     factors: list[Tensor] = []
     with torch.no_grad():
         for x, mask in pairs:
             bits.append(bit_patterns(x) if x.is_floating_point() else x)
             there = mask if mask.device == x.device else mask.to(x.device)
-            factors.append(there.view(torch.int8) if there.dtype == torch.bool else there)
+            factors.append(there.view(torch.int8))
         if bits:
             torch._foreach_mul_(bits, factors)
-
-
-def factor(mask: Tensor, x: Tensor) -> Tensor:
-    """Returns a mask as 0 and 1, to be kept for ``zero_outside_each_``: of the width of ``x`` if it is small.
-
-    Integers of one width multiply at a quarter of the cost of a call; for large masks, their memory would count more.
-
-    >>> factor(torch.tensor([True, False]), torch.zeros(2))
-    tensor([1, 0], dtype=torch.int32)
-    """
-    return mask.to(_BITS[x.element_size()]) if mask.numel() <= 4096 else mask.view(torch.int8)
 
 
 def count_outside(x: Tensor, mask: Tensor) -> int:

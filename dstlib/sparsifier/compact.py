@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from dstlib import masking
 from dstlib.errors import SelectionError, SettingError, StateError
-from dstlib.masking import AtInit, InTurn
+from dstlib.masking import AtInit, InTurn, PackedMask
 from dstlib.methods.method import GrownState, Method
 from dstlib.sparsifier.by_tiles import Matrix, draw_by_tiles, goes_by_tiles, is_row_by_row, update_by_tiles
 from dstlib.sparsifier.optimizer_state import Kept, momentum_of
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.start import start_masks
-from dstlib.sparsifier.state import MaskedWeight
+from dstlib.sparsifier.state import MaskedWeight, SavedWeight
 from dstlib.sparsifier.update import Observer, fill_first_masks, update_masks
 from dstlib.targets import MatrixView, Weight, unwrap
 
@@ -39,14 +39,24 @@ class CompactWeight(MaskedWeight):
 
     def __init__(self, started: MaskedWeight, layer: "CompactLinear") -> None:
         state = dict(vars(started))
-        del state["mask"]
+        del state["packed"]
         self.__dict__.update(state)
         self.layer = layer
 
     @property
-    def mask(self) -> Tensor:  # type: ignore[override]  # nobody writes to it
+    def mask(self) -> Tensor:
         """Which weights are active, (O, I)."""
         return self.layer.mask
+
+    @property
+    def packed(self) -> PackedMask:  # type: ignore[override]  # nobody writes to it
+        """Which weights are active, in bits."""
+        return PackedMask.of(self.layer.mask)
+
+    @property
+    def held_mask(self) -> Callable[[], PackedMask]:
+        """What makes the mask."""
+        return lambda: self.packed
 
     @property
     def learns(self) -> None:
@@ -75,7 +85,7 @@ class CompactWeight(MaskedWeight):
         """Counts the non-zeros outside the mask: none."""
         return 0
 
-    def restore(self, saved: MaskedWeight) -> None:
+    def restore(self, saved: SavedWeight) -> None:
         """Takes over what was saved; of another mask, values that are in both stay."""
         self.step = self.begun = saved.step
         self.updated_at, self.densities, self.starts = saved.updated_at, saved.densities, saved.starts
@@ -183,7 +193,7 @@ def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
     places = torch.cat(drawn).to(parameter.device)
     if len(places) >= num_nonzero:  # there is room for all that is not zero, where it is
         return None
-    started = MaskedWeight(weight, torch.empty(0, dtype=torch.bool))
+    started = MaskedWeight(weight, PackedMask.of(torch.empty(0, dtype=torch.bool)))
     started.is_output = None if plan.outputs is None else False
     started.is_to_fill = started.is_output is None and len(places) < parameter.numel()
     return started, places
@@ -191,7 +201,7 @@ def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
 
 def _started(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor]:
     """Returns a weight as masked storage starts it, and the places of its first mask."""
-    started = MaskedWeight(weight, torch.ones_like(weight.parameter, dtype=torch.bool, requires_grad=False))
+    started = MaskedWeight(weight, PackedMask.full(weight.parameter))
     started.is_output = None if plan.outputs is None else weight.name in plan.outputs
     start_masks([started], plan, lambda m: ())
     return started, _places(started.mask)
@@ -323,7 +333,7 @@ def _rows_from(gradient: _Gradient, start: int) -> Callable[[int, int], Tensor]:
 def _as_masked(m: CompactWeight) -> MaskedWeight:
     """Returns the weight as one with all its zeros, for as long as something looks at it whole."""
     parameter = nn.Parameter(m.layer.spread(m.parameter.detach()), requires_grad=False)
-    dense = MaskedWeight(replace(m.weight, parameter=parameter, compact_of=None), m.mask)
+    dense = MaskedWeight(replace(m.weight, parameter=parameter, compact_of=None), m.packed)
     dense.step, dense.begun, dense.updated_at = m.step, m.begun, m.updated_at
     dense.settled, dense.densities, dense.starts, dense.is_output = m.settled, m.densities, m.starts, m.is_output
     return dense

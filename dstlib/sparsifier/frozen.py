@@ -55,7 +55,7 @@ def tell_of_early_end(masked: Sequence[MaskedWeight], plan: Plan, step: int) -> 
     last = last_update(plan)
     early = [m for m in masked if _planned(m, plan, m.updated_at) != _planned(m, plan, last)]
     if early:
-        num_active, num_all = sum(int(m.mask.sum()) for m in masked), sum(m.mask.numel() for m in masked)
+        num_active, num_all = sum(m.packed.num_active for m in masked), sum(m.packed.numel for m in masked)
         num_units = sum(size.numel() for size in groups_of(masked, plan.method.granularity).values())
         num_planned = sum(num for m in masked for num in _planned(m, plan, last).values())
         warnings.warn(

@@ -12,7 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 
 class Listener(Protocol):
@@ -61,6 +65,11 @@ def keep(listener: Listener, modules: Iterable[nn.Module]) -> None:
 def listeners() -> list[Listener]:
     """Returns all that listen, in the order in which they began to."""
     return list(_LISTENERS)
+
+
+def hears_last(optimizer: Optimizer) -> bool:
+    """Whether nothing else is told between a listener and the step, which could change what the listener has left."""
+    return not optimizer._optimizer_step_pre_hooks and next(reversed(_global_optimizer_pre_hooks)) == _HOOKS[0].id
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -191,6 +191,13 @@ KNOWN = (
 )
 
 
+# whose step does the same to entries of a tensor that are the same, with the same gradients and the same state
+ELEMENTWISE = frozenset(
+    getattr(torch.optim, name)
+    for name in ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+)
+
+
 @lru_cache(maxsize=1024)
 def known(optimizer: type, key: str) -> Meaning | None:
     """Returns what a key of an optimizer of this class, or of one derived from it, means; None if no row knows.

@@ -30,26 +30,29 @@ def take_places(
     stays as it is.
     """
     wanted = m.parameter.detach() != 0 if places is None else places
-    views = [(view.of(m.parameter.detach()), view.of(m.mask)) for view in m.weight.views]
+    old = m.mask
+    views = [(view.of(m.parameter.detach()), view.of(old)) for view in m.weight.views]
     units = [
-        (granularity.fold(view.of(wanted)).any(dim=-1), granularity.fold(view.of(m.mask))[..., 0])
+        (granularity.fold(view.of(wanted)).any(dim=-1), granularity.fold(view.of(old))[..., 0])
         for view in m.weight.views
     ]
     fits = all(bool((occupied_GU.sum(dim=1) <= active_GU.sum(dim=1)).all()) for occupied_GU, active_GU in units)
     if not (fits or may_cut):
         return False
+    new = old.clone()
     for view, (weight, mask), (occupied_GU, active_GU) in zip(m.weight.views, views, units, strict=True):
         num_G = active_GU.sum(dim=1)
         size_GU = unit_score(weight.abs().nan_to_num(), mask.shape, granularity)
         kept_GU = select_top(size_GU, torch.minimum(num_G, occupied_GU.sum(dim=1)), among_GU=occupied_GU)
         filled_GU = select_top(active_GU.float(), num_G - kept_GU.sum(dim=1), among_GU=~occupied_GU)
-        view.write(m.mask, unit_mask(kept_GU | filled_GU, granularity, mask.shape))
+        view.write(new, unit_mask(kept_GU | filled_GU, granularity, mask.shape))
+    m.packed.write(new)
     return fits
 
 
 def is_sparse_already(m: MaskedWeight) -> bool:
     """Whether at most half of a weight's entries are not zero, and some are not."""
-    return 0 < 2 * int(m.parameter.count_nonzero()) <= m.mask.numel()
+    return 0 < 2 * int(m.parameter.count_nonzero()) <= m.packed.numel
 
 
 def tell_of_zeros(taken: Sequence[MaskedWeight], step: int) -> None:
@@ -64,7 +67,7 @@ def tell_of_zeros(taken: Sequence[MaskedWeight], step: int) -> None:
 
 def tell_of_regrowth(masked: Iterable[MaskedWeight], method: str) -> None:
     """Warns of weights that are sparse, in a method that starts from dense; if there are any."""
-    sparse = [m for m in masked if bool(m.mask.all()) and is_sparse_already(m)]
+    sparse = [m for m in masked if m.packed.is_full and is_sparse_already(m)]
     if not sparse:
         return
     warnings.warn(

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
 from operator import is_
 from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from dstlib.errors import SettingError, require
-from dstlib.masking.update import bit_patterns, zero_outside_
-from dstlib.sparsifier.known_optimizers import MOMENT, MOMENTS, OTHER, Kind, Meaning, known
+from dstlib.masking.packed import PackedMask
+from dstlib.masking.update import zero_outside_
+from dstlib.sparsifier.known_optimizers import ELEMENTWISE, MOMENT, MOMENTS, OTHER, Kind, Meaning, known
 from dstlib.targets import MatrixView
 
 _MOMENTA = ("momentum_buffer", "exp_avg")  # SGD, RMSprop, Muon · Adam and its kin
@@ -65,19 +65,9 @@ class Kept:
     packed: bool = False
 
     @property
-    def bits(self) -> Tensor:
-        """The values as integers, in the same memory, which ``.data =`` may have exchanged."""
-        bits = self._bits
-        return bits if bits.data_ptr() == self.values.data_ptr() else bit_patterns(self.values)
-
-    @cached_property
-    def _bits(self) -> Tensor:
-        return bit_patterns(self.values)
-
-    @property
-    def is_zero_at_birth(self) -> bool:
-        """Whether zeros are to be written outside the mask, as to the weight."""
-        return not self.birth and not self.packed
+    def is_started(self) -> bool:
+        """Whether an entry that grows starts as something of its weight, or of its first gradient."""
+        return self.meaning.kind == "weights" or self.meaning.first is not None
 
     def write_outside(self, mask: Tensor) -> None:
         """Writes the value at birth wherever the mask is False; the rest keeps its bits.
@@ -145,7 +135,7 @@ class StateMeanings:
     words moment, accumulator, weights, other.
 
     >>> weight = nn.Parameter(torch.zeros(2, 2)); optimizer = torch.optim.Adagrad([weight], initial_accumulator_value=1)
-    >>> kept, = StateMeanings({}).kept(optimizer, weight, torch.eye(2, dtype=torch.bool))
+    >>> kept, = StateMeanings({}).kept(optimizer, weight, PackedMask.of(torch.eye(2, dtype=torch.bool)))
     >>> kept.key, kept.meaning.kind, kept.birth
     ('sum', 'accumulator', 1.0)
     """
@@ -162,7 +152,7 @@ class StateMeanings:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _seen=WeakKeyDictionary())
 
-    def meet(self, optimizer: Optimizer, weights: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+    def meet(self, optimizer: Optimizer, weights: Iterable[tuple[nn.Parameter, PackedMask | None]]) -> None:
         """Looks, before its first step, at what an optimizer keeps already for weights under these masks."""
         seen = self._seen.setdefault(optimizer, _Seen())
         if not seen.is_met:
@@ -171,7 +161,7 @@ class StateMeanings:
                     self.kept(optimizer, parameter, mask)
             seen.is_met = True
 
-    def kept(self, optimizer: Optimizer, parameter: nn.Parameter, mask: Tensor) -> tuple[Kept, ...]:
+    def kept(self, optimizer: Optimizer, parameter: nn.Parameter, mask: PackedMask) -> tuple[Kept, ...]:
         """Returns what an optimizer keeps for each entry of a weight: what is to be written to outside the mask."""
         state = _state_of(optimizer, parameter)
         values = tuple(state.values())
@@ -226,7 +216,7 @@ class StateMeanings:
             )
 
     def _decide(
-        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, entries: "_Entries", mask: Tensor
+        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, entries: "_Entries", mask: PackedMask
     ) -> tuple[Meaning, str] | None:
         """Returns the meaning of a key, and whether it is stated, known or observed; None if there is nothing yet."""
         pattern = next((pattern for pattern in self._stated if fnmatchcase(key, pattern)), None)
@@ -261,11 +251,13 @@ class _Seen:
     observed: dict[tuple[int, str], Meaning | Literal["new", "old"]] = field(default_factory=dict)
     said: dict[tuple[str, Kind], str] = field(default_factory=dict)
 
-    def observe(self, parameter: int, key: str, values: Tensor, mask: Tensor) -> Meaning | None:
+    def observe(self, parameter: int, key: str, values: Tensor, packed: PackedMask) -> Meaning | None:
         """Returns what the values show, now or earlier; None as long as they show nothing."""
-        before = self.observed.get((parameter, key), "new" if self.is_met and not bool(mask.all()) else "old")
+        before = self.observed.get((parameter, key))
         if isinstance(before, Meaning):
             return before
+        mask = packed.current()
+        before = before or ("new" if self.is_met and not bool(mask.all()) else "old")
         meaning = observe(values, mask.to(values.device))
         if meaning is OTHER and before == "old":  # kept under another mask, or none: only its name tells
             others = (m for (_, k), m in self.observed.items() if k == key and isinstance(m, Meaning))
@@ -378,6 +370,11 @@ def takes_no_step(optimizer: Optimizer) -> bool:
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether a step does the same to entries that are the same, by what is known of its very class."""
+    return type(optimizer) in ELEMENTWISE
 
 
 def loss_scale(optimizer: Optimizer | None) -> float:

@@ -8,6 +8,7 @@ does not, as within a model that was compiled as a whole, a weight is taken for 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -78,8 +79,9 @@ def tell_of_bare_outputs(masked: Sequence[MaskedWeight], plan: Plan) -> None:
         _tell_of_short(short)
     bare = {}
     for m in masked:
+        whole = m.mask
         for view in m.weight.views:
-            mask = view.of(m.mask)
+            mask = view.of(whole)
             is_in_groups = folded_shape(plan.method.granularity, mask.shape)[0] > 1
             num_bare = int((~mask.flatten(1).any(dim=1)).sum())
             if num_bare and not is_in_groups and not num_outputs(plan.method.granularity, mask.shape):
@@ -99,7 +101,7 @@ def _short_of_outputs(masked: Iterable[MaskedWeight], plan: Plan) -> dict[str, t
     short = {}
     for m in masked:
         for view in m.weight.views:
-            shape = view.of(m.mask).shape
+            shape = view.of(torch.empty(m.shape, device="meta")).shape
             num_needed, num_all = num_outputs(plan.method.granularity, shape), 0
             if num_needed and (plan.method.allocate is None or view.name in plan.own):
                 num_all = folded_shape(plan.method.granularity, shape)[1]

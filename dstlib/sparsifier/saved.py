@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from dstlib.errors import StateError
-from dstlib.masking import Granularity, NeuronAblation, folded_shape, num_units, unit_mask
+from dstlib.masking import Granularity, NeuronAblation, PackedMask, folded_shape, num_units, unit_mask
 from dstlib.masking.update import count_outside, is_mask
 from dstlib.schedules import Never
 from dstlib.sparsifier.frozen import last_update
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight, groups_of
+from dstlib.sparsifier.state import MaskedWeight, SavedWeight, groups_of
 from dstlib.sparsifier.update import with_densities
 from dstlib.targets import MatrixView, Weight
 from dstlib.torch_files import check_seal, checksum
 
 VERSION = 2
-# the fields of MaskedWeight that a run depends on, by their key in a saved state
+# the fields of SavedWeight, by their key in a saved state
 _SAVED = {
     **{name: name for name in ("mask", "step", "updated_at", "trace", "traced_at", "hidden", "reach", "young")},
     **{"settled": "settled", "starts": "starts", "ranked": "densities", "scales": "scales"},
@@ -47,12 +47,18 @@ def save(masked: Sequence[MaskedWeight], plan: Plan, *, frozen: bool, memory: fl
     weights = {}
     for m in masked:
         fields = {key: getattr(m, field) for key, field in _SAVED.items()}
-        weights[m.weight.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+        weights[m.weight.name] = {key: _copied(value) for key, value in fields.items()}
     num_planned = _num_planned(masked, plan)
     outputs = {} if plan.outputs is not None else _outputs(masked)
     whole = {"version": VERSION, "frozen": frozen, "memory": memory, "num_planned": num_planned, "outputs": outputs}
     run = {"method": plan.method.name, "total_steps": plan.total_steps}
     return _sealed({**whole, **run, "weights": weights})
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, PackedMask):
+        return value.dense()
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _outputs(masked: Iterable[MaskedWeight]) -> dict[str, bool | None]:
@@ -96,7 +102,7 @@ def masks_of(state: Any) -> dict[str, Tensor]:
     return {name: weight["mask"] for name, weight in _weights_of(state).items()}
 
 
-def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[MaskedWeight]:
+def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[SavedWeight]:
     """Returns the saved weights, if every one fits its mask at hand.
 
     Raises:
@@ -135,7 +141,7 @@ def check_saved(state: Any, masked: Sequence[MaskedWeight], plan: Plan) -> list[
     return all_saved
 
 
-def _check_outputs(state: Mapping[str, Any], all_saved: Sequence[MaskedWeight], plan: Plan) -> None:
+def _check_outputs(state: Mapping[str, Any], all_saved: Sequence[SavedWeight], plan: Plan) -> None:
     """Takes over which weights are known to be outputs, or not; states that are older than this say nothing of it."""
     outputs = state.get("outputs", {})
     names = {saved.weight.name for saved in all_saved}
@@ -222,10 +228,10 @@ def _check_fields(saved: Any, name: str) -> None:
         raise _misfit("fields", name, ", ".join(_SAVED), given)
 
 
-def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight:
+def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> SavedWeight:
     weight = current.weight
     _check_fields(saved, weight.name)
-    theirs = MaskedWeight(weight, **{field: {**_LATER, **saved}[key] for key, field in _SAVED.items()})
+    theirs = SavedWeight(weight, **{field: {**_LATER, **saved}[key] for key, field in _SAVED.items()})
     _check_steps(theirs, plan)
     theirs.settled = _check_settled(theirs, plan)
     num_views, has_look, has_masks = (
@@ -241,7 +247,7 @@ def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight
         if not is_sequence or not all(isinstance(d, float) and 0 < d <= 1 for d in densities):
             raise _misfit(what, weight.name, f"{num} of them", densities)
     theirs.densities, theirs.starts = tuple(theirs.densities), tuple(theirs.starts)
-    _check_tensors(theirs, current.mask.shape, plan)
+    _check_tensors(theirs, current.shape, plan)
     if has_look:
         plan = with_densities(plan, [theirs])
     for view in weight.views:
@@ -249,7 +255,7 @@ def _check_weight(saved: Any, current: MaskedWeight, plan: Plan) -> MaskedWeight
     return theirs
 
 
-def _check_steps(saved: MaskedWeight, plan: Plan) -> None:
+def _check_steps(saved: SavedWeight, plan: Plan) -> None:
     """Checks the counters of one weight; an update waits for a gradient, and may follow that of others."""
     name, step, updated_at, traced_at = saved.weight.name, saved.step, saved.updated_at, saved.traced_at
     for what, value in (("step", step), ("updated_at", updated_at), ("traced_at", traced_at)):
@@ -263,7 +269,7 @@ def _check_steps(saved: MaskedWeight, plan: Plan) -> None:
         raise _misfit("traced_at", name, f"a step up to {step + 1}" if gathers else "0: no trace", traced_at)
 
 
-def _check_settled(saved: MaskedWeight, plan: Plan) -> tuple[bool, ...]:
+def _check_settled(saved: SavedWeight, plan: Plan) -> tuple[bool, ...]:
     """Returns of which views the updates have ended, if the method ends any and there was one."""
     settled, can_end = saved.settled, plan.method.early_stop is not None and saved.updated_at > 0
     num_views = len(saved.weight.views) if can_end else 0
@@ -273,7 +279,7 @@ def _check_settled(saved: MaskedWeight, plan: Plan) -> tuple[bool, ...]:
     return tuple(settled)
 
 
-def _check_tensors(saved: MaskedWeight, shape: torch.Size, plan: Plan) -> None:
+def _check_tensors(saved: SavedWeight, shape: torch.Size, plan: Plan) -> None:
     name, storage, traces = saved.weight.name, plan.method.storage, plan.method.trace is not None
     _check_tensor("mask", saved.mask, name, shape, is_bool=True)
     for what, tensor, is_there in (
@@ -315,7 +321,7 @@ def _check_tensor(what: str, tensor: Any, name: str, shape: torch.Size, *, is_bo
         raise _misfit(what, name, "finite numbers", f"{int((~tensor.isfinite()).sum())} that are NaN or infinite")
 
 
-def _check_view(saved: MaskedWeight, view: MatrixView, plan: Plan) -> None:
+def _check_view(saved: SavedWeight, view: MatrixView, plan: Plan) -> None:
     """Checks that the mask of one matrix view consists of whole units, as many as it is to have."""
     grain, method = plan.method.granularity, plan.method
     for what, tensor in (("mask", saved.mask), ("reach", saved.reach)):
@@ -342,11 +348,11 @@ def _is_of_units(mask: Tensor, grain: Granularity) -> bool:
     return torch.equal(unit_mask(grain.fold(mask)[..., 0], grain, mask.shape), mask)
 
 
-def _active_units(saved: MaskedWeight, view: MatrixView, grain: Granularity) -> Tensor:
+def _active_units(saved: SavedWeight, view: MatrixView, grain: Granularity) -> Tensor:
     return grain.fold(view.of(saved.mask))[..., 0].sum(dim=1)
 
 
-def _check_shared_total(all_saved: Sequence[MaskedWeight], plan: Plan) -> None:
+def _check_shared_total(all_saved: Sequence[SavedWeight], plan: Plan) -> None:
     """Checks that weights that share a budget have together what they were planned to have.
 
     What does not divide into groups may lie idle. Where weights wait for a gradient with more than their plan, the

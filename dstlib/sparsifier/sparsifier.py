@@ -14,14 +14,15 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dstlib.errors import SettingError, StateError
-from dstlib.masking.update import zero_outside_, zero_outside_each_
+from dstlib.masking import Masks, PackedMask
+from dstlib.masking.update import zero_outside_
 from dstlib.report import Summary
 from dstlib.schedules import Every
 from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.compact import CompactWeight, fill_compact, plain_state, update_compact
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_early_end, tell_of_end
-from dstlib.sparsifier.hooks import forget, keep, listen
+from dstlib.sparsifier.hooks import forget, hears_last, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
 from dstlib.sparsifier.outputs import PATIENCE, OutputSearch, tell_of_bare_outputs
@@ -30,7 +31,7 @@ from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.saved import check_saved, save
 from dstlib.sparsifier.standstill import tell_of_standstill
 from dstlib.sparsifier.start import start_masks
-from dstlib.sparsifier.state import MaskedWeight, clear_all
+from dstlib.sparsifier.state import MaskedWeight, clear_all, opened
 from dstlib.sparsifier.summary import summarize
 from dstlib.targets import Weight, find_weights
 
@@ -66,9 +67,7 @@ class Sparsifier:
         self._attached = True
         started = {m.weight.name: m for m in compact}
         self._masked: list[MaskedWeight] = [
-            started.get(w.name) or MaskedWeight(w, torch.ones_like(w.parameter, dtype=torch.bool, requires_grad=False))
-            for w in plan.weights
-            if not w.reason
+            started.get(w.name) or MaskedWeight(w, PackedMask.full(w.parameter)) for w in plan.weights if not w.reason
         ]
         beginning = [m for m in self._masked if m.weight.name not in started]
         for m in beginning:
@@ -108,12 +107,9 @@ class Sparsifier:
         return self._frozen
 
     @property
-    def masks(self) -> dict[str, Tensor]:
-        """The masks by parameter name, True = active, in the shapes of the plain parameters. Not to be edited.
-
-        Those of masked weights are live; those of compact weights are made now.
-        """
-        return {m.weight.name: m.mask for m in self._masked}
+    def masks(self) -> Masks:
+        """The masks by parameter name, True = active, in the shapes of the plain parameters, made when asked for."""
+        return Masks({m.weight.name: m.held_mask for m in self._masked})
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -189,8 +185,11 @@ class Sparsifier:
         Raises:
             StateError: A weight is missing or of another shape.
         """
-        for name, parameter in find_weights(model, {n: m.shape for n, m in self.masks.items()}).items():
-            zero_outside_(parameter, self.masks[name])
+        from dstlib.engine.ops.masked import zero_outside_each  # not before it is asked for: see dstlib.__getattr__
+
+        packed = self.masks.packed
+        weights = find_weights(model, {name: mask.shape for name, mask in packed.items()})
+        zero_outside_each((parameter, packed[name]) for name, parameter in weights.items())
 
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer steps on any of the sparse weights, or on parameters that it did not have before."""
@@ -221,6 +220,11 @@ class Sparsifier:
                 m.begun = m.step
         else:
             self._begin_step(weights, optimizer)
+            if optimizer_state.is_elementwise(optimizer) and hears_last(optimizer):
+                looked_at = self._in_turn(weights)  # all of it, as nothing tells of what is written to .data
+                for m in weights:
+                    if m is not looked_at:
+                        m.note_alike(self._kept(m))
 
     @torch.no_grad()
     def after_optimizer(self, optimizer: Optimizer) -> None:
@@ -255,7 +259,7 @@ class Sparsifier:
         fast = accelerate(
             model,
             example_input,
-            masks={name: m.mask for name, m in masked.items()},
+            masks=Masks({name: m.packed for name, m in masked.items()}),
             dense_gradient=reads,
             holds=lambda name: not masked[name].is_written,
             decisions=decisions,
@@ -458,8 +462,12 @@ class Sparsifier:
         """
         if not weights:
             return False
-        m = weights[max(m.step for m in weights) % len(weights)]
+        m = self._in_turn(weights)
         return not m.is_revealed and (m.parameter.is_cpu or self._is_due(m)) and m.num_outside() > 0
+
+    def _in_turn(self, weights: Sequence[MaskedWeight]) -> MaskedWeight:
+        """Returns one of the weights, another at each step."""
+        return weights[max(m.step for m in weights) % len(weights)]
 
     def _look_for_unheard_steps(self) -> None:
         """Looks at a small weight, ever more seldom, when several backward passes have had no step between them."""
@@ -467,8 +475,8 @@ class Sparsifier:
         if self._num_unheard < self._next_look or not self._attached:
             return
         self._next_look *= 2
-        partly = [m for m in self._masked if not bool(m.mask.all())]
-        if partly and (num := (m := min(partly, key=lambda m: m.mask.numel())).num_outside()):
+        partly = [m for m in self._masked if m.has_zeros and not m.packed.is_full]
+        if partly and (num := (m := min(partly, key=lambda m: m.packed.numel)).num_outside()):
             self._next_look = math.inf
             loaded.tell_of_unheard(m, num, self._num_unheard)
 
@@ -487,6 +495,8 @@ class Sparsifier:
 
     def _begin_step(self, weights: Sequence[MaskedWeight], optimizer: Optimizer | None) -> None:
         """Does all that comes before the step of these weights; a second call changes nothing."""
+        from dstlib.engine.ops.masked import zero_outside_each  # not before it is needed: see dstlib.__getattr__
+
         self._num_unheard = 0
         if self._next_question < math.inf and any(m.step >= self._next_question for m in weights):
             self._ask_for_unstepped()
@@ -519,8 +529,8 @@ class Sparsifier:
             grad = m.parameter.grad  # one that is set by hand may be a single number, expanded
             if grad is not None and not grad.is_contiguous() and 0 in grad.stride():
                 m.parameter.grad = grad.clone(memory_format=torch.contiguous_format)
-        grads = ((m, m.parameter.grad) for m in ready if m.learns is not None)
-        zero_outside_each_((grad, m.factor) for m, grad in grads if grad is not None)
+        grads = ((m.parameter.grad, m.learns) for m in ready)
+        zero_outside_each((grad, learns) for grad, learns in grads if grad is not None and learns is not None)
         self._replicas.check_equal(changed)
 
     def _note_young_anew(self, weights: Iterable[MaskedWeight]) -> None:
@@ -593,7 +603,7 @@ class Sparsifier:
                     grad, seen = _full_gradient(m, scale), self.observers
                     fill_compact(m, self.plan, grad=grad, states=states, observers=seen, average=average)
                     continue
-                grad, old, kept = _full_gradient(m, scale), m.mask.clone(), self._kept(m)
+                grad, old, kept = _full_gradient(m, scale), m.packed.copy(), self._kept(m)
                 update.fill_first_masks(m, grad, self.plan, step=m.step + 1, observers=self.observers)
                 m.clear(kept)
                 m.start_grown(kept, old, grad, self.plan.method.grown_state)
@@ -621,7 +631,7 @@ class Sparsifier:
             trained = {m: step for m, step in trained.items() if m not in frozen}
             steps = trained | following(frozen, self.plan)
         due = [m for m in self._masked if m in steps] if steps else []
-        num_active = {m: int(m.mask.sum()) for m in trained} if method.reset_state else {}
+        num_active = {m: m.packed.num_active for m in trained} if method.reset_state else {}
         for step in sorted(set(steps.values())):
             together = [m for m in due if steps[m] == step]
             # one after the other, unless weights that have come to the same step share their units
@@ -632,9 +642,9 @@ class Sparsifier:
             update.spread_reach(m, self.plan, m.updated_at)
             if method.trace is not None and method.trace.steps is not None:
                 m.trace = None
-            if method.reset_state and int(m.mask.sum()) > num_active[m]:
+            if method.reset_state and m.packed.num_active > num_active[m]:
                 for optimizer in self._holders(m):
-                    kept = self._meanings.kept(optimizer, m.parameter, m.mask)
+                    kept = self._meanings.kept(optimizer, m.parameter, m.packed)
                     optimizer_state.reset_state(optimizer, m.parameter, kept, m.parameter.grad)
         if trained and method.skip_step:
             self._skip_step(trained)
@@ -657,26 +667,27 @@ class Sparsifier:
         if not weights:
             return
         due = [(m, grads.get(m), momentum_of(self._holders(m), m.parameter)) for m in weights]
-        masks = [m.mask.clone() for m in weights]
+        before = [m.packed.copy() for m in weights]
         revealed = [m for m in weights if m.hidden is not None and m.reveal()]  # frozen ones, which take no step
         try:
-            self._memory = update.update_masks(
-                due, self._masked, self.plan, step=step, memory=self._memory, observers=self.observers
-            )
+            with opened(weights):
+                self._memory = update.update_masks(
+                    due, self._masked, self.plan, step=step, memory=self._memory, observers=self.observers
+                )
             for m in weights:
                 m.updated_at = step
         finally:  # also where a criterion or an observer raised: the zeros hold
             for m in revealed:
                 m.hide()
-            for (m, grad, _), old in zip(due, masks, strict=True):
+            for (m, grad, _), old in zip(due, before, strict=True):
                 kept = self._kept(m)
                 m.clear(kept)
                 if grad is not None:
                     m.start_grown(kept, old, grad, self.plan.method.grown_state)
                 is_young = grad is not None and self.plan.method.grown_warmup > 0
-                m.young, m.before = m.mask & ~old if is_young else None, []
+                m.young, m.before = m.mask & ~old.current() if is_young else None, []
             self._moved = self._moved or any(
-                not torch.equal(m.mask, old) for m, old in zip(weights, masks, strict=True)
+                not torch.equal(m.packed.bits, old.bits) for m, old in zip(weights, before, strict=True)
             )
 
     def _frozen_at(self, weights: Sequence[MaskedWeight]) -> dict[MaskedWeight, int]:
@@ -725,7 +736,7 @@ class Sparsifier:
 
     def _states(self, m: CompactWeight) -> list[tuple[Optimizer, tuple[Kept, ...]]]:
         """Returns the optimizers that were seen to step on a compact weight, each with what it keeps for its values."""
-        every = torch.ones_like(m.parameter, dtype=torch.bool, requires_grad=False)
+        every = PackedMask.full(m.parameter)
         return [(o, self._meanings.kept(o, m.parameter, every)) for o in self._holders(m)]
 
     def _wants_passes(self, name: str) -> bool:

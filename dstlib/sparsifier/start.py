@@ -8,7 +8,7 @@ from dstlib.sparsifier import loaded, update
 from dstlib.sparsifier.given import GivenMasks, is_shared_out
 from dstlib.sparsifier.optimizer_state import Kept
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight
+from dstlib.sparsifier.state import MaskedWeight, opened
 
 
 def start_masks(masked: Sequence[MaskedWeight], plan: Plan, kept_of: Callable[[MaskedWeight], Iterable[Kept]]) -> Plan:
@@ -22,7 +22,8 @@ def start_masks(masked: Sequence[MaskedWeight], plan: Plan, kept_of: Callable[[M
             m.soft = plan.method.granularity if plan.method.storage.soft else None
     kept = {m: kept_of(m) for m in masked}  # as long as no mask is chosen, none is seen in what varies
     is_drawn, given = plan.method.init is random, plan.given
-    plan = replace(update.choose_first_masks(masked, plan), given=None)
+    with opened(masked):
+        plan = replace(update.choose_first_masks(masked, plan), given=None)
     if given is None:
         _keep_places(masked, plan, may_cut=is_drawn)
     else:
@@ -60,7 +61,7 @@ def _take_given(masked: Sequence[MaskedWeight], plan: Plan, given: GivenMasks) -
     for m in masked:
         places = given.masks[m.weight.name]
         if is_shared_out(plan.method) and m.weight.views[0].name not in plan.own:
-            m.mask.copy_(places)
+            m.packed.write(places)
         else:
             fits = loaded.take_places(m, plan.method.granularity, places=places)
             assert fits, "the plan has checked it"

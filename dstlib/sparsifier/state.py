@@ -1,24 +1,50 @@
 """Masks in training: a sparse weight with its mask and its counters."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from dstlib.masking import Granularity, best_scale, folded_shape, harden, soften
-from dstlib.masking.update import count_outside, factor, zero_outside_, zero_outside_each_
+from dstlib.masking import Granularity, PackedMask, best_scale, folded_shape, harden, soften
+from dstlib.masking.update import zero_outside_
 from dstlib.methods.method import GrownState
 from dstlib.sparsifier.optimizer_state import Kept
-from dstlib.targets import Weight
+from dstlib.targets import MatrixView, Weight
 
-_TENSORS = ("trace", "hidden", "reach", "young")  # of a MaskedWeight, beside its mask
+_LARGE = 1 << 14  # entries of a weight from which a glance is less than a look at all
+_TENSORS = ("trace", "hidden", "young")  # of a MaskedWeight, beside its masks
+
+
+@dataclass(eq=False)
+class SavedWeight:
+    """What a saved state says of a sparse weight: fields of ``MaskedWeight``, masks as tensors of truth values."""
+
+    weight: Weight
+    mask: Tensor
+    step: int
+    updated_at: int
+    trace: Tensor | None
+    traced_at: int
+    hidden: Tensor | None
+    reach: Tensor | None
+    densities: tuple[float, ...]
+    settled: tuple[bool, ...]
+    young: Tensor | None
+    starts: tuple[float, ...]
+    scales: tuple[float, ...]
+    is_output: bool | None = None
+    is_to_fill: bool = False
 
 
 @dataclass(eq=False)
 class MaskedWeight:
     """A sparse weight in training: its mask, and what has happened to it.
+
+    ``packed`` is the mask, of one bit for each entry; ``mask`` makes truth values of it each time.
 
     ``step`` counts the steps that its optimizer has taken, ``begun`` those that have begun; ``updated_at`` is the
     step of the last mask update. ``trace`` is what the method's trace has gathered, ``traced_at`` the step it has
@@ -34,18 +60,19 @@ class MaskedWeight:
     looked, while ``is_to_fill`` says that an output which its first mask left without a weight is to have one.
 
     ``version`` is the parameter's when it was last seen to be zero outside the mask, ``lost_at`` the last step
-    that found something else's non-zeros there.
+    that found something else's non-zeros there. ``left`` are what optimizers keep for it and the versions of these when
+    they were last as at birth there; where a step begins with all of that, entries outside the mask ``is_alike``.
     """
 
     weight: Weight
-    mask: Tensor
+    packed: PackedMask
     step: int = 0
     begun: int = 0
     updated_at: int = 0
     trace: Tensor | None = None
     traced_at: int = 0
     hidden: Tensor | None = None
-    reach: Tensor | None = None
+    reach: PackedMask | None = None
     soft: Granularity | None = None
     scales: tuple[float, ...] = ()
     is_revealed: bool = False
@@ -58,15 +85,17 @@ class MaskedWeight:
     is_to_fill: bool = False
     version: int = -1
     lost_at: int = -1
-    _factor: tuple[Tensor, int, Tensor] | None = field(default=None, init=False, repr=False)
+    is_alike: bool = False
+    left: list[tuple["ref[Tensor]", int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_factor": None, "before": []}
+        return {**vars(self), "before": [], "left": None, "is_alike": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes masks as copies: tensors that were sent to another process share their memory with the sender."""
         self.__dict__.update(state)
-        for name in ("mask", *_TENSORS):
+        self.packed, self.reach = self.packed.copy(), None if self.reach is None else self.reach.copy()
+        for name in _TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.clone())
 
@@ -86,23 +115,29 @@ class MaskedWeight:
         return True
 
     @property
-    def learns(self) -> Tensor | None:
-        """What receives gradients: the mask, or what dense storage lets learn; None: everything."""
-        return self.mask if self.hidden is None else self.reach
+    def mask(self) -> Tensor:
+        """The mask as truth values of the parameter's shape, to be read; it is written to by ``write_mask``."""
+        return self.packed.current()
 
     @property
-    def factor(self) -> Tensor:
-        """What ``learns`` as integers, 0 and 1, made anew where the mask has changed; there must be a mask."""
-        learns = self.learns
-        assert learns is not None
-        if self._factor is None or self._factor[0] is not learns or self._factor[1] != learns._version:
-            self._factor = learns, learns._version, factor(learns, self.parameter)
-        return self._factor[2]
+    def held_mask(self) -> "PackedMask | Callable[[], PackedMask]":
+        """The mask, or what makes it."""
+        return self.packed
+
+    def write_mask(self, view: MatrixView, mask: Tensor) -> None:
+        """Writes the mask of one matrix view."""
+        with self.packed.opened() as whole:
+            view.write(whole, mask)
+
+    @property
+    def learns(self) -> PackedMask | None:
+        """What receives gradients: the mask, or what dense storage lets learn; None: everything."""
+        return self.packed if self.hidden is None else self.reach
 
     @property
     def fits(self) -> bool:
         """Whether mask and parameter have one shape; ``p.data`` may be set to another, which the next step refuses."""
-        return self.parameter.shape == self.mask.shape
+        return self.parameter.shape == self.packed.shape
 
     @property
     def is_stepping(self) -> bool:
@@ -119,29 +154,47 @@ class MaskedWeight:
 
     def begin_step(self) -> None:
         """Counts a step as begun, and moves all that belongs to the weight to where it is now."""
-        self.begun = self.step + 1
-        if self.mask.device == (device := self.parameter.device):
+        self.begun, self.is_alike = self.step + 1, False
+        has_moved = self.packed.bits.device != (device := self.parameter.device)
+        for mask in (self.packed, self.reach):
+            if mask is not None:
+                mask.follow(self.parameter)
+        if not has_moved:
             return
-        self.mask, self.before = self.mask.to(device), []
+        self.before = []
         for name in _TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
 
+    def note_alike(self, kept: Iterable[Kept]) -> None:
+        """Notes, as a step begins, whether nothing has been written since all outside of the mask was cleared."""
+        self.is_alike = False
+        if self.left is None or self.hidden is not None or self.version != _version(self.parameter):
+            return
+        now = [k.values for k in kept]
+        self.is_alike = len(now) == len(self.left) and all(
+            x is left() and _version(x) == version for x, (left, version) in zip(now, self.left, strict=True)
+        )
+
     def clear(self, kept: Iterable[Kept]) -> None:
         """Writes zeros outside the mask, and makes what optimizers keep for the weight there as it is at birth."""
+        self.is_alike = False
         clear_all([(self, kept)])
 
     def rescale(self, kept: Iterable[Kept], factor: Callable[[Tensor], Tensor]) -> None:
         """Multiplies the weight, and the copies of it that optimizers keep, by factors of its masks."""
+        mask = self.mask
         for x in self._moving(kept):
             for view in self.weight.views:
-                view.write(x, (view.of(x).float() * factor(view.of(self.mask)).to(x.device)).to(x.dtype))
+                view.write(x, (view.of(x).float() * factor(view.of(mask)).to(x.device)).to(x.dtype))
 
-    def start_grown(self, kept: Iterable[Kept], old: Tensor, grad: Tensor, how: GrownState) -> None:
+    def start_grown(self, kept: Iterable[Kept], old: PackedMask, grad: Tensor, how: GrownState) -> None:
         """Starts what optimizers keep for the weight where it has grown since an old mask, if not as at birth."""
-        if self.hidden is not None:
+        kept = [k for k in kept if how != "birth" or k.is_started]
+        if self.hidden is not None or not kept:
             return
-        grown, stayed = self.mask & ~old, self.mask & old
+        mask, before = self.mask, old.current()
+        grown, stayed = mask & ~before, mask & before
         for k in kept:
             k.start(grown, self.parameter.detach(), grad)
             if how != "birth":
@@ -175,12 +228,14 @@ class MaskedWeight:
 
     def _moving(self, kept: Iterable[Kept]) -> list[Tensor]:
         """Returns the weight and the copies of it that optimizers keep."""
-        copies = (k.values for k in kept if k.meaning.kind == "weights" and k.values.shape == self.mask.shape)
+        copies = (k.values for k in kept if k.meaning.kind == "weights" and k.values.shape == self.packed.shape)
         return [self.parameter.detach(), *copies]
 
     def num_outside(self) -> int:
         """Counts the non-zeros outside the mask; there are none unless revealed, or something else wrote them."""
-        return count_outside(self.parameter, self.mask) if self.fits else int(self.parameter.count_nonzero())
+        from dstlib.engine.ops.masked import count_outside  # not before it is needed: see dstlib.__getattr__
+
+        return count_outside(self.parameter, self.packed) if self.fits else int(self.parameter.count_nonzero())
 
     def num_hidden_outside(self) -> int:
         """Counts the non-zeros outside the mask that are what is hidden there, so that nothing is lost of them."""
@@ -200,42 +255,45 @@ class MaskedWeight:
 
     def _hardened(self, soft: Granularity, hidden: Tensor) -> Tensor:
         """Returns the active values: those put aside, but where something else has written what is shown since."""
+        mask = self.mask
         shown, values = self._softened(soft, hidden), torch.zeros_like(hidden)
         for view, scale in zip(self.weight.views, self.scales, strict=True):
             written = view.of(self.parameter.detach()) / scale
-            view.write(values, harden(written, view.of(self.mask), view.of(hidden), soft))
+            view.write(values, harden(written, view.of(mask), view.of(hidden), soft))
         return torch.where(self.parameter == shown, hidden, values)
 
     def _softened(self, soft: Granularity, values: Tensor) -> Tensor:
         """Returns what is shown of the values."""
-        shown = torch.zeros_like(values)
+        shown, mask = torch.zeros_like(values), self.mask
         for view, scale in zip(self.weight.views, self.scales, strict=True):
-            view.write(shown, scale * soften(view.of(values), view.of(self.mask), soft))
+            view.write(shown, scale * soften(view.of(values), view.of(mask), soft))
         return shown
 
     def undo_out_of_reach(self) -> None:
         """Takes back what weight decay did to revealed values that were not to learn."""
         if self.reach is not None:
             assert self.hidden is not None
-            self.parameter.copy_(torch.where(self.reach, self.parameter, self.hidden))
+            self.parameter.copy_(torch.where(self.reach.current(), self.parameter, self.hidden))
 
     def hide(self) -> None:
         """Puts aside what the mask covers, if it was revealed; the parameter is the caller's to clear."""
         if not self.is_revealed:
             return
         self.hidden, self.is_revealed = self.parameter.detach().clone(), False
+        mask = self.mask
         if self.soft is None:
-            zero_outside_(self.hidden, ~self.mask)
+            zero_outside_(self.hidden, ~mask)
             return
         if not self.scales:
-            views = [(view.of(self.hidden), view.of(self.mask)) for view in self.weight.views]
-            self.scales = tuple(best_scale(values, soften(values, mask, self.soft)) for values, mask in views)
+            views = [(view.of(self.hidden), view.of(mask)) for view in self.weight.views]
+            self.scales = tuple(best_scale(values, soften(values, part, self.soft)) for values, part in views)
         self.parameter.copy_(self._softened(self.soft, self.hidden))
 
-    def restore(self, saved: "MaskedWeight") -> None:
+    def restore(self, saved: SavedWeight) -> None:
         """Takes over what was saved, on the weight's device."""
         device = self.parameter.device
-        self.mask.copy_(saved.mask)
+        self.packed.write(saved.mask)
+        self.reach = None if saved.reach is None else self.packed.like(saved.reach)
         self.step = self.begun = saved.step
         self.updated_at, self.traced_at = saved.updated_at, saved.traced_at
         self.densities, self.starts, self.settled = saved.densities, saved.starts, saved.settled
@@ -248,36 +306,61 @@ class MaskedWeight:
         self.is_revealed = False
 
 
+@contextmanager
+def opened(masked: Iterable[MaskedWeight]) -> Iterator[None]:
+    """Packs masks of several matrix views once, when all of them are written."""
+    with ExitStack() as stack:
+        for m in masked:
+            if len(m.weight.views) > 1:
+                stack.enter_context(m.packed.opened())
+        yield
+
+
 def clear_all(weights: Iterable[tuple[MaskedWeight, Iterable[Kept]]]) -> None:
-    """Does as ``MaskedWeight.clear`` for weights with what optimizers keep for each, zeros in one call for all."""
-    zeros: list[tuple[Tensor, Tensor]] = []
-    cleared: list[MaskedWeight] = []
+    """Does as ``MaskedWeight.clear`` for weights with what optimizers keep for each, in one call for all.
+
+    Where a step began with entries outside the mask that were all alike, and has done alike to all, one of them tells
+    of the others.
+    """
+    from dstlib.engine.ops.masked import fill_outside_each, glance_outside  # as in num_outside
+
+    weights = [(m, tuple(kept)) for m, kept in weights]
+    triples = {m: _outside(m, kept) if m.has_zeros else [] for m, kept in weights}
+    alike = [(m, triple) for m, _ in weights if m.is_alike for triple in triples[m]]
+    changed = glance_outside(triple for _, triple in alike)
+    written = {m for (m, _), is_other in zip(alike, changed, strict=True) if is_other}
+    fill_outside_each(each for m, _ in weights if not m.is_alike or m in written for each in triples[m])
     for m, kept in weights:
+        m.is_alike = False
         if not m.has_zeros:
             continue
         if not m.is_revealed:
-            zeros.append((m.parameter, m.factor if m.hidden is None else m.mask))
-            cleared.append(m)
-        if (learns := m.learns) is None:
-            continue
-        for k in kept:
-            if m.hidden is not None and k.meaning.kind == "weights":
-                continue  # copies of hidden weights live with them
-            if k.is_zero_at_birth:
-                zeros.append((k.bits, m.factor))
-            else:
-                k.write_outside(learns)
-    zero_outside_each_(zeros)
-    for m in cleared:
-        m.version = _version(m.parameter)
+            m.version = _version(m.parameter)
+        m.left = [(ref(k.values), _version(k.values)) for k in kept] if m.packed.numel >= _LARGE else None
 
 
-def _version(parameter: Tensor) -> int:
+def _outside(m: MaskedWeight, kept: Iterable[Kept]) -> list[tuple[Tensor, PackedMask, float]]:
+    """Returns what is to be something outside a mask, with the mask and what it is to be; writes what shares bytes."""
+    found: list[tuple[Tensor, PackedMask, float]] = [] if m.is_revealed else [(m.parameter, m.packed, 0.0)]
+    if (learns := m.learns) is None:
+        return found
+    for k in kept:
+        if m.hidden is not None and k.meaning.kind == "weights":
+            continue  # copies of hidden weights live with them
+        if k.packed:
+            k.write_outside(learns.current())
+        else:
+            found.append((k.values, learns, k.birth))
+    return found
+
+
+def _version(x: Tensor) -> int:
     """Returns what torch counts writes by, and nothing else does; inference tensors have none, and take no step."""
-    return 0 if parameter.is_inference() else parameter._version
+    return 0 if x.is_inference() else x._version
 
 
 def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:
     """Returns the number of groups, and of units in each, of every matrix view by name."""
-    views = ((view.name, view.of(m.mask).shape) for m in masked for view in m.weight.views)
+    shapes = {m: torch.empty(m.shape, device="meta") for m in masked}
+    views = ((view.name, view.of(shape).shape) for m, shape in shapes.items() for view in m.weight.views)
     return {name: folded_shape(granularity, shape)[:2] for name, shape in views}

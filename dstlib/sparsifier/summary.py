@@ -52,7 +52,7 @@ def _row(weight: Weight, m: MaskedWeight | None, plan: Plan) -> Row:
         name=weight.name,
         kind=weight.kind,
         shape=tuple(weight.shape),
-        num_active=num_total if m is None else num_outside + int(m.mask.sum()) * m.fits,
+        num_active=num_total if m is None else num_outside + m.packed.num_active * m.fits,
         num_total=num_total,
         reason=weight.reason,
         note=f"{num_outside:,} non-zeros outside the mask" if num_outside else _storage(weight, m, plan),

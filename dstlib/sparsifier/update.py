@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dstlib import masking
 from dstlib.errors import ScoreError, few, require
-from dstlib.masking import NM, Account, AtInit, Budget, InTurn, MaskUpdate, Site, Terms
+from dstlib.masking import NM, Account, AtInit, Budget, InTurn, MaskUpdate, PackedMask, Site, Terms
 from dstlib.masking.update import zero_outside_
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.state import MaskedWeight, groups_of
+from dstlib.sparsifier.state import MaskedWeight, SavedWeight, groups_of
 from dstlib.targets import MatrixView
 
 Observer = Callable[[Site, MaskUpdate], None]
@@ -108,11 +108,11 @@ def choose_first_masks(masked: Sequence[MaskedWeight], plan: Plan) -> Plan:
         site = replace(site, num_target=num_target)
         account = _account(m, site, plan, score_units(site, init(site), plan))
         change = _exchange(m, site, plan, account.drop_GU, account.grow_GU, _first_budget(account))
-        view.write(m.mask, change.mask)
+        m.write_mask(view, change.mask)
     return plan
 
 
-def with_densities(plan: Plan, masked: Sequence[MaskedWeight]) -> Plan:
+def with_densities(plan: Plan, masked: Sequence[MaskedWeight | SavedWeight]) -> Plan:
     """Returns the plan with the densities that came of a look at the model, and the starts of a ramp if they did."""
     densities = {view.name: d for m in masked for view, d in zip(m.weight.views, m.densities, strict=True)}
     starts = {view.name: d for m in masked if m.starts for view, d in zip(m.weight.views, m.starts, strict=True)}
@@ -139,14 +139,15 @@ def spread_reach(m: MaskedWeight, plan: Plan, step: int) -> None:
     storage = plan.method.storage
     if storage is None or storage.extra is None:
         return
-    m.reach = torch.zeros_like(m.mask)
+    reach = torch.zeros_like(m.mask)
     for view in m.weight.views:
         site = make_site(m, view, plan, step)
         active_GU = plan.method.granularity.fold(site.mask)[..., 0]
         num_extra_G = (~active_GU).sum(dim=1).clamp(max=masking.num_units(active_GU.shape[1], storage.extra))
         grow_GU = score_units(site, plan.method.grow(site), plan)
         extra_GU = masking.select_top(grow_GU, num_extra_G, among_GU=~active_GU)
-        view.write(m.reach, masking.unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
+        view.write(reach, masking.unit_mask(active_GU | extra_GU, plan.method.granularity, site.mask.shape))
+    m.reach = PackedMask.of(reach)
 
 
 def pull_hidden(m: MaskedWeight, plan: Plan, scale: float) -> None:
@@ -305,10 +306,10 @@ def _carry_out(
     m: MaskedWeight, view: MatrixView, site: Site, change: MaskUpdate, plan: Plan, observers: Sequence[Observer]
 ) -> None:
     """Changes the mask of a site, starts what has grown, and lets observers see it."""
-    view.write(m.mask, change.mask)
+    m.write_mask(view, change.mask)
     if site.grad is not None:
         grown = plan.method.grown_init(replace(site, mask=change.mask))
-        view.write(m.parameter.detach(), torch.where(change.grown, grown, site.weight))
+        view.write_where(m.parameter.detach(), change.grown, grown)
     for observe in observers:
         observe(replace(site, weight=view.of(m.parameter.detach()), mask=view.of(m.mask)), change)
 
@@ -373,11 +374,12 @@ def _prune_together(masked: Sequence[MaskedWeight], plan: Plan, init: AtInit) ->
         for m, view, site, account in scored:
             budget = budgets.get(site.name) or _first_budget(account)
             change = _exchange(m, site, plan, account.drop_GU, account.grow_GU, budget)
-            view.write(m.mask, change.mask)
+            m.write_mask(view, change.mask)
         for m in masked:
             zero_outside_(m.parameter, m.mask)
     for m in masked:
-        m.densities = tuple(float(fold(view.of(m.mask))[0, :, 0].double().mean()) for view in m.weight.views)
+        mask = m.mask
+        m.densities = tuple(float(fold(view.of(mask))[0, :, 0].double().mean()) for view in m.weight.views)
     method = replace(plan.method, init=masking.random)  # lets go of the model
     return with_densities(replace(plan, densities_from="look", method=method), masked)
 
@@ -393,10 +395,10 @@ def _prune_in_turn(masked: Sequence[MaskedWeight], plan: Plan, init: InTurn) -> 
             num_kept = plan.num_target(view.name, masking.folded_shape(grain, weight.shape)[1], 0)
             if inputs is None:  # those of the weights before it were reached as long as these were dense
                 unseen.append(view.name)
-                view.write(m.mask, masking.best_units(weight.abs(), grain, num_kept))
+                m.write_mask(view, masking.best_units(weight.abs(), grain, num_kept))
                 continue
             mask, weight = init.prune(weight, inputs, grain, num_kept)
-            view.write(m.mask, mask)
+            m.write_mask(view, mask)
             view.write(m.parameter, weight)
         zero_outside_(m.parameter, m.mask)
     if unseen:

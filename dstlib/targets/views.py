@@ -35,6 +35,13 @@ class MatrixView:
         parts = self.parts(x)
         parts.copy_(matrix.unflatten(0, parts.shape[:2]) if self.every else matrix)
 
+    def write_where(self, x: Tensor, where: Tensor, matrix: Tensor) -> None:
+        """Writes those entries of this matrix into ``x`` at which a boolean matrix is True."""
+        parts = self.parts(x)
+        if self.every:
+            where, matrix = where.unflatten(0, parts.shape[:2]), matrix.unflatten(0, parts.shape[:2])
+        parts[where] = matrix[where]
+
     def parts(self, x: Tensor) -> Tensor:
         """Returns the matrix, where rows alternate as (H, O / H, I, *K), sharing the memory of ``x``."""
         matrix = x[tuple(slice(None) if place is None else place for place in self.at)] if self.at else x

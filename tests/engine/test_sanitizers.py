@@ -96,10 +96,12 @@ def test_a_map_that_is_too_short_is_seen(watched: Watched):
     assert "heap-buffer-overflow" in reports
 
 
-@pytest.mark.parametrize("name", ["test_convolution", "test_linear", "test_spatial"])
+@pytest.mark.parametrize(
+    "name", ["engine/test_convolution", "engine/test_linear", "engine/test_spatial", "test_packed"]
+)
 def test_kernels_keep_to_their_memory(watched: Watched, name: str):
     """In the tests of the operators, by each instruction set that this processor has."""
-    done, reports = watched.run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/engine/{name}.py"])
+    done, reports = watched.run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}.py"])
     assert not reports, reports
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

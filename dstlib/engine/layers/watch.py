@@ -5,7 +5,7 @@ A layer looks in each call, so that nothing else has to remember to tell it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,13 +62,47 @@ class Origin:
                 raise StateError.of("model", "accelerate()", allowed=allowed, given=given, remedy=remedy)
 
 
+class LiveMask(Protocol):
+    """A mask that may change: ``version`` is another one then, and ``seen`` the tensor in which that shows, too."""
+
+    @property
+    def version(self) -> int:
+        """What tells of changes."""
+        ...
+
+    @property
+    def seen(self) -> Tensor:
+        """The tensor that is changed."""
+        ...
+
+    def dense(self) -> Tensor:
+        """Returns the mask as truth values."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorMask:
+    """A mask as a tensor that may be written to."""
+
+    seen: Tensor
+
+    @property
+    def version(self) -> int:
+        """What torch counts writes by."""
+        return self.seen._version
+
+    def dense(self) -> Tensor:
+        """Returns the mask as truth values."""
+        return self.seen
+
+
 @dataclass(frozen=True, eq=False)
 class Link:
     """What ties the weight of a fast layer to a plain model, and to the masks of its training.
 
-    ``original`` is the weight that they belong to, ``weights`` and ``masks`` are all of the model that have masks;
-    ``wants_all`` says whether a pass is to give the gradients of a weight's inactive part too, ``holds`` whether it is
-    known to be still as its mask left it.
+    ``original`` is the weight that they belong to and ``mask`` its own, ``weights`` and ``masks`` are all of the model
+    that have masks; ``wants_all`` says whether a pass is to give the gradients of a weight's inactive part too,
+    ``holds`` whether it is known to be still as its mask left it.
     """
 
     name: str
@@ -76,13 +110,9 @@ class Link:
     origin: Origin
     weights: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
+    mask: LiveMask | None
     wants_all: Told
     holds: Told
-
-    @property
-    def mask(self) -> Tensor | None:
-        """The mask of the weight."""
-        return self.masks.get(self.name)
 
     def check_outside(self, weight: Tensor) -> None:
         """Refuses a weight that is not zero outside its mask, and says which of the others are not.
@@ -91,7 +121,7 @@ class Link:
             StateError: It is not.
         """
         assert self.mask is not None
-        if found := find_outside({self.name: weight}, {self.name: self.mask}):
+        if found := find_outside({self.name: weight}, {self.name: self.mask.dense()}):
             refuse_outside(found | find_outside(self.weights, self.masks), "accelerate()", OTHERWISE)
 
 
@@ -138,7 +168,7 @@ class Watch(Generic[T]):
         self.pattern_of = pattern_of
         self.given: T | None = None
         self.link: Link | None = None
-        self.mask: Tensor | None = None
+        self.mask: LiveMask | None = None
         self.seen: Seen[T] | None = None  # values that are replaced, never changed: threads may look at the same time
         self.made: tuple[Seen[T], Any] | None = None  # what the layer has made of what was seen
         self._all: tuple[torch.Size, T] | None = None
@@ -169,7 +199,7 @@ class Watch(Generic[T]):
         if link is not None:
             link.origin.check()
             if self.mask is not None:
-                mask_version = self.mask._version
+                mask_version = self.mask.version
             wants_all = wants_all or (records and link.wants_all(link.name))
         takes_all = records and mask_version < 0 and self.given is None and weight.requires_grad
         state = (weight._version, weight.data_ptr(), mask_version, training, takes_all, wants_all)
@@ -186,7 +216,7 @@ class Watch(Generic[T]):
     def _find(self, weight: Tensor, state: tuple[int, int, int, bool, bool, bool]) -> Seen[T]:
         before, mask = self.seen, self.mask
         *_, takes_all, wants_all = state
-        found, mask_found = _fingerprint(weight), 0 if mask is None else _fingerprint(mask)
+        found, mask_found = _fingerprint(weight), 0 if mask is None else _fingerprint(mask.seen)
         self._check_outside(weight, state, found, mask_found)
         if self.given is not None:
             active = self.given
@@ -195,7 +225,7 @@ class Watch(Generic[T]):
         elif before is not None and self._has_same_pattern(before, weight, state, (found, mask_found)):
             active = before.active
         else:
-            active = self.pattern_of(weight != 0 if mask is None else mask)
+            active = self.pattern_of(weight != 0 if mask is None else mask.dense())
         graded = self._every(weight) if wants_all else active
         return Seen(weight, state, num_bytes(weight) if weight.is_cpu else 0, found, mask_found, active, graded)
 

@@ -170,3 +170,20 @@ typedef struct {
     const float* bias;  // (outputs) or null
     int64_t batch, stride_x, stride_y;
 } Linear;
+
+// Numbers of any type, `width` bytes each (1, 2, 4 or 8), one after the other as they lie in memory, with a mask of a bit
+// each, the first in the lowest bit of the first byte.
+typedef struct {
+    void* data;
+    const uint8_t* bits;
+    int64_t num, width;
+    int64_t value;       // what is to stand outside the mask, as bits
+    int64_t counts;      // the bits of a number in which it may differ from that
+    int64_t found;       // written: how many numbers outside differ; where they are set, 0 if none did
+    int64_t first_task;  // the kernel's own
+} Masked;
+
+typedef struct {
+    Masked* tensors;
+    int64_t num_tensors;
+} MaskedEach;
