@@ -334,10 +334,11 @@ void DstlibPlan::check(const Step& step, int64_t number) const {
         require(step.outputs == inputs, name.c_str(), to_string(inputs) + " outputs", to_string(step.outputs));
         return;
     }
+    const bool is_square = step.kernel.h == step.kernel.w && (step.kernel.h == 1 || step.kernel.h == 3);
+    const bool is_known = step.kind != CONV || is_square;  // before the taps are counted, whose number might overflow
+    require(is_known, name.c_str(), "kernels of 1 x 1 or 3 x 3", to_string(step.kernel.h) + " x " + to_string(step.kernel.w));
     check_pattern(step, number, inputs);
     if (step.kind == CONV_TRANSPOSE) return;
-    const bool is_known = step.kernel.h == step.kernel.w && (step.kernel.h == 1 || step.kernel.h == 3);
-    require(is_known, name.c_str(), "kernels of 1 x 1 or 3 x 3", to_string(step.kernel.h) + " x " + to_string(step.kernel.w));
     require(step.bias == -1 || is_there(step.bias, step.outputs), name.c_str(), "a bias in the file", to_string(step.bias));
     require(step.shifts == -1 || is_there(step.shifts, inputs), name.c_str(), "shifts in the file", to_string(step.shifts));
     const bool has_none = step.gamma == -1 && step.beta == -1;
