@@ -47,13 +47,23 @@ class Matrix:
 
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Returns the weight and the mask of some rows."""
-        begin, end = torch.searchsorted(
-            self.places, torch.tensor([first, last], device=self.places.device) * self.size[1]
-        ).tolist()
+        begin, end = stretch(self.places, first * self.size[1], last * self.size[1])
         at = (self.places[begin:end] - first * self.size[1]).long()
         weight = self.values.new_zeros((last - first) * self.size[1]).index_copy_(0, at, self.values[begin:end])
         mask = torch.zeros_like(weight, dtype=torch.bool).index_fill_(0, at, True)
         return weight.view(-1, self.size[1]), mask.view(-1, self.size[1])
+
+
+def stretch(places: Tensor, first: int, last: int) -> tuple[int, int]:
+    """Returns where, of rising places, those from ``first`` up to ``last`` begin and end.
+
+    >>> stretch(torch.tensor([1, 4, 5, 9]), 2, 6)
+    (1, 3)
+    """
+    # of one type: torch would convert all of the places to the other
+    ends = torch.tensor([first, last], dtype=places.dtype, device=places.device)
+    begin, end = torch.searchsorted(places, ends).tolist()
+    return begin, end
 
 
 def goes_by_tiles(method: Method) -> bool:
@@ -189,7 +199,7 @@ def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
     grow_A, unit = torch.empty_like(drop_A), 0
     for _, site in tiles.sites(with_gradient=True):
         grow_U = tiles.grow_score(site)[0]
-        begin, end = torch.searchsorted(active_A, torch.tensor([unit, unit + len(grow_U)], device=active_A.device))
+        begin, end = stretch(active_A, unit, unit + len(grow_U))
         here_A, stays_A = (active_A[begin:end] - unit).long(), kept_A[begin:end]
         grow_A[begin:end] = grow_U[here_A]
         lowest.see(grow_U.index_fill(0, here_A[stays_A], torch.inf))
@@ -241,7 +251,7 @@ def _places_of(tiles: _Tiles, units: Tensor) -> Tensor:
     for first, last in tiles.spans:
         shape = torch.Size((last - first, columns))
         _, num_units, _ = masking.folded_shape(grain, shape)
-        begin, end = torch.searchsorted(units, torch.tensor([unit, unit + num_units], device=units.device))
+        begin, end = stretch(units, unit, unit + num_units)
         is_active = torch.zeros(1, num_units, dtype=torch.bool, device=units.device)
         is_active[0, units[begin:end] - unit] = True
         mask = masking.unit_mask(is_active, grain, shape)
@@ -280,7 +290,7 @@ class _Best:
         self._units.append((at + first).int())  # fewer than 2³¹, as the kernels number them
         self._scores.append(score_U[at])
         self._num_held += len(at)
-        if self._num_held > self._num + self._num // 4:
+        if self._num_held > self._num + self._num // 2:
             self.take()
 
     def take(self) -> tuple[Tensor, Tensor]:

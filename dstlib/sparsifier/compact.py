@@ -15,7 +15,7 @@ from dstlib import masking
 from dstlib.errors import SelectionError, SettingError, StateError
 from dstlib.masking import AtInit, InTurn, PackedMask
 from dstlib.methods.method import GrownState, Method
-from dstlib.sparsifier.by_tiles import Matrix, draw_by_tiles, goes_by_tiles, is_row_by_row, update_by_tiles
+from dstlib.sparsifier.by_tiles import Matrix, draw_by_tiles, goes_by_tiles, is_row_by_row, stretch, update_by_tiles
 from dstlib.sparsifier.optimizer_state import Kept, momentum_of
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.start import start_masks
@@ -318,8 +318,7 @@ def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradie
     del order  # of all that is as long as the weight, as little as can be at a time
     for view in m.weight.views:
         first, last = view.rows or (0, outputs)
-        ends = torch.tensor([first, last], device=places.device) * inputs
-        begin, end = torch.searchsorted(places, ends).tolist()
+        begin, end = stretch(places, first * inputs, last * inputs)
         part = None if gradient is None else _rows_from(gradient, first)
         matrix = Matrix(view.name, (last - first, inputs), places[begin:end] - first * inputs, values[begin:end], part)
         found.append(update_by_tiles(matrix, plan, step) + first * inputs)

@@ -79,7 +79,8 @@ def _by_tiles(places: Tensor, numbers: Tensor | None, size: tuple[int, int]) -> 
     rows, columns = size
     height = max(_TILE // columns // PART, 1) * PART
     starts = range(0, rows, height)
-    ends = torch.searchsorted(places, torch.tensor([min(start + height, rows) * columns for start in starts])).tolist()
+    bounds = torch.tensor([min(start + height, rows) * columns for start in starts], dtype=places.dtype)
+    ends = torch.searchsorted(places, bounds).tolist()
     tiles = list(zip(starts, [0, *ends[:-1]], ends, strict=True))
     alike = gcd(*(rows_alike(_mask(places[i:j], start, height, size)) for start, i, j in tiles))
     parts: list[LinearPattern] = []
