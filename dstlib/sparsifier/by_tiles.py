@@ -3,7 +3,8 @@
 Scores of growth are kept of the active units and of the best others alone, as many as may grow; where units compete in
 small groups, a tile holds whole groups. The mask is, unit for unit, that of an update that sees all at once.
 
-Shapes: O out, I in; G groups, U units per group; A active units, B the best others, C those that may come.
+Shapes: O out, I in, *K kernel taps, of which units have all; G groups, U units per group; A active units, B the best
+others, C those that may come.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,13 +35,13 @@ _ROW_BY_ROW = (
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix (O, I), of which the active values (A) exist, at rising ``places`` of it.
+    """A matrix (O, I, *K), of which the active values (A, *K) exist, at rising ``places`` of (O, I).
 
     ``gradient`` computes that of some rows, active or not; None where there is none.
     """
 
     name: str
-    size: tuple[int, int]
+    size: torch.Size
     places: Tensor
     values: Tensor
     gradient: Callable[[int, int], Tensor] | None
@@ -48,10 +49,11 @@ class Matrix:
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Returns the weight and the mask of some rows."""
         begin, end = stretch(self.places, first * self.size[1], last * self.size[1])
-        at = (self.places[begin:end] - first * self.size[1]).long()
-        weight = self.values.new_zeros((last - first) * self.size[1]).index_copy_(0, at, self.values[begin:end])
+        at, size = (self.places[begin:end] - first * self.size[1]).long(), (last - first, *self.size[1:])
+        flat = self.values.new_zeros((last - first) * self.size[1], *self.size[2:])
+        weight = flat.index_copy_(0, at, self.values[begin:end])
         mask = torch.zeros_like(weight, dtype=torch.bool).index_fill_(0, at, True)
-        return weight.view(-1, self.size[1]), mask.view(-1, self.size[1])
+        return weight.view(size), mask.view(size)
 
 
 def stretch(places: Tensor, first: int, last: int) -> tuple[int, int]:
@@ -78,6 +80,16 @@ def goes_by_tiles(method: Method) -> bool:
     )
 
 
+def places_of(mask: Tensor) -> Tensor:
+    """Returns where in the flattened (O, I) matrix the active kernels of a mask (O, I, *K) lie, in rising order."""
+    return mask.reshape(-1, mask.shape[2:].numel())[:, 0].nonzero().flatten()
+
+
+def has_whole_kernels(granularity: Granularity, shape: torch.Size) -> bool:
+    """Tells whether each unit of a weight (O, I, *K) consists of kernels, with all taps of each."""
+    return shape[2:].numel() == 1 or isinstance(granularity, masking.Kernel | masking.Channel | masking.Block)
+
+
 def is_row_by_row(granularity: Granularity) -> bool:
     """Tells whether units, or groups of them, lie within a few rows, one after the other."""
     return isinstance(granularity, _ROW_BY_ROW)
@@ -96,13 +108,13 @@ def update_by_tiles(matrix: Matrix, plan: Plan, step: int) -> Tensor:
     return _places_of(tiles, _of_one_group(tiles, num_units))
 
 
-def draw_by_tiles(name: str, size: tuple[int, int], plan: Plan) -> Tensor:
+def draw_by_tiles(name: str, size: torch.Size, plan: Plan) -> Tensor:
     """Returns the places of a first mask that chance alone chooses, in rising order.
 
     Those of a mask that is drawn at once: the numbers come in the same order, and the highest are taken.
     """
-    nothing = torch.empty(0)
-    tiles = _Tiles(Matrix(name, size, nothing.long(), nothing, None), plan, 0)
+    nothing = torch.empty(0, *size[2:])
+    tiles = _Tiles(Matrix(name, size, torch.empty(0, dtype=torch.long), nothing, None), plan, 0)
     num_groups, num_units, _ = masking.folded_shape(plan.method.granularity, size)
     num_target, columns = plan.num_target(name, num_units, 0), size[1]
     if num_groups == 1:
@@ -115,7 +127,7 @@ def draw_by_tiles(name: str, size: tuple[int, int], plan: Plan) -> Tensor:
     places = []
     for first, site in tiles.sites(with_gradient=False):
         mask = masking.best_units(masking.random(site), plan.method.granularity, num_target)
-        places.append(mask.flatten().nonzero().flatten() + first * columns)
+        places.append(places_of(mask) + first * columns)
     return torch.cat(places)
 
 
@@ -128,7 +140,7 @@ class _Tiles:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The rows of each tile, whole units."""
-        rows, columns = self.matrix.size
+        rows, columns = self.matrix.size[0], self.matrix.size[1:].numel()
         least: int = getattr(self.plan.method.granularity, "out", 1)
         height = max(TILE // columns // least, 1) * least
         return [(first, min(first + height, rows)) for first in range(0, rows, height)]
@@ -182,7 +194,7 @@ def _of_whole_groups(tiles: _Tiles, first: int, site: Site) -> Tensor:
         budget=budget,
         regrow=method.regrow,
     ).mask
-    return new.flatten().nonzero().flatten() + first * tiles.matrix.size[1]
+    return places_of(new) + first * tiles.matrix.size[1]
 
 
 def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
@@ -244,18 +256,18 @@ def _active_units(tiles: _Tiles) -> tuple[Tensor, Tensor]:
 
 def _places_of(tiles: _Tiles, units: Tensor) -> Tensor:
     """Returns the places of the entries of units."""
-    grain, columns = tiles.plan.method.granularity, tiles.matrix.size[1]
+    grain, (_, columns, *taps) = tiles.plan.method.granularity, tiles.matrix.size
     if isinstance(grain, masking.Element):
         return units
     places, unit = [], 0
     for first, last in tiles.spans:
-        shape = torch.Size((last - first, columns))
+        shape = torch.Size((last - first, columns, *taps))
         _, num_units, _ = masking.folded_shape(grain, shape)
         begin, end = stretch(units, unit, unit + num_units)
         is_active = torch.zeros(1, num_units, dtype=torch.bool, device=units.device)
         is_active[0, units[begin:end] - unit] = True
         mask = masking.unit_mask(is_active, grain, shape)
-        places.append(mask.flatten().nonzero().flatten() + first * columns)
+        places.append(places_of(mask) + first * columns)
         unit += num_units
     return torch.cat(places)
 

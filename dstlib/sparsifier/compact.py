@@ -1,6 +1,6 @@
 """Compact storage: weights of which the active values alone exist, their updates, and what optimizers keep of them.
 
-Shapes: O out, I in; A active weights.
+Shapes: O out, I in, *K kernel taps, none of a matrix; A active entries of the (O, I) matrix, whole kernels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,16 @@ from dstlib import masking
 from dstlib.errors import SelectionError, SettingError, StateError
 from dstlib.masking import AtInit, InTurn, PackedMask
 from dstlib.methods.method import GrownState, Method
-from dstlib.sparsifier.by_tiles import Matrix, draw_by_tiles, goes_by_tiles, is_row_by_row, stretch, update_by_tiles
+from dstlib.sparsifier.by_tiles import (
+    Matrix,
+    draw_by_tiles,
+    goes_by_tiles,
+    has_whole_kernels,
+    is_row_by_row,
+    places_of,
+    stretch,
+    update_by_tiles,
+)
 from dstlib.sparsifier.optimizer_state import Kept, momentum_of
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.start import start_masks
@@ -24,8 +33,7 @@ from dstlib.sparsifier.update import Observer, fill_first_masks, update_masks
 from dstlib.targets import MatrixView, Weight, unwrap
 
 if TYPE_CHECKING:
-    from dstlib.engine.layers.compact_linear import CompactLinear
-    from dstlib.engine.ops.compact_linear import CompactPattern
+    from dstlib.engine.layers.compact_layer import CompactLayer, PlacedPattern
 
 Average = Callable[[Tensor], Tensor]  # the mean over the ranks, in place
 State = tuple[Optimizer, Sequence[Kept]]  # what is kept for a weight
@@ -37,7 +45,7 @@ class CompactWeight(MaskedWeight):
     It has the counters of a masked weight, and its layer the pattern; ``mask`` is made each time that it is asked for.
     """
 
-    def __init__(self, started: MaskedWeight, layer: "CompactLinear") -> None:
+    def __init__(self, started: MaskedWeight, layer: "CompactLayer") -> None:
         state = dict(vars(started))
         del state["packed"]
         self.__dict__.update(state)
@@ -45,7 +53,7 @@ class CompactWeight(MaskedWeight):
 
     @property
     def mask(self) -> Tensor:
-        """Which weights are active, (O, I)."""
+        """Which weights are active, (O, I, *K)."""
         return self.layer.mask
 
     @property
@@ -65,7 +73,7 @@ class CompactWeight(MaskedWeight):
     @property
     def fits(self) -> bool:
         """Whether the parameter has a value for each active weight."""
-        return self.parameter.shape == (self.layer.pattern.num_active,)
+        return self.parameter.shape == (self.layer.pattern.num_active, *self.shape[2:])
 
     @property
     def has_zeros(self) -> bool:
@@ -91,7 +99,7 @@ class CompactWeight(MaskedWeight):
         self.updated_at, self.densities, self.starts = saved.updated_at, saved.densities, saved.starts
         self.settled, self.is_output, self.is_to_fill = saved.settled, saved.is_output, saved.is_to_fill
         if not torch.equal(saved.mask.to(self.parameter.device), self.mask):
-            pattern = self.layer.pattern_of(_places(saved.mask))
+            pattern = self.layer.pattern_of(places_of(saved.mask))
             self.layer.hold(pattern, _carried(self.parameter.detach(), _sources(self.layer.pattern, pattern)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,7 +142,7 @@ def compact_weights(
         SelectionError: A module on the meta device cannot be initialised.
         StateError: An optimizer has taken steps with the weights as they were.
     """
-    from dstlib.engine.layers.compact_linear import make_compact  # not before it is asked for: it loads the engine
+    from dstlib.engine.layers.compact import make_compact  # not before it is asked for: it loads the engine
     from dstlib.engine.runtime.memory import trim_heap
 
     model = unwrap(model)
@@ -154,7 +162,7 @@ def compact_weights(
             weight = weights[identity] = replace(weight, parameter=parameter)
             if weight.reason or weight.name in reasons:
                 continue
-            if reason := _obstacle(module, key, weight, parents.get(id(module))):
+            if reason := _obstacle(module, key, weight, parents.get(id(module)), plan.method):
                 reasons[weight.name] = reason
                 continue
             if num_owners[identity] > 1:
@@ -162,7 +170,6 @@ def compact_weights(
                 continue
             _check_unstepped(weight, optimizers)
             started, places = _drawn(weight, plan) or _started(weight, plan)
-            assert isinstance(module, nn.Linear)
             started.weight = weights[identity] = replace(weight, compact_of=parameter.shape)
             made[identity] = CompactWeight(started, make_compact(module, places))
             del started, places, parameter
@@ -184,10 +191,10 @@ def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
         return None
     if plan.outputs is not None and weight.name in plan.outputs:
         return None
-    outputs, inputs = weight.shape
+    outputs, inputs = weight.shape[:2]
     spans = [view.rows or (0, outputs) for view in weight.views]
     drawn = [
-        draw_by_tiles(view.name, (last - first, inputs), plan) + first * inputs
+        draw_by_tiles(view.name, torch.Size((last - first, *weight.shape[1:])), plan) + first * inputs
         for view, (first, last) in zip(weight.views, spans, strict=True)
     ]
     places = torch.cat(drawn).to(parameter.device)
@@ -195,7 +202,7 @@ def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
         return None
     started = MaskedWeight(weight, PackedMask.of(torch.empty(0, dtype=torch.bool)))
     started.is_output = None if plan.outputs is None else False
-    started.is_to_fill = started.is_output is None and len(places) < parameter.numel()
+    started.is_to_fill = started.is_output is None and len(places) < outputs * inputs
     return started, places
 
 
@@ -204,16 +211,16 @@ def _started(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor]:
     started = MaskedWeight(weight, PackedMask.full(weight.parameter))
     started.is_output = None if plan.outputs is None else weight.name in plan.outputs
     start_masks([started], plan, lambda m: ())
-    return started, _places(started.mask)
+    return started, places_of(started.mask)
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:
     """Returns the ``state_dict`` of a model as it is without compact storage."""
-    from dstlib.engine.layers.compact_linear import CompactLinear  # as above
+    from dstlib.engine.layers.compact_layer import CompactLayer  # as above
 
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CompactLinear):
+        if isinstance(module, CompactLayer):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight"] = module.spread(module.weight)
             del state[f"{prefix}weight_mask"]
@@ -250,7 +257,7 @@ def update_compact(
     momentum = None if momentum is None else m.layer.spread(momentum)
     update_masks([(dense, whole, momentum)], [dense], plan, step=step, memory=0.0, observers=observers)
     m.settled = dense.settled
-    return _take_over(m, _places(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
+    return _take_over(m, places_of(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
 
 
 def fill_compact(
@@ -267,7 +274,7 @@ def fill_compact(
         return False
     dense, gradient = _as_masked(m), _Gradient(m, grad, average)
     fill_first_masks(dense, gradient.of_rows(0, m.shape[0]), plan, step=m.step + 1, observers=observers)
-    return _take_over(m, _places(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
+    return _take_over(m, places_of(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
 
 
 def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
@@ -277,7 +284,7 @@ def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
 
 
 class _Gradient:
-    """The gradient of a weight (O, I) that does not exist, in the units of that of its active values.
+    """The gradient of a weight (O, I, *K) that does not exist, in the units of that of its active values.
 
     Those may have been unscaled, clipped and averaged since the backward passes that are looked at.
     """
@@ -298,11 +305,11 @@ class _Gradient:
         self._scale = 1.0 if torch.equal(found, grad) or not size else float((found * grad).sum()) / size
 
     def of_rows(self, first: int, last: int) -> Tensor:
-        """Returns that of some outputs, (rows, I)."""
+        """Returns that of some outputs, (rows, I, *K)."""
         return self._scaled(self._layer.gradient_of_rows(first, last))
 
     def of_active(self) -> Tensor:
-        """Returns that of what is active now, (A)."""
+        """Returns that of what is active now, (A, *K)."""
         return self._scaled(self._layer.gradient_of_active())
 
     def _scaled(self, grad: Tensor) -> Tensor:
@@ -312,7 +319,7 @@ class _Gradient:
 
 def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradient | None) -> Tensor:
     """Returns the places of what is active after an update, in rising order."""
-    outputs, inputs = m.shape
+    outputs, inputs = m.shape[:2]
     places, order = m.layer.pattern.places().sort()
     values, found = m.parameter.detach()[order], []
     del order  # of all that is as long as the weight, as little as can be at a time
@@ -320,7 +327,8 @@ def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradie
         first, last = view.rows or (0, outputs)
         begin, end = stretch(places, first * inputs, last * inputs)
         part = None if gradient is None else _rows_from(gradient, first)
-        matrix = Matrix(view.name, (last - first, inputs), places[begin:end] - first * inputs, values[begin:end], part)
+        size = torch.Size((last - first, *m.shape[1:]))
+        matrix = Matrix(view.name, size, places[begin:end] - first * inputs, values[begin:end], part)
         found.append(update_by_tiles(matrix, plan, step) + first * inputs)
     return torch.cat(found)
 
@@ -338,10 +346,6 @@ def _as_masked(m: CompactWeight) -> MaskedWeight:
     return dense
 
 
-def _places(mask: Tensor) -> Tensor:
-    return mask.flatten().nonzero().flatten()
-
-
 def _take_over(
     m: CompactWeight,
     places: Tensor,
@@ -350,16 +354,17 @@ def _take_over(
     states: Sequence[State],
     grown_state: GrownState,
 ) -> bool:
-    """Lets the weights at these places be the active ones; what grows begins with zeros, or with ``values`` (O, I).
+    """Lets the weights at these places be the active ones; what grows begins with zeros, or with ``values`` (O, I, *K).
 
     Returns whether others were active before.
     """
     layer, pattern = m.layer, m.layer.pattern_of(places)
     source = _sources(layer.pattern, pattern)
-    grown, old = source < 0, m.parameter.detach()
+    old = m.parameter.detach()
+    grown = _beside(source < 0, old).expand(len(source), *old.shape[1:])
     if not bool(grown.any()) and len(source) == len(old):
         return False
-    new = _carried(old, source) if values is None else values.detach().flatten()[pattern.places()]
+    new = _carried(old, source) if values is None else values.detach().flatten(0, 1)[pattern.places()]
     from dstlib.engine.runtime.memory import trim_heap  # as above
 
     moves = [(optimizer, _moves(optimizer, m, kept, source)) for optimizer, kept in states]
@@ -424,7 +429,7 @@ def _start_grown(kept: Kept, m: CompactWeight, grown: Tensor, grad: Tensor, how:
         kept.values[at] = part.values
 
 
-def _sources(before: "CompactPattern", now: "CompactPattern") -> Tensor:
+def _sources(before: "PlacedPattern", now: "PlacedPattern") -> Tensor:
     """Returns for each of the values now where it was among those before, -1 if it was not."""
     places, order = before.places().sort()
     wanted = now.places()
@@ -441,20 +446,31 @@ def _carried(x: Tensor, source: Tensor, birth: float = 0.0) -> Tensor:
     tensor([2., 0.])
     """
     if not x.numel():
-        return x.new_full(source.shape, birth)
-    return torch.where(source < 0, birth, x[source.clamp(min=0)])
+        return x.new_full((len(source), *x.shape[1:]), birth)
+    return torch.where(_beside(source < 0, x), birth, x[source.clamp(min=0)])
 
 
-def _obstacle(module: nn.Module, key: str, weight: Weight, parent: nn.Module | None) -> str | None:
+def _beside(x_A: Tensor, values: Tensor) -> Tensor:
+    """Returns what there is of each active entry with the axes of its values (A, *K)."""
+    return x_A.view(-1, *(1 for _ in values.shape[1:]))
+
+
+def _obstacle(module: nn.Module, key: str, weight: Weight, parent: nn.Module | None, method: Method) -> str | None:
     """Tells why a weight cannot be compact; None where it can."""
-    if type(module) is not nn.Linear or key != "weight":
-        return f"it is {key} of a {type(module).__name__}, not the weight of an nn.Linear"
+    from dstlib.engine.layers.compact import obstacle_to_compact  # as above
+
+    if key != "weight":
+        return f"it is {key} of a {type(module).__name__}, not its weight"
+    if reason := obstacle_to_compact(module):
+        return reason
     if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return f"its {type(parent).__name__} reads the weight by itself"
     if "forward" in vars(module):
         return "its layer has a forward of its own"
     if any(v.transposed or v.at or v.columns or v.every for v in weight.views):
         return "its matrices are no stretches of rows"
+    if not has_whole_kernels(method.granularity, weight.shape):
+        return f"units of {type(method.granularity).__name__} are no whole kernels"
     return None if weight.parameter.is_floating_point() else f"it is of {weight.parameter.dtype}"
 
 

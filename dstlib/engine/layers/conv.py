@@ -11,6 +11,7 @@ from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_ke
 from dstlib.engine.ops.conv import Geometry, conv
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.ops.layouts import to_channels_first, to_images
+from dstlib.engine.ops.patterns import Weights
 
 
 class FastConv(FollowsKernels):
@@ -33,13 +34,7 @@ class FastConv(FollowsKernels):
 
     def compute(self, plan: Geometry, input: Tensor) -> Tensor:
         """Computes it on the engine."""
-        num_axes = len(self.kernel_size)
-        if input.ndim == num_axes + 1:
-            return self.compute(plan, input.unsqueeze(0)).squeeze(0)
-        weights = self.weights(self)
-        if num_axes == 2:
-            return to_images(conv([FeatureMap(input.transpose(0, 1).unsqueeze(0))], weights, plan).raw)
-        return to_channels_first(conv([feature_map(input)], weights, plan).raw)
+        return convolved(self.weights(self), plan, input, len(self.kernel_size))
 
     def state(self) -> tuple[object, ...]:
         """Returns what the plan depends on."""
@@ -52,6 +47,19 @@ class FastConv(FollowsKernels):
     def make_plan(self) -> Geometry:
         """Returns what the convolution does besides its weight."""
         return geometry(self)
+
+
+def convolved(weights: Weights, plan: Geometry, input: Tensor, num_axes: int) -> Tensor:
+    """Computes a convolution of images (N, C, H, W) or volumes (N, C, D, H, W), or of one sample without N."""
+    if input.ndim == num_axes + 1:
+        return convolved(weights, plan, input.unsqueeze(0), num_axes).squeeze(0)
+    y = conv([mapped(input, num_axes)], weights, plan).raw
+    return to_images(y) if num_axes == 2 else to_channels_first(y)
+
+
+def mapped(input: Tensor, num_axes: int) -> FeatureMap:
+    """Returns the map of images, whose samples take the place of depths, or of volumes."""
+    return FeatureMap(input.transpose(0, 1).unsqueeze(0)) if num_axes == 2 else feature_map(input)
 
 
 class FastConv2d(FastConv, nn.Conv2d):

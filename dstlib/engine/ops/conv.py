@@ -19,7 +19,7 @@ from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_la
 from dstlib.engine.ops.instance_norm import instance_norm_backward
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Implementation, Item, Operator, Tensors, by_kernel, by_torch, groups
-from dstlib.engine.ops.patterns import Weights
+from dstlib.engine.ops.patterns import Weights, rows_of
 from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
@@ -58,7 +58,7 @@ class Given(NamedTuple):
     def input_size(self) -> tuple[int, ...]:
         """(N, C, D, H, W) of the concatenated maps."""
         x = self.maps[0].raw
-        return x.shape[0], self.weight.shape[1], *x.shape[2:]
+        return x.shape[0], len(self.shifts), *x.shape[2:]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class ConvProblem(MapProblem):
     is_unit: bool = False  # whether a norm follows
     eps: float = 0.0  # of that norm
     slope: float = 1.0  # behind it
+    compact: tuple[int, ...] = ()  # (O, C) of a weight (A, *taps) of the active kernels alone
 
     @property
     def is_read_later(self) -> bool:
@@ -85,7 +86,10 @@ class ConvProblem(MapProblem):
         """
         super().check(tensors)
         maps, (weight, *per_output), shifts = tensors[: len(self.normed)], self.parameters(tensors), tensors[-1]
-        outputs, channels, *kernel = weight.shape
+        outputs, channels, *kernel = (*self.compact, *weight.shape[1:]) if self.compact else weight.shape
+        if self.compact and len(tensors[-2]) != len(weight):  # the index of graded kernels, all that there are
+            allowed = f"{len(tensors[-2])} kernels, those of its pattern"
+            raise self.refusal("weight", allowed, f"{tuple(weight.shape)}")
         if sum(found := [x.shape[1] for x in maps]) != channels:  # all sizes would show a 2D layer's samples as depths
             raise self.refusal("maps", f"{channels} channels in all", " + ".join(map(str, found)))
         if len(kernel) not in (2, 3) or (len(kernel) == 3 and kernel[0] != 1):
@@ -126,7 +130,7 @@ class ConvProblem(MapProblem):
     def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
         """Returns (N, O, D / d, H / h, W / w), rounded up."""
         coarser = (-(-n // step) for n, step in zip(x.shape[2:], self.stride, strict=True))
-        return x.shape[0], weight.shape[0], *coarser
+        return x.shape[0], (self.compact or weight.shape)[0], *coarser
 
     def result(self, outputs: Tensors) -> FeatureMap:
         """Returns the map, and as its norm the one that follows."""
@@ -182,8 +186,15 @@ def stated(
     parameters = [weights.weight] if weights.bias is None else [weights.weight, weights.bias]
     patterns = [*weights.active.tensors, *weights.active.transposed.tensors, *weights.graded.tensors]
     gamma_beta, eps = (affine[:2], affine[2]) if affine else ((), 0.0)
-    problem = ConvProblem(normed, slopes, geometry.stride, len(parameters) > 1, affine is not None, eps, slope)
+    has_bias = len(parameters) > 1
+    problem = ConvProblem(normed, slopes, geometry.stride, has_bias, affine is not None, eps, slope, weights.size)
     return problem, [*maps, *parameters, *gamma_beta, *patterns, geometry.shifts]
+
+
+def active_gradient(grad: Tensor, x: Tensor, weights: Weights, geometry: Geometry) -> Tensor:
+    """Computes the gradient of a weight without bias, of graded kernels alone, from that of the outputs and the map."""
+    problem, tensors = stated([FeatureMap(x)], weights, geometry)
+    return CONV_BACKWARD_WEIGHTS(problem, [*tensors, grad])[0]
 
 
 def pack_weights(found: Kernels, weight: Tensor, index: Tensor, form: int, *, reflected: bool = False) -> Tensor:
@@ -241,7 +252,7 @@ def _forward(name: str, form: int, accepts: Accepts) -> Implementation[ConvProbl
 
 def _forward_with_torch(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
     given = problem.named(tensors)
-    active = _active(given.weight, given.active)
+    active = _spread(given, given.active).unsqueeze(2)
     found = F.conv3d(_input(given), active, given.bias, problem.stride, _padding(given.weight))
     y = empty_depth_last(found.shape, found).copy_(found)
     return [y, _statistics(y, given.affine, problem.eps)] if problem.is_unit else [y]
@@ -278,7 +289,7 @@ def _backward_input(name: str, form: int, accepts: Accepts) -> Implementation[Co
 
 def _backward_input_with_torch(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
     given = problem.named(tensors)
-    active, padding = _active(given.weight, given.active), _padding(given.weight)
+    active, padding = _spread(given, given.active).unsqueeze(2), _padding(given.weight)
     return [shifted(conv3d_input(given.input_size, active, tensors[-1], problem.stride, padding), -given.shifts)]
 
 
@@ -302,8 +313,12 @@ def _backward_weights(found: Kernels, problem: ConvProblem, tensors: Tensors) ->
 def _backward_weights_with_torch(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
     given, grad = problem.named(tensors), tensors[-1]
     weight, padding = given.weight, _padding(given.weight)
-    dense = conv3d_weight(_input(given), _five(weight).shape, grad, problem.stride, padding)
-    found = torch.where(_mask(given.graded, weight), dense.reshape(weight.shape), 0)
+    size = grad.shape[1], len(given.shifts), 1, *weight.shape[-2:]
+    dense = conv3d_weight(_input(given), size, grad, problem.stride, padding).reshape(-1, *weight.shape[-2:])
+    row_ptr, col_idx, index = given.graded
+    graded = dense[rows_of(row_ptr, col_idx) * len(given.shifts) + col_idx]
+    found = dense.new_zeros(weight.shape)
+    found.view(-1, *weight.shape[-2:]).index_copy_(0, index, graded)
     return [found, grad.sum((0, 2, 3, 4))] if problem.has_bias else [found]
 
 
@@ -341,30 +356,24 @@ def _input(given: Given) -> Tensor:
     return shifted(torch.cat([x.activated() for x in given.maps], dim=1), given.shifts)
 
 
-def _active(weight: Tensor, pattern: Tensors) -> Tensor:
-    """Returns the weight (O, C, 1, kh, kw) with zeros where no kernel is active."""
-    return _five(torch.where(_mask(pattern, weight), weight, 0))
-
-
-def _five(weight: Tensor) -> Tensor:
-    return weight.reshape(*weight.shape[:2], 1, *weight.shape[-2:])
+def _spread(given: Given, pattern: Tensors) -> Tensor:
+    """Returns the weight (O, C, kh, kw) with zeros where a pattern has no kernel."""
+    row_ptr, col_idx, index = pattern
+    taps = given.weight.shape[-2:]
+    size = len(row_ptr) - 1, len(given.shifts)
+    at = rows_of(row_ptr, col_idx) * size[1] + col_idx
+    values = given.weight.reshape(-1, *taps)[index]
+    return values.new_zeros(prod(size), *taps).index_copy(0, at, values).view(*size, *taps)
 
 
 def _padding(weight: Tensor) -> Triple:
     return 0, weight.shape[-2] // 2, weight.shape[-1] // 2
 
 
-def _mask(pattern: Tensors, weight: Tensor) -> Tensor:
-    """Returns which kernels a pattern has, (O, C, 1, ...)."""
-    mask = torch.zeros(weight.shape[:2].numel(), dtype=torch.bool, device=weight.device)
-    mask[pattern[2]] = True
-    return mask.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
-
-
 def _plain(problem: ConvProblem, tensors: Tensors) -> Tensor:
     """Computes the convolution, or the whole unit, by torch's operations; what is not graded is zero."""
     given = problem.named(tensors)
-    x, weight = torch.cat(problem.values(tensors), dim=1), _active(given.weight, given.graded)
+    x, weight = torch.cat(problem.values(tensors), dim=1), _spread(given, given.graded).unsqueeze(2)
     y = F.conv3d(shifted(x, given.shifts), weight, given.bias, problem.stride, _padding(given.weight))
     if not problem.is_unit:
         return y

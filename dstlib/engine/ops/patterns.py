@@ -38,6 +38,21 @@ class Pattern:
             return cls._of(mask_OC)
 
     @classmethod
+    def of_compact(cls, places: Tensor, size: tuple[int, int]) -> "Pattern":
+        """Returns the pattern of a weight (A, *taps) that holds its active kernels alone, row by row.
+
+        They lie at these places of the flattened (O, C) matrix, in rising order; ``index`` counts in them.
+
+        >>> pattern = Pattern.of_compact(torch.tensor([1, 2, 3]), (2, 2))
+        >>> pattern.index.tolist(), pattern.transposed.index.tolist(), pattern.places().tolist()
+        ([0, 1, 2], [1, 0, 2], [1, 2, 3])
+        """
+        outputs, inputs = size
+        with torch.inference_mode(False):
+            row_ptr = _row_ptr(torch.bincount(places // inputs, minlength=outputs))
+            return cls(row_ptr, (places % inputs).int(), torch.arange(len(places), device=places.device), size)
+
+    @classmethod
     def _of(cls, mask_OC: Tensor) -> "Pattern":
         outputs, inputs = mask_OC.shape
         index = mask_OC.flatten().nonzero().flatten()
@@ -48,10 +63,18 @@ class Pattern:
         """The same kernels column by column; ``index`` still counts in the (O, C) matrix, row by row."""
         outputs, inputs = self.size
         with torch.inference_mode(False):
-            row, col = self.index // inputs, self.index % inputs
+            row, col = rows_of(self.row_ptr, self.col_idx), self.col_idx.long()
             order = (col * outputs + row).argsort()
             row_ptr = _row_ptr(torch.bincount(col, minlength=inputs))
             return Pattern(row_ptr, row[order].int(), self.index[order], (inputs, outputs))
+
+    def places(self) -> Tensor:
+        """Returns where in the flattened (O, C) matrix each active kernel lies, (A)."""
+        return rows_of(self.row_ptr, self.col_idx) * self.size[1] + self.col_idx
+
+    def to(self, device: torch.device) -> "Pattern":
+        """Returns the pattern on a device."""
+        return Pattern(*(x.to(device) for x in self.tensors), self.size)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -69,7 +92,8 @@ class Weights:
     """The weight of a convolution, contiguous, its bias (O) or None, and which of its kernels are active.
 
     Shapes: O output channels, C input channels; the weight is (O, C, kh, kw) or (O, C, 1, kh, kw), of a transposed
-    convolution (C, O, d, h, w); patterns are (O, C). ``graded`` are the kernels whose gradient is wanted: the active
+    convolution (C, O, d, h, w); patterns are (O, C). One that ``is_compact`` is (A, *taps), see
+    :meth:`Pattern.of_compact`. ``graded`` are the kernels whose gradient is wanted: the active
     ones, or all where a criterion reads them. Keep this value for as long as these stay the same: it knows prepared
     calls.
     """
@@ -79,6 +103,18 @@ class Weights:
     active: Pattern
     graded: Pattern
     calls: PreparedCalls[PreparedCall | None] = field(default_factory=PreparedCalls, repr=False)
+    is_compact: bool = False
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(O, C) where the shape of the weight does not tell them."""
+        return self.active.size if self.is_compact else ()
+
+
+def rows_of(row_ptr: Tensor, col_idx: Tensor) -> Tensor:
+    """Returns the row of each entry of compressed rows, (A) in int64."""
+    rows = torch.arange(len(row_ptr) - 1, device=row_ptr.device)
+    return rows.repeat_interleave(row_ptr.diff(), output_size=len(col_idx))
 
 
 def _row_ptr(counts: Tensor) -> Tensor:

@@ -1,0 +1,197 @@
+"""Layers that hold their active weights only: values, beside the pattern that says where they belong.
+
+Shapes: O outputs, I inputs, *K kernel taps, none of a matrix; A active entries of the (O, I) matrix, whole kernels.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from dstlib.errors import StateError
+
+_MASK = "weight_mask"  # of a state dict: where the values belong, a bit for each entry of the matrix
+
+
+class PlacedPattern(Protocol):
+    """Where the values of a weight belong, in the order in which kernels read them."""
+
+    def places(self) -> Tensor:
+        """Returns where in the flattened (O, I) matrix each value lies, (A)."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Returns the pattern on a device."""
+        ...
+
+    @property
+    def num_active(self) -> int:
+        """A, the number of values."""
+        ...
+
+
+class CompactLayer(nn.Module):
+    """A layer whose parameter ``weight`` (A, *K) are its active values alone, in the order of its ``pattern``.
+
+    Its class stands before that of the plain layer. No dense weight, and no dense gradient of it, exists at any time.
+    The ``state_dict`` has the values and, packed to bits, the mask; that of the plain layer can be loaded, too.
+
+    ``wants_passes`` is asked in each pass that autograd records: whether inputs and output gradients are to stay in
+    ``passes`` until they are taken, for whoever wants to know the gradients of weights that do not exist.
+    """
+
+    weight: nn.Parameter
+    dense_shape: torch.Size  # (O, I, *K)
+    pattern: Any
+    wants_passes: Callable[[], bool] | None
+    passes: list[tuple[Tensor, Tensor]]
+
+    @property
+    def mask(self) -> Tensor:
+        """Which weights are active, (O, I, *K), made when it is asked for."""
+        active = self._active()
+        return active.view(*active.shape, *(1 for _ in self.dense_shape[2:])).expand(self.dense_shape).contiguous()
+
+    def _active(self) -> Tensor:
+        """Returns which values there are, (O, I)."""
+        size = self.dense_shape[:2]
+        active = torch.zeros(size.numel(), dtype=torch.bool, device=self.weight.device)
+        return active.index_fill_(0, self.pattern.places().long(), True).view(size)
+
+    def pattern_of(self, places: Tensor) -> PlacedPattern:
+        """Returns the pattern of other places of the flattened (O, I) matrix, in rising order."""
+        raise NotImplementedError
+
+    def gradient_of_rows(self, first: int, last: int) -> Tensor:
+        """Computes the gradient (rows, I, *K) of all weights of some outputs, active or not, over the passes."""
+        raise NotImplementedError
+
+    def gradient_of_active(self) -> Tensor:
+        """Computes the gradient (A, *K) of the active weights, summed over the passes."""
+        raise NotImplementedError
+
+    def noted(self, y: Tensor, input: Tensor) -> Tensor:
+        """Returns the output of a pass, whose gradient stays in ``passes`` beside the input where that is wanted."""
+        if y.requires_grad and self.wants_passes is not None and self.wants_passes():
+            if self.weight.grad is None:
+                self.passes.clear()  # what gradients were thrown away belonged to
+            x, passes = input.detach(), self.passes
+            y.register_hook(lambda grad: passes.append((x, grad.detach())))
+        return y
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Returns a weight (O, I, *K) of values (A, *K), zeros elsewhere; of the parameter, the plain layer's."""
+        size, taps = self.dense_shape[:2], self.dense_shape[2:]
+        flat = values.new_zeros(size.numel(), *taps, requires_grad=False)
+        return flat.index_copy_(0, self.pattern.places().long(), values.detach()).view(self.dense_shape)
+
+    def hold(self, pattern: PlacedPattern, values: Tensor) -> None:
+        """Holds other values (A), in the order of another pattern; the parameter stays the same object."""
+        if values.shape == self.weight.shape:
+            with torch.no_grad():
+                self.weight.copy_(values)
+        else:
+            self.weight.grad = None
+            # a graph that is still alive holds the node that adds gradients up, which knows the old shape; torch lets
+            # go of it where the type changes
+            other = torch.float32 if values.dtype != torch.float32 else torch.float64
+            self.weight.data = values.new_empty(0, dtype=other)
+            self.weight.data = values
+        self.pattern = pattern
+
+    def extra_repr(self) -> str:
+        """The size of the layer, and how many of its weights are active."""
+        return f"{super().extra_repr()}, active={self.pattern.num_active}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.pattern = self.pattern.to(self.weight.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + _MASK] = _packed(self._active())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *more: Any
+    ) -> None:
+        """Takes values with the mask that they belong to, or the matrix of a plain layer."""
+        *_, error_msgs = more
+        given, bits = state_dict.get(prefix + "weight"), state_dict.get(prefix + _MASK)
+        if isinstance(given, Tensor):
+            try:
+                pattern, values = self._found(given, bits, prefix + "weight")
+            except StateError as error:
+                error_msgs.append(str(error))
+            else:
+                self.hold(pattern, values.to(self.weight))
+            state_dict = {**state_dict, prefix + "weight": self.weight.detach()}
+        own = {key: value for key, value in state_dict.items() if key != prefix + _MASK}
+        super()._load_from_state_dict(own, prefix, local_metadata, *more)
+
+    def _found(self, given: Tensor, bits: object, name: str) -> tuple[PlacedPattern, Tensor]:
+        """Returns the pattern and the values that a state dict has under a name."""
+        if given.shape == self.dense_shape:
+            flat = given.flatten(0, 1)
+            found = (flat != 0).flatten(1).any(dim=1) if flat.ndim > 1 else flat != 0
+            own = self.pattern.places().to(flat.device).long()
+            if not bool(found.index_fill(0, own, False).any()):
+                return self.pattern, flat[own]
+            if int(found.sum()) != self.pattern.num_active:
+                allowed = f"zeros outside of the {self.pattern.num_active:,} active weights, or as many elsewhere"
+                raise _unfit(name, allowed, f"{int(found.sum()):,} that are not zero")
+            places = found.nonzero().flatten().cpu()
+        else:
+            places = _unpacked(bits, self.dense_shape[:2], name)
+            if given.shape != (len(places), *self.dense_shape[2:]):
+                raise _unfit(name, f"{len(places):,} values, as its mask has it", f"the shape {tuple(given.shape)}")
+        pattern = self.pattern_of(places)
+        if given.shape == self.dense_shape:
+            return pattern, given.flatten(0, 1)[pattern.places().to(given.device)]
+        return pattern, given
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns all but what ties the layer to a training."""
+        return {**vars(self), "wants_passes": None, "passes": []}
+
+
+def settle(layer: CompactLayer, places: Tensor) -> None:
+    """Gives a layer whose class has just changed its active values; ``places`` (A) are theirs, in rising order.
+
+    The parameter ``weight`` stays the same object.
+    """
+    layer.wants_passes, layer.passes, layer.dense_shape = None, [], layer.weight.shape
+    pattern = layer.pattern_of(places)
+    values = layer.weight.detach().flatten(0, 1)[pattern.places()]
+    layer.hold(pattern, values)
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Packs truth values to bits, the first of eight the highest."""
+    flat = mask.flatten()
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    weights = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)
+    return (flat * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpacked(bits: object, shape: torch.Size, name: str) -> Tensor:
+    """Returns the places of the bits that are set, in rising order.
+
+    Raises:
+        StateError: It is no such mask.
+    """
+    num = -(-shape.numel() // 8)
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != (num,) or bits.is_meta:
+        given = f"{bits.dtype} of shape {tuple(bits.shape)}" if isinstance(bits, Tensor) else "none"
+        raise _unfit(name, f"a mask beside it, {num:,} bytes", given)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    flat = (bits.cpu()[:, None] >> shifts & 1).flatten().bool()
+    if bool(flat[shape.numel() :].any()):
+        raise _unfit(name, "no bit behind the last weight", "some")
+    return flat.nonzero().flatten()
+
+
+def _unfit(name: str, allowed: str, given: str) -> StateError:
+    remedy = "Load what the same model saved, or the state_dict of the plain model with the zeros of its masks."
+    return StateError.of("weight", name, allowed=allowed, given=given, remedy=remedy)
