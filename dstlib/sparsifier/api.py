@@ -75,8 +75,9 @@ def sparsify(
     1 / √density; weights that hold zeros already, as those of a sparse checkpoint, keep their values.
 
     ``storage="compact"``, before an optimizer is made: of each weight that can be so (``summary()`` says which), only
-    the active values exist, as a parameter (A,) of the same name, and so do gradients, optimizer state and what
-    data-parallel training sends; layers on the meta device are initialised one by one (docs/compact.md).
+    the active values exist, as a parameter (A,) of the same name, of a convolution's kernels (A, *taps), and so do
+    gradients, optimizer state and what data-parallel training sends; layers on the meta device are initialised one by
+    one (docs/compact.md).
 
     Raises:
         SettingError: A setting is out of range.

@@ -22,7 +22,7 @@ class CompactConv(CompactLayer):
     pattern: Pattern
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    padding: str | tuple[int, ...]
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W). Without N, one sample."""

@@ -41,7 +41,7 @@ class CompactLayer(nn.Module):
     ``passes`` until they are taken, for whoever wants to know the gradients of weights that do not exist.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     dense_shape: torch.Size  # (O, I, *K)
     pattern: Any
     wants_passes: Callable[[], bool] | None

@@ -74,7 +74,8 @@ class Pattern:
 
     def to(self, device: torch.device) -> "Pattern":
         """Returns the pattern on a device."""
-        return Pattern(*(x.to(device) for x in self.tensors), self.size)
+        row_ptr, col_idx, index = (x.to(device) for x in self.tensors)
+        return Pattern(row_ptr, col_idx, index, self.size)
 
     @property
     def tensors(self) -> list[Tensor]:
