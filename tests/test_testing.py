@@ -25,6 +25,7 @@ import dstlib
 import dstlib.testing
 from dstlib import METHODS, RIGL, SET, Site
 from dstlib.at_init import snip
+from dstlib.engine.ops.masked import fill_outside_each
 from dstlib.masking import (
     NM,
     AdaptiveThreshold,
@@ -75,7 +76,6 @@ from dstlib.masking import (
     uniform_dense_first,
     uniform_fan_in,
 )
-from dstlib.masking.update import zero_outside_each_
 from dstlib.schedules import Alternating, Constant, Cosine, Cubic, Cycles, InversePower, Linear, Sigmoid, Stages
 from dstlib.testing import (
     LawError,
@@ -603,15 +603,15 @@ def test_laws_of_methods_bite(law, method):
 
 
 def test_the_law_of_zeros_bites(monkeypatch):
-    monkeypatch.setattr("dstlib.sparsifier.state.zero_outside_each_", list)
+    monkeypatch.setattr("dstlib.engine.ops.masked.fill_outside_each", list)
     assert law_of(check_method, RIGL) == "zeros hold"
 
 
 def test_the_law_of_zeros_bites_in_the_optimizer(monkeypatch):
-    def spare_states(pairs):
-        zero_outside_each_((x, mask) for x, mask in pairs if isinstance(x, torch.nn.Parameter))
+    def spare_states(triples):
+        fill_outside_each(each for each in triples if isinstance(each[0], torch.nn.Parameter))
 
-    monkeypatch.setattr("dstlib.sparsifier.state.zero_outside_each_", spare_states)
+    monkeypatch.setattr("dstlib.engine.ops.masked.fill_outside_each", spare_states)
     assert law_of(check_method, SET) == "zeros hold"
 
 
