@@ -232,21 +232,22 @@ def update_compact(
     plan: Plan,
     *,
     step: int,
-    grad: Tensor | None,
+    scale: float | None,
     states: Sequence[State],
     observers: Sequence[Observer],
     average: Average,
 ) -> bool:
     """Changes which weights are active, and what is kept for them; returns whether that has changed.
 
-    ``grad`` is the gradient of the active values, None of a frozen weight; ``states`` are what each optimizer keeps.
+    ``scale`` is the loss scale in the gradient of the active values, None of a weight without one that counts, such as a
+    frozen one; ``states`` are what each optimizer keeps.
 
     Raises:
         ScoreError: A criterion returned scores by which units cannot be ordered.
         StateError: Nothing is known of the gradients of what is not active.
         SettingError: An optimizer keeps what cannot be moved.
     """
-    gradient = None if grad is None else _Gradient(m, grad, average)
+    gradient = None if scale is None else _Gradient(m, scale, average)
     if goes_by_tiles(plan.method) and not observers:
         places = _updated_by_tiles(m, plan, step, gradient)
         if not m.is_output or _has_all_outputs(m, places):
@@ -264,7 +265,7 @@ def fill_compact(
     m: CompactWeight,
     plan: Plan,
     *,
-    grad: Tensor,
+    scale: float,
     states: Sequence[State],
     observers: Sequence[Observer],
     average: Average,
@@ -272,7 +273,7 @@ def fill_compact(
     """Gives outputs that the first mask has left without a weight one each; returns whether there were any."""
     if _has_all_outputs(m, m.layer.pattern.places()):
         return False
-    dense, gradient = _as_masked(m), _Gradient(m, grad, average)
+    dense, gradient = _as_masked(m), _Gradient(m, scale, average)
     fill_first_masks(dense, gradient.of_rows(0, m.shape[0]), plan, step=m.step + 1, observers=observers)
     return _take_over(m, places_of(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
 
@@ -286,11 +287,14 @@ def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
 class _Gradient:
     """The gradient of a weight (O, I, *K) that does not exist, in the units of that of its active values.
 
-    Those may have been unscaled, clipped and averaged since the backward passes that are looked at.
+    Those may have been unscaled, clipped and averaged since the backward passes that are looked at. ``loss_scale`` is
+    still in them.
     """
 
-    def __init__(self, m: CompactWeight, grad: Tensor, average: Average) -> None:
-        self._layer, self._average = m.layer, average
+    def __init__(self, m: CompactWeight, loss_scale: float, average: Average) -> None:
+        self._layer, self._average, self.loss_scale = m.layer, average, loss_scale
+        grad = m.parameter.grad
+        assert grad is not None
         if not m.layer.passes:
             raise StateError.of(
                 "gradients of what is not active",
@@ -305,11 +309,12 @@ class _Gradient:
         self._scale = 1.0 if torch.equal(found, grad) or not size else float((found * grad).sum()) / size
 
     def of_rows(self, first: int, last: int) -> Tensor:
-        """Returns that of some outputs, (rows, I, *K)."""
-        return self._scaled(self._layer.gradient_of_rows(first, last))
+        """Returns that of some outputs, (rows, I, *K), without the loss scale."""
+        grad = self._scaled(self._layer.gradient_of_rows(first, last))
+        return grad if self.loss_scale == 1.0 else grad / self.loss_scale
 
     def of_active(self) -> Tensor:
-        """Returns that of what is active now, (A, *K)."""
+        """Returns that of what is active now, (A, *K), as it is in the parameter."""
         return self._scaled(self._layer.gradient_of_active())
 
     def _scaled(self, grad: Tensor) -> Tensor:
@@ -378,8 +383,9 @@ def _take_over(
             m.parameter.grad.copy_(grad)
     for optimizer, moved in moves:
         for key, (kept, values_now) in moved.items():
-            if kept is not None and grad is not None:
-                _start_grown(replace(kept, values=values_now), m, grown, grad, grown_state)
+            if kept is not None and grad is not None and gradient is not None:
+                unscaled = grad if gradient.loss_scale == 1.0 else grad / gradient.loss_scale
+                _start_grown(replace(kept, values=values_now), m, grown, unscaled, grown_state)
             held = optimizer.state[m.parameter][key]
             if held.shape == values_now.shape:
                 held.copy_(values_now)
@@ -400,8 +406,10 @@ def _moves(
     state: Mapping[str, Any] = optimizer.state.get(m.parameter, {})
     moved: dict[str, tuple[Kept | None, Tensor]] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == m.parameter.shape and value.numel() > 1:
-            known = next((k for k in kept if k.key == key), None)
+        known = next((k for k in kept if k.key == key), None)
+        if not isinstance(value, Tensor) or value.shape != m.parameter.shape:
+            continue
+        if known is not None or value.numel() != 1:  # a single number that nobody knows may be of the whole parameter
             moved[key] = known, _carried(value.detach(), source, 0.0 if known is None else known.birth)
     if left := [k.key for k in kept if k.key not in moved or k.values.dtype != state[k.key].dtype]:
         raise SettingError.of(

@@ -296,7 +296,7 @@ class Sparsifier:
         if isinstance(clock, Every) and clock.last is not None:  # also of a topology that was frozen on its way
             last = clock.last
             if due := [m for m in self._masked if m.updated_at < last]:
-                self._update_at(last, due, {})
+                self._update_at(last, due, {}, 1.0)
         self.freeze()
 
     def detach(self) -> None:
@@ -600,8 +600,7 @@ class Sparsifier:
                 filled.append(m)
                 if isinstance(m, CompactWeight):
                     states, average = self._states(m), self._replicas.average_
-                    grad, seen = _full_gradient(m, scale), self.observers
-                    fill_compact(m, self.plan, grad=grad, states=states, observers=seen, average=average)
+                    fill_compact(m, self.plan, scale=scale, states=states, observers=self.observers, average=average)
                     continue
                 grad, old, kept = _full_gradient(m, scale), m.packed.copy(), self._kept(m)
                 update.fill_first_masks(m, grad, self.plan, step=m.step + 1, observers=self.observers)
@@ -637,7 +636,7 @@ class Sparsifier:
             # one after the other, unless weights that have come to the same step share their units
             for group in [together] if method.allocate is not None else [[m] for m in together]:
                 grads = {m: _full_gradient(m, scale) for m in group if m in trained}
-                self._update_at(step, group, grads)
+                self._update_at(step, group, grads, scale)
         for m in trained:
             update.spread_reach(m, self.plan, m.updated_at)
             if method.trace is not None and method.trace.steps is not None:
@@ -650,14 +649,16 @@ class Sparsifier:
             self._skip_step(trained)
         return due
 
-    def _update_at(self, step: int, weights: Sequence[MaskedWeight], grads: Mapping[MaskedWeight, Tensor]) -> None:
+    def _update_at(
+        self, step: int, weights: Sequence[MaskedWeight], grads: Mapping[MaskedWeight, Tensor], scale: float
+    ) -> None:
         for m in weights:
             if isinstance(m, CompactWeight):
                 has_moved = update_compact(
                     m,
                     self.plan,
                     step=step,
-                    grad=grads.get(m),
+                    scale=scale if m in grads else None,
                     states=self._states(m),
                     observers=self.observers,
                     average=self._replicas.average_,
@@ -742,7 +743,7 @@ class Sparsifier:
     def _wants_passes(self, name: str) -> bool:
         """Whether gradients of what is not active are wanted of the pass to come, of a compact weight."""
         m = self._by_name[name]
-        return self._attached and (self._is_due(m) or m.is_to_fill)
+        return self._attached and m.parameter.requires_grad and (self._is_due(m) or m.is_to_fill)
 
     def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
         """Returns the sparse weights that these step on, in the model's order."""

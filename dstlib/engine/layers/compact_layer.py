@@ -74,11 +74,15 @@ class CompactLayer(nn.Module):
     def noted(self, y: Tensor, input: Tensor) -> Tensor:
         """Returns the output of a pass, whose gradient stays in ``passes`` beside the input where that is wanted."""
         if y.requires_grad and self.wants_passes is not None and self.wants_passes():
-            if self.weight.grad is None:
+            if self._has_no_gradient() and torch._C._current_graph_task_id() == -1:  # not recomputed for a backward pass
                 self.passes.clear()  # what gradients were thrown away belonged to
             x, passes = input.detach(), self.passes
             y.register_hook(lambda grad: passes.append((x, grad.detach())))
         return y
+
+    def _has_no_gradient(self) -> bool:
+        grad = self.weight.grad
+        return grad is None or (grad.numel() > 0 and not bool(grad.any()))
 
     def spread(self, values: Tensor) -> Tensor:
         """Returns a weight (O, I, *K) of values (A, *K), zeros elsewhere; of the parameter, the plain layer's."""
