@@ -23,7 +23,17 @@ from dstlib.errors import DataError, DstlibError, require
 from dstlib.inputs import arguments, replace_parts, tensors_in
 from dstlib.operators import Operators, Work
 from dstlib.report import align
-from dstlib.targets import BELONGING, Masked, describe_outside, find_masked, find_outside, plain_name, unwrap
+from dstlib.targets import (
+    BELONGING,
+    Masked,
+    describe_outside,
+    find_masked,
+    find_outside,
+    held_weights,
+    plain_name,
+    unwrap,
+    without_data,
+)
 
 Convention = Literal["exact", "paper"]
 
@@ -159,7 +169,11 @@ def profile(
     allowed, given = " or ".join(known), repr(convention)
     require(convention in known, "convention", _WHERE, allowed=allowed, given=given, remedy=remedy)
     model = unwrap(model)
-    active = _find_active(model, sparsifier.masks if sparsifier is not None else {})
+    masks = dict(sparsifier.masks) if sparsifier is not None else {}
+    if held := held_weights(model):  # what is stored is what is active
+        masks = {name: layer.mask for name, layer in held.items()} | masks
+        model = without_data(model)
+    active = _find_active(model, masks)
     replica, seen = _run(model, input_shape, active, convention)
     layers = tuple(_rows(replica, seen, _num_active(replica, active)))
     return Profile(

@@ -24,7 +24,7 @@ from dstlib.errors import StateError, require, shown
 from dstlib.files import write_whole
 from dstlib.masking.update import count_outside
 from dstlib.safetensors_files import MAX_HEADER, read_safetensors
-from dstlib.targets import Masked, plain_name, refuse_outside, unwrap
+from dstlib.targets import HoldsActive, Masked, held_weights, plain_name, refuse_outside, unwrap
 from dstlib.typed_json import parse_json
 
 FORMAT = "dstlib.compact/1"
@@ -108,7 +108,7 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
     from safetensors.torch import save  # when first used: importing dstlib loads torch, numpy and einops alone
 
     masks = dict(sparsifier.masks) if sparsifier is not None else {}
-    named = _named_state(model)
+    named, held = _named_state(model), held_weights(unwrap(model))
     entries: dict[str, _Entry] = {}
     stored: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -118,12 +118,13 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
             entries[name] = _Alias(twin)
             continue
         mask = next((masks.pop(n) for n, other in named.items() if other is tensor and n in masks), None)
-        if mask is not None and (count := _count_outside(name, tensor, mask)):
+        form = _Held.of(held[name]) if name in held else _Dense(tensor.detach().cpu())
+        if mask is not None and (count := _count_outside(name, form, mask)):
             found[name] = count
-        if (packed := _pack(tensor.detach().cpu(), mask)) is None:
-            entries[name], stored[f"values/{name}"] = _Whole(), tensor
+        if (packed := _pack(form, mask)) is None:
+            entries[name], stored[f"values/{name}"] = _Whole(), form.whole()
         else:
-            entries[name] = _Units(tuple(tensor.shape), packed.axes, mask is not None)
+            entries[name] = _Units(tuple(form.shape), packed.axes, mask is not None)
             stored[f"values/{name}"], stored[f"pattern/{name}"] = packed.values, packed.pattern
     refuse_outside(found, "save_compact()", "Without a sparsifier, save_compact(model, path) stores all of them.")
     allowed, remedy = "weights of the model alone", "Pass the sparsifier of this model."
@@ -185,19 +186,85 @@ class _Packed(NamedTuple):
     values: Tensor  # active units × elements of each
     pattern: Tensor  # a bit per unit in uint8, or the indices of the active ones in int32 or int64
 
+
+@dataclass(frozen=True)
+class _Dense:
+    """A tensor, as one that is to be packed."""
+
+    x: Tensor
+
     @property
-    def num_bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.values, self.pattern))
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def alive(self) -> Tensor:
+        """Returns where it is anything but +0.0, as a column."""
+        return _has_bits(self.x)
+
+    def units(self, active_U: Tensor) -> Tensor:
+        """Returns the active ones of its units (U), (active, E)."""
+        return self.x.reshape(len(active_U), -1)[active_U]
+
+    def whole(self) -> Tensor:
+        return self.x
+
+    def count_outside(self, mask: Tensor) -> int:
+        return count_outside(self.x, mask.cpu())
 
 
-def _pack(x: Tensor, mask: Tensor | None) -> _Packed | None:
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of which the values (A) at rising places exist, as one that is to be packed."""
+
+    values: Tensor
+    places: Tensor
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @classmethod
+    def of(cls, layer: HoldsActive) -> "_Held":
+        places, order = layer.places().cpu().sort()
+        taps = torch.arange(layer.dense_shape[2:].numel())
+        values = layer.weight.detach().cpu()[order].flatten()
+        return cls(values, (places[:, None] * len(taps) + taps).flatten(), layer.dense_shape)
+
+    def alive(self) -> Tensor:
+        """Returns where it is anything but +0.0, as a column."""
+        alive = torch.zeros(self.shape.numel(), dtype=torch.bool)
+        return alive.index_copy_(0, self.places, _has_bits(self.values).flatten())[:, None]
+
+    def units(self, active_U: Tensor) -> Tensor:
+        """Returns the active ones of its units (U), (active, E)."""
+        size = self.shape.numel() // len(active_U)
+        unit, number = self.places.div(size, rounding_mode="floor"), active_U.cumsum(0) - 1
+        is_in = active_U[unit]
+        found = self.values.new_zeros(int(active_U.sum()) * size)
+        found[(number[unit] * size + self.places % size)[is_in]] = self.values[is_in]
+        return found.view(-1, size)
+
+    def whole(self) -> Tensor:
+        return self.units(torch.ones(1, dtype=torch.bool)).view(self.shape)
+
+    def count_outside(self, mask: Tensor) -> int:
+        return int((self.values[~mask.cpu().flatten()[self.places]] != 0).sum())
+
+
+def _pack(x: _Dense | _Held, mask: Tensor | None) -> _Packed | None:
     """Finds the smallest form of x, None where that is x as it is; the pattern is the mask where there is one."""
-    if x.ndim < 2 or x.numel() == 0:
+    shape, num_total = x.shape, x.shape.numel()
+    if len(shape) < 2 or num_total == 0:
         return None
-    alive = mask.cpu().reshape(-1, 1) if mask is not None else _has_bits(x)
-    forms = []
-    for axes in sorted({1, 2, x.ndim}):
-        num_units = prod(x.shape[:axes])
+    alive = mask.cpu().reshape(-1, 1) if mask is not None else x.alive()
+    forms: list[tuple[int, int, Tensor, Tensor]] = []  # bytes, axes, active units, pattern
+    for axes in sorted({1, 2, len(shape)}):
+        num_units = prod(shape[:axes])
         alive_UE = alive.reshape(num_units, -1)
         active_U = alive_UE.any(dim=1)
         if mask is not None and not torch.equal(active_U, alive_UE.all(dim=1)):
@@ -205,10 +272,11 @@ def _pack(x: Tensor, mask: Tensor | None) -> _Packed | None:
         index = active_U.nonzero().flatten().to(torch.int32 if num_units < 2**31 else torch.int64)
         bits = torch.from_numpy(np.packbits(active_U.numpy(), bitorder="little"))
         pattern = min(bits, index, key=lambda pattern: pattern.numel() * pattern.element_size())
-        forms.append(_Packed(axes, x.reshape(num_units, -1)[active_U], pattern))
-    best = min(forms, key=lambda form: form.num_bytes)
-    pays = best.num_bytes + _ENTRY < x.numel() * x.element_size()
-    return best if pays or mask is not None else None
+        num_bytes = len(index) * (num_total // num_units) * x.dtype.itemsize + pattern.numel() * pattern.element_size()
+        forms.append((num_bytes, axes, active_U, pattern))
+    num_bytes, axes, active_U, pattern = min(forms, key=lambda form: form[0])
+    pays = num_bytes + _ENTRY < num_total * x.dtype.itemsize
+    return _Packed(axes, x.units(active_U), pattern) if pays or mask is not None else None
 
 
 def _has_bits(x: Tensor) -> Tensor:
@@ -228,6 +296,8 @@ def _active_units(pattern: Tensor, num_units: int) -> Tensor:
 def _named_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns all that a ``state_dict`` holds, by its names without wrappers; tied tensors are one object."""
     state = {plain_name(name): value for name, value in unwrap(model).state_dict(keep_vars=True).items()}
+    for name in held_weights(unwrap(model)):
+        del state[f"{name}_mask"]  # a tensor of its own, made of the places that are written anyway
     for name, value in state.items():
         if not isinstance(value, Tensor):
             allowed, remedy = "a tensor", "Save a model without extra state, or use torch.save."
@@ -239,14 +309,14 @@ def _named_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _count_outside(name: str, x: Tensor, mask: Tensor) -> int:
+def _count_outside(name: str, x: _Dense | _Held, mask: Tensor) -> int:
     """Counts what is not zero outside the mask of a tensor; where nothing is, that is +0.0, which comes back."""
     where = "save_compact()"
     if mask.shape != x.shape:
         allowed, remedy = f"the shape of its mask, {tuple(mask.shape)}", "Pass the sparsifier of this model."
         raise StateError.of(name, where, allowed=allowed, given=tuple(x.shape), remedy=remedy)
-    count = count_outside(x, mask)
-    if not count and bool(_has_bits(x.detach().cpu())[~mask.cpu().flatten()].any()):
+    count = x.count_outside(mask)
+    if not count and bool(x.alive()[~mask.cpu().flatten()].any()):
         remedy = "weight += 0.0, under torch.no_grad(), makes +0.0 of it."
         raise StateError.of(name, where, allowed="+0.0 outside its mask", given="-0.0", remedy=remedy)
     return count
@@ -350,9 +420,13 @@ def _put(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
     """Loads a state into a model, if it has these tensors and no others."""
     inner = unwrap(model)
     own = inner.state_dict()
-    names = {plain_name(name): name for name in own}
+    held = held_weights(inner)
+    names = {
+        plain_name(name): name for name in own if plain_name(name) not in {f"{held_name}_mask" for held_name in held}
+    }
     theirs = {name: (tuple(x.shape), x.dtype) for name, x in state.items()}
-    here = {plain: (tuple(own[name].shape), own[name].dtype) for plain, name in names.items()}
+    shapes = {plain: held[plain].dense_shape if plain in held else own[name].shape for plain, name in names.items()}
+    here = {plain: (tuple(shapes[plain]), own[name].dtype) for plain, name in names.items()}
     if theirs != here:
         n, *others = sorted(n for n in theirs.keys() | here.keys() if theirs.get(n) != here.get(n))
         given = f"{len(others) + 1} that differ, such as {n}: {theirs.get(n, 'missing')} in the file"

@@ -214,19 +214,6 @@ def _started(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor]:
     return started, places_of(started.mask)
 
 
-def plain_state(model: nn.Module) -> dict[str, Any]:
-    """Returns the ``state_dict`` of a model as it is without compact storage."""
-    from dstlib.engine.layers.compact_layer import CompactLayer  # as above
-
-    state = model.state_dict()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CompactLayer):
-            prefix = f"{name}." if name else ""
-            state[f"{prefix}weight"] = module.spread(module.weight)
-            del state[f"{prefix}weight_mask"]
-    return state
-
-
 def update_compact(
     m: CompactWeight,
     plan: Plan,
@@ -239,8 +226,8 @@ def update_compact(
 ) -> bool:
     """Changes which weights are active, and what is kept for them; returns whether that has changed.
 
-    ``scale`` is the loss scale in the gradient of the active values, None of a weight without one that counts, such as a
-    frozen one; ``states`` are what each optimizer keeps.
+    ``scale`` is the loss scale in the gradient of the active values, None of a weight without a gradient that counts,
+    such as a frozen one; ``states`` are what each optimizer keeps.
 
     Raises:
         ScoreError: A criterion returned scores by which units cannot be ordered.

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from dstlib.errors import SettingError, StateError
+from dstlib.errors import SettingError, StateError, require
 from dstlib.masking import Masks, PackedMask
 from dstlib.masking.update import zero_outside_
 from dstlib.report import Summary
 from dstlib.schedules import Every
 from dstlib.sparsifier import loaded, optimizer_state, update
-from dstlib.sparsifier.compact import CompactWeight, fill_compact, plain_state, update_compact
+from dstlib.sparsifier.compact import CompactWeight, fill_compact, update_compact
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_early_end, tell_of_end
 from dstlib.sparsifier.hooks import forget, hears_last, keep, listen
@@ -33,7 +33,7 @@ from dstlib.sparsifier.standstill import tell_of_standstill
 from dstlib.sparsifier.start import start_masks
 from dstlib.sparsifier.state import MaskedWeight, clear_all, opened
 from dstlib.sparsifier.summary import summarize
-from dstlib.targets import Weight, find_weights
+from dstlib.targets import Weight, find_weights, held_weights, plain_state, unwrap
 
 if TYPE_CHECKING:
     from dstlib.engine.decisions import Decisions
@@ -180,14 +180,26 @@ class Sparsifier:
     def mask_model(self, model: nn.Module) -> None:
         """Masks another model with the same names, such as a moving average (EMA, SWA) before it is read.
 
-        An average of weights under moving masks is denser than any of them.
+        An average of weights under moving masks is denser than any of them. Where both models store a weight compactly,
+        there is nothing to mask.
 
         Raises:
-            StateError: A weight is missing or of another shape.
+            StateError: A weight is missing, of another shape, or stored compactly under another mask.
         """
         from dstlib.engine.ops.masked import zero_outside_each  # not before it is asked for: see dstlib.__getattr__
 
-        packed = self.masks.packed
+        masks, held = self.masks, held_weights(unwrap(model)) if isinstance(model, nn.Module) else {}
+        for name in held.keys() & masks.keys():
+            require(
+                torch.equal(held[name].mask.to(masks[name].device), masks[name]),
+                "model",
+                "mask_model()",
+                allowed=f"{name} under its present mask",
+                given="one in compact storage under another",
+                remedy="Make the average anew after a mask update, or average dense_state_dict().",
+                error=StateError,
+            )
+        packed = {name: mask for name, mask in masks.packed.items() if name not in held}
         weights = find_weights(model, {name: mask.shape for name, mask in packed.items()})
         zero_outside_each((parameter, packed[name]) for name, parameter in weights.items())
 

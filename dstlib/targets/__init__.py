@@ -2,6 +2,7 @@
 
 from dstlib.targets.coverage import coverage, example_axes, shortfall, unknown_axes
 from dstlib.targets.eligibility import Weight
+from dstlib.targets.held import HoldsActive, held_weights, plain_state, without_data
 from dstlib.targets.outputs import PassWatch, is_hooked
 from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
 from dstlib.targets.products import moments_in_turn
@@ -24,6 +25,7 @@ __all__ = [
     "EXCLUDED",
     "NOT_INCLUDED",
     "WITHOUT_MASK",
+    "HoldsActive",
     "Masked",
     "MatrixView",
     "PassWatch",
@@ -36,12 +38,15 @@ __all__ = [
     "find_masked",
     "find_outside",
     "find_weights",
+    "held_weights",
     "is_hooked",
     "moments_in_turn",
     "plain_name",
+    "plain_state",
     "refuse_outside",
     "select",
     "shortfall",
     "unknown_axes",
     "unwrap",
+    "without_data",
 ]

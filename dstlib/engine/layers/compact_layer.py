@@ -3,13 +3,16 @@
 Shapes: O outputs, I inputs, *K kernel taps, none of a matrix; A active entries of the (O, I) matrix, whole kernels.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from dstlib.errors import StateError
+from dstlib.targets import HoldsActive
 
 _MASK = "weight_mask"  # of a state dict: where the values belong, a bit for each entry of the matrix
 
@@ -31,7 +34,7 @@ class PlacedPattern(Protocol):
         ...
 
 
-class CompactLayer(nn.Module):
+class CompactLayer(HoldsActive):
     """A layer whose parameter ``weight`` (A, *K) are its active values alone, in the order of its ``pattern``.
 
     Its class stands before that of the plain layer. No dense weight, and no dense gradient of it, exists at any time.
@@ -41,11 +44,32 @@ class CompactLayer(nn.Module):
     ``passes`` until they are taken, for whoever wants to know the gradients of weights that do not exist.
     """
 
-    weight: Tensor
-    dense_shape: torch.Size  # (O, I, *K)
     pattern: Any
     wants_passes: Callable[[], bool] | None
     passes: list[tuple[Tensor, Tensor]]
+    copies: "WeakSet[CompactLayer]"  # by copy.deepcopy, as moving averages are made
+    left_at: int | None = None  # the weight's version when the layer that this one is a copy of went to another pattern
+
+    def places(self) -> Tensor:
+        """Returns where in the flattened (O, I) matrix each of the values belongs, (A)."""
+        return self.pattern.places().long()
+
+    def become_plain(self) -> None:
+        """Takes the plain layer's class, and a weight without data, of the whole shape."""
+        weight = torch.empty(self.dense_shape, dtype=self.weight.dtype, device="meta")
+        self.__class__ = next(kind for kind in type(self).__mro__ if not issubclass(kind, HoldsActive))  # type: ignore[assignment]
+        self.weight = nn.Parameter(weight, self.weight.requires_grad)
+
+    def _check_order(self) -> None:
+        if self.left_at is None or self.wants_passes is not None or self.weight._version == self.left_at:
+            return
+        raise StateError.of(
+            "values",
+            f"a copy of a {type(self).__name__} of {tuple(self.dense_shape)}",
+            allowed="ones that were averaged under one mask",
+            given="others, written after a mask update of the layer it was copied from",
+            remedy="Make a moving average anew after a mask update, or average sparsifier.dense_state_dict().",
+        )
 
     @property
     def mask(self) -> Tensor:
@@ -72,9 +96,17 @@ class CompactLayer(nn.Module):
         raise NotImplementedError
 
     def noted(self, y: Tensor, input: Tensor) -> Tensor:
-        """Returns the output of a pass, whose gradient stays in ``passes`` beside the input where that is wanted."""
+        """Returns the output of a pass, whose gradient stays in ``passes`` beside the input where that is wanted.
+
+        Raises:
+            StateError: The layer is a copy, what it was copied from has gone on to another mask since, and values were
+                written to this one after that: an average of numbers that belong elsewhere.
+        """
+        self._check_order()
         if y.requires_grad and self.wants_passes is not None and self.wants_passes():
-            if self._has_no_gradient() and torch._C._current_graph_task_id() == -1:  # not recomputed for a backward pass
+            if (
+                self._has_no_gradient() and torch._C._current_graph_task_id() == -1
+            ):  # not recomputed for a backward pass
                 self.passes.clear()  # what gradients were thrown away belonged to
             x, passes = input.detach(), self.passes
             y.register_hook(lambda grad: passes.append((x, grad.detach())))
@@ -102,7 +134,10 @@ class CompactLayer(nn.Module):
             other = torch.float32 if values.dtype != torch.float32 else torch.float64
             self.weight.data = values.new_empty(0, dtype=other)
             self.weight.data = values
-        self.pattern = pattern
+        self.pattern, self.left_at = pattern, None
+        for each in self.copies:
+            if each.left_at is None:
+                each.left_at = each.weight._version
 
     def extra_repr(self) -> str:
         """The size of the layer, and how many of its weights are active."""
@@ -114,6 +149,7 @@ class CompactLayer(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._check_order()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + _MASK] = _packed(self._active())
 
@@ -157,7 +193,18 @@ class CompactLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but what ties the layer to a training."""
-        return {**vars(self), "wants_passes": None, "passes": []}
+        return {**vars(self), "wants_passes": None, "passes": [], "copies": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.copies = WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copies the layer, and knows the copy."""
+        memo[id(self)] = made = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        self.copies.add(made)
+        return made
 
 
 def settle(layer: CompactLayer, places: Tensor) -> None:
@@ -166,6 +213,7 @@ def settle(layer: CompactLayer, places: Tensor) -> None:
     The parameter ``weight`` stays the same object.
     """
     layer.wants_passes, layer.passes, layer.dense_shape = None, [], layer.weight.shape
+    layer.copies = WeakSet()
     pattern = layer.pattern_of(places)
     values = layer.weight.detach().flatten(0, 1)[pattern.places()]
     layer.hold(pattern, values)
