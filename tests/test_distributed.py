@@ -16,7 +16,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import dstlib
-from dstlib import RIGL, StateError
+from dstlib import RIGL, SettingError, StateError
 from dstlib.sparsifier import distributed
 
 STEPS = 9
@@ -215,3 +215,61 @@ def test_a_rank_without_data_keeps_nobody_waiting(run, tmp_path):
 def test_a_rank_may_train_a_model_of_its_own(run, says_so, tmp_path):
     said, _ = run(train_alone, tmp_path, says_so)
     assert [line.partition(" did")[0] for line in said] == ([] if says_so else ["masks at step 1: rank 1"])
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5)).double()
+
+
+def train_compact(replica, model, sparsifier, rows):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        replica(x[rows]).square().mean().backward()
+        optimizer.step()
+    return model.state_dict(), dict(sparsifier.masks)
+
+
+def train_compact_rank(rank, name, folder):
+    """Counts what is on the wire, by a hook that reduces as DDP does."""
+    model = perceptron()
+    sparsifier = dstlib.sparsify(model, sparsity=0.8, method=tried(name), total_steps=STEPS, storage="compact")
+    replica, sent = DistributedDataParallel(model), []
+
+    def reduce(_, bucket):
+        sent.append(bucket.buffer().numel())
+        work = dist.all_reduce(bucket.buffer().div_(2), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    replica.register_comm_hook(None, reduce)
+    message, found = "", None
+    try:
+        found = train_compact(replica, model, sparsifier, slice(0, 4) if rank == 0 else slice(4, 8))
+    except SettingError as error:
+        message = str(error)
+    num = sum(p.numel() for p in model.parameters())
+    torch.save((found, sent, num, message), f"{folder}/{rank}.pt")
+
+
+def test_ranks_with_compact_weights_equal_one_process_and_send_what_is_active(run, tmp_path):
+    (found, sent, num, message), (other, _, _, _) = run(train_compact_rank, tmp_path, "rigl")
+    assert not message
+    model = perceptron()
+    sparsifier = dstlib.sparsify(model, sparsity=0.8, method=tried("rigl"), total_steps=STEPS, storage="compact")
+    state, masks = train_compact(model, model, sparsifier, slice(None))
+    for name, mask in masks.items():
+        assert torch.equal(found[1][name], mask)
+        assert torch.equal(other[1][name], mask)
+    for name, x in state.items():
+        assert torch.equal(found[0][name], other[0][name])
+        # the mean of two half-batch gradients is summed in another order; double precision, 9 steps
+        torch.testing.assert_close(found[0][name], x, rtol=1e-12, atol=1e-14)
+    assert sum(sent) == num * STEPS
+    assert num < 0.3 * sum(p.numel() for p in perceptron().parameters())
+
+
+def test_ranks_with_compact_weights_that_change_size_say_so(run, tmp_path):
+    for _, _, _, message in run(train_compact_rank, tmp_path, "gmp"):
+        assert message.startswith('storage of sparsify(), 0.weight: expected "masked"')

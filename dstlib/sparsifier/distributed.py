@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dstlib.errors import StateError
+from dstlib.errors import SettingError, StateError
 from dstlib.sparsifier.state import MaskedWeight
 
 PATIENCE = 10.0  # seconds
@@ -69,6 +69,22 @@ class Replicas:
             dist.all_reduce(x, group=self._group)
             x /= dist.get_world_size(self._group)
         return x
+
+    def check_size(self, name: str, before: int, now: int) -> None:
+        """Checks that a compact weight has as many values as before, where ranks send its gradients to each other.
+
+        Raises:
+            SettingError: It has more or fewer: DistributedDataParallel has made its buckets, and loses the weight.
+        """
+        if before != now and self._are_several():
+            raise SettingError.of(
+                "storage",
+                f"sparsify(), {name}",
+                allowed='"masked", where ranks hold replicas and a method changes how many weights are active',
+                given=f'"compact", {before:,} values before a mask update and {now:,} after',
+                remedy="Leave storage= out, or choose a method of constant density; a rank that trains a model of its "
+                "own passes process_group=.",
+            )
 
     def _are_several(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()):

@@ -666,6 +666,7 @@ class Sparsifier:
     ) -> None:
         for m in weights:
             if isinstance(m, CompactWeight):
+                size = m.parameter.numel()
                 has_moved = update_compact(
                     m,
                     self.plan,
@@ -676,6 +677,7 @@ class Sparsifier:
                     average=self._replicas.average_,
                 )
                 m.updated_at, self._moved = step, self._moved or has_moved
+                self._replicas.check_size(m.weight.name, size, m.parameter.numel())
         weights = [m for m in weights if m.has_zeros]
         if not weights:
             return
