@@ -33,8 +33,16 @@ class Prepared:
         sparsity, exclude = (0.5, ["0"]) if isinstance(method.granularity, NM) else (0.9, [])
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
         method = replace(method, interval=interval)
+        # no forward pass is run that would show which layer is the head
+        *_, (head, _) = self.model.named_modules()
         self.sparsifier = dstlib.sparsify(
-            self.model, self.optimizer, sparsity=sparsity, method=method, total_steps=STEPS, exclude=exclude
+            self.model,
+            self.optimizer,
+            sparsity=sparsity,
+            method=method,
+            total_steps=STEPS,
+            exclude=exclude,
+            keep_neurons=[head],
         )
         self.step()  # makes the optimizer's state
 
