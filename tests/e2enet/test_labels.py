@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -35,7 +36,7 @@ from dstlib.zoo.e2enet.evaluation.evaluate import choose_postprocessing, evaluat
 from dstlib.zoo.e2enet.inference.postprocessing import keep_largest
 from dstlib.zoo.e2enet.inference.predict import Trained, predict_scans
 from dstlib.zoo.e2enet.recipes import HIPPOCAMPUS_RECIPE
-from dstlib.zoo.e2enet.run import run_recipe
+from dstlib.zoo.e2enet.run import _has_classes_of, run_recipe
 from dstlib.zoo.e2enet.training.loop import _count
 from dstlib.zoo.e2enet.training.loss import _loss_of, deep_supervision_loss
 
@@ -528,3 +529,13 @@ def test_a_training_on_regions_from_scans_to_scores(tmp_path, capsys):
     assert load_trained([tmp_path / "brats"]).labels == BRATS
     assert main(["compare", run, str(tmp_path / "brats"), "--beside", "brats"]) == 0
     assert "over regions, which overlap, in run, brats; published ones over classes" in capsys.readouterr().out
+
+
+def test_a_damaged_record_of_classes_is_that_of_others():
+    data = SimpleNamespace(classes=("liver",), labels=SimpleNamespace(regions=None))
+    assert _has_classes_of({"classes": ["liver"], "labels": {"regions": None}}, data)
+    assert _has_classes_of({"classes": ["liver"]}, data)
+    assert not _has_classes_of({"classes": ["liver"], "labels": {"regions": [[1, 2]]}}, data)
+    for damaged in ({"classes": torch.ones(2)}, torch.ones(2), {"classes": ["liver", torch.ones(2)]}):
+        assert not _has_classes_of(damaged, data)
+    assert _has_classes_of({"classes": ["liver"], "labels": torch.ones(2)}, data)

@@ -17,6 +17,7 @@ from dstlib.errors import SettingError, printable, require
 from dstlib.files import write_json, write_whole
 from dstlib.profile import profile
 from dstlib.report import on_one_line
+from dstlib.torch_files import is_same
 from dstlib.typed_json import sealed
 from dstlib.zoo.e2enet.baselines import build_model, check_name
 from dstlib.zoo.e2enet.baselines.architecture import ARCHITECTURE, Architecture
@@ -188,8 +189,10 @@ def _has_classes_of(saved: Any, data: Dataset) -> bool:
     """Says whether the heads of a saved run answer with the same classes, or with the same regions."""
     if not isinstance(saved, dict):
         return False
-    has_regions = bool((saved.get("labels") or {}).get("regions"))
-    return saved.get("classes") == list(data.classes) and has_regions == (data.labels.regions is not None)
+    labels = saved.get("labels")
+    regions = labels.get("regions") if isinstance(labels, dict) else None
+    has_regions = isinstance(regions, list | tuple | dict) and len(regions) > 0
+    return is_same(list(data.classes), saved.get("classes")) and has_regions == (data.labels.regions is not None)
 
 
 def _run_in_directory(config: RunConfig, training: Training, data: Dataset) -> Evaluation | None:
