@@ -97,7 +97,14 @@ def test_a_map_that_is_too_short_is_seen(watched: Watched):
 
 
 @pytest.mark.parametrize(
-    "name", ["engine/test_convolution", "engine/test_linear", "engine/test_spatial", "test_packed"]
+    "name",
+    [
+        "engine/test_convolution",
+        "engine/test_linear",
+        "engine/test_compact_linear",
+        "engine/test_spatial",
+        "test_packed",
+    ],
 )
 def test_kernels_keep_to_their_memory(watched: Watched, name: str):
     """In the tests of the operators, by each instruction set that this processor has."""
