@@ -475,6 +475,14 @@ def test_a_run_goes_on_in_the_other_storage(before, after, name):
     assert_alike(*lives)
 
 
+def test_masks_are_sent_to_other_processes_as_they_are():
+    model = nn.Linear(20, 10)
+    masks = dstlib.sparsify(model, sparsity=0.9, method="static", storage="compact").masks
+    sent = pickle.loads(pickle.dumps(masks))
+    assert list(sent) == ["weight"]
+    assert torch.equal(sent["weight"], masks["weight"])
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_of_a_training_train_on_alike(copied):
     whole = begin("compact", optimizer=OPTIMIZERS["adam"])

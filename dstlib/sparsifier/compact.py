@@ -64,7 +64,10 @@ class CompactWeight(MaskedWeight):
     @property
     def held_mask(self) -> Callable[[], PackedMask]:
         """What makes the mask."""
-        return lambda: self.packed
+        return self._packed_now
+
+    def _packed_now(self) -> PackedMask:
+        return self.packed
 
     @property
     def learns(self) -> None:
