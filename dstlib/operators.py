@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -43,7 +43,21 @@ class _Held:
     active: Active
 
 
-class Operators(TorchDispatchMode):
+class EachOperator(TorchDispatchMode):
+    """A mode that sees attention operator by operator, whose fused form would hide what its layers multiply."""
+
+    def __enter__(self) -> Self:
+        self._fast_attention = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fast_attention)
+        super().__exit__(*exception)
+
+
+class Operators(EachOperator):
     """Tells of the work of operators: matrix products, convolutions, attention, sampling, recurrent layers.
 
     Parameters are recognised by their memory, so in slices, transposes and copies too, and of them the entries count
@@ -77,17 +91,6 @@ class Operators(TorchDispatchMode):
         self._last: Tensor | None = None  # the output of the last work that was taken
         for parameter in parameters:
             self._hold(parameter, parameter, active.get(id(parameter), 1.0))
-
-    def __enter__(self) -> "Operators":
-        # its one fused operator would hide what the layers of a transformer multiply
-        self._fast_attention = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._fast_attention)
-        super().__exit__(*exception)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dstlib.errors import ScoreError, few
+from dstlib.operators import EachOperator
 
 Caught = Callable[
     [Sequence[str], Iterator[Tensor]], None
@@ -27,7 +27,7 @@ Caught = Callable[
 _aten = torch.ops.aten
 
 
-class Products(TorchDispatchMode):
+class Products(EachOperator):
     """Tells of each product of inputs with one of these matrices (O, I, *K), where there are any rows of inputs.
 
     The matrices are views of the memory of their parameters, those of one parameter in its order; the outputs may be
@@ -45,17 +45,6 @@ class Products(TorchDispatchMode):
         self._by_memory: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for name, matrix in matrices.items():
             self._by_memory[_memory(matrix)].append((name, matrix))
-
-    def __enter__(self) -> "Products":
-        # its one fused operation would hide the products of an attention
-        self._fast_attention = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._fast_attention)
-        super().__exit__(*exception)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
