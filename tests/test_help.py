@@ -22,6 +22,8 @@ COMMANDS = [
     *([str(script), "--help"] for script in sorted(EXAMPLES.glob("e2enet_*.py"))),
     *([str(EXAMPLES / name), "--help"] for name in ("cifar10.py", "shift_plugin.py")),
     *([str(EXAMPLES / name), "--no"] for name in ("e2enet_amos.py", "cifar10.py", "shift_plugin.py")),
+    [str(EXAMPLES / "e2enet_paper.py"), "--table", "99"],
+    [str(EXAMPLES / "e2enet_paper.py"), "--table", "1", "--rows", "nobody"],
     ["dstlib.integrations.nnunet_cli", "--help"],
     ["dstlib.integrations.nnunet_cli", "env"],
 ]

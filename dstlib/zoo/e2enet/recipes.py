@@ -125,3 +125,12 @@ HIPPOCAMPUS_RECIPE = Recipe(
 )
 
 RECIPES = {recipe.name: recipe for recipe in (AMOS_RECIPE, BRATS_RECIPE, BTCV_RECIPE, HIPPOCAMPUS_RECIPE)}
+
+
+def short_name(recipe: str) -> str:
+    """Returns the name of a recipe as command lines have it.
+
+    >>> short_name("e2enet_amos")
+    'amos'
+    """
+    return recipe.removeprefix("e2enet_")

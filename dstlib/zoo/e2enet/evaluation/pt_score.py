@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata, studentized_range
 
 from dstlib.errors import DataError, require
 
@@ -107,6 +106,8 @@ def nemenyi(scores_NM: NDArray[np.float64], *, alpha: float = 0.05) -> NemenyiTe
     >>> test.average.round(3).tolist(), round(test.critical_distance, 3), test.groups
     ([1.167, 1.833], 1.132, ((0, 1),))
     """
+    from scipy.stats import rankdata, studentized_range  # the paper's rows are read without it
+
     is_level = 0 < alpha < 1
     require(
         is_level, "alpha", "the Nemenyi test", allowed="a level between 0 and 1", given=alpha, remedy="Pass 0.05, say."

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dstlib.errors import DstlibError, StateError, few, require, shown
 from dstlib.files import write_json
@@ -25,8 +25,9 @@ from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.evaluation.metrics import Scoring
 from dstlib.zoo.e2enet.evaluation.scores import Evaluation
 from dstlib.zoo.e2enet.paper.budget import Budget, in_proportion, read_budget, seconds_per_iteration, settled_budget
+from dstlib.zoo.e2enet.paper.scale import SCALES, TINY_WIDTH, Scale
 from dstlib.zoo.e2enet.paper.systems import ONE_WIDTH, SYSTEMS, Source, System, refusal
-from dstlib.zoo.e2enet.recipes import Preset, Recipe
+from dstlib.zoo.e2enet.recipes import Preset, Recipe, short_name
 from dstlib.zoo.e2enet.run import RunConfig, run_recipe
 from dstlib.zoo.e2enet.training.epochs import metrics_of
 from dstlib.zoo.e2enet.training.log import epochs_of
@@ -42,13 +43,6 @@ from dstlib.zoo.e2enet.training.records import (
 )
 
 ReadConfig = Callable[[Recipe, Sequence[str]], RunConfig]
-Scale = Literal["tiny", "quick", "paper"]
-SCALES: dict[Scale, tuple[str, ...]] = {
-    "tiny": ("--preset", "demo", "--scans", "5", "--epochs", "2", "--iterations", "6"),
-    "quick": ("--preset", "quick"),
-    "paper": ("--preset", "paper"),
-}
-TINY_WIDTH = 0.25  # of baselines: to see that all runs
 SETTLED = (
     "--preset",
     "--model",
@@ -166,15 +160,6 @@ class FinishedRun:
     def metrics(self) -> tuple[dict[str, float], ...]:
         """A row per epoch: epoch, iteration, learning_rate, loss and, where validated, val_dice."""
         return metrics_of(self.folder, num_epochs=self.config.training.epochs)
-
-
-def short_name(recipe: str) -> str:
-    """Returns the name of a recipe as command lines have it.
-
-    >>> short_name("e2enet_amos")
-    'amos'
-    """
-    return recipe.removeprefix("e2enet_")
 
 
 def system_folder(plan: Plan, system: System) -> Path:

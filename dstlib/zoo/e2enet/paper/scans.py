@@ -15,7 +15,8 @@ from dstlib.zoo.e2enet.data.layouts.labels import Labels
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles, Manifest
 from dstlib.zoo.e2enet.data.phantoms.sets import write_phantoms
 from dstlib.zoo.e2enet.data.splits import split
-from dstlib.zoo.e2enet.paper.runs import SCALES, Plan
+from dstlib.zoo.e2enet.paper.runs import Plan
+from dstlib.zoo.e2enet.paper.scale import SCALES
 
 NUM_FOLDS = 5
 

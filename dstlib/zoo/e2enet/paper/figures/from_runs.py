@@ -20,9 +20,10 @@ from dstlib.zoo.e2enet.paper.figures.panels import Predicted, chosen_cases, pane
 from dstlib.zoo.e2enet.paper.figures.trade_off import trade_off
 from dstlib.zoo.e2enet.paper.figures.volumes import volumes_and_dice
 from dstlib.zoo.e2enet.paper.published import TABLES
-from dstlib.zoo.e2enet.paper.runs import FinishedRun, short_name
+from dstlib.zoo.e2enet.paper.runs import FinishedRun
 from dstlib.zoo.e2enet.paper.statistics import case_scores, over_folds, over_seeds
 from dstlib.zoo.e2enet.paper.systems import SYSTEMS, System
+from dstlib.zoo.e2enet.recipes import short_name
 from dstlib.zoo.e2enet.report import case_of
 from dstlib.zoo.e2enet.training.epochs import flows_of
 from dstlib.zoo.e2enet.training.records import FLOWS
