@@ -108,7 +108,10 @@ def test_a_map_that_is_too_short_is_seen(watched: Watched):
 )
 def test_kernels_keep_to_their_memory(watched: Watched, name: str):
     """In the tests of the operators, by each instruction set that this processor has."""
-    done, reports = watched.run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}.py"])
+    # guarded memory is the sanitizers' own work, and a fork under their allocator, whose locks it takes along, may wait
+    # for ever
+    apart = ["-k", "not beyond_the_ends"]
+    done, reports = watched.run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}.py", *apart])
     assert not reports, reports
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

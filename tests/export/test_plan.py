@@ -1,5 +1,6 @@
 """Networks as plans: run without torch, from Python and from C, with the outputs that the model has."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -386,6 +387,20 @@ def test_without_torch(tmp_path):
         [sys.executable, "-c", WITHOUT_TORCH, *files], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     np.testing.assert_array_equal(np.fromfile(files[2], np.float32), expected)
+
+
+def test_a_forked_process_does_not_wait_for_the_threads_of_the_other(tmp_path):
+    """OpenMP's, which torch has loaded, are not there, and it would wait for them for ever."""
+    plan, image = planned(e2enet(0.8), 1, tmp_path), torch.randn(2, 1, 4, 8, 12).numpy()
+    expected = plan(image, threads=2)
+    child = multiprocessing.get_context("fork").Process(target=_equals, args=(plan, image, expected), daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def _equals(plan: Plan, image: np.ndarray, expected: tuple[np.ndarray, ...]) -> None:
+    os._exit(not all(np.array_equal(a, b) for a, b in zip(plan(image, threads=2), expected, strict=True)))
 
 
 def test_from_c(tmp_path):

@@ -139,16 +139,22 @@ class Pool {
 };
 
 Pool* pool = nullptr;  // never deleted: its threads sleep until the process ends
+bool is_forked = false;
 
-void make_pool() { pool = new Pool; }
+#if !defined(_WIN32)
+// A forked process has none of the threads, which OpenMP would wait for for ever.
+void start_anew() {
+    is_forked = true;
+    pool = new Pool;
+}
+
+__attribute__((constructor)) void watch_forks() { pthread_atfork(nullptr, nullptr, start_anew); }
+#endif
 
 Pool& pool_of_process() {
     static std::once_flag made;
     std::call_once(made, [] {
-        make_pool();
-#if !defined(_WIN32)
-        pthread_atfork(nullptr, nullptr, make_pool);  // a forked process has none of its threads
-#endif
+        if (!pool) pool = new Pool;
     });
     return *pool;
 }
@@ -168,7 +174,8 @@ void parallel(int64_t num_tasks, int num_threads, void (*work)(void*, int64_t), 
     // neighbours read much the same memory, so a thread takes some at a time, where enough are left for the others
     const int64_t share = num_tasks / (16 * threads);
     team.run = share < 1 ? 1 : share > 4 ? 4 : share;
-    if (Parallel run = openmp()) return run(take_tasks, &team, static_cast<unsigned>(threads), 0);
+    Parallel run = is_forked ? nullptr : openmp();
+    if (run) return run(take_tasks, &team, static_cast<unsigned>(threads), 0);
     pool_of_process().take_tasks_with(threads - 1, team);
 }
 
