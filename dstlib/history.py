@@ -153,7 +153,7 @@ class History:
 
     def __init__(self, sparsifier: Sparsifier) -> None:
         self.sparsifier = sparsifier
-        self._tracks = {name: Track(mask, sparsifier.step) for name, mask in _live(sparsifier).items()}
+        self._tracks = {name: Track(mask, sparsifier.step) for name, mask in _masks_now(sparsifier).items()}
         sparsifier.observers.append(self._observe)
 
     def close(self) -> None:
@@ -175,8 +175,8 @@ class History:
         return {name: track.changes for name, track in self._tracks.items()}
 
     def dead_channels(self) -> dict[str, DeadChannels]:
-        """Finds per layer the channels that are dead at this moment, from the live masks."""
-        return {name: dead_channels(mask) for name, mask in _live(self.sparsifier).items()}
+        """Finds per layer the channels that are dead at this moment, from the masks."""
+        return {name: dead_channels(mask) for name, mask in _masks_now(self.sparsifier).items()}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Returns all numbers on one time axis, for plotting: L layers; T steps, of the attachment and of updates.
@@ -276,8 +276,8 @@ class History:
         self._tracks[site.name].record(update, site.step)
 
 
-def _live(sparsifier: Sparsifier) -> dict[str, Tensor]:
-    """Returns the live masks by layer, (O, I, *K), in the model's order; they share the memory of the masks."""
+def _masks_now(sparsifier: Sparsifier) -> dict[str, Tensor]:
+    """Returns the masks of this moment by layer, (O, I, *K), in the model's order."""
     masks = sparsifier.masks
     return {view.name: view.of(masks[weight.name]) for weight in sparsifier.weights for view in weight.views}
 
