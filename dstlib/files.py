@@ -21,8 +21,9 @@ _TEMPORARY = re.compile(r"\.dstlib-[0-9a-f]{8}-[0-9a-f]{16}\.tmp")
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # of which several may share a folder
 _DAY = 24 * 60 * 60  # seconds
 _REPLACES_OPEN = os.name != "nt"  # Windows renames and removes no file that is open
+CONTINUE = "repeat the command (with --resume, if it has that option)"  # a remedy, of every command
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, then repeat the command (a training: with --resume)."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"Make room, then {CONTINUE}."),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose a folder that you may write to."),
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from dstlib.errors import DstlibError, StateError
+from dstlib.files import CONTINUE
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -92,7 +93,7 @@ def loader_deaths() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         allowed, given = "processes that live", str(error).splitlines()[0]
-        remedy = "Continue with --resume and fewer --workers: each takes memory of its own."
+        remedy = f"Each takes memory of its own: choose fewer by --workers, then {CONTINUE}."
         raise DstlibError.of("workers", "the loader", allowed=allowed, given=given, remedy=remedy) from error
 
 

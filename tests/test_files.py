@@ -217,7 +217,10 @@ def test_the_folder_is_put_on_the_disk_after_the_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (errno.ENOSPC, "No space left on device.*Make room, then repeat"),
+        (
+            errno.ENOSPC,
+            r"No space left on device.*Make room, then repeat the command \(with --resume, if it has that option\)\.",
+        ),
         (errno.EDQUOT, "Disk quota exceeded.*Make room, then repeat"),
         (errno.EROFS, "Read-only file system.*Choose a folder that you may write to"),
         (errno.EACCES, "Permission denied.*Choose a folder that you may write to"),

@@ -349,7 +349,7 @@ def test_data_that_is_not_there_is_one_line(tmp_path, example):
         (("--sparsity", 1.5), "sparsity of TrainSettings"),
         (("--interval", 9), "Lower --interval"),
         (("--device", "abacus"), "device of Execution"),
-        (("--fold", "first"), "--fold of the command line: expected 0 to 4, or all"),
+        (("--fold", "first"), "fold of the command line: expected 0 to 4, or all"),
         (("--fold", 7), "fold"),
         (("--patch-size", 0, 1, 1), "patch_size of PatchSettings"),
         (("--patch-size", 9, 9, 9), "multiples of (8, 8, 8)"),
@@ -389,7 +389,7 @@ def test_a_network_that_cannot_be_built_is_refused_before_any_scan_is_read(tmp_p
 
 
 def test_too_few_phantoms_for_five_folds_are_refused(example):
-    assert "--fold all" in refused(example, AMOS, "--scans", "2")
+    assert "Fold 'all'" in refused(example, AMOS, "--scans", "2")
 
 
 def test_a_run_is_not_overwritten_and_another_programs_is_not_resumed(tmp_path, small, example):

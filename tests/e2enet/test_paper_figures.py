@@ -573,6 +573,7 @@ def test_figure_11_marks_the_updates_of_each_run(draw_runs, run_of, tmp_path):
     marks = run.result.mask_updates
     figure = draw_runs(11, [run])
     assert len(figure.axes) == 3
+    assert figure.get_suptitle() == "E2ENet s=0.8, fold 0, seed 0"
     np.testing.assert_array_equal(figure.axes[2].lines[0].get_xdata(), [mark["iteration"] for mark in marks])
     still = replace(run, result=replace(run.result, mask_updates=()))
     with pytest.raises(DataError, match="whose masks were updated, got E2ENet"):

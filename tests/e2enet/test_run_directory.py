@@ -153,7 +153,9 @@ def test_a_checkpoint_copied_from_another_run_is_refused(folder, tmp_path):
 def test_a_folder_in_use_is_refused_and_freed_again(folder):
     with (
         open_run(folder, CONFIG, resume=True),
-        pytest.raises(StateError, match="in use by another process"),
+        pytest.raises(
+            StateError, match=r"in use by another process\. Wait for it or stop it, or train in another folder\."
+        ),
         open_run(folder, CONFIG, resume=True),
     ):
         pass

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstlib.errors import DataError, few
+from dstlib.files import CONTINUE
 from dstlib.zoo.e2enet.data.layouts.labels import ORDINARY, Labels
 from dstlib.zoo.e2enet.data.layouts.names import refuse_repeated
 
@@ -61,7 +62,7 @@ def read_box(volume: NDArray[Any], box: Sequence[slice]) -> NDArray[Any]:
                 out[c, d] = whole_rows[:, columns.start : columns.stop]
     except OSError as error:
         where, allowed = f"prepared scan {volume.filename}", "what was there when it was opened"
-        remedy = "Look at the disk, and repeat the command (a training: with --resume)."
+        remedy = f"Look at the disk, then {CONTINUE}."
         raise DataError.of("file", where, allowed=allowed, given=error.strerror, remedy=remedy) from error
     return out
 

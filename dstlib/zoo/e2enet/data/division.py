@@ -38,7 +38,7 @@ def divide(manifest: Manifest, *, fold: str = "0", splits: Path | None = None, g
     patients = _own_patients(manifest) if groups is None else read_groups(groups, labelled)
     if fold == "all":
         allowed, remedy = "a number with --splits", "Leave --splits out to train on every case."
-        require(splits is None, "--fold", _COMMAND_LINE, allowed=allowed, given="all", remedy=remedy)
+        require(splits is None, "fold", _COMMAND_LINE, allowed=allowed, given="all", remedy=remedy)
         train, held_out = (
             tuple(sorted(files.name for files in part)) for part in (manifest.train, manifest.validation)
         )
@@ -77,7 +77,7 @@ def _chosen(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     is_one, allowed = fold in map(str, range(len(folds))), f"the number of one of the {len(folds)} folds in {where}"
     remedy = "They count from 0."
-    require(is_one, "--fold", _COMMAND_LINE, allowed=allowed, given=shown(fold), remedy=remedy)
+    require(is_one, "fold", _COMMAND_LINE, allowed=allowed, given=shown(fold), remedy=remedy)
     chosen = folds[int(fold)]
     refuse_fold(chosen, names, where=f"fold {fold} of {where}")
     return tuple(sorted(chosen.train)), tuple(sorted(chosen.val))
@@ -89,12 +89,12 @@ def _drawn(
     names = [files.name for files in manifest.train]
     remedy = "Pass 0 for the first fold."
     is_one = fold in map(str, range(NUM_FOLDS))
-    require(is_one, "--fold", _COMMAND_LINE, allowed="0 to 4, or all", given=shown(fold), remedy=remedy)
+    require(is_one, "fold", _COMMAND_LINE, allowed="0 to 4, or all", given=shown(fold), remedy=remedy)
     number = len(names) if patients is None else len({patients[name] for name in names})
     if number < NUM_FOLDS:
         where, allowed = f"data set {manifest.name!r}", f"at least {NUM_FOLDS}, for as many folds"
         what = "training cases" if patients is None else "patients"
-        remedy = "Pass --fold all to train on every case without holding any out."
+        remedy = "Fold 'all' trains on every case and holds none out."
         raise SettingError.of(what, where, allowed=allowed, given=number, remedy=remedy)
     return split(names, fold=int(fold), num_folds=NUM_FOLDS, groups=patients)
 
@@ -111,7 +111,7 @@ def _left_out(manifest: Manifest, taken: set[str], splits: Path | None) -> list[
     if apart:
         cases = number_of(len(apart), "labelled case")
         told = f"Note: left out: {cases} that the set sets apart for validation"
-        notes.append(f"{told} ({few(apart)}): --fold all holds out these, and trains on all others.")
+        notes.append(f"{told} ({few(apart)}): fold 'all' holds out these, and trains on all others.")
     return notes
 
 

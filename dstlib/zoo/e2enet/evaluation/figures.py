@@ -44,25 +44,32 @@ MOST_MARKS = 60  # points of a curve that are marked; more would be a thick line
 MAX_TALL = 7.0  # inches of a picture: one that is long and narrow takes no more
 
 
-def learning_curve(path: Path, metrics: Sequence[Mapping[str, float]], updates: Sequence[Mapping[str, int]]) -> None:
-    """Draws the loss of each epoch, the Dice where it was validated, and of each mask update the share that grew."""
+def learning_curve(
+    path: Path, metrics: Sequence[Mapping[str, float]], updates: Sequence[Mapping[str, int]], *, title: str = ""
+) -> None:
+    """Draws the loss of each epoch, the Dice where it was validated, and of each mask update the share that grew.
+
+    ``title`` stands over all panels.
+    """
     epochs, marks = [float(m["iteration"]) for m in metrics], [float(u["iteration"]) for u in updates]
     curves = [("Training loss, mean of each epoch", "Dice + cross-entropy", epochs, [m["loss"] for m in metrics], INK)]
     if "val_dice" in metrics[0]:
-        title, dice = "Dice over patches of the held-out cases", [m["val_dice"] for m in metrics]
-        curves.append((title, "mean of the classes", epochs, dice, FLOWS["downward"]))
+        told, dice = "Dice over patches of the held-out cases", [m["val_dice"] for m in metrics]
+        curves.append((told, "mean of the classes", epochs, dice, FLOWS["downward"]))
     if updates:
-        title = "Share of the active connections that grew at each mask update (grey lines)"
-        curves.append((title, "percent", marks, [100 * u["grown"] / u["active"] for u in updates], ACCENT))
+        told = "Share of the active connections that grew at each mask update (grey lines)"
+        curves.append((told, "percent", marks, [100 * u["grown"] / u["active"] for u in updates], ACCENT))
     with drawn(path, size=(7.5, 0.9 + 2.2 * len(curves))) as figure:
         panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-        for panel, (title, label, x, y, colour) in zip(panels, curves, strict=True):
+        for panel, (told, label, x, y, colour) in zip(panels, curves, strict=True):
             panel.vlines(marks, 0, 1, transform=panel.get_xaxis_transform(), color=FAINT, linewidth=0.8, zorder=0)
             panel.plot(x, y, "-" if len(x) > MOST_MARKS else "o-", color=colour, markersize=3.5)
             panel.set_xlim(left=0)
             panel.set_ylim(0, 1.08 * max((value for value in y if np.isfinite(value)), default=0) or 1)
-            panel.set_title(title)
+            panel.set_title(told)
             panel.set_ylabel(label)
+        if title:
+            figure.suptitle(title, fontsize=11, parse_math=False)
         panels[-1].set_xlabel("iteration")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
 

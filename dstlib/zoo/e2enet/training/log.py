@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from dstlib.errors import StateError
-from dstlib.files import write_whole
+from dstlib.files import CONTINUE, write_whole
 from dstlib.typed_json import parse_json
 
 _COST = ("seconds_per_iteration", "cpu_seconds_per_iteration", "peak_memory_bytes")
@@ -116,7 +116,7 @@ class Log:
 
     def _refused(self, error: OSError) -> StateError:
         where, allowed = f"run {self._file.parent}", "a disk to write to"
-        remedy = "Make room, or repair what the system says, then continue with --resume."
+        remedy = f"Make room, or repair what the system says, then {CONTINUE}."
         return StateError.of("log.jsonl", where, allowed=allowed, given=error, remedy=remedy)
 
 

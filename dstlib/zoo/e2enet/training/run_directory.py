@@ -141,7 +141,7 @@ def _lock(path: Path, *, create: bool) -> Iterator[None]:
         raise StateError.of("directory", f"run {path}", allowed=allowed, given=given, remedy=remedy) from error
 
     def refuse_to_share() -> NoReturn:
-        given, remedy = "one in use by another process", "Wait for it or stop it, or pass another --run-dir."
+        given, remedy = "one in use by another process", "Wait for it or stop it, or train in another folder."
         raise StateError.of("directory", f"run {path}", allowed="a folder nobody trains in", given=given, remedy=remedy)
 
     try:

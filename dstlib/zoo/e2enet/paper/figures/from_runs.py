@@ -98,7 +98,7 @@ def draw_updates(number: int, folder: Path, runs: Sequence[FinishedRun]) -> tupl
         raise DataError.of("rows", f"figure {number}", allowed=allowed, given=few(without), remedy=remedy)
     files = [_file(number, folder, run) for run in runs]
     for file, run in zip(files, runs, strict=True):
-        learning_curve(file, run.metrics, run.result.mask_updates)
+        learning_curve(file, run.metrics, run.result.mask_updates, title=_told(run))
     return tuple(files)
 
 
