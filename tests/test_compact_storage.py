@@ -450,7 +450,7 @@ def test_a_run_resumes_bit_for_bit(order):
     torch.save([part.state_dict() for part in whole], file)
     file.seek(0)
     again = begin("compact", optimizer=OPTIMIZERS["adam"])
-    states = dict(zip("mos", torch.load(file), strict=True))
+    states = dict(zip("mos", torch.load(file, weights_only=True), strict=True))
     for letter in order:
         dict(zip("mos", again, strict=True))[letter].load_state_dict(states[letter])
     for trained in (whole, again):
