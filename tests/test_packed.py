@@ -1,6 +1,7 @@
 """Masks of one bit for each entry: what they say, and what is done outside of them, by the kernels as by torch."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -106,3 +107,15 @@ def test_masks_take_an_eighth_of_a_byte_between_updates():
     model = torch.nn.Linear(64, 64)
     masks = dstlib.sparsify(model, sparsity=0.9, method="static").masks
     assert sum(mask.bits.nbytes for mask in masks.packed.values()) == 64 * 64 // 8
+
+
+def test_masks_are_saved_as_plain_data():
+    model = torch.nn.Linear(20, 10)
+    masks = dstlib.sparsify(model, sparsity=0.9, method="static").masks
+    file = io.BytesIO()
+    torch.save(masks, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=True)
+    assert list(found) == ["weight"]
+    assert torch.equal(found["weight"], masks["weight"])
+    assert int(found["weight"].sum()) == 20

@@ -1,5 +1,6 @@
 """Masks between updates: one bit for each entry, spread to truth values where somebody looks."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -167,6 +168,10 @@ class Masks(Mapping[str, Tensor]):
     def _packed(self, name: str) -> PackedMask:
         held = self._held[name]
         return held if isinstance(held, PackedMask) else held()
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
+        """Is saved and sent as the masks of this moment, in a dictionary that ``torch.load`` takes for data alone."""
+        return OrderedDict, (dict(self),)
 
     def __repr__(self) -> str:
         active = (f"{name!r}: {m.num_active:,} of {m.numel:,}" for name, m in self.packed.items())
