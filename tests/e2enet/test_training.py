@@ -567,5 +567,5 @@ def test_a_loader_process_that_was_killed_is_one_clear_error(begin, monkeypatch)
 
     training = begin(SETTINGS["dense"])
     monkeypatch.setattr(module, "batches", die)
-    with pytest.raises(DstlibError, match=r"workers of the loader.*killed by signal.*fewer --workers"):
+    with pytest.raises(DstlibError, match=r"workers of the loader.*killed by signal.*fewer by --workers"):
         go(training)

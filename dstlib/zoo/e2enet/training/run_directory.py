@@ -110,7 +110,7 @@ def open_run(path: Path, config: Mapping[str, Any], *, resume: bool = False) -> 
         else:
             found = " and ".join(name for name in ("config.json", "checkpoint.pt") if (path / name).exists())
             where, allowed, given = f"run {path}", "a folder without a run", f"one with {found}"
-            remedy = "Pass --resume to continue that run, or another --run-dir to start a new one."
+            remedy = "Pass --resume to continue that run, or another folder to start a new one."
             require(not found, "directory", where, allowed=allowed, given=given, remedy=remedy, error=StateError)
             write_json(file, sealed(config))
         make_folder(path / "figures", what="figures")
