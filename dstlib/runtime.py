@@ -86,6 +86,9 @@ class Plan:
         Raises:
             InputError: The network takes no such image.
         """
+        if len(shape) != 5:
+            allowed, remedy = "(N, C, D, H, W)", "Pass what the model takes."
+            raise InputError.of("shape", "a plan", allowed=allowed, given=tuple(shape), remedy=remedy)
         size, sizes, between, refusal = _Size(*shape), (_Size * self.num_outputs)(), c_int64(), _Refusal()
         if _native().dstlib_measure(self._handle, byref(size), sizes, byref(between), byref(refusal)):
             _refuse(refusal, "a plan", InputError, "Pass what the model takes.")

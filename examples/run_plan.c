@@ -58,14 +58,17 @@ int main(int argc, char** argv) {
 
     FILE* file = fopen(argv[7], "wb");
     if (!file) return perror(argv[7]), 1;
+    int is_whole = 1;
     for (int64_t i = 0; i < num_outputs; ++i) {
-        fwrite(outputs[i], sizeof(float), count(&sizes[i]), file);
+        const size_t numbers = count(&sizes[i]);
+        is_whole &= fwrite(outputs[i], sizeof(float), numbers, file) == numbers;
         free(outputs[i]);
     }
-    fclose(file);
+    is_whole &= !fclose(file);  // the last numbers are written here
+    if (!is_whole) perror(argv[7]);
     free(outputs);
     free(sizes);
     free(image);
     dstlib_close(plan);
-    return 0;
+    return !is_whole;
 }

@@ -266,6 +266,9 @@ def test_images_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             plan(np.zeros(shape, np.float32))
+    for shape in ((1, 1, 8), (1, 1, 4, 8, 8, 8)):  # too few were filled up by zeros, too many ended in a TypeError
+        with pytest.raises(InputError, match=r"shape of a plan: expected \(N, C, D, H, W\), got \(1, 1, "):
+            plan.measure(shape)
     with pytest.raises(InputError, match="float64"):
         plan(np.zeros((1, 1, 4, 8, 8)))
     with pytest.raises(SettingError, match="threads"):
@@ -415,3 +418,6 @@ def test_from_c(tmp_path):
     refused = subprocess.run([program, files[1], files[1], "2", "4", "8", "12", files[2], "2"], stderr=subprocess.PIPE)
     assert refused.returncode == 1
     assert refused.stderr.startswith(b"file: expected a plan")
+    if Path("/dev/full").exists():  # a disk without room
+        full = [program, files[0], files[1], "2", "4", "8", "12", "/dev/full", "2"]
+        assert subprocess.run(full, stderr=subprocess.DEVNULL).returncode == 1
