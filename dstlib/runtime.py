@@ -60,10 +60,12 @@ class Plan:
             StateError: There is not enough memory for what is between the layers.
         """
         threads = _usable_cores() if threads is None else threads
-        if threads < 1:
+        if type(threads) is not int or threads < 1:
             raise SettingError.of("threads", "a plan", allowed="1 or more", given=threads, remedy="Pass 1.")
-        if image.ndim != 5 or image.dtype != np.float32:
-            allowed, given = "(N, C, D, H, W) of float32", f"{image.shape} of {image.dtype}"
+        if not isinstance(image, np.ndarray) or image.ndim != 5 or image.dtype != np.float32:
+            is_array = isinstance(image, np.ndarray)
+            given = f"{image.shape} of {image.dtype}" if is_array else f"a {type(image).__name__}"
+            allowed = "(N, C, D, H, W) of float32"
             raise InputError.of("image", "a plan", allowed=allowed, given=given, remedy="Pass what the model takes.")
         size = _Size(*image.shape)
         with self._lock:
@@ -86,7 +88,7 @@ class Plan:
         Raises:
             InputError: The network takes no such image.
         """
-        if len(shape) != 5:
+        if len(shape) != 5 or not all(isinstance(n, int | np.integer) and abs(n) < 2**63 for n in shape):
             allowed, remedy = "(N, C, D, H, W)", "Pass what the model takes."
             raise InputError.of("shape", "a plan", allowed=allowed, given=tuple(shape), remedy=remedy)
         size, sizes, between, refusal = _Size(*shape), (_Size * self.num_outputs)(), c_int64(), _Refusal()

@@ -266,13 +266,17 @@ def test_images_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             plan(np.zeros(shape, np.float32))
-    for shape in ((1, 1, 8), (1, 1, 4, 8, 8, 8)):  # too few were filled up by zeros, too many ended in a TypeError
+    # too few were filled up by zeros, too many ended in a TypeError, what is too large became 0
+    for shape in ((1, 1, 8), (1, 1, 4, 8, 8, 8), (1, 1, 4.5, 8, 8), (1, 1, 2**70, 8, 8)):
         with pytest.raises(InputError, match=r"shape of a plan: expected \(N, C, D, H, W\), got \(1, 1, "):
             plan.measure(shape)
     with pytest.raises(InputError, match="float64"):
         plan(np.zeros((1, 1, 4, 8, 8)))
-    with pytest.raises(SettingError, match="threads"):
-        plan(np.zeros((1, 1, 4, 8, 8), np.float32), threads=0)
+    with pytest.raises(InputError, match="float32, got a list"):
+        plan(np.zeros((1, 1, 4, 8, 8), np.float32).tolist())
+    for threads in (0, 2.5):
+        with pytest.raises(SettingError, match="threads"):
+            plan(np.zeros((1, 1, 4, 8, 8), np.float32), threads=threads)
     huge = np.broadcast_to(np.float32(0), (1, 1, 1024, 1024, 1024))
     with pytest.raises(StateError, match="memory that are left"):
         plan(huge)
