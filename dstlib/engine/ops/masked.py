@@ -39,7 +39,7 @@ def fill_outside_each(triples: Iterable[tuple[Tensor, PackedMask, float]]) -> No
     >>> fill_outside_each([(x, PackedMask.of(torch.tensor([True, False])), 0.5)]); x
     tensor([1.5000, 0.5000])
     """
-    found = _kernels()
+    found = kernels()
     mine, jobs, others = [], [], []
     for x, mask, value in triples:
         if found is not None and _is_for_kernels(x, mask):
@@ -62,7 +62,7 @@ def glance_outside(triples: Iterable[tuple[Tensor, PackedMask, float]]) -> list[
     >>> glance_outside([(torch.tensor([1.0, 0.0, 0.0]), mask, 0.0), (torch.tensor([1.0, 2.0, 0.0]), mask, 0.0)])
     [False, True]
     """
-    found = _kernels()
+    found = kernels()
     jobs, answers = [], []
     for x, mask, value in triples:
         may_be_looked_at = found is not None and _is_for_kernels(x, mask)
@@ -79,7 +79,7 @@ def count_outside(x: Tensor, mask: PackedMask) -> int:
     >>> count_outside(torch.tensor([1.5, -2.0, -0.0]), PackedMask.of(torch.tensor([True, False, False])))
     1
     """
-    found = _kernels()
+    found = kernels()
     if found is None or not x.is_floating_point() or not _is_for_kernels(x, mask):
         return count_with_torch(x, mask.current())
     without_sign = (1 << (8 * x.element_size() - 1)) - 1
@@ -100,11 +100,6 @@ def _is_for_kernels(x: Tensor, mask: PackedMask) -> bool:
         and x.data_ptr() != 0
         and not (x.is_inference() or x.is_neg())
     )
-
-
-def _kernels() -> Kernels | None:
-    found = kernels()
-    return found if hasattr(found, "masked_fill") else None  # a library that was built before there were masks in it
 
 
 def _job(x: Tensor, mask: PackedMask, value: int, counts: int, only: int | None = None) -> tuple[int, ...]:
