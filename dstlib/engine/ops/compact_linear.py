@@ -17,6 +17,7 @@ from dstlib.engine.ops.linear import (
     LinearProblem,
     call_kernel,
     matrix_of,
+    rows_of,
     with_rows,
 )
 from dstlib.engine.ops.linear_patterns import PART, LinearPattern, ordered, rows_alike
@@ -116,9 +117,7 @@ def _joined(parts: Sequence[LinearPattern], rows: int, size: tuple[int, int], *,
 
 
 def _places(pattern: LinearPattern) -> Tensor:
-    group, begin, end = pattern.segments.unbind(dim=1)
-    first = group.repeat_interleave(end - begin) * pattern.rows_per_group
-    row = first[:, None] + torch.arange(pattern.rows_per_group, device=first.device, dtype=torch.int32)
+    row = rows_of(pattern.segments, pattern.rows_per_group)
     return row.mul_(pattern.size[1]).add_(pattern.col_idx[:, None]).flatten()
 
 
@@ -199,11 +198,8 @@ def _backward_weights_with_torch(problem: CompactLinearProblem, tensors: Tensors
     grad, x, like, col_idx, _, segments, _ = tensors
     if not like.numel():
         return [torch.empty_like(like)]
-    rows = like.numel() // col_idx.numel()
-    group, begin, end = segments.long().unbind(dim=1)
-    first = group.repeat_interleave(end - begin) * rows
-    row = first[:, None] + torch.arange(rows, device=first.device)
-    return [(grad.t() @ x)[row, col_idx.long()[:, None]].flatten().to(like.dtype)]
+    row = rows_of(segments, like.numel() // col_idx.numel())
+    return [(grad.t() @ x)[row, col_idx[:, None]].flatten().to(like.dtype)]
 
 
 def _backward(

@@ -182,9 +182,19 @@ def matrix_of(values: Tensor, pattern: Tensors, outputs: int, inputs: int) -> Te
     if not col_idx.numel():
         return matrix
     rows = values.numel() // col_idx.numel()
-    group = segments[:, 0].repeat_interleave(segments[:, 2] - segments[:, 1])
-    row = group[:, None] * rows + torch.arange(rows, device=values.device)
-    return matrix.index_put((row, col_idx[:, None]), values.view(-1, rows))
+    return matrix.index_put((rows_of(segments, rows), col_idx[:, None]), values.view(-1, rows))
+
+
+def rows_of(segments: Tensor, rows: int) -> Tensor:
+    """Returns the outputs that each column of a pattern has values of, (U, R), as ``segments`` (S, 3) say it.
+
+    >>> rows_of(torch.tensor([[1, 0, 2]]), 2)
+    tensor([[2, 3],
+            [2, 3]])
+    """
+    group, begin, end = segments.unbind(dim=1)
+    first = group.repeat_interleave(end - begin) * rows
+    return first[:, None] + torch.arange(rows, dtype=first.dtype, device=first.device)
 
 
 def call_kernel(
