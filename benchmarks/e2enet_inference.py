@@ -3,14 +3,18 @@
     python benchmarks/e2enet_inference.py                          # 32³ and 64³: about five minutes
     python benchmarks/e2enet_inference.py --sizes 96 --repeats 2 --sparsities 0.9
     python benchmarks/e2enet_inference.py --sizes 64 --memory      # the peak memory of each network too
+    python benchmarks/e2enet_inference.py --threads 1 --deepsparse deepsparse/bin/python
 
 The networks are the paper's for AMOS, of random weights, with only the finest head. The sparse ones have the first
 masks of DSFF in their fusion nodes, encoder and heads stay dense; each runs by `accelerate`, and as the plan that
 `save_plan` writes, which knows no Python between the layers. Dense E2ENet and nnU-Net (its PlainConvUNet, of the
-extra "medical") run in torch, with channels first and last in memory; what counts is the faster. Columns:
+extra "medical") run in torch, with channels first and last in memory, and where they are installed (extra "bench") in
+OpenVINO and ONNX Runtime, in float32; what counts is the fastest of all. DeepSparse 1.8.0, the runtime of the paper,
+needs older packages than this project: `pip install deepsparse==1.8.0` into an environment of its own, whose Python
+``--deepsparse`` names. Columns:
 
-    × dense     milliseconds of the faster dense E2ENet over those of the row
-    × nnU-Net   milliseconds of the faster nnU-Net over those of the row
+    × dense     milliseconds of the fastest dense E2ENet over those of the row
+    × nnU-Net   milliseconds of the fastest nnU-Net over those of the row
 
 Then what each kind of layer takes in the accelerated network, in milliseconds of either form, as measured when it was
 decided which layers run on the engine; the plain form there pays for changing the order of its maps in memory, too. At
@@ -19,7 +23,9 @@ every row takes its turn.
 """
 
 import tempfile
+import time
 import warnings
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +33,8 @@ from typing import Any
 
 import torch
 from _e2enet import FORMATS, e2enet, in_format, nnunet, supervise
-from _measure import Action, bars, begin, command_line, medians, peak_memory, progress, write
+from _measure import Action, bars, begin, command_line, medians, peak_memory, progress, wall, write
+from _runtimes import RUNTIMES, in_deepsparse, installed, load
 from torch import Tensor, nn
 
 import dstlib
@@ -37,6 +44,7 @@ from dstlib.report import align
 from dstlib.runtime import load_plan
 from dstlib.zoo.e2enet import E2ENet
 
+NETWORKS = {"E2ENet": e2enet, "nnU-Net": nnunet}
 HEADER = ("image", "network", "× dense", "× nnU-Net", "ms", "peak memory, MiB")
 Result = dict[str, Any]
 
@@ -46,11 +54,13 @@ def main() -> None:
     lines.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="voxels along each axis" + default)
     lines.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95], help=default.strip())
     lines.add_argument("--memory", action="store_true", help="run each network alone too, for its peak memory")
+    lines.add_argument("--deepsparse", type=Path, metavar="PYTHON", help="a Python that has DeepSparse 1.8.0")
     options = begin(lines)
     warnings.simplefilter("ignore")  # DSFF would know for how long it trains: not at all
-    results = [
-        row for size in options.sizes for row in measure(size, options.sparsities, options.repeats, options.memory)
-    ]
+    missing = RUNTIMES.keys() - set(installed())
+    if missing:
+        progress(f"not installed, so not measured: {', '.join(sorted(missing))} (pip install dstlib[bench])")
+    results = [row for size in options.sizes for row in measure(size, options)]
     print("\n".join(align([HEADER, *map(cells, results)], left=(0, 1))))
     print("\n".join(align(kinds(results), left=(0, 1, 2))))
     heights = [("", f"{row['size']}³", row["network"], row["over_dense"]) for row in results]
@@ -59,15 +69,13 @@ def main() -> None:
 
 
 @torch.no_grad()
-def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> list[Result]:
+def measure(size: int, options: Namespace) -> list[Result]:
     """A row for each network."""
     x = torch.randn(1, 1, size, size, size)
-    actions: dict[str, Action] = {}
+    actions = dense(size, x, options.deepsparse)
+    best_of = {kind: [name for name in actions if name.startswith(kind)] for kind in NETWORKS}
     decisions: dict[str, Decisions] = {}
-    for name in FORMATS:
-        actions[f"E2ENet, channels {name}"] = run(*in_format(plain(e2enet, size), x, name))
-        actions[f"nnU-Net, channels {name}"] = run(*in_format(plain(nnunet, size), x, name))
-    for sparsity in sparsities:
+    for sparsity in options.sparsities:
         name = f"E2ENet, engine, sparsity {sparsity:g}"
         progress(f"{size}³: deciding on the layers at sparsity {sparsity:g}")
         model = sparse(size, sparsity)
@@ -76,20 +84,46 @@ def measure(size: int, sparsities: list[float], repeats: int, memory: bool) -> l
         actions[name] = run(fast, x)
         actions[f"E2ENet, plan, sparsity {sparsity:g}"] = run_plan(model, x)
     progress(f"{size}³: measuring")
-    times = medians(actions, repeats)
-    best = {kind: min(times[f"{kind}, channels {name}"] for name in FORMATS) for kind in ("E2ENet", "nnU-Net")}
+    taken = medians(actions, options.repeats, clock=rested)
+    best = {kind: min(taken[name] for name in names) for kind, names in best_of.items()}
     return [
         {
             "size": size,
             "network": name,
-            "ms": taken,
-            "over_dense": best["E2ENet"] / taken,
-            "over_nnunet": best["nnU-Net"] / taken,
-            "peak_mib": peak_memory(alone, name, size, decisions.get(name)) if memory else None,
+            "ms": ms,
+            "over_dense": best["E2ENet"] / ms,
+            "over_nnunet": best["nnU-Net"] / ms,
+            # DeepSparse's process is another one
+            "peak_mib": peak_memory(alone, name, size, decisions.get(name))
+            if options.memory and "DeepSparse" not in name
+            else None,
             "kinds": by_kind(decisions[name]) if name in decisions else {},
         }
-        for name, taken in times.items()
+        for name, ms in taken.items()
     ]
+
+
+def dense(size: int, x: Tensor, deepsparse: Path | None) -> dict[str, Action]:
+    """Forward passes of the dense networks in torch and the other runtimes."""
+    actions: dict[str, Action] = {}
+    for kind, build in NETWORKS.items():
+        for name in FORMATS:
+            actions[f"{kind}, channels {name}"] = run(*in_format(plain(build, size), x, name))
+        for runtime in installed():
+            actions[f"{kind}, {runtime}"] = load(runtime, plain(build, size), x)
+        if deepsparse:
+            action = in_deepsparse(deepsparse, plain(build, size), x)
+            if isinstance(action, str):
+                progress(f"{size}³: {kind}, DeepSparse: {action}")
+            else:
+                actions[f"{kind}, DeepSparse"] = action
+    return actions
+
+
+def rested(action: Action) -> float:
+    """Milliseconds of an action, a while after the one before, whose threads may wait for more on the cores."""
+    time.sleep(0.05)
+    return wall(action)
 
 
 def run(model: nn.Module, x: Tensor) -> Action:
@@ -138,7 +172,9 @@ def alone(name: str, size: int, decisions: Decisions | None) -> Action:
         return run(accelerate(sparse(size, float(word)), x, decisions=decisions), x)
     if name.startswith("E2ENet, plan"):
         return run_plan(sparse(size, float(word)), x)
-    return run(*in_format(plain(e2enet if name.startswith("E2ENet") else nnunet, size), x, word))
+    kind, form = name.split(", ")
+    model = plain(NETWORKS[kind], size)
+    return load(form, model, x) if form in RUNTIMES else run(*in_format(model, x, word))
 
 
 def cells(row: Result) -> tuple[str, ...]:
