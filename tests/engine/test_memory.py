@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dstlib.engine.ops import max_pool
 from dstlib.engine.ops.feature_map import Layout, empty_depth_last
 from dstlib.engine.ops.prepared import MOST_LAYOUTS
 from dstlib.engine.runtime import memory
-from dstlib.engine.runtime.memory import GRAIN, SMALLEST, buffer, release_memory
+from dstlib.engine.runtime.memory import GRAIN, HUGE, SMALLEST, buffer, neighbours, release_memory
 
 NUM = SMALLEST // 4  # the fewest numbers whose memory is kept
 
@@ -37,11 +38,11 @@ def _nothing_kept() -> Iterator[None]:
 
 
 def test_memory_is_used_again():
-    x = buffer(NUM)
+    x = buffer(2 * NUM)
     place = x.data_ptr()
     del x
-    assert buffer(NUM).data_ptr() == place
-    assert buffer(NUM - 1).data_ptr() == place  # of the same size in whole grains
+    assert buffer(2 * NUM).data_ptr() == place
+    assert buffer(NUM).data_ptr() == place  # a smaller one lies there as well
 
 
 def test_two_at_once_do_not_share():
@@ -90,33 +91,57 @@ def test_small_ones_are_torchs_own():
 
 
 def test_release_memory_gives_back_what_is_idle_alone():
-    kept, gone = buffer(NUM).fill_(1), buffer(2 * NUM)
+    kept, gone = buffer(NUM).fill_(1), buffer(8 * NUM)
     del gone
-    assert memory._bytes["idle"] == 2 * SMALLEST
+    assert memory._bytes["kept"] >= 8 * SMALLEST
     release_memory()
-    assert memory._bytes["idle"] == 0
-    assert not memory._idle
+    assert memory._bytes["kept"] == HUGE
     assert kept.sum() == NUM
+    del kept
+    release_memory()
+    assert memory._bytes["kept"] == 0
+    assert not memory._stretches
 
 
-def test_what_is_kept_is_twice_what_was_of_use_at_one_time_at_most():
+def test_neighbours_lie_one_behind_the_other_and_go_by_themselves():
+    x, y, z = neighbours([NUM, 5, 2 * NUM])
+    place = x.data_ptr()
+    assert (y.data_ptr() - place, z.data_ptr() - place) == (4 * NUM, 4 * (NUM + 5))
+    x.fill_(1), y.fill_(2), z.fill_(3)
+    del x
+    assert buffer(NUM).data_ptr() == place
+    assert (y.sum(), z.sum()) == (10, 6 * NUM)
+    first, second = neighbours([2, 3])  # small ones, too
+    assert (first.shape, second.shape, second.data_ptr() - first.data_ptr()) == ((2,), (3,), 8)
+
+
+def test_a_wide_map_takes_the_place_of_narrow_ones():
+    maps = [buffer(NUM) for _ in range(4)]
+    place = maps[1].data_ptr()
+    del maps[1], maps[1]
+    assert buffer(2 * NUM).data_ptr() == place
+    assert buffer(NUM).data_ptr() == place
+
+
+def test_what_is_kept_is_hardly_more_than_what_was_of_use_at_one_time():
+    """Of sizes that rise, each would otherwise lie behind all before it."""
     before = memory._bytes["used"]
-    for factor in range(1, 8):
-        x = buffer(factor * NUM)
-        del x
-    assert memory._bytes["peak"] == before + 7 * SMALLEST
-    assert [size // SMALLEST for size, _ in memory._idle] == [6, 7]  # the oldest went first
+    last: list[Tensor] = []
+    for factor in range(1, 24):
+        last = [buffer(factor * NUM)]
+    assert memory._bytes["peak"] == before + (22 + 23) * SMALLEST
+    assert memory._bytes["kept"] <= memory.MOST * memory._bytes["peak"] + HUGE
+    del last
 
 
-def test_sizes_that_take_turns_are_all_kept():
-    small, large = buffer(NUM), buffer(3 * NUM)
-    places = {small.data_ptr(), large.data_ptr()}
+def test_sizes_that_take_turns_touch_no_fresh_memory():
     for _ in range(3):
+        small, large = buffer(NUM), buffer(3 * NUM)
         del small
         other = buffer(2 * NUM)
+        kept = memory._bytes["kept"]
         del large, other
-        small, large = buffer(NUM), buffer(3 * NUM)
-        assert {small.data_ptr(), large.data_ptr()} == places
+    assert memory._bytes["kept"] == kept <= 6 * SMALLEST + HUGE
 
 
 def test_sizes_no_longer_wanted_make_room():
@@ -127,7 +152,7 @@ def test_sizes_no_longer_wanted_make_room():
         places = {x.data_ptr() for x in new}
         del new
     assert {buffer(3 * NUM // 2).data_ptr()} <= places
-    assert memory._bytes["idle"] <= 2 * memory._bytes["peak"]
+    assert memory._bytes["kept"] <= memory.MOST * memory._bytes["peak"] + HUGE
 
 
 def test_what_was_of_use_long_ago_is_forgotten():
@@ -141,7 +166,8 @@ def test_what_was_of_use_long_ago_is_forgotten():
     gc.collect()
     used = memory._bytes["used"]
     assert used == before
-    assert memory._bytes["idle"] <= 2 * (memory._bytes["peak"] - used) <= 4 * (SMALLEST + 5 * 4 * GRAIN)
+    assert memory._bytes["peak"] - used <= SMALLEST + 5 * 4 * GRAIN
+    assert memory._bytes["kept"] <= memory.MOST * memory._bytes["peak"] + HUGE
 
 
 def test_a_forked_process_waits_for_nobody():
@@ -205,6 +231,13 @@ class Owners(RuleBasedStateMachine):
         self.alive[self.count] = buffer(NUM + grains * GRAIN // 4 - short).fill_(self.count)
         return self.count
 
+    @rule(target=tensors, first=st.integers(1, NUM), second=st.integers(1, 2 * NUM))
+    def make_neighbours(self, first: int, second: int) -> int:
+        self.count += 2
+        for key, x in zip((self.count - 1, self.count), neighbours([first, second]), strict=True):
+            self.alive[key] = x.fill_(key)
+        return self.count
+
     @rule(key=consumes(tensors))
     def forget(self, key: int) -> None:
         del self.alive[key]
@@ -220,8 +253,7 @@ class Owners(RuleBasedStateMachine):
     @invariant()
     def everyone_has_his_own(self) -> None:
         assert all(bool((x == key).all()) for key, x in self.alive.items())
-        assert memory._bytes["idle"] == sum(size for size, _ in memory._idle)
-        assert memory._bytes["idle"] + memory._bytes["used"] <= 2 * memory._bytes["peak"]
+        _is_all_there()
 
 
 TestOwners = Owners.TestCase
@@ -264,7 +296,23 @@ def test_memory_may_come_back_at_any_time():
     assert not thread.is_alive()
     gc.collect()
     assert memory._bytes["used"] == 0
-    assert memory._bytes["idle"] == sum(size for size, _ in memory._idle)
+    _is_all_there()
+
+
+def _is_all_there() -> None:
+    """Each byte is of a map or idle, neighbours that are idle are one range, and pages that were touched are kept."""
+    used = 0
+    for stretch in memory._stretches:
+        lent = [loan.range for loan in memory._loans.values() if loan.stretch is stretch]
+        used += sum(end - begin for begin, end in lent)
+        ranges = sorted([*lent, *stretch.idle])
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == len(stretch.touched) * HUGE
+        assert all(before[1] == after[0] for before, after in pairwise(ranges))
+        assert all(before[1] < after[0] for before, after in pairwise(stretch.idle))
+        assert all(stretch.num_fresh(*each) == 0 for each in lent)
+    assert memory._bytes["used"] == used
+    assert memory._bytes["kept"] == HUGE * sum(stretch.touched.count(1) for stretch in memory._stretches)
 
 
 def _entries(fast: nn.Module) -> int:
@@ -292,5 +340,4 @@ def test_memory_does_not_grow_with_the_sizes_that_were_seen(size: str):
     assert max(entries) - Layout.of.cache_info().currsize <= (num_layers + 2) * (MOST_LAYOUTS + 1)
     assert Layout.of.cache_info().currsize <= Layout.of.cache_info().maxsize
     gc.collect()
-    used = memory._bytes["used"]
-    assert memory._bytes["idle"] + used <= memory.MOST * memory._bytes["peak"]
+    assert memory._bytes["kept"] <= memory.MOST * memory._bytes["peak"] + HUGE * len(memory._loans)
