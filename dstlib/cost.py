@@ -17,6 +17,7 @@ from dstlib.masking import num_units
 from dstlib.methods.dense_gradients import Reading, examples, find_reading
 from dstlib.profile import Convention, profile
 from dstlib.schedules import Every
+from dstlib.targets import held_weights, without_data
 
 
 def training_flops(sparse: float, dense: float, *, share: float = 0.0, learned: float | None = None) -> float:
@@ -74,9 +75,10 @@ class TrainingCost:
     ) -> None:
         self._history = history
         self._sparsifier = sparsifier = history.sparsifier
-        whole = profile(model, input_shape, convention=convention)
+        # dense: what is in compact storage counts as the plain layers that the copy has there
+        whole = profile(without_data(model) if held_weights(model) else model, input_shape, convention=convention)
         self.dense, self.uncounted = whole.flops, whole.uncounted
-        shapes = {s.name: s.of(w.parameter.detach()).shape for w in sparsifier.weights for s in w.views}
+        shapes = {view.name: w.shape_of(view) for w in sparsifier.weights for view in w.views}
         self._size = {name: shape.numel() for name, shape in shapes.items()}
         per_entry = whole.flops_per_entry
         self._per_entry = {s.name: per_entry.get(w.name, 0) for w in sparsifier.weights for s in w.views}

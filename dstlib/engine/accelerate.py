@@ -3,7 +3,7 @@
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
 from types import MethodType
@@ -18,7 +18,8 @@ from dstlib.engine.layers.fast_layer import FastLayer, give_out
 from dstlib.engine.layers.watch import OTHERWISE, Told
 from dstlib.engine.registry import find, obstacle
 from dstlib.inputs import arguments
-from dstlib.targets import find_masked, find_outside, refuse_outside
+from dstlib.masking import Masks
+from dstlib.targets import find_masked, find_outside, held_weights, refuse_outside, unwrap
 
 REPEATS = 3
 HOOKS = (
@@ -89,7 +90,7 @@ def accelerate(
     >>> list(fast.state_dict()) == list(layer.state_dict()), len(fast.decisions)
     (True, 1)
     """
-    masks = {} if masks is None else masks
+    masks = _of_plain({} if masks is None else masks, held_weights(unwrap(model)))
     refuse_outside(find_outside(find_masked(model, masks, "accelerate()"), masks), "accelerate()", OTHERWISE)
     fast = _twin(model)
     candidates = dict(_candidates(fast, layers))
@@ -110,6 +111,13 @@ def accelerate(
         fast.register_forward_hook(give_out, prepend=True)
     object.__setattr__(fast, "decisions", decisions)  # not a module, a parameter or a buffer
     return fast
+
+
+def _of_plain(masks: Mapping[str, Tensor], held: Container[str]) -> Mapping[str, Tensor]:
+    """Returns the masks of weights that have zeros; layers in compact storage have none, and stay as they are."""
+    if isinstance(masks, Masks):
+        return Masks({name: packed for name, packed in masks.packed.items() if name not in held})
+    return {name: mask for name, mask in masks.items() if name not in held}
 
 
 def _twin(model: nn.Module) -> nn.Module:

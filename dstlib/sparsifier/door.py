@@ -15,12 +15,14 @@ from dstlib.pruned.tools import TOOLS
 from dstlib.sparsifier import saved
 from dstlib.sparsifier.given import GivenMasks
 from dstlib.targets import EXCLUDED, NOT_INCLUDED, WITHOUT_MASK, Weight, plain_name, unwrap
+from dstlib.targets.compact_state import is_compact, masks_of
 
 FROM_ZEROS = "from-zeros"
 Masks = str | Path | Mapping[str, Any] | nn.Module
 
 _OWN = Tool("dstlib", saved.is_state, lambda state, _: saved.masks_of(state))
 _DDP = "module."
+_COMPACT = Tool("compact storage", is_compact, lambda state, model: masks_of(_plainly_named(state), _shapes(model)))
 
 
 def take(source: Masks, model: nn.Module, weights: Sequence[Weight]) -> tuple[GivenMasks, tuple[Weight, ...]]:
@@ -38,7 +40,7 @@ def take(source: Masks, model: nn.Module, weights: Sequence[Weight]) -> tuple[Gi
         found = FoundMasks(zeros, f'masks="{FROM_ZEROS}"', of_zeros=True)
     else:
         state = source.state_dict() if isinstance(source, nn.Module) else source
-        found = find_masks(state, model, tools=(_OWN, *TOOLS))
+        found = find_masks(state, model, tools=(_OWN, _COMPACT, *TOOLS))
     masks = _by_parameter(found, model, sparse)
     if found.of_zeros:  # a weight without zeros was not pruned
         masks = {key: mask for key, mask in masks.items() if not bool(mask.all())}
@@ -52,6 +54,16 @@ def take(source: Masks, model: nn.Module, weights: Sequence[Weight]) -> tuple[Gi
         raise SelectionError.of("weights to be sparse", found.where, allowed=allowed, given=given, remedy=remedy)
     all_weights = (w if w.reason or w.name in chosen else replace(w, reason=WITHOUT_MASK) for w in weights)
     return GivenMasks(chosen, found.where, found.of_zeros), tuple(all_weights)
+
+
+def _plainly_named(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {plain_name(name): value for name, value in state.items()}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Returns the shapes of parameters by their names, also by those that they have in DistributedDataParallel."""
+    shapes = {plain_name(name): p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    return shapes | {_DDP + name: shape for name, shape in shapes.items()}
 
 
 def _by_parameter(found: FoundMasks, model: nn.Module, sparse: Sequence[Weight]) -> dict[int, Tensor]:

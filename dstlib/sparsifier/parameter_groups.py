@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dstlib.errors import require
-from dstlib.targets import find_weights, unwrap
+from dstlib.targets import find_weights, held_weights, unwrap
 
 
 def density_groups(model: nn.Module, masks: Mapping[str, Tensor], *, lr: float) -> list[dict[str, Any]]:
@@ -35,7 +35,9 @@ def density_groups(model: nn.Module, masks: Mapping[str, Tensor], *, lr: float) 
     allowed, remedy = "a number above 0", "Pass the rate of the dense network."
     require(0 < lr < float("inf"), "lr", "density_groups()", allowed=allowed, given=lr, remedy=remedy)
     model = unwrap(model)
-    weights = find_weights(model, {name: mask.shape for name, mask in masks.items()})
+    held = held_weights(model)  # whose parameters are of other shapes than their masks
+    plain = find_weights(model, {name: mask.shape for name, mask in masks.items() if name not in held})
+    weights: dict[str, Tensor] = {**plain, **{name: layer.weight for name, layer in held.items()}}
     density = {id(weights[name]): float(mask.float().mean()) for name, mask in masks.items()}
     by_rate: dict[float, list[nn.Parameter]] = {lr: []}
     for parameter in model.parameters():

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 
 from dstlib.targets.fused import fused
+from dstlib.targets.held import HoldsActive
 from dstlib.targets.layouts import is_turned_by_owner, layout_of, overriding
 from dstlib.targets.views import MatrixView, chunks, stacked, transposed_groups
 
@@ -121,8 +122,16 @@ def weight_of(candidate: Candidate) -> Weight:
     >>> weight_of(Candidate("table", "weight", table.weight, table, None)).reason
     'weight of Embedding: no weight of Linear, Conv or attention'
     """
-    rules = (_computed, _unusable, _factor, _adapted, _attention, _recurrent, _foreign, _other, _matrix)
+    rules = (_held, _computed, _unusable, _factor, _adapted, _attention, _recurrent, _foreign, _other, _matrix)
     return next(found for rule in rules if (found := rule(candidate)) is not None)
+
+
+def _held(candidate: Candidate) -> Weight | None:
+    """Recognises the active values alone of a layer in compact storage."""
+    if not isinstance(candidate.module, HoldsActive) or candidate.key != "weight":
+        return None
+    begin_anew = "to begin anew, load the sparsifier's dense_state_dict() into the plain model"
+    return candidate.weight(f"sparse already, in compact storage; {begin_anew}")
 
 
 def _computed(candidate: Candidate) -> Weight | None:

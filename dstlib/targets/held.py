@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstlib.targets.selection import plain_name
+from dstlib.targets.compact_state import MASK
+from dstlib.targets.wrappers import plain_name
 
 
 class HoldsActive(nn.Module):
@@ -47,8 +48,8 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, HoldsActive):
-            state[_key(name, "weight")] = module.spread(module.weight)
-            del state[_key(name, "weight_mask")]
+            state[_key(name, "weight")] = module.spread(module.weight.detach())
+            del state[_key(name, MASK)]
     return state
 
 

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 # operations on entries one by one, or that only put tensors together: behind one, a parameter is still to be used
 _BY_ENTRY = frozenset(("Add", "Sub", "Mul", "Div", "Where", "Lerp", "Cat", "Stack", "WeightNormInterface"))
+# operations that put values into a tensor: of one without a gradient, such as zeros, nothing enters but the values
+_PLACED = frozenset(("IndexCopy", "IndexPut", "Scatter"))
 # what a table gives is no weight any more, but the activations of tokens, though nothing else enters
 _LOOKUPS = frozenset(("Embedding", "EmbeddingBag"))
 
@@ -198,7 +200,8 @@ def _operations(leaf: Node, users: Mapping[Node, list[Node]]) -> Iterator[tuple[
         if (node, is_itself) in seen or (node, True) in seen:
             continue
         seen.add((node, is_itself))
-        kind, is_joint = node.name().partition("Backward")[0], len(node.next_functions) > 1
+        kind, sources = node.name().partition("Backward")[0], node.next_functions
+        is_joint = len(sources) > 1 and not (kind in _PLACED and sources[0][0] is None)
         if kind in _LOOKUPS or (is_joint and kind not in _BY_ENTRY):
             yield node, is_itself
         else:

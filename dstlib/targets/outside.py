@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, StateError, few, similar
 from dstlib.masking.update import count_outside, is_mask
-from dstlib.targets.selection import plain_name, unwrap
+from dstlib.targets.wrappers import plain_name, unwrap
 
 BELONGING = (
     "The state that was saved with these weights belongs to them: sparsifier.load_state_dict(state). Without it, "

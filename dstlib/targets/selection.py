@@ -13,14 +13,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from dstlib.errors import SelectionError, StateError, require, similar
 from dstlib.targets.eligibility import Candidate, Weight, overlaps, weight_of
 from dstlib.targets.views import MatrixView, along_axes, chunks
+from dstlib.targets.wrappers import plain_name, unwrap
 
 NOT_INCLUDED, EXCLUDED, WITHOUT_MASK = "not included", "excluded", "no zeros in the masks given"  # reasons of the user
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NO_SPLIT: Mapping[str, int] = MappingProxyType({})
 _NO_AXES: Mapping[str, str] = MappingProxyType({})
 
@@ -30,27 +29,6 @@ class Masked(Protocol):
 
     @property
     def masks(self) -> Mapping[str, Tensor]: ...
-
-
-def plain_name(name: str) -> str:
-    """Returns a qualified name without what torch.compile and activation checkpointing add to it.
-
-    >>> plain_name("_orig_mod.stem._orig_mod.weight")
-    'stem.weight'
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the user's own module from DistributedDataParallel, DataParallel, AveragedModel and torch.compile."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def find_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.Parameter]:

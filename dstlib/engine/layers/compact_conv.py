@@ -24,10 +24,14 @@ class CompactConv(CompactLayer):
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W). Without N, one sample."""
+    def compute(self, input: Tensor) -> Tensor:
+        """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), with the active values. Without N, one sample."""
         weights = Weights(self.weight, self.bias, self.pattern, self.pattern, is_compact=True)
-        return self.noted(convolved(weights, self._geometry(), input, len(self.kernel_size)), input)
+        return convolved(weights, self._geometry(), input, len(self.kernel_size))
+
+    def as_plain(self, input: Tensor) -> Tensor:
+        """As ``compute``, as the plain layer does."""
+        return self._conv_forward(input, self.spread(self.weight), self.bias)  # type: ignore[operator]
 
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """Computes the gradient (rows, C, *taps) of all kernels of some outputs, active or not, over the passes."""

@@ -11,10 +11,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from dstlib.engine.layers.fast_layer import is_compiled, is_recorded, uncompiled
 from dstlib.errors import StateError
 from dstlib.targets import HoldsActive
-
-_MASK = "weight_mask"  # of a state dict: where the values belong, a bit for each entry of the matrix
+from dstlib.targets.compact_state import MASK, pack, unfit, unpack
 
 
 class PlacedPattern(Protocol):
@@ -49,6 +49,22 @@ class CompactLayer(HoldsActive):
     passes: list[tuple[Tensor, Tensor]]
     copies: "WeakSet[CompactLayer]"  # by copy.deepcopy, as moving averages are made
     left_at: int | None = None  # the weight's version when the layer that this one is a copy of went to another pattern
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As of the plain layer. What records a pass sees the plain layer's operation, on a weight with zeros."""
+        if is_compiled():
+            return uncompiled(self.forward, input)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self.as_plain(input)  # into a program, which knows no mask updates
+        return self.noted(self.as_plain(input) if is_recorded() else self.compute(input), input)
+
+    def compute(self, input: Tensor) -> Tensor:
+        """Computes with the active values alone."""
+        raise NotImplementedError
+
+    def as_plain(self, input: Tensor) -> Tensor:
+        """Computes as the plain layer does."""
+        raise NotImplementedError
 
     def places(self) -> Tensor:
         """Returns where in the flattened (O, I) matrix each of the values belongs, (A)."""
@@ -120,7 +136,7 @@ class CompactLayer(HoldsActive):
         """Returns a weight (O, I, *K) of values (A, *K), zeros elsewhere; of the parameter, the plain layer's."""
         size, taps = self.dense_shape[:2], self.dense_shape[2:]
         flat = values.new_zeros(size.numel(), *taps, requires_grad=False)
-        return flat.index_copy_(0, self.pattern.places().long(), values.detach()).view(self.dense_shape)
+        return flat.index_copy_(0, self.places(), values).view(self.dense_shape)
 
     def hold(self, pattern: PlacedPattern, values: Tensor) -> None:
         """Holds other values (A), in the order of another pattern; the parameter stays the same object."""
@@ -151,14 +167,14 @@ class CompactLayer(HoldsActive):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._check_order()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + _MASK] = _packed(self._active())
+        destination[prefix + MASK] = pack(self._active())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *more: Any
     ) -> None:
         """Takes values with the mask that they belong to, or the matrix of a plain layer."""
         *_, error_msgs = more
-        given, bits = state_dict.get(prefix + "weight"), state_dict.get(prefix + _MASK)
+        given, bits = state_dict.get(prefix + "weight"), state_dict.get(prefix + MASK)
         if isinstance(given, Tensor):
             try:
                 pattern, values = self._found(given, bits, prefix + "weight")
@@ -167,7 +183,7 @@ class CompactLayer(HoldsActive):
             else:
                 self.hold(pattern, values.to(self.weight))
             state_dict = {**state_dict, prefix + "weight": self.weight.detach()}
-        own = {key: value for key, value in state_dict.items() if key != prefix + _MASK}
+        own = {key: value for key, value in state_dict.items() if key != prefix + MASK}
         super()._load_from_state_dict(own, prefix, local_metadata, *more)
 
     def _found(self, given: Tensor, bits: object, name: str) -> tuple[PlacedPattern, Tensor]:
@@ -180,12 +196,12 @@ class CompactLayer(HoldsActive):
                 return self.pattern, flat[own]
             if int(found.sum()) != self.pattern.num_active:
                 allowed = f"zeros outside of the {self.pattern.num_active:,} active weights, or as many elsewhere"
-                raise _unfit(name, allowed, f"{int(found.sum()):,} that are not zero")
+                raise unfit(name, allowed, f"{int(found.sum()):,} that are not zero")
             places = found.nonzero().flatten().cpu()
         else:
-            places = _unpacked(bits, self.dense_shape[:2], name)
+            places = unpack(bits, self.dense_shape[:2], name)
             if given.shape != (len(places), *self.dense_shape[2:]):
-                raise _unfit(name, f"{len(places):,} values, as its mask has it", f"the shape {tuple(given.shape)}")
+                raise unfit(name, f"{len(places):,} values, as its mask has it", f"the shape {tuple(given.shape)}")
         pattern = self.pattern_of(places)
         if given.shape == self.dense_shape:
             return pattern, given.flatten(0, 1)[pattern.places().to(given.device)]
@@ -217,33 +233,3 @@ def settle(layer: CompactLayer, places: Tensor) -> None:
     pattern = layer.pattern_of(places)
     values = layer.weight.detach().flatten(0, 1)[pattern.places()]
     layer.hold(pattern, values)
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Packs truth values to bits, the first of eight the highest."""
-    flat = mask.flatten()
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    weights = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)
-    return (flat * weights).sum(dim=1, dtype=torch.uint8)
-
-
-def _unpacked(bits: object, shape: torch.Size, name: str) -> Tensor:
-    """Returns the places of the bits that are set, in rising order.
-
-    Raises:
-        StateError: It is no such mask.
-    """
-    num = -(-shape.numel() // 8)
-    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != (num,) or bits.is_meta:
-        given = f"{bits.dtype} of shape {tuple(bits.shape)}" if isinstance(bits, Tensor) else "none"
-        raise _unfit(name, f"a mask beside it, {num:,} bytes", given)
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
-    flat = (bits.cpu()[:, None] >> shifts & 1).flatten().bool()
-    if bool(flat[shape.numel() :].any()):
-        raise _unfit(name, "no bit behind the last weight", "some")
-    return flat.nonzero().flatten()
-
-
-def _unfit(name: str, allowed: str, given: str) -> StateError:
-    remedy = "Load what the same model saved, or the state_dict of the plain model with the zeros of its masks."
-    return StateError.of("weight", name, allowed=allowed, given=given, remedy=remedy)

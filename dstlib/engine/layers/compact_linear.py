@@ -5,6 +5,7 @@ Shapes: O outputs, I inputs, N samples, A active weights.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dstlib.engine.layers.compact_layer import CompactLayer
 from dstlib.engine.ops.compact_linear import CompactPattern, active_gradient, compact_linear
@@ -15,9 +16,13 @@ class CompactLinear(CompactLayer, nn.Linear):
 
     pattern: CompactPattern
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., I) → (..., O)."""
-        return self.noted(compact_linear(input, self.weight, self.bias, self.pattern), input)
+    def compute(self, input: Tensor) -> Tensor:
+        """(..., I) → (..., O), with the active values alone."""
+        return compact_linear(input, self.weight, self.bias, self.pattern)
+
+    def as_plain(self, input: Tensor) -> Tensor:
+        """(..., I) → (..., O), as the plain layer computes."""
+        return functional.linear(input, self.spread(self.weight), self.bias)
 
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """Computes the gradient (rows, I) of all weights of some outputs, active or not, summed over the passes."""

@@ -172,6 +172,11 @@ def is_traced(*given: Tensor | None) -> bool:
             continue
         if type(x) not in _KINDS or not x.is_cpu or x.layout is not torch.strided:
             return True
+    return is_recorded()
+
+
+def is_recorded() -> bool:
+    """Tells whether anything but autograd records what is computed: torch's traces, modes and transforms."""
     return (
         torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, torch.export
