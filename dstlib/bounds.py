@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,16 +82,25 @@ def _of_process() -> Iterator[int]:
 
 def _of_groups() -> Iterator[int]:
     """Yields what the control groups that this process is in leave: that of its container, or of its job."""
+    for kind, group in control_groups({kind: root for kind, (root, *_) in _GROUPS.items()}):
+        _, limit, usage, droppable = _GROUPS[kind]
+        with suppress(OSError, ValueError):  # none there, or "max"
+            left = int((group / limit).read_text())
+            yield left - _in_use(group, usage, droppable)
+
+
+def control_groups(roots: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """Yields the folders of the control groups that this process is in, and of those above, each with its kind.
+
+    ``roots`` are by kind: the name of a controller of the first version, or "" for the second.
+    """
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kind, name = line.split(":", 2)
-            if kind in _GROUPS:
-                root, limit, usage, droppable = _GROUPS[kind]
-                group = root / name.lstrip("/")
-                for above in (group, *group.parents):
-                    with suppress(OSError, ValueError):  # none there, or "max"
-                        left = int((above / limit).read_text())
-                        yield left - _in_use(above, usage, droppable)
+            _, kinds, name = line.split(":", 2)
+            for kind in kinds.split(","):
+                if kind in roots:
+                    group = roots[kind] / name.lstrip("/")
+                    yield from ((kind, above) for above in (group, *group.parents))
 
 
 def _in_use(group: Path, usage: str, droppable: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dstlib.bounds import available_memory, require_memory
+from dstlib.cores import usable_cores
 from dstlib.errors import DstlibError, InputError, SettingError, StateError
 from dstlib.files import read_whole
 
@@ -52,14 +53,14 @@ class Plan:
     def __call__(self, image: Array, *, threads: int | None = None) -> Array | tuple[Array, ...]:
         """Computes the outputs for images (N, C, D, H, W) of float32: an array, or a tuple where there are several.
 
-        ``threads`` are as many as this process may use cores, unless said otherwise.
+        ``threads`` are as many as can run at once, by the cores and the quota of this process, unless said otherwise.
 
         Raises:
             InputError: The network takes no such image.
             SettingError: There are to be fewer threads than one.
             StateError: There is not enough memory for what is between the layers.
         """
-        threads = _usable_cores() if threads is None else threads
+        threads = usable_cores() if threads is None else threads
         if type(threads) is not int or threads < 1:
             raise SettingError.of("threads", "a plan", allowed="1 or more", given=threads, remedy="Pass 1.")
         if not isinstance(image, np.ndarray) or image.ndim != 5 or image.dtype != np.float32:
@@ -180,7 +181,3 @@ def _native() -> ctypes.CDLL:
 def _refuse(refusal: _Refusal, where: str, error: type[DstlibError], remedy: str) -> NoReturn:
     what, allowed, given = (getattr(refusal, name).decode() for name in ("what", "allowed", "given"))
     raise error.of(what, where, allowed=allowed, given=given, remedy=remedy)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,12 +178,12 @@ def test_without_the_library_torch_does_it(anew: pytest.MonkeyPatch):
 
 def test_info_reads_as_a_line():
     found = info()
-    assert str(found) == (
-        f"dstlib engine: {found.path} ({found.reason}), {torch.get_num_threads()} threads ({found.threads_from}), "
-        f"{found.machine}"
-    )
     assert found.machine
     assert "\n" not in str(found)
+    some = replace(found, path="avx2", reason="asked", threads=2, threads_from="torch", machine="Zen", cores=2)
+    assert str(some) == "dstlib engine: avx2 (asked), 2 threads (torch), Zen"
+    crowded = "dstlib engine: avx2 (asked), 2 threads (torch, of which 1 can run at once: see torch.set_num_threads()), Zen"
+    assert str(replace(some, cores=1)) == crowded
 
 
 def test_a_kernel_without_memory_is_named():

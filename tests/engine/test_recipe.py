@@ -55,7 +55,7 @@ def test_a_kernel_takes_three_places(tmp_path: Path):
         'KERNEL(scale_forward, Scale, any_depth)\n#else\n#include "kernels/scale_forward.inc"\n',
     )
 
-    sources = [csrc / "isa" / "generic.cpp", csrc / "runtime" / "runtime.cpp"]
+    sources = [csrc / "isa" / "generic.cpp", *(csrc / "runtime" / f"{name}.cpp" for name in ("runtime", "threads"))]
     options = ["-O0", "-std=gnu++17", "-fvisibility=hidden", "-shared", "-fPIC", "-DENGINE_GENERIC_ONLY"]
     subprocess.run([compiler, *options, *sources, "-lpthread", "-ldl", "-o", tmp_path / "kernels.so"], check=True)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dstlib.cores import usable_cores
 from dstlib.engine.runtime import structs
 from dstlib.errors import SettingError
 from dstlib.runtime import VARIABLE, library_file
@@ -56,12 +57,13 @@ class Info:
     reason: str
     threads: int
     threads_from: str
+    cores: int  # how many threads can run at once: cores that this process may use, within its quota of time
     machine: str
 
     def __str__(self) -> str:
-        return (
-            f"dstlib engine: {self.path} ({self.reason}), {self.threads} threads ({self.threads_from}), {self.machine}"
-        )
+        are_too_many = f", of which {self.cores} can run at once: see torch.set_num_threads()"
+        threads = f"{self.threads} threads ({self.threads_from}{are_too_many if self.threads > self.cores else ''})"
+        return f"dstlib engine: {self.path} ({self.reason}), {threads}, {self.machine}"
 
 
 def info() -> Info:
@@ -69,7 +71,7 @@ def info() -> Info:
     path, reason = _choice()
     library = _library()
     threads_from = library.engine_threads().decode() if library and path != "torch" else "torch"
-    return Info(path, reason, torch.get_num_threads(), threads_from, _machine())
+    return Info(path, reason, torch.get_num_threads(), threads_from, usable_cores(), _machine())
 
 
 @cache

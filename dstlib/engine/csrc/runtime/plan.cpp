@@ -23,12 +23,7 @@
 
 #include "../include/problems.h"
 #include "../include/table.h"
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
+#include "export.h"
 
 extern "C" const InstructionSet* engine_instruction_set(const char* name);
 
