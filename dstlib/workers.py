@@ -97,6 +97,17 @@ def loader_deaths() -> Iterator[None]:
         raise DstlibError.of("workers", "the loader", allowed=allowed, given=given, remedy=remedy) from error
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch, and the engine, compute on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def leave_signals_to_the_parent() -> None:
     """Ignores Ctrl-C and a closed terminal, which reach every process of a group: the parent ends its workers."""
     for number in (signal.SIGINT, signal.SIGHUP):

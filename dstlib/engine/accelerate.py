@@ -2,17 +2,16 @@
 
 import copy
 import time
-from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
-from statistics import median
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.decisions import Decision, Decisions
+from dstlib.cores import watch_crowd
+from dstlib.engine.decisions import Decision, Decisions, Tries
 from dstlib.engine.following import follow, never
 from dstlib.engine.layers.fast_layer import FastLayer, give_out
 from dstlib.engine.layers.watch import OTHERWISE, Told
@@ -20,15 +19,13 @@ from dstlib.engine.registry import find, obstacle
 from dstlib.inputs import arguments
 from dstlib.masking import Masks
 from dstlib.targets import find_masked, find_outside, held_weights, refuse_outside, unwrap
+from dstlib.workers import one_thread
 
-REPEATS = 3
 HOOKS = (
     *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-Times = dict[str, float]
-_Seconds = dict[str, list[float]]
 
 
 def accelerate(
@@ -44,10 +41,12 @@ def accelerate(
     """Returns a module with the model's outputs, parameters and ``state_dict``, on the engine where that pays.
 
     Every layer that the engine has kernels for is timed on them and as it was, with the same inputs, in whole forward
-    passes of ``example_input``; it stays as it is where that was faster. A mapping is passed by name,
-    ``model(**example_input)``, a tuple by place, and anything else, such as a tensor, as the only argument. What was
-    decided, and why, is in ``decisions`` of the result: print it, save it, and pass it in to measure nothing the next
-    time.
+    passes of ``example_input``, three or, of a short one, twenty; it stays as it is where its fastest call was faster.
+    Where other programs take the cores meanwhile, it is timed how long a single thread runs, which they lengthen by
+    little, and where the tries differ by more than the forms, few products are reason enough for the engine. A mapping
+    is passed by name, ``model(**example_input)``, a tuple by place, and anything else, such as a tensor, as the only
+    argument. What was decided, and why, is in ``decisions`` of the result: print it, save it, and pass it in to measure
+    nothing the next time.
 
     The parameters are those of the model, not copies, and a fast layer is the layer that it replaces, with another
     class: it has its attributes, names, hooks and ``state_dict``. Active are the weights under ``masks`` (by parameter
@@ -99,11 +98,14 @@ def accelerate(
     if decisions is None:
         trial = _twin(model)
         _make_fast(trial, able, layers)
-        plain_ms, fast_ms = _measure(trial, {name: candidates[name] for name in able}, example_input)
-        decisions = Decisions.of(
-            Decision(name, type(layer).__name__, plain_ms.get(name), fast_ms.get(name), obstacles[name])
+        tries, busy = _measure(trial, {name: candidates[name] for name in able}, example_input)
+        rows = (
+            Decision.of(name, type(layer).__name__, tries[name], _active(layer))
+            if name in tries
+            else Decision(name, type(layer).__name__, None, None, obstacles[name])
             for name, layer in candidates.items()
         )
+        decisions = Decisions.of(rows, busy=busy)
     decisions.check(candidates)
     _make_fast(fast, [name for name in able if decisions[name].is_fast], layers)
     follow(fast, model, masks, dense_gradient, holds)
@@ -169,52 +171,97 @@ def _candidates(model: nn.Module, layers: Sequence[FastLayer] = ()) -> Iterator[
                 inside |= {id(part) for part in module.modules()}
 
 
-@torch.no_grad()
-def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], example: Any) -> tuple[Times, Times]:
-    """Measures milliseconds of each layer in both forms, medians of whole passes.
+def _active(layer: nn.Module) -> float:
+    """Returns the share of a layer's products that the engine computes: of its weights, those that are not zero."""
+    weights = [p.detach() for p in layer.parameters() if p.ndim > 1]
+    total = sum(weight.numel() for weight in weights)
+    return sum(int(weight.count_nonzero()) for weight in weights) / total if total else 1.0
 
-    The plain form gets the maps of the fast one.
+
+def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], example: Any) -> tuple[dict[str, Tries], bool]:
+    """Measures what each layer takes in both forms, and whether others took the cores meanwhile.
+
+    Where they do, what a layer takes depends on whose turn it is, and on threads that wait for each other: torch's form
+    of E2ENet took ten times as long, single layers anything. So there it is timed how long a single thread runs.
+    """
+    is_on_gpu = any(parameter.is_cuda for parameter in fast.parameters())
+    is_crowded = _never if is_on_gpu else watch_crowd()
+    tries = _tries(fast, plain, example, time.perf_counter, is_crowded)
+    if not is_crowded():
+        return tries, False
+    with one_thread():
+        return _tries(fast, plain, example, time.thread_time, _never), True
+
+
+def _never() -> bool:
+    return False
+
+
+@torch.no_grad()
+def _tries(
+    fast: nn.Module,
+    plain: Mapping[str, nn.Module],
+    example: Any,
+    clock: Callable[[], float],
+    is_over: Callable[[], bool],
+) -> dict[str, Tries]:
+    """Times each layer in both forms in whole passes, until it is over; the plain form gets the maps of the fast one.
 
     A layer that stays plain has neighbours on the engine: what it takes to change the order of their maps is its cost.
     """
     args, kwargs = arguments(example)
     layers = [fast, *plain.values()]
     modes = [(module, module.training) for layer in layers for module in layer.modules()]
-    seconds: tuple[_Seconds, _Seconds] = (defaultdict(list), defaultdict(list))
-    hooks = [hook for name in plain for hook in _timed(fast, name, plain[name], seconds)]
+    tries, seconds = {name: Tries([], []) for name in plain}, {name: [0.0, 0.0] for name in plain}
+    hooks = [hook for name in plain for hook in _timed(fast.get_submodule(name), plain[name], seconds[name], clock)]
     try:
         for layer in layers:
             layer.eval()  # norms that keep statistics must not learn from the example
-        for _ in range(REPEATS + 1):  # the first warms up
+        fast(*args, **kwargs)  # the first warms up
+        began, passes = time.perf_counter(), 0
+        while not is_over() and _is_to_go_on(passes, time.perf_counter() - began):
+            for each in seconds.values():
+                each[:] = 0.0, 0.0
             fast(*args, **kwargs)
+            passes += 1
+            for name, (was, now) in seconds.items():
+                if was:
+                    tries[name].plain.append(1e3 * was)
+                    tries[name].fast.append(1e3 * now)
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
-    first, second = ({name: median(taken[1:]) * 1e3 for name, taken in each.items()} for each in seconds)
-    return first, second
+    return tries
 
 
-def _timed(fast: nn.Module, name: str, plain: nn.Module, seconds: tuple[_Seconds, _Seconds]) -> Iterator[Any]:
-    """Yields hooks that note what each pass takes in a layer of the fast model, and in its plain form."""
-    layer, began = fast.get_submodule(name), [0.0]
+def _is_to_go_on(passes: int, seconds: float) -> bool:
+    """Tells whether layers are to be timed in another pass: in three, in more of short ones, in one if that is long.
 
-    parameter = next(layer.parameters(), None)
+    >>> _is_to_go_on(2, 5.0), _is_to_go_on(3, 5.0), _is_to_go_on(3, 0.1), _is_to_go_on(20, 0.1), _is_to_go_on(1, 30.0)
+    (True, False, True, False, False)
+    """
+    return passes < (1 if seconds > 20 else 3 if seconds > 0.2 else 20)
+
+
+def _timed(layer: nn.Module, plain: nn.Module, seconds: list[float], clock: Callable[[], float]) -> Iterator[Any]:
+    """Yields hooks that add what the calls of a layer take, in its plain form and as it is, to two numbers."""
+    parameter, began = next(layer.parameters(), None), [0.0]
 
     def now() -> float:
         if parameter is not None and parameter.is_cuda:
             torch.cuda.synchronize(parameter.device)
-        return time.perf_counter()
+        return clock()
 
     def start(*_: Any) -> None:
         began[0] = now()
 
     def stop(_: nn.Module, arguments: Any, named: dict[str, Any], __: Any) -> None:
         finished = now()
-        seconds[1][name].append(finished - began[0])
         plain.forward(*arguments, **named)  # the hooks of both are around these calls
-        seconds[0][name].append(now() - finished)
+        seconds[0] += max(now() - finished, 1e-9)
+        seconds[1] += max(finished - began[0], 1e-9)
 
     yield layer.register_forward_pre_hook(start)
     yield layer.register_forward_hook(stop, with_kwargs=True, prepend=True)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from dstlib.engine.runtime.library import info
 from dstlib.errors import SettingError
@@ -13,12 +14,46 @@ from dstlib.report import on_one_line
 from dstlib.typed_json import read_json, sealed
 
 
+BUSY = "Others took the cores meanwhile: layers were timed on one thread, by how long that ran."
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What a layer took in passes that followed each other, milliseconds, as it was and on the engine."""
+
+    plain: list[float]
+    fast: list[float]
+
+
+def spread(tries: Tries) -> float:
+    """Returns how many times as long as the fastest try the middle one took, of the form where that is more.
+
+    >>> spread(Tries([2.0, 3.0, 9.0], [1.0, 1.0, 7.0]))
+    1.5
+    """
+    return max(median(each) / min(each) for each in (tries.plain, tries.fast))
+
+
+FEW = 1 / 3
+"""At such a share of the products each layer of docs/performance.md gains, by 1.7 × or more."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """One layer: milliseconds as it was and on the engine, or why the engine cannot compute it.
 
+    The milliseconds are the least of some tries, which other programs lengthen least. ``spread`` is how many times as
+    long as that the middle try took, of the form where that is more, and ``active`` the share of the products that the
+    engine computes. The layer runs on the engine where that was faster. Where the difference is within the spread, few
+    products are enough: at most a third.
+
     Raises:
-        SettingError: The times are none that were measured.
+        SettingError: The numbers are none that were measured.
+
+    >>> clear = Decision("a", "Linear", 1.0, 1.2, None, spread=1.1, active=0.1)
+    >>> busy = Decision("b", "Linear", 1.0, 1.2, None, spread=1.5, active=0.1)
+    >>> clear.is_fast, busy.is_fast
+    (False, True)
     """
 
     name: str
@@ -26,6 +61,19 @@ class Decision:
     plain_ms: float | None
     fast_ms: float | None
     obstacle: str | None
+    spread: float = 1.0
+    active: float = 1.0
+
+    @classmethod
+    def of(cls, name: str, kind: str, tries: "Tries", active: float) -> "Decision":
+        """Returns the decision on a layer by tries of both of its forms, of which there may be none.
+
+        >>> print(Decision.of("a", "Linear", Tries([2.0, 9.0, 2.5], [1.0, 1.1, 7.0]), active=0.1))
+        a                                Linear            2.00 ms →      1.00 ms  ± 25 %   2.00× engine
+        """
+        if not tries.plain:
+            return cls(name, kind, None, None, None)
+        return cls(name, kind, min(tries.plain), min(tries.fast), None, spread(tries), active)
 
     def __post_init__(self) -> None:
         times = (self.plain_ms, self.fast_ms)
@@ -34,20 +82,28 @@ class Decision:
             allowed = "two, finite and above 0, or none, as where there is an obstacle"
             given, remedy = f"{times} and the obstacle {self.obstacle!r}", "accelerate() measures them."
             raise SettingError.of("times", f"decision {self.name!r}", allowed=allowed, given=given, remedy=remedy)
+        if not (1 <= self.spread < math.inf and 0 <= self.active <= 1):
+            what, allowed, given = "spread and share of products", "1 or more, and 0 to 1", (self.spread, self.active)
+            where, remedy = f"decision {self.name!r}", "accelerate() finds them."
+            raise SettingError.of(what, where, allowed=allowed, given=given, remedy=remedy)
 
     @property
     def is_fast(self) -> bool:
         """Whether the layer runs on the engine."""
-        return self.plain_ms is not None and self.fast_ms is not None and self.fast_ms < self.plain_ms
+        if self.plain_ms is None or self.fast_ms is None:
+            return False
+        is_within = self.fast_ms < self.plain_ms * self.spread
+        return self.fast_ms < self.plain_ms or (is_within and self.active <= FEW)
 
     def __str__(self) -> str:
         if self.obstacle:
             return f"{self.name:32} {self.kind:12} plain: {self.obstacle}"
         if self.plain_ms is None or self.fast_ms is None:
             return f"{self.name:32} {self.kind:12} plain: the example did not reach it"
-        form = "engine" if self.is_fast else "plain"
-        ratio = self.plain_ms / self.fast_ms
-        return f"{self.name:32} {self.kind:12} {self.plain_ms:9.2f} ms → {self.fast_ms:9.2f} ms {ratio:6.2f}× {form}"
+        ratio, around = self.plain_ms / self.fast_ms, f"± {100 * (self.spread - 1):.0f} %"
+        form = "plain" if not self.is_fast else "engine" if ratio > 1 else f"engine: {self.active:.0%} of the products"
+        times = f"{self.plain_ms:9.2f} ms → {self.fast_ms:9.2f} ms {around:>7}"
+        return f"{self.name:32} {self.kind:12} {times} {ratio:6.2f}× {form}"
 
 
 @dataclass(frozen=True)
@@ -55,12 +111,13 @@ class Decisions(Mapping[str, Decision]):
     """The decisions about a model, layer by layer, and the machine on which they were taken; printable.
 
     >>> print(Decisions.of([Decision("conv", "Conv2d", 2.0, 1.0, None)]))  # doctest: +ELLIPSIS
-    conv                             Conv2d            2.00 ms →      1.00 ms   2.00× engine
+    conv                             Conv2d            2.00 ms →      1.00 ms   ± 0 %   2.00× engine
     dstlib engine: ...
     """
 
     rows: tuple[Decision, ...]
     machine: str
+    busy: bool = False  # other programs took the cores meanwhile
 
     def __post_init__(self) -> None:
         twice = [name for name, count in Counter(row.name for row in self.rows).items() if count > 1]
@@ -69,9 +126,9 @@ class Decisions(Mapping[str, Decision]):
             raise SettingError.of("decisions", "a model", allowed="one a layer", given=twice, remedy=remedy)
 
     @classmethod
-    def of(cls, rows: Iterable[Decision]) -> "Decisions":
+    def of(cls, rows: Iterable[Decision], *, busy: bool = False) -> "Decisions":
         """Decisions taken here and now."""
-        return cls(tuple(rows), str(info()))
+        return cls(tuple(rows), str(info()), busy)
 
     def check(self, layers: Iterable[str]) -> None:
         """A SettingError unless the decisions are about these layers."""
@@ -102,4 +159,5 @@ class Decisions(Mapping[str, Decision]):
         return len(self.rows)
 
     def __str__(self) -> str:
-        return "\n".join(map(on_one_line, [*map(str, self.rows), self.machine]))
+        remark = [BUSY] if self.busy else []
+        return "\n".join(map(on_one_line, [*map(str, self.rows), *remark, self.machine]))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib.engine import Decision, Decisions, SparseLinear, accelerate
+from dstlib.engine.decisions import Tries
 from dstlib.engine.layers.conv import FastConv, FastConv3d
 from dstlib.engine.layers.fast_layer import FastLayer, give_out
 from dstlib.engine.layers.feature_map import Pending, feature_map
@@ -316,12 +317,14 @@ def test_other_files_are_not_decisions(tmp_path: Path, text: str | None):
         ({"name": 5, "kind": []}, r"rows\[1\].name of .*: expected text, got 5"),
         ({"name": "a"}, r"decisions of a model: expected one a layer, got \['a'\]"),
         ({"is_fast": True}, r"rows\[1\].is_fast of .*: expected none but name, kind"),
+        ({"spread": 0.5}, r"rows\[1\] of .*spread and share of products of decision 'b': expected 1 or more, and 0 to 1"),
+        ({"active": 1.5}, r"rows\[1\] of .*spread and share of products of decision 'b'.*got \(1.0, 1.5\)"),
     ],
 )
 def test_decisions_that_nobody_took_are_refused(tmp_path: Path, changed: dict[str, object], text: str):
     rows = [asdict(Decision(name, "Linear", 2.0, 1.0, None)) for name in ("a", "b")]
     rows[1].update(changed)
-    (tmp_path / "decisions.json").write_text(json.dumps({"machine": "any", "rows": rows}))
+    (tmp_path / "decisions.json").write_text(json.dumps({"busy": False, "machine": "any", "rows": rows}))
     with pytest.raises(StateError, match=text) as refused:
         Decisions.load(tmp_path / "decisions.json")
     assert str(refused.value).count("Measure anew") == 1  # a remedy once
@@ -339,15 +342,117 @@ def test_decisions_print_as_a_table():
         Decision("b", "Conv2d", 1.0, 2.0, None),
         Decision("c", "Conv2d", None, None, "its kernel is (5, 5)"),
         Decision("d", "Linear", None, None, None),
+        Decision("e", "Linear", 1.0, 2.0, None, spread=3.456, active=0.1),
     ]
     decisions = Decisions.of(rows)
     lines = str(decisions).splitlines()
-    assert [row.is_fast for row in rows] == [True, False, False, False]
-    assert lines[0].endswith("2.00× engine")
-    assert lines[1].endswith("0.50× plain")
+    assert [row.is_fast for row in rows] == [True, False, False, False, True]
+    assert lines[0].endswith("  ± 0 %   2.00× engine")
+    assert lines[1].endswith("  ± 0 %   0.50× plain")
     assert lines[2].endswith("plain: its kernel is (5, 5)")
     assert lines[3].endswith("plain: the example did not reach it")
-    assert lines[4] == str(dstlib.engine.info())
+    assert lines[4].endswith("± 246 %   0.50× engine: 10% of the products")
+    assert lines[5] == str(dstlib.engine.info())
+    crowded = str(Decisions.of(rows, busy=True)).splitlines()
+    assert crowded[5].startswith("Others took the cores meanwhile")
+    assert (crowded[:5], crowded[6]) == (lines[:5], lines[5])
+
+
+@pytest.mark.parametrize(
+    ("plain", "fast", "active", "is_fast", "spread"),
+    [
+        ([4.0, 4.1, 4.2], [1.0, 1.1, 1.0], 1.0, True, 1.025),
+        ([4.0, 4.1, 9.0], [5.0, 5.1, 5.0], 0.1, False, 1.025),  # clearly slower, whatever was saved
+        ([4.0, 9.0, 8.0], [5.0, 5.1, 5.0], 0.1, True, 2.0),  # within what others made of it
+        ([4.0, 9.0, 8.0], [5.0, 5.1, 5.0], 0.5, False, 2.0),  # but half of the products is no reason
+        ([4.0, 9.0, 8.0], [8.0, 8.0, 8.0], 0.1, False, 2.0),
+        ([4.0, 80.0, 4.0], [3.0, 90.0, 90.0], 0.9, True, 30.0),  # the least counts
+        ([4.0], [3.0], 0.9, True, 1.0),
+    ],
+)
+def test_the_least_of_the_tries_decides_or_the_products(
+    plain: list[float], fast: list[float], active: float, is_fast: bool, spread: float
+):
+    decision = Decision.of("a", "Linear", Tries(plain, fast), active)
+    assert (decision.plain_ms, decision.fast_ms) == (min(plain), min(fast))
+    assert decision.spread == pytest.approx(spread)
+    assert decision.is_fast is is_fast
+
+
+def test_no_try_is_no_decision():
+    assert Decision.of("a", "Linear", Tries([], []), 0.1) == Decision("a", "Linear", None, None, None)
+
+
+_TIMES = st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=20)
+
+
+@given(_TIMES, _TIMES, st.floats(0, 1), st.randoms(use_true_random=False))
+def test_whatever_was_measured_the_choice_is_sound(plain: list[float], fast: list[float], active: float, chance: Any):
+    decision = Decision.of("a", "Linear", Tries(plain, fast), active)
+    if min(fast) < min(plain):
+        assert decision.is_fast  # never left plain where the least gains
+    elif active > 1 / 3:
+        assert not decision.is_fast
+    elif decision.is_fast:
+        assert min(fast) < min(plain) * decision.spread  # never on the engine against a clear measurement
+    # others that lengthen some tries never turn the engine down, as long as one of it is left
+    slower = [*fast, *(ms * 7 for ms in fast)]
+    chance.shuffle(slower)
+    assert Decision.of("a", "Linear", Tries(plain, slower), active).is_fast >= decision.is_fast
+    # and the order of the tries tells nothing
+    assert Decision.of("a", "Linear", Tries(plain[::-1], fast[::-1]), active) == decision
+
+
+@pytest.mark.parametrize("takes_cores", [False, True])
+def test_where_others_take_the_cores_one_thread_is_timed(takes_cores: bool, monkeypatch: pytest.MonkeyPatch):
+    model, x = _networks()["mlp"]
+    threads: list[int] = []
+    model[0].register_forward_hook(lambda *_: threads.append(torch.get_num_threads()))
+    monkeypatch.setattr(MODULE, "watch_crowd", lambda: lambda: takes_cores)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fast = accelerate(model, x)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert fast.decisions.busy is takes_cores
+    assert set(threads) == ({1, 2} if takes_cores else {2})
+    assert threads.count(2) <= (1 if takes_cores else 21)  # warmed up, and left
+    rows = fast.decisions.values()
+    assert all(row.plain_ms and row.fast_ms and row.spread >= 1 and row.active == 1 for row in rows)
+
+
+def test_the_products_of_a_layer_are_those_of_its_weights_that_are_not_zero():
+    layer = nn.Linear(10, 4)
+    with torch.no_grad():
+        layer.weight.fill_(1)[:, 1:] = 0
+    assert MODULE._active(layer) == 0.1
+    assert MODULE._active(nn.Sequential(layer, nn.Linear(4, 10, bias=False))) == 0.55
+    assert MODULE._active(nn.BatchNorm2d(3)) == 1
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.layer(x))
+        return y
+
+
+def test_calls_of_a_pass_are_timed_together(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+
+    def clock() -> float:  # each time it is asked, a second has passed
+        now[0] += 1
+        return now[0]
+
+    model = _Twice()
+    fast = copy.deepcopy(model)
+    tries = MODULE._tries(fast, {"layer": model.layer}, torch.randn(2, 8), clock, lambda: False)
+    assert set(tries["layer"].plain) == set(tries["layer"].fast) == {2000.0}
 
 
 class _Branching(nn.Module):

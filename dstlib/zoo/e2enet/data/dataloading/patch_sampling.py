@@ -4,8 +4,7 @@ Shapes: B batch, C channels, D depth, H height, W width. A batch is a pure funct
 iteration): a resumed run draws what an uninterrupted one would have drawn, and no generator is ever saved.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dstlib.errors import DataError, require
+from dstlib.workers import one_thread
 from dstlib.zoo.e2enet.data.cases import Case, Shape, read_box, three
 from dstlib.zoo.e2enet.data.dataloading.augmentation import (
     change_intensities,
@@ -61,7 +61,7 @@ def draw_batch(
     remedy = "Make batch_size a multiple of the number of processes."
     require(shares, "ranks", where, allowed=allowed, given=ranks, remedy=remedy)
     images, labels = [], []
-    with _one_thread():
+    with one_thread():  # over several, sums round differently, and a batch depends on the size of the machine
         for i in range(rank, settings.batch_size, num_ranks):
             # One generator per patch: what one of them consumes cannot change the others.
             rng = np.random.default_rng((seed, iteration, i))
@@ -71,17 +71,6 @@ def draw_batch(
             images.append(image)
             labels.append(label)
         return torch.stack(images), torch.stack(labels).long()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Computes on one thread: over several, sums round differently, and a batch depends on the size of the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _draw_patch(
