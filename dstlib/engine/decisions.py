@@ -13,7 +13,6 @@ from dstlib.files import write_json
 from dstlib.report import on_one_line
 from dstlib.typed_json import read_json, sealed
 
-
 BUSY = "Others took the cores meanwhile: layers were timed on one thread, by how long that ran."
 
 
@@ -83,9 +82,9 @@ class Decision:
             given, remedy = f"{times} and the obstacle {self.obstacle!r}", "accelerate() measures them."
             raise SettingError.of("times", f"decision {self.name!r}", allowed=allowed, given=given, remedy=remedy)
         if not (1 <= self.spread < math.inf and 0 <= self.active <= 1):
-            what, allowed, given = "spread and share of products", "1 or more, and 0 to 1", (self.spread, self.active)
-            where, remedy = f"decision {self.name!r}", "accelerate() finds them."
-            raise SettingError.of(what, where, allowed=allowed, given=given, remedy=remedy)
+            what, where = "spread and share of products", f"decision {self.name!r}"
+            allowed, numbers, remedy = "1 or more, and 0 to 1", (self.spread, self.active), "accelerate() finds them."
+            raise SettingError.of(what, where, allowed=allowed, given=numbers, remedy=remedy)
 
     @property
     def is_fast(self) -> bool:

@@ -1,7 +1,8 @@
 """The threads of the engine's own: each task is done once, whoever else works, and in forked processes too.
 
-A library of its own has ``csrc/runtime/threads.cpp`` and what calls it. It finds no OpenMP, since it looks for libraries
-by a function that finds none, and so uses the pool; or it finds a stand-in, and is told how often it was stopped.
+A library of its own has ``csrc/runtime/threads.cpp`` and what calls it. It finds no OpenMP, since it looks for
+libraries by a function that finds none, and so uses the pool; or it finds a stand-in, and is told how often it was
+stopped.
 """
 
 import ctypes
@@ -186,5 +187,6 @@ def test_no_two_threads_touch_the_same_memory_at_once(tmp_path: Path):
     program = _build(tmp_path, "laws", "-g", "-fsanitize=thread")
     # the sanitizer wants the places of memory as they were before systems made them more random
     command = [*(["setarch", "-R"] if shutil.which("setarch") else []), program]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
