@@ -9,6 +9,7 @@ others, C those that may come.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from dstlib.masking.update import take_units
 from dstlib.methods.method import Method
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.update import score_units
+
+if TYPE_CHECKING:
+    from dstlib.engine.ops.places import Best
 
 TILE = 2**18  # entries that are made dense together: few enough to stay in a cache, and to be memory used again
 _OF_ENTRIES = (masking.magnitude, masking.magnitude_l2, masking.gradient, masking.saliency)  # by themselves alone
@@ -55,6 +59,12 @@ class Matrix:
         mask = torch.zeros_like(weight, dtype=torch.bool).index_fill_(0, at, True)
         return weight.view(size), mask.view(size)
 
+    def nothing(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Returns zeros of the shape of some rows, which take no memory."""
+        size = (last - first, *self.size[1:])
+        zero = self.values.new_zeros(1)
+        return zero.expand(size), zero.bool().expand(size)
+
 
 def stretch(places: Tensor, first: int, last: int) -> tuple[int, int]:
     """Returns where, of rising places, those from ``first`` up to ``last`` begin and end.
@@ -81,8 +91,8 @@ def goes_by_tiles(method: Method) -> bool:
 
 
 def places_of(mask: Tensor) -> Tensor:
-    """Returns where in the flattened (O, I) matrix the active kernels of a mask (O, I, *K) lie, in rising order."""
-    return mask.reshape(-1, mask.shape[2:].numel())[:, 0].nonzero().flatten()
+    """Returns where in the flattened (O, I) matrix the active kernels of a mask (O, I, *K) lie, rising, in int32."""
+    return mask.reshape(-1, mask.shape[2:].numel())[:, 0].nonzero().flatten().int()
 
 
 def has_whole_kernels(granularity: Granularity, shape: torch.Size) -> bool:
@@ -104,7 +114,8 @@ def update_by_tiles(matrix: Matrix, plan: Plan, step: int) -> Tensor:
     tiles = _Tiles(matrix, plan, step)
     num_groups, num_units, _ = masking.folded_shape(plan.method.granularity, matrix.size)
     if num_groups > 1:
-        return torch.cat([_of_whole_groups(tiles, first, site) for first, site in tiles.sites(with_gradient=True)])
+        sites = tiles.sites(with_weight=True, with_gradient=True)
+        return torch.cat([_of_whole_groups(tiles, first, site) for first, site in sites])
     return _places_of(tiles, _of_one_group(tiles, num_units))
 
 
@@ -118,14 +129,14 @@ def draw_by_tiles(name: str, size: torch.Size, plan: Plan) -> Tensor:
     num_groups, num_units, _ = masking.folded_shape(plan.method.granularity, size)
     num_target, columns = plan.num_target(name, num_units, 0), size[1]
     if num_groups == 1:
-        best, unit = _Best(num_target), 0
-        for _, site in tiles.sites(with_gradient=False):
+        best, unit = _best(num_target), 0
+        for _, site in tiles.sites(with_weight=False, with_gradient=False):
             score_U = score_units(site, masking.random(site), plan)[0]
             best.see(score_U, unit)
             unit += len(score_U)
         return _places_of(tiles, best.take()[0])
     places = []
-    for first, site in tiles.sites(with_gradient=False):
+    for first, site in tiles.sites(with_weight=False, with_gradient=False):
         mask = masking.best_units(masking.random(site), plan.method.granularity, num_target)
         places.append(places_of(mask) + first * columns)
     return torch.cat(places)
@@ -145,12 +156,15 @@ class _Tiles:
         height = max(TILE // columns // least, 1) * least
         return [(first, min(first + height, rows)) for first in range(0, rows, height)]
 
-    def sites(self, *, with_gradient: bool) -> Iterator[tuple[int, Site]]:
-        """Yields each tile with its first row; masks are those before the update, at which no criterion here looks."""
+    def sites(self, *, with_weight: bool, with_gradient: bool) -> Iterator[tuple[int, Site]]:
+        """Yields each tile with its first row; masks are those before the update, at which no criterion here looks.
+
+        Where nobody looks at the weight either, both are zeros.
+        """
         progress = self.plan.clock.progress(self.step)
         generator = masking.site_generator(self.plan.seed, self.step, self.matrix.name)
         for first, last in self.spans:
-            weight, mask = self.matrix.rows(first, last)
+            weight, mask = self.matrix.rows(first, last) if with_weight else self.matrix.nothing(first, last)
             grad = self.matrix.gradient(first, last) if with_gradient and self.matrix.gradient else None
             yield (
                 first,
@@ -174,6 +188,12 @@ class _Tiles:
         """Returns what units of a tile are dropped by, (G, U); without a gradient, magnitude."""
         drop = masking.magnitude if self.matrix.gradient is None else self.plan.method.drop
         return score_units(site, drop(site), self.plan)
+
+    def grow_scores(self) -> Iterator[Tensor]:
+        """Yields what the units of each tile are grown by, (U), of a matrix whose units are of one group."""
+        reads_weight = self.plan.method.grow not in (masking.gradient, masking.random)
+        for _, site in self.sites(with_weight=reads_weight, with_gradient=True):
+            yield self.grow_score(site)[0]
 
     def grow_score(self, site: Site) -> Tensor:
         """Returns what units of a tile are grown by, (G, U); without a gradient, no reason at all."""
@@ -199,41 +219,59 @@ def _of_whole_groups(tiles: _Tiles, first: int, site: Site) -> Tensor:
 
 def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
     """Returns the units that are active after the update, in rising order, of a matrix whose units all compete."""
+    from dstlib.engine.ops.places import choose_best, merged  # not before it is asked for: it loads the engine
+
     plan, (active_A, drop_A) = tiles.plan, _active_units(tiles)
     num_active_1 = torch.tensor([len(active_A)], device=active_A.device)
     budget = plan.budget(tiles.matrix.name, num_active_1, num_units, tiles.step)
-    kept_A = masking.keep(torch.ones_like(drop_A, dtype=torch.bool)[None], drop_A[None], budget)[0]
-    num_left_1 = budget.num_target_G - budget.num_kept_G
-    if not int(num_left_1):
-        return active_A[kept_A]
-    best = _Best(int(num_left_1))
-    lowest = _Lowest()
-    grow_A, unit = torch.empty_like(drop_A), 0
-    for _, site in tiles.sites(with_gradient=True):
-        grow_U = tiles.grow_score(site)[0]
-        begin, end = stretch(active_A, unit, unit + len(grow_U))
-        here_A, stays_A = (active_A[begin:end] - unit).long(), kept_A[begin:end]
-        grow_A[begin:end] = grow_U[here_A]
-        lowest.see(grow_U.index_fill(0, here_A[stays_A], torch.inf))
-        best.see(grow_U.index_fill(0, here_A, -torch.inf), unit)
+    is_kept_A = choose_best(drop_A, int(budget.num_kept_G))
+    kept_A, num_left = active_A[is_kept_A], int(budget.num_target_G - budget.num_kept_G)
+    if not num_left:
+        return kept_A
+    best, unit, regrow = _best(num_left), 0, plan.method.regrow
+    apart_A = kept_A if regrow else active_A  # what cannot come by what it is worth
+    for grow_U in tiles.grow_scores():
+        begin, end = stretch(apart_A, unit, unit + len(grow_U))
+        here_A = (apart_A[begin:end] - unit).long()
+        if not regrow:
+            best.look(grow_U[here_A[~is_kept_A[begin:end]]])
+        best.see(grow_U.index_fill(0, here_A, torch.nan), unit)
         unit += len(grow_U)
-    # only what was dropped and the best of the others may come
-    (best_B, score_B), left_A = best.take(), ~kept_A
-    unit_C, order = torch.cat([active_A[left_A], best_B]).sort()
-    is_old_C = order < int(left_A.sum())
-    drop_C = torch.cat([drop_A[left_A], torch.zeros_like(score_B)])[order]
-    grow_C = torch.cat([grow_A[left_A], score_B])[order]
-    worth_C = (grow_C > lowest.score) | ((grow_C == lowest.score) & (lowest.num == 1))
+    best_B, score_B = best.take()
+    least = float(score_B.min()) if len(best_B) == num_left else -torch.inf
+    if least > best.lowest or (least == best.lowest and best.num_lowest == 1):  # all have a reason to grow
+        return merged(kept_A, best_B)
+    left_A = ~is_kept_A
+    unit_C, is_old_C, grow_C = _contenders(tiles, active_A[left_A], (best_B, score_B))
+    drop_C = torch.zeros_like(grow_C)
+    drop_C[is_old_C] = drop_A[left_A]
+    worth_C = (grow_C > best.lowest) | ((grow_C == best.lowest) & (best.num_lowest == 1))
     new_GU = take_units(
         torch.zeros_like(is_old_C)[None],
         active_GU=is_old_C[None],
         drop_GU=drop_C[None],
         grow_GU=grow_C[None],
         worth_GU=worth_C[None],
-        num_left_G=num_left_1,
-        regrow=plan.method.regrow,
+        num_left_G=budget.num_target_G - budget.num_kept_G,
+        regrow=regrow,
     )
-    return torch.cat([active_A[kept_A], unit_C[new_GU[0]]]).sort().values
+    return merged(kept_A, unit_C[new_GU[0]])
+
+
+def _contenders(tiles: _Tiles, left_A: Tensor, best: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns, in rising order, what was dropped and the best of the others, which are old, and what growth scores.
+
+    No others may come: as many are among the best as there is room for.
+    """
+    grown, unit = [], 0
+    for grow_U in tiles.grow_scores():
+        begin, end = stretch(left_A, unit, unit + len(grow_U))
+        grown.append(grow_U[(left_A[begin:end] - unit).long()])
+        unit += len(grow_U)
+    best_B, score_B = best
+    is_other_B = ~torch.isin(best_B, left_A)
+    unit_C, order = torch.cat([left_A, best_B[is_other_B]]).sort()
+    return unit_C, order < len(left_A), torch.cat([*grown, score_B[is_other_B]])[order]
 
 
 def _active_units(tiles: _Tiles) -> tuple[Tensor, Tensor]:
@@ -241,14 +279,14 @@ def _active_units(tiles: _Tiles) -> tuple[Tensor, Tensor]:
     method, matrix = tiles.plan.method, tiles.matrix
     reads_gradient = method.drop is masking.saliency and matrix.gradient is not None
     if isinstance(method.granularity, masking.Element) and not reads_gradient:  # nothing else has to be looked at
-        alone = replace(next(tiles.sites(with_gradient=False))[1], weight=matrix.values[:, None])
+        alone = replace(next(tiles.sites(with_weight=False, with_gradient=False))[1], weight=matrix.values[:, None])
         alone = replace(alone, mask=torch.ones_like(alone.weight, dtype=torch.bool))
         return matrix.places, tiles.drop_score(alone)[0]
     units, scores, unit = [], [], 0
-    for _, site in tiles.sites(with_gradient=reads_gradient):
+    for _, site in tiles.sites(with_weight=True, with_gradient=reads_gradient):
         active_U = tiles.active(site)[0]
         at = active_U.nonzero().flatten()
-        units.append(at + unit)
+        units.append((at + unit).int())  # fewer than 2³¹, as the kernels number them
         scores.append(tiles.drop_score(site)[0][at])
         unit += len(active_U)
     return torch.cat(units), torch.cat(scores)
@@ -272,47 +310,7 @@ def _places_of(tiles: _Tiles, units: Tensor) -> Tensor:
     return torch.cat(places)
 
 
-class _Lowest:
-    """The lowest of all scores that it has seen, and how many there are of it."""
+def _best(num: int) -> "Best":
+    from dstlib.engine.ops.places import Best  # as above
 
-    def __init__(self) -> None:
-        self.score, self.num = float("inf"), 0
-
-    def see(self, score_U: Tensor) -> None:
-        """Takes notice of scores; infinite ones are none."""
-        lowest = float(score_U.min())
-        if lowest > self.score or lowest == float("inf"):
-            return
-        num = int((score_U == lowest).sum())
-        self.score, self.num = lowest, num + (self.num if lowest == self.score else 0)
-
-
-class _Best:
-    """The ``num`` best of the units that it has seen, in the order of their numbers; ties go to the lower one."""
-
-    def __init__(self, num: int) -> None:
-        self._num = num
-        self._units: list[Tensor] = []
-        self._scores: list[Tensor] = []
-        self._num_held, self._least = 0, -float("inf")
-
-    def see(self, score_U: Tensor, first: int) -> None:
-        """Takes notice of units from number ``first`` on; what scores -inf is none."""
-        at = (score_U > self._least).nonzero().flatten()
-        self._units.append((at + first).int())  # fewer than 2³¹, as the kernels number them
-        self._scores.append(score_U[at])
-        self._num_held += len(at)
-        if self._num_held > self._num + self._num // 2:
-            self.take()
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Returns the best so far, and their scores."""
-        units, scores = torch.cat(self._units), torch.cat(self._scores)
-        self._units, self._scores = [], []  # by now they would be held twice
-        if len(units) > self._num:
-            every = torch.ones(1, len(units), dtype=torch.bool, device=units.device)
-            chosen = masking.select_top(scores[None], torch.tensor([self._num], device=units.device), among_GU=every)[0]
-            units, scores = units[chosen], scores[chosen]
-            self._least = float(scores.min())
-        self._units, self._scores, self._num_held = [units], [scores], len(units)
-        return units, scores
+    return Best(num)

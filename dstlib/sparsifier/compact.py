@@ -33,7 +33,7 @@ from dstlib.sparsifier.update import Observer, fill_first_masks, update_masks
 from dstlib.targets import MatrixView, Weight, unwrap
 
 if TYPE_CHECKING:
-    from dstlib.engine.layers.compact_layer import CompactLayer, PlacedPattern
+    from dstlib.engine.layers.compact_layer import CompactLayer
 
 Average = Callable[[Tensor], Tensor]  # the mean over the ranks, in place
 State = tuple[Optimizer, Sequence[Kept]]  # what is kept for a weight
@@ -102,8 +102,11 @@ class CompactWeight(MaskedWeight):
         self.updated_at, self.densities, self.starts = saved.updated_at, saved.densities, saved.starts
         self.settled, self.is_output, self.is_to_fill = saved.settled, saved.is_output, saved.is_to_fill
         if not torch.equal(saved.mask.to(self.parameter.device), self.mask):
+            from dstlib.engine.ops.places import sources  # not before it is asked for: it loads the engine
+
             pattern = self.layer.pattern_of(places_of(saved.mask))
-            self.layer.hold(pattern, _carried(self.parameter.detach(), _sources(self.layer.pattern, pattern)))
+            source = sources(self.layer.pattern.rising(), pattern.rising())
+            self.layer.hold(pattern, _carried(self.parameter.detach(), source))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -315,17 +318,18 @@ class _Gradient:
 def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradient | None) -> Tensor:
     """Returns the places of what is active after an update, in rising order."""
     outputs, inputs = m.shape[:2]
-    places, order = m.layer.pattern.places().sort()
-    values, found = m.parameter.detach()[order], []
+    places, order = m.layer.pattern.rising()
+    values, found = m.parameter.detach().index_select(0, order), []
     del order  # of all that is as long as the weight, as little as can be at a time
     for view in m.weight.views:
         first, last = view.rows or (0, outputs)
         begin, end = stretch(places, first * inputs, last * inputs)
         part = None if gradient is None else _rows_from(gradient, first)
         size = torch.Size((last - first, *m.shape[1:]))
-        matrix = Matrix(view.name, size, places[begin:end] - first * inputs, values[begin:end], part)
-        found.append(update_by_tiles(matrix, plan, step) + first * inputs)
-    return torch.cat(found)
+        own = places[begin:end] - first * inputs if first else places[begin:end]
+        new = update_by_tiles(Matrix(view.name, size, own, values[begin:end], part), plan, step)
+        found.append(new + first * inputs if first else new)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _rows_from(gradient: _Gradient, start: int) -> Callable[[int, int], Tensor]:
@@ -353,15 +357,18 @@ def _take_over(
 
     Returns whether others were active before.
     """
+    from dstlib.engine.ops.places import sources  # as above
+    from dstlib.engine.runtime.memory import trim_heap
+
+    trim_heap()  # what steps and scores have left in pieces would stand beside what comes
     layer, pattern = m.layer, m.layer.pattern_of(places)
-    source = _sources(layer.pattern, pattern)
+    source = sources(layer.pattern.rising(), pattern.rising())
     old = m.parameter.detach()
     grown = _beside(source < 0, old).expand(len(source), *old.shape[1:])
     if not bool(grown.any()) and len(source) == len(old):
         return False
     new = _carried(old, source) if values is None else values.detach().flatten(0, 1)[pattern.places()]
-    from dstlib.engine.runtime.memory import trim_heap  # as above
-
+    trim_heap()
     moves = [(optimizer, _moves(optimizer, m, kept, source)) for optimizer, kept in states]
     grad = None if gradient is None else _carried(gradient.of_old, source)
     layer.hold(pattern, new)
@@ -417,24 +424,17 @@ def _start_grown(kept: Kept, m: CompactWeight, grown: Tensor, grad: Tensor, how:
     kept.start(grown, m.parameter.detach(), grad)
     if how == "birth" or kept.meaning.power is None:
         return
-    row = m.layer.pattern.places().div(m.shape[1], rounding_mode="floor")
     whole = MatrixView(m.weight.name)
+    if len(m.weight.views) == 1:
+        kept.start_beside(whole, grown, ~grown, grad if how == "gradient" else None)
+        return
+    row = m.layer.pattern.places().div(m.shape[1], rounding_mode="floor")
     for view in m.weight.views:
         first, last = view.rows or (0, m.shape[0])
         at = ((row >= first) & (row < last)).nonzero().flatten()
         part = replace(kept, values=kept.values[at])
         part.start_beside(whole, grown[at], ~grown[at], grad[at] if how == "gradient" else None)
         kept.values[at] = part.values
-
-
-def _sources(before: "PlacedPattern", now: "PlacedPattern") -> Tensor:
-    """Returns for each of the values now where it was among those before, -1 if it was not."""
-    places, order = before.places().sort()
-    wanted = now.places()
-    if not len(places):
-        return torch.full_like(wanted, -1)
-    at = torch.searchsorted(places, wanted).clamp_(max=len(places) - 1)
-    return torch.where(places[at] == wanted, order[at], -1)
 
 
 def _carried(x: Tensor, source: Tensor, birth: float = 0.0) -> Tensor:
@@ -445,7 +445,7 @@ def _carried(x: Tensor, source: Tensor, birth: float = 0.0) -> Tensor:
     """
     if not x.numel():
         return x.new_full((len(source), *x.shape[1:]), birth)
-    return torch.where(_beside(source < 0, x), birth, x[source.clamp(min=0)])
+    return x.index_select(0, source.clamp(min=0)).masked_fill_(_beside(source < 0, x), birth)
 
 
 def _beside(x_A: Tensor, values: Tensor) -> Tensor:

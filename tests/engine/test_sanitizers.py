@@ -102,6 +102,7 @@ def test_a_map_that_is_too_short_is_seen(watched: Watched):
         "engine/test_convolution",
         "engine/test_linear",
         "engine/test_compact_linear",
+        "engine/test_places",
         "engine/test_spatial",
         "test_packed",
     ],

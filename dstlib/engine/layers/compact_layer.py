@@ -24,6 +24,10 @@ class PlacedPattern(Protocol):
         """Returns where in the flattened (O, I) matrix each value lies, (A)."""
         ...
 
+    def rising(self) -> tuple[Tensor, Tensor]:
+        """Returns the places in rising order, (A), and where the value of each lies, (A), in int32."""
+        ...
+
     def to(self, device: torch.device) -> Self:
         """Returns the pattern on a device."""
         ...

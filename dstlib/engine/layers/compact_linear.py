@@ -26,10 +26,12 @@ class CompactLinear(CompactLayer, nn.Linear):
 
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """Computes the gradient (rows, I) of all weights of some outputs, active or not, summed over the passes."""
-        flat = [(x.reshape(-1, self.in_features), grad.reshape(-1, self.out_features)) for x, grad in self.passes]
-        total = self.weight.new_zeros(last - first, self.in_features, requires_grad=False)
-        for x, grad in flat:
-            total.addmm_(grad[:, first:last].t().to(total.dtype), x.to(total.dtype))
+        total = None
+        for x, grad in self.passes:
+            x, grad = x.reshape(-1, self.in_features), grad.reshape(-1, self.out_features)[:, first:last]
+            x, grad = x.to(self.weight.dtype), grad.to(self.weight.dtype)
+            total = grad.t() @ x if total is None else total.addmm_(grad.t(), x)
+        assert total is not None, "nobody asks before a pass"
         return total
 
     def gradient_of_active(self) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: O outputs, I inputs, N samples, A active weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 from torch import Tensor
@@ -20,9 +19,11 @@ from dstlib.engine.ops.linear import (
     rows_of,
     with_rows,
 )
-from dstlib.engine.ops.linear_patterns import PART, LinearPattern, ordered, rows_alike
+from dstlib.engine.ops.linear_patterns import PART, STRETCH, LinearPattern, are_alike, ordered
 from dstlib.engine.ops.operator import Operator, Tensors, by_kernel, by_torch, groups
-from dstlib.engine.runtime.library import Kernels
+from dstlib.engine.ops.places import turned
+from dstlib.engine.runtime import structs
+from dstlib.engine.runtime.library import Kernels, check, kernels
 from dstlib.errors import InputError
 
 _TILE = 2**22  # entries of the matrix that are looked at together
@@ -48,17 +49,41 @@ class CompactPattern:
     def of(cls, places: Tensor, size: tuple[int, int]) -> "CompactPattern":
         """Returns the pattern of active weights that lie at these places of the flattened matrix, in rising order.
 
-        Tile by tile: what it takes beside the result is a few million numbers, however large the matrix.
+        What it takes beside the result is two numbers for each, and by torch a few million more.
         """
+        places = places.int()
         with torch.inference_mode(False):
-            own = _by_tiles(places, None, size)
-            at = _places(own)
-            turned, order = (at % size[1] * size[0] + at // size[1]).sort()
-            return cls(own, _by_tiles(turned, order, (size[1], size[0])))
+            order = torch.empty_like(places)
+            own = _ordered(places, size, order=order)
+            turned_places, numbers = turned(places, order, size)
+            del places, order  # of all that is as long as the weight, as little as can be at a time
+            return cls(own, _ordered(turned_places, (size[1], size[0]), numbers=numbers))
 
     def places(self) -> Tensor:
         """Returns where in the flattened matrix (O · I) each of the values belongs, (A), in int32."""
         return _places(self.own)
+
+    def rising(self) -> tuple[Tensor, Tensor]:
+        """Returns the places in rising order, (A), and where the value of each lies, (A), in int32."""
+        own = self.own
+        found = kernels() if own.col_idx.is_cpu else None
+        if found is None:
+            places, order = self.places().sort()
+            return places, order.int()
+        places, order = (own.col_idx.new_empty(self.num_active) for _ in range(2))
+        problem = structs.LinearOrder(
+            places=places.data_ptr(),
+            order=order.data_ptr(),
+            col_idx=own.col_idx.data_ptr(),
+            segments=own.segments.data_ptr(),
+            part_ptr=own.part_ptr.data_ptr(),
+            rows=own.size[0],
+            cols=own.size[1],
+            group=own.rows_per_group,
+            num_segments=len(own.segments),
+        )
+        check(found.linear_places(problem, torch.get_num_threads()), "a linear pattern")
+        return places, order
 
     def to(self, device: torch.device) -> "CompactPattern":
         """Returns the pattern on a device."""
@@ -75,15 +100,44 @@ class CompactPattern:
         return [*self.own.tensors, *self.transposed.tensors]
 
 
+def _ordered(
+    places: Tensor, size: tuple[int, int], *, numbers: Tensor | None = None, order: Tensor | None = None
+) -> LinearPattern:
+    """Orders weights at rising places of a matrix; ``numbers``: what the index is to say of each, without it none.
+
+    ``order`` is written: where the value of each of the places lies.
+    """
+    found = kernels()
+    if found is None:
+        pattern = _by_tiles(places, numbers, size)
+        if order is not None:
+            order.copy_(_places(pattern).sort().indices)
+        return pattern
+    num, num_stretches = len(places), -(-size[1] // STRETCH)
+    col_idx = torch.empty_like(places)
+    index = None if numbers is None else torch.empty_like(places)
+    segments = places.new_empty(min(num, size[0] * num_stretches), 3)  # as many as there can be
+    part_ptr = places.new_empty(-(-size[0] // PART) + 1)
+    pointers = (
+        None if x is None else x.data_ptr() for x in (places, numbers, order, col_idx, index, segments, part_ptr)
+    )
+    problem = structs.LinearOrder(*pointers, *size, num)
+    check(found.linear_order(problem, torch.get_num_threads()), "a linear pattern")
+    alike = problem.group
+    col_idx = col_idx if alike == 1 else col_idx[: num // alike].clone()
+    index, segments = col_idx.new_empty(0) if index is None else index, segments[: problem.num_segments].clone()
+    return LinearPattern(col_idx, index, segments, part_ptr, alike, size)
+
+
 def _by_tiles(places: Tensor, numbers: Tensor | None, size: tuple[int, int]) -> LinearPattern:
-    """Orders weights at rising places of a matrix; ``numbers``: what the index is to say of each, without it none."""
+    """Does it with torch."""
     rows, columns = size
     height = max(_TILE // columns // PART, 1) * PART
     starts = range(0, rows, height)
     bounds = torch.tensor([min(start + height, rows) * columns for start in starts], dtype=places.dtype)
     ends = torch.searchsorted(places, bounds).tolist()
     tiles = list(zip(starts, [0, *ends[:-1]], ends, strict=True))
-    alike = gcd(*(rows_alike(_mask(places[i:j], start, height, size)) for start, i, j in tiles))
+    alike = next(n for n in (4, 3, 2, 1) if all(are_alike(_mask(places[i:j], s, height, size), n) for s, i, j in tiles))
     parts: list[LinearPattern] = []
     for start, i, j in tiles:
         mask, values = _mask(places[i:j], start, height, size), None

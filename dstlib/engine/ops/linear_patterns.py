@@ -13,7 +13,7 @@ from torch import Tensor
 from dstlib.errors import require
 
 PART = 96  # outputs that are computed together: their sums stay in the first cache. LINEAR_PART of csrc/linear.h
-STRETCH = 160  # inputs that are read together: for 64 samples they are about as large as the first cache
+STRETCH = 160  # inputs that are read together: for 64 samples about as large as the first cache. LINEAR_STRETCH there
 MOST_WEIGHTS = 2**31 - 1  # what an int32 can number
 
 
@@ -84,7 +84,7 @@ def ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None, rows: int | None 
     ``rows`` are those that are taken together, which have to be alike; by default as many as are.
     """
     outputs, inputs = mask_OI.shape
-    rows = rows or rows_alike(mask_OI)
+    rows = rows or next(rows for rows in (4, 3, 2, 1) if are_alike(mask_OI, rows))
     group, col = mask_OI[::rows].nonzero(as_tuple=True)
     num_stretches = -(-inputs // STRETCH)
     lengths = (group * num_stretches + col // STRETCH).bincount(minlength=outputs // rows * num_stretches)
@@ -104,12 +104,10 @@ def ordered(mask_OI: Tensor, numbers_OI: Tensor | None = None, rows: int | None 
     return LinearPattern(col.int(), source.int(), segments.int(), parts.int(), rows, (outputs, inputs))
 
 
-def rows_alike(mask_OI: Tensor) -> int:
-    """Returns how many neighbouring rows (at most 4) are alike throughout the mask, to be computed together."""
+def are_alike(mask_OI: Tensor, rows: int) -> bool:
+    """Whether so many neighbouring rows are alike throughout the mask, to be computed together."""
     outputs, inputs = mask_OI.shape
-    for rows in (4, 3, 2):
-        if outputs % rows == 0:
-            mask_GRI = mask_OI.reshape(outputs // rows, rows, inputs)
-            if torch.equal(mask_GRI[:, 1:], mask_GRI[:, :-1]):
-                return rows
-    return 1
+    if outputs % rows:
+        return False
+    mask_GRI = mask_OI.reshape(outputs // rows, rows, inputs)
+    return torch.equal(mask_GRI[:, 1:], mask_GRI[:, :-1])

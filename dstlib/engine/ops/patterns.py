@@ -72,6 +72,11 @@ class Pattern:
         """Returns where in the flattened (O, C) matrix each active kernel lies, (A)."""
         return rows_of(self.row_ptr, self.col_idx) * self.size[1] + self.col_idx
 
+    def rising(self) -> tuple[Tensor, Tensor]:
+        """Returns the places, which are in rising order, (A), and where the value of each lies, (A), in int32."""
+        places = self.places().int()
+        return places, torch.arange(len(places), dtype=torch.int32, device=places.device)
+
     def to(self, device: torch.device) -> "Pattern":
         """Returns the pattern on a device."""
         row_ptr, col_idx, index = (x.to(device) for x in self.tensors)

@@ -9,7 +9,7 @@
 #pragma once
 #include <stdint.h>
 
-enum { MAX_SOURCES = 3, MAX_TAPS = 64, LINEAR_PART = 96 };
+enum { MAX_SOURCES = 3, MAX_TAPS = 64, LINEAR_PART = 96, LINEAR_STRETCH = 160 };
 
 // Rows of maps that would begin a multiple of so many numbers apart are padded by so many.
 enum { ROW_PAGE = 1024, ROW_PADDING = 32 };
@@ -187,3 +187,63 @@ typedef struct {
     Masked* tensors;
     int64_t num_tensors;
 } MaskedEach;
+
+// The order of a linear layer's active weights, as LinearPattern has it; lengths of both are counted in them.
+typedef struct {
+    int32_t* places;    // (nnz) of the flattened matrix, in rising order
+    int32_t* numbers;   // (nnz): what index is to say of each; or null: there is no index
+    int32_t* order;     // (nnz): where the value of each lies; or null
+    int32_t* col_idx;   // (num_cols)
+    int32_t* index;     // (nnz) or null
+    Segment* segments;  // (num_segments), of which there are (num_cols) at most
+    int32_t* part_ptr;  // (num_parts + 1)
+    int64_t rows, cols, nnz, group, num_segments;
+} LinearOrder;
+
+// Rising places of a matrix (rows, cols), and those of the same entries of its transpose, rising again; the numbers of
+// entries go along.
+typedef struct {
+    const int32_t* places;     // (nnz)
+    const int32_t* numbers;    // (nnz)
+    int32_t* turned;           // (nnz), written
+    int32_t* turned_numbers;   // (nnz), written
+    int64_t rows, cols, nnz;
+} Turned;
+
+// Two rising lists without an entry in common, as one.
+typedef struct {
+    const int32_t* a;  // (num_a)
+    const int32_t* b;  // (num_b)
+    int32_t* out;      // (num_a + num_b), written
+    int64_t num_a, num_b;
+} Merged;
+
+// Where values were before: source[order[j]] is before_order[i] where places[j] is before[i], -1 where it is in none.
+typedef struct {
+    const int32_t* before;        // (num_before), rising
+    const int32_t* before_order;  // (num_before)
+    const int32_t* places;        // (num), rising
+    const int32_t* order;         // (num)
+    int32_t* source;              // (num), written
+    int64_t num_before, num;
+} Sources;
+
+// Units of which those above a score are wanted, and of the others what the lowest is; NaN is nobody's score.
+typedef struct {
+    const float* scores;  // (num), of the units from number `first` on
+    int32_t* units;       // (num), written: those above, rising
+    float* found;         // (num), written: their scores
+    int64_t num, first, num_found;  // num_found: written
+    float least;
+    float lowest;        // of all that were looked at before, and now
+    int64_t num_lowest;  // how many have it
+} Offer;
+
+// The `num_best` best of scores, of several alike the first; no NaN.
+typedef struct {
+    float* scores;    // (num)
+    int32_t* units;   // (num), or null; else the best and their units are moved to the front
+    uint8_t* chosen;  // (num), written: 1 of the best, 0 of the others; or null
+    int64_t num, num_best;
+    float least;  // written: of the best, where there are any
+} Best;
