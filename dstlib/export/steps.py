@@ -94,19 +94,26 @@ def steps_of(model: nn.Module, example: Tensor) -> Steps:
     for name, tensor in original.named_parameters():
         if tensor.dtype != torch.float32 or not tensor.is_cpu:
             _refuse(name, f"{tensor.dtype} on {tensor.device.type}, where a plan has float32 of a CPU")
-    root = deepcopy(original)
+    root = original
     if type(root).__module__.startswith("torch.nn.") and not isinstance(root, nn.Sequential):
         root = nn.Sequential(root)  # whose forward is followed, where that of a layer would be taken apart
     try:
-        traced = trace(root, [example], (*SHIFTS, ShiftedGroups))
+        traced = trace(_without_values(root), [example.to("meta")], (*SHIFTS, ShiftedGroups))
     except Exception as error:  # the forward is anyone's code, which a symbol may break in any way
         _refuse(
             "(model)", f"a forward that cannot be traced: {type(error).__name__}: {error}".partition("\n")[0], error
         )
-    reader = _Reader(traced.root)
+    reader = _Reader(root)
     for node in traced.graph.nodes:
         reader.follow(node, traced.values.get(node))
     return Steps(example.shape[1], tuple(reader.steps), reader.outputs)
+
+
+def _without_values(root: nn.Module) -> nn.Module:
+    """Returns a copy whose tensors have shapes alone: to follow a forward takes no time then, and no memory."""
+    kept: dict[int, object] = {id(x): torch.empty_like(x, device="meta") for x in root.buffers()}
+    kept |= {id(x): nn.Parameter(torch.empty_like(x, device="meta"), x.requires_grad) for x in root.parameters()}
+    return deepcopy(root, kept)
 
 
 class _Reader:

@@ -113,6 +113,13 @@ def hand_made() -> Network:
     return model
 
 
+def test_a_forward_is_followed_without_computing_it(tmp_path):
+    model, image = e2enet(0.8), torch.zeros(()).expand(1, 1, 4096, 4096, 4096)  # 275 GB, if anyone touched them
+    save_plan(model, image, tmp_path / "large.plan")
+    save_plan(model, image[..., :8, :8, :8], tmp_path / "small.plan")
+    assert (tmp_path / "large.plan").read_bytes() == (tmp_path / "small.plan").read_bytes()
+
+
 def test_files_are_as_they_were(tmp_path):
     """Those of version 1 are written and read as in this file, which was made when there was no other."""
     plan = planned(hand_made(), 2, tmp_path, (2, 4, 4))
