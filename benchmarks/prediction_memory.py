@@ -9,7 +9,6 @@ with the voxels of the training, so that it is not resampled. Written are the pe
 it, and the seconds. With --stop-after the memory of all sums is touched at once, as it is after a row of windows.
 """
 
-import resource
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,13 +19,13 @@ import numpy as np
 from _measure import begin, command_line, write
 from torch import nn
 
+from dstlib.bounds import most_memory
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 from dstlib.zoo.e2enet.config import AMOS
 from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.inference import sliding_window
 from dstlib.zoo.e2enet.inference.predict import Trained, predict_folder
-from dstlib.zoo.e2enet.training.log import UNIT
 
 NETWORKS = {
     "small": E2ENetConfig(in_channels=1, num_classes=16, channels=(3, 6, 6), strides=((2, 2, 2),) * 2, heads=1),
@@ -51,7 +50,7 @@ def main() -> None:
             assert outcomes[0].error is None, outcomes[0].error
         except KeyboardInterrupt:
             print(f"Stopped after {options.stop_after} windows.")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
+    peak = most_memory()
     seconds = perf_counter() - since
     print(f"peak of the process: {peak / 1e9:.2f} GB, {seconds:.0f} s, with what it took to write the scan")
     write(options.out / "prediction_memory.json", options, [{"peak_bytes": peak, "seconds": seconds}])
@@ -83,7 +82,7 @@ def _stop_after(model: nn.Module, num: int) -> None:
 
     def touched(sums: sliding_window._Sums, num_outputs: int) -> None:
         allocate(sums, num_outputs)
-        sums._values_DKHW.add_(0)
+        sums._values_AKPQ.add_(0)
 
     def count(*_: object) -> None:
         calls.append(1)

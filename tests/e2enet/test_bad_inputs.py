@@ -300,11 +300,13 @@ def test_a_disk_that_fills_up_and_ctrl_c_leave_whole_predictions_alone(sound, tr
     monkeypatch.setattr(predict_module, "write_label", until_third(fill))
     assert "Make room" in refused(capsys, *predict)
     monkeypatch.setattr(predict_module, "write_label", until_third(lambda: signal.raise_signal(signal.SIGINT)))
-    assert command(*predict) == 130
     assert {file.name for file in output.iterdir()} == {".lock", "amos_0001.nii.gz", "prediction.json"}
+    assert command(*predict) == 130
+    names = {".lock", "amos_0001.nii.gz", "amos_0003.nii.gz", "prediction.json"}
+    assert {file.name for file in output.iterdir()} == names, "what is computed is written first"
     monkeypatch.setattr(predict_module, "write_label", write)
     assert command(*predict) == 0
-    assert "1 predicted, 1 kept as they were" in capsys.readouterr().out
+    assert "0 predicted, 2 kept as they were" in capsys.readouterr().out
 
 
 def test_predictions_that_cannot_be_scored_are_named_and_the_others_scored(damaged, tmp_path, capsys):

@@ -70,12 +70,31 @@ def test_a_sound_set_has_no_defects_and_a_damaged_one_has_exit_code_one(work, tm
 def test_the_engine_predicts_the_same(work, tmp_path, command):
     images = work / "data" / "imagesTs"
     plain, fast = tmp_path / "plain", tmp_path / "fast"
-    for output, options in ((plain, ("--device", "cpu")), (fast, ("--engine",))):
+    for output, options in ((plain, ("--device", "cpu", "--no-engine")), (fast, ("--engine",))):
         code, table, _ = command("predict", work / "fold0", "--images", images, "--output", output, *options)
         assert code == 0, table
     for image in images.glob("*.nii.gz"):
         one, other = (np.asarray(nibabel.load(folder / image.name).dataobj) for folder in (plain, fast))
         assert (one != other).mean() < 1e-3  # voxels of two classes that are probable alike go by rounding
+
+
+def test_predict_says_what_it_computes_on_and_refuses_to_skip_what_may_be_something(work, tmp_path, command):
+    predict = (
+        "predict",
+        work / "fold0",
+        "--images",
+        work / "data" / "imagesTs",
+        "--output",
+        tmp_path,
+        "--device",
+        "cpu",
+    )
+    code, table, _ = command(*predict)
+    assert code == 0
+    assert re.match(r"Computed (on the engine, [\d.]+ times as fast as in torch on 32×32×32 voxels|in torch)", table)
+    code, told, errors = command(*predict, "--skip-empty")
+    assert (code, told) == (2, "")
+    assert "skip_empty of Trained: expected channels that are CTs" in errors
 
 
 def test_predict_goes_on_past_a_damaged_file_and_is_continued(work, tmp_path, command):

@@ -1,6 +1,7 @@
 """Windows, mirrors and folds: what is averaged, and that the networks are left as they were."""
 
 from contextlib import closing
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -8,14 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from strategies import examples
 from torch import nn
 from torch.nn import functional
 
 from dstlib.errors import DataError, SettingError
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, RangeNormalization, ZScoreNormalization
+from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.inference import sliding_window as inference
-from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, predicting
+from dstlib.zoo.e2enet.inference.empty import TOLERANCE, empty_ranges, without_empty
+from dstlib.zoo.e2enet.inference.sliding_window import memory_needed, num_passes, predicting, windows_of
 
 
 class ReadsTheImage(nn.Module):
@@ -45,9 +50,14 @@ class Convolves(nn.Module):
         return functional.conv3d(functional.pad(x, (1, 0, 1, 0, 1, 0)), self.weight)
 
 
-def probabilities(models, image_CDHW, **settings):
+def probabilities(models, image_CDHW, *, patch_size, overlap=0.5, **settings):
     """All slices as one volume (K, D, H, W)."""
-    return np.stack([*inference.probabilities(models, image_CDHW, **settings)], axis=1)
+    windows = windows_of(image_CDHW.shape[1:], patch_size, overlap=overlap)
+    return volume(models, image_CDHW, windows, **settings)
+
+
+def volume(models, image_CDHW, windows, **settings):
+    return np.stack([*inference.probabilities(models, image_CDHW, windows, **settings)], axis=1 + windows.axis)
 
 
 def labels(shape, seed=0):
@@ -68,15 +78,6 @@ def test_windows_cover_a_volume_of_any_size(shape, mirror):
 
 # Two folds, one voxel: softmax of (2, 0) and of (0, 1), their mean. Logits averaged first would give (1, 0.5).
 def test_folds_are_averaged_as_probabilities_by_hand():
-    class Says(nn.Module):
-        def __init__(self, *logits):
-            super().__init__()
-            self.logits = nn.Parameter(torch.tensor(logits).reshape(1, 2, 1, 1, 1))
-            self.deep_supervision = False
-
-        def forward(self, x):
-            return self.logits.expand(len(x), 2, *x.shape[2:])
-
     image = np.zeros((1, 1, 1, 1), np.float32)
     found = probabilities([Says(2.0, 0.0), Says(0.0, 1.0)], image, patch_size=(1, 1, 1), mirror=())
     expected = (1 / (1 + np.exp(-2)) + 1 / (1 + np.exp(1))) / 2
@@ -163,27 +164,32 @@ def test_a_read_only_image_is_read():
 def test_slices_are_those_of_monais_sliding_window(shape, patch, overlap, mirror, seed):
     image = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
     model, flips = Convolves(seed), inference._flips(mirror)
+    windows = windows_of(shape, patch, overlap=overlap)
+    there, back = (2, 2 + windows.axis), (2 + windows.axis, 2)  # the axis that it goes along is MONAI's first
 
     def mean_softmax(windows):
-        return sum(model(windows.flip(axes)).softmax(dim=1).flip(axes) for axes in flips) / len(flips)
+        windows = windows.movedim(*there)
+        found = sum(model(windows.flip(axes)).softmax(dim=1).flip(axes) for axes in flips) / len(flips)
+        return found.movedim(*back)
 
     with torch.inference_mode():
         expected = sliding_window_inference(
-            torch.from_numpy(image)[None],
-            roi_size=patch,
+            torch.from_numpy(image)[None].movedim(*back),
+            roi_size=[patch[axis] for axis in windows.order],
             sw_batch_size=1,
             predictor=mean_softmax,
             overlap=overlap,
             mode="gaussian",
             sigma_scale=inference.SIGMA,
         )
-    found = probabilities([model], image, patch_size=patch, overlap=overlap, mirror=mirror)
-    np.testing.assert_array_equal(found, expected[0].numpy())
+    found = volume([model], image, windows, mirror=mirror)
+    np.testing.assert_array_equal(found, np.moveaxis(expected[0].numpy(), 1, 1 + windows.axis))
 
 
 def test_a_slice_is_given_away_before_the_windows_above_it_are_read():
     model, image = Counts(), np.zeros((1, 32, 4, 4), np.float32)
-    with closing(inference.probabilities([model], image, patch_size=(4, 4, 4), mirror=())) as slices:
+    windows = windows_of((32, 4, 4), (4, 4, 4))
+    with closing(inference.probabilities([model], image, windows, mirror=())) as slices:
         next(slices)
         assert model.num_windows == 2, "of 15"
         assert not model.training
@@ -204,9 +210,160 @@ class Counts(nn.Module):
 
 
 def test_what_is_held_does_not_grow_with_the_depth_of_the_image():
-    low, high = (memory_needed((d, 512, 512), (64, 64, 64), num_channels=1, num_outputs=16) for d in (64, 6400))
+    low, high = (windows_of((d, 512, 512), (64, 64, 64)) for d in (512, 6400))
+    low, high = (memory_needed(windows, num_channels=1, num_outputs=16) for windows in (low, high))
     assert low == high
     assert low > 4 * 16 * 64 * 512 * 512
+
+
+# ---- windows that are not read
+
+
+class Answers(nn.Module):
+    """Stands for a network that answers with one class where the window holds nothing: with logits of ±infinity."""
+
+    def __init__(self, model, number):
+        super().__init__()
+        self.model, self.number, self.deep_supervision = model, number, False
+
+    def forward(self, x):
+        logits = self.model(x)
+        if not x.any():
+            logits[:] = -torch.inf
+            logits[:, self.number] = 0.0
+        return logits
+
+
+def islands(shape, seed):
+    """An image of a few boxes of noise amid zeros, some of them a voxel."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((1, *shape), np.float32)
+    for _ in range(rng.integers(0, 4)):
+        first = [rng.integers(0, n) for n in shape]
+        box = tuple(slice(start, start + rng.integers(1, 4)) for start in first)
+        image[0][box] = rng.normal(size=image[0][box].shape)
+    return image
+
+
+# A window that is skipped is one whose network says "background" without any doubt: bit for bit.
+@given(
+    st.tuples(*[st.integers(1, 16)] * 3),
+    st.tuples(*[st.integers(1, 6)] * 3),
+    st.floats(0, 0.8),
+    st.sampled_from([(), (0, 2)]),
+    st.integers(0, 2**16),
+)
+@examples(20, 60)
+def test_a_skipped_window_counts_as_one_that_was_found_to_be_background(shape, patch, overlap, mirror, seed):
+    image, model = islands(shape, seed), Convolves(seed)
+    windows = windows_of(shape, patch, overlap=overlap)
+    skipped = without_empty(windows, image, [(0.0, 0.0)])
+    assert skipped.is_empty == tuple(
+        not image[0].transpose(windows.order)[windows.inside(p)].any() for p in windows.places
+    )
+    expected = volume([Answers(model, 0)], image, windows, mirror=mirror)
+    found = volume([model], image, skipped, mirror=mirror, background=(1.0, 0.0, 0.0))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_voxel_of_skipped_windows_alone_is_background_and_others_are_blended_by_hand():
+    """Patch 4 along W, an image of 8: windows at 0, 2 and 4, of which the first two hold nothing."""
+    image = np.zeros((1, 4, 4, 8), np.float32)
+    image[..., 7] = 1.0
+    windows = without_empty(windows_of((4, 4, 8), (4, 4, 4)), image, [(0.0, 0.0)])
+    assert (windows.axis, windows.is_empty, windows.num_read) == (2, (True, True, False), 1)
+    model = Says(0.0, 1000.0)
+    found = volume([model], image, windows, mirror=(), background=(1.0, 0.0))
+    assert model.num_calls == 1
+    np.testing.assert_array_equal(found[0, ..., :4], 1.0)
+    np.testing.assert_array_equal(found[0, ..., 6:], 0.0)
+    weight = compute_importance_map((4, 4, 4), mode="gaussian", sigma_scale=1 / 8)[2, 2].tolist()
+    # columns 4 and 5 are the third and fourth of the second window, the first and second of the last
+    blended = [weight[2] / (weight[2] + weight[0]), weight[3] / (weight[3] + weight[1])]
+    np.testing.assert_allclose(found[0, 2, 2, 4:6], blended, rtol=1e-6)  # float32
+
+
+def test_no_network_sees_a_scan_that_holds_nothing():
+    image, model = np.full((1, 5, 6, 7), -2.0, np.float32), Says(0.0, 1.0)
+    windows = without_empty(windows_of((5, 6, 7), (4, 4, 4)), image, [(-np.inf, -2.0)])
+    for background in ((1.0, 0.0), (0.0, 0.0)):  # of classes, and of regions
+        found = volume([model], image, windows, background=background)
+        assert model.num_calls == 0
+        for k, value in enumerate(background):
+            np.testing.assert_array_equal(found[k], value)
+
+
+class Says(nn.Module):
+    """Answers the same everywhere, and counts how often."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits).reshape(1, 2, 1, 1, 1))
+        self.deep_supervision, self.num_calls = False, 0
+
+    def forward(self, x):
+        self.num_calls += 1
+        return self.logits.expand(len(x), 2, *x.shape[2:])
+
+
+def test_a_window_with_anything_in_any_channel_is_read():
+    image = np.zeros((2, 1, 1, 12), np.float32)
+    image[0] = -5.0
+    windows = windows_of((1, 1, 12), (1, 1, 4), overlap=0)
+    ranges = [(-np.inf, -5.0), (-1.0, 1.0)]
+    assert without_empty(windows, image, ranges).is_empty == (True, True, True)
+    image[0, ..., 2], image[1, ..., 9] = -4.9, -1.1
+    assert without_empty(windows, image, ranges).is_empty == (False, True, False)
+    image[0, ..., 5] = np.nan
+    assert without_empty(windows, image, ranges).is_empty == (False, False, False)
+    small = windows_of((1, 1, 2), (1, 1, 4))  # padded, with what holds nothing
+    assert without_empty(small, image[..., 3:5], ranges).is_empty == (True,)
+
+
+def test_what_holds_nothing_by_the_preparation():
+    ct, heads = CtNormalization(low=-100.0, high=200.0, mean=50.0, std=50.0), ZScoreNormalization(inside_mask=True)
+    for rules, expected in (
+        ((ct,), ((-np.inf, -3.0 + TOLERANCE),)),
+        ((heads, ct), ((-TOLERANCE, TOLERANCE), (-np.inf, -3.0 + TOLERANCE))),
+        ((ZScoreNormalization(),), None),
+        ((ct, RangeNormalization(kind="nonorm")), None),
+    ):
+        assert empty_ranges(Preparation(spacing=None, normalization=rules)) == expected
+
+
+# ---- tensors that are used again
+
+
+@pytest.mark.parametrize("mirror", [(), (0, 1, 2)])
+def test_passes_write_to_the_same_tensors_each_time(mirror):
+    passes = inference._Passes([Convolves(0), Convolves(1)], inference._flips(mirror), inference.softmax)
+    weight, generator = torch.ones(4, 5, 6), torch.Generator().manual_seed(0)
+    first = passes(torch.randn(1, 1, 4, 5, 6, generator=generator), weight)
+    kept, address = first.clone(), first.data_ptr()
+    buffers = [tensor.data_ptr() for tensor in (passes._flipped, passes._found)]
+    window = torch.randn(1, 1, 4, 5, 6, generator=generator)
+    second = passes(window, weight)
+    assert second.data_ptr() == address
+    assert [tensor.data_ptr() for tensor in (passes._flipped, passes._found)] == buffers
+    fresh = inference._Passes(passes.models, passes.flips, inference.softmax)(window, weight)
+    np.testing.assert_array_equal(second.numpy(), fresh.numpy(), "nothing is left of the window before")
+    assert not torch.equal(kept, second)
+
+
+def test_every_pass_is_told():
+    told = []
+    models, windows = [Convolves(0), Convolves(1)], windows_of((4, 4, 8), (4, 4, 4))
+    volume(models, np.zeros((1, 4, 4, 8), np.float32), windows, mirror=(1,), on_pass=told.append)
+    assert told == [4, 4, 4]  # two networks, two mirrors, three windows
+    assert sum(told) == windows.num_read * num_passes(models, (1,))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 9, 9), 1), ((9, 4, 9), 0), ((9, 9, 4), 0), ((5, 6, 7), 2)])
+def test_windows_go_along_the_axis_on_which_sums_are_the_smallest(shape, axis):
+    windows = windows_of(shape, (4, 4, 4))
+    assert windows.axis == axis
+    needed = [memory_needed(replace(windows, axis=other), num_channels=1, num_outputs=3) for other in range(3)]
+    assert min(needed) == needed[axis]
 
 
 class SumsOnGpu:
@@ -251,7 +408,7 @@ def test_sums_are_made_whole_after_memory_was_out_for_one_of_them(fails, monkeyp
         return zeros(*sizes, **where)
 
     monkeypatch.setattr(torch, "zeros", full)
-    sums = inference._Sums((2, 2, 2), (2, 2, 2), torch.device("cpu"))
+    sums = inference._Sums(2, (2, 2), torch.device("cpu"))
     with pytest.raises(torch.OutOfMemoryError):
         sums.allocate(3)
     sums.allocate(3)
@@ -286,8 +443,10 @@ def test_a_result_that_is_not_finite_is_refused(value):
 
 
 def test_an_image_without_a_channel_is_refused():
-    with pytest.raises(DataError, match=r"expected \(C, D, H, W\), got \(4, 4, 4\)"):
-        inference.probabilities([Convolves()], np.zeros((4, 4, 4), np.float32), patch_size=(4, 4, 4))
+    windows = windows_of((4, 4, 4), (4, 4, 4))
+    for shape in ((4, 4, 4), (1, 4, 4, 5)):
+        with pytest.raises(DataError, match=r"expected \(C, 4, 4, 4\), got \(.*4.*\)"):
+            inference.probabilities([Convolves()], np.zeros(shape, np.float32), windows)
 
 
 @pytest.mark.parametrize(
@@ -303,5 +462,9 @@ def test_an_image_without_a_channel_is_refused():
 )
 def test_settings_that_cannot_be_used_are_refused(change, message):
     arguments = {"models": [Convolves()], "image_CDHW": np.zeros((1, 4, 4, 4), np.float32), "patch_size": (4, 4, 4)}
+
+    def begin(*, models, image_CDHW, patch_size, overlap=0.5, mirror=()):
+        inference.probabilities(models, image_CDHW, windows_of((4, 4, 4), patch_size, overlap=overlap), mirror=mirror)
+
     with pytest.raises(SettingError, match=message):  # at once, not with the first slice
-        inference.probabilities(**{**arguments, **change})
+        begin(**{**arguments, **change})

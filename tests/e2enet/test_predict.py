@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 from dataclasses import replace
 from itertools import product
 
@@ -14,10 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from dstlib import bounds
-from dstlib.bounds import is_out_of_memory
+from dstlib.bounds import is_out_of_memory, most_memory
 from dstlib.errors import DataError, SettingError, StateError
 from dstlib.zoo.e2enet.data.layouts.manifest import CaseFiles
-from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization
+from dstlib.zoo.e2enet.data.preprocessing.normalization import CtNormalization, ZScoreNormalization
 from dstlib.zoo.e2enet.data.preprocessing.preprocessor import Preparation
 from dstlib.zoo.e2enet.evaluation.evaluate import evaluate_folder
 from dstlib.zoo.e2enet.inference import predict
@@ -346,6 +348,171 @@ def test_what_cannot_predict_is_refused(change, message):
         Trained(**{**settings, **change})
 
 
+# ---- reading ahead, writing behind
+
+
+@pytest.fixture
+def with_room(monkeypatch):
+    """Says that there is memory to read ahead, whatever else runs here."""
+    monkeypatch.setattr(predict, "available_memory", lambda: 1)
+    monkeypatch.setattr(predict, "most_memory", lambda: 0)
+
+
+class Meets(ReadsTheImage):
+    """A network that waits, in the midst of the second case, for what must happen meanwhile."""
+
+    def __init__(self, meanwhile):
+        super().__init__()
+        self.meanwhile = meanwhile
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self.num_calls > NUM_WINDOWS + 1:
+            self.meanwhile()
+        return logits
+
+
+NUM_WINDOWS = 2  # of a scan of blocks(), in windows of 4×4×4: 5×4×3 voxels are left of it
+
+
+def test_the_next_case_is_read_and_the_last_one_written_while_one_is_computed(tmp_path, monkeypatch, with_room):
+    read, written = [], {}
+    prepare, write = predict.prepare_image, predict.write_label
+
+    def prepared(*arguments):
+        read.append(threading.current_thread())
+        return prepare(*arguments)
+
+    def noted(path, *arguments):
+        write(path, *arguments)
+        written[path.name] = threading.current_thread()
+
+    def meanwhile():
+        deadline = time.monotonic() + 60
+        while (len(read) < 3 or "a.nii.gz" not in written) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(read) == 3, "the second is computed, the third one read, and no other"
+        assert [*written] == ["a.nii.gz"]
+
+    monkeypatch.setattr(predict, "prepare_image", prepared)
+    monkeypatch.setattr(predict, "write_label", noted)
+    model, images = Meets(meanwhile), images_of(tmp_path / "images", *"abc")
+    outcomes = predict_folder(trained(model), images, tmp_path / "out", progress=False)
+    assert [outcome.name for outcome in outcomes] == ["a", "b", "c"]
+    assert model.num_calls == 3 * NUM_WINDOWS
+    main = threading.main_thread()
+    assert [thread is main for thread in read] == [True, False, False]
+    assert not any(thread is main for thread in written.values())
+
+
+def test_nothing_is_read_ahead_where_memory_is_short(tmp_path, monkeypatch):
+    threads, prepare = [], predict.prepare_image
+
+    def prepared(*arguments):
+        threads.append(threading.current_thread())
+        return prepare(*arguments)
+
+    monkeypatch.setattr(predict, "prepare_image", prepared)
+    monkeypatch.setattr(predict, "available_memory", lambda: most_memory() - 1)
+    predict_folder(trained(), images_of(tmp_path / "images", *"abc"), tmp_path / "out", progress=False)
+    assert threads == [threading.main_thread()] * 3
+
+
+@pytest.mark.parametrize("error", [MemoryError("3 TiB"), DataError("more memory than is left"), RuntimeError("odd")])
+def test_what_could_not_be_read_ahead_is_read_alone(tmp_path, monkeypatch, with_room, error):
+    failed, prepare = [], predict.prepare_image
+
+    def prepared(*arguments):
+        if threading.current_thread() is not threading.main_thread():
+            failed.append(True)
+            raise error
+        return prepare(*arguments)
+
+    monkeypatch.setattr(predict, "prepare_image", prepared)
+    outcomes = predict_folder(trained(), images_of(tmp_path / "images", *"abc"), tmp_path / "out", progress=False)
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    assert failed
+
+
+def test_a_full_disk_stops_the_case_that_is_computed_meanwhile(tmp_path, monkeypatch, with_room):
+    def full(path, *_):
+        raise StateError.of(path.name, "the disk", allowed="room", given="none", remedy="Make room.")
+
+    class Waits(ReadsTheImage):
+        def forward(self, x):
+            time.sleep(0.2 * (self.num_calls >= NUM_WINDOWS))  # far longer than it takes to fail
+            return super().forward(x)
+
+    monkeypatch.setattr(predict, "write_label", full)
+    model, images = Waits(), images_of(tmp_path / "images", *"abc")
+    with pytest.raises(StateError, match=r"a\.nii\.gz of the disk"):
+        predict_folder(trained(model), images, tmp_path / "out", progress=False)
+    assert model.num_calls == NUM_WINDOWS + 1
+
+
+def test_what_is_computed_is_written_although_the_next_case_is_interrupted(tmp_path, monkeypatch, with_room):
+    go_on, write = threading.Event(), predict.write_label
+
+    def slow(*arguments):
+        assert go_on.wait(60)
+        write(*arguments)
+
+    class Interrupted(ReadsTheImage):
+        def forward(self, x):
+            if self.num_calls == NUM_WINDOWS:
+                threading.Timer(0.05, go_on.set).start()
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    monkeypatch.setattr(predict, "write_label", slow)
+    images = images_of(tmp_path / "images", *"abc")
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(trained(Interrupted()), images, tmp_path / "out", progress=False)
+    assert names(tmp_path / "out") == ["a.nii.gz", "prediction.json"]
+    np.testing.assert_array_equal(np.asarray(nibabel.load(tmp_path / "out" / "a.nii.gz").dataobj), blocks())
+
+
+# ---- windows that hold nothing
+
+
+def amid_air(margin=5):
+    """Blocks amid much that is clipped, which is no 0 and so is not cropped away."""
+    return np.pad(blocks().astype(np.float32), margin, constant_values=-3.0)
+
+
+def test_windows_in_the_air_are_skipped_counted_and_recorded(tmp_path):
+    write_image(tmp_path / "images" / "a.nii.gz", amid_air())
+    write_image(tmp_path / "images" / "b.nii.gz", np.full((9, 8, 7), -3.0))
+    plain, sparing = ReadsTheImage(), ReadsTheImage()
+    all_read = predict_folder(trained(plain), tmp_path / "images", tmp_path / "all", progress=False)
+    skipping = replace(trained(sparing), skip_empty=True)
+    outcomes = predict_folder(skipping, tmp_path / "images", tmp_path / "some", progress=False)
+    for one, other in zip(all_read, outcomes, strict=True):
+        assert one.skipped is None
+        np.testing.assert_array_equal(nibabel.load(one.file).get_fdata(), nibabel.load(other.file).get_fdata())
+    (a, num_a), (b, num_b) = (outcome.skipped for outcome in outcomes)
+    assert 0 < a < num_a
+    assert b == num_b > 0
+    assert (plain.num_calls, sparing.num_calls) == (num_a + num_b, num_a - a)
+    assert outcome_table(outcomes).endswith(
+        f"0 failed\n{a + b:,} of {num_a + num_b:,} windows held nothing and were skipped"
+    )
+    record = json.loads((tmp_path / "some" / "prediction.json").read_text())
+    assert record["skip_empty"] is True
+    assert record["skipped"] == {"a": [a, num_a], "b": [b, num_b]}
+    again = predict_folder(skipping, tmp_path / "images", tmp_path / "some", progress=False)
+    assert all(outcome.kept for outcome in again)
+    with pytest.raises(StateError, match="those of these networks and settings"):
+        predict_folder(trained(sparing), tmp_path / "images", tmp_path / "some", progress=False)
+
+
+def test_what_has_no_value_of_air_is_refused_to_be_skipped():
+    preparation = Preparation(spacing=None, normalization=(AS_IT_IS, ZScoreNormalization()))
+    message = "skip_empty of Trained: expected channels that are CTs, .* got ct, mri. .*leave --skip-empty out"
+    with pytest.raises(SettingError, match=message):
+        replace(trained(num_channels=2), preparation=preparation, skip_empty=True)
+
+
 # ---- one folder, several predictions
 
 
@@ -383,7 +550,7 @@ def test_a_stopped_replacement_leaves_nothing_of_the_networks_before(tmp_path, m
     images, out = images_of(tmp_path / "images", "a", "b"), tmp_path / "out"
     predict_folder(trained(), images, out, progress=False)
 
-    def stopped(*arguments, title):
+    def stopped(*arguments, on_pass):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -413,12 +580,12 @@ def test_a_second_prediction_into_a_folder_is_refused_before_it_begins(tmp_path,
     images, out = images_of(tmp_path / "images", "a"), tmp_path / "out"
     inside = []
 
-    def meanwhile(model, image, placement, title):
+    def meanwhile(model, image, placement, windows, on_pass):
         for late in (trained(), other()):
             with pytest.raises(StateError, match="expected a folder that nobody else works in, got one in use by anot"):
                 predict_folder(late, images, out, overwrite=True, progress=False)
         inside.append(names(out))
-        return predict_scan(model, image, placement)
+        return predict_scan(model, image, placement, windows)
 
     predict_scan = predict.predict_scan
     monkeypatch.setattr(predict, "predict_scan", meanwhile)

@@ -237,6 +237,9 @@ def test_placing_back_compares_probabilities_on_the_grid_of_the_scan():
     assert np.array_equal(place_back(slices, placement), np.argmax(volumes, axis=0))
     equal = np.full_like(slices, 1 / 4)
     assert not place_back(equal, placement).any()  # the lowest class of equals
+    for axis in (1, 2):  # in whatever direction they come
+        moved = np.moveaxis(probabilities, 1 + axis, 0)
+        assert np.array_equal(place_back(moved, placement, axis=axis), np.argmax(volumes, axis=0))
     last = place_back(slices, placement, decide=lambda values_KHW: values_KHW[-1] > 2)
     assert last.dtype == np.uint8
     assert not last.any()

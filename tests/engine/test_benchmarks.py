@@ -20,6 +20,7 @@ HELPFUL = (
     "conv.py",
     "e2enet_inference.py",
     "prediction_memory.py",
+    "whole_scan.py",
     "training_step.py",
     "linear.py",
     "linear_training.py",

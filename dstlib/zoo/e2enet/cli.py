@@ -17,6 +17,7 @@ from dstlib.zoo.e2enet.recipes import Preset, Recipe
 from dstlib.zoo.e2enet.training.settings import OPTIMIZERS, PRECISIONS, SPARSE_MODELS
 
 if TYPE_CHECKING:
+    from dstlib.zoo.e2enet.inference.predict import Trained
     from dstlib.zoo.e2enet.run import RunConfig
 
 HELP = {
@@ -55,6 +56,11 @@ GEOMETRIES = get_args(Geometry)
 GEOMETRY = """which transform of a NIfTI header counts where two disagree: itk as in ITK's programs and nnU-Net, sform
 (as in nibabel's), or qform (default: """
 DEVICE, ENGINE = "(default: cuda if there is one, else cpu)", "compute on dstlib's engine, which is faster"
+ENGINE_OR_NOT = """compute on dstlib's engine, or in torch (default: on a CPU by what is faster, which is measured; on a
+GPU in torch)"""
+SKIP_EMPTY = """take windows for background, unread, that hold nothing: every voxel of a CT at the value to which the
+training clips it from below, as air is, and of a channel that is standardised inside the patient's mask at 0; other
+channels have no such value, and the option is refused (default: read all windows, as nnU-Net does)"""
 DEFAULT = "(default: %(default)s)"
 TOLERANCE = """of surface Dice, in mm: one for all classes, or a file of JSON with one for each, {"liver": 5,
 "aorta": 2} (default: 1, with which E2ENet's NSD on AMOS was measured)"""
@@ -243,7 +249,8 @@ def _command_parser() -> argparse.ArgumentParser:
 
     text = """Segment every image of a folder, by one network or the mean of several (the folds). Labels are written as
 NAME.nii.gz in the geometry of their image. A file that cannot be read is reported while the others go on, and gives
-exit code 1. What is there already is kept, so an interrupted prediction is continued by repeating the command."""
+exit code 1. What is there already is kept, so an interrupted prediction is continued by repeating the command. The bar
+counts passes through the networks, of all scans; of those that are not read yet, as many as of the others."""
     predict = commands.add_parser("predict", help="segment a folder of images", description=text)
     predict.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run; several are averaged")
     predict.add_argument("--images", type=Path, required=True, metavar="DIR", help=IMAGES)
@@ -255,7 +262,9 @@ exit code 1. What is there already is kept, so an interrupted prediction is cont
     predict.add_argument("--no-mirror", action="store_true", help="one pass, not one per mirror image: up to 8× faster")
     predict.add_argument("--no-postprocessing", action="store_true", help="keep every component of every class")
     predict.add_argument("--device", help=DEVICE)
-    predict.add_argument("--engine", action="store_true", help=ENGINE)
+    both = argparse.BooleanOptionalAction
+    predict.add_argument("--engine", action=both, default=None, help=ENGINE_OR_NOT)
+    predict.add_argument("--skip-empty", action=both, default=False, help=SKIP_EMPTY)
     predict.add_argument("--all", action="store_true", help=ALL)
     predict.set_defaults(command=_predict)
 
@@ -330,7 +339,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from dstlib.report import on_one_line
-    from dstlib.zoo.e2enet.checkpoint import load_trained, on_engine
+    from dstlib.zoo.e2enet.checkpoint import load_trained
     from dstlib.zoo.e2enet.data.layouts.detect import folder_cases
     from dstlib.zoo.e2enet.data.layouts.left_out import left_out_of_images
     from dstlib.zoo.e2enet.inference.predict import outcome_table, predict_scans
@@ -338,10 +347,10 @@ def _predict(options: argparse.Namespace) -> int:
 
     _refuse_run(options.output)
     device = chosen_device(options.device)
-    execution = Execution(device=device, precision=usual_precision(device), engine=options.engine)
+    execution = Execution(device=device, precision=usual_precision(device), engine=bool(options.engine))
     trained = load_trained(options.runs, device=execution.device)
-    if execution.engine:
-        trained = on_engine(trained)
+    if options.skip_empty:
+        trained = replace(trained, skip_empty=True)
     if options.geometry:
         trained = replace(trained, geometry=options.geometry)
     if options.no_mirror:
@@ -351,9 +360,28 @@ def _predict(options: argparse.Namespace) -> int:
     cases = folder_cases(options.images, num_channels=len(trained.channels))
     for note in left_out_of_images(options.images, cases):
         print(on_one_line(f"Note: {note}."))
+    trained = _to_compute(trained, on_cpu=device.startswith("cpu"), engine=options.engine)
     outcomes = predict_scans(trained, cases, options.output, overwrite=options.overwrite)
     print(outcome_table(outcomes, whole=options.all))
     return 1 if any(outcome.error for outcome in outcomes) else 0
+
+
+def _to_compute(trained: "Trained", *, on_cpu: bool, engine: bool | None) -> "Trained":
+    """Puts the networks of a prediction where they are computed: on the engine, in torch, or by what is faster."""
+    from dstlib.report import on_one_line
+    from dstlib.zoo.e2enet.checkpoint import on_engine
+    from dstlib.zoo.e2enet.inference.planned import faster_of, on_plans
+
+    if engine is False or (engine is None and not on_cpu):
+        return trained
+    if engine is None:
+        trained, told = faster_of(trained)
+        print(on_one_line(told))
+        return trained
+    try:
+        return on_plans(trained) if on_cpu else on_engine(trained)
+    except SettingError:  # what is no plan as a whole may have layers that are faster there
+        return on_engine(trained)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

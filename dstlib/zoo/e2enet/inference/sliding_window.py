@@ -1,15 +1,16 @@
 """From a prepared image to class probabilities: overlapping windows, mirrored, averaged over the folds.
 
-Shapes: B windows, C channels, K classes with the background, D, H, W depth, height, width in voxels.
+Shapes: B windows, C channels, K classes with the background, D, H, W depth, height, width in voxels; A is the axis
+along which slices are given away, P and Q are the other two, in order.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations, groupby, product
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from dstlib.errors import DataError, require
 from dstlib.zoo.e2enet.data.cases import Shape, three
@@ -28,9 +28,18 @@ NUM_WINDOWS = 2
 SIGMA = 1 / 8  # of the Gaussian weights, in patches
 
 
-def softmax(logits_BKDHW: Tensor) -> Tensor:
-    """Makes probabilities of logits of classes, which do not overlap."""
-    return logits_BKDHW.softmax(dim=1)
+Activate = Callable[[Tensor, Tensor | None], Tensor]
+Window = tuple[slice, slice, slice]  # along A, P and Q
+
+
+def softmax(logits_BKDHW: Tensor, out: Tensor | None = None) -> Tensor:
+    """Makes probabilities of logits of classes, which do not overlap; into ``out`` if there is one."""
+    return torch.softmax(logits_BKDHW, 1, out=out)
+
+
+def sigmoid(logits_BKDHW: Tensor, out: Tensor | None = None) -> Tensor:
+    """Makes probabilities of logits of regions, which may overlap; into ``out`` if there is one."""
+    return torch.sigmoid(logits_BKDHW, out=out)
 
 
 @contextmanager
@@ -55,194 +64,316 @@ def predicting(model: nn.Module) -> Iterator[nn.Module]:
         model.deep_supervision = was_deep
 
 
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Where the windows of an image lie, and in which order they are read; made by :func:`windows_of`.
+
+    - ``shape``: of the image (D, H, W); where it is smaller than ``patch``, it is padded with zeros for the while.
+    - ``axis``: A, along which windows are read from one end to the other, and slices given away.
+    - ``places``: on the padded image, along A, P and Q.
+    - ``is_empty``: which of them are not read, as they hold nothing.
+    """
+
+    shape: Shape
+    patch: Shape
+    axis: int
+    places: tuple[Window, ...]
+    is_empty: tuple[bool, ...]
+
+    @property
+    def num_read(self) -> int:
+        """How many windows the networks see."""
+        return len(self.places) - sum(self.is_empty)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """The axes A, P and Q."""
+        return three((self.axis, *(axis for axis in range(3) if axis != self.axis)))
+
+    @property
+    def size(self) -> Shape:
+        """Voxels of the padded image along A, P and Q."""
+        return three(max(self.shape[axis], self.patch[axis]) for axis in self.order)
+
+    @property
+    def before(self) -> Shape:
+        """How many zeros precede the image along A, P and Q."""
+        return three((n - self.shape[axis]) // 2 for n, axis in zip(self.size, self.order, strict=True))
+
+    def inside(self, window: Window) -> Window:
+        """Returns what a window covers of the image itself, along A, P and Q."""
+        sides = zip(window, self.before, self.order, strict=True)
+        return three(
+            slice(max(0, side.start - before), min(self.shape[axis], side.stop - before))
+            for side, before, axis in sides
+        )
+
+
+def windows_of(shape: Sequence[int], patch_size: Sequence[int], *, overlap: float = 0.5) -> Windows:
+    """Lays windows of the training patch over an image (D, H, W), each overlapping the next by this share.
+
+    They are read along the axis on which the sums of a window's extent take the least memory, the first of equals.
+
+    Raises:
+        SettingError: The patch or the overlap cannot be used.
+
+    >>> windows = windows_of((8, 16, 16), (8, 8, 8))
+    >>> windows.axis, len(windows.places)
+    (1, 9)
+    """
+    where, patch = "a prediction", tuple(patch_size)
+    is_patch, remedy = len(patch) == 3 and min(patch) > 0, "Pass the patch of the training."
+    require(is_patch, "patch_size", where, allowed="three positive sizes", given=patch, remedy=remedy)
+    remedy = "Pass 0.5 for steps of half a patch."
+    require(0 <= overlap < 1, "overlap", where, allowed="a share in [0, 1)", given=overlap, remedy=remedy)
+    size = [max(sizes) for sizes in zip(shape, patch, strict=True)]
+    axis = min(range(3), key=lambda axis: patch[axis] * math.prod(size) // size[axis])
+    bare = Windows(shape=three(shape), patch=three(patch), axis=axis, places=(), is_empty=())
+    extents = [patch[axis] for axis in bare.order]
+    steps = [p if n == p else max(1, int(p * (1 - overlap))) for n, p in zip(bare.size, extents, strict=True)]
+    places = tuple(map(three, dense_patch_slices(bare.size, extents, steps)))
+    return replace(bare, places=places, is_empty=(False,) * len(places))
+
+
 def probabilities(
     models: Sequence[nn.Module],
     image_CDHW: NDArray[np.float32],
+    windows: Windows,
     *,
-    patch_size: Sequence[int],
-    overlap: float = 0.5,
     mirror: Sequence[int] = (0, 1, 2),
-    activate: Callable[[Tensor], Tensor] = softmax,
-    title: str | None = None,
+    activate: Activate = softmax,
+    background: Sequence[float] = (),
+    on_pass: Callable[[int], None] = lambda num: None,
 ) -> Generator[NDArray[np.float32], None, None]:
-    """Averages the softmax over models and mirrors, blended over windows of the training patch: a slice (K, H, W) each.
+    """Averages the probabilities over models and mirrors, blended over windows: a slice (K, P, Q) each.
 
-    ``activate`` makes probabilities of logits (B, K, D, H, W): of regions, which overlap, by ``torch.sigmoid``.
-    Slices come from the bottom up, D of them, each as soon as the last window on it is done: what is held at a time is
-    as deep as a window, however deep the image is (:func:`memory_needed`). ``mirror`` names the spatial axes (0 depth,
-    1 height, 2 width) that may be flipped: all their subsets are, eight for three axes, one for none. An image smaller
-    than the patch is padded with zeros for the while. On a GPU that cannot hold the sums these move to the computer's
-    memory, with a warning. With a ``title``, a bar counts the windows. The models are as they were once the last slice
-    was taken, or the iterator closed.
+    ``activate`` makes probabilities of logits (B, K, D, H, W): of classes, or of regions, which overlap. Slices come
+    one by one along the axis A of the windows, each as soon as the last window on it is done: what is held at a time
+    is as deep as a window, however long the image is (:func:`memory_needed`). ``mirror`` names the spatial axes
+    (0 depth, 1 height, 2 width) that may be flipped: all their subsets are, eight for three axes, one for none. An
+    image smaller than the patch is padded with zeros for the while. On a GPU that cannot hold the sums these move to
+    the computer's memory, with a warning. ``on_pass`` is called with the number of passes through a network that a
+    window, or some, took. The models are as they were once the last slice was taken, or the iterator closed.
+
+    A window that is empty is blended as any other, with ``background`` (K) at each voxel in the place of what the
+    networks say: so a voxel that none but empty windows cover has these values, and all others what they had if the
+    networks answered so.
 
     Raises:
-        SettingError: There is no model, or the patch, the overlap or the axes cannot be used.
-        DataError: The image has another number of axes; with the slices: the result is not finite.
+        SettingError: There is no model, or the axes cannot be used.
+        DataError: The image has another number of axes, or another shape than that of the windows; with the slices:
+            the result is not finite.
 
     Reference: the inference of nnU-Net's first version, which E2ENet uses: softmax before averaging, weights of
     σ = patch / 8, half a patch between windows. All folds see a window before the next one is read, so that the sums
     are held once instead of once per fold; the mean is the same. Windows, weights and the order of the sums are those
-    of MONAI's ``sliding_window_inference``, so the result equals its bit for bit.
+    of MONAI's ``sliding_window_inference``, of the image with A as its first axis, so the result equals its bit for
+    bit.
     """
-    _refuse_settings(models, patch_size=patch_size, overlap=overlap, mirror=mirror)
-    if image_CDHW.ndim != 4:
-        where, remedy = "a prediction", "Give an image of one channel a leading axis."
-        raise DataError.of("image", where, allowed="(C, D, H, W)", given=image_CDHW.shape, remedy=remedy)
-    grid = _Grid.of(three(image_CDHW.shape[1:]), three(patch_size), overlap)
-    return _slices(models, image_CDHW, grid, flips=_flips(mirror), activate=activate, title=title)
+    _refuse_settings(models, mirror=mirror)
+    if image_CDHW.ndim != 4 or image_CDHW.shape[1:] != windows.shape:
+        where, allowed = "a prediction", "(C, {}, {}, {})".format(*windows.shape)
+        remedy = "Lay windows over this image, and give one of one channel a leading axis."
+        raise DataError.of("image", where, allowed=allowed, given=image_CDHW.shape, remedy=remedy)
+    assert background or not any(windows.is_empty)
+    passes = _Passes(models, _flips(mirror), activate)
+    return _slices(passes, image_CDHW, windows, background=background, on_pass=on_pass)
 
 
-def memory_needed(shape: Shape, patch_size: Shape, *, num_channels: int, num_outputs: int) -> int:
-    """Computes the bytes that :func:`probabilities` holds on a CPU of an image (D, H, W), beside what a network takes.
+def num_passes(models: Sequence[nn.Module], mirror: Sequence[int]) -> int:
+    """Counts the passes through a network that a window takes.
+
+    >>> num_passes([nn.Identity()] * 5, mirror=(0, 1, 2))
+    40
+    """
+    return len(models) * 2 ** len(mirror)
+
+
+def memory_needed(windows: Windows, *, num_channels: int, num_outputs: int) -> int:
+    """Computes the bytes that :func:`probabilities` holds of an image on a CPU, beside what a network takes.
 
     These are the sums of K outputs and of the weights, as deep as a window, and some copies of the window at work.
     """
-    _, height, width = _padded(shape, patch_size)
-    sums = patch_size[0] * height * width * (num_outputs + 1)
-    # five times: logits, softmax, one that is flipped, their sum, and what was there before
-    window = math.prod(patch_size) * (num_channels + 5 * num_outputs)
-    slices = 2 * height * width * num_outputs
+    plane = math.prod(windows.size[1:])
+    sums = windows.patch[windows.axis] * plane * (num_outputs + 1)
+    # three times: logits, the probabilities of one pass, their mean; the window as it is read, and flipped
+    window = math.prod(windows.patch) * (2 * num_channels + 3 * num_outputs)
+    slices = 2 * plane * num_outputs
     return 4 * (sums + window + slices)
 
 
-def _padded(shape: Shape, patch: Shape) -> Shape:
-    """Returns the size of an image that is padded to that of a patch where it is smaller."""
-    return three(max(sizes) for sizes in zip(shape, patch, strict=True))
+class _Passes:
+    """What networks say of windows, through tensors that are used again for each pass and each window."""
 
-
-@dataclass(frozen=True)
-class _Grid:
-    """Where the windows lie: on the image (D, H, W), padded to the ``size`` of a patch where it is smaller."""
-
-    shape: Shape
-    patch: Shape
-    windows: Sequence[tuple[slice, ...]]
-
-    @staticmethod
-    def of(shape: Shape, patch: Shape, overlap: float) -> "_Grid":
-        size = _padded(shape, patch)
-        steps = [p if n == p else max(1, int(p * (1 - overlap))) for n, p in zip(size, patch, strict=True)]
-        return _Grid(shape, patch, dense_patch_slices(size, patch, steps))
+    def __init__(self, models: Sequence[nn.Module], flips: Sequence[tuple[int, ...]], activate: Activate) -> None:
+        self.models, self.flips, self.activate = models, flips, activate
+        self.device = next(models[0].parameters()).device
+        self._flipped, self._found, self._mean = torch.empty(0), torch.empty(0), torch.empty(0)
 
     @property
-    def size(self) -> Shape:
-        return _padded(self.shape, self.patch)
+    def num(self) -> int:
+        return len(self.models) * len(self.flips)
 
-    @property
-    def before(self) -> Shape:
-        """How many zeros precede the image along each axis."""
-        return three((padded - n) // 2 for padded, n in zip(self.size, self.shape, strict=True))
+    def __call__(self, windows_BCDHW: Tensor, weight_DHW: Tensor) -> Tensor:
+        """Averages the probabilities (B, K, D, H, W) over models and flips, and weighs their voxels.
 
-    def read(self, image_CDHW: Tensor, windows: Sequence[tuple[slice, ...]]) -> Tensor:
-        """Returns windows (B, C, D, H, W) of an image; each is padded for itself, so that the image is not copied."""
-        sides = zip(self.size, self.shape, self.before, strict=True)
-        pad = [side for size, n, before in reversed([*sides]) for side in (before, size - n - before)]
-        return torch.stack([functional.pad(image_CDHW[:, *window], pad) for window in windows])
+        The result is good until the next call.
+        """
+        kind = windows_BCDHW.device.type
+        with torch.inference_mode(), torch.autocast(kind, enabled=kind == "cuda"):
+            for index, (model, axes) in enumerate(product(self.models, self.flips)):
+                seen = windows_BCDHW
+                if axes:
+                    self._flipped = seen = _like(windows_BCDHW, self._flipped)
+                    _write_flipped(seen, windows_BCDHW, axes)
+                logits = model(seen).float()
+                if index == 0:  # the first pass is not flipped
+                    self._mean = self.activate(logits, _like(logits, self._mean))
+                else:
+                    self._found = self.activate(logits, _like(logits, self._found))
+                    _add_flipped(self._mean, self._found, axes)
+                del logits
+            return self._mean.div_(self.num).mul_(weight_DHW)
 
-    def crop(self, depth: int, values_KHW: Tensor) -> Tensor | None:
-        """Returns what a slice of the padded image has of the image itself, None where there is nothing."""
-        deep, high, wide = (slice(first, first + n) for first, n in zip(self.before, self.shape, strict=True))
-        return values_KHW[:, high, wide] if deep.start <= depth < deep.stop else None
+
+def _like(wanted: Tensor, kept: Tensor) -> Tensor:
+    """Returns a tensor to write to: the one that was kept, where it has the shape of what is wanted, else a new one."""
+    return kept if kept.shape == wanted.shape else torch.empty_like(wanted, memory_format=torch.contiguous_format)
+
+
+def _write_flipped(out_BCDHW: Tensor, x_BCDHW: Tensor, axes: tuple[int, ...]) -> None:
+    for out, x in zip(out_BCDHW.flatten(0, 1), x_BCDHW.flatten(0, 1), strict=True):  # a copy of one channel at a time
+        out.copy_(x.flip([axis - 2 for axis in axes]))
+
+
+def _add_flipped(out_BKDHW: Tensor, x_BKDHW: Tensor, axes: tuple[int, ...]) -> None:
+    if not axes:
+        out_BKDHW.add_(x_BKDHW)
+        return
+    for out, x in zip(out_BKDHW.flatten(0, 1), x_BKDHW.flatten(0, 1), strict=True):
+        out.add_(x.flip([axis - 2 for axis in axes]))
 
 
 class _Sums:
-    """What the windows add up to, as deep as one: slice d lies at place d modulo that depth, until it is taken."""
+    """What the windows add up to, as deep as one: slice a lies at place a modulo that depth, until it is taken."""
 
-    def __init__(self, patch: Shape, size: Shape, device: torch.device) -> None:
+    def __init__(self, depth: int, plane: tuple[int, int], device: torch.device) -> None:
         self.device = device
-        self._depth, self._plane = patch[0], size[1:]
+        self._depth, self._plane = depth, plane
         self._next = 0
-        self._values_DKHW, self._weights_DHW = torch.empty(0), torch.empty(0)
+        self._values_AKPQ, self._weights_APQ = torch.empty(0), torch.empty(0)
 
     def allocate(self, num_outputs: int) -> None:
         """Makes room at the first call, when the number of outputs is known."""
-        if not len(self._values_DKHW):  # the last to be made: there may be memory for the weights alone
-            self._weights_DHW = torch.zeros(self._depth, *self._plane, device=self.device)
-            self._values_DKHW = torch.zeros(self._depth, num_outputs, *self._plane, device=self.device)
+        if not len(self._values_AKPQ):  # the last to be made: there may be memory for the weights alone
+            self._weights_APQ = torch.zeros(self._depth, *self._plane, device=self.device)
+            self._values_AKPQ = torch.zeros(self._depth, num_outputs, *self._plane, device=self.device)
 
     def move(self, device: torch.device) -> None:
         """Moves what is there to the memory of another device."""
         self.device = device
-        self._values_DKHW, self._weights_DHW = self._values_DKHW.to(device), self._weights_DHW.to(device)
+        self._values_AKPQ, self._weights_APQ = self._values_AKPQ.to(device), self._weights_APQ.to(device)
 
-    def add(self, window: tuple[slice, ...], values_KDHW: Tensor, weight_DHW: Tensor) -> None:
+    def add(self, window: Window, values_KAPQ: Tensor, weight_APQ: Tensor) -> None:
         """Adds a window, none of whose slices was taken; all that are not taken are of it, or above."""
-        place, values = window[0].start % self._depth, values_KDHW.movedim(1, 0)
-        lower, upper = slice(0, self._depth - place), slice(self._depth - place, self._depth)
-        for at, part in ((slice(place, self._depth), lower), (slice(0, place), upper)):
-            self._values_DKHW[at, :, *window[1:]] += values[part].to(self.device)
-            self._weights_DHW[at, *window[1:]] += weight_DHW[part].to(self.device)
+        values_AKPQ = values_KAPQ.movedim(1, 0)
+        for at, part in self._parts(window):
+            self._values_AKPQ[at, :, *window[1:]].add_(values_AKPQ[part].to(self.device))
+            self._weights_APQ[at, *window[1:]].add_(weight_APQ[part].to(self.device))
+
+    def add_background(self, window: Window, background: Sequence[float], weight_APQ: Tensor) -> None:
+        """Adds a window of the same probabilities (K) everywhere."""
+        for at, part in self._parts(window):
+            weight = weight_APQ[part].to(self.device)
+            for k, value in enumerate(background):
+                if value:
+                    self._values_AKPQ[at, k, *window[1:]].add_(weight * value)
+            self._weights_APQ[at, *window[1:]].add_(weight)
 
     def take(self, until: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields the mean (K, H, W) of each slice below ``until`` that was not taken yet, with its number."""
-        for depth in range(self._next, until):
-            values, weights = self._values_DKHW[depth % self._depth], self._weights_DHW[depth % self._depth]
+        """Yields the mean (K, P, Q) of each slice below ``until`` that was not taken yet, with its number."""
+        for a in range(self._next, until):
+            values, weights = self._values_AKPQ[a % self._depth], self._weights_APQ[a % self._depth]
             mean = values / weights
             values.zero_()
             weights.zero_()
-            self._next = depth + 1
-            yield depth, mean
+            self._next = a + 1
+            yield a, mean
+
+    def _parts(self, window: Window) -> tuple[tuple[slice, slice], ...]:
+        """Returns where the slices of a window lie here, and which of them they are."""
+        place = window[0].start % self._depth
+        lower, upper = slice(0, self._depth - place), slice(self._depth - place, self._depth)
+        return ((slice(place, self._depth), lower), (slice(0, place), upper))
 
 
 def _slices(
-    models: Sequence[nn.Module],
+    passes: _Passes,
     image_CDHW: NDArray[np.float32],
-    grid: _Grid,
+    windows: Windows,
     *,
-    flips: Sequence[tuple[int, ...]],
-    activate: Callable[[Tensor], Tensor],
-    title: str | None,
+    background: Sequence[float],
+    on_pass: Callable[[int], None],
 ) -> Generator[NDArray[np.float32], None, None]:
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))
-    device = next(models[0].parameters()).device
-    weight = compute_importance_map(grid.patch, mode="gaussian", sigma_scale=SIGMA, device=device)
-    sums = _Sums(grid.patch, grid.size, device)
+    device, order = passes.device, windows.order
+    extents = three(windows.patch[axis] for axis in order)
+    weight_APQ = compute_importance_map(extents, mode="gaussian", sigma_scale=SIGMA, device=device)
+    weight_DHW = weight_APQ.permute(*np.argsort(order).tolist()).contiguous()
+    sums = _Sums(windows.patch[windows.axis], windows.size[1:], device)
 
     def weighted(windows_BCDHW: Tensor) -> Tensor:
-        values = _weighted_mean(models, windows_BCDHW.to(device), flips, activate, weight)
+        values = passes(windows_BCDHW.to(device), weight_DHW)
         sums.allocate(values.shape[1])
-        return values
+        return values.permute(0, 1, *(2 + axis for axis in order))
 
     def finished(until: int) -> Iterator[NDArray[np.float32]]:
-        for depth, values in sums.take(until):
-            if (cropped := grid.crop(depth, values)) is not None:
+        for a, values in sums.take(until):
+            if (cropped := _cropped(windows, a, values)) is not None:
                 yield _finite(cropped.cpu().numpy())
 
     with ExitStack() as stack:
-        for model in models:
+        for model in passes.models:
             stack.enter_context(predicting(model))
-        hidden, total = title is None, len(grid.windows)
-        # in the line of whatever bar there is: another line takes control sequences, which a log would keep
-        bar = tqdm(total=total, desc=title, unit="window", disable=hidden, leave=False, position=0)
-        stack.enter_context(bar)
-        step = 1 if device.type == "cpu" else NUM_WINDOWS
-        for first in range(0, total, step):
-            batch = grid.windows[first : first + step]
-            values = _with_room(partial(weighted, grid.read(image, batch)), sums)
-            for window, value in zip(batch, values, strict=True):
-                yield from finished(window[0].start)
-                sums.add(window, value, weight)
-            bar.update(len(batch))
-        yield from finished(grid.size[0])
+        for is_empty, places in _batches(windows, 1 if device.type == "cpu" else NUM_WINDOWS):
+            if is_empty:
+                yield from finished(places[0][0].start)
+                sums.allocate(len(background))
+                sums.add_background(places[0], background, weight_APQ)
+                continue
+            values = _with_room(partial(weighted, _read(image, windows, places)), sums)
+            for place, value in zip(places, values, strict=True):
+                yield from finished(place[0].start)
+                sums.add(place, value, weight_APQ)
+            on_pass(len(places) * passes.num)
+        yield from finished(windows.size[0])
 
 
-def _weighted_mean(
-    models: Sequence[nn.Module],
-    windows_BCDHW: Tensor,
-    flips: Sequence[tuple[int, ...]],
-    activate: Callable[[Tensor], Tensor],
-    weight_DHW: Tensor,
-) -> Tensor:
-    """Averages the probabilities (B, K, D, H, W) over models and flips, and weighs their voxels."""
-    total: Tensor | None = None
-    kind = windows_BCDHW.device.type
-    with torch.inference_mode(), torch.autocast(kind, enabled=kind == "cuda"):
-        for model, axes in product(models, flips):
-            found = activate(model(windows_BCDHW.flip(axes) if axes else windows_BCDHW).float())
-            found = found.flip(axes) if axes else found
-            total = found if total is None else total.add_(found)
-        assert total is not None
-        return total.div_(len(models) * len(flips)).mul_(weight_DHW)
+def _batches(windows: Windows, num: int) -> Iterator[tuple[bool, list[Window]]]:
+    """Yields the windows in order: up to so many at a time that are read, those that are empty one by one."""
+    for is_empty, group in groupby(zip(windows.is_empty, windows.places, strict=True), key=lambda pair: pair[0]):
+        places = [place for _, place in group]
+        step = 1 if is_empty else num
+        for first in range(0, len(places), step):
+            yield is_empty, places[first : first + step]
+
+
+def _read(image_CDHW: Tensor, windows: Windows, places: Sequence[Window]) -> Tensor:
+    """Returns windows (B, C, D, H, W) of an image; each is padded for itself, so that the image is not copied."""
+    back = np.argsort(windows.order).tolist()
+    size, before = ([sizes[i] for i in back] for sizes in (windows.size, windows.before))
+    sides = zip(size, windows.shape, before, strict=True)
+    pad = [side for n, inner, first in reversed([*sides]) for side in (first, n - inner - first)]
+    boxes = [tuple(windows.inside(place)[i] for i in back) for place in places]
+    return torch.stack([functional.pad(image_CDHW[:, *box], pad) for box in boxes])
+
+
+def _cropped(windows: Windows, a: int, values_KPQ: Tensor) -> Tensor | None:
+    """Returns what a slice of the padded image has of the image itself, None where there is nothing."""
+    sides = [
+        slice(first, first + windows.shape[axis]) for first, axis in zip(windows.before, windows.order, strict=True)
+    ]
+    return values_KPQ[:, sides[1], sides[2]] if sides[0].start <= a < sides[0].stop else None
 
 
 def _with_room(work: Callable[[], Tensor], sums: _Sums) -> Tensor:
@@ -277,16 +408,10 @@ def _flips(mirror: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(2 + axis for axis in axes) for n in range(len(mirror) + 1) for axes in combinations(mirror, n)]
 
 
-def _refuse_settings(
-    models: Sequence[nn.Module], *, patch_size: Sequence[int], overlap: float, mirror: Sequence[int]
-) -> None:
-    where, patch, axes = "a prediction", tuple(patch_size), tuple(mirror)
+def _refuse_settings(models: Sequence[nn.Module], *, mirror: Sequence[int]) -> None:
+    where, axes = "a prediction", tuple(mirror)
     remedy = "Pass a sequence of trained networks."
     require(len(models) > 0, "models", where, allowed="one per fold", given=len(models), remedy=remedy)
-    is_patch, remedy = len(patch) == 3 and min(patch) > 0, "Pass the patch of the training."
-    require(is_patch, "patch_size", where, allowed="three positive sizes", given=patch, remedy=remedy)
-    remedy = "Pass 0.5 for steps of half a patch."
-    require(0 <= overlap < 1, "overlap", where, allowed="a share in [0, 1)", given=overlap, remedy=remedy)
     are_axes = set(axes) <= {0, 1, 2} and len(set(axes)) == len(axes)
     allowed, remedy = "each of the axes 0, 1, 2 at most once", "Pass the axes that the training mirrored, () for none."
     require(are_axes, "mirror", where, allowed=allowed, given=axes, remedy=remedy)

@@ -7,8 +7,6 @@ the log takes out what is no line, and adds what is missing, without its cost, w
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 
+from dstlib.bounds import most_memory
 from dstlib.errors import StateError
 from dstlib.files import CONTINUE, write_whole
 from dstlib.typed_json import parse_json
 
 _COST = ("seconds_per_iteration", "cpu_seconds_per_iteration", "peak_memory_bytes")
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 class Log:
@@ -156,4 +154,4 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
+    return most_memory()

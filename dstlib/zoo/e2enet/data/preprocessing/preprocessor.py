@@ -141,24 +141,27 @@ def prepare_label(label_DHW: NDArray[np.uint8], placement: Placement) -> NDArray
 
 
 def place_back(
-    slices_KHW: Iterable[NDArray[np.float32]],
+    slices_KPQ: Iterable[NDArray[np.float32]],
     placement: Placement,
     *,
+    axis: int = 0,
     decide: Callable[[NDArray[np.float32]], NDArray[np.uint8]] = most_probable,
 ) -> NDArray[np.uint8]:
     """Turns the class probabilities of a prepared image into a label in stored order and shape.
 
-    They come slice by slice, from the bottom up, are resampled to the scan's own spacing, linearly as nnU-Net does, and
-    decided upon at once, by ``decide``: so what is held beside the label is some slices. What was cropped away becomes
-    background.
+    They come slice by slice along an ``axis``, from its first voxel on, with the other two (P, Q) in order. They are
+    resampled to the scan's own spacing, linearly as nnU-Net does, and decided upon at once, by ``decide``: so what is
+    held beside the label is some slices. What was cropped away becomes background.
 
     Raises:
         DataError: The probabilities have another shape than the prepared image.
     """
-    canonical = np.zeros([placement.stored_shape[axis] for axis in placement.axes], np.uint8)
-    checked = _slices_of(placement.shape, slices_KHW)
-    found = resample_slices(checked, placement.shape, box_shape(placement.box), placement.coarse)
-    for plane, values in zip(placement.crop(canonical), found, strict=True):
+    order = (axis, *(other for other in range(3) if other != axis))
+    prepared, box = (three(sizes[i] for i in order) for sizes in (placement.shape, box_shape(placement.box)))
+    coarse = None if placement.coarse is None else order.index(placement.coarse)
+    canonical = np.zeros([placement.stored_shape[i] for i in placement.axes], np.uint8)
+    found = resample_slices(_slices_of(prepared, slices_KPQ), prepared, box, coarse)
+    for plane, values in zip(placement.crop(canonical).transpose(order), found, strict=True):
         plane[...] = decide(values)
     return np.ascontiguousarray(placement.turn_back(canonical))
 
