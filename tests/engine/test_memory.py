@@ -24,7 +24,7 @@ from dstlib.engine.ops import max_pool
 from dstlib.engine.ops.feature_map import Layout, empty_depth_last
 from dstlib.engine.ops.prepared import MOST_LAYOUTS
 from dstlib.engine.runtime import memory
-from dstlib.engine.runtime.memory import GRAIN, HUGE, SMALLEST, buffer, neighbours, release_memory
+from dstlib.engine.runtime.memory import GRAIN, HUGE, SMALLEST, buffer, release_memory
 
 NUM = SMALLEST // 4  # the fewest numbers whose memory is kept
 
@@ -101,18 +101,6 @@ def test_release_memory_gives_back_what_is_idle_alone():
     release_memory()
     assert memory._bytes["kept"] == 0
     assert not memory._stretches
-
-
-def test_neighbours_lie_one_behind_the_other_and_go_by_themselves():
-    x, y, z = neighbours([NUM, 5, 2 * NUM])
-    place = x.data_ptr()
-    assert (y.data_ptr() - place, z.data_ptr() - place) == (4 * NUM, 4 * (NUM + 5))
-    x.fill_(1), y.fill_(2), z.fill_(3)
-    del x
-    assert buffer(NUM).data_ptr() == place
-    assert (y.sum(), z.sum()) == (10, 6 * NUM)
-    first, second = neighbours([2, 3])  # small ones, too
-    assert (first.shape, second.shape, second.data_ptr() - first.data_ptr()) == ((2,), (3,), 8)
 
 
 def test_a_wide_map_takes_the_place_of_narrow_ones():
@@ -229,13 +217,6 @@ class Owners(RuleBasedStateMachine):
     def make(self, grains: int, short: int) -> int:
         self.count += 1
         self.alive[self.count] = buffer(NUM + grains * GRAIN // 4 - short).fill_(self.count)
-        return self.count
-
-    @rule(target=tensors, first=st.integers(1, NUM), second=st.integers(1, 2 * NUM))
-    def make_neighbours(self, first: int, second: int) -> int:
-        self.count += 2
-        for key, x in zip((self.count - 1, self.count), neighbours([first, second]), strict=True):
-            self.alive[key] = x.fill_(key)
         return self.count
 
     @rule(key=consumes(tensors))

@@ -9,7 +9,7 @@ from dstlib.engine.layers.fast_layer import Fast, FastLayer, become, obstacle_of
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.unit import FastUnit, make_unit, obstacle_to_unit
 from dstlib.engine.ops.conv import Triple
-from dstlib.engine.ops.max_pool import max_pool
+from dstlib.engine.ops.fusion_node import fusion_node
 from dstlib.layers.blocks import FusionNode, Unit
 
 
@@ -24,17 +24,18 @@ class FastFusionNode(Fast, FusionNode):
     def compute(self, plan: tuple[Triple | None], same: Tensor, coarser: Tensor, finer: Tensor | None) -> Tensor:
         """Computes it on the engine, if all of its parts can be."""
         parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
-        upward, units, (window,) = parts["upward"], [*parts["units"]._modules.values()], plan
-        plans = [upward.plan(), *(each.plan() for each in units)]
+        upward, (first, *others), (window,) = parts["upward"], parts["units"]._modules.values(), plan
+        plans = [upward.plan(), first.plan(), *(each.plan() for each in others)]
         if coarser is None or None in plans or (window is not None and finer is None):
             y: Tensor = self.as_plain(same, coarser, finer)
             return y
-        sources = [feature_map(same), upward.refine(plans[0], feature_map(coarser))]
+        maps = [feature_map(same), feature_map(coarser)]
         if finer is not None and window is not None:
-            sources.append(max_pool(feature_map(finer), window))
-        for each, of_unit in zip(units, plans[1:], strict=True):
-            sources = [each.fuse(of_unit, sources)]  # whose memory serves again from here on
-        return Pending.of(sources[0])
+            maps.append(feature_map(finer))
+        x = fusion_node(maps, (upward.weights(upward), plans[0]), window, *first.settings(plans[1]))
+        for each, of_unit in zip(others, plans[2:], strict=True):
+            x = each.fuse(of_unit, [x])
+        return Pending.of(x)
 
     def state(self) -> tuple[object, ...]:
         """Returns what the plan depends on."""

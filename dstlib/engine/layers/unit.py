@@ -15,8 +15,9 @@ from dstlib.engine.layers.fast_layer import (
 )
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
-from dstlib.engine.ops.conv import Geometry, unit
+from dstlib.engine.ops.conv import Affine, Geometry, unit
 from dstlib.engine.ops.feature_map import FeatureMap
+from dstlib.engine.ops.patterns import Weights
 from dstlib.layers.blocks import Unit
 from dstlib.layers.shift import Shift, channel_moves
 
@@ -37,10 +38,14 @@ class FastUnit(FollowsKernels, Unit):
 
     def fuse(self, plan: Geometry, sources: Sequence[FeatureMap]) -> FeatureMap:
         """Computes the unit on the concatenation of maps."""
+        return unit(sources, *self.settings(plan))
+
+    def settings(self, plan: Geometry) -> tuple[Weights, Geometry, Affine, float]:
+        """Returns what the unit computes with besides maps."""
         parts: dict[str, Any] = self._modules  # where attributes that are modules are found at once
         norm = parts["norm"]
         affine = norm._parameters["weight"], norm._parameters["bias"], norm.eps
-        return unit(sources, self.weights(parts["conv"]), plan, affine, parts["activation"].negative_slope)
+        return self.weights(parts["conv"]), plan, affine, parts["activation"].negative_slope
 
     def followed(self) -> Any:
         """Returns the weight of the convolution."""

@@ -6,7 +6,7 @@ A active kernels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from dstlib.engine.ops.patterns import Weights, rows_of
 from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
+from dstlib.engine.runtime.memory import zeros
 from dstlib.engine.runtime.structs import FORM_DIRECT, FORM_WINOGRAD
 
 Triple = tuple[int, int, int]
@@ -268,35 +269,47 @@ def _statistics(y: Tensor, affine: Tensors, eps: float) -> Tensor:
 
 
 def _backward_input(name: str, form: int, accepts: Accepts) -> Implementation[ConvProblem]:
-    """Returns the gradient (N, C, D, H, W) of the concatenated, activated maps, in a form.
+    """Returns the gradient (N, C, D, H, W) of each activated map, in a form.
 
-    It is a convolution with the transposed, reflected kernels.
+    It is a convolution with the transposed, reflected kernels, whose rows are those of one map after the other.
     """
 
-    def run(found: Kernels, problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
+    def run(kernels: Kernels, problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
         given, grad = problem.named(tensors), to_depth_last(tensors[-1])
-        packed = pack_weights(found, given.weight, given.transposed[2], form, reflected=True)
-        out = empty_depth_last(given.input_size, grad)
+        packed = pack_weights(kernels, given.weight, given.transposed[2], form, reflected=True)
+        found = [empty_depth_last(x.raw.shape, grad) for x in given.maps]
         still, back = given.shifts.new_zeros(grad.shape[1]), -given.shifts
-        job = _job(problem, given.weight, given.transposed, grad.shape, out.shape)
-        job.sources[0], job.out, job.weights = source(grad), target(out), packed.data_ptr()
+        job = _job(problem, given.weight, given.transposed, grad.shape, given.input_size)
+        job.sources[0], job.out, job.weights = source(grad), target(found[0]), packed.data_ptr()
         job.shifts, job.out_shifts = still.data_ptr(), back.data_ptr()
-        check(_kernel(found, form)(job, torch.get_num_threads()), "convolution")
-        return [out]
+        for i, first in enumerate(accumulate(x.shape[1] for x in found[:-1])):
+            job.rest[i] = structs.Rows(target(found[i + 1]), first)
+        check(_kernel(kernels, form)(job, torch.get_num_threads()), "convolution")
+        return found
 
     return by_kernel(name, run, accepts, reads=ConvProblem.reads)
 
 
 def _backward_input_with_torch(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
-    given = problem.named(tensors)
+    given, grad = problem.named(tensors), tensors[-1]
     active, padding = _spread(given, given.active).unsqueeze(2), _padding(given.weight)
-    return [shifted(conv3d_input(given.input_size, active, tensors[-1], problem.stride, padding), -given.shifts)]
+    joined, (batch, _, *extents) = empty_depth_last(given.input_size, grad), given.input_size
+    for size in given.shifts.unique().tolist():  # one after the other, as each is put in torch's order, too
+        channels = (given.shifts == size).nonzero().flatten()
+        part = batch, len(channels), *extents
+        _move(joined, channels, conv3d_input(part, active[:, channels], grad, problem.stride, padding), -size)
+    return _apart(joined, given.maps)
+
+
+def _apart(joined: Tensor, maps: Sequence[FeatureMap]) -> list[Tensor]:
+    """Returns the part of each map, on memory of its own."""
+    return [joined] if len(maps) == 1 else [x.clone() for x in joined.split([x.raw.shape[1] for x in maps], dim=1)]
 
 
 def _backward_weights(found: Kernels, problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
     """Computes the gradients of weight and, where there is one, bias; the weight's with zeros where none is graded."""
     given, grad = problem.named(tensors), to_depth_last(tensors[-1])
-    grads = [torch.zeros_like(given.weight, memory_format=torch.contiguous_format)]
+    grads = [zeros(given.weight.shape)]
     maps = [(to_depth_last(x.raw), x.norm) for x in given.maps]
     job = _job(problem, given.weight, given.graded, given.input_size, grad.shape)
     for i, (x, norm) in enumerate(maps):
@@ -342,13 +355,20 @@ def shifted(x: Tensor, shifts: Tensor) -> Tensor:
     """
     if not shifts.any():
         return x
-    out, depth = torch.zeros_like(x), x.shape[2]
+    out = torch.empty_like(x)
     for size in shifts.unique().tolist():
         channels = (shifts == size).nonzero().flatten()
-        if abs(size) < depth:
-            moved = x[:, channels].narrow(2, max(-size, 0), depth - abs(size))
-            out[:, channels, max(size, 0) : depth + min(size, 0)] = moved
+        _move(out, channels, x[:, channels], size)
     return out
+
+
+def _move(out: Tensor, channels: Tensor, x: Tensor, size: int) -> None:
+    """Writes channels of a map, each ``size`` voxels further along depth than in x, zeros flowing in."""
+    depth = x.shape[2]
+    first, last = min(max(size, 0), depth), max(depth + min(size, 0), 0)
+    out[:, channels, first:last] = x[:, :, max(-size, 0) : max(-size, 0) + max(last - first, 0)]
+    out[:, channels, :first] = 0
+    out[:, channels, last:] = 0
 
 
 def _input(given: Given) -> Tensor:
@@ -370,7 +390,7 @@ def _padding(weight: Tensor) -> Triple:
     return 0, weight.shape[-2] // 2, weight.shape[-1] // 2
 
 
-def _plain(problem: ConvProblem, tensors: Tensors) -> Tensor:
+def plain_conv(problem: ConvProblem, tensors: Tensors) -> Tensor:
     """Computes the convolution, or the whole unit, by torch's operations; what is not graded is zero."""
     given = problem.named(tensors)
     x, weight = torch.cat(problem.values(tensors), dim=1), _spread(given, given.graded).unsqueeze(2)
@@ -387,21 +407,26 @@ def _empty(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
     return [y, y.new_empty(4, *y.shape[:2])] if problem.is_unit else [y]
 
 
-def _backward(problem: ConvProblem, kept: Tensors, grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
-    outputs, tensors = groups(kept, 2 * problem.is_unit)
-    given, grad, groups_wanted = problem.named(tensors), grads[0], problem.by_map(wanted)
+def _backward(problem: ConvProblem, kept: list[Tensor], grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
+    outputs = [kept.pop(0) for _ in range(2 * problem.is_unit)]
+    given, grad, groups_wanted = problem.named(kept), grads[0], problem.by_map(wanted)
     found: list[Sequence[Tensor | None]] = [[None] * len(group) for group in groups_wanted]
     if problem.is_unit:
-        y, statistics = outputs
-        scale, offset, mean, rstd = statistics.unbind()
-        normed = FeatureMap(y, (scale, offset, problem.slope))
-        grad, *found[3] = instance_norm_backward(normed, grad, mean, rstd, given.affine[0])
+        grad, *found[3] = backward_of_norm(problem, outputs, given.affine[0], grad)
     if any(groups_wanted[0]):
-        joined = CONV_BACKWARD_INPUT(problem, [*tensors, grad])[0]
-        found[0] = joined.split([x.raw.shape[1] for x in given.maps], dim=1)
+        found[0] = CONV_BACKWARD_INPUT(problem, [*kept, grad])
     if any(groups_wanted[2]):
-        found[2] = CONV_BACKWARD_WEIGHTS(problem, [*tensors, grad])
+        found[2] = CONV_BACKWARD_WEIGHTS(problem, [*kept, grad])
     return [*chain.from_iterable(found)]
+
+
+def backward_of_norm(
+    problem: ConvProblem, outputs: list[Tensor], gamma: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes from what a unit has made, which is let go, and its gradient those of the convolution, gamma and beta."""
+    statistics, y = outputs.pop(), outputs.pop()
+    scale, offset, mean, rstd = statistics.unbind()
+    return instance_norm_backward(FeatureMap(y, (scale, offset, problem.slope)), grad, mean, rstd, gamma)
 
 
 CONV_BACKWARD_INPUT = Operator(
@@ -413,7 +438,7 @@ CONV_BACKWARD_INPUT = Operator(
         _backward_input("direct", FORM_DIRECT, lambda problem, tensors: problem.stride == (1, 1, 1)),
         by_torch(_backward_input_with_torch),
     ),
-    fake=lambda problem, tensors: [empty_depth_last(problem.named(tensors).input_size, tensors[-1])],
+    fake=lambda problem, tensors: [torch.empty_like(x) for x in tensors[: len(problem.normed)]],
 )
 CONV_BACKWARD_WEIGHTS = Operator(
     "conv_backward_weights",
@@ -432,5 +457,5 @@ CONV = Operator(
     fake=_empty,
     backward=_backward,
     keep=lambda problem, tensors, outputs: [*(outputs if problem.is_unit else []), *tensors],
-    plain=_plain,
+    plain=plain_conv,
 )

@@ -17,6 +17,7 @@ from dstlib.engine.ops.patterns import Weights
 from dstlib.engine.ops.prepared import Places, PreparedCall, by_prepared, run, state_of
 from dstlib.engine.runtime import structs
 from dstlib.engine.runtime.library import Kernels, check
+from dstlib.engine.runtime.memory import zeros
 
 NUM_PATTERN = 4  # tensors: row_ptr and col_idx of the active kernels, then of the graded ones
 
@@ -68,8 +69,12 @@ def conv_transpose(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]
 
 def _stated(x: FeatureMap, weights: Weights, stride: tuple[int, int, int]) -> tuple[ConvTransposeProblem, list[Tensor]]:
     tensors, normed, slopes = flat([x])
-    patterns = [*weights.active.tensors[:2], *weights.graded.tensors[:2]]
-    return ConvTransposeProblem(normed, slopes, stride), [*tensors, weights.weight, *patterns]
+    return ConvTransposeProblem(normed, slopes, stride), [*tensors, *parameters_of(weights)]
+
+
+def parameters_of(weights: Weights) -> list[Tensor]:
+    """Returns what the operators take besides a map: the weight, and row_ptr and col_idx of its patterns."""
+    return [weights.weight, *weights.active.tensors[:2], *weights.graded.tensors[:2]]
 
 
 def _prepare(found: Kernels, problem: ConvTransposeProblem, maps: list[FeatureMap], tensors: Tensors) -> PreparedCall:
@@ -87,7 +92,8 @@ def _with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]
     return [empty_depth_last(y.shape, y).copy_(y)]
 
 
-def _plain(problem: ConvTransposeProblem, tensors: Tensors) -> Tensor:
+def plain_conv_transpose(problem: ConvTransposeProblem, tensors: Tensors) -> Tensor:
+    """Computes the transposed convolution by torch's operations; what is not graded is zero."""
     (x,), (_, (weight, _, _, *graded)) = problem.values(tensors), problem.split(tensors)
     return F.conv_transpose3d(x, _active(weight, *graded), stride=problem.stride)
 
@@ -111,7 +117,7 @@ def _backward_input_with_torch(problem: ConvTransposeProblem, tensors: Tensors) 
 def _backward_weights(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
     """Computes the gradient (C, O, d, h, w) of the weight, zeros where no kernel is graded."""
     (x,), (weight, _, _, row_ptr, col_idx, grad) = problem.split(tensors)
-    raw, grad, out = to_depth_last(x.raw), to_depth_last(grad), x.raw.new_zeros(weight.shape)
+    raw, grad, out = to_depth_last(x.raw), to_depth_last(grad), zeros(weight.shape)
     job = _job(raw, out, row_ptr, col_idx)
     job.input, job.grad, job.weights_grad = source(raw, x.norm), source(grad), out.data_ptr()
     check(found.conv_transpose_backward_weights(job, torch.get_num_threads()), "gradient of conv_transpose()")
@@ -158,7 +164,7 @@ def _read_backward(problem: ConvTransposeProblem, tensors: Tensors) -> Tensors:
 
 
 def _backward(
-    problem: ConvTransposeProblem, kept: Tensors, grads: Tensors, wanted: Sequence[bool]
+    problem: ConvTransposeProblem, kept: list[Tensor], grads: Tensors, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     given, position = [*kept, grads[0]], len(kept) - NUM_PATTERN - 1
     grad_x = CONV_TRANSPOSE_BACKWARD_INPUT(problem, given)[0] if wanted[0] else None
@@ -185,5 +191,5 @@ CONV_TRANSPOSE = Operator(
     fake=_empty,
     backward=_backward,
     keep=lambda problem, tensors, outputs: list(tensors),
-    plain=_plain,
+    plain=plain_conv_transpose,
 )

@@ -141,11 +141,11 @@ def _channels_first(problem: Problem, tensors: Tensors) -> list[Tensor]:
     return [torch.empty_like(tensors[0], memory_format=torch.contiguous_format)]
 
 
-def _back_to_depth_last(problem: Problem, kept: Tensors, grads: Tensors, wanted: object) -> list[Tensor]:
+def _back_to_depth_last(problem: Problem, kept: list[Tensor], grads: Tensors, wanted: object) -> list[Tensor]:
     return [to_depth_last(grads[0])]
 
 
-def _back_to_channels_first(problem: Problem, kept: Tensors, grads: Tensors, wanted: object) -> list[Tensor]:
+def _back_to_channels_first(problem: Problem, kept: list[Tensor], grads: Tensors, wanted: object) -> list[Tensor]:
     return [to_channels_first(grads[0])]
 
 

@@ -99,6 +99,11 @@ def _backward_with_torch(problem: MaxPoolProblem, tensors: Tensors) -> list[Tens
     return [empty_depth_last(x.raw.shape, x.raw).copy_(flat_grad.view(x.raw.shape))]
 
 
+def plain_max_pool(problem: MaxPoolProblem, tensors: Tensors) -> Tensor:
+    """Computes the maxima by torch's operations."""
+    return F.max_pool3d(problem.values(tensors)[0], problem.window)
+
+
 def _empty(problem: MaxPoolProblem, tensors: Tensors) -> list[Tensor]:
     return [empty_depth_last(problem.output_size(tensors[0]), tensors[0])]
 
@@ -116,5 +121,5 @@ MAX_POOL = Operator(
     fake=_empty,
     backward=lambda problem, kept, grads, wanted: MAX_POOL_BACKWARD(problem, [*kept, grads[0]]),
     keep=lambda problem, tensors, outputs: list(tensors),
-    plain=lambda problem, tensors: F.max_pool3d(problem.values(tensors)[0], problem.window),
+    plain=plain_max_pool,
 )

@@ -128,8 +128,8 @@ class Operator(Generic[P]):
     through ``torch.library``, whose registered gradients take 0.1 ms a call.
 
     ``fake`` takes a problem and tensors as an implementation does, and makes empty tensors alike. ``keep`` says, of
-    problem, tensors and outputs, which tensors the gradients need. ``backward`` makes of problem, these, the gradients
-    of the outputs and which gradients are wanted those of the tensors, None for one that has none, and nothing for the
+    problem, tensors and outputs, which tensors the gradients need. ``backward`` makes of problem, a list of these, which
+    it may empty as it no longer needs them, the gradients of the outputs and which gradients are wanted those of the tensors, None for one that has none, and nothing for the
     last ones that have none; it is made of operators itself.
 
     ``plain`` computes with torch alone what readers of the first output see, for whoever follows each of torch's
@@ -153,7 +153,7 @@ class Operator(Generic[P]):
         problem: type[P],
         implementations: Sequence[Implementation[P]],
         fake: Callable[[P, Tensors], list[Tensor]],
-        backward: Callable[[P, Tensors, Tensors, Sequence[bool]], Sequence[Tensor | None]] | None = None,
+        backward: Callable[[P, list[Tensor], Tensors, Sequence[bool]], Sequence[Tensor | None]] | None = None,
         keep: Callable[[P, Tensors, Tensors], list[Tensor]] = lambda problem, tensors, outputs: [],
         plain: Callable[[P, Tensors], Tensor] | None = None,
     ) -> None:
@@ -226,7 +226,8 @@ class Operator(Generic[P]):
     def gradients(self, ctx: Any, grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Computes the gradient of each tensor, None for one that has none."""
         assert self.backward is not None
-        kept = ctx.saved_tensors
+        kept = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # unless the graph is kept: else they would live until all is computed
         if torch.is_grad_enabled() and self.plain is not None and kept:
             return self._graded_again(ctx.problem, kept[len(kept) - len(wanted) :], grads[0], wanted)
         found = self.backward(ctx.problem, kept, grads, wanted)

@@ -12,7 +12,7 @@ import threading
 import weakref
 from bisect import insort
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -66,26 +66,26 @@ def buffer(num: int) -> Tensor:
     torch.Size([1048576])
     """
     if 4 * num < SMALLEST:
-        return _small(num)
-    (found,) = neighbours([num])
-    return found
-
-
-def neighbours(nums: Sequence[int]) -> list[Tensor]:
-    """Returns so many float32 numbers each, that lie one behind the other in memory; each goes by itself.
-
-    >>> x, y = neighbours([1 << 20, 1 << 19])
-    >>> y.data_ptr() - x.data_ptr() == 4 << 20
-    True
-    """
-    size = 4 * sum(nums)
-    if size < SMALLEST:
-        return list(_small(sum(nums)).split(list(nums)))
+        return torch.empty(num, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    size = 4 * num
     with _lock:
-        stretch, begin = _take(size)
+        stretch, first = _take(size)
         _count(size)
-    ends = accumulate((4 * num for num in nums), initial=begin)
-    return [_lend(stretch, first, last) for first, last in pairwise(ends)]
+    # torch holds this very object for as long as it uses the memory
+    view = memoryview(stretch)[stretch.start + first : stretch.start + first + size]
+    loan = _Loan(view, _give_back)
+    loan.stretch, loan.range = stretch, (first, first + size)
+    _loans[id(loan)] = loan
+    return torch.frombuffer(view, dtype=torch.float32)
+
+
+def zeros(size: Sequence[int]) -> Tensor:
+    """Returns zeros in float32 on the CPU, for gradients that maps may take the place of once they are gone.
+
+    >>> zeros((1, 2))
+    tensor([[0., 0.]])
+    """
+    return buffer(prod(size)).resize_(tuple(size)).zero_()  # itself, no view
 
 
 def release_memory() -> None:
@@ -99,20 +99,6 @@ def trim_heap() -> None:
     """Gives what has been freed in pieces back to the system, where the allocator is glibc's, which keeps it else."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-
-
-def _small(num: int) -> Tensor:
-    return torch.empty(num, dtype=torch.float32, device="cpu")  # whatever the defaults are
-
-
-def _lend(stretch: _Stretch, first: int, last: int) -> Tensor:
-    """Returns the numbers of a range, which comes back when the last tensor on it is gone."""
-    # torch holds this very object for as long as it uses the memory
-    view = memoryview(stretch)[stretch.start + first : stretch.start + last]
-    loan = _Loan(view, _give_back)
-    loan.stretch, loan.range = stretch, (first, last)
-    _loans[id(loan)] = loan
-    return torch.frombuffer(view, dtype=torch.float32)
 
 
 def _take(size: int) -> tuple[_Stretch, int]:

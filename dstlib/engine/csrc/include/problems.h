@@ -57,6 +57,13 @@ typedef struct {
     float* statistics;  // (4, N, num_rows): scale, offset, mean, 1 / sqrt(variance + eps); or null: no norm follows
 } InstanceNorm;
 
+// Rows of the output from `from` on that lie on memory of their own, in the order of rows; from = 0: none. Strides along h
+// and w are those of the rows before.
+typedef struct {
+    Target out;
+    int64_t from;
+} Rows;
+
 // y[n, o, d, h, w] = bias[o] + sum over active (o, c) and taps (i, j) of weights[i, j, (o, c)] *
 //     x[n, c, d * stride.d - shifts[c], h * stride.h + i - padding.h, w * stride.w + j - padding.w]
 // where x is the concatenation of the sources, and zero outside.
@@ -77,6 +84,7 @@ typedef struct {
     const int64_t* index;  // gradient of the weights only: (nnz), where each connection lies in weights_grad
     float* weights_grad;   // (connections, kernel_size); there `out` is the gradient of y, which is read
     float* bias_grad;      // (num_rows) or null
+    Rows rest[2];          // MAX_SOURCES - 1; the gradient of the input only: where that of further sources lies
 } Conv;
 
 // The forms of a convolution: Winograd's F(4x4, 3x3), or tap by tap.
