@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.grad import conv3d_input, conv3d_weight
 
-from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_last, flat, pattern_of, source, target
+from dstlib.engine.ops.feature_map import (
+    FeatureMap,
+    MapProblem,
+    empty,
+    empty_depth_last,
+    empty_gradient,
+    flat,
+    pattern_of,
+    source,
+    target,
+)
 from dstlib.engine.ops.instance_norm import instance_norm_backward
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Implementation, Item, Operator, Tensors, by_kernel, by_torch, groups
@@ -202,7 +212,7 @@ def pack_weights(found: Kernels, weight: Tensor, index: Tensor, form: int, *, re
     """Returns the active kernels of a weight as a form reads them: (A · 36) for Winograd's, or (A · kh · kw)."""
     weight = weight.detach().contiguous()
     taps = weight.shape[-2] * weight.shape[-1]
-    out = weight.new_empty(index.numel() * (36 if form == FORM_WINOGRAD else taps))
+    out = empty(index.numel() * (36 if form == FORM_WINOGRAD else taps), weight)
     job = structs.PackWeights(weight.data_ptr(), index.data_ptr(), out.data_ptr(), index.numel(), taps, form, reflected)
     check(found.conv_pack_weights(job, torch.get_num_threads()), "pack_weights()")
     return out
@@ -277,7 +287,7 @@ def _backward_input(name: str, form: int, accepts: Accepts) -> Implementation[Co
     def run(kernels: Kernels, problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
         given, grad = problem.named(tensors), to_depth_last(tensors[-1])
         packed = pack_weights(kernels, given.weight, given.transposed[2], form, reflected=True)
-        found = [empty_depth_last(x.raw.shape, grad) for x in given.maps]
+        found = [empty_gradient(x.raw.shape, grad) for x in given.maps]
         still, back = given.shifts.new_zeros(grad.shape[1]), -given.shifts
         job = _job(problem, given.weight, given.transposed, grad.shape, given.input_size)
         job.sources[0], job.out, job.weights = source(grad), target(found[0]), packed.data_ptr()
@@ -293,7 +303,7 @@ def _backward_input(name: str, form: int, accepts: Accepts) -> Implementation[Co
 def _backward_input_with_torch(problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
     given, grad = problem.named(tensors), tensors[-1]
     active, padding = _spread(given, given.active).unsqueeze(2), _padding(given.weight)
-    joined, (batch, _, *extents) = empty_depth_last(given.input_size, grad), given.input_size
+    joined, (batch, _, *extents) = empty_gradient(given.input_size, grad), given.input_size
     for size in given.shifts.unique().tolist():  # one after the other, as each is put in torch's order, too
         channels = (given.shifts == size).nonzero().flatten()
         part = batch, len(channels), *extents
@@ -423,7 +433,7 @@ def _backward(problem: ConvProblem, kept: list[Tensor], grads: Tensors, wanted: 
 def backward_of_norm(
     problem: ConvProblem, outputs: list[Tensor], gamma: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes from what a unit has made, which is let go, and its gradient those of the convolution, gamma and beta."""
+    """Computes from what a unit has made, which is let go, and its gradient those of convolution, gamma and beta."""
     statistics, y = outputs.pop(), outputs.pop()
     scale, offset, mean, rstd = statistics.unbind()
     return instance_norm_backward(FeatureMap(y, (scale, offset, problem.slope)), grad, mean, rstd, gamma)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_last, flat, pattern_of, source, target
+from dstlib.engine.ops.feature_map import (
+    FeatureMap,
+    MapProblem,
+    empty_depth_last,
+    empty_gradient,
+    flat,
+    pattern_of,
+    source,
+    target,
+)
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, Tensors, by_kernel, by_torch
 from dstlib.engine.ops.patterns import Weights
@@ -101,7 +110,7 @@ def plain_conv_transpose(problem: ConvTransposeProblem, tensors: Tensors) -> Ten
 def _backward_input(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
     """Computes the gradient (N, C, D, H, W) of the activated map."""
     _, (weight, row_ptr, col_idx, *_, grad) = problem.split(tensors)
-    grad, weight, out = to_depth_last(grad), weight.contiguous(), empty_depth_last(tensors[0].shape, grad)
+    grad, weight, out = to_depth_last(grad), weight.contiguous(), empty_gradient(tensors[0].shape, grad)
     job = _job(out, weight, row_ptr, col_idx)
     job.grad, job.out, job.weights = source(grad), target(out), weight.data_ptr()
     check(found.conv_transpose_backward_input(job, torch.get_num_threads()), "gradient of conv_transpose()")
@@ -111,7 +120,7 @@ def _backward_input(found: Kernels, problem: ConvTransposeProblem, tensors: Tens
 def _backward_input_with_torch(problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
     _, (weight, row_ptr, col_idx, *_, grad) = problem.split(tensors)
     found = F.conv3d(grad, _active(weight, row_ptr, col_idx), stride=tuple(weight.shape[2:]))
-    return [empty_depth_last(tensors[0].shape, tensors[0]).copy_(found)]
+    return [empty_gradient(tensors[0].shape, tensors[0]).copy_(found)]
 
 
 def _backward_weights(found: Kernels, problem: ConvTransposeProblem, tensors: Tensors) -> list[Tensor]:
@@ -176,7 +185,7 @@ CONV_TRANSPOSE_BACKWARD_INPUT = Operator(
     "conv_transpose_backward_input",
     ConvTransposeProblem,
     (by_kernel("direct", _backward_input, reads=_read_backward), by_torch(_backward_input_with_torch)),
-    fake=lambda problem, tensors: [empty_depth_last(tensors[0].shape, tensors[0])],
+    fake=lambda problem, tensors: [empty_gradient(tensors[0].shape, tensors[0])],
 )
 CONV_TRANSPOSE_BACKWARD_WEIGHTS = Operator(
     "conv_transpose_backward_weights",

@@ -8,6 +8,7 @@ Torch's own operations give the same results on such a map as on any other.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -132,9 +133,24 @@ def empty_depth_last(size: Sequence[int], like: Tensor) -> Tensor:
     same few places of the caches.
     """
     num, strides = depth_last(size)
+    return empty(num, like).as_strided_(tuple(size), strides)  # itself, no view: see placed()
+
+
+def empty_gradient(size: Sequence[int], like: Tensor) -> Tensor:
+    """Returns a new map (N, C, D, H, W), depth last and without gaps: autograd adds such gradients up in place.
+
+    >>> empty_gradient((1, 2, 3, 64, 64), torch.zeros(1)).permute(0, 1, 3, 4, 2).is_contiguous()
+    True
+    """
+    _, channels, depth, height, width = size
+    channel = height * width * depth
+    return empty(prod(size), like).as_strided_(tuple(size), (channels * channel, channel, 1, width * depth, depth))
+
+
+def empty(num: int, like: Tensor) -> Tensor:
+    """Returns numbers of any value, of the type and place of ``like``, on memory that was used before if it can."""
     reusable = like.dtype == torch.float32 and type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
-    memory = buffer(num) if reusable else like.new_empty(num)
-    return memory.as_strided_(tuple(size), strides)  # itself, no view: see placed()
+    return buffer(num) if reusable else like.new_empty(num)
 
 
 def depth_last(size: Sequence[int]) -> tuple[int, tuple[int, ...]]:

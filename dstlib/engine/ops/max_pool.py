@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_last, flat, source, target
+from dstlib.engine.ops.feature_map import FeatureMap, MapProblem, empty_depth_last, empty_gradient, flat, source, target
 from dstlib.engine.ops.layouts import to_depth_last
 from dstlib.engine.ops.operator import Operator, Tensors, by_kernel, by_torch
 from dstlib.engine.ops.prepared import Places, PreparedCall, PreparedCalls, by_prepared, run, state_of
@@ -83,7 +83,7 @@ def _with_torch(problem: MaxPoolProblem, tensors: Tensors) -> list[Tensor]:
 
 def _backward_by_kernel(found: Kernels, problem: MaxPoolProblem, tensors: Tensors) -> list[Tensor]:
     (x,), (grad,) = problem.split(tensors)
-    raw, grad, out = to_depth_last(x.raw), to_depth_last(grad), empty_depth_last(x.raw.shape, x.raw)
+    raw, grad, out = to_depth_last(x.raw), to_depth_last(grad), empty_gradient(x.raw.shape, x.raw)
     if any(extent % step for extent, step in zip(raw.shape[2:], problem.window, strict=True)):
         out.zero_()  # what is in no window is not written
     job = structs.MaxPool(source(raw, x.norm), source(grad), target(out), (len(out), *out.shape[2:]), problem.window)
@@ -96,7 +96,7 @@ def _backward_with_torch(problem: MaxPoolProblem, tensors: Tensors) -> list[Tens
     _, index = F.max_pool3d(x.activated(), problem.window, return_indices=True)
     flat_grad = grad.new_zeros(*x.raw.shape[:2], x.raw.shape[2:].numel())
     flat_grad.scatter_(2, index.flatten(2), grad.flatten(2))
-    return [empty_depth_last(x.raw.shape, x.raw).copy_(flat_grad.view(x.raw.shape))]
+    return [empty_gradient(x.raw.shape, x.raw).copy_(flat_grad.view(x.raw.shape))]
 
 
 def plain_max_pool(problem: MaxPoolProblem, tensors: Tensors) -> Tensor:
@@ -112,7 +112,7 @@ MAX_POOL_BACKWARD = Operator(
     "max_pool_backward",
     MaxPoolProblem,
     (by_kernel("direct", _backward_by_kernel), by_torch(_backward_with_torch)),
-    fake=lambda problem, tensors: [empty_depth_last(tensors[0].shape, tensors[0])],
+    fake=lambda problem, tensors: [empty_gradient(tensors[0].shape, tensors[0])],
 )
 MAX_POOL = Operator(
     "max_pool",

@@ -128,9 +128,10 @@ class Operator(Generic[P]):
     through ``torch.library``, whose registered gradients take 0.1 ms a call.
 
     ``fake`` takes a problem and tensors as an implementation does, and makes empty tensors alike. ``keep`` says, of
-    problem, tensors and outputs, which tensors the gradients need. ``backward`` makes of problem, a list of these, which
-    it may empty as it no longer needs them, the gradients of the outputs and which gradients are wanted those of the tensors, None for one that has none, and nothing for the
-    last ones that have none; it is made of operators itself.
+    problem, tensors and outputs, which tensors the gradients need. ``backward`` makes of problem, these, the gradients
+    of the outputs and which gradients are wanted those of the tensors, None for one that has none, and nothing for the
+    last ones that have none; it is made of operators itself. What is kept is a list that it may take from: what is no
+    longer in it goes, unless the graph is kept.
 
     ``plain`` computes with torch alone what readers of the first output see, for whoever follows each of torch's
     operations: ``torch.func``, derivatives in forward mode, and gradients of gradients. Then what is kept ends with all
