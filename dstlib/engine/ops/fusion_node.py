@@ -150,8 +150,8 @@ def _backward(
     of_maps: list[Tensor | None] = [None] * len(maps)
     of_upward = None
     if any(chain(*wants_maps, wants_upward)):
-        of_maps = [*CONV_BACKWARD_INPUT(problem.of_unit, [*problem.join(tensors, problem.outlines(tensors)), grad])]
-        fine, *coarse = of_maps[1:]
+        joined = problem.join(tensors, problem.outlines(tensors))
+        of_maps[0], fine, *coarse = CONV_BACKWARD_INPUT(problem.of_unit, [*joined, grad])
         given = [*maps[1], *upward, fine]
         of_maps[1] = CONV_TRANSPOSE_BACKWARD_INPUT(problem.of_upward, given)[0] if wants_maps[1][0] else None
         of_upward = CONV_TRANSPOSE_BACKWARD_WEIGHTS(problem.of_upward, given)[0] if wants_upward[0] else None
