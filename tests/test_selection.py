@@ -75,6 +75,37 @@ def test_one_group_and_many_take_the_same_decisions(problem: tuple[Tensor, Tenso
     assert torch.equal(torch.cat(one_by_one), select_top(score_GU, num_G, among_GU=among_GU))
 
 
+@st.composite
+def long_problems(draw: st.DrawFn) -> tuple[Tensor, int, Tensor]:
+    """So many units that each 64th is looked at first, which may be unlike the others."""
+    rng = generator(draw(seeds))
+    num_units = draw(st.sampled_from([10_000, 20_011]))
+    number = torch.arange(num_units)
+    kinds = {
+        "any": lambda: torch.randn(num_units, generator=rng),
+        "few": lambda: torch.randint(0, 4, (num_units,), generator=rng).float(),
+        "alike": lambda: torch.zeros(num_units),
+        "rising": lambda: number.float(),
+        "each 64th is high": lambda: torch.rand(num_units, generator=rng) + 2.0 * (number % 64 == 0),
+        "each 64th is low": lambda: torch.rand(num_units, generator=rng) - 2.0 * (number % 64 == 0),
+        "infinite": lambda: torch.tensor([torch.inf, -torch.inf, 0.0])[number * 7 % 3],
+    }
+    score_U = kinds[draw(st.sampled_from(sorted(kinds)))]().to(draw(st.sampled_from([torch.float32, torch.float64])))
+    among_U = torch.rand(num_units, generator=rng) < draw(st.sampled_from([0.01, 0.3, 1.0]))
+    share = draw(st.sampled_from([0.0, 0.001, 0.03, 0.5, 0.97, 0.999, 1.0]))
+    return score_U, int(share * int(among_U.sum())), among_U
+
+
+@given(long_problems())
+def test_of_many_units_the_choice_is_that_of_a_sort(problem: tuple[Tensor, int, Tensor]) -> None:
+    """Beside a second group, which is selected by sorting, and gets the same."""
+    score_U, num, among_U = problem
+    alone = select_top(score_U[None], torch.tensor([num]), among_GU=among_U[None])
+    both = select_top(score_U.repeat(2, 1), torch.tensor([num, num]), among_GU=among_U.repeat(2, 1))
+    assert int(alone.sum()) == num
+    assert torch.equal(alone[0], both[0])
+
+
 @given(problems(), seeds)
 def test_renumbering_the_units_renumbers_the_choice(problem: tuple[Tensor, Tensor, Tensor], seed: int) -> None:
     """Without ties, that is."""

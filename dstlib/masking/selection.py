@@ -3,10 +3,13 @@
 Shapes: G groups, U units.
 """
 
+from math import ceil, floor, sqrt
+
 import torch
 from torch import Tensor
 
 _STRIDE = 64
+_FEW = 0.125  # of the candidates
 
 
 def select_top(score_GU: Tensor, num_G: Tensor, *, among_GU: Tensor) -> Tensor:
@@ -57,32 +60,45 @@ def _threshold(score_GU: Tensor, num_G: Tensor, among_GU: Tensor) -> Tensor:
 def _select_of_one(score_U: Tensor, num: int, among_U: Tensor) -> Tensor:
     """Marks the ``num`` highest-scoring units of a single group, (U,).
 
-    Of millions few are looked at more than once: those that score no less than a bound. What is found of these is
-    exact, as long as they are enough.
+    Of millions few are looked at more than once: those between two bounds. What is found of these is exact, as long as
+    the last of the best is one of them.
     """
-    chosen_U = torch.zeros_like(among_U)
+    chosen_U, unsure_U, num_left = torch.zeros_like(among_U), among_U, num
     if num == 0:
         return chosen_U
-    bound = _bound(score_U, num, among_U)
-    index = (among_U if bound is None else among_U & (score_U >= bound)).nonzero()[:, 0]
-    if len(index) < num:
-        index = among_U.nonzero()[:, 0]
+    low, high = _bounds(score_U, num, among_U)
+    if high is not None:
+        chosen_U = among_U & (score_U > high)
+        unsure_U, num_left = among_U & ~chosen_U, num - int(chosen_U.count_nonzero())
+    if low is not None:
+        unsure_U = unsure_U & (score_U >= low)
+    index = unsure_U.nonzero()[:, 0]
+    if not 0 <= num_left <= len(index):  # what was looked at is unlike the rest
+        chosen_U, index, num_left = torch.zeros_like(among_U), among_U.nonzero()[:, 0], num
         assert num <= len(index), "more units asked for than there are candidates"
-    score = score_U[index]
-    threshold = score.kthvalue(len(score) - num + 1).values
-    above, tied = score > threshold, score == threshold
-    first = tied.cumsum(dim=0) <= num - above.count_nonzero()
-    chosen_U[index[above | (tied & first)]] = True
+    if num_left:
+        score = score_U[index]
+        threshold = score.kthvalue(len(score) - num_left + 1).values
+        above, tied = score > threshold, score == threshold
+        first = tied.cumsum(dim=0) <= num_left - above.count_nonzero()
+        chosen_U[index[above | (tied & first)]] = True
     return chosen_U
 
 
-def _bound(score_U: Tensor, num: int, among_U: Tensor) -> Tensor | None:
-    """Returns a score that a little more than the ``num`` highest candidates have, by what each 64th unit shows.
+def _bounds(score_U: Tensor, num: int, among_U: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Returns two scores between which that of the last of the ``num`` best lies, by what each 64th unit shows.
 
-    None where most candidates have it: to look for them would take longer than to take all.
+    None where that bound would be beyond all scores, or would leave out so few that to look for them takes longer than
+    to take them.
     """
     sample = score_U[::_STRIDE][among_U[::_STRIDE]]
-    num_above = int(1.05 * num / _STRIDE) + 64  # far beyond what chance leaves out
-    if 2 * num_above > len(sample):
-        return None
-    return sample.kthvalue(len(sample) - num_above + 1).values
+    share = min(num / (_STRIDE * len(sample)), 1.0) if len(sample) else 1.0
+    margin = 64 + 4 * sqrt(share * (1 - share) * len(sample))  # far beyond what chance leaves out
+    last = (1 - share) * len(sample)  # where it would be if the sample were all, in rising order
+    places = floor(last - margin), ceil(last + margin)
+    is_worth = share < 1 - _FEW, share > _FEW
+    low, high = (
+        sample.kthvalue(i + 1).values if worth and 0 <= i < len(sample) else None
+        for i, worth in zip(places, is_worth, strict=True)
+    )
+    return low, high
