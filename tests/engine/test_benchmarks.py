@@ -29,6 +29,7 @@ HELPFUL = (
     "gpu_losses.py",
     "soak.py",
     "before_after.py",
+    "busy.py",
 )
 
 
@@ -48,6 +49,14 @@ def test_a_small_run_writes_what_it_prints(tmp_path):
     assert "832→320, 2×2×2" in run("conv.py", *options)
     assert (tmp_path / "conv.png").is_file()
     assert "832" in json.dumps(json.loads((tmp_path / "conv.json").read_text()))
+
+
+def test_layers_are_chosen_beside_other_programs(tmp_path):
+    printed = run("busy.py", "--sizes", "--programs", "1", "--tries", "1", "--out", str(tmp_path))
+    assert "10 (Linear)" in printed
+    rows = json.loads((tmp_path / "busy.json").read_text())["results"]
+    assert [row["layer"].split()[0] for row in rows] == ["0", "2", "4", "6", "8", "10", "12"]
+    assert all(row["gain"] > 0 and row["chosen"] in (0, 1) and len(row["gains_busy"]) == 1 for row in rows)
 
 
 def test_a_short_soak_says_what_it_saw(tmp_path):

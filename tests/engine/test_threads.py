@@ -188,5 +188,5 @@ def test_no_two_threads_touch_the_same_memory_at_once(tmp_path: Path):
     # the sanitizer wants the places of memory as they were before systems made them more random
     command = [*(["setarch", "-R"] if shutil.which("setarch") else []), program]
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr[-4000:]
