@@ -89,6 +89,7 @@ def accelerate(
     >>> list(fast.state_dict()) == list(layer.state_dict()), len(fast.decisions)
     (True, 1)
     """
+    is_crowded = watch_crowd()  # what comes before the first pass may tell already
     masks = _of_plain({} if masks is None else masks, held_weights(unwrap(model)))
     refuse_outside(find_outside(find_masked(model, masks, "accelerate()"), masks), "accelerate()", OTHERWISE)
     fast = _twin(model)
@@ -98,7 +99,7 @@ def accelerate(
     if decisions is None:
         trial = _twin(model)
         _make_fast(trial, able, layers)
-        tries, busy = _measure(trial, {name: candidates[name] for name in able}, example_input)
+        tries, busy = _measure(trial, {name: candidates[name] for name in able}, example_input, is_crowded)
         rows = (
             Decision.of(name, type(layer).__name__, tries[name], _active(layer))
             if name in tries
@@ -178,23 +179,20 @@ def _active(layer: nn.Module) -> float:
     return sum(int(weight.count_nonzero()) for weight in weights) / total if total else 1.0
 
 
-def _measure(fast: nn.Module, plain: Mapping[str, nn.Module], example: Any) -> tuple[dict[str, Tries], bool]:
-    """Measures what each layer takes in both forms, and whether others took the cores meanwhile.
+def _measure(
+    fast: nn.Module, plain: Mapping[str, nn.Module], example: Any, is_crowded: Callable[[], bool]
+) -> tuple[dict[str, Tries], bool]:
+    """Measures what each layer takes in both forms, and tells whether others took the cores meanwhile.
 
     Where they do, what a layer takes depends on whose turn it is, and on threads that wait for each other: torch's form
     of E2ENet took ten times as long, single layers anything. So there it is timed how long a single thread runs.
     """
     is_on_gpu = any(parameter.is_cuda for parameter in fast.parameters())
-    is_crowded = _never if is_on_gpu else watch_crowd()
-    tries = _tries(fast, plain, example, time.perf_counter, is_crowded)
-    if not is_crowded():
+    tries = _tries(fast, plain, example, time.perf_counter, lambda: not is_on_gpu and is_crowded())
+    if is_on_gpu or not is_crowded():
         return tries, False
     with one_thread():
-        return _tries(fast, plain, example, time.thread_time, _never), True
-
-
-def _never() -> bool:
-    return False
+        return _tries(fast, plain, example, time.thread_time, lambda: False), True
 
 
 @torch.no_grad()
@@ -217,7 +215,8 @@ def _tries(
     try:
         for layer in layers:
             layer.eval()  # norms that keep statistics must not learn from the example
-        fast(*args, **kwargs)  # the first warms up
+        if not is_over():
+            fast(*args, **kwargs)  # the first warms up
         began, passes = time.perf_counter(), 0
         while not is_over() and _is_to_go_on(passes, time.perf_counter() - began):
             for each in seconds.values():
@@ -239,10 +238,10 @@ def _tries(
 def _is_to_go_on(passes: int, seconds: float) -> bool:
     """Tells whether layers are to be timed in another pass: in three, in more of short ones, in one if that is long.
 
-    >>> _is_to_go_on(2, 5.0), _is_to_go_on(3, 5.0), _is_to_go_on(3, 0.1), _is_to_go_on(20, 0.1), _is_to_go_on(1, 30.0)
+    >>> _is_to_go_on(2, 4.0), _is_to_go_on(3, 4.0), _is_to_go_on(3, 0.1), _is_to_go_on(20, 0.1), _is_to_go_on(1, 9.0)
     (True, False, True, False, False)
     """
-    return passes < (1 if seconds > 20 else 3 if seconds > 0.2 else 20)
+    return passes < (20 if seconds < 0.2 else 3 if seconds < 5 else 1)
 
 
 def _timed(layer: nn.Module, plain: nn.Module, seconds: list[float], clock: Callable[[], float]) -> Iterator[Any]:

@@ -417,8 +417,8 @@ def test_where_others_take_the_cores_one_thread_is_timed(takes_cores: bool, monk
     finally:
         torch.set_num_threads(before)
     assert fast.decisions.busy is takes_cores
-    assert set(threads) == ({1, 2} if takes_cores else {2})
-    assert threads.count(2) <= (1 if takes_cores else 21)  # warmed up, and left
+    assert set(threads) == {1 if takes_cores else 2}
+    assert 4 <= len(threads) <= 21  # the first warms up
     rows = fast.decisions.values()
     assert all(row.plain_ms and row.fast_ms and row.spread >= 1 and row.active == 1 for row in rows)
 
