@@ -7,7 +7,8 @@
 It starts the other programs itself, one per core unless --programs says otherwise: each a loop of Python that never
 rests. First every network runs alone, in rounds in which each takes its turn, then beside them. The networks are those
 of `e2enet_inference.py`: E2ENet at sparsity 0.9 by `accelerate`, whose decisions are taken alone, and as a plan;
-nnU-Net in torch, and where they are installed (extra "bench") in OpenVINO and ONNX Runtime, by as many threads. Columns:
+nnU-Net in torch and, where they are installed (extra "bench"), in OpenVINO and ONNX Runtime, by as many threads.
+Columns:
 
     alone, busy     milliseconds, medians
     slowdown        busy over alone
