@@ -226,6 +226,9 @@ VARIANTS = {
     "steps": _varied(stride=(2, 2, 2)),
     "flat steps": _varied(stride=(1, 2, 2)),
     "long steps": _varied(stride=(3, 2, 1)),
+    "wide steps": _varied(
+        stride=(2, 2, 2), size=(17, 5, 17), channels=(7, 2, 16), shifts=(0,) * 25, density=1.0, graded=1.0
+    ),
     "nothing active": _varied(density=0.0, graded=1.0),
     "one channel": _varied(channels=(1,), shifts=(1,), outputs=1, density=1.0, graded=1.0),
     "many outputs": _varied(outputs=40, batch=1, size=(3, 2, 2)),
@@ -260,6 +263,18 @@ def test_graded_connections_are_those_asked_for(case: Case):
     assert all_of_it[~active].any() or active.all()
     assert torch.equal(some[active], all_of_it[active])
     assert not some[~active].any()
+
+
+def test_the_gradient_of_a_strided_input_by_hand():
+    """Of four rows or columns the second is seen by both outputs; of depths every other one is seen."""
+    x, full = torch.zeros(1, 1, 4, 4, 4, requires_grad=True), Pattern.of(torch.ones(1, 1, dtype=torch.bool))
+    weights = Weights(torch.ones(1, 1, 1, 3, 3), None, full, full)
+    moved = Geometry(torch.ones(1, dtype=torch.int32), (2, 2, 2))  # depths 0 and 2 read depths -1 and 1
+    conv([FeatureMap(x)], weights, moved).raw.sum().backward()
+    seen = torch.tensor([1.0, 2.0, 1.0, 1.0])
+    depths = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert x.grad is not None
+    assert torch.equal(x.grad[0, 0], depths[:, None, None] * seen[:, None] * seen)  # small whole numbers: exact
 
 
 @pytest.mark.parametrize("wanted", ["source", "weight", "bias"])

@@ -278,15 +278,16 @@ def _statistics(y: Tensor, affine: Tensors, eps: float) -> Tensor:
     return torch.stack([scale, beta - scale * mean, mean, rstd]).to(y.dtype)
 
 
-def _backward_input(name: str, form: int, accepts: Accepts) -> Implementation[ConvProblem]:
+def _backward_input(name: str, form: int, accepts: Accepts, *, strided: bool = False) -> Implementation[ConvProblem]:
     """Returns the gradient (N, C, D, H, W) of each activated map, in a form.
 
-    It is a convolution with the transposed, reflected kernels, whose rows are those of one map after the other.
+    It is a convolution with the transposed, reflected kernels, whose rows are those of one map after the other; with a
+    stride it is none, and has a kernel of its own.
     """
 
     def run(kernels: Kernels, problem: ConvProblem, tensors: Tensors) -> list[Tensor]:
         given, grad = problem.named(tensors), to_depth_last(tensors[-1])
-        packed = pack_weights(kernels, given.weight, given.transposed[2], form, reflected=True)
+        packed = pack_weights(kernels, given.weight, given.transposed[2], form, reflected=not strided)
         found = [empty_gradient(x.raw.shape, grad) for x in given.maps]
         still, back = given.shifts.new_zeros(grad.shape[1]), -given.shifts
         job = _job(problem, given.weight, given.transposed, grad.shape, given.input_size)
@@ -294,7 +295,8 @@ def _backward_input(name: str, form: int, accepts: Accepts) -> Implementation[Co
         job.shifts, job.out_shifts = still.data_ptr(), back.data_ptr()
         for i, first in enumerate(accumulate(x.shape[1] for x in found[:-1])):
             job.rest[i] = structs.Rows(target(found[i + 1]), first)
-        check(_kernel(kernels, form)(job, torch.get_num_threads()), "convolution")
+        kernel = kernels.conv_strided_backward_input if strided else _kernel(kernels, form)
+        check(kernel(job, torch.get_num_threads()), "gradient of a convolution's input")
         return found
 
     return by_kernel(name, run, accepts, reads=ConvProblem.reads)
@@ -444,8 +446,8 @@ CONV_BACKWARD_INPUT = Operator(
     ConvProblem,
     (
         _backward_input("winograd", FORM_WINOGRAD, _suits_winograd),
-        # with a stride torch computes it, since it is no convolution then
         _backward_input("direct", FORM_DIRECT, lambda problem, tensors: problem.stride == (1, 1, 1)),
+        _backward_input("strided", FORM_DIRECT, lambda problem, tensors: True, strided=True),
         by_torch(_backward_input_with_torch),
     ),
     fake=lambda problem, tensors: [torch.empty_like(x) for x in tensors[: len(problem.normed)]],
