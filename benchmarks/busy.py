@@ -17,7 +17,7 @@ Columns:
 Then `accelerate` measures some layers, among them those of which little is to be gained, once alone and --tries times
 beside the other programs: how often it chose the engine for each, by what it gains alone. With --whole it does so with
 E2ENet at 32³, too, which takes some ten seconds a try. "Alone" is as quiet as the machine is: the first line says how
-often the system stopped this process in each second that it ran, where 40 and more count as busy.
+often the system stopped this process in each second that it ran, where more than 60 count as busy.
 """
 
 import resource

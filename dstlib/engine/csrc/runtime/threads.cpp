@@ -64,10 +64,10 @@ Parallel openmp() {
 
 int64_t nanoseconds(const timeval& time) { return (time.tv_sec * 1000000LL + time.tv_usec) * 1000; }
 
-// Whether others take the cores from this process: its threads were stopped more than once in each 25 ms that they ran,
-// of late. Beside one busy program per core that is once in 3 to 12 ms, by the system; alone, a few times a second.
+// Whether others take the cores from this process: its threads were stopped more than 60 times in each second that they
+// ran, of late. Beside one busy program per core that is once in 3 to 12 ms, by the system; dstlib/cores.py has it too.
 bool is_crowded() {
-    constexpr int64_t RUN = 25'000'000;
+    constexpr int64_t SECOND = 1'000'000'000, OFTEN = 60;
     static std::atomic<bool> found{false};
     static std::mutex looking;
     static Clock::time_point due;
@@ -78,8 +78,8 @@ bool is_crowded() {
     if (!alone || now < due || getrusage(RUSAGE_SELF, &used)) return found.load(std::memory_order_relaxed);
     due = now + std::chrono::milliseconds(10);
     const int64_t ran = nanoseconds(used.ru_utime) + nanoseconds(used.ru_stime) - ran_before;
-    if (ran < 2 * RUN) return found.load(std::memory_order_relaxed);
-    found.store((used.ru_nivcsw - stopped_before) * RUN > ran, std::memory_order_relaxed);
+    if (ran < SECOND / 20) return found.load(std::memory_order_relaxed);
+    found.store((used.ru_nivcsw - stopped_before) * SECOND > OFTEN * ran, std::memory_order_relaxed);
     ran_before += ran;
     stopped_before = used.ru_nivcsw;
     return found.load(std::memory_order_relaxed);
