@@ -11,8 +11,9 @@ from dstlib.bounds import control_groups
 
 _ROOTS = {"": Path("/sys/fs/cgroup"), "cpu": Path("/sys/fs/cgroup/cpu")}  # of groups of the second version, the first
 OFTEN = 60.0
-"""Stops in a second that a process runs, of which more tell of others on its cores. There the system stops it once in 3 to
-12 ms; beside programs of a hundredth of its weight, 46 to 59 times a second. ``csrc/runtime/threads.cpp`` has it too."""
+"""Stops in a second that a process runs, of which more tell of others on its cores. There the system stops it once in 3
+to 12 ms; beside programs of a hundredth of its weight, 46 to 59 times a second. ``csrc/runtime/threads.cpp`` has it
+too."""
 
 
 def usable_cores() -> int:

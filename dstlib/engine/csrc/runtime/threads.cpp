@@ -1,7 +1,7 @@
 // Tasks shared by threads. No share is settled beforehand: each thread takes the next few tasks that nobody has taken,
 // so one that runs late does less. Where programs beside this one take the cores in turns, that is not enough: OpenMP
-// ends a region when all of its threads have come, though nothing is left to do, and E2ENet at 32^3 then took five times
-// as long. There the engine uses a pool that waits for those alone that have begun.
+// ends a region when all of its threads have come, though nothing is left to do, and E2ENet at 32^3 then took up to
+// five times as long. There the engine uses a pool that waits for those alone that have begun.
 #include <stdint.h>
 
 #include <atomic>
