@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dstlib.errors import StateError
+from dstlib.errors import SettingError, StateError
 from dstlib.zoo.e2enet import report as report_module
 from dstlib.zoo.e2enet.__main__ import main
 from dstlib.zoo.e2enet.checkpoint import load_trained
@@ -412,6 +412,12 @@ def test_phantoms_are_drawn_where_asked(tmp_path, command):
     assert code == 0
     assert output.strip() == str(tmp_path / "brats")
     assert (tmp_path / "brats" / "dataset.json").exists()
+
+
+def test_maps_are_computed_once_more_by_an_e2enet_alone():
+    assert read_config(HIPPOCAMPUS_RECIPE, ["--recompute", "--model", "e2enet_plus"]).execution.recompute
+    with pytest.raises(SettingError, match="--recompute of the command line: expected the model e2enet or e2enet_plus"):
+        read_config(HIPPOCAMPUS_RECIPE, ["--recompute", "--model", "nnunet"])
 
 
 def test_help_names_every_command(capsys):

@@ -223,6 +223,21 @@ def test_shift_goes_before_every_kernel_but_the_outer_ones(name: Any, axis: int)
     assert shifts(replace(config, shift=None)) == []
 
 
+def test_maps_that_are_computed_once_more_give_the_same_bit_for_bit() -> None:
+    config = replace(TINY, channels=(3, 4, 5, 6), strides=((2, 2, 2),) * 3)
+    network, image = E2ENet(config), torch.rand(1, 1, 16, 16, 16)
+    found = []
+    for recompute in (False, True):
+        network.recompute = recompute
+        network.zero_grad()
+        state = torch.get_rng_state()
+        outputs = network(image)
+        sum(y.square().mean() for y in outputs).backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append([*(y.detach() for y in outputs), *(p.grad for p in network.parameters())])
+    assert all(map(torch.equal, *found))
+
+
 def test_network_traces_without_a_graph_break() -> None:
     network = E2ENet(TINY)
     image = torch.rand(1, 1, 8, 8, 8)

@@ -477,6 +477,18 @@ def test_the_engine_changes_the_time_and_the_rounding_alone(begin, sparsity):
     assert_same(go_on.model.state_dict(), fast.on_engine.state_dict())
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_training_that_computes_maps_once_more_is_the_same_bit_for_bit(begin, precision):
+    """Masks change in it, and validation comes between."""
+    settings = TrainSettings(epochs=2, iterations=2, interval=2, momentum=0.9, val_iterations=1)
+    kept, again = (begin(settings, execution=Execution(precision=precision, recompute=on)) for on in (False, True))
+    for training in (kept, again):
+        go(training, held_out=CASES)
+    assert [again.model.recompute, kept.model.recompute] == [True, False]
+    assert [each["loss"] for each in again.metrics] == [each["loss"] for each in kept.metrics]
+    assert_same(again.model.state_dict(), kept.model.state_dict())
+
+
 def test_blocks_of_channels_are_connected_or_not(begin):
     settings = TrainSettings(epochs=1, iterations=3, interval=2, momentum=0.9, sparsity=0.5, block=2)
     training = begin(settings)

@@ -1,14 +1,20 @@
 """What a training step keeps for its gradients: what its convolutions have made, once, and nothing made of that."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from test_as_torch import forced
 from torch import Tensor, nn
 
+from dstlib.engine import Decisions, accelerate
+from dstlib.engine.layers.feature_map import Pending
+from dstlib.engine.ops.feature_map import depth_last
 from dstlib.engine.runtime import memory
+from dstlib.engine.runtime.memory import buffer
 from dstlib.layers import Unit
+from dstlib.layers.recompute import same_map
 from dstlib.zoo.e2enet import E2ENet, E2ENetConfig
 
 LEVELS = ((3, 8), (4, 4), (5, 2))  # channels, voxels along each axis
@@ -58,6 +64,39 @@ def test_statistics_are_kept_as_four_numbers_a_channel():
     assert [each.shape for each in kept if each.ndim == 3] == [(4, 2, 4)]
 
 
+@pytest.mark.parametrize("plain", [(), ("heads.0", "heads.1"), ("fusion.stage1_level2", "encoder.2.0", "heads.1")])
+def test_maps_that_are_computed_once_more_give_the_same_bit_for_bit(plain: tuple[str, ...]):
+    """Also where plain layers write out, in place, maps that layers of the engine read before and after."""
+    torch.manual_seed(0)
+    config = E2ENetConfig(channels=(3, 4, 5, 4), strides=((2, 2, 2),) * 3, heads=3, num_classes=2)
+    network, x = E2ENet(config), torch.randn(2, 1, 16, 16, 16)
+    fast = forced(network, x)
+    rows = [replace(row, plain_ms=1.0, fast_ms=2.0) if row.name in plain else row for row in fast.decisions.rows]
+    fast = accelerate(network, x, decisions=Decisions.of(rows))
+    found = []
+    for recompute in (False, True):
+        fast.recompute = recompute
+        before = torch.get_rng_state()
+        outputs = fast(x)
+        _loss(outputs).backward()
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append([*(y.detach() for y in outputs), *_gradients(fast)])
+    assert len(found[0]) == 3 + len([*network.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_map_by_another_name_stays_what_it_was():
+    unit, x = Unit(3, 4, kernel_size=(1, 3, 3)), torch.randn(1, 3, 4, 6, 5)
+    z = forced(nn.Sequential(unit, nn.Identity()), x)[0](x)
+    other = same_map(z)
+    assert z.sum() == z.sum()  # written out
+    assert (type(z), type(other)) == (Tensor, Pending)
+    assert torch.equal(other + 0, z)
+    grads = [torch.autograd.grad(y.square().sum(), unit.conv.weight, retain_graph=True)[0] for y in (z, other)]
+    assert torch.equal(*grads)
+    assert same_map(x) is x
+
+
 @pytest.fixture
 def large() -> tuple[nn.Module, Tensor]:
     """A network whose finest maps are just large enough for memory that is used again."""
@@ -84,6 +123,16 @@ def test_what_is_kept_goes_with_the_outputs(large: tuple[nn.Module, Tensor]):
     outputs = model(x)
     assert _used() - before >= (2 + 3) * 4 * 8 * 32**3  # two units of the encoder, three of fusion nodes
     del outputs
+    assert _used() == before
+
+
+def test_with_maps_computed_once_more_the_finest_of_every_second_stage_are_kept(large: tuple[nn.Module, Tensor]):
+    model, x = large
+    before, one = _used(), buffer(depth_last((1, 8, 32, 32, 32))[0] + 4 * 8).nbytes
+    model.recompute = True
+    outputs = model(x)
+    assert one <= _used() - before < 2 * one + 4 * memory.GRAIN  # of the encoder, and of (2, 1), which the head reads
+    _loss(outputs).backward()
     assert _used() == before
 
 

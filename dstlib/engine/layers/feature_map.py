@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from dstlib.engine.ops.feature_map import FeatureMap
 from dstlib.engine.ops.layouts import materialise, to_channels_first, written_out
+from dstlib.layers.recompute import same_map
 
 _PROPERTIES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad")
 _ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
@@ -35,6 +36,7 @@ class Pending(Tensor):
     """
 
     feature_map: FeatureMap
+    recorded: Any  # what autograd knew it to be made by when it was
 
     @staticmethod
     def of(x: FeatureMap) -> Tensor:
@@ -44,9 +46,13 @@ class Pending(Tensor):
         is_made_otherwise = x.tensor is not None and x.shown is None  # not by a prepared call, nor recorded
         if is_made_otherwise and (torch.compiler.is_compiling() or type(x.raw) is not Tensor or x.raw.requires_grad):
             return to_channels_first(materialise(x))  # for a compiler, or a tensor of another kind
-        shown = x.stand_in()
+        return Pending._of(x.stand_in(), x)
+
+    @staticmethod
+    def _of(shown: Tensor, x: FeatureMap) -> Tensor:
+        grad_fn = shown.grad_fn
         shown.__class__ = Pending
-        shown.feature_map = x  # type: ignore[attr-defined]
+        shown.feature_map, shown.recorded = x, grad_fn  # type: ignore[attr-defined]
         return shown
 
     @classmethod
@@ -62,6 +68,9 @@ class Pending(Tensor):
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is same_map and type(args[0]) is Pending:
+            with torch._C.DisableTorchFunctionSubclass():
+                return Pending._of(args[0].view_as(args[0]).as_subclass(Tensor), args[0].feature_map)
         write_out((args, kwargs))
         return func(*args, **kwargs)
 
@@ -79,7 +88,7 @@ def feature_map(x: Tensor) -> FeatureMap:
         return FeatureMap(x)
     if torch.is_grad_enabled():
         with torch._C.DisableTorchFunctionSubclass():
-            is_known = x.grad_fn is found.raw.grad_fn
+            is_known = x.grad_fn is x.__dict__["recorded"]
         if not is_known:  # a function of autograd has given the tensor out as its own, as checkpoints do
             write_out(x)
             return FeatureMap(x)
@@ -111,5 +120,5 @@ if hasattr(os, "register_at_fork"):
 def _write_out(x: Pending) -> None:
     with torch.inference_mode(x.is_inference()):
         x.data = written_out(x.feature_map)
-    del x.feature_map
+    del x.feature_map, x.recorded
     x.__class__ = Tensor  # type: ignore[assignment]

@@ -152,6 +152,7 @@ def _backward(
     if any(chain(*wants_maps, wants_upward)):
         joined = problem.join(tensors, problem.outlines(tensors))
         of_maps[0], fine, *coarse = CONV_BACKWARD_INPUT(problem.of_unit, [*joined, grad])
+        del grad  # it takes as much memory as the map, as what follows does
         given = [*maps[1], *upward, fine]
         of_maps[1] = CONV_TRANSPOSE_BACKWARD_INPUT(problem.of_upward, given)[0] if wants_maps[1][0] else None
         of_upward = CONV_TRANSPOSE_BACKWARD_WEIGHTS(problem.of_upward, given)[0] if wants_upward[0] else None

@@ -124,6 +124,7 @@ def read_config(
             channels_last=options.channels_last,
             compile=options.compile,
             engine=options.engine,
+            recompute=options.recompute,
             workers=usual_workers() if options.workers is None else options.workers,
         ),
         folder=options.run,
@@ -210,6 +211,8 @@ expression whose one (group) is the patient in the name of a case"""
     option("--channels-last", action="store_true", help="lay features out as a GPU's tensor cores like")
     option("--compile", action="store_true", help="compile the network by torch.compile")
     option("--engine", action="store_true", help=ENGINE)
+    recompute = "keep every second stage of E2ENet alone for the gradients: less memory, longer steps, the same result"
+    option("--recompute", action="store_true", help=recompute)
     workers = "processes that draw and augment the batches ahead (default: 8 if there is a GPU, else 0)"
     option("--workers", type=int, metavar="N", help=workers)
 

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, K classes, D, H, W depth, height, width in voxels.
 """
 
 from collections.abc import Mapping
-from itertools import pairwise
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from dstlib.axes import AXES, Triple
 from dstlib.errors import DataError
 from dstlib.layers.blocks import FusionNode, Unit
+from dstlib.layers.recompute import recomputed
 from dstlib.layers.shift import LearnedShift, Shift
 from dstlib.zoo.e2enet.config import E2ENetConfig
+
+_TOGETHER = 2  # stages that are computed once more at a time: of one by one more is kept, three take more then
 
 
 class E2ENet(nn.Module):
@@ -33,6 +36,9 @@ class E2ENet(nn.Module):
 
     Shapes: (B, in_channels, D, H, W) → with ``deep_supervision`` a tuple of logits, finest first: the head of
     level l has (B, K, D, H, W) over the strides down to l. Without, the first of them alone.
+
+    With ``recompute`` on, gradients keep the maps of every second stage alone, and the others are computed once more
+    from these: less memory for more time, and the same losses and gradients bit for bit.
 
     The weights that DSFF trains sparse are the (transposed) convolutions under the glob :attr:`FUSION`; the
     encoder and the heads stay dense. Node (j, l) is ``fusion.stage{j}_level{l}``, level l of the encoder
@@ -60,6 +66,7 @@ class E2ENet(nn.Module):
         super().__init__()
         self.config = config
         self.deep_supervision = True
+        self.recompute = False
         levels = len(config.channels)
         self.encoder = nn.ModuleList(_encoder_level(config, level) for level in range(1, levels + 1))
         nodes = [(stage, level) for stage in range(1, levels) for level in range(1, levels - stage + 1)]
@@ -70,23 +77,43 @@ class E2ENet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         self._check(x)
-        maps = []
-        for units in self.encoder:
-            x = units(x)
-            maps.append(x)
-        diagonal = []  # the coarsest map of each stage
-        for stage in range(1, len(self.encoder)):
-            finer = [None, *maps]
-            maps = [
-                self.fusion[_key(stage, i + 1)](same, coarser, finer[i])
-                for i, (same, coarser) in enumerate(pairwise(maps))
-            ]
-            diagonal.append(maps[-1])
-        finest_first = diagonal[::-1]
+        maps, coarsest = [x], []  # of the latest stage; of each stage
+        num = len(self.encoder)
+        for first in range(1 - _TOGETHER, num, _TOGETHER):  # the encoder, which keeps twice as much, by itself
+            stages = partial(self._run, range(max(first, 0), min(first + _TOGETHER, num)))
+            maps, found = recomputed(stages, maps) if self.recompute else stages(maps)
+            coarsest += found
+        finest_first = coarsest[::-1]
         if not self.deep_supervision:
             prediction: Tensor = self.heads[0](finest_first[0])
             return prediction
         return tuple(head(x) for head, x in zip(self.heads, finest_first, strict=False))
+
+    def _run(self, stages: range, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Computes stages from the maps of the one before, or the image; returns the last one's, the coarsest of each.
+
+        Stage 0 is the encoder.
+        """
+        coarsest = []
+        for stage in stages:
+            maps = self._fuse(stage, maps) if stage else self._encode(*maps)
+            coarsest.append(maps[-1])
+        return maps, coarsest
+
+    def _encode(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for units in self.encoder:
+            x = units(x)
+            maps.append(x)
+        return maps
+
+    def _fuse(self, stage: int, maps: list[Tensor]) -> list[Tensor]:
+        """Coarsest first: gradients of the finest maps, the largest, then come before those that are added to them."""
+        found: list[Tensor] = []
+        for i in reversed(range(len(maps) - 1)):
+            finer = maps[i - 1] if i else None
+            found.insert(0, self.fusion[_key(stage, i + 1)](maps[i], maps[i + 1], finer))
+        return found
 
     def _check(self, x: Tensor) -> None:
         where, channels, divisor = "input of E2ENet", self.config.in_channels, self.config.divisor

@@ -36,6 +36,7 @@ from dstlib.zoo.e2enet.training.ranks import Ranks, process_group
 from dstlib.zoo.e2enet.training.records import CONFIG, ConfigRecord, config_of
 from dstlib.zoo.e2enet.training.run_directory import Run, open_run, read_checkpoint
 from dstlib.zoo.e2enet.training.search import check_budget
+from dstlib.zoo.e2enet.training.settings import SPARSE_MODELS
 from dstlib.zoo.e2enet.training.state import Training, begin_from, start
 
 RESTART = "Start the run afresh in another folder, or restore the file."
@@ -88,6 +89,9 @@ class RunConfig:
         if self.freeze_topology and self.begin_from is None:
             remedy = "Pass --from the run whose topology is to be kept, or --method static for a random one."
             raise SettingError.of("--freeze-topology", where, allowed="--from with it", given="none", remedy=remedy)
+        if self.execution.recompute and self.model not in SPARSE_MODELS:
+            allowed, remedy = f"the model {' or '.join(SPARSE_MODELS)}", "Leave it out, or pass a smaller --patch-size."
+            raise SettingError.of("--recompute", where, allowed=allowed, given=self.model, remedy=remedy)
         if self.tensorboard and find_spec("tensorboard") is None:
             remedy = "pip install tensorboard, or leave it out: log.jsonl has the same numbers."
             raise SettingError.of("--tensorboard", where, allowed="tensorboard installed", given="none", remedy=remedy)

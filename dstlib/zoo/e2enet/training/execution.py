@@ -17,6 +17,7 @@ class Execution:
     - ``channels_last``: lays features out as (D, H, W, C), which GPUs like.
     - ``compile``: through torch.compile.
     - ``engine``: through :func:`dstlib.accelerate`, for float32 on a CPU, or half precision on a GPU.
+    - ``recompute``: keeps less for the gradients and computes it once more, as ``E2ENet.recompute`` has it.
     - ``workers``: processes that draw the batches ahead; 0 draws them in between.
 
     Raises:
@@ -31,6 +32,7 @@ class Execution:
     channels_last: bool = False
     compile: bool = False
     engine: bool = False
+    recompute: bool = False
     workers: int = 0
 
     def __post_init__(self) -> None:

@@ -140,6 +140,8 @@ def start(
     fits = memory_budget is None or isinstance(model, Supernet)
     require(fits, "memory_budget", "the network", allowed=allowed, given=memory_budget, remedy=remedy)
     model.to(execution.device)
+    if execution.recompute:
+        model.recompute = True  # type: ignore[assignment]  # an E2ENet's
     if execution.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimizer = _optimizer(model, settings)
