@@ -12,9 +12,11 @@ import dstlib
 from dstlib import masking
 from dstlib.engine.layers.compact import make_compact
 from dstlib.engine.layers.compact_conv import CompactConv
+from dstlib.engine.layers.compact_conv_transpose import CompactConvTranspose
 from dstlib.schedules import Constant
 from dstlib.sparsifier import by_tiles
 
+KINDS = CompactConv, CompactConvTranspose
 Optimize = Callable[[nn.Module], torch.optim.Optimizer]
 
 SGD: Optimize = lambda model: torch.optim.SGD(model.parameters(), lr=2**-6, momentum=0.5)  # noqa: E731
@@ -32,6 +34,21 @@ def _volumes(*, stride: int = 1) -> nn.Module:
     return _whole(nn.Sequential(first, nn.Tanh(), nn.Conv3d(8, 4, (1, 3, 3), 1, (0, 1, 1))))
 
 
+def _upward(*, bias: bool = True) -> nn.Module:
+    """As the finer levels of a U-Net are reached."""
+    first = nn.ConvTranspose2d(4, 8, 2, 2, bias=bias)
+    return _whole(nn.Sequential(first, nn.Tanh(), nn.ConvTranspose2d(8, 4, (1, 2), (1, 2))))
+
+
+def _upward_volumes() -> nn.Module:
+    first = nn.ConvTranspose3d(4, 8, (1, 2, 2), (1, 2, 2), bias=False)
+    return _whole(nn.Sequential(first, nn.Tanh(), nn.ConvTranspose3d(8, 8, 2, 2)))
+
+
+def _upward_by_ones() -> nn.Module:
+    return _whole(nn.Sequential(nn.ConvTranspose2d(4, 8, 1), nn.Tanh(), nn.ConvTranspose2d(8, 12, 1)))
+
+
 def _whole(model: nn.Module) -> nn.Module:
     """Returns the model with weights in sixteenths, none of them zero."""
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +60,7 @@ def _whole(model: nn.Module) -> nn.Module:
 
 def _data(model: nn.Module, num: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    size = (2, 4, 6, 6) if isinstance(model[0], nn.Conv2d) else (2, 4, 3, 5, 4)
+    size = (2, 4, 6, 6) if isinstance(model[0], nn.Conv2d | nn.ConvTranspose2d) else (2, 4, 3, 5, 4)
     return [torch.randint(-2, 3, size, generator=generator).float() for _ in range(num)]
 
 
@@ -87,6 +104,14 @@ CASES = {
     "fan-in of 1x1": (lambda: _images(kernel=1, stride=2), "rigl", masking.FanIn(), SGD),
     "a stride, no bias": (lambda: _images(stride=2, bias=False), "rigl", masking.Kernel(), SGD),
     "volumes": (_volumes, "rigl", masking.Kernel(), SGD),
+    "transposed": (_upward, "rigl", masking.Kernel(), SGD),
+    "transposed, by chance": (lambda: _upward(bias=False), "set", masking.Kernel(), ADAM),
+    "transposed, in blocks": (_upward, "rigl", masking.Block(4, 2), ADAM),
+    "transposed, in channels": (_upward, "rigl", masking.Channel(), SGD),
+    "transposed, by magnitude and gradient": (_upward_volumes, "dsff", masking.Kernel(), SGD),
+    "transposed volumes": (_upward_volumes, "rigl", masking.Kernel(), ADAM),
+    "entries of transposed 1x1": (_upward_by_ones, "rigl", masking.Element(), SGD),
+    "fan-in of transposed 1x1": (_upward_by_ones, "rigl", masking.FanIn(), ADAM),
     "volumes by strides": (lambda: _volumes(stride=2), "set", masking.Kernel(), ADAM),
 }
 
@@ -112,27 +137,28 @@ def test_masks_and_losses_are_those_of_masked_storage(
         assert all(torch.equal(masks[key], masks_found[key]) for key in masks)
     assert any(not torch.equal(expected[0][1][key], expected[-1][1][key]) for key in masked.masks)
     for layer in compact.modules():
-        if isinstance(layer, CompactConv):
+        if isinstance(layer, KINDS):
             kernels = layer.mask.flatten(2)[..., 0].sum()
             assert layer.weight.shape == (kernels, *layer.kernel_size)
             sizes = {v.shape for v in optimizer.state[layer.weight].values() if isinstance(v, Tensor) and v.ndim}
             assert sizes == {layer.weight.shape}
-    assert sum(isinstance(layer, CompactConv) for layer in compact.modules()) == 2
+    assert sum(isinstance(layer, KINDS) for layer in compact.modules()) == 2
     dense = sparsifier.dense_state_dict()
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(dense[key], value, rtol=1e-4, atol=1e-5)  # as the losses
 
 
-def test_a_run_resumes_bit_for_bit_and_loads_the_state_of_the_plain_model() -> None:
+@pytest.mark.parametrize("make", [_images, _upward])
+def test_a_run_resumes_bit_for_bit_and_loads_the_state_of_the_plain_model(make: Callable[[], nn.Module]) -> None:
     method = _method("rigl", masking.Kernel())
-    model = _images()
+    model = make()
     sparsifier, optimizer, _ = _train(model, method, ADAM, "compact", num=3)
     states = [copy.deepcopy(each.state_dict()) for each in (model, sparsifier, optimizer)]
     dense = copy.deepcopy(sparsifier.dense_state_dict())
     data = _data(model, 6)[3:]
     expected = _go_on(model, sparsifier, optimizer, data)
     for weights in (states[0], dense):
-        again = _images()
+        again = make()
         other = dstlib.sparsify(again, sparsity=0.5, method=method, total_steps=40, seed=3, storage="compact")
         other_optimizer = ADAM(again)
         again.load_state_dict(weights)
@@ -174,8 +200,48 @@ def test_a_sample_without_a_batch_is_one_of_a_batch() -> None:
     torch.testing.assert_close(layer(x), layer(x[None])[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("plain", "size"),
+    [
+        (nn.Conv2d(4, 8, 3, 2, 1), (0, 4, 7, 6)),
+        (nn.Conv3d(4, 8, (1, 3, 3), (2, 1, 2), (0, 1, 1)), (0, 4, 3, 5, 4)),
+        (nn.ConvTranspose2d(4, 8, 2, 2), (0, 4, 3, 5)),
+        (nn.ConvTranspose3d(4, 8, (1, 2, 2), (1, 2, 2), bias=False), (0, 4, 3, 5, 4)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_no_sample_gives_none_as_in_the_plain_layer(plain: nn.Module, size: tuple[int, ...]) -> None:
+    layer = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
+    layer.wants_passes = lambda: True
+    x = torch.zeros(size, requires_grad=True)
+    y = layer(x)
+    assert y.shape == plain(x).shape
+    y.sum().backward()
+    assert x.grad.shape == size
+    assert all(bool((p.grad == 0).all()) for p in layer.parameters())
+    assert not bool(layer.gradient_of_rows(0, 2).any())
+    assert not bool(layer.gradient_of_active().any())
+
+
+def test_an_output_may_be_larger_by_less_than_a_stride() -> None:
+    plain = _whole(nn.ConvTranspose2d(4, 8, 3, 3)).double()
+    layer = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
+    layer.wants_passes = lambda: True
+    with torch.no_grad():
+        plain.weight.copy_(layer.spread(layer.weight))
+    x = torch.randn(4, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for size in (None, (15, 6), (17, 7)):
+        # sums of four products, in any order
+        torch.testing.assert_close(layer(x, size), plain(x, size), rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match="valid sizes range"):
+        layer(x, (18, 6))
+    plain(x[None], (17, 7)).square().sum().backward()
+    layer(x[None], (17, 7)).square().sum().backward()
+    torch.testing.assert_close(layer.gradient_of_rows(0, 8), plain.weight.grad.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_of_all_kernels_are_those_of_the_plain_layer_over_its_passes() -> None:
-    for plain in (_images()[0], _volumes(stride=2)[0]):
+    for plain in (_images()[0], _volumes(stride=2)[0], _upward()[0], _upward_volumes()[0]):
         layer = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
         layer.wants_passes = lambda: True
         with torch.no_grad():
@@ -184,6 +250,7 @@ def test_gradients_of_all_kernels_are_those_of_the_plain_layer_over_its_passes()
             for y in (plain(x), layer(x)):
                 (y * (torch.arange(y.numel()).view(y.shape) % 3)).sum().backward()
         places = layer.pattern.places()
-        assert torch.equal(layer.gradient_of_rows(2, 5), plain.weight.grad[2:5])  # exact: whole numbers
+        grad = plain.weight.grad.transpose(0, 1) if isinstance(layer, CompactConvTranspose) else plain.weight.grad
+        assert torch.equal(layer.gradient_of_rows(2, 5), grad[2:5])  # exact: whole numbers
         assert torch.equal(layer.gradient_of_active(), plain.weight.grad.flatten(0, 1)[places])
         assert torch.equal(layer.weight.grad, plain.weight.grad.flatten(0, 1)[places])

@@ -80,27 +80,70 @@ def test_masks_take_a_bit_and_are_written_as_one():
     assert twin.bits.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("adds_noise", [False, True])
-def test_zeros_hold_where_something_else_moves_gradients(adds_noise):
-    """A hook between the sparsifier and the step of a known optimizer: what it does is seen, entry by entry."""
-    model = torch.nn.Sequential(*(torch.nn.Linear(160, 160, bias=False) for _ in range(3)))
-    optimizer = torch.optim.Adam(model.parameters())
-    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.9, method="static")
-
+def moves_gradients(model, optimizer):
     def noise(*_: object) -> None:
         for parameter in model.parameters():
             parameter.grad.view(-1)[7::9973] += 1.0
 
-    if adds_noise:
-        optimizer.register_step_pre_hook(noise)
+    optimizer.register_step_pre_hook(noise)
+
+
+def write_unseen(model, *_: object):
+    """Writes without a new version, where a glance at the first entries outside a mask sees nothing."""
+    for parameter in model.parameters():
+        parameter.data.view(-1)[20_000::997] += 1.0
+
+
+def hook_for_one(model, optimizer):
+    optimizer.register_step_post_hook(lambda *_: write_unseen(model))
+
+
+@pytest.mark.parametrize("other", [None, moves_gradients, hook_for_one], ids=["nothing", "gradients", "weights"])
+def test_zeros_hold_where_something_else_is_told_of_steps(other):
+    """A hook beside the sparsifier's at the step of a known optimizer: what it does is seen, entry by entry."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(160, 160, bias=False) for _ in range(3)))
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.9, method="static")
+    if other is not None:
+        other(model, optimizer)
     for seed in range(6):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        optimizer.step()
-        for name, parameter in model.named_parameters():
-            outside = ~sparsifier.masks[name]
-            for x in (parameter, *optimizer.state[parameter].values()):
-                assert x.shape != outside.shape or not x[outside].any()
+        step(model, optimizer, seed)
+        assert_zeros(model, optimizer, sparsifier)
+
+
+def step(model, optimizer, seed):
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    optimizer.step()
+
+
+def assert_zeros(model, optimizer, sparsifier):
+    for name, parameter in model.named_parameters():
+        outside = ~sparsifier.masks[name]
+        for x in (parameter, *optimizer.state[parameter].values()):
+            assert x.shape != outside.shape or not x[outside].any()
+
+
+def swap(model):
+    """As averages are exchanged with the weights: other memory, and nothing in it at the entries that a glance sees."""
+    for parameter in model.parameters():
+        other = parameter.detach().clone()
+        other.view(-1)[20_000::997] += 1.0
+        parameter.data = other
+
+
+@pytest.mark.parametrize("write", [write_unseen, swap])
+def test_what_was_told_to_be_set_to_zero_is(write):
+    """Of all weights, as soon as something was found in one."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(160, 160, bias=False) for _ in range(3)))
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = dstlib.sparsify(model, optimizer, sparsity=0.9, method="static")
+    for seed in range(4):
+        step(model, optimizer, seed)
+    write(model)
+    with pytest.warns(UserWarning, match=r"non-zeros outside the masks of 0\.weight, 1\.weight, 2\.weight"):
+        step(model, optimizer, 5)
+    assert_zeros(model, optimizer, sparsifier)
 
 
 def test_masks_take_an_eighth_of_a_byte_between_updates():

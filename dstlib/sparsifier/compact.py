@@ -197,13 +197,14 @@ def _drawn(weight: Weight, plan: Plan) -> tuple[MaskedWeight, Tensor] | None:
         return None
     if plan.outputs is not None and weight.name in plan.outputs:
         return None
-    outputs, inputs = weight.shape[:2]
+    outputs, inputs = size = _matrix_size(weight)
     spans = [view.rows or (0, outputs) for view in weight.views]
     drawn = [
-        draw_by_tiles(view.name, torch.Size((last - first, *weight.shape[1:])), plan) + first * inputs
+        draw_by_tiles(view.name, torch.Size((last - first, inputs, *weight.shape[2:])), plan) + first * inputs
         for view, (first, last) in zip(weight.views, spans, strict=True)
     ]
     places = torch.cat(drawn).to(parameter.device)
+    places = _turned(places, size) if weight.views[0].transposed else places
     if len(places) >= num_nonzero:  # there is room for all that is not zero, where it is
         return None
     started = MaskedWeight(weight, PackedMask.of(torch.empty(0, dtype=torch.bool)))
@@ -246,7 +247,7 @@ def update_compact(
         if not m.is_output or _has_all_outputs(m, places):
             return _take_over(m, places, None, gradient, states, plan.method.grown_state)
     dense = _as_masked(m)
-    whole = None if gradient is None else gradient.of_rows(0, m.shape[0])
+    whole = None if gradient is None else gradient.of_all()
     momentum = momentum_of([optimizer for optimizer, _ in states], m.parameter)
     momentum = None if momentum is None else m.layer.spread(momentum)
     update_masks([(dense, whole, momentum)], [dense], plan, step=step, memory=0.0, observers=observers)
@@ -267,14 +268,17 @@ def fill_compact(
     if _has_all_outputs(m, m.layer.pattern.places()):
         return False
     dense, gradient = _as_masked(m), _Gradient(m, scale, average)
-    fill_first_masks(dense, gradient.of_rows(0, m.shape[0]), plan, step=m.step + 1, observers=observers)
+    fill_first_masks(dense, gradient.of_all(), plan, step=m.step + 1, observers=observers)
     return _take_over(m, places_of(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
 
 
 def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
     """Whether each output has one of the weights at these places."""
-    has_one = torch.zeros(m.shape[0], dtype=torch.bool, device=places.device)
-    return bool(has_one.index_fill_(0, places.div(m.shape[1], rounding_mode="floor").long(), True).all())
+    outputs, _ = _matrix_size(m.weight)
+    is_turned = m.weight.views[0].transposed
+    output = places % outputs if is_turned else places.div(m.shape[1], rounding_mode="floor")
+    has_one = torch.zeros(outputs, dtype=torch.bool, device=places.device)
+    return bool(has_one.index_fill_(0, output.long(), True).all())
 
 
 class _Gradient:
@@ -285,7 +289,7 @@ class _Gradient:
     """
 
     def __init__(self, m: CompactWeight, loss_scale: float, average: Average) -> None:
-        self._layer, self._average, self.loss_scale = m.layer, average, loss_scale
+        self._weight, self._layer, self._average, self.loss_scale = m.weight, m.layer, average, loss_scale
         grad = m.parameter.grad
         assert grad is not None
         if not m.layer.passes:
@@ -306,6 +310,11 @@ class _Gradient:
         grad = self._scaled(self._layer.gradient_of_rows(first, last))
         return grad if self.loss_scale == 1.0 else grad / self.loss_scale
 
+    def of_all(self) -> Tensor:
+        """Returns that of the whole weight, of its shape."""
+        grad = self.of_rows(0, _matrix_size(self._weight)[0])
+        return grad.transpose(0, 1).contiguous() if self._weight.views[0].transposed else grad
+
     def of_active(self) -> Tensor:
         """Returns that of what is active now, (A, *K), as it is in the parameter."""
         return self._scaled(self._layer.gradient_of_active())
@@ -317,19 +326,37 @@ class _Gradient:
 
 def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradient | None) -> Tensor:
     """Returns the places of what is active after an update, in rising order."""
-    outputs, inputs = m.shape[:2]
+    from dstlib.engine.ops.places import turned  # as above
+
+    outputs, inputs = size = _matrix_size(m.weight)
+    is_turned = m.weight.views[0].transposed
     places, order = m.layer.pattern.rising()
+    places, order = turned(places, order, (inputs, outputs)) if is_turned else (places, order)
     values, found = m.parameter.detach().index_select(0, order), []
     del order  # of all that is as long as the weight, as little as can be at a time
     for view in m.weight.views:
         first, last = view.rows or (0, outputs)
         begin, end = stretch(places, first * inputs, last * inputs)
         part = None if gradient is None else _rows_from(gradient, first)
-        size = torch.Size((last - first, *m.shape[1:]))
+        part_size = torch.Size((last - first, inputs, *m.shape[2:]))
         own = places[begin:end] - first * inputs if first else places[begin:end]
-        new = update_by_tiles(Matrix(view.name, size, own, values[begin:end], part), plan, step)
+        new = update_by_tiles(Matrix(view.name, part_size, own, values[begin:end], part), plan, step)
         found.append(new + first * inputs if first else new)
-    return found[0] if len(found) == 1 else torch.cat(found)
+    now = found[0] if len(found) == 1 else torch.cat(found)
+    return _turned(now, size) if is_turned else now
+
+
+def _matrix_size(weight: Weight) -> tuple[int, int]:
+    """Returns O and I of a weight, of which matrices may be stretches of rows."""
+    outputs, inputs = weight.shape[:2]
+    return (inputs, outputs) if weight.views[0].transposed else (outputs, inputs)
+
+
+def _turned(places: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns rising places of a matrix (O, I) as those of the transposed one, rising."""
+    from dstlib.engine.ops.places import turned  # as above
+
+    return turned(places, places, size)[0]
 
 
 def _rows_from(gradient: _Gradient, start: int) -> Callable[[int, int], Tensor]:
@@ -455,7 +482,7 @@ def _beside(x_A: Tensor, values: Tensor) -> Tensor:
 
 def _obstacle(module: nn.Module, key: str, weight: Weight, parent: nn.Module | None, method: Method) -> str | None:
     """Tells why a weight cannot be compact; None where it can."""
-    from dstlib.engine.layers.compact import obstacle_to_compact  # as above
+    from dstlib.engine.layers.compact import UPWARD, obstacle_to_compact  # as above
 
     if key != "weight":
         return f"it is {key} of a {type(module).__name__}, not its weight"
@@ -465,7 +492,8 @@ def _obstacle(module: nn.Module, key: str, weight: Weight, parent: nn.Module | N
         return f"its {type(parent).__name__} reads the weight by itself"
     if "forward" in vars(module):
         return "its layer has a forward of its own"
-    if any(v.transposed or v.at or v.columns or v.every for v in weight.views):
+    is_upward = isinstance(module, UPWARD)
+    if any(v.transposed != is_upward or v.at or v.columns or v.every for v in weight.views):
         return "its matrices are no stretches of rows"
     if not has_whole_kernels(method.granularity, weight.shape):
         return f"units of {type(method.granularity).__name__} are no whole kernels"

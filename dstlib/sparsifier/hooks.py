@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -67,9 +68,12 @@ def listeners() -> list[Listener]:
     return list(_LISTENERS)
 
 
-def hears_last(optimizer: Optimizer) -> bool:
-    """Whether nothing else is told between a listener and the step, which could change what the listener has left."""
-    return not optimizer._optimizer_step_pre_hooks and next(reversed(_global_optimizer_pre_hooks)) == _HOOKS[0].id
+def is_next_to(optimizer: Optimizer) -> bool:
+    """Whether nothing else is told between a listener and the step, before it or after, which could write anywhere."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    before, after = next(reversed(_global_optimizer_pre_hooks)), next(iter(_global_optimizer_post_hooks))
+    return (before, after) == tuple(hook.id for hook in _HOOKS)
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:

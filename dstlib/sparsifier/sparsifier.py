@@ -22,7 +22,7 @@ from dstlib.sparsifier import loaded, optimizer_state, update
 from dstlib.sparsifier.compact import CompactWeight, fill_compact, update_compact
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_early_end, tell_of_end
-from dstlib.sparsifier.hooks import forget, hears_last, keep, listen
+from dstlib.sparsifier.hooks import forget, is_next_to, keep, listen
 from dstlib.sparsifier.known_optimizers import Kind
 from dstlib.sparsifier.optimizer_state import Kept, StateMeanings, momentum_of, parameter_ids
 from dstlib.sparsifier.outputs import PATIENCE, OutputSearch, tell_of_bare_outputs
@@ -232,7 +232,7 @@ class Sparsifier:
                 m.begun = m.step
         else:
             self._begin_step(weights, optimizer)
-            if optimizer_state.is_elementwise(optimizer) and hears_last(optimizer):
+            if optimizer_state.is_elementwise(optimizer) and is_next_to(optimizer):
                 looked_at = self._in_turn(weights)  # all of it, as nothing tells of what is written to .data
                 for m in weights:
                     if m is not looked_at:
@@ -464,7 +464,7 @@ class Sparsifier:
         if any(m.step > m.lost_at for m in lost):  # at each step in a row it has the same cause
             loaded.tell_of_loss(lost, step)
         for m in lost:
-            m.lost_at = m.step + 1
+            m.lost_at, m.left = m.step + 1, None  # nothing tells where else there is something
         return taken
 
     def _is_written_unseen(self, weights: Sequence[MaskedWeight]) -> bool:

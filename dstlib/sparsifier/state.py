@@ -83,10 +83,10 @@ class MaskedWeight:
     starts: tuple[float, ...] = ()
     is_output: bool | None = None
     is_to_fill: bool = False
-    version: int = -1
+    version: tuple[int, int] | None = None
     lost_at: int = -1
     is_alike: bool = False
-    left: list[tuple["ref[Tensor]", int]] | None = None
+    left: list[tuple["ref[Tensor]", tuple[int, int]]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "before": [], "left": None, "is_alike": False}
@@ -354,9 +354,12 @@ def _outside(m: MaskedWeight, kept: Iterable[Kept]) -> list[tuple[Tensor, Packed
     return found
 
 
-def _version(x: Tensor) -> int:
-    """Returns what torch counts writes by, and nothing else does; inference tensors have none, and take no step."""
-    return 0 if x.is_inference() else x._version
+def _version(x: Tensor) -> tuple[int, int]:
+    """Returns where a tensor's memory is, which ``x.data = y`` changes, and what torch counts other writes by.
+
+    Nothing tells of writes to ``x.data``. Inference tensors have no count, and take no step.
+    """
+    return x.data_ptr(), 0 if x.is_inference() else x._version
 
 
 def groups_of(masked: Iterable[MaskedWeight], granularity: Granularity) -> dict[str, torch.Size]:

@@ -26,6 +26,8 @@ class CompactConv(CompactLayer):
 
     def compute(self, input: Tensor) -> Tensor:
         """(N, C, D, H, W) → (N, O, D / stride, ...), or (N, C, H, W), with the active values. Without N, one sample."""
+        if input.ndim == len(self.kernel_size) + 2 and not len(input):
+            return self.noted(self._nothing(input), input)
         weights = Weights(self.weight, self.bias, self.pattern, self.pattern, is_compact=True)
         return convolved(weights, self._geometry(), input, len(self.kernel_size))
 
@@ -57,6 +59,12 @@ class CompactConv(CompactLayer):
         outputs, inputs = self.dense_shape[:2]
         return Pattern.of_compact(places.to(self.weight.device), (outputs, inputs))
 
+    def _nothing(self, input: Tensor) -> Tensor:
+        """Returns the output of no sample; all gradients are zeros."""
+        size = ((n - 1) // step + 1 for n, step in zip(input.shape[2:], self.stride, strict=True))
+        y = input.new_empty(0, self.dense_shape[0], *size)
+        return y + sum(x.sum() for x in (input, self.weight, self.bias) if x is not None)
+
     def _geometry(self) -> Geometry:
         device = self.weight.device
         return geometry(self, torch.zeros(self.dense_shape[1], dtype=torch.int32, device=device))
@@ -65,9 +73,10 @@ class CompactConv(CompactLayer):
         return conv2d_weight if len(self.kernel_size) == 2 else conv3d_weight
 
     def _samples(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the passes with an axis of samples."""
+        """Returns the passes of any sample, with an axis of samples."""
         num = len(self.kernel_size) + 2
-        return [(x, y) if x.ndim == num else (x.unsqueeze(0), y.unsqueeze(0)) for x, y in self.passes]
+        found = [(x, y) if x.ndim == num else (x.unsqueeze(0), y.unsqueeze(0)) for x, y in self.passes]
+        return [(x, y) for x, y in found if len(x)]
 
 
 class CompactConv2d(CompactConv, nn.Conv2d):
