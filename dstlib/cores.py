@@ -43,9 +43,15 @@ def _quotas() -> Iterator[float]:
 
 
 def watch_crowd() -> Callable[[], bool]:
-    """Returns what tells whether others have taken the cores from this process since now."""
-    stopped, seconds = _stops(), time.process_time()
-    return lambda: is_crowded(_stops() - stopped, time.process_time() - seconds)
+    """Returns what tells whether others have taken the cores from this process since now; once so, it stays so."""
+    stopped, seconds, found = _stops(), time.process_time(), False
+
+    def is_found() -> bool:
+        nonlocal found
+        found = found or is_crowded(_stops() - stopped, time.process_time() - seconds)
+        return found
+
+    return is_found
 
 
 def is_crowded(stopped: int, seconds: float) -> bool:

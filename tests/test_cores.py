@@ -59,11 +59,14 @@ def test_more_stops_tell_more_of_others_and_more_time_less(stopped: int, seconds
         assert stopped > 2
 
 
-def test_stops_are_counted_from_when_it_was_asked(monkeypatch: pytest.MonkeyPatch):
-    stops = [5]
+def test_stops_are_counted_from_when_it_was_asked_and_remembered(monkeypatch: pytest.MonkeyPatch):
+    stops, seconds = [5], [1.0]
     monkeypatch.setattr(cores, "_stops", lambda: stops[0])
-    monkeypatch.setattr(cores.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(cores.time, "process_time", lambda: seconds[0])
     is_crowded_since = watch_crowd()
     assert not is_crowded_since()
     stops[0] = 8
     assert is_crowded_since()
+    seconds[0] = 100.0  # few stops in so long, but whoever was told has left by then
+    assert is_crowded_since()
+    assert not watch_crowd()()

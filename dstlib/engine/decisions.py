@@ -35,6 +35,8 @@ def spread(tries: Tries) -> float:
 
 FEW = 1 / 3
 """At such a share of the products each layer of docs/performance.md gains, by 1.7 × or more."""
+TIE = 1.1
+"""Up to such a ratio what lies within the spread is the engine's, which waits for no thread that has not begun."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Decision:
 
     The milliseconds are the least of some tries, which other programs lengthen least. ``spread`` is how many times as
     long as that the middle try took, of the form where that is more, and ``active`` the share of the products that the
-    engine computes. The layer runs on the engine where that was faster. Where the difference is within the spread, few
-    products are enough: at most a third.
+    engine computes. The layer runs on the engine where that was faster. It also does where the difference is within the
+    spread, and small, or the products are few: a tenth, or at most a third.
 
     Raises:
         SettingError: The numbers are none that were measured.
@@ -91,8 +93,8 @@ class Decision:
         """Whether the layer runs on the engine."""
         if self.plain_ms is None or self.fast_ms is None:
             return False
-        is_within = self.fast_ms < self.plain_ms * self.spread
-        return self.fast_ms < self.plain_ms or (is_within and self.active <= FEW)
+        within = self.spread if self.active <= FEW else min(self.spread, TIE)
+        return self.fast_ms < self.plain_ms * within
 
     def __str__(self) -> str:
         if self.obstacle:
@@ -100,7 +102,8 @@ class Decision:
         if self.plain_ms is None or self.fast_ms is None:
             return f"{self.name:32} {self.kind:12} plain: the example did not reach it"
         ratio, around = self.plain_ms / self.fast_ms, f"± {100 * (self.spread - 1):.0f} %"
-        form = "plain" if not self.is_fast else "engine" if ratio > 1 else f"engine: {self.active:.0%} of the products"
+        why = "" if ratio > 1 else ": a tie" if ratio * TIE > 1 else f": {self.active:.0%} of the products"
+        form = f"engine{why}" if self.is_fast else "plain"
         times = f"{self.plain_ms:9.2f} ms → {self.fast_ms:9.2f} ms {around:>7}"
         return f"{self.name:32} {self.kind:12} {times} {ratio:6.2f}× {form}"
 
