@@ -235,7 +235,7 @@ class Sparsifier:
             if optimizer_state.is_elementwise(optimizer) and is_next_to(optimizer):
                 looked_at = self._in_turn(weights)  # all of it, as nothing tells of what is written to .data
                 for m in weights:
-                    if m is not looked_at:
+                    if m is not looked_at and m.left is not None:  # of small weights all is looked at
                         m.note_alike(self._kept(m))
 
     @torch.no_grad()
