@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dstlib
 from dstlib import masking
-from dstlib.engine.layers.compact import make_compact
+from dstlib.engine.layers.compact import make_compact, obstacle_to_compact
 from dstlib.engine.layers.compact_conv import CompactConv
 from dstlib.engine.layers.compact_conv_transpose import CompactConvTranspose
 from dstlib.schedules import Constant
@@ -192,6 +192,14 @@ def test_what_cannot_be_compact_says_why() -> None:
     assert "it has groups, dilation or a padding other than zeros" in summary
     assert "units of Element are no whole kernels" in summary
     assert [isinstance(layer, CompactConv) for layer in model] == [False, False, False, True]
+
+
+def test_a_weight_whose_places_32_bits_cannot_number_is_not_compact() -> None:
+    with torch.device("meta"):  # 2³¹ weights, which nobody holds, and 2³¹ - 2¹⁶
+        beyond = nn.Linear(2**16, 2**15), nn.Conv2d(2**16, 2**15, 1), nn.ConvTranspose2d(2**14, 2**15, 2, 2)
+        within = nn.Linear(2**16, 2**15 - 1)
+    assert all("2,147,483,647 weights" in str(obstacle_to_compact(layer)) for layer in beyond)
+    assert obstacle_to_compact(within) is None
 
 
 def test_a_sample_without_a_batch_is_one_of_a_batch() -> None:

@@ -12,6 +12,7 @@ from dstlib.engine.layers.compact_layer import CompactLayer, settle
 from dstlib.engine.layers.compact_linear import CompactLinear
 from dstlib.engine.layers.conv import obstacle_to_conv
 from dstlib.engine.layers.fast_layer import become
+from dstlib.engine.ops.linear_patterns import MOST_WEIGHTS
 
 FORMS: dict[type[nn.Module], type[CompactLayer]] = {
     nn.Linear: CompactLinear,
@@ -27,6 +28,8 @@ def obstacle_to_compact(layer: nn.Module) -> str | None:
     """Tells why a layer cannot hold the active values of its weight alone; None where it can."""
     if type(layer) not in FORMS:
         return f"it belongs to a {type(layer).__name__}"
+    if layer.weight.numel() > MOST_WEIGHTS:  # type: ignore[union-attr, operator]
+        return f"it has more than {MOST_WEIGHTS:,} weights, which places in 32 bits cannot number"
     if isinstance(layer, UPWARD):
         return obstacle_to_compact_upward(layer)
     return obstacle_to_conv(layer) if isinstance(layer, nn.Conv2d | nn.Conv3d) else None
