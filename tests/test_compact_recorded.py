@@ -14,6 +14,7 @@ from dstlib.targets.outputs import PassWatch
 def small() -> nn.Module:
     torch.manual_seed(0)
     image = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 1), nn.Tanh())
+    image.append(nn.ConvTranspose2d(8, 8, 2, 2))
     return nn.Sequential(*image, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16))
 
 
@@ -21,7 +22,7 @@ def compact(model: nn.Module) -> dstlib.Sparsifier:
     method = replace(dstlib.RIGL, interval=2, stop=1.0, granularity=dstlib.Kernel())
     # named, as what is compiled as a whole does not show which weight comes last
     return dstlib.sparsify(
-        model, sparsity=0.5, method=method, total_steps=40, storage="compact", keep_neurons=["6"], seed=1
+        model, sparsity=0.5, method=method, total_steps=40, storage="compact", keep_neurons=["7"], seed=1
     )
 
 
@@ -64,8 +65,8 @@ def test_a_mode_that_counts_operations_sees_those_of_the_plain_layers_and_masks_
         model = small()
         compact(model)
         model(torch.randn(2, 4, 6, 6))
-    first, second, last = 2 * 36 * 8 * 4 * 9, 2 * 36 * 8 * 8, 2 * 32 * 16  # multiplications of one sample
-    assert counter.get_total_flops() == 2 * (first + second + last)
+    first, second, third, last = 2 * 36 * 8 * 4 * 9, 2 * 36 * 8 * 8, 2 * 36 * 8 * 8 * 4, 2 * 32 * 16  # of one sample
+    assert counter.get_total_flops() == 2 * (first + second + third + last)
 
 
 def test_outputs_are_found_behind_values_that_are_put_among_zeros():

@@ -85,17 +85,31 @@ class CompactConvTranspose(CompactLayer):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(N, C, *S) → (N, O, *(S · stride)), or without N; ``output_size`` may ask for less than a stride more."""
-        num_axes = len(self.kernel_size)
-        x = input if input.ndim == num_axes + 2 else input.unsqueeze(0)
+        return super().forward(input, output_size)
+
+    def compute(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As ``forward``, with the active values alone."""
+        x = input if input.ndim == len(self.kernel_size) + 2 else input.unsqueeze(0)
         y = compact_linear(x.movedim(1, -1), self.weight.flatten()[self.pattern.index], None, self.pattern.linear)
-        y = self._spaced(y)
-        if output_size is not None:
-            ask: Any = self._output_padding  # of torch's class
-            more = ask(input, list(output_size), self.stride, [0] * num_axes, self.kernel_size, num_axes)
-            y = F.pad(y, [n for each in reversed(more) for n in (0, each)])
+        y = F.pad(self._spaced(y), [n for each in reversed(self._more(input, output_size)) for n in (0, each)])
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1 for _ in self.kernel_size))
-        return self.noted(y if x is input else y.squeeze(0), input)
+        return y if x is input else y.squeeze(0)
+
+    def as_plain(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As ``forward``, as the plain layer computes."""
+        compute = F.conv_transpose2d if len(self.kernel_size) == 2 else F.conv_transpose3d
+        more = self._more(input, output_size)
+        return compute(input, self.spread(self.weight), self.bias, self.stride, output_padding=more)
+
+    def _more(self, input: Tensor, output_size: Sequence[int] | None) -> list[int]:
+        """Returns how many voxels along each axis the output has beyond those of the inputs."""
+        num_axes = len(self.kernel_size)
+        if output_size is None:
+            return [0] * num_axes
+        ask: Any = self._output_padding  # of torch's class
+        more: list[int] = ask(input, list(output_size), self.stride, [0] * num_axes, self.kernel_size, num_axes)
+        return more
 
     def gradient_of_rows(self, first: int, last: int) -> Tensor:
         """Computes the gradient (outputs, C, *taps) of all kernels of some outputs, active or not, over the passes."""

@@ -54,19 +54,19 @@ class CompactLayer(HoldsActive):
     copies: "WeakSet[CompactLayer]"  # by copy.deepcopy, as moving averages are made
     left_at: int | None = None  # the weight's version when the layer that this one is a copy of went to another pattern
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *more: Any) -> Tensor:
         """As of the plain layer. What records a pass sees the plain layer's operation, on a weight with zeros."""
         if is_compiled():
-            return uncompiled(self.forward, input)
+            return uncompiled(self.forward, input, *more)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return self.as_plain(input)  # into a program, which knows no mask updates
-        return self.noted(self.as_plain(input) if is_recorded() else self.compute(input), input)
+            return self.as_plain(input, *more)  # into a program, which knows no mask updates
+        return self.noted(self.as_plain(input, *more) if is_recorded() else self.compute(input, *more), input)
 
-    def compute(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor, *more: Any) -> Tensor:
         """Computes with the active values alone."""
         raise NotImplementedError
 
-    def as_plain(self, input: Tensor) -> Tensor:
+    def as_plain(self, input: Tensor, *more: Any) -> Tensor:
         """Computes as the plain layer does."""
         raise NotImplementedError
 
