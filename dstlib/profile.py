@@ -171,7 +171,7 @@ def profile(
     model = unwrap(model)
     masks = dict(sparsifier.masks) if sparsifier is not None else {}
     if held := held_weights(model):  # what is stored is what is active
-        masks = {name: layer.mask for name, layer in held.items()} | masks
+        masks = {name: each.mask for name, each in held.items()} | masks
         model = without_data(model)
     active = _find_active(model, masks)
     replica, seen = _run(model, input_shape, active, convention)

@@ -138,7 +138,7 @@ def test_masks_and_losses_are_those_of_masked_storage(
     assert any(not torch.equal(expected[0][1][key], expected[-1][1][key]) for key in masked.masks)
     for layer in compact.modules():
         if isinstance(layer, KINDS):
-            kernels = layer.mask.flatten(2)[..., 0].sum()
+            kernels = layer.held["weight"].mask.flatten(2)[..., 0].sum()
             assert layer.weight.shape == (kernels, *layer.kernel_size)
             sizes = {v.shape for v in optimizer.state[layer.weight].values() if isinstance(v, Tensor) and v.ndim}
             assert sizes == {layer.weight.shape}
@@ -203,7 +203,7 @@ def test_a_weight_whose_places_32_bits_cannot_number_is_not_compact() -> None:
 
 
 def test_a_sample_without_a_batch_is_one_of_a_batch() -> None:
-    layer = make_compact(_images()[0], torch.tensor([0, 5, 6, 31]))
+    layer = make_compact(_images()[0], torch.tensor([0, 5, 6, 31])).layer
     x = _data(_images(), 1)[0][0]
     torch.testing.assert_close(layer(x), layer(x[None])[0], rtol=0, atol=0)
 
@@ -219,24 +219,24 @@ def test_a_sample_without_a_batch_is_one_of_a_batch() -> None:
     ids=lambda x: type(x).__name__,
 )
 def test_no_sample_gives_none_as_in_the_plain_layer(plain: nn.Module, size: tuple[int, ...]) -> None:
-    layer = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
-    layer.wants_passes = lambda: True
+    active = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
+    active.wants_passes, layer = lambda: True, active.layer
     x = torch.zeros(size, requires_grad=True)
     y = layer(x)
     assert y.shape == plain(x).shape
     y.sum().backward()
     assert x.grad.shape == size
     assert all(bool((p.grad == 0).all()) for p in layer.parameters())
-    assert not bool(layer.gradient_of_rows(0, 2).any())
-    assert not bool(layer.gradient_of_active().any())
+    assert not bool(active.gradient_of_rows(0, 2).any())
+    assert not bool(active.gradient_of_active().any())
 
 
 def test_an_output_may_be_larger_by_less_than_a_stride() -> None:
     plain = _whole(nn.ConvTranspose2d(4, 8, 3, 3)).double()
-    layer = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
-    layer.wants_passes = lambda: True
+    active = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
+    active.wants_passes, layer = lambda: True, active.layer
     with torch.no_grad():
-        plain.weight.copy_(layer.spread(layer.weight))
+        plain.weight.copy_(active.spread(layer.weight))
     x = torch.randn(4, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for size in (None, (15, 6), (17, 7)):
         # sums of four products, in any order
@@ -245,20 +245,20 @@ def test_an_output_may_be_larger_by_less_than_a_stride() -> None:
         layer(x, (18, 6))
     plain(x[None], (17, 7)).square().sum().backward()
     layer(x[None], (17, 7)).square().sum().backward()
-    torch.testing.assert_close(layer.gradient_of_rows(0, 8), plain.weight.grad.transpose(0, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(active.gradient_of_rows(0, 8), plain.weight.grad.transpose(0, 1), rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_all_kernels_are_those_of_the_plain_layer_over_its_passes() -> None:
     for plain in (_images()[0], _volumes(stride=2)[0], _upward()[0], _upward_volumes()[0]):
-        layer = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
-        layer.wants_passes = lambda: True
+        active = make_compact(copy.deepcopy(plain), torch.tensor([0, 5, 6, 31]))
+        active.wants_passes, layer = lambda: True, active.layer
         with torch.no_grad():
-            plain.weight.copy_(layer.spread(layer.weight))
+            plain.weight.copy_(active.spread(layer.weight))
         for x in _data([plain], 2):
             for y in (plain(x), layer(x)):
                 (y * (torch.arange(y.numel()).view(y.shape) % 3)).sum().backward()
-        places = layer.pattern.places()
+        places = active.pattern.places()
         grad = plain.weight.grad.transpose(0, 1) if isinstance(layer, CompactConvTranspose) else plain.weight.grad
-        assert torch.equal(layer.gradient_of_rows(2, 5), grad[2:5])  # exact: whole numbers
-        assert torch.equal(layer.gradient_of_active(), plain.weight.grad.flatten(0, 1)[places])
+        assert torch.equal(active.gradient_of_rows(2, 5), grad[2:5])  # exact: whole numbers
+        assert torch.equal(active.gradient_of_active(), plain.weight.grad.flatten(0, 1)[places])
         assert torch.equal(layer.weight.grad, plain.weight.grad.flatten(0, 1)[places])

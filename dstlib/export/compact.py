@@ -24,7 +24,7 @@ from dstlib.errors import StateError, require, shown
 from dstlib.files import write_whole
 from dstlib.masking.update import count_outside
 from dstlib.safetensors_files import MAX_HEADER, read_safetensors
-from dstlib.targets import HoldsActive, Masked, held_weights, plain_name, refuse_outside, unwrap
+from dstlib.targets import Held, Masked, held_weights, mask_key, plain_name, refuse_outside, unwrap
 from dstlib.typed_json import parse_json
 
 FORMAT = "dstlib.compact/1"
@@ -118,7 +118,7 @@ def save_compact(model: nn.Module, path: str | Path, *, sparsifier: Masked | Non
             entries[name] = _Alias(twin)
             continue
         mask = next((masks.pop(n) for n, other in named.items() if other is tensor and n in masks), None)
-        form = _Held.of(held[name]) if name in held else _Dense(tensor.detach().cpu())
+        form = _Active.of(held[name]) if name in held else _Dense(tensor.detach().cpu())
         if mask is not None and (count := _count_outside(name, form, mask)):
             found[name] = count
         if (packed := _pack(form, mask)) is None:
@@ -217,7 +217,7 @@ class _Dense:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Active:
     """A tensor of which the values (A) at rising places exist, as one that is to be packed."""
 
     values: Tensor
@@ -229,11 +229,11 @@ class _Held:
         return self.values.dtype
 
     @classmethod
-    def of(cls, layer: HoldsActive) -> "_Held":
-        places, order = layer.places().cpu().sort()
-        taps = torch.arange(layer.dense_shape[2:].numel())
-        values = layer.weight.detach().cpu()[order].flatten()
-        return cls(values, (places[:, None] * len(taps) + taps).flatten(), layer.dense_shape)
+    def of(cls, held: Held) -> "_Active":
+        places, order = held.places().cpu().sort()
+        taps = torch.arange(held.dense_shape[2:].numel())
+        values = held.values.detach().cpu()[order].flatten()
+        return cls(values, (places[:, None] * len(taps) + taps).flatten(), held.dense_shape)
 
     def alive(self) -> Tensor:
         """Returns where it is anything but +0.0, as a column."""
@@ -256,7 +256,7 @@ class _Held:
         return int((self.values[~mask.cpu().flatten()[self.places]] != 0).sum())
 
 
-def _pack(x: _Dense | _Held, mask: Tensor | None) -> _Packed | None:
+def _pack(x: _Dense | _Active, mask: Tensor | None) -> _Packed | None:
     """Finds the smallest form of x, None where that is x as it is; the pattern is the mask where there is one."""
     shape, num_total = x.shape, x.shape.numel()
     if len(shape) < 2 or num_total == 0:
@@ -297,7 +297,7 @@ def _named_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns all that a ``state_dict`` holds, by its names without wrappers; tied tensors are one object."""
     state = {plain_name(name): value for name, value in unwrap(model).state_dict(keep_vars=True).items()}
     for name in held_weights(unwrap(model)):
-        del state[f"{name}_mask"]  # a tensor of its own, made of the places that are written anyway
+        del state[mask_key(name)]  # a tensor of its own, made of the places that are written anyway
     for name, value in state.items():
         if not isinstance(value, Tensor):
             allowed, remedy = "a tensor", "Save a model without extra state, or use torch.save."
@@ -309,7 +309,7 @@ def _named_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _count_outside(name: str, x: _Dense | _Held, mask: Tensor) -> int:
+def _count_outside(name: str, x: _Dense | _Active, mask: Tensor) -> int:
     """Counts what is not zero outside the mask of a tensor; where nothing is, that is +0.0, which comes back."""
     where = "save_compact()"
     if mask.shape != x.shape:
@@ -421,9 +421,8 @@ def _put(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
     inner = unwrap(model)
     own = inner.state_dict()
     held = held_weights(inner)
-    names = {
-        plain_name(name): name for name in own if plain_name(name) not in {f"{held_name}_mask" for held_name in held}
-    }
+    masks = {mask_key(name) for name in held}
+    names = {plain_name(name): name for name in own if plain_name(name) not in masks}
     theirs = {name: (tuple(x.shape), x.dtype) for name, x in state.items()}
     shapes = {plain: held[plain].dense_shape if plain in held else own[name].shape for plain, name in names.items()}
     here = {plain: (tuple(shapes[plain]), own[name].dtype) for plain, name in names.items()}

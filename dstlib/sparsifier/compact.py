@@ -5,7 +5,7 @@ Shapes: O out, I in, *K kernel taps, none of a matrix; A active entries of the (
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from dstlib.sparsifier.update import Observer, fill_first_masks, update_masks
 from dstlib.targets import MatrixView, Weight, unwrap
 
 if TYPE_CHECKING:
-    from dstlib.engine.layers.compact_layer import CompactLayer
+    from dstlib.engine.layers.active_weight import ActiveWeight
 
 Average = Callable[[Tensor], Tensor]  # the mean over the ranks, in place
 State = tuple[Optimizer, Sequence[Kept]]  # what is kept for a weight
@@ -42,24 +42,24 @@ State = tuple[Optimizer, Sequence[Kept]]  # what is kept for a weight
 class CompactWeight(MaskedWeight):
     """A sparse weight in training whose parameter has no entry outside the mask.
 
-    It has the counters of a masked weight, and its layer the pattern; ``mask`` is made each time that it is asked for.
+    It has the counters of a masked weight; ``mask`` is made of its pattern each time that it is asked for.
     """
 
-    def __init__(self, started: MaskedWeight, layer: "CompactLayer") -> None:
+    def __init__(self, started: MaskedWeight, active: "ActiveWeight") -> None:
         state = dict(vars(started))
         del state["packed"]
         self.__dict__.update(state)
-        self.layer = layer
+        self.active = active
 
     @property
     def mask(self) -> Tensor:
         """Which weights are active, (O, I, *K)."""
-        return self.layer.mask
+        return self.active.mask
 
     @property
     def packed(self) -> PackedMask:  # type: ignore[override]  # nobody writes to it
         """Which weights are active, in bits."""
-        return PackedMask.of(self.layer.mask)
+        return PackedMask.of(self.active.mask)
 
     @property
     def held_mask(self) -> Callable[[], PackedMask]:
@@ -76,7 +76,7 @@ class CompactWeight(MaskedWeight):
     @property
     def fits(self) -> bool:
         """Whether the parameter has a value for each active weight."""
-        return self.parameter.shape == (self.layer.pattern.num_active, *self.shape[2:])
+        return self.parameter.shape == (self.active.pattern.num_active, *self.shape[2:])
 
     @property
     def has_zeros(self) -> bool:
@@ -104,9 +104,9 @@ class CompactWeight(MaskedWeight):
         if not torch.equal(saved.mask.to(self.parameter.device), self.mask):
             from dstlib.engine.ops.places import sources  # not before it is asked for: it loads the engine
 
-            pattern = self.layer.pattern_of(places_of(saved.mask))
-            source = sources(self.layer.pattern.rising(), pattern.rising())
-            self.layer.hold(pattern, _carried(self.parameter.detach(), source))
+            pattern = self.active.pattern_of(places_of(saved.mask))
+            source = sources(self.active.pattern.rising(), pattern.rising())
+            self.active.hold(pattern, _carried(self.parameter.detach(), source))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -152,14 +152,15 @@ def compact_weights(
     from dstlib.engine.runtime.memory import trim_heap
 
     model = unwrap(model)
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+    ancestors = _ancestors(model)
     num_owners = _num_owners(model)
     weights = {id(weight.parameter): weight for weight in plan.weights}
     made: dict[int, CompactWeight] = {}
     reasons: dict[str, str] = {}
-    initialised: dict[int, nn.Parameter] = {}  # by the identity of what they came for
+    initialised = _Initialised({}, {})
     for module in list(model.modules()):
-        before = {key: id(p) for key, p in module._parameters.items() if p is not None}
+        own = {key: id(p) for key, p in module._parameters.items() if p is not None}
+        before = {key: initialised.origins.get(identity, identity) for key, identity in own.items()}
         _initialise(module, initialised)
         for key, identity in before.items():
             parameter, weight = module._parameters[key], weights.get(identity)
@@ -168,7 +169,7 @@ def compact_weights(
             weight = weights[identity] = replace(weight, parameter=parameter)
             if weight.reason or weight.name in reasons:
                 continue
-            if reason := _obstacle(module, key, weight, parents.get(id(module)), plan.method):
+            if reason := _obstacle(module, key, weight, ancestors[id(module)], plan.method):
                 reasons[weight.name] = reason
                 continue
             if num_owners[identity] > 1:
@@ -177,7 +178,7 @@ def compact_weights(
             _check_unstepped(weight, optimizers)
             started, places = _drawn(weight, plan) or _started(weight, plan)
             started.weight = weights[identity] = replace(weight, compact_of=parameter.shape)
-            made[identity] = CompactWeight(started, make_compact(module, places))
+            made[identity] = CompactWeight(started, make_compact(module, places, key, ancestors[id(module)]))
             del started, places, parameter
             trim_heap()
     now = tuple(weights[id(weight.parameter)] for weight in plan.weights)
@@ -249,7 +250,7 @@ def update_compact(
     dense = _as_masked(m)
     whole = None if gradient is None else gradient.of_all()
     momentum = momentum_of([optimizer for optimizer, _ in states], m.parameter)
-    momentum = None if momentum is None else m.layer.spread(momentum)
+    momentum = None if momentum is None else m.active.spread(momentum)
     update_masks([(dense, whole, momentum)], [dense], plan, step=step, memory=0.0, observers=observers)
     m.settled = dense.settled
     return _take_over(m, places_of(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
@@ -265,7 +266,7 @@ def fill_compact(
     average: Average,
 ) -> bool:
     """Gives outputs that the first mask has left without a weight one each; returns whether there were any."""
-    if _has_all_outputs(m, m.layer.pattern.places()):
+    if _has_all_outputs(m, m.active.pattern.places()):
         return False
     dense, gradient = _as_masked(m), _Gradient(m, scale, average)
     fill_first_masks(dense, gradient.of_all(), plan, step=m.step + 1, observers=observers)
@@ -289,10 +290,10 @@ class _Gradient:
     """
 
     def __init__(self, m: CompactWeight, loss_scale: float, average: Average) -> None:
-        self._weight, self._layer, self._average, self.loss_scale = m.weight, m.layer, average, loss_scale
+        self._weight, self._active, self._average, self.loss_scale = m.weight, m.active, average, loss_scale
         grad = m.parameter.grad
         assert grad is not None
-        if not m.layer.passes:
+        if not m.active.passes:
             raise StateError.of(
                 "gradients of what is not active",
                 f"{m.weight.name} at step {m.step + 1}",
@@ -301,13 +302,13 @@ class _Gradient:
                 remedy="Call the model itself, as torch.func and gradients set by hand do not; or leave storage= out.",
             )
         self.of_old = grad
-        found = average(m.layer.gradient_of_active())
+        found = average(m.active.gradient_of_active())
         size = float(found.square().sum())
         self._scale = 1.0 if torch.equal(found, grad) or not size else float((found * grad).sum()) / size
 
     def of_rows(self, first: int, last: int) -> Tensor:
         """Returns that of some outputs, (rows, I, *K), without the loss scale."""
-        grad = self._scaled(self._layer.gradient_of_rows(first, last))
+        grad = self._scaled(self._active.gradient_of_rows(first, last))
         return grad if self.loss_scale == 1.0 else grad / self.loss_scale
 
     def of_all(self) -> Tensor:
@@ -317,7 +318,7 @@ class _Gradient:
 
     def of_active(self) -> Tensor:
         """Returns that of what is active now, (A, *K), as it is in the parameter."""
-        return self._scaled(self._layer.gradient_of_active())
+        return self._scaled(self._active.gradient_of_active())
 
     def _scaled(self, grad: Tensor) -> Tensor:
         grad = self._average(grad)
@@ -330,7 +331,7 @@ def _updated_by_tiles(m: CompactWeight, plan: Plan, step: int, gradient: _Gradie
 
     outputs, inputs = size = _matrix_size(m.weight)
     is_turned = m.weight.views[0].transposed
-    places, order = m.layer.pattern.rising()
+    places, order = m.active.pattern.rising()
     places, order = turned(places, order, (inputs, outputs)) if is_turned else (places, order)
     values, found = m.parameter.detach().index_select(0, order), []
     del order  # of all that is as long as the weight, as little as can be at a time
@@ -365,7 +366,7 @@ def _rows_from(gradient: _Gradient, start: int) -> Callable[[int, int], Tensor]:
 
 def _as_masked(m: CompactWeight) -> MaskedWeight:
     """Returns the weight as one with all its zeros, for as long as something looks at it whole."""
-    parameter = nn.Parameter(m.layer.spread(m.parameter.detach()), requires_grad=False)
+    parameter = nn.Parameter(m.active.spread(m.parameter.detach()), requires_grad=False)
     dense = MaskedWeight(replace(m.weight, parameter=parameter, compact_of=None), m.packed)
     dense.step, dense.begun, dense.updated_at = m.step, m.begun, m.updated_at
     dense.settled, dense.densities, dense.starts, dense.is_output = m.settled, m.densities, m.starts, m.is_output
@@ -388,8 +389,8 @@ def _take_over(
     from dstlib.engine.runtime.memory import trim_heap
 
     trim_heap()  # what steps and scores have left in pieces would stand beside what comes
-    layer, pattern = m.layer, m.layer.pattern_of(places)
-    source = sources(layer.pattern.rising(), pattern.rising())
+    active, pattern = m.active, m.active.pattern_of(places)
+    source = sources(active.pattern.rising(), pattern.rising())
     old = m.parameter.detach()
     grown = _beside(source < 0, old).expand(len(source), *old.shape[1:])
     if not bool(grown.any()) and len(source) == len(old):
@@ -398,7 +399,7 @@ def _take_over(
     trim_heap()
     moves = [(optimizer, _moves(optimizer, m, kept, source)) for optimizer, kept in states]
     grad = None if gradient is None else _carried(gradient.of_old, source)
-    layer.hold(pattern, new)
+    active.hold(pattern, new)
     if grad is not None and gradient is not None:
         grad = torch.where(grown, gradient.of_active(), grad) if bool(grown.any()) else grad
         if m.parameter.grad is None or m.parameter.grad.shape != grad.shape:
@@ -455,7 +456,7 @@ def _start_grown(kept: Kept, m: CompactWeight, grown: Tensor, grad: Tensor, how:
     if len(m.weight.views) == 1:
         kept.start_beside(whole, grown, ~grown, grad if how == "gradient" else None)
         return
-    row = m.layer.pattern.places().div(m.shape[1], rounding_mode="floor")
+    row = m.active.pattern.places().div(m.shape[1], rounding_mode="floor")
     for view in m.weight.views:
         first, last = view.rows or (0, m.shape[0])
         at = ((row >= first) & (row < last)).nonzero().flatten()
@@ -480,16 +481,14 @@ def _beside(x_A: Tensor, values: Tensor) -> Tensor:
     return x_A.view(-1, *(1 for _ in values.shape[1:]))
 
 
-def _obstacle(module: nn.Module, key: str, weight: Weight, parent: nn.Module | None, method: Method) -> str | None:
+def _obstacle(
+    module: nn.Module, key: str, weight: Weight, ancestors: Sequence[nn.Module], method: Method
+) -> str | None:
     """Tells why a weight cannot be compact; None where it can."""
-    from dstlib.engine.layers.compact import UPWARD, obstacle_to_compact  # as above
+    from dstlib.engine.layers.compact import UPWARD, obstacle_around, obstacle_to_compact  # as above
 
-    if key != "weight":
-        return f"it is {key} of a {type(module).__name__}, not its weight"
-    if reason := obstacle_to_compact(module):
+    if reason := obstacle_to_compact(module, key) or obstacle_around(ancestors):
         return reason
-    if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        return f"its {type(parent).__name__} reads the weight by itself"
     if "forward" in vars(module):
         return "its layer has a forward of its own"
     is_upward = isinstance(module, UPWARD)
@@ -498,6 +497,19 @@ def _obstacle(module: nn.Module, key: str, weight: Weight, parent: nn.Module | N
     if not has_whole_kernels(method.granularity, weight.shape):
         return f"units of {type(method.granularity).__name__} are no whole kernels"
     return None if weight.parameter.is_floating_point() else f"it is of {weight.parameter.dtype}"
+
+
+def _ancestors(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Returns the modules around each module of a model, by its identity, nearest first; of a shared one, all."""
+    around: dict[int, list[nn.Module]] = {}
+
+    def visit(module: nn.Module, above: tuple[nn.Module, ...]) -> None:
+        around.setdefault(id(module), []).extend(above)
+        for child in module.children():
+            visit(child, (module, *above))
+
+    visit(model, ())
+    return around
 
 
 def _num_owners(model: nn.Module) -> dict[int, int]:
@@ -510,11 +522,15 @@ def _num_owners(model: nn.Module) -> dict[int, int]:
     return num
 
 
-def _initialise(module: nn.Module, known: dict[int, nn.Parameter]) -> None:
-    """Gives a module that is on the meta device values of its own, as when it was made.
+class _Initialised(NamedTuple):
+    """Parameters that have come for others without data, by the identity of those, and the way back."""
 
-    ``known`` are the parameters that have come for others, by the identity of those: shared ones stay shared.
-    """
+    parameters: dict[int, nn.Parameter]
+    origins: dict[int, int]
+
+
+def _initialise(module: nn.Module, known: _Initialised) -> None:
+    """Gives a module that is on the meta device values of its own, as when it was made; shared ones stay shared."""
     old = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
     buffers = [b for b in module._buffers.values() if b is not None and b.is_meta]
     if not old and not buffers:
@@ -528,13 +544,17 @@ def _initialise(module: nn.Module, known: dict[int, nn.Parameter]) -> None:
             given=f"{', '.join([*old]) or 'a buffer'} on meta",
             remedy="Call to_empty(device=..., recurse=False) on this module and initialise it first.",
         )
+    if not hasattr(module, "reset_parameters"):  # _reset_parameters may write to the layers within, last
+        for child in module.children():
+            _initialise(child, known)
     module.to_empty(device="cpu", recurse=False)
     with torch.no_grad():
         reset()
     for key, parameter in old.items():
         now = module._parameters[key]
         assert now is not None
-        module._parameters[key] = known.setdefault(id(parameter), now)
+        module._parameters[key] = now = known.parameters.setdefault(id(parameter), now)
+        known.origins[id(now)] = id(parameter)
 
 
 def _check_unstepped(weight: Weight, optimizers: Iterable[Optimizer]) -> None:

@@ -37,7 +37,7 @@ def density_groups(model: nn.Module, masks: Mapping[str, Tensor], *, lr: float) 
     model = unwrap(model)
     held = held_weights(model)  # whose parameters are of other shapes than their masks
     plain = find_weights(model, {name: mask.shape for name, mask in masks.items() if name not in held})
-    weights: dict[str, Tensor] = {**plain, **{name: layer.weight for name, layer in held.items()}}
+    weights: dict[str, Tensor] = {**plain, **{name: each.values for name, each in held.items()}}
     density = {id(weights[name]): float(mask.float().mean()) for name, mask in masks.items()}
     by_rate: dict[float, list[nn.Parameter]] = {lr: []}
     for parameter in model.parameters():

@@ -404,7 +404,7 @@ class Sparsifier:
         self._replicas = Replicas(list(self._by_name), self._process_group)
         for m in self._masked:
             if isinstance(m, CompactWeight):
-                m.layer.wants_passes = partial(_asks_for_passes, ref(self), m.weight.name)
+                m.active.wants_passes = partial(_asks_for_passes, ref(self), m.weight.name)
         for m in self._masked:
             if m.parameter.requires_grad and not m.parameter.is_inference():
                 m.parameter.register_post_accumulate_grad_hook(partial(_note_backward, ref(self)))
@@ -570,7 +570,7 @@ class Sparsifier:
                 m.hide()
                 m.step = m.begun
                 if isinstance(m, CompactWeight):
-                    m.layer.passes.clear()
+                    m.active.passes.clear()
             clear_all((m, self._kept(m)) for m in weights)
         if self._search.is_wanted:
             self._look_for_outputs()

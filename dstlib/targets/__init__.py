@@ -1,8 +1,9 @@
 """Which parameters can be sparse, which are asked for, and the matrices that each one holds."""
 
+from dstlib.targets.compact_state import mask_key
 from dstlib.targets.coverage import coverage, example_axes, shortfall, unknown_axes
 from dstlib.targets.eligibility import Weight
-from dstlib.targets.held import HoldsActive, held_weights, plain_state, without_data
+from dstlib.targets.held import Held, HoldsActive, held_weights, plain_state, without_data
 from dstlib.targets.outputs import PassWatch, is_hooked
 from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
 from dstlib.targets.products import moments_in_turn
@@ -25,6 +26,7 @@ __all__ = [
     "EXCLUDED",
     "NOT_INCLUDED",
     "WITHOUT_MASK",
+    "Held",
     "HoldsActive",
     "Masked",
     "MatrixView",
@@ -40,6 +42,7 @@ __all__ = [
     "find_weights",
     "held_weights",
     "is_hooked",
+    "mask_key",
     "moments_in_turn",
     "plain_name",
     "plain_state",

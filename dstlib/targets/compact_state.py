@@ -11,7 +11,16 @@ from torch import Tensor
 
 from dstlib.errors import StateError
 
-MASK = "weight_mask"  # where the values belong
+_MASK = "_mask"  # where the values belong
+
+
+def mask_key(key: str) -> str:
+    """Returns under which key the mask stands of a weight under this one.
+
+    >>> mask_key("fc.weight")
+    'fc.weight_mask'
+    """
+    return key + _MASK
 
 
 def is_compact(state: Mapping[str, Any]) -> bool:
@@ -31,7 +40,7 @@ def masks_of(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict
             raise unfit(name, "the name of a weight of the plain model", "one that it does not have")
         size, taps = shapes[name][:2], shapes[name][2:]
         flat = torch.zeros(size.numel(), dtype=torch.bool)
-        flat[unpack(state[name.removesuffix("weight") + MASK], size, name)] = True
+        flat[unpack(state[mask_key(name)], size, name)] = True
         found[name] = flat.view(*size, *(1 for _ in taps)).expand(shapes[name]).contiguous()
     return found
 
@@ -39,9 +48,9 @@ def masks_of(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict
 def _masked_names(state: Mapping[str, Any]) -> Iterator[str]:
     """Yields the names of the weights that have packed masks beside them."""
     for name, bits in state.items():
-        if name.endswith(MASK) and isinstance(bits, Tensor) and bits.dtype == torch.uint8 and bits.ndim == 1:
-            weight = name.removesuffix(MASK) + "weight"
-            if weight in state:
+        if name.endswith(_MASK) and isinstance(bits, Tensor) and bits.dtype == torch.uint8 and bits.ndim == 1:
+            weight = name.removesuffix(_MASK)
+            if weight in state and "weight" in weight.rpartition(".")[2]:
                 yield weight
 
 

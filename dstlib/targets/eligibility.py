@@ -127,8 +127,8 @@ def weight_of(candidate: Candidate) -> Weight:
 
 
 def _held(candidate: Candidate) -> Weight | None:
-    """Recognises the active values alone of a layer in compact storage."""
-    if not isinstance(candidate.module, HoldsActive) or candidate.key != "weight":
+    """Recognises the active values alone of a weight in compact storage."""
+    if not isinstance(candidate.module, HoldsActive) or candidate.key not in candidate.module.held:
         return None
     begin_anew = "to begin anew, load the sparsifier's dense_state_dict() into the plain model"
     return candidate.weight(f"sparse already, in compact storage; {begin_anew}")

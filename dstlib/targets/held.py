@@ -1,55 +1,64 @@
-"""Layers whose parameter is the active values of a weight alone, and the plain layers that they stand for."""
+"""Weights of which the active values alone exist, the layers that hold them, and the plain layers these stand for."""
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dstlib.targets.compact_state import MASK
+from dstlib.targets.compact_state import mask_key
 from dstlib.targets.wrappers import plain_name
 
 
-class HoldsActive(nn.Module):
-    """A layer in compact storage: its ``weight`` (A, *K) are the active values of one (O, I, *K) that does not exist.
+class Held(Protocol):
+    """A weight (O, I, *K) that does not exist, and its active values (A, *K), a parameter of a layer."""
 
-    ``state_dict`` has their places beside it, as ``weight_mask``.
-    """
-
-    weight: Tensor
     dense_shape: torch.Size
+
+    @property
+    def values(self) -> Tensor:
+        """The parameter (A, *K)."""
+        ...
 
     @property
     def mask(self) -> Tensor:
         """Which entries are active, (O, I, *K)."""
-        raise NotImplementedError
+        ...
 
     def places(self) -> Tensor:
         """Returns where in the flattened (O, I) matrix each of the values belongs, (A)."""
-        raise NotImplementedError
+        ...
 
     def spread(self, values: Tensor) -> Tensor:
         """Returns a weight (O, I, *K) of values (A, *K), zeros elsewhere."""
-        raise NotImplementedError
+        ...
+
+
+class HoldsActive(nn.Module):
+    """A layer in compact storage: of the weights in ``held``, by their keys, it has the active values alone.
+
+    ``state_dict`` has their places beside these, for ``weight`` as ``weight_mask``.
+    """
+
+    held: Mapping[str, Held]
 
     def become_plain(self) -> None:
-        """Takes the plain layer's class, and a weight without data, of the whole shape."""
+        """Takes the plain layer's class, and weights without data, of the whole shapes."""
         raise NotImplementedError
 
 
-def held_weights(model: nn.Module) -> dict[str, HoldsActive]:
-    """Returns the layers in compact storage, by the names of their weights, any name of one that is shared."""
-    named = model.named_modules(remove_duplicate=False)
-    return {_key(plain_name(name), "weight"): m for name, m in named if isinstance(m, HoldsActive)}
+def held_weights(model: nn.Module) -> dict[str, Held]:
+    """Returns the weights in compact storage, by their names, any name of one that is shared."""
+    return {plain_name(name): held for name, held in _held(model)}
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:
     """Returns the ``state_dict`` of a model as it is without compact storage."""
     state = model.state_dict()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, HoldsActive):
-            state[_key(name, "weight")] = module.spread(module.weight.detach())
-            del state[_key(name, MASK)]
+    for name, held in _held(model):
+        state[name] = held.spread(held.values.detach())
+        del state[mask_key(name)]
     return state
 
 
@@ -70,5 +79,7 @@ def _bare(x: Tensor) -> Tensor:
     return nn.Parameter(bare, x.requires_grad) if isinstance(x, nn.Parameter) else bare
 
 
-def _key(layer: str, key: str) -> str:
-    return f"{layer}.{key}" if layer else key
+def _held(model: nn.Module) -> list[tuple[str, Held]]:
+    named = model.named_modules(remove_duplicate=False)
+    layers = [(f"{name}." if name else "", module) for name, module in named if isinstance(module, HoldsActive)]
+    return [(f"{prefix}{key}", held) for prefix, module in layers for key, held in module.held.items()]

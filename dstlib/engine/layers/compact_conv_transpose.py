@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from dstlib.engine.layers.active_weight import ActiveWeight
 from dstlib.engine.layers.compact_layer import CompactLayer
 from dstlib.engine.layers.fast_layer import obstacle_to_weight
 from dstlib.engine.ops.compact_linear import CompactPattern, active_gradient, compact_linear
@@ -71,36 +72,80 @@ class UpwardPattern:
         return self.at.numel()
 
 
-class CompactConvTranspose(CompactLayer):
-    """A transposed convolution by its stride whose parameter ``weight`` (A, *taps) are its active kernels alone.
+class ActiveUpward(ActiveWeight):
+    """The active kernels (A, *taps) of a transposed convolution, in the order of their places in (C, O)."""
 
-    They are in the order of their places in (C, O), as the plain layer has them.
-    """
-
-    bias: Tensor | None
     pattern: UpwardPattern
+    layer: Any  # a CompactConvTranspose
+
+    def gradient_of_rows(self, first: int, last: int) -> Tensor:
+        """Computes the gradient (outputs, C, *taps) of all kernels of some outputs, active or not, over the passes."""
+        size = (last - first, -1, self.dense_shape[0])
+        found = [self._at_voxels(grad, first, last).t() @ x for x, grad in self._samples()]
+        return sum(found[1:], found[0]).view(size).transpose(1, 2).unflatten(2, self.layer.kernel_size)
+
+    def gradient_of_active(self) -> Tensor:
+        """Computes the gradient (A, *taps) of the active kernels, summed over the passes."""
+        total = torch.zeros_like(self.values, requires_grad=False)
+        for x, grad in self._samples():
+            found = active_gradient(self._at_voxels(grad, 0, self.dense_shape[1]), x, self.pattern.linear)
+            total += torch.empty_like(found).index_copy_(0, self.pattern.index, found).view_as(total)
+        return total
+
+    def pattern_of(self, places: Tensor) -> UpwardPattern:
+        """Returns the pattern of kernels at other places of the flattened (C, O) matrix, in rising order."""
+        inputs, outputs, *taps = self.dense_shape
+        return UpwardPattern.of(places.cpu(), (inputs, outputs), torch.Size(taps).numel()).to(self.values.device)
+
+    def _at_voxels(self, grad: Tensor, first: int, last: int) -> Tensor:
+        """Returns a gradient (N, O, *(S · stride)) of some outputs as (M, outputs · T)."""
+        num_axes = len(self.layer.kernel_size)
+        for i, taps in enumerate(self.layer.kernel_size):
+            grad = grad.unflatten(2 + 2 * i, (-1, taps))
+        order = (0, *range(2, 2 + 2 * num_axes, 2), 1, *range(3, 3 + 2 * num_axes, 2))
+        return grad[:, first:last].permute(order).flatten(1 + num_axes).flatten(0, num_axes)
+
+    def _samples(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns the passes: inputs (M, C), and output gradients (N, O, *(S · stride)), in the type of the weight."""
+        found, kernel, dtype = [], self.layer.kernel_size, self.values.dtype
+        for x, grad, _ in self.passes:
+            x, grad = (each if each.ndim == len(kernel) + 2 else each.unsqueeze(0) for each in (x, grad))
+            ends = [slice(s * k) for s, k in zip(x.shape[2:], kernel, strict=True)]
+            grad = grad[(slice(None), slice(None), *ends)]
+            found.append((x.movedim(1, -1).flatten(0, -2).to(dtype), grad.to(dtype)))
+        return found
+
+
+class CompactConvTranspose(CompactLayer):
+    """A transposed convolution by its stride whose parameter ``weight`` (A, *taps) are its active kernels alone."""
+
+    kind = ActiveUpward
+    bias: Tensor | None
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     out_channels: int
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(N, C, *S) → (N, O, *(S · stride)), or without N; ``output_size`` may ask for less than a stride more."""
-        return super().forward(input, output_size)
+        return self.alone(self._forward, input, output_size)
 
-    def compute(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """As ``forward``, with the active values alone."""
-        x = input if input.ndim == len(self.kernel_size) + 2 else input.unsqueeze(0)
-        y = compact_linear(x.movedim(1, -1), self.weight.flatten()[self.pattern.index], None, self.pattern.linear)
-        y = F.pad(self._spaced(y), [n for each in reversed(self._more(input, output_size)) for n in (0, each)])
+    def _forward(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        held: Any = self.held["weight"]
+        more = self._more(input, output_size)
+        plain = F.conv_transpose2d if len(self.kernel_size) == 2 else F.conv_transpose3d
+        return held.run(  # type: ignore[no-any-return]
+            lambda: self._upward(input, held, more),
+            lambda: plain(input, held.spread(held.values), self.bias, self.stride, output_padding=more),
+            input,
+        )
+
+    def _upward(self, input: Tensor, held: ActiveUpward, more: Sequence[int]) -> Tensor:
+        x, pattern = input if input.ndim == len(self.kernel_size) + 2 else input.unsqueeze(0), held.pattern
+        y = self._spaced(compact_linear(x.movedim(1, -1), held.values.flatten()[pattern.index], None, pattern.linear))
+        y = F.pad(y, [n for each in reversed(more) for n in (0, each)])
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1 for _ in self.kernel_size))
         return y if x is input else y.squeeze(0)
-
-    def as_plain(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """As ``forward``, as the plain layer computes."""
-        compute = F.conv_transpose2d if len(self.kernel_size) == 2 else F.conv_transpose3d
-        more = self._more(input, output_size)
-        return compute(input, self.spread(self.weight), self.bias, self.stride, output_padding=more)
 
     def _more(self, input: Tensor, output_size: Sequence[int] | None) -> list[int]:
         """Returns how many voxels along each axis the output has beyond those of the inputs."""
@@ -111,25 +156,6 @@ class CompactConvTranspose(CompactLayer):
         more: list[int] = ask(input, list(output_size), self.stride, [0] * num_axes, self.kernel_size, num_axes)
         return more
 
-    def gradient_of_rows(self, first: int, last: int) -> Tensor:
-        """Computes the gradient (outputs, C, *taps) of all kernels of some outputs, active or not, over the passes."""
-        size = (last - first, -1, self.dense_shape[0])
-        found = [self._at_voxels(grad, first, last).t() @ x for x, grad in self._samples()]
-        return sum(found[1:], found[0]).view(size).transpose(1, 2).unflatten(2, self.kernel_size)
-
-    def gradient_of_active(self) -> Tensor:
-        """Computes the gradient (A, *taps) of the active kernels, summed over the passes."""
-        total = torch.zeros_like(self.weight, requires_grad=False)
-        for x, grad in self._samples():
-            found = active_gradient(self._at_voxels(grad, 0, self.out_channels), x, self.pattern.linear)
-            total += torch.empty_like(found).index_copy_(0, self.pattern.index, found).view_as(total)
-        return total
-
-    def pattern_of(self, places: Tensor) -> UpwardPattern:
-        """Returns the pattern of kernels at other places of the flattened (C, O) matrix, in rising order."""
-        inputs, outputs, *taps = self.dense_shape
-        return UpwardPattern.of(places.cpu(), (inputs, outputs), torch.Size(taps).numel()).to(self.weight.device)
-
     def _spaced(self, y: Tensor) -> Tensor:
         """Returns what was computed at each voxel, (N, *S, O · T), where it belongs, (N, O, *(S · stride))."""
         num_axes = len(self.kernel_size)
@@ -137,25 +163,6 @@ class CompactConvTranspose(CompactLayer):
         pairs = (axis for i in range(num_axes) for axis in (1 + i, 2 + num_axes + i))
         y = y.permute(0, 1 + num_axes, *pairs)
         return y.reshape(*y.shape[:2], *(s * k for s, k in zip(y.shape[2::2], y.shape[3::2], strict=True)))
-
-    def _at_voxels(self, grad: Tensor, first: int, last: int) -> Tensor:
-        """Returns a gradient (N, O, *(S · stride)) of some outputs as (M, outputs · T)."""
-        num_axes = len(self.kernel_size)
-        for i, taps in enumerate(self.kernel_size):
-            grad = grad.unflatten(2 + 2 * i, (-1, taps))
-        order = (0, *range(2, 2 + 2 * num_axes, 2), 1, *range(3, 3 + 2 * num_axes, 2))
-        return grad[:, first:last].permute(order).flatten(1 + num_axes).flatten(0, num_axes)
-
-    def _samples(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the passes: inputs (M, C), and output gradients (N, O, *(S · stride)), in the type of the weight."""
-        found, num_axes = [], len(self.kernel_size)
-        for x, grad in self.passes:
-            x, grad = (each if each.ndim == num_axes + 2 else each.unsqueeze(0) for each in (x, grad))
-            ends = [slice(s * k) for s, k in zip(x.shape[2:], self.kernel_size, strict=True)]
-            grad = grad[(slice(None), slice(None), *ends)]
-            dtype = self.weight.dtype
-            found.append((x.movedim(1, -1).flatten(0, -2).to(dtype), grad.to(dtype)))
-        return found
 
 
 class CompactConvTranspose2d(CompactConvTranspose, nn.ConvTranspose2d):
