@@ -266,11 +266,16 @@ def fill_compact(
     average: Average,
 ) -> bool:
     """Gives outputs that the first mask has left without a weight one each; returns whether there were any."""
-    if _has_all_outputs(m, m.active.pattern.places()):
+    if not has_bare_outputs(m):
         return False
     dense, gradient = _as_masked(m), _Gradient(m, scale, average)
     fill_first_masks(dense, gradient.of_all(), plan, step=m.step + 1, observers=observers)
     return _take_over(m, places_of(dense.mask), dense.parameter, gradient, states, plan.method.grown_state)
+
+
+def has_bare_outputs(m: CompactWeight) -> bool:
+    """Whether an output has no weight now."""
+    return not _has_all_outputs(m, m.active.pattern.places())
 
 
 def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
@@ -293,7 +298,7 @@ class _Gradient:
         self._weight, self._active, self._average, self.loss_scale = m.weight, m.active, average, loss_scale
         grad = m.parameter.grad
         assert grad is not None
-        if not m.active.passes:
+        if not m.active.has_noted:
             raise StateError.of(
                 "gradients of what is not active",
                 f"{m.weight.name} at step {m.step + 1}",

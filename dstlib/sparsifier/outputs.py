@@ -41,8 +41,8 @@ class OutputSearch:
         """Whether modules are watched."""
         return self._watch is not None
 
-    def begin(self, model: nn.Module, twins: Iterable[nn.Module]) -> None:
-        """Watches a model, and others that compute with its weights."""
+    def begin(self, model: nn.Module | None, twins: Iterable[nn.Module]) -> None:
+        """Watches a model, if there still is one, and others that compute with its weights."""
         self._watch, self.is_wanted = PassWatch(model, self._parameters, twins), False
 
     def end(self) -> None:

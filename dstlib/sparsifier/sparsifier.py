@@ -19,7 +19,7 @@ from dstlib.masking.update import zero_outside_
 from dstlib.report import Summary
 from dstlib.schedules import Every
 from dstlib.sparsifier import loaded, optimizer_state, update
-from dstlib.sparsifier.compact import CompactWeight, fill_compact, update_compact
+from dstlib.sparsifier.compact import CompactWeight, fill_compact, has_bare_outputs, update_compact
 from dstlib.sparsifier.distributed import Replicas
 from dstlib.sparsifier.frozen import find_behind, following, last_update, tell_of_early_end, tell_of_end
 from dstlib.sparsifier.hooks import forget, is_next_to, keep, listen
@@ -570,7 +570,7 @@ class Sparsifier:
                 m.hide()
                 m.step = m.begun
                 if isinstance(m, CompactWeight):
-                    m.active.passes.clear()
+                    m.active.forget()
             clear_all((m, self._kept(m)) for m in weights)
         if self._search.is_wanted:
             self._look_for_outputs()
@@ -588,7 +588,7 @@ class Sparsifier:
         """Watches the coming forward passes for what feeds what, if some weights have taken a step and nobody knows."""
         model = self._ownership.model
         self._search.is_wanted = any(m.is_output is None for m in self._masked)
-        if self._search.is_wanted and model is not None and any(m.step for m in self._masked):
+        if self._search.is_wanted and (model is not None or self._twins) and any(m.step for m in self._masked):
             self._search.begin(model, self._twins)
 
     def _settle_outputs(self, weights: Sequence[MaskedWeight], scale: float) -> list[MaskedWeight]:
@@ -757,7 +757,10 @@ class Sparsifier:
     def _wants_passes(self, name: str) -> bool:
         """Whether gradients of what is not active are wanted of the pass to come, of a compact weight."""
         m = self._by_name[name]
-        return self._attached and m.parameter.requires_grad and (self._is_due(m) or m.is_to_fill)
+        assert isinstance(m, CompactWeight)
+        if not (self._attached and m.parameter.requires_grad):
+            return False
+        return self._is_due(m) or (m.is_to_fill and has_bare_outputs(m))
 
     def _held_by(self, *optimizers: Optimizer) -> list[MaskedWeight]:
         """Returns the sparse weights that these step on, in the model's order."""

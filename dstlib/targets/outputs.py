@@ -29,7 +29,8 @@ _NOTHING = nullcontext.__exit__
 class PassWatch:
     """Notes what a model and its modules return in the first pass that autograd records, until it is told to stop.
 
-    ``twins`` are other models that compute with its parameters. Of a pass of a whole model no more is kept than what it
+    ``twins`` are other models that compute with its parameters; whoever uses these may have let go of the model itself,
+    which is None then. Of a pass of a whole model no more is kept than what it
     tells; of passes of its parts, as where a user calls them one by one, the nodes of autograd's graph are, but not
     what these have saved for a backward pass that has run.
 
@@ -42,11 +43,11 @@ class PassWatch:
     >>> watch.stop()
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor], twins: Iterable[nn.Module] = ()) -> None:
-        twins = list(twins)
-        self._model, self._parameters = ref(model), list(parameters)
-        self._whole: WeakSet[nn.Module] = WeakSet([model, *twins])
-        self._modules: WeakSet[nn.Module] = WeakSet([*model.modules(), *twins])
+    def __init__(self, model: nn.Module | None, parameters: Iterable[Tensor], twins: Iterable[nn.Module] = ()) -> None:
+        wholes = [*([] if model is None else [model]), *twins]
+        self._model, self._parameters = None if model is None else ref(model), list(parameters)
+        self._whole: WeakSet[nn.Module] = WeakSet(wholes)
+        self._modules: WeakSet[nn.Module] = WeakSet([*(() if model is None else model.modules()), *wholes])
         self._seen: dict[int, list[Node]] = {}
         self._found: dict[int, bool | None] = {}
         for module in self._modules:
@@ -97,7 +98,7 @@ class PassWatch:
 
     def _parts(self) -> Iterator[list[Node]]:
         """Yields what each module returned that was called by itself, not by another one."""
-        model = self._model()
+        model = None if self._model is None else self._model()
         waiting = [] if model is None else [model]
         while waiting:
             module = waiting.pop()
