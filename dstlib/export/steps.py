@@ -4,7 +4,6 @@ Norms and activations are no steps: whoever reads a map applies them. Shapes: C 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, NoReturn
@@ -17,7 +16,7 @@ from dstlib.errors import SettingError
 from dstlib.export.dead_channels import ShiftedGroups
 from dstlib.export.trace import SHIFTS, trace
 from dstlib.layers.shift import Shift, channel_moves
-from dstlib.targets import is_hooked, unwrap
+from dstlib.targets import HoldsActive, is_hooked, plain_kind, unwrap, without_data
 
 MOST_MAPS = 3  # that one convolution reads
 MOST_STRIDE = 16
@@ -98,7 +97,7 @@ def steps_of(model: nn.Module, example: Tensor) -> Steps:
     if type(root).__module__.startswith("torch.nn.") and not isinstance(root, nn.Sequential):
         root = nn.Sequential(root)  # whose forward is followed, where that of a layer would be taken apart
     try:
-        traced = trace(_without_values(root), [example.to("meta")], (*SHIFTS, ShiftedGroups))
+        traced = trace(without_data(root), [example.to("meta")], (*SHIFTS, ShiftedGroups))
     except Exception as error:  # the forward is anyone's code, which a symbol may break in any way
         _refuse(
             "(model)", f"a forward that cannot be traced: {type(error).__name__}: {error}".partition("\n")[0], error
@@ -107,13 +106,6 @@ def steps_of(model: nn.Module, example: Tensor) -> Steps:
     for node in traced.graph.nodes:
         reader.follow(node, traced.values.get(node))
     return Steps(example.shape[1], tuple(reader.steps), reader.outputs)
-
-
-def _without_values(root: nn.Module) -> nn.Module:
-    """Returns a copy whose tensors have shapes alone: to follow a forward takes no time then, and no memory."""
-    kept: dict[int, object] = {id(x): torch.empty_like(x, device="meta") for x in root.buffers()}
-    kept |= {id(x): nn.Parameter(torch.empty_like(x, device="meta"), x.requires_grad) for x in root.parameters()}
-    return deepcopy(root, kept)
 
 
 class _Reader:
@@ -146,9 +138,9 @@ class _Reader:
             self.outputs = tuple(self._output(each) for each in (given if isinstance(given, list | tuple) else [given]))
         elif node.op == "call_module":
             layer = self._root.get_submodule(str(node.target))
-            if type(layer) not in self._layers:
-                _refuse(_name(node), f"a {type(layer).__name__}")
-            self._values[node] = self._layers[type(layer)](node, layer, self._values[node.args[0]])  # type: ignore[index]
+            if (kind := plain_kind(layer)) not in self._layers:
+                _refuse(_name(node), f"a {kind.__name__}")
+            self._values[node] = self._layers[kind](node, layer, self._values[node.args[0]])  # type: ignore[index]
         elif node.op == "call_function" and node.target is torch.cat:
             self._values[node] = self._concatenated(node, *node.args, **node.kwargs)
         else:
@@ -181,7 +173,7 @@ class _Reader:
             _refuse(_name(node), f"a convolution of {len(value)} maps, of which it may read {MOST_MAPS}")
         shifts = tuple(chain.from_iterable(part.shifts for part in value))
         views, stride = tuple(part.view for part in value), _strides(node, conv.stride)
-        step = Step("conv", views, conv.out_channels, stride, conv.weight, conv.bias, shifts if any(shifts) else ())
+        step = Step("conv", views, conv.out_channels, stride, _weight(conv), conv.bias, shifts if any(shifts) else ())
         return self._make(step)
 
     def _conv_transpose(self, node: fx.Node, layer: nn.ConvTranspose3d, value: _Value) -> _Value:
@@ -191,7 +183,7 @@ class _Reader:
         if layer.bias is not None or layer.kernel_size != layer.stride or not is_plain or len(node.args) > 1:
             _refuse(_name(node), "a transposed convolution whose kernel is not its stride, or with a bias")
         view, stride = self._alone(node, value).view, _strides(node, layer.stride)
-        return self._make(Step("conv_transpose", (view,), layer.out_channels, stride, layer.weight))
+        return self._make(Step("conv_transpose", (view,), layer.out_channels, stride, _weight(layer)))
 
     def _max_pool(self, node: fx.Node, pool: nn.MaxPool3d, value: _Value) -> _Value:
         window, stride = _strides(node, pool.kernel_size), _strides(node, pool.stride)
@@ -239,6 +231,14 @@ class _Reader:
         if len(value) > 1 or any(value[0].shifts):
             _refuse(_name(node), "a concatenated or shifted map, which only a convolution reads")
         return value[0]
+
+
+def _weight(layer: nn.Conv3d | nn.ConvTranspose3d) -> Tensor:
+    """Returns the weight of a layer, whole."""
+    if isinstance(layer, HoldsActive):
+        held = layer.held["weight"]
+        return held.spread(held.values.detach())
+    return layer.weight
 
 
 def _name(node: fx.Node) -> str:

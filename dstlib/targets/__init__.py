@@ -3,7 +3,7 @@
 from dstlib.targets.compact_state import mask_key
 from dstlib.targets.coverage import coverage, example_axes, shortfall, unknown_axes
 from dstlib.targets.eligibility import Weight
-from dstlib.targets.held import Held, HoldsActive, held_weights, plain_state, without_data
+from dstlib.targets.held import Held, HoldsActive, held_weights, plain_kind, plain_state, without_data
 from dstlib.targets.outputs import PassWatch, is_hooked
 from dstlib.targets.outside import BELONGING, describe_outside, find_masked, find_outside, refuse_outside
 from dstlib.targets.products import moments_in_turn
@@ -44,6 +44,7 @@ __all__ = [
     "is_hooked",
     "mask_key",
     "moments_in_turn",
+    "plain_kind",
     "plain_name",
     "plain_state",
     "refuse_outside",

@@ -48,6 +48,13 @@ class HoldsActive(nn.Module):
         raise NotImplementedError
 
 
+def plain_kind(layer: nn.Module) -> type[nn.Module]:
+    """Returns the class of a layer; of one in compact storage, that of the plain layer."""
+    return next(
+        kind for kind in type(layer).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, HoldsActive)
+    )
+
+
 def held_weights(model: nn.Module) -> dict[str, Held]:
     """Returns the weights in compact storage, by their names, any name of one that is shared."""
     return {plain_name(name): held for name, held in _held(model)}

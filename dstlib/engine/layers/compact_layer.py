@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dstlib.engine.layers.active_weight import ActiveWeight
 from dstlib.engine.layers.fast_layer import is_compiled, uncompiled
 from dstlib.errors import StateError
-from dstlib.targets import HoldsActive, mask_key
+from dstlib.targets import HoldsActive, mask_key, plain_kind
 from dstlib.targets.compact_state import pack
 
 R = TypeVar("R")
@@ -39,7 +39,7 @@ class CompactLayer(HoldsActive):
     def become_plain(self) -> None:
         """Takes the plain layer's class, and weights without data, of the whole shapes."""
         held = self.__dict__.pop("held")
-        self.__class__ = next(kind for kind in type(self).__mro__ if not issubclass(kind, HoldsActive))  # type: ignore[assignment]
+        self.__class__ = plain_kind(self)  # type: ignore[assignment]
         for key, each in held.items():
             weight = torch.empty(each.dense_shape, dtype=each.values.dtype, device="meta")
             setattr(self, key, nn.Parameter(weight, each.values.requires_grad))
