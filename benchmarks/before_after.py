@@ -53,7 +53,7 @@ def inference(size: int) -> Build:
 
 def training(decisions: Decisions | None) -> tuple[Action, Decisions]:
     """A training step of E2ENet."""
-    step = sparse_training(torch.randn(1, 1, 64, 64, 64), 0.8, on_engine=True, decisions=decisions)
+    step = sparse_training(torch.randn(1, 1, 64, 64, 64), 0.8, "engine", decisions)
     return step.step, step.network.decisions  # type: ignore[return-value]
 
 

@@ -2,15 +2,16 @@
 
     python benchmarks/training_step.py                             # a 64³ image, two sparsities: about five minutes
     python benchmarks/training_step.py --size 32 --repeats 3 --memory
-    python benchmarks/training_step.py --recompute --memory        # a third row of each sparsity, of less memory
+    python benchmarks/training_step.py --recompute --compact --memory    # rows of less memory for each sparsity, too
     python benchmarks/training_step.py --size 32 --losses 20       # the losses of both, from the same start
 
 The network is the paper's for AMOS with all its heads; the loss is a stand-in, a sum of mean squares. "dense" has no
 masks and runs in torch, with channels first and last in memory; what counts is the faster. The others train under DSFF
 in their fusion nodes, masks applied after each step, on the engine. No mask changes during what is timed.
 
-"recomputed" is the engine with E2ENet.recompute on. The memory is the most of a process that makes two steps of one
-network and nothing else; "above import" leaves out what such a process takes that builds none.
+"recomputed" is the engine with E2ENet.recompute on, "compact" with storage="compact" as well. The memory is the most
+of a process that makes two steps of one network and nothing else; "above import" leaves out what such a process takes
+that builds none.
 
 With --losses nothing is timed: a masked network trains in torch and its twin on the engine, by the same steps, and the
 largest difference of their losses is printed. Medians over rounds in which every row takes its turn.
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import dstlib
-from dstlib.engine import Decisions, accelerate
+from dstlib.engine import Decisions
 from dstlib.report import align
 from dstlib.zoo.e2enet import E2ENet
 
@@ -67,6 +68,9 @@ def main() -> None:
     lines.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9], help=default.strip())
     lines.add_argument("--memory", action="store_true", help="run each network alone too, for its peak memory")
     lines.add_argument("--recompute", action="store_true", help="measure rows that keep less for gradients, too")
+    lines.add_argument(
+        "--compact", action="store_true", help="measure rows that recompute and hold active weights alone"
+    )
     lines.add_argument("--losses", type=int, metavar="N", help="compare the losses of N steps instead")
     options = begin(lines)
     warnings.simplefilter("ignore")  # of memory formats in backward passes
@@ -83,11 +87,11 @@ def compare_times(x: Tensor, options: argparse.Namespace) -> None:
     rows: dict[str, Training] = {f"dense, channels {name}": in_torch(x, name) for name in FORMATS}
     for sparsity in options.sparsities:
         progress(f"deciding on the layers at sparsity {sparsity:g}")
-        rows[f"engine, sparsity {sparsity:g}"] = found = sparse(x, sparsity, on_engine=True)
-        if options.recompute:
-            decisions: Any = found.network.decisions
-            name = f"recomputed, sparsity {sparsity:g}"
-            rows[name] = sparse(x, sparsity, on_engine=True, decisions=decisions, recompute=True)
+        rows[f"engine, sparsity {sparsity:g}"] = found = sparse(x, sparsity, "engine")
+        decisions: Any = found.network.decisions
+        for way, is_asked in (("recomputed", options.recompute), ("compact", options.compact)):
+            if is_asked:
+                rows[f"{way}, sparsity {sparsity:g}"] = sparse(x, sparsity, way, decisions)
     progress("measuring")
     steps = times({name: row.step for name, row in rows.items()}, options.repeats, clock=own)
     taken = {name: by_part([parts for _, *parts in each]) for name, each in steps.items()}
@@ -112,7 +116,7 @@ def compare_times(x: Tensor, options: argparse.Namespace) -> None:
 
 def compare_losses(x: Tensor, sparsity: float, steps: int) -> None:
     """Prints by how much the losses differ, at most, as a share of those in torch."""
-    twins = [sparse(x, sparsity, on_engine=on_engine) for on_engine in (False, True)]
+    twins = [sparse(x, sparsity, way) for way in ("torch", "engine")]
     losses = [[twin.step()[0] for twin in twins] for _ in range(steps)]
     worst = max(abs(fast - plain) / abs(plain) for plain, fast in losses)
     first, last = losses[0][0], losses[-1][0]
@@ -126,8 +130,7 @@ def alone(name: str, size: int, decisions: Decisions | None) -> Action:
     x, word = torch.randn(1, 1, size, size, size), name.split()[-1]
     if decisions is None:
         return in_torch(x, word).step
-    again = name.startswith("recomputed")
-    return sparse(x, float(word), on_engine=True, decisions=decisions, recompute=again).step
+    return sparse(x, float(word), name.partition(",")[0], decisions).step
 
 
 def nothing() -> Action:
@@ -141,18 +144,20 @@ def in_torch(x: Tensor, name: str) -> Training:
     return Training(model, optimizer_of(model), placed)
 
 
-def sparse(
-    x: Tensor, sparsity: float, *, on_engine: bool, decisions: Decisions | None = None, recompute: bool = False
-) -> Training:
-    """A network under DSFF; the same start and masks each time."""
+def sparse(x: Tensor, sparsity: float, way: str, decisions: Decisions | None = None) -> Training:
+    """A network under DSFF, in torch, on the engine, recomputed or compact; the same start and masks each time."""
     model = e2enet(x.shape[-1])
-    model.recompute = recompute
-    optimizer = optimizer_of(model)
+    model.recompute = way in ("recomputed", "compact")
     sparsifier = dstlib.sparsify(
-        model, optimizer, sparsity=sparsity, method="dsff", include=E2ENet.FUSION, total_steps=100_000
+        model,
+        sparsity=sparsity,
+        method="dsff",
+        include=E2ENet.FUSION,
+        total_steps=100_000,
+        storage="compact" if way == "compact" else "masked",
     )
-    network = accelerate(model, x, masks=sparsifier.masks, decisions=decisions) if on_engine else model
-    return Training(network, optimizer, x, sparsifier)
+    network = model if way == "torch" else sparsifier.accelerate(model, x, decisions=decisions)
+    return Training(network, optimizer_of(model), x, sparsifier)
 
 
 def optimizer_of(model: nn.Module) -> Optimizer:

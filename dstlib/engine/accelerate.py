@@ -18,7 +18,7 @@ from dstlib.engine.layers.watch import OTHERWISE, Told
 from dstlib.engine.registry import find, obstacle
 from dstlib.inputs import arguments
 from dstlib.masking import Masks
-from dstlib.targets import find_masked, find_outside, held_weights, refuse_outside, unwrap
+from dstlib.targets import HoldsActive, find_masked, find_outside, held_weights, refuse_outside, unwrap
 from dstlib.workers import one_thread
 
 HOOKS = (
@@ -129,6 +129,8 @@ def _twin(model: nn.Module) -> nn.Module:
     modules = {id(module) for module in model.modules()}
     for module in model.modules():
         kept |= {id(x): x for x in vars(module).values() if isinstance(x, Tensor)}  # such as a hook may compute
+        if isinstance(module, HoldsActive):
+            kept |= {id(held): held for held in module.held.values()}  # patterns move with their values
         for name in HOOKS:
             kept |= {id(x): x for hook in getattr(module, name).values() for x in _bound(hook) if id(x) not in modules}
     return copy.deepcopy(model, kept)
@@ -174,9 +176,10 @@ def _candidates(model: nn.Module, layers: Sequence[FastLayer] = ()) -> Iterator[
 
 def _active(layer: nn.Module) -> float:
     """Returns the share of a layer's products that the engine computes: of its weights, those that are not zero."""
-    weights = [p.detach() for p in layer.parameters() if p.ndim > 1]
-    total = sum(weight.numel() for weight in weights)
-    return sum(int(weight.count_nonzero()) for weight in weights) / total if total else 1.0
+    sizes = {id(held.values): held.dense_shape.numel() for held in held_weights(layer).values()}
+    weights = [p for p in layer.parameters() if p.ndim > 1 or id(p) in sizes]
+    total = sum(sizes.get(id(weight), weight.numel()) for weight in weights)
+    return sum(int(weight.detach().count_nonzero()) for weight in weights) / total if total else 1.0
 
 
 def _measure(

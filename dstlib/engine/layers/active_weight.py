@@ -88,6 +88,11 @@ class ActiveWeight:
         return parameter
 
     @property
+    def is_noted(self) -> bool:
+        """Whether what the gradients of others are made of is wanted of the pass to come."""
+        return torch.is_grad_enabled() and self.wants_passes is not None and self.wants_passes()
+
+    @property
     def mask(self) -> Tensor:
         """Which weights are active, (O, I, *K), made when it is asked for."""
         active = self.active()
@@ -136,17 +141,28 @@ class ActiveWeight:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return plain()  # into a program, which knows no mask updates
         y = plain() if is_recorded() else fast()
-        if y.requires_grad and self.wants_passes is not None and self.wants_passes():
-            # but not where it is recomputed for a backward pass
-            if self._has_no_gradient() and torch._C._current_graph_task_id() == -1:
-                self.passes.clear()  # what gradients were thrown away belonged to
+        if y.requires_grad and self.is_noted:
+            self.forget_discarded()
             x, passes = input.detach(), self.passes
             y.register_hook(lambda grad: passes.append(Pass(x, grad.detach(), first)))
         return y
 
-    def _has_no_gradient(self) -> bool:
+    def forget_discarded(self) -> None:
+        """Forgets, before a pass, what belongs to gradients that were thrown away."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # the pass is recomputed for a backward pass
         grad = self.values.grad
-        return grad is None or (grad.numel() > 0 and not bool(grad.any()))
+        if grad is None or (grad.numel() > 0 and not bool(grad.any())):
+            self.forget()
+
+    @property
+    def has_noted(self) -> bool:
+        """Whether anything is known of the gradients of others."""
+        return bool(self.passes)
+
+    def forget(self) -> None:
+        """Forgets what was noted."""
+        self.passes.clear()
 
     def check_order(self) -> None:
         """Checks that the values belong where the pattern says.

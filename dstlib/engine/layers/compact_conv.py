@@ -3,30 +3,37 @@
 Shapes: N batch, C input channels, O output channels, D, H, W depth, height, width, A active kernels.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight, conv3d_weight
 
-from dstlib.engine.layers.active_weight import ActiveWeight
+from dstlib.engine.layers.active_kernels import ActiveKernels
 from dstlib.engine.layers.compact_layer import CompactLayer
 from dstlib.engine.layers.conv import convolved, geometry, mapped
 from dstlib.engine.ops.conv import Geometry, active_gradient
 from dstlib.engine.ops.patterns import Pattern, Weights
 
 
-class ActiveKernels(ActiveWeight):
-    """The active kernels (A, *taps), row by row, of a convolution."""
+class ActiveConvKernels(ActiveKernels):
+    """The active kernels (A, *taps), row by row, of a convolution that is not transposed."""
 
+    is_spread = is_transposed = False
     pattern: Pattern
     layer: Any  # a CompactConv
 
-    def weights(self, values: Tensor, bias: Tensor | None = None) -> Weights:
-        """Returns what kernels compute by."""
-        return Weights(values, bias, self.pattern, self.pattern, is_compact=True)
+    @property
+    def kernels(self) -> Pattern:
+        """Which kernels (O, C) are active."""
+        return self.pattern
 
-    def gradient_of_rows(self, first: int, last: int) -> Tensor:
+    def weights(self, bias: Tensor | None) -> Weights:
+        """Returns what the engine computes by: the values themselves."""
+        return Weights(self.values, bias, self.pattern, self.pattern, is_compact=True)
+
+    def rows_of_passes(self, first: int, last: int) -> Tensor:
         """Computes the gradient (rows, C, *taps) of all kernels of some outputs, active or not, over the passes."""
         size = (last - first, *self.dense_shape[1:])
         total = self.values.new_zeros(size, requires_grad=False)
@@ -36,9 +43,9 @@ class ActiveKernels(ActiveWeight):
             total += compute(x.to(total.dtype), size, rows, self.layer.stride, self.layer.padding)
         return total
 
-    def gradient_of_active(self) -> Tensor:
+    def active_of_passes(self) -> Tensor:
         """Computes the gradient (A, *taps) of the active kernels, summed over the passes."""
-        weights = self.weights(torch.zeros_like(self.values, requires_grad=False))
+        weights = replace(self.weights(None), weight=torch.zeros_like(self.values, requires_grad=False))
         total, num_axes = torch.zeros_like(weights.weight), len(self.layer.kernel_size)
         for x, grad in self._samples():
             maps = [mapped(each.to(total.dtype), num_axes).raw for each in (x, grad)]
@@ -65,7 +72,7 @@ class ActiveKernels(ActiveWeight):
 class CompactConv(CompactLayer):
     """A convolution whose parameter ``weight`` (A, *taps) are its active kernels alone, row by row."""
 
-    kind = ActiveKernels
+    kind = ActiveConvKernels
     bias: Tensor | None
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -81,12 +88,12 @@ class CompactConv(CompactLayer):
             lambda: self._convolved(input, held), lambda: plain(input, held.spread(held.values), self.bias), input
         )
 
-    def _convolved(self, input: Tensor, held: ActiveKernels) -> Tensor:
+    def _convolved(self, input: Tensor, held: ActiveConvKernels) -> Tensor:
         if input.ndim == len(self.kernel_size) + 2 and not len(input):
             return self._nothing(input, held)
-        return convolved(held.weights(held.values, self.bias), held.geometry(), input, len(self.kernel_size))
+        return convolved(held.weights(self.bias), held.geometry(), input, len(self.kernel_size))
 
-    def _nothing(self, input: Tensor, held: ActiveKernels) -> Tensor:
+    def _nothing(self, input: Tensor, held: ActiveConvKernels) -> Tensor:
         """Returns the output of no sample; all gradients are zeros."""
         size = ((n - 1) // step + 1 for n, step in zip(input.shape[2:], self.stride, strict=True))
         y = input.new_empty(0, held.dense_shape[0], *size)

@@ -9,16 +9,18 @@ inputs of a batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dstlib.engine.layers.active_weight import ActiveWeight
+from dstlib.engine.layers.active_kernels import ActiveKernels
 from dstlib.engine.layers.compact_layer import CompactLayer
 from dstlib.engine.layers.fast_layer import obstacle_to_weight
 from dstlib.engine.ops.compact_linear import CompactPattern, active_gradient, compact_linear
+from dstlib.engine.ops.patterns import Pattern, Weights
 from dstlib.engine.ops.places import turned
 
 
@@ -37,6 +39,7 @@ class UpwardPattern:
     at: Tensor
     linear: CompactPattern
     index: Tensor
+    size: tuple[int, int]
 
     @classmethod
     def of(cls, places: Tensor, size: tuple[int, int], num_taps: int) -> "UpwardPattern":
@@ -52,7 +55,14 @@ class UpwardPattern:
             _, position = linear.rising()
             index = torch.empty_like(order)
             index[position.long()] = (number[:, None] * num_taps + tap).flatten()[order].long()
-            return cls(at, linear, index)
+            return cls(at, linear, index, size)
+
+    @cached_property
+    def kernels(self) -> Pattern:
+        """The active kernels of the (O, C) matrix, as the engine's transposed convolutions read them."""
+        mask_CO = torch.zeros(self.size, dtype=torch.bool, device=self.at.device)
+        mask_CO.view(-1)[self.at.long()] = True
+        return Pattern.of(mask_CO.T)
 
     def places(self) -> Tensor:
         """Returns where in the flattened (C, O) matrix each kernel lies, (A)."""
@@ -64,7 +74,7 @@ class UpwardPattern:
 
     def to(self, device: torch.device) -> "UpwardPattern":
         """Returns the pattern on a device."""
-        return UpwardPattern(self.at.to(device), self.linear.to(device), self.index.to(device))
+        return UpwardPattern(self.at.to(device), self.linear.to(device), self.index.to(device), self.size)
 
     @property
     def num_active(self) -> int:
@@ -72,19 +82,30 @@ class UpwardPattern:
         return self.at.numel()
 
 
-class ActiveUpward(ActiveWeight):
+class ActiveUpward(ActiveKernels):
     """The active kernels (A, *taps) of a transposed convolution, in the order of their places in (C, O)."""
 
+    is_spread = is_transposed = True
     pattern: UpwardPattern
     layer: Any  # a CompactConvTranspose
 
-    def gradient_of_rows(self, first: int, last: int) -> Tensor:
+    @property
+    def kernels(self) -> Pattern:
+        """Which kernels (O, C) are active."""
+        return self.pattern.kernels
+
+    def weights(self, bias: Tensor | None) -> Weights:
+        """Returns what the engine computes by: a weight (C, O, *taps) with zeros, for as long as a layer computes."""
+        with torch.inference_mode(False):
+            return Weights(self.spread(self.values), bias, self.kernels, self.kernels)
+
+    def rows_of_passes(self, first: int, last: int) -> Tensor:
         """Computes the gradient (outputs, C, *taps) of all kernels of some outputs, active or not, over the passes."""
         size = (last - first, -1, self.dense_shape[0])
         found = [self._at_voxels(grad, first, last).t() @ x for x, grad in self._samples()]
         return sum(found[1:], found[0]).view(size).transpose(1, 2).unflatten(2, self.layer.kernel_size)
 
-    def gradient_of_active(self) -> Tensor:
+    def active_of_passes(self) -> Tensor:
         """Computes the gradient (A, *taps) of the active kernels, summed over the passes."""
         total = torch.zeros_like(self.values, requires_grad=False)
         for x, grad in self._samples():

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from dstlib.engine.layers.compact_conv_transpose import CompactConvTranspose3d
 from dstlib.engine.layers.fast_layer import become, obstacle_to_weight, three
 from dstlib.engine.layers.feature_map import feature_map
 from dstlib.engine.layers.kernels import FollowsKernels, state_of_conv, watch_kernels
@@ -44,6 +45,8 @@ def obstacle_to_upward(layer: nn.ConvTranspose3d) -> str | None:
     """Tells why the engine cannot compute a transposed convolution as it is set; None where it can."""
     if reason := obstacle_to_weight(layer):
         return reason
+    if isinstance(layer, CompactConvTranspose3d):
+        return "it has a bias" if layer.bias is not None else None
     sizes = layer.kernel_size == layer.stride == tuple(layer._parameters["weight"].shape[2:])  # type: ignore[union-attr]
     plain = layer.groups == 1 and not any((*layer.padding, *layer.output_padding)) and set(layer.dilation) == {1}
     if layer._parameters["bias"] is not None or not sizes or not plain or layer.padding_mode != "zeros":
@@ -51,6 +54,11 @@ def obstacle_to_upward(layer: nn.ConvTranspose3d) -> str | None:
     return None
 
 
+class FastActiveUpward(FastConvTranspose, CompactConvTranspose3d):  # type: ignore[misc]  # output_size as a list
+    """A transposed convolution on the engine that holds its active kernels alone."""
+
+
 def make_upward(layer: nn.ConvTranspose3d) -> FastConvTranspose:
     """Gives a transposed convolution its fast form."""
-    return become(layer, FastConvTranspose, watch_kernels(transposed=True))
+    kind = FastActiveUpward if isinstance(layer, CompactConvTranspose3d) else FastConvTranspose
+    return become(layer, kind, watch_kernels(transposed=True))

@@ -4,7 +4,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dstlib.engine.layers.conv_transpose import FastConvTranspose, make_upward, obstacle_to_upward
+from dstlib.engine.layers.compact_conv_transpose import CompactConvTranspose3d
+from dstlib.engine.layers.conv_transpose import (
+    FastActiveUpward,
+    FastConvTranspose,
+    make_upward,
+    obstacle_to_upward,
+)
 from dstlib.engine.layers.fast_layer import Fast, FastLayer, become, obstacle_of_parts, three
 from dstlib.engine.layers.feature_map import Pending, feature_map
 from dstlib.engine.layers.unit import FastUnit, make_unit, obstacle_to_unit
@@ -50,8 +56,8 @@ class FastFusionNode(Fast, FusionNode):
 
     def obstacle(self) -> str | None:
         """Tells why the engine cannot compute the node as it is now; None where it can."""
-        kinds = [type(self.upward), *(type(each) for each in self.units)]
-        if kinds != [FastConvTranspose, *[FastUnit] * (len(kinds) - 1)]:
+        kinds = {type(each) for each in self.units}
+        if type(self.upward) not in (FastConvTranspose, FastActiveUpward) or kinds != {FastUnit}:
             return "its parts were replaced"
         return _obstacle_to_parts(self)
 
@@ -67,7 +73,8 @@ def obstacle_to_fusion_node(node: FusionNode) -> str | None:
     """Tells why the engine cannot compute a fusion node; None where it can."""
     if type(node) is not FusionNode:
         return f"it is a {type(node).__name__}"
-    if type(node.upward) is not nn.ConvTranspose3d or obstacle_to_upward(node.upward):
+    kinds = nn.ConvTranspose3d, CompactConvTranspose3d
+    if type(node.upward) not in kinds or obstacle_to_upward(node.upward):  # type: ignore[arg-type]
         return "its upward flow is not a transposed convolution by its stride"
     return _obstacle_to_parts(node) or next(filter(None, map(obstacle_to_unit, node.units)), None)
 

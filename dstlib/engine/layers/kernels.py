@@ -1,10 +1,13 @@
-"""The part of a fast convolution that follows which of its kernels are active."""
+"""The part of a fast convolution that follows which of its kernels are active, or holds these alone."""
 
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dstlib.engine.layers.active_kernels import ActiveKernels
+from dstlib.engine.layers.compact_layer import CompactLayer
 from dstlib.engine.layers.fast_layer import Follows, state_of_parameters
 from dstlib.engine.layers.watch import Watch
 from dstlib.engine.ops.patterns import Pattern, Weights
@@ -23,12 +26,28 @@ class FollowsKernels(Follows):
     def weights(self, conv: nn.Module) -> Weights:
         """Returns the weight and the bias of a convolution, and which kernels are active now."""
         parameters: dict[str, Any] = conv._parameters
-        weight, bias, kept = parameters["weight"], parameters["bias"], self.watch.made
+        weight, bias, kept, held = parameters["weight"], parameters["bias"], self.watch.made, _held(conv)
+        if held is not None:
+            held.check_order()
+            if held.is_noted:
+                return held.noted_weights(bias)
+            if self.watch.given is not held.kernels:
+                self.watch.give(held.kernels)
+            if held.is_spread and torch.is_grad_enabled() and weight.requires_grad:
+                return held.weights(bias)  # part of what autograd records of this pass
         seen = self.watch.look(weight, training=self.training)
         if kept is None or kept[0] is not seen or kept[1].bias is not bias:
-            kept = self.watch.made = seen, Weights(weight, bias, seen.active, seen.graded, seen.calls)
+            made = Weights(weight, bias, seen.active, seen.graded, seen.calls) if held is None else held.weights(bias)
+            kept = self.watch.made = seen, made
         weights: Weights = kept[1]
         return weights
+
+
+def _held(conv: nn.Module) -> ActiveKernels | None:
+    """Returns the active kernels of a convolution that holds them alone."""
+    held = conv.held.get("weight") if isinstance(conv, CompactLayer) else None
+    assert held is None or isinstance(held, ActiveKernels)
+    return held
 
 
 def watch_kernels(*, transposed: bool = False) -> Watch[Pattern]:

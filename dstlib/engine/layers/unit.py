@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dstlib.engine.layers.compact_conv import CompactConv3d
 from dstlib.engine.layers.conv import geometry, obstacle_to_conv
 from dstlib.engine.layers.fast_layer import (
     FastLayer,
@@ -21,7 +22,8 @@ from dstlib.engine.ops.patterns import Weights
 from dstlib.layers.blocks import Unit
 from dstlib.layers.shift import Shift, channel_moves
 
-_KINDS = (nn.Conv3d, nn.InstanceNorm3d, nn.LeakyReLU)
+_CONVS = (nn.Conv3d, CompactConv3d)
+_OTHERS = (nn.InstanceNorm3d, nn.LeakyReLU)
 
 
 class FastUnit(FollowsKernels, Unit):
@@ -55,9 +57,9 @@ class FastUnit(FollowsKernels, Unit):
         """Returns what the plan depends on."""
         get: Any = self._modules.get
         shift, conv, norm, activation = get("shift"), get("conv"), get("norm"), get("activation")
-        kinds = (conv.__class__, norm.__class__, activation.__class__)
-        if kinds != _KINDS:
-            return kinds
+        kinds = (norm.__class__, activation.__class__)
+        if kinds != _OTHERS or conv.__class__ not in _CONVS:
+            return conv.__class__, *kinds
         affine = norm._parameters
         return (
             shift,
@@ -84,7 +86,9 @@ def obstacle_to_unit(unit: nn.Module) -> str | None:
     """Tells why the engine cannot compute a unit; None where it can."""
     if reason := obstacle_around_conv(unit):
         return reason
-    return obstacle_to_weight(unit.get_submodule("norm")) or obstacle_to_conv(unit.get_submodule("conv"))
+    conv = unit.get_submodule("conv")
+    of_conv = obstacle_to_weight(conv) if type(conv) is CompactConv3d else obstacle_to_conv(conv)
+    return obstacle_to_weight(unit.get_submodule("norm")) or of_conv
 
 
 def obstacle_around_conv(unit: nn.Module) -> str | None:

@@ -85,7 +85,7 @@ class FusionProblem(ConvProblem):
         """That of the unit, of the maps that come together."""
         num = len(self.normed) - 1
         normed, slopes = (self.normed[0], *[False] * num), (self.slopes[0], *[1.0] * num)
-        return ConvProblem(normed, slopes, self.stride, self.has_bias, True, self.eps, self.slope)
+        return ConvProblem(normed, slopes, self.stride, self.has_bias, True, self.eps, self.slope, self.compact)
 
     @property
     def of_upward(self) -> ConvTransposeProblem:
@@ -122,7 +122,7 @@ def fusion_node(
         return unit(flows, weights, geometry, affine, slope)
     tensors, normed, slopes = flat(maps)
     of_unit, (_, *own) = stated([FeatureMap(maps[0].raw)], weights, geometry, affine, slope)
-    settings = normed, slopes, of_unit.stride, of_unit.has_bias, True, of_unit.eps, slope, ()
+    settings = normed, slopes, of_unit.stride, of_unit.has_bias, True, of_unit.eps, slope, of_unit.compact
     problem = FusionProblem(*settings, upward[1], window or ())
     return problem.result(FUSION_NODE(problem, [*tensors, *own, *parameters_of(upward[0])]))
 
