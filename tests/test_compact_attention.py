@@ -406,7 +406,7 @@ def test_a_run_resumes_bit_for_bit_and_goes_on_in_masked_storage():
     expected = go_on(model, sparsifier, optimizer, range(3, 7))
     file.seek(0)
     again = life("compact", "rigl", masking.Element())
-    for each, state in zip(again, torch.load(file), strict=True):
+    for each, state in zip(again, torch.load(file, weights_only=True), strict=True):
         each.load_state_dict(state)
     found = go_on(*again, range(3, 7))
     assert [loss for loss, _ in found] == [loss for loss, _ in expected]

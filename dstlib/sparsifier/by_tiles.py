@@ -19,7 +19,7 @@ from dstlib.masking import Granularity, Site
 from dstlib.masking.update import take_units
 from dstlib.methods.method import Method
 from dstlib.sparsifier.plan import Plan
-from dstlib.sparsifier.update import score_units
+from dstlib.sparsifier.scores import score_units
 
 if TYPE_CHECKING:
     from dstlib.engine.ops.places import Best
@@ -86,7 +86,7 @@ def goes_by_tiles(method: Method) -> bool:
         and method.grow in grows
         and is_row_by_row(method.granularity)
         and method.grown_init is masking.zeros
-        and (method.allocate, method.prune, method.early_stop) == (None, None, None)
+        and (method.allocate, method.prune, method.early_stop, method.storage) == (None,) * 4
     )
 
 
@@ -277,7 +277,7 @@ def _contenders(tiles: _Tiles, left_A: Tensor, best: tuple[Tensor, Tensor]) -> t
 def _active_units(tiles: _Tiles) -> tuple[Tensor, Tensor]:
     """Returns the active units, in rising order, and what each is dropped by."""
     method, matrix = tiles.plan.method, tiles.matrix
-    reads_gradient = method.drop is masking.saliency and matrix.gradient is not None
+    reads_gradient = method.drop in (masking.gradient, masking.saliency) and matrix.gradient is not None
     if isinstance(method.granularity, masking.Element) and not reads_gradient:  # nothing else has to be looked at
         alone = replace(next(tiles.sites(with_weight=False, with_gradient=False))[1], weight=matrix.values[:, None])
         alone = replace(alone, mask=torch.ones_like(alone.weight, dtype=torch.bool))

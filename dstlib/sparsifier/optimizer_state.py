@@ -114,18 +114,17 @@ class Kept:
         """
         if self.meaning.power is None or self.values.shape != grown.shape or self.values.dtype not in _PLAIN:
             return
-        device = self.values.device
-        values, grown, stayed = (view.of(x.to(device)) for x in (self.values, grown, stayed))
-        typical = _mean_where(stayed, values)
+        device, values = self.values.device, view.parts(self.values)
+        at_grown, at_stayed = (view.parts(x.to(device)).nonzero(as_tuple=True) for x in (grown, stayed))
+        if not len(at_stayed[0]):
+            return
+        typical = values[at_stayed].mean(dtype=torch.float32)
         if grad is not None:
-            sizes = view.of(grad).to(device).float().abs().pow(self.meaning.power)
-            relative = sizes / _mean_where(stayed, sizes)
+            parts = view.parts(grad.to(device))  # few of which are looked at
+            of_grown, of_stayed = (parts[at].float().abs().pow(self.meaning.power) for at in (at_grown, at_stayed))
+            relative = of_grown / of_stayed.mean()
             typical = typical * torch.where(relative.isfinite(), relative, 1.0).clamp(min=1.0)
-        view.write(self.values, torch.where(grown & stayed.any(), typical.to(values.dtype), values))
-
-
-def _mean_where(where: Tensor, x: Tensor) -> Tensor:
-    return torch.where(where, x, 0).sum(dtype=torch.float32) / where.sum()
+        values[at_grown] = typical.to(values.dtype)
 
 
 class StateMeanings:

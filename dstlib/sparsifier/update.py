@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from dstlib import masking
 from dstlib.errors import ScoreError, few, require
 from dstlib.masking import NM, Account, AtInit, Budget, InTurn, MaskUpdate, PackedMask, Site, Terms
 from dstlib.masking.update import zero_outside_
+from dstlib.sparsifier.by_tiles import Matrix, goes_by_tiles, has_whole_kernels, places_of, update_by_tiles
 from dstlib.sparsifier.plan import Plan
+from dstlib.sparsifier.scores import score_units
 from dstlib.sparsifier.state import MaskedWeight, SavedWeight, groups_of
 from dstlib.targets import MatrixView
 
@@ -44,6 +47,8 @@ def update_masks(
     method = plan.method
     scored = []
     for m, grad, momentum in due:
+        if not observers and _update_by_tiles(m, grad, plan, step):
+            continue
         for view in _unsettled(m):
             site = make_site(m, view, plan, step, grad, momentum)
             pruned = _prune(site, plan)
@@ -74,6 +79,41 @@ def update_masks(
             _settle(m, view)
         _carry_out(m, view, site, change, plan, observers)
     return memory
+
+
+def _update_by_tiles(m: MaskedWeight, grad: Tensor | None, plan: Plan, step: int) -> bool:
+    """Updates the mask of a weight a few rows at a time, as all at once would; False where that cannot be."""
+    if not goes_by_tiles(plan.method) or m.hidden is not None or not m.parameter.is_cpu:
+        return False
+    mask, weight = m.mask, m.parameter.detach()
+    changes: list[tuple[MatrixView, Tensor]] = []
+    for view in m.weight.views:
+        parts = [view.of(mask), view.of(weight), *([] if grad is None else [view.of(grad)])]
+        shape, grain = parts[0].shape, plan.method.granularity
+        if not all(part.is_contiguous() for part in parts):
+            return False
+        if isinstance(grain, masking.Element):  # taps are entries of a row like any other
+            parts = [part.flatten(1) for part in parts]
+        elif not has_whole_kernels(grain, shape):
+            return False
+        before, values, *gradient = parts
+        places = places_of(before)
+        of_rows = None if grad is None else partial(_rows, gradient[0])
+        matrix = Matrix(view.name, before.shape, places, values.flatten(0, 1)[places], of_rows)
+        now = torch.zeros(before.shape[:2].numel(), dtype=torch.bool)
+        now[update_by_tiles(matrix, plan, step)] = True
+        size = *before.shape[:2], *(1 for _ in before.shape[2:])
+        now = now.view(size).expand(before.shape).reshape(shape)
+        if m.is_output and not bool(now.flatten(1).any(dim=1).all()):
+            return False
+        changes.append((view, now))
+    for view, now in changes:
+        m.write_mask(view, now)
+    return True
+
+
+def _rows(x: Tensor, first: int, last: int) -> Tensor:
+    return x[first:last]
 
 
 def fill_first_masks(m: MaskedWeight, grad: Tensor, plan: Plan, *, step: int, observers: Sequence[Observer]) -> None:
@@ -272,14 +312,6 @@ def _account(m: MaskedWeight, site: Site, plan: Plan, drop_GU: Tensor, grow_GU: 
         is_output=m.is_output is not False,
         num_outputs=masking.num_outputs(plan.method.granularity, site.mask.shape) if m.is_output else 0,
     )
-
-
-def score_units(site: Site, score: Tensor, plan: Plan) -> Tensor:
-    """Averages scores over units; an error says which weight it was."""
-    try:
-        return masking.unit_score(score, site.mask.shape, plan.method.granularity)
-    except ScoreError as error:
-        raise ScoreError(f"{site.name} at step {site.step}: {error}") from error
 
 
 def _exchange(
