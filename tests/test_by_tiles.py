@@ -52,6 +52,8 @@ def life(model: nn.Module, method: dstlib.Method, *, observed: bool, top: int, s
     for step in range(6):
         for parameter in model.parameters():
             parameter.grad = whole(parameter, 100 * seed + step, top)
+            if step == 3 and method.grow in (masking.gradient, masking.random):  # which do not look at weights
+                parameter.data[0] += 1  # by something else, outside the mask, too
         trained.step()
         state = [{k: x.clone() for k, x in s.items() if isinstance(x, torch.Tensor)} for s in trained.state.values()]
         weights = [p.detach().clone() for p in model.parameters()]

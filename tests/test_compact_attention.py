@@ -465,3 +465,12 @@ def test_programs_made_of_them_compute_the_same(made):
         "compile": lambda: torch.compile(model, backend="aot_eager"),
     }[made]()
     torch.testing.assert_close(program(x), model(x), **CLOSE)
+
+
+def test_a_second_start_of_values_of_one_axis_is_told_how_to_begin():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    dstlib.sparsify(model, sparsity=0.5, method="static", storage="compact", keep_neurons=())
+    with pytest.raises(
+        dstlib.SelectionError, match=r"0\.weight: sparse already, in compact storage; to begin anew, load"
+    ):
+        dstlib.sparsify(model, sparsity=0.5, method="static")

@@ -108,6 +108,9 @@ def _update_by_tiles(m: MaskedWeight, grad: Tensor | None, plan: Plan, step: int
             return False
         changes.append((view, now))
     for view, now in changes:
+        if grad is not None:
+            nothing = weight.new_zeros(()).expand(now.shape)  # where something else may have written
+            view.write_where(weight, now & ~view.of(mask), nothing)
         m.write_mask(view, now)
     return True
 

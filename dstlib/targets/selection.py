@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dstlib.errors import SelectionError, StateError, require, similar
 from dstlib.targets.eligibility import Candidate, Weight, overlaps, weight_of
+from dstlib.targets.held import HoldsActive
 from dstlib.targets.views import MatrixView, along_axes, chunks
 from dstlib.targets.wrappers import plain_name, unwrap
 
@@ -265,7 +266,8 @@ def _all_weights(model: nn.Module) -> Iterator[Weight]:
                 remedy="Run one forward pass first.",
                 error=SelectionError,
             )
-            if parameter.ndim >= 2:
+            is_held = isinstance(module, HoldsActive) and key in module.held  # its values may have one axis
+            if parameter.ndim >= 2 or is_held:
                 name = plain_name(module_name)
                 owner = modules.get(name.rpartition(".")[0]) if name else None
                 weight = weight_of(Candidate(name, key, parameter, module, owner))
