@@ -382,12 +382,12 @@ class Sparsifier:
         """Returns all but the optimizers, which are met again when they step: copies follow the copied model."""
         left_out = {"_optimizers", "_looked_at", "_by_id", "_by_name", "_held", "_replicas", "_search", "_twins"}
         state = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {**state, "_process_group": None}
+        return {**state, "_process_group": None, "_twins": list(self._twins)}  # a copy may be kept of one of them alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._connect()
-        self._search, self._twins = OutputSearch(self.plan), WeakSet()
+        self._search, self._twins = OutputSearch(self.plan), WeakSet(state["_twins"])
         if self._attached:
             listen(self)
             keep(self, self._ownership.owners)

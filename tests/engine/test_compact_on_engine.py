@@ -155,9 +155,12 @@ def test_the_same_layers_read_their_values_through_updates_copies_and_modes(tmp_
 
 
 @pytest.mark.parametrize("storage", ["masked", "compact"])
-def test_outputs_are_found_where_the_plain_model_is_gone(storage):
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_outputs_are_found_where_the_plain_model_is_gone(storage, is_copied):
     model, sparsifier, optimizer = begin(storage, sparsity=0.95)
     fast = on_engine(model, sparsifier)
+    if is_copied:
+        fast, sparsifier, optimizer = copy.deepcopy((fast, sparsifier, optimizer))
     del model
     gc.collect()
     found = train(fast, sparsifier, optimizer, range(3))
