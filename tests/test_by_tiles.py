@@ -103,3 +103,12 @@ def test_what_lies_as_rows_goes_by_tiles(name, monkeypatch):
     method = replace(dstlib.RIGL, interval=2, stop=1.0, drop_fraction=Constant(0.5), distribution=masking.uniform)
     life(LAYERS[name](), method, observed=False, top=1000, seed=1)
     assert bool(taken) == (name not in ("channels last", "transposed"))
+
+
+def test_weights_whose_places_32_bits_cannot_number_are_updated_at_once(monkeypatch):
+    monkeypatch.setattr(update, "MOST", 16 * 24 - 1)
+    monkeypatch.setattr(update, "update_by_tiles", None)  # nobody calls it
+    torch.manual_seed(0)
+    method = replace(dstlib.RIGL, interval=2, stop=1.0, drop_fraction=Constant(0.5), distribution=masking.uniform)
+    found = life(LAYERS["linear"](), method, observed=False, top=1000, seed=1)
+    assert not torch.equal(found[0][0]["weight"], found[-1][0]["weight"])

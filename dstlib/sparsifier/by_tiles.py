@@ -24,6 +24,7 @@ from dstlib.sparsifier.scores import score_units
 if TYPE_CHECKING:
     from dstlib.engine.ops.places import Best
 
+MOST = 2**31 - 1  # entries of a matrix, whose places are numbered in 32 bits
 TILE = 2**18  # entries that are made dense together: few enough to stay in a cache, and to be memory used again
 _OF_ENTRIES = (masking.magnitude, masking.magnitude_l2, masking.gradient, masking.saliency)  # by themselves alone
 _ROW_BY_ROW = (

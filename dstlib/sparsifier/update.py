@@ -17,7 +17,14 @@ from dstlib import masking
 from dstlib.errors import ScoreError, few, require
 from dstlib.masking import NM, Account, AtInit, Budget, InTurn, MaskUpdate, PackedMask, Site, Terms
 from dstlib.masking.update import zero_outside_
-from dstlib.sparsifier.by_tiles import Matrix, goes_by_tiles, has_whole_kernels, places_of, update_by_tiles
+from dstlib.sparsifier.by_tiles import (
+    MOST,
+    Matrix,
+    goes_by_tiles,
+    has_whole_kernels,
+    places_of,
+    update_by_tiles,
+)
 from dstlib.sparsifier.plan import Plan
 from dstlib.sparsifier.scores import score_units
 from dstlib.sparsifier.state import MaskedWeight, SavedWeight, groups_of
@@ -84,6 +91,8 @@ def update_masks(
 def _update_by_tiles(m: MaskedWeight, grad: Tensor | None, plan: Plan, step: int) -> bool:
     """Updates the mask of a weight a few rows at a time, as all at once would; False where that cannot be."""
     if not goes_by_tiles(plan.method) or m.hidden is not None or not m.parameter.is_cpu:
+        return False
+    if m.parameter.numel() > MOST:
         return False
     mask, weight = m.mask, m.parameter.detach()
     changes: list[tuple[MatrixView, Tensor]] = []
