@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import in_plan
 from torch import nn
@@ -64,6 +64,13 @@ def assert_same(plan: Plan, model: nn.Module, image: torch.Tensor, threads: int 
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=CLOSE * max(1.0, float(theirs.abs().max())))
+
+
+def on_engine(model: nn.Module, image: torch.Tensor) -> nn.Module:
+    """The model with all layers on the engine, whatever is faster."""
+    measured = dstlib.accelerate(model, image).decisions.values()
+    chosen = Decisions.of(Decision(row.name, row.kind, 2.0, 1.0, row.obstacle) for row in measured)
+    return dstlib.accelerate(model, image, decisions=chosen)
 
 
 def test_by_hand(tmp_path):
@@ -134,9 +141,7 @@ def test_files_are_as_they_were(tmp_path):
 def test_the_numbers_are_those_of_the_engine(tmp_path):
     """Bit for bit, where all layers run on it: the steps become the very calls that it makes."""
     model, image = e2enet(0.8), torch.randn(1, 1, 8, 16, 16)
-    measured = dstlib.accelerate(model, image).decisions.values()
-    on_engine = Decisions.of(Decision(row.name, row.kind, 2.0, 1.0, row.obstacle) for row in measured)
-    fast = dstlib.accelerate(model, image, decisions=on_engine)
+    fast = on_engine(model, image)
     for ours, theirs in zip(planned(model, 1, tmp_path)(image.numpy()), fast(image), strict=True):
         np.testing.assert_array_equal(ours, theirs.numpy())
 
@@ -149,6 +154,9 @@ def test_the_numbers_are_those_of_the_engine(tmp_path):
     share=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 9),
 )
+@example(
+    channels=1, width=1, unit=((1, 1, 1), (3, 3, 3)), size=(1, 1, 2, 2), share=0.0, seed=0
+)  # fewer words than taps
 def test_all_that_a_plan_holds(tmp_path_factory, channels, width, unit, size, share, seed):
     torch.manual_seed(seed)
     model = Network(channels, width, unit, bias=seed % 2 == 0).eval()
@@ -455,3 +463,20 @@ def test_from_c(tmp_path):
     if Path("/dev/full").exists():  # a disk without room
         full = [program, files[0], files[1], "2", "4", "8", "12", "/dev/full", "2"]
         assert subprocess.run(full, stderr=subprocess.DEVNULL).returncode == 1
+
+
+@torch.no_grad()
+def test_of_large_maps_there_is_one_at_a_time(tmp_path):
+    """What is finer than a coarser map is made as far as it is read, and units overwrite what they read last."""
+    config = E2ENetConfig(channels=(4, 6, 8), strides=((1, 2, 2), (2, 2, 2)), heads=1, num_classes=2)
+    torch.manual_seed(0)
+    model = E2ENet(config).eval()
+    model.deep_supervision = False
+    plan, image = planned(model, 1, tmp_path, (8, 16, 16)), torch.randn(1, 1, 160, 168, 160)
+    voxels = 4 * image.numel()
+    _, taken = plan.measure(image.shape)
+    # in channels of the finest level: its one map, with a tenth more between channels, what a node of the next level
+    # reads and makes, a quarter of 3 · 6 + 4, and less than 1 of the coarsest; a second finest map would be 4 more
+    assert taken < (4.4 + 5.5 + 1) * voxels
+    fast = on_engine(model, image[..., :16, :16, :16])
+    np.testing.assert_array_equal(plan(image.numpy(), threads=2), fast(image).numpy())

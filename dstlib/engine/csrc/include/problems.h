@@ -14,6 +14,9 @@ enum { MAX_SOURCES = 3, MAX_TAPS = 64, LINEAR_PART = 96, LINEAR_STRETCH = 160 };
 // Rows of maps that would begin a multiple of so many numbers apart are padded by so many.
 enum { ROW_PAGE = 1024, ROW_PADDING = 32 };
 
+// Rows of outputs that a convolution by Winograd computes together, where it goes slab by slab: whole blocks of tiles.
+enum { SLAB_ROWS = 16 };
+
 // Of planes with at most so many voxels the direct form of a convolution is the faster one.
 enum { DIRECT_PLANE = 4 };
 
@@ -64,6 +67,22 @@ typedef struct {
     int64_t from;
 } Rows;
 
+// Transposed convolution whose kernel is its stride, so that no two inputs meet in an output voxel:
+//     y[n, o, d * stride.d + i, h * stride.h + j, w * stride.w + k] =
+//         sum over active (o, c) of weights[c, o, i, j, k] * x[n, c, d, h, w]
+// forward reads the input x, backward_input the gradient of y; both write out. backward_weights reads both, and writes
+// weights_grad at the active connections. Rows of the pattern are output channels.
+typedef struct {
+    Source input, grad;
+    Target out;
+    Pattern pattern;
+    const float* weights;  // the taps of a connection lie together, at row * strides[0] + column * strides[1]
+    float* weights_grad;
+    int64_t weight_strides[2];
+    NDHW size;  // of the input
+    DHW stride;
+} ConvTranspose;
+
 // y[n, o, d, h, w] = bias[o] + sum over active (o, c) and taps (i, j) of weights[i, j, (o, c)] *
 //     x[n, c, d * stride.d - shifts[c], h * stride.h + i - padding.h, w * stride.w + j - padding.w]
 // where x is the concatenation of the sources, and zero outside.
@@ -85,6 +104,12 @@ typedef struct {
     float* weights_grad;   // (connections, kernel_size); there `out` is the gradient of y, which is read
     float* bias_grad;      // (num_rows) or null
     Rows rest[2];          // MAX_SOURCES - 1; the gradient of the input only: where that of further sources lies
+    // Forward by Winograd only. With is_sliced, all of a slab of SLAB_ROWS rows is computed before the next: `out` may then
+    // lie in a source of as many channels, more than SLAB_ROWS rows before it, which it overwrites as far as it was read.
+    // Where upward has rows, it makes sources[1], as much as a slab reads at a time: its `out` is the memory for that, of
+    // SLAB_ROWS + 2 * upward.stride.h rows of one sample, and has the strides of sources[1].
+    int64_t is_sliced;
+    ConvTranspose upward;
 } Conv;
 
 // The forms of a convolution: Winograd's F(4x4, 3x3), or tap by tap.
@@ -97,22 +122,6 @@ typedef struct {
     float* out;            // (6, nnz, 6) or (nnz, taps)
     int64_t nnz, taps, form, reflected;  // reflected: taps in reverse order, as the gradient of the input needs them
 } PackWeights;
-
-// Transposed convolution whose kernel is its stride, so that no two inputs meet in an output voxel:
-//     y[n, o, d * stride.d + i, h * stride.h + j, w * stride.w + k] =
-//         sum over active (o, c) of weights[c, o, i, j, k] * x[n, c, d, h, w]
-// forward reads the input x, backward_input the gradient of y; both write out. backward_weights reads both, and writes
-// weights_grad at the active connections. Rows of the pattern are output channels.
-typedef struct {
-    Source input, grad;
-    Target out;
-    Pattern pattern;
-    const float* weights;  // the taps of a connection lie together, at row * strides[0] + column * strides[1]
-    float* weights_grad;
-    int64_t weight_strides[2];
-    NDHW size;  // of the input
-    DHW stride;
-} ConvTranspose;
 
 // Maximum over windows that lie side by side; what is left at the end of an axis is in no window. forward reads the
 // input and writes out; backward, the gradient of the activated input, reads both the input and grad.

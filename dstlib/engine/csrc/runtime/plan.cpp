@@ -32,6 +32,7 @@ namespace {
 constexpr char MAGIC[8] = {'d', 's', 't', 'p', 'l', 'a', 'n', '1'};
 constexpr int64_t MOST_STEPS = 1 << 14, MOST_STRIDE = 16;
 constexpr double MOST_FLOATS = 1LL << 40;  // of a map: no machine has as many, and no sum of a few overflows
+constexpr int64_t LARGE = 1 << 24;         // floats of a map from which memory is spared
 constexpr int64_t LINE = 16;               // floats of a line of the cache, or of the longest vector
 
 struct Header {
@@ -127,12 +128,13 @@ class Memory {
     std::unique_ptr<void, Free> data;
 };
 
-// Where a map lies: depth last, see problems.h, and behind it the scale, offset, mean and deviation of its norm.
+// Where a map lies, depth last, see problems.h, and where the scale, offset, mean and deviation of its norm.
 struct Map {
     DstlibSize size{};
     NCHW strides{};
-    int64_t floats = 0;  // before the norm's
-    int64_t at = 0;
+    int64_t floats = 0;
+    int64_t at = 0, norm = 0;
+    int64_t over = -1;  // the map that it overwrites, or -1
 
     int64_t channels_in_all() const { return size.n * size.c; }
 };
@@ -146,6 +148,8 @@ struct Range {
 struct Layout {
     std::vector<Map> maps, written;  // written: activated outputs on their way to the order of images
     std::vector<char> by_winograd;   // of each step
+    std::vector<char> is_sliced;     // of each step: whether it goes slab by slab
+    std::vector<int64_t> within;     // of each step: the one that makes it, slab by slab, or -1
     int64_t arena = 0;               // floats
     int64_t made = 0;                // floats that weights take in the forms that kernels read
     int64_t ones = 0;                // channels in all of the largest map that is activated without a norm
@@ -165,7 +169,10 @@ std::string shown(const DstlibSize& size) {
 
 bool same(const DstlibSize& a, const DstlibSize& b) { return !memcmp(&a, &b, sizeof(DstlibSize)); }
 
-Map placed_depth_last(const DstlibSize& size) {
+int64_t in_lines(int64_t floats) { return (floats + LINE - 1) / LINE * LINE; }
+
+// between: floats that are left free behind each channel.
+Map placed_depth_last(const DstlibSize& size, int64_t between = 0) {
     double all = 1;
     for (int64_t each : {size.n, size.c, size.d, size.h, size.w}) {
         require(each >= 1, "size of a map", "one voxel at least", shown(size));
@@ -175,12 +182,23 @@ Map placed_depth_last(const DstlibSize& size) {
     int64_t row = size.w * size.d;
     const bool is_padded = row % ROW_PAGE == 0;
     row += is_padded ? ROW_PADDING : 0;
-    const int64_t channel = size.h * row + (is_padded ? ROW_PADDING / 2 : 0);
+    const int64_t channel = size.h * row + (is_padded ? ROW_PADDING / 2 : 0) + between;
     Map map;
     map.size = size;
     map.strides = {size.c * channel, channel, row, size.d};
-    map.floats = (size.n * size.c * channel + LINE - 1) / LINE * LINE;
+    map.floats = in_lines(size.n * size.c * channel);
     return map;
+}
+
+// How far before a map the one lies that overwrites it: a slab, and the row that the next slab reads once more.
+int64_t step_back(const Map& map) { return in_lines((SLAB_ROWS + 1) * map.strides.h); }
+
+// The memory for as much of a map as a slab reads, which a transposed convolution makes.
+Map slab_of(const Map& map, int64_t stride) {
+    DstlibSize size = map.size;
+    size.n = 1;
+    size.h = SLAB_ROWS + 2 * stride;
+    return placed_depth_last(size);
 }
 
 // Gives ranges places so that none overlap which are needed at one time, and returns the floats in all. The widest come
@@ -238,11 +256,13 @@ struct DstlibPlan {
     void check_pattern(const Step& step, int64_t number, int64_t inputs) const;
     int64_t inputs_of(const Step& step) const;
     DstlibSize size_after(const Step& step, const Layout& found) const;
+    void find_slabs(Layout& found, std::vector<int64_t>& last) const;
+    void place_maps(Layout& found, const std::vector<int64_t>& last) const;
     Source source(const View& view) const;
     Target target(const Map& map) const { return {arena.floats(map.at), map.strides}; }
     Pattern pattern(const Step& step) const;
     const float* floats(int64_t at) const { return at < 0 ? nullptr : data.floats(at); }
-    Conv conv(const Step& step, int64_t number, float* taps, int num_threads);
+    Conv conv(const Step& step, int64_t number, const ConvTranspose* flow, float* taps, int num_threads);
     ConvTranspose conv_transpose(const Step& step, int64_t number, float* taps);
 
     const Kernel* kernel(const char* name) const {
@@ -348,7 +368,7 @@ void DstlibPlan::check_pattern(const Step& step, int64_t number, int64_t inputs)
     const int64_t active = step.num_active, taps = taps_of(step);
     const bool fits = in_range(step.outputs, 1, num_words) && in_range(active, 0, num_words) &&
                       is_there(step.row_ptr, step.outputs + 1) && is_there(step.col_idx, active) &&
-                      in_range(taps, 1, num_words) && active <= num_words / taps && is_there(step.values, active * taps);
+                      active <= num_words / taps && is_there(step.values, active * taps);
     require(fits, name.c_str(), "rows, columns and values in the file", "some beyond it");
     const int32_t *row_ptr = data.words(step.row_ptr), *col_idx = data.words(step.col_idx);
     require(row_ptr[0] == 0 && row_ptr[step.outputs] == active, name.c_str(),
@@ -406,35 +426,97 @@ Layout DstlibPlan::lay_out(const DstlibSize& image) const {
         require(static_cast<double>(found.made) < MOST_FLOATS, "weights", "fewer than 2^40 numbers", "more");
     }
     for (size_t i = 0; i < outputs.size(); ++i) reads(outputs[i], num_steps + 1 + i);
+    find_slabs(found, last);
+    place_maps(found, last);
+    return found;
+}
+
+// Finds what goes slab by slab, so that of large maps fewer are there at one time: a transposed convolution whose only
+// reader makes of it what a slab reads, and a convolution that overwrites what nobody reads after it. last: the moment at
+// which each map is read last; that of step i is i + 1.
+void DstlibPlan::find_slabs(Layout& found, std::vector<int64_t>& last) const {
+    const int64_t num_steps = static_cast<int64_t>(steps.size());
+    std::vector<int64_t> readers(num_steps + 1);
+    for (const View& view : outputs) ++readers[view.map];
+    for (const Step& step : steps)
+        for (int64_t k = 0; k < step.num_views; ++k) ++readers[step.views[k].map];
+    found.within.assign(num_steps, -1);
+    for (int64_t i = 0; i < num_steps; ++i) {
+        const Map& out = found.maps[i + 1];
+        found.is_sliced.push_back(found.by_winograd[i] && out.size.h >= 2 * SLAB_ROWS && out.floats >= LARGE);
+        if (!found.is_sliced[i] || steps[i].num_views < 2) continue;
+        const View& view = steps[i].views[1];
+        if (view.map == 0 || view.slope != 1 || readers[view.map] > 1 || steps[view.map - 1].kind != CONV_TRANSPOSE) continue;
+        found.within[view.map - 1] = i;
+        int64_t& until = last[steps[view.map - 1].views[0].map];
+        until = std::max(until, i + 1);
+    }
+    std::vector<char> is_moved(num_steps + 1);
+    for (int64_t i = 0; i < num_steps; ++i) {
+        Map& out = found.maps[i + 1];
+        for (int64_t k = 0; k < steps[i].num_views && found.is_sliced[i]; ++k) {
+            const int64_t map = steps[i].views[k].map;
+            const bool is_whole = map == 0 || found.within[map - 1] < 0;
+            if (out.over < 0 && is_whole && last[map] == i + 1 && same(found.maps[map].size, out.size)) out.over = map;
+        }
+        if (out.over >= 0) is_moved[out.over] = is_moved[i + 1] = 1;
+    }
+    for (int64_t i = 0; i <= num_steps; ++i) {
+        Map& map = found.maps[i];
+        const int64_t over = map.over;
+        if (is_moved[i]) map = placed_depth_last(map.size, step_back(map));
+        map.over = over;
+        if (i && found.within[i - 1] >= 0) map = slab_of(map, steps[i - 1].stride.h);
+    }
+}
+
+// Gives maps, norms and activated outputs places in the arena.
+void DstlibPlan::place_maps(Layout& found, const std::vector<int64_t>& last) const {
+    const int64_t num_maps = static_cast<int64_t>(found.maps.size()), num_outputs = static_cast<int64_t>(outputs.size());
     std::vector<Range> ranges;
     const auto take = [&ranges](int64_t floats, int64_t first, int64_t last) {
-        ranges.push_back({(floats + LINE - 1) / LINE * LINE, first, last});
+        ranges.push_back({in_lines(floats), first, last});
     };
-    for (int64_t i = 0; i <= num_steps; ++i) {
+    std::vector<int64_t> range(num_maps);  // of each map; of those that overwrite each other the same
+    for (int64_t i = 0; i < num_maps; ++i) {
         const Map& map = found.maps[i];
-        const int64_t norms = i && steps[i - 1].gamma >= 0 ? 4 * map.channels_in_all() : 0;
-        take(map.floats + norms, i, std::max(i, last[i]));
+        const int64_t first = i && found.within[i - 1] >= 0 ? found.within[i - 1] + 1 : i, until = std::max(first, last[i]);
+        range[i] = map.over < 0 ? static_cast<int64_t>(ranges.size()) : range[map.over];
+        if (map.over < 0) {
+            take(map.floats, first, until);
+        } else {
+            ranges[range[i]].floats += step_back(map);
+            ranges[range[i]].last = until;
+        }
     }
-    for (size_t i = 0; i < outputs.size(); ++i) {
+    const int64_t norms = static_cast<int64_t>(ranges.size());
+    for (int64_t i = 0; i < num_maps; ++i)
+        take(i && steps[i - 1].gamma >= 0 ? 4 * found.maps[i].channels_in_all() : 0, i, std::max(i, last[i]));
+    for (int64_t i = 0; i < num_outputs; ++i) {
         const bool is_activated = outputs[i].is_normed || outputs[i].slope != 1;
-        const int64_t now = num_steps + 1 + i;
+        const int64_t now = num_maps + i;
         take(is_activated ? found.maps[outputs[i].map].floats : 0, now, now);
     }
     found.arena = place(ranges);
-    for (int64_t i = 0; i <= num_steps; ++i) found.maps[i].at = ranges[i].at;
-    for (size_t i = 0; i < outputs.size(); ++i) {
+    for (int64_t i = num_maps - 1; i >= 0; --i) {  // the last of those that overwrite each other lies first
+        Map& map = found.maps[i];
+        Range& taken = ranges[range[i]];
+        map.at = taken.at;
+        map.norm = ranges[norms + i].at;
+        if (map.over >= 0) taken.at += step_back(map);
+    }
+    for (int64_t i = 0; i < num_outputs; ++i) {
         Map map = found.maps[outputs[i].map];
-        if (ranges[num_steps + 1 + i].floats) map.at = ranges[num_steps + 1 + i].at;
+        if (const Range& taken = ranges[norms + num_maps + i]; taken.floats) map.at = taken.at;
         found.written.push_back(map);
     }
-    return found;
 }
 
 Source DstlibPlan::source(const View& view) const {
     const Map& map = layout->maps[view.map];
     Source found{arena.floats(map.at), nullptr, nullptr, map.size.c, map.strides, static_cast<float>(view.slope)};
     if (view.is_normed) {
-        found.scale = found.data + map.floats;
+        found.scale = arena.floats(map.norm);
         found.offset = found.scale + map.channels_in_all();
     } else if (view.slope != 1) {
         found.scale = ones.floats();
@@ -447,7 +529,7 @@ Pattern DstlibPlan::pattern(const Step& step) const {
     return {data.words(step.row_ptr), data.words(step.col_idx), step.outputs, inputs_of(step), step.num_active};
 }
 
-Conv DstlibPlan::conv(const Step& step, int64_t number, float* taps, int num_threads) {
+Conv DstlibPlan::conv(const Step& step, int64_t number, const ConvTranspose* flow, float* taps, int num_threads) {
     const Map &in = layout->maps[step.views[0].map], &out = layout->maps[number + 1];
     Conv job{};
     for (int64_t i = 0; i < step.num_views; ++i) job.sources[i] = source(step.views[i]);
@@ -463,15 +545,14 @@ Conv DstlibPlan::conv(const Step& step, int64_t number, float* taps, int num_thr
     }
     job.bias = floats(step.bias);
     job.shifts = step.shifts < 0 ? still.data() : data.words(step.shifts);
-    if (step.gamma >= 0) {
-        float* statistics = arena.floats(out.at) + out.floats;
-        job.norm = {floats(step.gamma), floats(step.beta), step.eps, statistics};
-    }
+    if (step.gamma >= 0) job.norm = {floats(step.gamma), floats(step.beta), step.eps, arena.floats(out.norm)};
     job.input_size = {in.size.n, in.size.d, in.size.h, in.size.w};
     job.output_size = {out.size.d, out.size.h, out.size.w};
     job.kernel_size = step.kernel;
     job.stride = step.stride;
     job.padding = {step.kernel.h / 2, step.kernel.w / 2};
+    job.is_sliced = layout->is_sliced[number];
+    if (flow) job.upward = *flow;
     return job;
 }
 
@@ -519,6 +600,7 @@ void DstlibPlan::prepare(const DstlibSize& image, int num_threads) {
     std::fill_n(ones.floats(found->ones), found->ones, 0.f);
     layout = std::move(found);
     float* weights = made.floats();
+    std::vector<std::unique_ptr<ConvTranspose>> flows(steps.size());  // of the steps that make one slab by slab
     const Map& first = layout->maps[0];
     call("reorder_to_depth_last", Reorder{nullptr, arena.floats(first.at), strides_of_image(image), strides_of(first),
                                           as_sizes(image)});
@@ -526,10 +608,15 @@ void DstlibPlan::prepare(const DstlibSize& image, int num_threads) {
         const Step& step = steps[i];
         int64_t taken = 0;
         if (step.kind == CONV) {
-            call(layout->by_winograd[i] ? "conv_winograd" : "conv_direct", conv(step, i, weights, num_threads));
+            const char* form = layout->by_winograd[i] ? "conv_winograd" : "conv_direct";
+            call(form, conv(step, i, flows[i].get(), weights, num_threads));
             taken = layout->by_winograd[i] ? 36 * step.num_active : 0;
         } else if (step.kind == CONV_TRANSPOSE) {
-            call("conv_transpose_forward", conv_transpose(step, i, weights));
+            const ConvTranspose flow = conv_transpose(step, i, weights);
+            if (layout->within[i] < 0)
+                call("conv_transpose_forward", flow);
+            else
+                flows[layout->within[i]] = std::make_unique<ConvTranspose>(flow);
             taken = step.outputs * inputs_of(step) * taps_of(step);
         } else {
             MaxPool job{};
