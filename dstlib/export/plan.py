@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from dstlib.export.order import in_little_memory
 from dstlib.export.steps import MOST_MAPS, Step, View, steps_of
 from dstlib.files import write_whole
 
@@ -50,7 +51,7 @@ def save_plan(model: nn.Module, example: Tensor, path: str | Path) -> None:
     ...     Path(f"{folder}/layer.plan").stat().st_size, layer.weight.nbytes
     (1700, 9216)
     """
-    network = steps_of(model, example)
+    network = in_little_memory(steps_of(model, example), example.shape[2:])
     words = _Words()
     steps = b"".join(_packed(step, words) for step in network.steps)
     outputs = b"".join(map(_packed_view, network.outputs))

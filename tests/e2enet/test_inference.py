@@ -1,5 +1,6 @@
 """Windows, mirrors and folds: what is averaged, and that the networks are left as they were."""
 
+import weakref
 from contextlib import closing
 from dataclasses import replace
 from itertools import combinations
@@ -334,20 +335,64 @@ def test_what_holds_nothing_by_the_preparation():
 # ---- tensors that are used again
 
 
-@pytest.mark.parametrize("mirror", [(), (0, 1, 2)])
-def test_passes_write_to_the_same_tensors_each_time(mirror):
-    passes = inference._Passes([Convolves(0), Convolves(1)], inference._flips(mirror), inference.softmax)
-    weight, generator = torch.ones(4, 5, 6), torch.Generator().manual_seed(0)
-    first = passes(torch.randn(1, 1, 4, 5, 6, generator=generator), weight)
-    kept, address = first.clone(), first.data_ptr()
-    buffers = [tensor.data_ptr() for tensor in (passes._flipped, passes._found)]
-    window = torch.randn(1, 1, 4, 5, 6, generator=generator)
-    second = passes(window, weight)
-    assert second.data_ptr() == address
-    assert [tensor.data_ptr() for tensor in (passes._flipped, passes._found)] == buffers
-    fresh = inference._Passes(passes.models, passes.flips, inference.softmax)(window, weight)
-    np.testing.assert_array_equal(second.numpy(), fresh.numpy(), "nothing is left of the window before")
-    assert not torch.equal(kept, second)
+class Gives(nn.Module):
+    """Returns what is there, or in an order of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.logits = kind, nn.Parameter(torch.arange(3.0 * 120).reshape(1, 3, 4, 5, 6) % 7)
+
+    def forward(self, x):
+        if self.kind == "its input":
+            return x
+        return self.logits if self.kind == "its parameter" else (self.logits * 1).mT.contiguous().mT
+
+
+@pytest.mark.parametrize("kind", ["its parameter", "its input", "columns side by side"])
+@pytest.mark.parametrize("mirror", [(), (0, 2)])
+def test_what_was_there_before_is_not_written_to(kind, mirror):
+    """Probabilities take the place of logits, but only of those that the network has made for this pass."""
+    model, flips = Gives(kind), inference._flips(mirror)
+    window, weight = torch.randn(1, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)), torch.ones(4, 5, 6)
+    window_before, logits = window.clone(), model.logits.detach().clone()
+    found = inference._Passes([model], flips, inference.softmax)(window, weight)
+    seen = [window if kind == "its input" else logits.flip(axes) for axes in flips]
+    expected = sum(each.softmax(dim=1) for each in seen) / len(flips)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-6)  # the order of four sums
+    assert torch.equal(window, window_before)
+    assert torch.equal(model.logits, logits)
+
+
+class Watches(Convolves):
+    """Looks at each pass whether what it made before is still held."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.num_held = [], []
+
+    def forward(self, x):
+        self.num_held.append(sum(made() is not None for made in self.made))
+        logits = super().forward(x)
+        self.made.append(weakref.ref(logits))
+        return logits
+
+
+@pytest.mark.parametrize(("mirror", "num_held"), [((), 0), ((0,), 1)])
+def test_of_other_windows_nothing_is_held_while_a_network_works(mirror, num_held):
+    """And of other mirrors, their mean alone."""
+    model = Watches()
+    probabilities([model], np.zeros((1, 12, 4, 4), np.float32), patch_size=(4, 4, 4), mirror=mirror)
+    assert len(model.num_held) == 5 * 2 ** len(mirror)
+    assert max(model.num_held) == num_held
+
+
+def test_what_a_network_makes_is_written_to():
+    """There is one tensor of the logits' size, not two."""
+    made = []
+    model = Convolves()
+    model.register_forward_hook(lambda module, given, logits: made.append(logits.data_ptr()))
+    found = inference._Passes([model], [()], inference.softmax)(torch.zeros(1, 1, 4, 5, 6), torch.ones(4, 5, 6))
+    assert [found.data_ptr()] == made
 
 
 def test_every_pass_is_told():
@@ -397,22 +442,14 @@ def _no_memory():
     raise torch.OutOfMemoryError("no room")
 
 
-@pytest.mark.parametrize("fails", [1, 2])
-def test_sums_are_made_whole_after_memory_was_out_for_one_of_them(fails, monkeypatch):
-    zeros, calls = torch.zeros, []
-
-    def full(*sizes, **where):
-        calls.append(sizes)
-        if len(calls) == fails:
-            raise torch.OutOfMemoryError("no room")
-        return zeros(*sizes, **where)
-
-    monkeypatch.setattr(torch, "zeros", full)
-    sums = inference._Sums(2, (2, 2), torch.device("cpu"))
-    with pytest.raises(torch.OutOfMemoryError):
-        sums.allocate(3)
+def test_sums_are_made_after_memory_was_out_for_them(monkeypatch):
+    sums = inference._Sums(torch.full((2, 2, 2), 2.0), (2, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", lambda *sizes, **where: _no_memory())
+        with pytest.raises(torch.OutOfMemoryError):
+            sums.allocate(3)
     sums.allocate(3)
-    sums.add((slice(0, 2),) * 3, torch.full((3, 2, 2, 2), 4.0), torch.full((2, 2, 2), 2.0))
+    sums.add((slice(0, 2),) * 3, torch.full((3, 2, 2, 2), 4.0))
     assert [values.unique().tolist() for _, values in sums.take(2)] == [[2.0], [2.0]]
 
 

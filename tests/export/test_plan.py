@@ -23,7 +23,8 @@ from dstlib.engine.decisions import Decision, Decisions
 from dstlib.errors import DstlibError, InputError, SettingError, StateError
 from dstlib.export import remove_dead_channels, save_compact, save_plan
 from dstlib.export.dead_channels import ShiftedGroups
-from dstlib.export.steps import steps_of
+from dstlib.export.order import in_little_memory
+from dstlib.export.steps import Step, Steps, View, steps_of
 from dstlib.layers.blocks import Unit
 from dstlib.layers.shift import LearnedShift, Shift
 from dstlib.runtime import Plan, library_file, load_plan
@@ -174,7 +175,7 @@ def test_maps_take_little_more_memory_than_those_that_are_needed_at_one_time(tmp
     model, extent = E2ENet(config).eval(), 64
     model.deep_supervision = False
     plan = planned(model, 1, tmp_path, (extent,) * 3)
-    steps = steps_of(model, torch.rand(1, 1, 16, 16, 32)).steps
+    steps = in_little_memory(steps_of(model, torch.rand(1, 1, 16, 16, 32)), (extent,) * 3).steps
     extents, last = [extent], [0] * (len(steps) + 1)
     for now, step in enumerate(steps, 1):
         last[now] = now
@@ -463,6 +464,35 @@ def test_from_c(tmp_path):
     if Path("/dev/full").exists():  # a disk without room
         full = [program, files[0], files[1], "2", "4", "8", "12", "/dev/full", "2"]
         assert subprocess.run(full, stderr=subprocess.DEVNULL).returncode == 1
+
+
+@st.composite
+def networks_of_steps(draw: st.DrawFn) -> Steps:
+    """Any steps that fit each other, each of what was made before."""
+    steps, levels = list[Step](), [0]
+    for _ in range(draw(st.integers(1, 9))):
+        kind = draw(st.sampled_from(["conv", "conv", "conv_transpose", "max_pool"]))
+        first = draw(st.integers(0, len(steps)))
+        alike = [i for i, level in enumerate(levels) if level == levels[first]]
+        others = draw(st.lists(st.sampled_from(alike), max_size=2)) if kind == "conv" else []
+        by = draw(st.integers(1, 2))
+        steps.append(Step(kind, tuple(map(View, [first, *others])), draw(st.integers(1, 4)), (1, by, by)))
+        levels.append(levels[first] + (by - 1) * (-1 if kind == "conv_transpose" else 1))
+    outputs = draw(st.lists(st.integers(0, len(steps)), min_size=1, max_size=2))
+    return Steps(1, tuple(steps), tuple(map(View, outputs)))
+
+
+@given(networks_of_steps())
+def test_another_order_computes_the_same(network):
+    """Each map is made before it is read, of the same maps: written as what it is made of, all the way to the image."""
+
+    def written(network: Steps) -> list[tuple[object, ...]]:
+        found: list[tuple[object, ...]] = [("image",)]
+        for step in network.steps:
+            found.append((step.kind, step.outputs, step.stride, *(found[view.map] for view in step.views)))
+        return [found[view.map] for view in network.outputs] + sorted(found, key=repr)
+
+    assert written(in_little_memory(network, (4, 64, 64))) == written(network)
 
 
 @torch.no_grad()

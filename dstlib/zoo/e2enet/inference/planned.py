@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from dstlib.engine.runtime.memory import trim_heap
 from dstlib.errors import DstlibError, SettingError
 from dstlib.export import save_plan
 from dstlib.runtime import VARIABLE, load_plan
@@ -48,6 +49,7 @@ def faster_of(trained: Trained) -> tuple[Trained, str]:
         return trained, f"Computed in torch: {error}"
     image = torch.zeros(1, len(trained.channels), *_extents(trained.models[0]))
     seconds = _fastest(trained.models[0], planned.models[0], image)
+    trim_heap()  # of what torch's passes have left
     size, ratio = "×".join(map(str, image.shape[2:])), seconds[0] / seconds[1]
     if ratio <= 1:
         return trained, f"Computed in torch, where {size} voxels take {ratio:.2f} times as long as on the engine."

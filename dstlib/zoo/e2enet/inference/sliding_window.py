@@ -14,7 +14,6 @@ from itertools import combinations, groupby, product
 
 import numpy as np
 import torch
-from monai.data.utils import compute_importance_map, dense_patch_slices
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,20 +25,23 @@ from dstlib.zoo.e2enet.data.cases import Shape, three
 # several are no faster, and each takes gigabytes within a network.
 NUM_WINDOWS = 2
 SIGMA = 1 / 8  # of the Gaussian weights, in patches
+LEAST_WEIGHT = 1e-3
+AT_A_TIME = 1 << 16  # voxels of which there are logits and probabilities; whole vectors, which round as all in one do
 
-
-Activate = Callable[[Tensor, Tensor | None], Tensor]
+Activate = Callable[[Tensor], Tensor]
 Window = tuple[slice, slice, slice]  # along A, P and Q
 
 
-def softmax(logits_BKDHW: Tensor, out: Tensor | None = None) -> Tensor:
-    """Makes probabilities of logits of classes, which do not overlap; into ``out`` if there is one."""
-    return torch.softmax(logits_BKDHW, 1, out=out)
+def softmax(logits_BKDHW: Tensor) -> Tensor:
+    """Makes probabilities of logits of classes, which do not overlap, in their place."""
+    for part in logits_BKDHW.view(*logits_BKDHW.shape[:2], -1).split(AT_A_TIME, dim=2):
+        part.copy_(torch.softmax(part, 1))
+    return logits_BKDHW
 
 
-def sigmoid(logits_BKDHW: Tensor, out: Tensor | None = None) -> Tensor:
-    """Makes probabilities of logits of regions, which may overlap; into ``out`` if there is one."""
-    return torch.sigmoid(logits_BKDHW, out=out)
+def sigmoid(logits_BKDHW: Tensor) -> Tensor:
+    """Makes probabilities of logits of regions, which may overlap, in their place."""
+    return logits_BKDHW.sigmoid_()
 
 
 @contextmanager
@@ -130,9 +132,24 @@ def windows_of(shape: Sequence[int], patch_size: Sequence[int], *, overlap: floa
     axis = min(range(3), key=lambda axis: patch[axis] * math.prod(size) // size[axis])
     bare = Windows(shape=three(shape), patch=three(patch), axis=axis, places=(), is_empty=())
     extents = [patch[axis] for axis in bare.order]
-    steps = [p if n == p else max(1, int(p * (1 - overlap))) for n, p in zip(bare.size, extents, strict=True)]
-    places = tuple(map(three, dense_patch_slices(bare.size, extents, steps)))
+    places = tuple(map(three, product(*map(partial(_sides, overlap=overlap), bare.size, extents))))
     return replace(bare, places=places, is_empty=(False,) * len(places))
+
+
+def _sides(size: int, extent: int, overlap: float) -> list[slice]:
+    """Lays windows along an axis, in equal steps, the last one at its end."""
+    step = max(1, int(extent * (1 - overlap)))
+    firsts = (min(i * step, size - extent) for i in range(-((extent - size) // step) + 1))
+    return [slice(first, first + extent) for first in firsts]
+
+
+def _weights(extents: Sequence[int], device: torch.device) -> Tensor:
+    """Weighs the voxels of a window by a Gaussian around its centre, none by less than ``LEAST_WEIGHT``."""
+    weights = torch.ones((), device=device)
+    for n in extents:
+        distances = torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2
+        weights = weights.unsqueeze(-1) * torch.exp(distances**2 / (-2 * (n * SIGMA) ** 2))
+    return weights.clamp_(min=LEAST_WEIGHT)
 
 
 def probabilities(
@@ -147,13 +164,14 @@ def probabilities(
 ) -> Generator[NDArray[np.float32], None, None]:
     """Averages the probabilities over models and mirrors, blended over windows: a slice (K, P, Q) each.
 
-    ``activate`` makes probabilities of logits (B, K, D, H, W): of classes, or of regions, which overlap. Slices come
-    one by one along the axis A of the windows, each as soon as the last window on it is done: what is held at a time
-    is as deep as a window, however long the image is (:func:`memory_needed`). ``mirror`` names the spatial axes
-    (0 depth, 1 height, 2 width) that may be flipped: all their subsets are, eight for three axes, one for none. An
-    image smaller than the patch is padded with zeros for the while. On a GPU that cannot hold the sums these move to
-    the computer's memory, with a warning. ``on_pass`` is called with the number of passes through a network that a
-    window, or some, took. The models are as they were once the last slice was taken, or the iterator closed.
+    ``activate`` makes probabilities of logits (B, K, D, H, W), in the place of what a network has made: of classes, or
+    of regions, which overlap. Slices come one by one along the axis A of the windows, each as soon as the last window
+    on it is done: what is held at a time is as deep as a window, however long the image is (:func:`memory_needed`).
+    ``mirror`` names the spatial axes (0 depth, 1 height, 2 width) that may be flipped: all their subsets are, eight for
+    three axes, one for none. An image smaller than the patch is padded with zeros for the while. On a GPU that cannot
+    hold the sums these move to the computer's memory, with a warning. ``on_pass`` is called with the number of passes
+    through a network that a window, or some, took. The models are as they were once the last slice was taken, or the
+    iterator closed.
 
     A window that is empty is blended as any other, with ``background`` (K) at each voxel in the place of what the
     networks say: so a voxel that none but empty windows cover has these values, and all others what they had if the
@@ -192,12 +210,12 @@ def num_passes(models: Sequence[nn.Module], mirror: Sequence[int]) -> int:
 def memory_needed(windows: Windows, *, num_channels: int, num_outputs: int) -> int:
     """Computes the bytes that :func:`probabilities` holds of an image on a CPU, beside what a network takes.
 
-    These are the sums of K outputs and of the weights, as deep as a window, and some copies of the window at work.
+    These are the sums of K outputs, as deep as a window, and some copies of the window at work.
     """
     plane = math.prod(windows.size[1:])
-    sums = windows.patch[windows.axis] * plane * (num_outputs + 1)
-    # three times: logits, the probabilities of one pass, their mean; the window as it is read, and flipped
-    window = math.prod(windows.patch) * (2 * num_channels + 3 * num_outputs)
+    sums = windows.patch[windows.axis] * plane * num_outputs
+    # twice: what one pass gives, and the mean; the window as it is read, and flipped
+    window = math.prod(windows.patch) * (2 * num_channels + 2 * num_outputs)
     slices = 2 * plane * num_outputs
     return 4 * (sums + window + slices)
 
@@ -208,32 +226,37 @@ class _Passes:
     def __init__(self, models: Sequence[nn.Module], flips: Sequence[tuple[int, ...]], activate: Activate) -> None:
         self.models, self.flips, self.activate = models, flips, activate
         self.device = next(models[0].parameters()).device
-        self._flipped, self._found, self._mean = torch.empty(0), torch.empty(0), torch.empty(0)
+        self._flipped = torch.empty(0)
 
     @property
     def num(self) -> int:
         return len(self.models) * len(self.flips)
 
     def __call__(self, windows_BCDHW: Tensor, weight_DHW: Tensor) -> Tensor:
-        """Averages the probabilities (B, K, D, H, W) over models and flips, and weighs their voxels.
-
-        The result is good until the next call.
-        """
+        """Averages the probabilities (B, K, D, H, W) over models and flips, and weighs their voxels."""
         kind = windows_BCDHW.device.type
+        mean: Tensor | None = None
         with torch.inference_mode(), torch.autocast(kind, enabled=kind == "cuda"):
-            for index, (model, axes) in enumerate(product(self.models, self.flips)):
+            for model, axes in product(self.models, self.flips):
                 seen = windows_BCDHW
                 if axes:
                     self._flipped = seen = _like(windows_BCDHW, self._flipped)
                     _write_flipped(seen, windows_BCDHW, axes)
-                logits = model(seen).float()
-                if index == 0:  # the first pass is not flipped
-                    self._mean = self.activate(logits, _like(logits, self._mean))
+                found = self.activate(_own(model(seen).float(), seen))
+                if mean is None:  # the first pass is not flipped
+                    mean = found
                 else:
-                    self._found = self.activate(logits, _like(logits, self._found))
-                    _add_flipped(self._mean, self._found, axes)
-                del logits
-            return self._mean.div_(self.num).mul_(weight_DHW)
+                    _add_flipped(mean, found, axes)
+                del found
+            assert mean is not None
+            mean.div_(self.num).mul_(weight_DHW)
+        return mean
+
+
+def _own(logits: Tensor, seen: Tensor) -> Tensor:
+    """Returns what a network has made, contiguous; a copy of what was there before, its input or a parameter."""
+    is_new = logits.is_inference() and logits.data_ptr() != seen.data_ptr()
+    return logits if is_new and logits.is_contiguous() else logits.clone(memory_format=torch.contiguous_format)
 
 
 def _like(wanted: Tensor, kept: Tensor) -> Tensor:
@@ -257,48 +280,56 @@ def _add_flipped(out_BKDHW: Tensor, x_BKDHW: Tensor, axes: tuple[int, ...]) -> N
 class _Sums:
     """What the windows add up to, as deep as one: slice a lies at place a modulo that depth, until it is taken."""
 
-    def __init__(self, depth: int, plane: tuple[int, int], device: torch.device) -> None:
-        self.device = device
-        self._depth, self._plane = depth, plane
+    def __init__(self, weight_APQ: Tensor, plane: tuple[int, int]) -> None:
+        self.device = weight_APQ.device
+        self._weight_APQ, self._plane = weight_APQ, plane
+        self._depth = len(weight_APQ)
         self._next = 0
-        self._values_AKPQ, self._weights_APQ = torch.empty(0), torch.empty(0)
+        self._values_AKPQ = torch.empty(0)
+        self._windows: list[Window] = []  # that were added, and reach above what is taken
 
     def allocate(self, num_outputs: int) -> None:
         """Makes room at the first call, when the number of outputs is known."""
-        if not len(self._values_AKPQ):  # the last to be made: there may be memory for the weights alone
-            self._weights_APQ = torch.zeros(self._depth, *self._plane, device=self.device)
+        if not len(self._values_AKPQ):
             self._values_AKPQ = torch.zeros(self._depth, num_outputs, *self._plane, device=self.device)
 
     def move(self, device: torch.device) -> None:
         """Moves what is there to the memory of another device."""
         self.device = device
-        self._values_AKPQ, self._weights_APQ = self._values_AKPQ.to(device), self._weights_APQ.to(device)
+        self._values_AKPQ, self._weight_APQ = self._values_AKPQ.to(device), self._weight_APQ.to(device)
 
-    def add(self, window: Window, values_KAPQ: Tensor, weight_APQ: Tensor) -> None:
+    def add(self, window: Window, values_KAPQ: Tensor) -> None:
         """Adds a window, none of whose slices was taken; all that are not taken are of it, or above."""
+        self._windows.append(window)
         values_AKPQ = values_KAPQ.movedim(1, 0)
         for at, part in self._parts(window):
             self._values_AKPQ[at, :, *window[1:]].add_(values_AKPQ[part].to(self.device))
-            self._weights_APQ[at, *window[1:]].add_(weight_APQ[part].to(self.device))
 
-    def add_background(self, window: Window, background: Sequence[float], weight_APQ: Tensor) -> None:
+    def add_background(self, window: Window, background: Sequence[float]) -> None:
         """Adds a window of the same probabilities (K) everywhere."""
+        self._windows.append(window)
         for at, part in self._parts(window):
-            weight = weight_APQ[part].to(self.device)
             for k, value in enumerate(background):
                 if value:
-                    self._values_AKPQ[at, k, *window[1:]].add_(weight * value)
-            self._weights_APQ[at, *window[1:]].add_(weight)
+                    self._values_AKPQ[at, k, *window[1:]].add_(self._weight_APQ[part] * value)
 
     def take(self, until: int) -> Iterator[tuple[int, Tensor]]:
         """Yields the mean (K, P, Q) of each slice below ``until`` that was not taken yet, with its number."""
         for a in range(self._next, until):
-            values, weights = self._values_AKPQ[a % self._depth], self._weights_APQ[a % self._depth]
-            mean = values / weights
+            values = self._values_AKPQ[a % self._depth]
+            mean = values / self._weights(a)
             values.zero_()
-            weights.zero_()
             self._next = a + 1
             yield a, mean
+        self._windows = [window for window in self._windows if window[0].stop > until]
+
+    def _weights(self, a: int) -> Tensor:
+        """Adds up what a slice is to be divided by: cheaper than to keep as much as another output."""
+        found_PQ = torch.zeros(self._plane, device=self.device)
+        for depths, *at in self._windows:
+            if depths.start <= a < depths.stop:
+                found_PQ[*at].add_(self._weight_APQ[a - depths.start])
+        return found_PQ
 
     def _parts(self, window: Window) -> tuple[tuple[slice, slice], ...]:
         """Returns where the slices of a window lie here, and which of them they are."""
@@ -318,9 +349,9 @@ def _slices(
     image = torch.from_numpy(np.require(image_CDHW, requirements=["C", "W"]))
     device, order = passes.device, windows.order
     extents = three(windows.patch[axis] for axis in order)
-    weight_APQ = compute_importance_map(extents, mode="gaussian", sigma_scale=SIGMA, device=device)
+    weight_APQ = _weights(extents, device)
     weight_DHW = weight_APQ.permute(*np.argsort(order).tolist()).contiguous()
-    sums = _Sums(windows.patch[windows.axis], windows.size[1:], device)
+    sums = _Sums(weight_APQ, windows.size[1:])
 
     def weighted(windows_BCDHW: Tensor) -> Tensor:
         values = passes(windows_BCDHW.to(device), weight_DHW)
@@ -339,12 +370,13 @@ def _slices(
             if is_empty:
                 yield from finished(places[0][0].start)
                 sums.allocate(len(background))
-                sums.add_background(places[0], background, weight_APQ)
+                sums.add_background(places[0], background)
                 continue
             values = _with_room(partial(weighted, _read(image, windows, places)), sums)
             for place, value in zip(places, values, strict=True):
                 yield from finished(place[0].start)
-                sums.add(place, value, weight_APQ)
+                sums.add(place, value)
+            del values, value  # or they would be there beside the next ones
             on_pass(len(places) * passes.num)
         yield from finished(windows.size[0])
 
