@@ -1,5 +1,6 @@
 """How much memory is left: what a file asks for is compared with it before anything is allocated."""
 
+import ctypes
 import os
 import re
 import sys
@@ -71,6 +72,12 @@ def most_memory() -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return 0
+
+
+def trim_heap() -> None:
+    """Gives what has been freed in pieces back to the system, where the allocator is glibc's, which keeps it else."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _of_machine() -> Iterator[int]:

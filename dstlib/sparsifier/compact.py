@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dstlib import masking
+from dstlib.bounds import trim_heap
 from dstlib.errors import SelectionError, SettingError, StateError
 from dstlib.masking import AtInit, InTurn, PackedMask
 from dstlib.methods.method import GrownState, Method
@@ -149,7 +150,6 @@ def compact_weights(
         StateError: An optimizer has taken steps with the weights as they were.
     """
     from dstlib.engine.layers.compact import make_compact  # not before it is asked for: it loads the engine
-    from dstlib.engine.runtime.memory import trim_heap
 
     model = unwrap(model)
     ancestors = _ancestors(model)
@@ -391,7 +391,6 @@ def _take_over(
     Returns whether others were active before.
     """
     from dstlib.engine.ops.places import sources  # as above
-    from dstlib.engine.runtime.memory import trim_heap
 
     trim_heap()  # what steps and scores have left in pieces would stand beside what comes
     active, pattern = m.active, m.active.pattern_of(places)

@@ -95,12 +95,6 @@ def release_memory() -> None:
         _bytes.update(peak=_bytes["used"], since=_bytes["used"])
 
 
-def trim_heap() -> None:
-    """Gives what has been freed in pieces back to the system, where the allocator is glibc's, which keeps it else."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-
-
 def _take(size: int) -> tuple[_Stretch, int]:
     """Takes the range of this size that touches the least fresh memory, of such ones the smallest."""
     best: tuple[tuple[int, int], _Stretch, int, int] | None = None

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from dstlib.engine.runtime.memory import trim_heap
+from dstlib.bounds import trim_heap
 from dstlib.errors import DstlibError, SettingError
 from dstlib.export import save_plan
 from dstlib.runtime import VARIABLE, load_plan
