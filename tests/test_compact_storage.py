@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import dstlib
@@ -414,6 +415,21 @@ def test_a_layer_used_twice_grows_by_both_uses(mode):
         ordinary(model, optimizer, sparsifier, x.requires_grad_(), step)
 
     assert_trains_alike(how, make=lambda: Twice(mode))
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_pass_counts_that_gives_what_is_active_no_gradient(to_none):
+    """Zeros in the place of a gradient are not taken for one that was thrown away."""
+    model, optimizer, sparsifier = begin("compact", make=lambda: nn.Sequential(nn.Linear(20, 1, bias=False)))
+    ordinary(model, optimizer, sparsifier, torch.ones(1, 20), 0)
+    optimizer.zero_grad(set_to_none=to_none)
+    active = sparsifier.masks["0.weight"].clone().float()
+    wanted = int((active == 0).flatten().nonzero()[-1])
+    model(functional.one_hot(torch.tensor([wanted]), 20).float()).sum().backward()
+    assert not model[0].weight.grad.any()
+    (model(active) + model(0.01 * (1 - active))).sum().backward()
+    optimizer.step()
+    assert sparsifier.masks["0.weight"][0, wanted]
 
 
 def test_a_gradient_from_elsewhere_cannot_grow():

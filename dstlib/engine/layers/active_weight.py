@@ -148,12 +148,17 @@ class ActiveWeight:
         return y
 
     def forget_discarded(self) -> None:
-        """Forgets, before a pass, what belongs to gradients that were thrown away."""
+        """Forgets, before a pass, what belongs to a gradient that was thrown away: set to None, or to zeros."""
         if torch._C._current_graph_task_id() != -1:
             return  # the pass is recomputed for a backward pass
         grad = self.values.grad
-        if grad is None or (grad.numel() > 0 and not bool(grad.any())):
+        if grad is None:
             self.forget()
+        elif self.has_noted and grad.numel() > 0 and not bool(grad.any()):
+            with torch.no_grad():
+                is_discarded = bool(self.gradient_of_active().any())  # else the passes have given these zeros
+            if is_discarded:
+                self.forget()
 
     @property
     def has_noted(self) -> bool:
