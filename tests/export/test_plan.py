@@ -95,6 +95,19 @@ def test_e2enet(sparsity, tmp_path):
         assert_same(plan, model, torch.randn(shape), threads)
 
 
+def test_what_recomputes_in_training(tmp_path):
+    """Nothing is, of a pass without gradients: neither in a plan nor in what has no dead channels."""
+    model, image = e2enet(0.8), torch.randn(1, 1, 4, 8, 8)
+    model.recompute = True
+    plan = planned(model, 1, tmp_path)
+    assert_same(plan, model, image)
+    model.recompute = False
+    np.testing.assert_array_equal(plan(image.numpy())[0], planned(model, 1, tmp_path)(image.numpy())[0])
+    model.recompute = True
+    _, removal = remove_dead_channels(model, image)
+    assert not removal.left
+
+
 class Network(nn.Module):
     """All that a plan holds: a unit and back, activations alone, a shift of what is concatenated, a pooling."""
 
