@@ -103,6 +103,7 @@ def test_a_map_that_is_too_short_is_seen(watched: Watched):
         "engine/test_linear",
         "engine/test_compact_linear",
         "engine/test_places",
+        "engine/test_slabs",
         "engine/test_spatial",
         "test_packed",
     ],
