@@ -1,7 +1,7 @@
 """The order of a plan's steps: one in which few large maps wait for their readers at a time."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from dstlib.export.steps import Steps
@@ -23,8 +23,9 @@ def in_little_memory(network: Steps, extents: Sequence[int]) -> Steps:
     >>> [(step.kind, step.outputs, step.views[0].map) for step in found.steps]  # large ones overwrite
     [('conv', 8, 0), ('max_pool', 8, 1), ('conv', 8, 1), ('conv', 32, 2)]
     """
-    life = _Life(network, extents)
-    _, order = min((life.lived(life.growth), life.lived(lambda step: 0)), key=lambda found: found[0])
+    life = _Life.of(network, extents)
+    least_added, as_it_was = (life.order(cost) for cost in (life.added, lambda step, taken: 0))
+    order = min(least_added, as_it_was, key=life.most_alive)
     places = {0: 0} | {step + 1: place for place, step in enumerate(order, 1)}
     moved = [
         replace(each, views=tuple(replace(view, map=places[view.map]) for view in each.views)) for each in network.steps
@@ -33,62 +34,86 @@ def in_little_memory(network: Steps, extents: Sequence[int]) -> Steps:
     return Steps(network.channels, tuple(moved[step] for step in order), outputs)
 
 
-class _Life:
-    """Which maps are alive as steps are taken, by the numbers of steps and of what they read."""
+Cost = Callable[[int, Collection[int]], int]
 
-    def __init__(self, network: Steps, extents: Sequence[int]) -> None:
-        self.steps = network.steps
-        self.read = [[view.map for view in step.views] for step in network.steps]
-        readers: list[list[int]] = [[] for _ in range(len(network.steps) + 1)]
-        for step, maps in enumerate(self.read):
+
+@dataclass(frozen=True)
+class _Life:
+    """Which maps are alive once some steps are taken.
+
+    Steps and maps are known by their numbers: map 0 is the image, map i + 1 what step i makes. ``read`` has the maps
+    that each step reads, ``readers`` the steps that read each map, after all of them whoever called; ``flows`` are the
+    transposed convolutions that go with the convolution that reads them.
+    """
+
+    sizes: Sequence[int]
+    read: Sequence[Sequence[int]]
+    readers: Sequence[Sequence[int]]
+    flows: frozenset[int]
+
+    @staticmethod
+    def of(network: Steps, extents: Sequence[int]) -> "_Life":
+        steps, num = network.steps, len(network.steps)
+        read = [[view.map for view in step.views] for step in steps]
+        readers: list[list[int]] = [[] for _ in range(num + 1)]
+        for step, maps in enumerate(read):
             for each in maps:
                 readers[each].append(step)
         for view in network.outputs:
-            readers[view.map].append(len(network.steps))
-        self.readers = readers
-        self.flows = {
+            readers[view.map].append(num)
+        alone = {step: readers[step + 1][0] for step in range(num) if len(readers[step + 1]) == 1}
+        flows = frozenset(
             step
-            for step, each in enumerate(network.steps)
-            if each.kind == "conv_transpose" and len(readers[step + 1]) == 1 and self._is_conv(readers[step + 1][0])
-        }
-        self.sizes = _sizes(network, extents)
-        self.taken: set[int] = set()
+            for step, reader in alone.items()
+            if steps[step].kind == "conv_transpose" and reader < num and steps[reader].kind == "conv"
+        )
+        return _Life(_sizes(network, extents), read, readers, flows)
 
-    def lived(self, cost: Callable[[int], int]) -> tuple[int, list[int]]:
-        """Takes of the steps that could be next that of least cost, and returns the most alive, and the order."""
-        self.taken, order = set(), list[int]()
+    def order(self, cost: Cost) -> list[int]:
+        """Takes of the steps that could be next that of least cost, the first of equals, until all are taken."""
+        found: list[int] = []
+        taken: set[int] = set()
+        while len(found) < len(self.read):
+            could = (step for step in range(len(self.read)) if self._is_ready(step, taken))
+            step = min(could, key=lambda step: cost(step, taken))
+            now = self._together(step)
+            taken.update(now)
+            found += now
+        return found
+
+    def most_alive(self, order: Sequence[int]) -> int:
+        """Counts the numbers in the maps that are there at the worst moment of an order."""
         alive = most = self.sizes[0]
-        while len(order) < len(self.steps):
-            step = min(filter(self._is_ready, range(len(self.steps))), key=lambda step: (cost(step), step))
-            freed = self._freed(step)
-            is_over = self.sizes[step + 1] in freed
-            most = max(most, alive + (0 if is_over else self.sizes[step + 1]))
-            alive += self.growth(step)
-            now = [*self._flows_of(step), step]
-            self.taken.update(now)
-            order += now
-        return most, order
+        taken: set[int] = set()
+        for step in order:
+            if step not in self.flows:
+                is_over = self.sizes[step + 1] in self._freed(step, taken)
+                most = max(most, alive + (0 if is_over else self.sizes[step + 1]))
+                alive += self.added(step, taken)
+                taken.update(self._together(step))
+        return most
 
-    def growth(self, step: int) -> int:
-        """How much more is alive after a step."""
-        return self.sizes[step + 1] - sum(self._freed(step))
+    def added(self, step: int, taken: Collection[int]) -> int:
+        """Counts the numbers that are alive after a step, less those before."""
+        return self.sizes[step + 1] - sum(self._freed(step, taken))
 
-    def _freed(self, step: int) -> list[int]:
-        """Returns the sizes of maps that nobody reads after a step."""
-        now = {step, *self._flows_of(step)}
+    def _freed(self, step: int, taken: Collection[int]) -> list[int]:
+        """Returns the sizes of the maps that nobody reads after a step."""
+        now = self._together(step)
         maps = {each for part in now for each in self.read[part] if each - 1 not in now}
-        return [self.sizes[each] for each in maps if set(self.readers[each]) <= self.taken | now]
+        return [
+            self.sizes[each] for each in maps if all(reader in taken or reader in now for reader in self.readers[each])
+        ]
 
-    def _is_ready(self, step: int) -> bool:
-        flows = self._flows_of(step)
-        maps = {each for part in (step, *flows) for each in self.read[part]} - {flow + 1 for flow in flows}
-        return step not in self.taken | self.flows and all(each == 0 or each - 1 in self.taken for each in maps)
+    def _is_ready(self, step: int, taken: Collection[int]) -> bool:
+        now = self._together(step)
+        maps = [each for part in now for each in self.read[part] if each - 1 not in now]
+        return step not in taken and step not in self.flows and all(each == 0 or each - 1 in taken for each in maps)
 
-    def _flows_of(self, step: int) -> list[int]:
-        return [each - 1 for each in self.read[step] if each - 1 in self.flows]
-
-    def _is_conv(self, step: int) -> bool:
-        return step < len(self.steps) and self.steps[step].kind == "conv"
+    def _together(self, step: int) -> list[int]:
+        """Returns a step behind the flows that go with it."""
+        flows = dict.fromkeys(each - 1 for each in self.read[step] if each - 1 in self.flows)
+        return [*flows, step]
 
 
 def _sizes(network: Steps, extents: Sequence[int]) -> list[int]:
