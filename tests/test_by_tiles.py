@@ -112,3 +112,18 @@ def test_weights_whose_places_32_bits_cannot_number_are_updated_at_once(monkeypa
     method = replace(dstlib.RIGL, interval=2, stop=1.0, drop_fraction=Constant(0.5), distribution=masking.uniform)
     found = life(LAYERS["linear"](), method, observed=False, top=1000, seed=1)
     assert not torch.equal(found[0][0]["weight"], found[-1][0]["weight"])
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_what_may_not_regrow_is_of_the_type_of_the_weight(observed):
+    """In float64, where too few may grow for those that were dropped to stay away."""
+    method = replace(dstlib.METHODS["set_itop"], interval=1, drop=masking.magnitude, regrow=False)
+    torch.manual_seed(0)
+    model = nn.Linear(16, 32).double()
+    sparsifier = dstlib.sparsify(model, sparsity=0.2, method=method, total_steps=9)
+    sparsifier.observers.extend([lambda site, update: None] * observed)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(torch.randn(4, 16).double()).square().mean().backward()
+        optimizer.step()
+    assert int(sparsifier.masks["weight"].sum()) == 512 - int(0.2 * 512)

@@ -315,6 +315,46 @@ def test_states_that_do_not_fit_are_refused():
         compact(torch.randn(4, 3, 6), (torch.zeros(1, 3, 8), torch.zeros(1, 2, 8)))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_take_what_the_plain_ones_do(kind):
+    """States of as many samples, and one axis or two."""
+    plain, compact = twins(kind(8, 6))
+    for layer in (plain, compact):
+        for size in ((6, 3), (18,), (3, 1, 6)):
+            state = torch.zeros(size)
+            with pytest.raises((InputError, ValueError, RuntimeError), match=r"hx|hidden|batch|imension"):
+                layer(torch.randn(3, 8), (state, state) if kind is nn.LSTMCell else state)
+        with pytest.raises((InputError, ValueError, RuntimeError), match=r"axes|imension|1D or 2D"):
+            layer(torch.randn(1, 2, 8))
+
+
+def test_attention_takes_sequences_of_one_batch():
+    plain, compact = twins(nn.MultiheadAttention(8, 2))
+    query, key = torch.randn(5, 3, 8), torch.randn(5, 1, 8)
+    with pytest.raises((AssertionError, RuntimeError)):
+        plain(query, key, key)
+    with pytest.raises(InputError, match=r"query, key and value .* of one batch, .* \(5, 3, 8\), \(5, 1, 8\)"):
+        compact(query, key, key)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_dropout_behind_attention_draws_what_it_draws_behind_the_plain_layer(batch_first):
+    """Random numbers fill a tensor in the order in which it lies in memory."""
+    torch.manual_seed(0)
+    plain, compact = twins(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=batch_first))
+    x, found = torch.randn(5, 3, 8), []
+    for layer in (plain, compact):
+        torch.manual_seed(7)
+        found.append(layer(x))
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_weights_are_not_put_side_by_side_for_cudnn():
+    """As moving the plain layer to a GPU does, with matrices that do not exist here."""
+    _, compact = twins(nn.LSTM(8, 6))
+    assert type(compact).flatten_parameters is not nn.RNNBase.flatten_parameters
+
+
 # training
 
 

@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -417,6 +418,53 @@ def test_a_layer_used_twice_grows_by_both_uses(mode):
     assert_trains_alike(how, make=lambda: Twice(mode))
 
 
+class WritesInPlace(nn.Module):
+    """Outputs of compact layers are written into, one of a layer that is called twice, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice, self.attention = nn.Linear(12, 16), nn.Linear(16, 16), nn.MultiheadAttention(16, 2)
+        self.conv, self.last, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3), nn.ReLU(inplace=True)
+        self.double()
+
+    def forward(self, x):
+        x = self.relu(self.first(x))
+        x = self.twice(2 * x).relu() + self.twice(x).relu_()
+        y = self.attention(x, x, x, need_weights=False)[0]
+        y += x
+        return self.last(self.relu(self.conv(y[None])).mean(dim=(1, 2)))
+
+
+def test_outputs_may_be_written_to():
+    method = replace(RIGL, granularity=masking.Kernel())
+    assert_trains_alike(make=WritesInPlace, method=method)
+    assert_trains_alike(make=WritesInPlace)
+
+
+def test_a_gradient_that_is_not_of_the_passes_is_told():
+    model, optimizer, _ = begin("compact")
+    for step in range(2):  # the second has the update
+        for parameter in model.parameters():
+            parameter.grad = None
+        (
+            model(torch.ones(2, 12).double()).square().mean() + sum(p.square().sum() for p in model.parameters())
+        ).backward()
+        with pytest.warns(UserWarning, match=r"0\.weight is not that of the passes") if step else nullcontext():
+            optimizer.step()
+
+
+def test_active_weights_may_be_zero():
+    """As where an input is always: a dense state dict then has fewer numbers that are not."""
+    one, _, sparsifier = begin("compact", method="static")
+    other, *_, its_sparsifier = begin("compact", method="static")
+    with torch.no_grad():
+        one[0].weight[:3] = 0
+    given = sparsifier.dense_state_dict()
+    other.load_state_dict(given)
+    assert all(torch.equal(x, given[name]) for name, x in its_sparsifier.dense_state_dict().items())
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 def test_a_pass_counts_that_gives_what_is_active_no_gradient(to_none):
     """Zeros in the place of a gradient are not taken for one that was thrown away."""
@@ -523,12 +571,14 @@ def test_an_average_over_moving_masks_is_refused():
     expected = snapshot(x)
     assert average(x).shape == expected.shape
     sparsifier.mask_model(average)
+    second = copy.deepcopy(average)
     train(model, optimizer, sparsifier, range(1, 2))
     assert torch.equal(snapshot(x), expected), "what nobody writes to stays as it is"
     with pytest.raises(StateError, match="under its present mask"):
         sparsifier.mask_model(average)
     average.update_parameters(model)
-    for use in (average, lambda _: average.state_dict()):
+    second.update_parameters(model)
+    for use in (average, second, lambda _: average.state_dict()):
         with pytest.raises(StateError, match="Make a moving average anew after a mask update"):
             use(x)
     average = torch.optim.swa_utils.AveragedModel(model)

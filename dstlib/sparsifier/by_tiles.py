@@ -244,7 +244,7 @@ def _of_one_group(tiles: _Tiles, num_units: int) -> Tensor:
         return merged(kept_A, best_B)
     left_A = ~is_kept_A
     unit_C, is_old_C, grow_C = _contenders(tiles, active_A[left_A], (best_B, score_B))
-    drop_C = torch.zeros_like(grow_C)
+    drop_C = drop_A.new_zeros(len(grow_C))
     drop_C[is_old_C] = drop_A[left_A]
     worth_C = (grow_C > best.lowest) | ((grow_C == best.lowest) & (best.num_lowest == 1))
     new_GU = take_units(

@@ -3,6 +3,7 @@
 Shapes: O out, I in, *K kernel taps, none of a matrix; A active entries of the (O, I) matrix, whole kernels.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -287,6 +288,22 @@ def _has_all_outputs(m: CompactWeight, places: Tensor) -> bool:
     return bool(has_one.index_fill_(0, output.long(), True).all())
 
 
+def _tell_of_others(name: str) -> None:
+    """Warns, once of each weight, that its gradient is of something else than what tells of growth."""
+    warnings.warn(
+        f"The gradient of {name} is not that of the passes of its layer, which tell what is to grow. So it is where an "
+        "input was written to before the step, where gradients were computed that are not in this one "
+        "(torch.autograd.grad()), where the loss reads the weight itself, and where gradients were clipped one by one: "
+        "then call sparsifier.before_step(optimizer) before.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+APART = 0.1  # of the gradient: what rounding in half precision does not explain
+ROUNDING = 100  # times what one product may be off: of sums of many
+
+
 class _Gradient:
     """The gradient of a weight (O, I, *K) that does not exist, in the units of that of its active values.
 
@@ -310,6 +327,9 @@ class _Gradient:
         found = average(m.active.gradient_of_active())
         size = float(found.square().sum())
         self._scale = 1.0 if torch.equal(found, grad) or not size else float((found * grad).sum()) / size
+        apart, rounding = float((found * self._scale - grad).norm()), ROUNDING * torch.finfo(grad.dtype).eps
+        if apart > max(APART * float(grad.norm()), rounding * m.active.most_of_passes()):
+            _tell_of_others(m.weight.name)
 
     def of_rows(self, first: int, last: int) -> Tensor:
         """Returns that of some outputs, (rows, I, *K), without the loss scale."""

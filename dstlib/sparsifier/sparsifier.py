@@ -316,6 +316,9 @@ class Sparsifier:
         self._attached = False
         self._search.end()
         forget(self)
+        for each in self._masked:
+            if isinstance(each, CompactWeight):
+                each.active.forget()
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

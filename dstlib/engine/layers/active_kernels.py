@@ -77,6 +77,10 @@ class ActiveKernels(ActiveWeight):
         """Whether anything is known of the gradients of others."""
         return bool(self.passes or self.wholes)
 
+    def most_of_passes(self) -> float:
+        """Bounds the norm of the gradient over the passes: of what its rounding is a share."""
+        return super().most_of_passes() + sum(float(whole.norm()) for whole in self.wholes)
+
     def forget(self) -> None:
         """Forgets what was noted."""
         super().forget()

@@ -129,9 +129,14 @@ class ActiveWeight:
             own.data = values.new_empty(0, dtype=other)
             own.data = values
         self.pattern, self.left_at = pattern, None
+        self._leave()
+
+    def _leave(self) -> None:
+        """Notes in copies, and in copies of these, that they are of another pattern from here on."""
         for each in self.copies:
             if each.left_at is None:
                 each.left_at = each.values._version
+            each._leave()
 
     def run(self, fast: Callable[[], Tensor], plain: Callable[[], Tensor], input: Tensor, first: int = 0) -> Tensor:
         """Returns the outputs from ``first`` on of an input; what records a pass sees how the plain layer computes.
@@ -143,6 +148,8 @@ class ActiveWeight:
         y = plain() if is_recorded() else fast()
         if y.requires_grad and self.is_noted:
             self.forget_discarded()
+            if y._is_view():  # where something is written into it in place, autograd would let go of the hook
+                y = torch.ops.aten._unsafe_view(y, list(y.shape))
             x, passes = input.detach(), self.passes
             y.register_hook(lambda grad: passes.append(Pass(x, grad.detach(), first)))
         return y
@@ -164,6 +171,10 @@ class ActiveWeight:
     def has_noted(self) -> bool:
         """Whether anything is known of the gradients of others."""
         return bool(self.passes)
+
+    def most_of_passes(self) -> float:
+        """Bounds the norm of the gradient over the passes: of what its rounding is a share."""
+        return sum(float(x.norm()) * float(grad.norm()) for x, grad, _ in self.passes)
 
     def forget(self) -> None:
         """Forgets what was noted."""
@@ -198,9 +209,11 @@ class ActiveWeight:
             found = (flat != 0).flatten(1).any(dim=1) if flat.ndim > 1 else flat != 0
             if not bool(found.index_fill(0, own, False).any()):
                 return self.hold(self.pattern, flat[own].to(self.values))
-            if int(found.sum()) != self.pattern.num_active:
+            missing = self.pattern.num_active - int(found.sum())
+            if missing < 0:
                 allowed = f"zeros outside of the {self.pattern.num_active:,} active weights, or as many elsewhere"
                 raise unfit(name, allowed, f"{int(found.sum()):,} that are not zero")
+            found[own[~found[own]][:missing]] = True  # active weights may be zero
             pattern = self.pattern_of(found.nonzero().flatten().cpu())
             values = flat[pattern.places().to(given.device)]
         else:

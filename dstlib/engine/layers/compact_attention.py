@@ -144,15 +144,16 @@ class CompactMultiheadAttention(CompactLayer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         need_weights, average_weights = asked
         is_batched = inputs[0].ndim == 3
+        _check_sequences(inputs, 0 if self.batch_first else 1)
         q, k, v = self._projected([self._batch_first(x, is_batched) for x in inputs])
         bias = self._bias(q, k, *masks, is_batched=is_batched)
         k, v, bias = self._lengthened(k, v, bias)
         y, weights = self._attend([self._heads(x) for x in (q, k, v)], bias, need_weights=need_weights)
-        y = self.out_proj(y)
+        y = self.out_proj(y)  # (L, N, E), as the plain layer has it: what draws numbers after it goes by that order
         if weights is not None:
             weights = weights.mean(dim=1) if average_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
-        return y.squeeze(0) if not is_batched else y if self.batch_first else y.transpose(0, 1), weights
+        return y.squeeze(1) if not is_batched else y.transpose(0, 1) if self.batch_first else y, weights
 
     def _batch_first(self, x: Tensor, is_batched: bool) -> Tensor:
         if not is_batched:
@@ -201,7 +202,7 @@ class CompactMultiheadAttention(CompactLayer, nn.MultiheadAttention):
     def _attend(
         self, heads: Sequence[Tensor], bias: Tensor | None, *, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """(N, H, L, E / H) → (N, L, E), and the weights (N, H, L, S) where they are asked for."""
+        """(N, H, L, E / H) → (L, N, E), and the weights (N, H, L, S) where they are asked for."""
         (q, k, v), dropout, weights = heads, self.dropout if self.training else 0.0, None
         if need_weights:
             products = (q * math.sqrt(1.0 / q.shape[-1])) @ k.mT
@@ -209,10 +210,20 @@ class CompactMultiheadAttention(CompactLayer, nn.MultiheadAttention):
             y = weights @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-        return y.transpose(1, 2).flatten(2), weights
+        return y.permute(2, 0, 1, 3).flatten(2), weights
 
 
 _WHERE = "attention in compact storage"
+
+
+def _check_sequences(inputs: Sequence[Tensor], batch_axis: int) -> None:
+    axes = {x.ndim for x in inputs}
+    batches = {int(x.shape[batch_axis]) if x.ndim == 3 else 1 for x in inputs}
+    lengths = {int(x.shape[1 - batch_axis if x.ndim == 3 else 0]) for x in inputs[1:]}
+    if axes not in ({2}, {3}) or len(batches) > 1 or len(lengths) > 1:
+        allowed, remedy = "2 or 3 axes, of one batch, as many keys as values", "Pass what nn.MultiheadAttention takes."
+        given = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise InputError.of("query, key and value", _WHERE, allowed=allowed, given=given, remedy=remedy)
 
 
 def _check_mask(name: str, mask: Tensor, sizes: Sequence[tuple[int, ...]]) -> None:

@@ -77,10 +77,11 @@ class CompactRecurrent(Stepping):
             data, sizes, order, back = input
             y, last = self._run(data, sizes.tolist(), self._first(data, int(sizes[0]), hx, order))
             return PackedSequence(y, sizes, order, back), self._given(last, back)
+        _check_axes(self, input, (2, 3))
         x = input if input.ndim == 3 else input.unsqueeze(0 if self.batch_first else 1)
         x = x.transpose(0, 1) if self.batch_first else x
         if input.ndim == 2 and hx is not None:
-            hx = tuple(s.unsqueeze(1) for s in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
+            hx = tuple(s.unsqueeze(1) for s in hx) if isinstance(hx, tuple | list) else hx.unsqueeze(1)
         length, num = x.shape[:2]
         y, last = self._run(x.flatten(0, 1), [num] * length, self._first(x, num, hx, None))
         y = y.unflatten(0, (length, num))
@@ -88,6 +89,9 @@ class CompactRecurrent(Stepping):
         if input.ndim == 2:
             y, last = y.squeeze(0 if self.batch_first else 1), tuple(s.squeeze(1) for s in last)
         return y, self._given(last, None)
+
+    def flatten_parameters(self) -> None:
+        """Leaves the weights where they are: on a GPU the plain layer puts whole matrices side by side for cuDNN."""
 
     def _given(self, last: State, back: Tensor | None) -> Any:
         """Returns states as the plain layer does, in the caller's order."""
@@ -103,8 +107,7 @@ class CompactRecurrent(Stepping):
         states = hx if isinstance(hx, tuple | list) else (hx,)
         wanted, given = [(num_states, num, size) for size in sizes], [tuple(s.shape) for s in states]
         if given != wanted:
-            what, remedy = f"a {type(self).__name__}", "Pass what the plain layer takes."
-            raise InputError.of("hx", what, allowed=f"states of shapes {wanted}", given=given, remedy=remedy)
+            raise _unfit_states(self, wanted, given)
         return tuple(states) if order is None else tuple(s.index_select(1, order) for s in states)
 
     def _run(self, x: Tensor, sizes: Sequence[int], first: State) -> tuple[Tensor, State]:
@@ -143,6 +146,21 @@ class CompactRecurrent(Stepping):
         return torch.cat(outputs), tuple(torch.cat(parts[::-1]) for parts in zip(*ended, strict=True))
 
 
+def _check_axes(layer: nn.Module, input: Tensor, allowed: tuple[int, int]) -> None:
+    if input.ndim not in allowed or (input.ndim == allowed[1] == 3 and 0 in input.shape[:2]):
+        axes, remedy = f"{allowed[0]} or {allowed[1]} axes, none of them empty", "Pass what the plain layer takes."
+        raise InputError.of("input", _where(layer), allowed=axes, given=tuple(input.shape), remedy=remedy)
+
+
+def _unfit_states(layer: nn.Module, wanted: Sequence[object], given: Sequence[object]) -> InputError:
+    remedy = "Pass what the plain layer takes."
+    return InputError.of("hx", _where(layer), allowed=f"states of shapes {wanted}", given=given, remedy=remedy)
+
+
+def _where(layer: nn.Module) -> str:
+    return f"a {type(layer).__name__}"
+
+
 class CompactLSTM(CompactRecurrent, nn.LSTM):
     """An ``nn.LSTM`` that holds the active weights of its gates alone, made by ``make_compact()``."""
 
@@ -165,10 +183,14 @@ class CompactCell(Stepping):
         return self.alone(self._forward, input, hx)
 
     def _forward(self, input: Tensor, hx: Any) -> Any:
+        _check_axes(self, input, (1, 2))
         x = input if input.ndim == 2 else input.unsqueeze(0)
         is_lstm = isinstance(self, nn.LSTMCell)
         given = hx if is_lstm and hx is not None else (hx,) * (1 + is_lstm)
-        state = tuple(x.new_zeros(len(x), self.hidden_size) if s is None else s.view(len(x), -1) for s in given)
+        size = *input.shape[:-1], self.hidden_size
+        if any(s is not None and s.shape != size for s in given):
+            raise _unfit_states(self, [size] * len(given), [None if s is None else tuple(s.shape) for s in given])
+        state = tuple(x.new_zeros(len(x), size[-1]) if s is None else s.view(len(x), size[-1]) for s in given)
         mode = "LSTM" if is_lstm else "GRU" if isinstance(self, nn.GRUCell) else f"RNN_{self.nonlinearity}".upper()
         found = self.step(str(mode), self.gates(x), state)
         found = found if input.ndim == 2 else tuple(s.squeeze(0) for s in found)
